@@ -1,0 +1,69 @@
+# `make test` and `make demo` need only Python 3.11+ with pip and venv: they build .venv by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_WORKERS ?= 2
+RUN := $(abspath $(BIN))
+
+# torch and the BLAS below it start one thread per core in every worker unless told otherwise.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test lint typecheck format docs bench slow dist clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## create .venv and install the package with its tested versions
+
+# torch goes first and alone, so that no later requirement can choose another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+demo: install ## design yeast promoters with the shipped prior, in about a minute
+	OMP_NUM_THREADS=$${DEMO_THREADS:-2} $(BIN)/ppl-diffusion design yeast-promoter --out runs/demo --force
+
+test: lint ## lint, type-check, then run the tests
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow and not gpu'
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory typecheck
+
+# models/ and inference/ are sub-packages only after installation, so mypy reads a tree of links that
+# has the shape of the installed package.
+typecheck: install
+	@rm -rf build/typecheck && mkdir -p build/typecheck/ppl_diffusion
+	@ln -s $(CURDIR)/ppl_diffusion/* build/typecheck/ppl_diffusion/
+	@ln -s $(CURDIR)/models $(CURDIR)/inference build/typecheck/ppl_diffusion/
+	cd build/typecheck && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(RUN)/python -p ppl_diffusion
+
+format: install ## rewrite the sources with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs ## build the HTML documentation in build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo 'open build/docs/index.html'
+
+bench: install ## the quick form of every benchmark
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$file .py); echo "== $$name"; \
+		$(BIN)/python -m benchmarks.$$name --quick; done
+
+slow: install ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+dist: install ## build the wheel and the source archive
+	$(BIN)/python -m build
+
+clean: ## remove what was built, not the environment
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
