@@ -1,0 +1,19 @@
+"""The mathematics of one reverse step: schedules, processes, the three-way mixture, bounds."""
+
+from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
+from ppl_diffusion.kernels.mixture import gather_clean as gather_clean
+from ppl_diffusion.kernels.mixture import log_posterior_mean as log_posterior_mean
+from ppl_diffusion.kernels.mixture import mixture_log_prob as mixture_log_prob
+from ppl_diffusion.kernels.mixture import mixture_sample as mixture_sample
+from ppl_diffusion.kernels.mixture import posterior_to_cavity as posterior_to_cavity
+from ppl_diffusion.kernels.mixture import three_way as three_way
+from ppl_diffusion.kernels.nelbo import nelbo_terms as nelbo_terms
+from ppl_diffusion.kernels.nelbo import step_kl as step_kl
+from ppl_diffusion.kernels.processes import Absorbing as Absorbing
+from ppl_diffusion.kernels.processes import Interpolating as Interpolating
+from ppl_diffusion.kernels.processes import Process as Process
+from ppl_diffusion.kernels.processes import Uniform as Uniform
+from ppl_diffusion.kernels.schedules import Cosine as Cosine
+from ppl_diffusion.kernels.schedules import Linear as Linear
+from ppl_diffusion.kernels.schedules import LogLinear as LogLinear
+from ppl_diffusion.kernels.schedules import Schedule as Schedule

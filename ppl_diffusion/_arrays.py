@@ -1,0 +1,30 @@
+"""Small array-API helpers shared by the backend-free rooms (``kernels``, ``smc``)."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, is_jax_array, is_jax_namespace
+
+__all__ = ["Array", "array_namespace", "float64_of", "to_float64"]
+
+Array = Any  # torch.Tensor | jax.Array | numpy.ndarray: the array API has no common type yet
+
+
+def float64_of(xp: ModuleType) -> Any:
+    """Return the widest float of a namespace: float64, or JAX's default when x64 is off.
+
+    :param xp: an array-API namespace.
+    """
+    return xp.asarray(0.0).dtype if is_jax_namespace(xp) else xp.float64
+
+
+def to_float64(x: Any) -> Array:
+    """Return ``x`` in float64; Python numbers become NumPy scalars.
+
+    :param x: a number or an array of any array-API library.
+    """
+    if isinstance(x, int | float):
+        return np.float64(x)
+    xp = array_namespace(x)
+    return xp.astype(x, float64_of(xp), copy=False) if not is_jax_array(x) else x.astype(float)

@@ -1,0 +1,212 @@
+"""The three-way mixture: one site of every reverse or Psi kernel of an interpolating process.
+
+For any prior ``pi``, any denoiser categorical ``c`` and any ``kappa``, a site at ``z`` goes to
+``j`` by exactly one of three moves::
+
+    p(j | z) = w_stay 1[j = z] + w_den c_j + w_prior pi_j
+
+With ``a = alpha(t) <= b = alpha(s)``, ``r = a / b`` and ``D = a c_z + (1 - a) pi_z``::
+
+    w_stay  = [kappa r (b c_z + (1 - b) pi_z) + (1 - kappa) b a c_z] / D
+    w_den   = pi_z [kappa (1 - r) b + (1 - kappa) b (1 - a)] / D
+    w_prior = kappa (1 - r) (1 - b) pi_z / D + (1 - kappa) (1 - b)
+
+``kappa = 1`` is the ancestral kernel (the bridge of D3PM with the denoiser's mean prediction),
+smaller values are Psi-posteriors (Sahoo et al. 2026, arXiv:2602.21185). Where ``pi_z = 0`` (a
+revealed token of the absorbing process) ``c_z / D`` is cancelled analytically to ``1 / a``.
+A density is two gathers of ``c``; the vocabulary is touched only by the "denoiser" move.
+All functions are pure array-API code: torch and ``jax.numpy`` arrays give the same numbers.
+"""
+
+import math
+
+from ppl_diffusion._arrays import Array, array_namespace, float64_of, to_float64
+from ppl_diffusion.kernels.processes import Process
+
+
+def three_way(
+    a: Array, b: Array, kappa: Array, c_z: Array, pi_z: Array
+) -> tuple[Array, Array, Array]:
+    """Return the weights ``(w_stay, w_den, w_prior)`` of the three moves.
+
+    :param a: signal level ``alpha(t)`` of the current state; number or array.
+    :param b: signal level ``alpha(s) >= a`` of the next state.
+    :param kappa: Psi parameter, 1 for ancestral sampling.
+    :param c_z: denoiser probability of the current state (0 for the mask), any shape.
+    :param pi_z: prior probability of the current state, shaped like ``c_z``.
+    :returns: three float64 arrays shaped like ``c_z``; they sum to one.
+    """
+    xp = array_namespace(c_z)
+    r = _ratio(a, b)
+    d = a * c_z + (1 - a) * pi_z
+    ok = d > 0
+    safe = xp.where(ok, d, xp.ones_like(d))
+    # pi_z = 0: the cancelled form; d = 0: a state the process cannot produce stays where it is.
+    stay_hidden = (kappa * r * (b * c_z + (1 - b) * pi_z) + (1 - kappa) * b * a * c_z) / safe
+    den_hidden = pi_z * (kappa * (1 - r) * b + (1 - kappa) * b * (1 - a)) / safe
+    prior_hidden = kappa * (1 - r) * (1 - b) * pi_z / safe + (1 - kappa) * (1 - b)
+    frozen = (pi_z <= 0) | ~ok
+    zero = xp.zeros_like(stay_hidden)
+    w_stay = xp.where(frozen, zero + kappa + (1 - kappa) * b, stay_hidden)
+    w_den = xp.where(frozen, zero, den_hidden)
+    w_prior = xp.where(frozen, zero + (1 - kappa) * (1 - b), prior_hidden)
+    return w_stay, w_den, w_prior
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """Return ``a / b`` with ``0 / 0 = 1``: no signal gained means no move."""
+    if isinstance(b, int | float):
+        return a / b if b > 0 else 1.0
+    xp = array_namespace(b)
+    positive = b > 0
+    return xp.where(positive, a / xp.where(positive, b, xp.ones_like(b)), xp.ones_like(b))
+
+
+def gather_clean(log_c: Array, z: Array, vocab_size: int) -> Array:
+    """Return the probability ``c_z``, which is 0 where ``z`` is not a clean token.
+
+    :param log_c: log-probabilities over clean tokens, shape ``(..., V)``.
+    :param z: state ids, shape ``(...)``.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: float64, shape ``(...)``.
+    """
+    xp = array_namespace(log_c)
+    clean = z < vocab_size
+    index = xp.where(clean, z, xp.zeros_like(z))
+    picked = xp.take_along_axis(log_c, index[..., None], axis=-1)[..., 0]
+    return xp.where(clean, xp.exp(to_float64(picked)), xp.zeros_like(to_float64(picked)))
+
+
+def mixture_log_prob(
+    process: Process, z: Array, j: Array, log_c: Array, a: Array, b: Array, kappa: Array = 1.0
+) -> Array:
+    """Return ``log p(z_s = j | z_t = z)`` per site.
+
+    :param process: forward process.
+    :param z: current states, shape ``(..., L)``.
+    :param j: next states, shape ``(..., L)``.
+    :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
+    :param a: ``alpha(t)``, broadcastable to ``(..., L)``.
+    :param b: ``alpha(s)``.
+    :param kappa: Psi parameter.
+    :returns: float64, shape ``(..., L)``; exactly ``-inf`` for an impossible transition, with a
+        zero gradient there.
+    """
+    xp = array_namespace(log_c)
+    c_z = gather_clean(log_c, z, process.vocab_size)
+    c_j = gather_clean(log_c, j, process.vocab_size)
+    w_stay, w_den, w_prior = three_way(a, b, kappa, c_z, process.prior_prob(z))
+    p = (
+        xp.where(j == z, w_stay, xp.zeros_like(w_stay))
+        + w_den * c_j
+        + w_prior * process.prior_prob(j)
+    )
+    possible = p > 0
+    log_p = xp.log(xp.where(possible, p, xp.ones_like(p)))
+    return xp.where(possible, log_p, xp.full_like(p, -math.inf))
+
+
+def mixture_sample(
+    process: Process,
+    z: Array,
+    log_c: Array,
+    a: Array,
+    b: Array,
+    u_move: Array,
+    u_token: Array,
+    kappa: Array = 1.0,
+) -> Array:
+    """Draw ``z_s`` given ``z_t = z``: one uniform picks the move, one the token.
+
+    :param process: forward process.
+    :param z: current states, shape ``(..., L)``.
+    :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
+    :param a: ``alpha(t)``, broadcastable to ``(..., L)``.
+    :param b: ``alpha(s)``.
+    :param u_move: uniforms in ``[0, 1)``, shape ``(..., L)``.
+    :param u_token: uniforms in ``[0, 1)``, shape ``(..., L)``.
+    :param kappa: Psi parameter.
+    :returns: next states, shape ``(..., L)``.
+    """
+    xp = array_namespace(log_c)
+    c_z = gather_clean(log_c, z, process.vocab_size)
+    w_stay, w_den, w_prior = three_way(a, b, kappa, c_z, process.prior_prob(z))
+    from_prior = u_move < w_prior
+    # "stay" comes last and only where it has mass: round-off must never keep a mask at b = 1.
+    stay = (u_move >= w_prior + w_den) & (w_stay > 0)
+    token = xp.where(from_prior, process.draw_prior(u_token), draw_categorical(log_c, u_token))
+    return xp.where(stay & ~from_prior, z, token)
+
+
+def draw_categorical(log_c: Array, uniforms: Array) -> Array:
+    """Draw from each row of ``log_c`` by inverting its float64 distribution function.
+
+    Never returns a token of probability zero, whatever the round-off.
+
+    :param log_c: log-probabilities, shape ``(..., V)``.
+    :param uniforms: numbers in ``[0, 1)``, shape ``(...)``.
+    :returns: int64 ids, shape ``(...)``.
+    """
+    xp = array_namespace(log_c)
+    cdf = xp.cumulative_sum(xp.exp(to_float64(log_c)), axis=-1)
+    total = cdf[..., -1]
+    count = xp.sum(xp.astype(cdf <= (to_float64(uniforms) * total)[..., None], xp.int64), axis=-1)
+    last = xp.sum(xp.astype(cdf < total[..., None], xp.int64), axis=-1)
+    return xp.minimum(count, last)
+
+
+def log_posterior_mean(process: Process, z: Array, log_c: Array, a: Array) -> Array:
+    """Return ``log p(x0 | z_t = z)`` per site: the bridge taken all the way to ``s = 0``.
+
+    :param process: forward process.
+    :param z: current states, shape ``(..., L)``.
+    :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
+    :param a: ``alpha(t)``.
+    :returns: float64 log-probabilities, shape ``(..., L, V)``.
+    """
+    xp = array_namespace(log_c)
+    c_z = gather_clean(log_c, z, process.vocab_size)
+    w_stay, w_den, _ = three_way(a, 1.0, 1.0, c_z, process.prior_prob(z))
+    p = w_den[..., None] * xp.exp(to_float64(log_c)) + w_stay[..., None] * _one_hot(
+        z, process.vocab_size
+    )
+    return xp.where(p > 0, xp.log(xp.where(p > 0, p, xp.ones_like(p))), xp.full_like(p, -math.inf))
+
+
+def posterior_to_cavity(process: Process, z: Array, log_g: Array, a: float) -> Array:
+    """Turn posterior-mean predictions ``p(x | z)`` into cavity ones ``p(x^l | z^{-l})``.
+
+    Only the entry of the current token is rescaled, by ``(1-a) pi_z / (a + (1-a) pi_z)``, the
+    inverse of the Bayes update with that site's own evidence. Revealed tokens of the absorbing
+    process (``pi_z = 0``) are left alone: no kernel reads them.
+
+    :param process: forward process.
+    :param z: current states, shape ``(..., L)``.
+    :param log_g: posterior log-probabilities, shape ``(..., L, V)``.
+    :param a: ``alpha(t)``; 1 (no noise) leaves everything alone.
+    :returns: normalised cavity log-probabilities, shape ``(..., L, V)``.
+    """
+    if process.absorbing or a >= 1.0:
+        return log_g
+    xp = array_namespace(log_g)
+    pi_z = process.prior_prob(z)
+    evidence = (1 - a) * pi_z
+    live = evidence > 0
+    shift = xp.log(
+        xp.where(live, evidence, xp.ones_like(evidence))
+        / xp.where(live, a + evidence, xp.ones_like(evidence))
+    )
+    scaled = to_float64(log_g) + shift[..., None] * _one_hot(z, process.vocab_size)
+    return scaled - _logsumexp(scaled)
+
+
+def _one_hot(z: Array, size: int) -> Array:
+    xp = array_namespace(z)
+    hit = z[..., None] == xp.arange(size, device=z.device)
+    return xp.astype(hit, float64_of(xp))
+
+
+def _logsumexp(x: Array) -> Array:
+    xp = array_namespace(x)
+    top = xp.max(x, axis=-1, keepdims=True)
+    return top + xp.log(xp.sum(xp.exp(x - top), axis=-1, keepdims=True))

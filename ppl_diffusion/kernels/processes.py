@@ -1,0 +1,152 @@
+"""Forward noising processes that interpolate between the data and a categorical prior.
+
+A token survives with probability ``alpha(t)`` and is otherwise redrawn from the prior ``pi``::
+
+    q(z_t = j | x) = alpha 1[j = x] + (1 - alpha) pi_j
+
+The absorbing process has ``pi = delta_mask`` over ``V + 1`` states (the mask has id ``V``), the
+uniform one ``pi = 1/V``, and :class:`Interpolating` any categorical prior over the clean tokens
+(D3PM, Austin et al. 2021, arXiv:2107.03006; UDLM, Schiff et al. 2024, arXiv:2412.10193).
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from ppl_diffusion._arrays import Array, array_namespace, float64_of
+from ppl_diffusion.kernels.schedules import Linear, Schedule
+
+
+class Process:
+    """Base of the interpolating processes.
+
+    :param prior: probabilities of the noise distribution over the ``num_states`` states.
+    :param vocab_size: number ``V`` of clean tokens; states from ``V`` on are never clean.
+    :param schedule: signal schedule.
+    :raises ValueError: if the prior is not a distribution over at least ``V`` states.
+    """
+
+    def __init__(
+        self, prior: Sequence[float] | Array, vocab_size: int, schedule: Schedule | None = None
+    ) -> None:
+        probs = np.asarray(prior, dtype=np.float64)
+        if vocab_size < 1:
+            raise ValueError(f"{type(self).__name__}: vocab_size must be >= 1, got {vocab_size}.")
+        if probs.ndim != 1 or probs.size < vocab_size:
+            raise ValueError(
+                f"prior must be a vector over >= {vocab_size} states, got shape {probs.shape}."
+            )
+        if not np.all(np.isfinite(probs)) or probs.min() < 0 or abs(probs.sum() - 1) > 1e-6:
+            raise ValueError("prior must hold finite, non-negative probabilities that sum to one.")
+        self.vocab_size = int(vocab_size)
+        self.schedule = Linear() if schedule is None else schedule
+        self.prior = probs / probs.sum()
+
+    @property
+    def num_states(self) -> int:
+        """Number of states a noised token can take (``V``, or ``V + 1`` with a mask)."""
+        return int(self.prior.size)
+
+    @property
+    def mask_id(self) -> int | None:
+        """Id of the mask state, or None."""
+        return self.vocab_size if self.absorbing else None
+
+    @property
+    def absorbing(self) -> bool:
+        """Whether all prior mass sits on one extra mask state."""
+        return self.num_states == self.vocab_size + 1 and bool(self.prior[-1] == 1.0)
+
+    @cached_property
+    def _prior_cdf(self) -> np.ndarray:
+        cdf = np.cumsum(self.prior)
+        cdf[np.flatnonzero(self.prior)[-1] :] = 1.0  # round-off must not reach a state of mass 0
+        return cdf
+
+    def prior_array(self, like: Array) -> Array:
+        """Return ``pi`` as a float64 array of the library (and device) of ``like``.
+
+        :param like: any array; shape ``(num_states,)`` is returned.
+        """
+        xp = array_namespace(like)
+        return xp.asarray(self.prior, dtype=float64_of(xp), device=like.device)
+
+    def prior_prob(self, z: Array) -> Array:
+        """Return ``pi_z``, float64, shaped like ``z``.
+
+        :param z: state ids.
+        """
+        prior = self.prior_array(z)
+        return array_namespace(z).take(prior, z.reshape(-1), axis=0).reshape(z.shape)
+
+    def draw_prior(self, uniforms: Array) -> Array:
+        """Draw states from ``pi`` by inverting its distribution function.
+
+        :param uniforms: numbers in ``[0, 1)``, any shape.
+        :returns: int64 ids, shaped like ``uniforms``.
+        """
+        xp = array_namespace(uniforms)
+        cdf = xp.asarray(self._prior_cdf, dtype=float64_of(xp), device=uniforms.device)
+        index = xp.searchsorted(
+            cdf,
+            uniforms.reshape(-1).astype(float)
+            if _is_jax(xp)
+            else xp.astype(uniforms.reshape(-1), cdf.dtype),
+            side="right",
+        )
+        return index.reshape(uniforms.shape)
+
+    def corrupt(self, x0: Array, alpha: Array, u_keep: Array, u_prior: Array) -> Array:
+        """Draw ``z_t ~ q(. | x0)`` at signal level ``alpha``.
+
+        :param x0: clean tokens, any shape.
+        :param alpha: signal level, broadcastable to ``x0``.
+        :param u_keep: uniforms shaped like ``x0``: the token is kept where ``u_keep < alpha``.
+        :param u_prior: uniforms shaped like ``x0`` for the redrawn states.
+        :returns: states, shaped like ``x0``.
+        """
+        xp = array_namespace(x0)
+        return xp.where(u_keep < alpha, x0, self.draw_prior(u_prior))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, schedule={self.schedule})"
+
+
+class Absorbing(Process):
+    """Masking: every token is replaced by the mask ``V`` with probability ``1 - alpha(t)``.
+
+    :param vocab_size: number of clean tokens ``V``.
+    :param schedule: signal schedule (linear by default).
+    """
+
+    def __init__(self, vocab_size: int, schedule: Schedule | None = None) -> None:
+        super().__init__([0.0] * vocab_size + [1.0], vocab_size, schedule)
+
+
+class Uniform(Process):
+    """Replacement by a uniformly drawn clean token with probability ``1 - alpha(t)``.
+
+    :param vocab_size: number of clean tokens ``V``.
+    :param schedule: signal schedule (linear by default).
+    """
+
+    def __init__(self, vocab_size: int, schedule: Schedule | None = None) -> None:
+        super().__init__([1.0 / vocab_size] * max(vocab_size, 1), vocab_size, schedule)
+
+
+class Interpolating(Process):
+    """Replacement by a draw from any categorical prior over the clean tokens.
+
+    :param prior: probabilities, shape ``(V,)``.
+    :param schedule: signal schedule (linear by default).
+    """
+
+    def __init__(self, prior: Sequence[float] | Array, schedule: Schedule | None = None) -> None:
+        super().__init__(prior, len(prior), schedule)
+
+
+def _is_jax(xp: object) -> bool:
+    from array_api_compat import is_jax_namespace
+
+    return bool(is_jax_namespace(xp))
