@@ -1,0 +1,96 @@
+"""Run folders that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ppl_diffusion.design.question import InputError
+
+MARKER = "summary.json"
+
+
+def check_target(folder: Path, *, replace: bool) -> None:
+    """Refuse a place that a run folder cannot take, before any work is done.
+
+    :param folder: where the run is to be written.
+    :param replace: whether an earlier run folder may be replaced.
+    :raises InputError: if the place is a file, is not writable, or holds something else.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"The output {str(folder)!r} is not a folder: choose another --out.")
+    _check_parent(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / MARKER).is_file():
+        raise InputError(
+            f"The folder {str(folder)!r} holds files that are no design run: choose another --out."
+        )
+    if not replace:
+        raise InputError(
+            f"The folder {str(folder)!r} already holds a run: choose another --out, "
+            "or replace it with --force."
+        )
+
+
+@contextmanager
+def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """Give a scratch folder that becomes ``folder`` when the block ends well.
+
+    :param folder: the place to fill.
+    :param replace: whether an earlier run folder may be replaced.
+    :returns: the scratch folder, beside the target, removed when the block raises.
+    :raises InputError: as :func:`check_target`.
+    """
+    check_target(folder, replace=replace)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        _swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all.
+
+    :param path: the file.
+    :param text: its content.
+    :raises InputError: if the place is a folder or is not writable.
+    """
+    if path.is_dir():
+        raise InputError(f"The output {str(path)!r} is a folder: give the name of a file.")
+    _check_parent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _check_parent(place: Path) -> None:
+    parent = next(p for p in place.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(
+            f"Cannot write {str(place)!r} because {str(parent)!r} is not a writable folder."
+        )
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    if not folder.exists():
+        scratch.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / "run")
+    try:
+        scratch.rename(folder)
+    except OSError:
+        (old / "run").rename(folder)
+        raise
+    shutil.rmtree(old)
