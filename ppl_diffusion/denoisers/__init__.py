@@ -1,0 +1,8 @@
+"""Networks and exact oracles that predict clean tokens, and their evaluation."""
+
+from ppl_diffusion.denoisers.base import Denoiser as Denoiser
+from ppl_diffusion.denoisers.base import Kind as Kind
+from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
+from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
+from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
+from ppl_diffusion.denoisers.oracles import emission as emission

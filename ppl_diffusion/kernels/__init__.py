@@ -1,5 +1,7 @@
 """The mathematics of one reverse step: schedules, processes, the three-way mixture, bounds."""
 
+from ppl_diffusion.kernels.interpolating import FACTORISED as FACTORISED
+from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
 from ppl_diffusion.kernels.mixture import gather_clean as gather_clean
 from ppl_diffusion.kernels.mixture import log_posterior_mean as log_posterior_mean

@@ -34,7 +34,8 @@ def three_way(
     :param kappa: Psi parameter, 1 for ancestral sampling.
     :param c_z: denoiser probability of the current state (0 for the mask), any shape.
     :param pi_z: prior probability of the current state, shaped like ``c_z``.
-    :returns: three float64 arrays shaped like ``c_z``; they sum to one.
+    :returns: three float64 arrays shaped like ``c_z``; they sum to one. At the mask of the
+        absorbing process "stay" and "prior" are the same move and are booked as "stay".
     """
     xp = array_namespace(c_z)
     r = _ratio(a, b)
@@ -50,7 +51,8 @@ def three_way(
     w_stay = xp.where(frozen, zero + kappa + (1 - kappa) * b, stay_hidden)
     w_den = xp.where(frozen, zero, den_hidden)
     w_prior = xp.where(frozen, zero + (1 - kappa) * (1 - b), prior_hidden)
-    return w_stay, w_den, w_prior
+    merged = pi_z >= 1
+    return xp.where(merged, w_stay + w_prior, w_stay), w_den, xp.where(merged, zero, w_prior)
 
 
 def _ratio(a: Array, b: Array) -> Array:

@@ -1,0 +1,33 @@
+"""What a denoiser is: a predictor of clean tokens from a noised sequence."""
+
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Kind = Literal["cavity", "posterior"]
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A callable ``(tokens, t) -> log-probabilities over the clean vocabulary``.
+
+    ``kind`` says what the probabilities mean at a token that is not masked. A ``"cavity"``
+    denoiser predicts position ``l`` from all *other* positions, which is what a reverse kernel
+    needs and what the NELBO trains; a ``"posterior"`` one also uses the token at ``l`` itself
+    (plain cross-entropy training), and kernels convert it. For masks the two coincide.
+
+    ``time_free`` promises that the output does not depend on ``t``, so that it may be reused
+    while no token changed.
+    """
+
+    vocab_size: int
+    kind: Kind
+    time_free: bool
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+        """Return log-probabilities, shape ``(*batch, L, V)``.
+
+        :param tokens: states, int64 ``(*batch, L)``; the mask has id ``V``.
+        :param t: time in ``[0, 1]``.
+        """
+        ...

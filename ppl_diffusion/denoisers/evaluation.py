@@ -1,0 +1,92 @@
+"""Evaluate a denoiser once per distinct row, and count what was paid.
+
+After resampling most particles coincide, and between reveals most masked rows do not change: the
+wrapper sends each distinct row to the network once and keeps the last call's outputs, which it
+reuses for every row it has just seen at the same time (at any time, if the denoiser is
+``time_free``). Costs are counted in network rows.
+"""
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._rows import RowTable, distinct_rows
+from ppl_diffusion.denoisers.base import Denoiser, Kind
+
+
+class EvaluatedDenoiser:
+    """A denoiser with row deduplication, reuse and counters.
+
+    Outputs are those of the wrapped denoiser; reuse is skipped while gradients are recorded.
+
+    :param denoiser: the denoiser to evaluate.
+    :param reuse: keep the last call's outputs; switched off, only deduplication remains.
+    :param max_rows: largest number of rows sent to the network at once (bounds its memory).
+
+    :ivar rows_requested: rows asked for so far.
+    :ivar rows_evaluated: rows the network saw.
+    :ivar num_calls: calls of the network.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, *, reuse: bool = True, max_rows: int | None = 4096
+    ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows must be >= 1 or None, got {max_rows}.")
+        self.denoiser = denoiser
+        self.reuse = reuse
+        self.max_rows = max_rows
+        self.vocab_size: int = denoiser.vocab_size
+        self.kind: Kind = denoiser.kind
+        self.time_free: bool = denoiser.time_free
+        self.rows_requested = self.rows_evaluated = self.num_calls = 0
+        self._memory: tuple[float, RowTable] | None = None
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+        """Return log-probabilities, shape ``(*batch, L, V)``.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param t: time in ``[0, 1]``, a number.
+        """
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        self.rows_requested += len(rows)
+        first, inverse = distinct_rows(rows)
+        values = self._values(rows[first], float(t))
+        return values[inverse].reshape(*tokens.shape, -1)
+
+    def _values(self, rows: Tensor, t: float) -> Tensor:
+        if torch.is_grad_enabled() or not self.reuse:
+            return self._evaluate(rows, t)
+        known = self._recall(rows, t)
+        if known is None:
+            values = self._evaluate(rows, t)
+        else:
+            values = self._complete(rows, t, *known)
+        self._memory = (t, RowTable.build(rows, values))
+        return values
+
+    def _recall(self, rows: Tensor, t: float) -> tuple[Tensor, Tensor] | None:
+        """Return ``(index, remembered values)``, or None where nothing can be reused."""
+        if self._memory is None or not (self.time_free or self._memory[0] == t):
+            return None
+        table = self._memory[1]
+        if table.rows.shape[-1] != rows.shape[-1]:
+            return None
+        index = table.find(rows)
+        return (index, table.values) if bool((index >= 0).any()) else None
+
+    def _complete(self, rows: Tensor, t: float, index: Tensor, remembered: Tensor) -> Tensor:
+        values = remembered[index.clamp_min(0)]
+        new = index < 0
+        if bool(new.any()):
+            values[new] = self._evaluate(rows[new], t)
+        return values
+
+    def _evaluate(self, rows: Tensor, t: float) -> Tensor:
+        chunks = [rows] if self.max_rows is None else rows.split(self.max_rows)
+        self.rows_evaluated += len(rows)
+        self.num_calls += len(chunks)
+        outputs = [self.denoiser(chunk, t) for chunk in chunks]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def __repr__(self) -> str:
+        return f"EvaluatedDenoiser({self.denoiser!r}, rows {self.rows_evaluated}/{self.rows_requested})"
