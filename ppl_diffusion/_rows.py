@@ -7,6 +7,7 @@ collision costs time and never a wrong answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def hash_rows(rows: Tensor) -> Tensor:
     return mixed.sum(-1)
 
 
+@lru_cache(maxsize=64)
 def _powers(length: int) -> Tensor:
     generator = torch.Generator().manual_seed(length)
     high = torch.randint(-(2**62), 2**62, (length,), generator=generator)
@@ -32,7 +34,7 @@ def _powers(length: int) -> Tensor:
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(first, inverse)`` with ``rows[first][inverse] == rows`` and distinct ``rows[first]``.
+    """Find one representative of every distinct row: ``rows[first][inverse] == rows``.
 
     :param rows: int64 ``(B, L)``.
     :returns: indices of one representative per distinct row, int64 ``(U,)``, and the position of

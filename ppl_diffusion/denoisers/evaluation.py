@@ -57,10 +57,7 @@ class EvaluatedDenoiser:
         if torch.is_grad_enabled() or not self.reuse:
             return self._evaluate(rows, t)
         known = self._recall(rows, t)
-        if known is None:
-            values = self._evaluate(rows, t)
-        else:
-            values = self._complete(rows, t, *known)
+        values = self._evaluate(rows, t) if known is None else self._complete(rows, t, *known)
         self._memory = (t, RowTable.build(rows, values))
         return values
 
@@ -89,4 +86,5 @@ class EvaluatedDenoiser:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def __repr__(self) -> str:
-        return f"EvaluatedDenoiser({self.denoiser!r}, rows {self.rows_evaluated}/{self.rows_requested})"
+        rows = f"{self.rows_evaluated} of {self.rows_requested} rows"
+        return f"EvaluatedDenoiser({self.denoiser!r}, {rows})"

@@ -27,7 +27,8 @@ class TableDenoiser:
         joint = torch.as_tensor(joint, dtype=torch.float64)
         if joint.ndim < 1 or set(joint.shape) != {process.vocab_size}:
             raise ValueError(
-                f"joint must have shape (V,) * L with V = {process.vocab_size}, got {tuple(joint.shape)}."
+                f"joint must have shape (V,) * L with V = {process.vocab_size}, "
+                f"got {tuple(joint.shape)}."
             )
         if not bool((joint >= 0).all()) or abs(float(joint.sum()) - 1) > 1e-6:
             raise ValueError("joint must hold non-negative probabilities that sum to one.")

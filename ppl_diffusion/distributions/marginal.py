@@ -1,0 +1,228 @@
+"""The law of the clean sequence of a reverse chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl_diffusion._errors import IntractableLogProb
+from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
+from ppl_diffusion.distributions.token_step import MAX_ENUMERATE, TokenStep
+from ppl_diffusion.kernels.nelbo import step_kl
+
+if TYPE_CHECKING:
+    from ppl_diffusion.distributions.reverse_chain import ReverseChain
+
+MAX_STATES = 4096
+"""Largest number of sequences over which the exact marginal is propagated."""
+
+
+class ChainMarginal(TorchDistribution):
+    """The ``x0``-marginal of a reverse chain, event shape ``(L,)``.
+
+    Three different quantities have three different names. :meth:`log_prob` is exact and exists
+    for tiny chains only; :meth:`log_prob_bound` estimates a lower bound (ELBO); the exponential
+    of :meth:`log_prob_estimate` is unbiased for the likelihood. All are of *this* chain, with its
+    number of steps, not of an ideal diffusion.
+
+    :param chain: the reverse chain.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's class protocol)
+    has_enumerate_support = True
+
+    def __init__(self, chain: ReverseChain, *, validate_args: bool | None = None) -> None:
+        self.chain = chain
+        super().__init__(chain.batch_shape, chain.event_shape[1:], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Sequences of clean tokens."""
+        last = self.chain.kernel.process.vocab_size - 1
+        return constraints.independent(constraints.integer_interval(0, last), 1)
+
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """Draw clean sequences.
+
+        :param sample_shape: leading dimensions.
+        :returns: int64 ``(*sample_shape, *batch, L)``.
+        """
+        return self.chain.x0(self.chain.sample(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log-probability, by propagating the law of all states.
+
+        :param value: clean tokens, int64 ``(*sample, *batch, L)``.
+        :returns: float64, the broadcast batch shape.
+        :raises IntractableLogProb: if the chain has more than ``MAX_STATES`` sequences.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        value = check_value(self, value)
+        size = self.chain.kernel.process.num_states
+        if size**self.chain.length > MAX_STATES:
+            raise IntractableLogProb(
+                f"the exact marginal would sum over {size}**{self.chain.length} states; use "
+                "log_prob_bound (a lower bound) or log_prob_estimate (unbiased likelihood)."
+            )
+        table = self._state_log_probs()
+        code = (value * size ** torch.arange(self.chain.length - 1, -1, -1)).sum(-1)
+        log_p = table[code]
+        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    def _state_log_probs(self) -> Tensor:
+        """Return the log-law of the final state over all states, ``(S ** L,)``."""
+        chain, kernel = self.chain, self.chain.kernel
+        grid = torch.cartesian_prod(*[torch.arange(kernel.process.num_states)] * chain.length)
+        states = grid.reshape(-1, chain.length)
+        law = kernel.prior_log_prob(states, chain.prompt).exp()
+        for k in range(kernel.num_steps):
+            reached = law > 0
+            step = kernel.step({"tokens": states[reached]}, k, fixed=chain.fixed)
+            moves = step.log_prob(states[:, None]).exp()  # (to, from)
+            law = moves @ law[reached]
+        return torch.log(law)
+
+    def log_prob_bound(
+        self,
+        value: Tensor,
+        *,
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return an unbiased estimate of a lower bound on ``log_prob`` (the chain's ELBO).
+
+        Each sample noises ``x0`` to one grid point and scores one step exactly; the grid points
+        are stratified over the ``T`` steps. The expected value never exceeds ``log_prob``.
+
+        :param value: clean tokens, int64 ``(*batch, L)``.
+        :param num_samples: network rows per sequence.
+        :param generator: source of randomness.
+        :returns: nats, float64 ``(*batch,)``.
+        """
+        return self.bound_samples(value, num_samples=num_samples, generator=generator).mean(0)
+
+    def bound_samples(
+        self,
+        value: Tensor,
+        *,
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the single-step terms whose mean is :meth:`log_prob_bound`.
+
+        Their spread over the first axis gives a (conservative, because stratified) standard error.
+
+        :param value: clean tokens, int64 ``(*batch, L)``.
+        :param num_samples: number of terms per sequence.
+        :param generator: source of randomness.
+        :returns: nats, float64 ``(num_samples, *batch)``.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1, got {num_samples}.")
+        value = check_value(self, value)
+        offset = torch.rand((), dtype=torch.float64, generator=generator)
+        strata = (torch.arange(num_samples, dtype=torch.float64) + offset) / num_samples
+        steps = (strata * self.chain.num_steps).floor().long().clamp_max(self.chain.num_steps - 1)
+        terms = torch.empty(num_samples, *value.shape[:-1], dtype=torch.float64)
+        for k in steps.unique().tolist():
+            chosen = steps == k
+            x0 = value.expand(int(chosen.sum()), *value.shape)
+            terms[chosen] = -self._step_kl(x0, k, generator) * self.chain.num_steps
+        return terms
+
+    def _step_kl(self, x0: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
+        chain, kernel = self.chain, self.chain.kernel
+        uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
+        a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
+        z = kernel.process.corrupt(x0, a, uniforms[0], uniforms[1])
+        z = z if chain.prompt is None else torch.where(chain.prompt >= 0, x0, z)
+        with torch.no_grad():
+            log_c = kernel.cavity_log_probs(z, k)
+        site = step_kl(kernel.process, x0, z, log_c, a, b, float(kernel.kappa[k]))
+        if chain.prompt is not None:
+            broken = torch.where(x0 == chain.prompt, 0.0, torch.inf).to(site.dtype)
+            site = torch.where(chain.prompt >= 0, broken, site)
+        return site.sum(-1)
+
+    def log_prob_estimate(
+        self,
+        value: Tensor,
+        *,
+        num_particles: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return an estimate whose exponential is unbiased for the likelihood (IWAE).
+
+        Paths are proposed from the bridge to ``x0``: the chain's own kernel with the denoiser
+        replaced by the known answer. Its logarithm lies below ``log_prob`` on average.
+
+        :param value: clean tokens, int64 ``(*batch, L)``.
+        :param num_particles: number of bridges per sequence (Burda et al. 2016, Eq. 8).
+        :param generator: source of randomness.
+        :returns: nats, float64 ``(*batch,)``.
+        """
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be >= 1, got {num_particles}.")
+        value = check_value(self, value)
+        x0 = value.expand(num_particles, *value.shape)
+        log_w = self._bridge_log_weight(x0, generator)
+        return torch.logsumexp(log_w, 0) - float(np.log(num_particles))
+
+    def _bridge_log_weight(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
+        chain, kernel = self.chain, self.chain.kernel
+        known = torch.nn.functional.one_hot(x0, kernel.process.vocab_size).to(torch.float64).log()
+        carry = kernel.init_carry(
+            x0.shape[:-1], chain.length, prompt=chain.prompt, generator=generator
+        )
+        log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64)
+        with torch.no_grad():
+            for k in range(kernel.num_steps):
+                model = kernel.step(carry, k, fixed=chain.fixed)
+                bridge = _with_denoiser_output(model, known)
+                tokens = bridge.sample(generator=generator)
+                log_w = log_w + model.log_prob(tokens) - bridge.log_prob(tokens)
+                carry = kernel.advance(carry, tokens, k)
+        reached = (carry["tokens"] == x0).all(-1)  # a prompt may contradict x0
+        return torch.where(reached, log_w, -torch.inf)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all clean sequences, ``(V ** L, *batch, L)``, for tiny chains.
+
+        :param expand: whether to expand the batch dimensions (size one otherwise).
+        :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
+        """
+        return enumerated(self, self.chain.kernel.process.vocab_size, expand, MAX_ENUMERATE)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: ChainMarginal | None = None
+    ) -> ChainMarginal:
+        """Return the same law with larger batch dimensions.
+
+        :param batch_shape: the new batch shape.
+        """
+        new = self._get_checked_instance(ChainMarginal, _instance)
+        shape = check_expand(self.batch_shape, batch_shape)
+        new.chain = self.chain.expand(shape)
+        super(ChainMarginal, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+
+def _with_denoiser_output(step: TokenStep, log_probs: Tensor) -> TokenStep:
+    return TokenStep(
+        step.process,
+        step.tokens,
+        log_probs,
+        step.alpha_t,
+        step.alpha_s,
+        step.kappa,
+        fixed=step.fixed,
+        validate_args=False,
+    )
