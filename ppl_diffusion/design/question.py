@@ -141,7 +141,9 @@ def parse_motif(text: str) -> MotifSpec:
         place, weight = text, 1.0
     path, name = _split_name(place)
     if not path.is_file():
-        raise InputError(f"The motif file {str(path)!r} does not exist: give a MEME or JASPAR file.")
+        raise InputError(
+            f"The motif file {str(path)!r} does not exist: give a MEME or JASPAR file."
+        )
     if not math.isfinite(weight):
         raise InputError(f"The weight of motif {place!r} must be finite, not {weight}.")
     return MotifSpec(path, name, weight)

@@ -1,0 +1,81 @@
+"""Every failure a user can cause ends as one sentence on standard error."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+from ppl_diffusion.design.question import InputError
+
+USAGE = 2
+FAILED = 1
+STOPPED = 130
+DEBUG = "PPL_DIFFUSION_DEBUG"
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command and turn what it raises into a sentence and an exit code.
+
+    Bad input gives 2, a run that could not give an answer gives 1, Ctrl-C gives 130. Errors that
+    are no user's fault pass through with their traceback, and so does everything when the
+    environment variable ``PPL_DIFFUSION_DEBUG`` is set.
+
+    :param command: the command to run.
+    :returns: the exit code.
+    """
+    if os.environ.get(DEBUG):
+        return _code(command())
+    try:
+        return _code(command())
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (typer.TyperException, InputError) as error:
+        return complain(error, USAGE)
+    except OSError as error:
+        return complain(f"{error.strerror or error}: {error.filename}", USAGE)
+    except (typer.Abort, KeyboardInterrupt):
+        return complain("Stopped before the end; nothing was written.", STOPPED)
+    except RuntimeError as error:
+        if type(error).__name__ != "ParticleCollapse":
+            raise
+        return complain(error, FAILED)
+
+
+def complain(error: object, code: int) -> int:
+    """Print one sentence on standard error.
+
+    :param error: an exception or a text.
+    :param code: the exit code to hand back.
+    :returns: ``code``.
+    """
+    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    print(f"ppl-diffusion: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Treat what the library raises in this block as the user's input being wrong.
+
+    :raises InputError: in place of ``ValueError``, ``KeyError`` and ``OSError``, with their text.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(_text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error)
+
+
+def _code(result: object) -> int:
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,195 @@
+"""The command ``ppl-diffusion``; what a command needs is imported when it runs, so help is quick."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppl_diffusion import __version__
+from ppl_diffusion._cli.complain import exit_code
+from ppl_diffusion.design.question import Job, Question, Search
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(help="Shipped prior, or folder that holds one.")]
+Steps = Annotated[int, typer.Option(help="Steps of the reverse chain.")]
+Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same files.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    raise SystemExit(run())
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    :param arguments: words after the program's name; those of the process by default.
+    :returns: exit code: 0, 2 for bad input (with one sentence on standard error), 1 when a run
+        could not give an answer.
+    """
+    words = None if arguments is None else list(arguments)
+    return exit_code(lambda: app(args=words, prog_name="ppl-diffusion", standalone_mode=False))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Discrete diffusion models as distributions of a probabilistic program."""
+    if version:
+        typer.echo(f"ppl-diffusion {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def models() -> None:
+    """List the shipped priors and oracles."""
+    from ppl_diffusion._cli.commands import list_models
+
+    list_models()
+
+
+@app.command()
+def sample(
+    name: Name,
+    num: Annotated[int, typer.Option(help="How many sequences.")] = 10,
+    steps: Steps = 64,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="FASTA or CSV file by its ending; standard output if absent."),
+    ] = None,
+) -> None:
+    """Draw sequences from a prior."""
+    from ppl_diffusion._cli.commands import draw_samples
+
+    draw_samples(name, num=num, steps=steps, seed=seed, out=out)
+
+
+@app.command()
+def design(
+    name: Name,
+    particles: Annotated[int, typer.Option(help="Particles per run.")] = 256,
+    runs: Annotated[int, typer.Option(help="Independent runs.")] = 4,
+    steps: Steps = 64,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME if absent.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run.")] = False,
+    observe: Annotated[
+        float | None, typer.Option(help="Observed expression: Normal(oracle(x), SD).")
+    ] = None,
+    sd: Annotated[float, typer.Option(help="Standard deviation of --observe.")] = 0.5,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            "--reward-temperature",
+            help="Reward oracle(x) / TEMPERATURE; what a prior with an oracle does by default.",
+        ),
+    ] = None,
+    motif: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Reward the best hit of a matrix: FILE[@NAME][:WEIGHT], MEME or JASPAR. Repeatable."
+        ),
+    ] = None,
+    gc: Annotated[
+        tuple[float, float] | None, typer.Option(help="Lowest and highest GC content, as shares.")
+    ] = None,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option(help="Motif (IUPAC) that occurs on neither strand. Repeatable."),
+    ] = None,
+    fix: Annotated[
+        list[str] | None,
+        typer.Option(help="Fixed bases, POS:BASES, positions counted from 0. Repeatable."),
+    ] = None,
+    twist: Annotated[
+        str, typer.Option(help="Look-ahead: argmax, persistent, sample or none.")
+    ] = "argmax",
+    resampler: Annotated[
+        str,
+        typer.Option(
+            help="multinomial, residual, stratified, systematic, ssp or killing.",
+        ),
+    ] = "systematic",
+    ess_threshold: Annotated[
+        float, typer.Option(help="Resample below this share of effective particles.")
+    ] = 0.5,
+    quiet: Quiet = False,
+) -> None:
+    """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
+    from ppl_diffusion._cli.commands import run_design
+    from ppl_diffusion.design.question import parse_fix, parse_forbid, parse_motif
+
+    question = Question(
+        observe=observe,
+        sd=sd,
+        temperature=temperature,
+        motifs=tuple(map(parse_motif, motif or ())),
+        gc=gc,
+        forbid=tuple(map(parse_forbid, forbid or ())),
+        fix=tuple(map(parse_fix, fix or ())),
+    )
+    search = Search(
+        num_particles=particles,
+        num_runs=runs,
+        num_steps=steps,
+        seed=seed,
+        twist=twist,
+        resampler=resampler,
+        ess_threshold=ess_threshold,
+    )
+    place = out or Path("runs") / Path(name).name
+    run_design(Job(name, question, search), place, replace=force, quiet=quiet)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="Recipe, by the name of its prior.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/, molecules/, ..."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/train-NAME.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps; those of the recipe if absent.")
+    ] = None,
+    seed: Seed = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a prior by its recipe."""
+    from ppl_diffusion._cli.commands import train_prior
+
+    place = out or Path("runs") / f"train-{name}"
+    train_prior(name, data=data, out=place, steps=steps, seed=seed, resume=resume, quiet=quiet)
+
+
+@app.command()
+def diagnose(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder written by design.")],
+    plots: Annotated[
+        Path | None, typer.Option(help="Also draw the plots into this folder.")
+    ] = None,
+) -> None:
+    """Print how far the particles of a run can be trusted."""
+    from ppl_diffusion._cli.commands import diagnose_run
+
+    diagnose_run(folder, plots=plots)
+
+
+if __name__ == "__main__":
+    main()

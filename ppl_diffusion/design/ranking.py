@@ -1,0 +1,89 @@
+"""From particles of several runs to one ranked table of distinct sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.smc import ParticlePosterior
+
+
+@dataclass(frozen=True)
+class Designs:
+    """Distinct designs, heaviest first.
+
+    :param tokens: int64 ``(M, L)``.
+    :param weight: share of the pooled posterior, float64 ``(M,)``, sums to 1.
+    :param copies: particles that hold the sequence, int64 ``(M,)``.
+    :param run: first run that found it, int64 ``(M,)``.
+    :param log_potential: log-potential in nats, float64 ``(M,)``.
+    """
+
+    tokens: Tensor
+    weight: Tensor
+    copies: Tensor
+    run: Tensor
+    log_potential: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pooled_log_weights(posterior: ParticlePosterior) -> Tensor:
+    """Weights over all runs at once: each run counts by its evidence estimate.
+
+    That is the properly weighted union of independent runs, so pooled means converge to the
+    posterior mean as runs are added.
+
+    :param posterior: particles of ``R`` runs.
+    :returns: float64 ``(R, N)``, ``logsumexp`` over everything is 0; all ``-inf`` if every run died.
+    """
+    joint = posterior.log_weights + posterior.log_evidence[:, None]
+    total = torch.logsumexp(joint.flatten(), 0)
+    return joint - total if bool(torch.isfinite(total)) else joint
+
+
+def rank_designs(posterior: ParticlePosterior) -> Designs:
+    """Merge copies and order by pooled weight, then potential, then sequence.
+
+    :param posterior: particles of ``R`` runs over sequences ``(R, N, L)``.
+    :returns: the designs of positive weight.
+    """
+    num_runs, num_particles, length = posterior.x0.shape
+    weight = pooled_log_weights(posterior).exp().flatten()
+    tokens, inverse = torch.unique(posterior.x0.reshape(-1, length), dim=0, return_inverse=True)
+    run = torch.arange(num_runs).repeat_interleave(num_particles)
+    merged = _Merge(inverse, len(tokens))
+    designs = Designs(
+        tokens=tokens,
+        weight=merged.reduce(weight, "sum"),
+        copies=merged.reduce(torch.ones_like(run), "sum"),
+        run=merged.reduce(run, "amin"),
+        log_potential=merged.reduce(posterior.log_potential.flatten(), "amax"),
+    )
+    return _take(designs, _order(designs))
+
+
+@dataclass(frozen=True)
+class _Merge:
+    inverse: Tensor
+    size: int
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        out = torch.zeros(self.size, dtype=values.dtype)
+        return out.scatter_reduce(0, self.inverse, values, how, include_self=False)
+
+
+def _order(designs: Designs) -> Tensor:
+    # `unique` has sorted the sequences, and stable sorts keep that order among ties.
+    by_potential = torch.sort(designs.log_potential, descending=True, stable=True).indices
+    weight = designs.weight[by_potential]
+    order = by_potential[torch.sort(weight, descending=True, stable=True).indices]
+    return order[designs.weight[order] > 0]
+
+
+def _take(designs: Designs, index: Tensor) -> Designs:
+    columns = {name: value[index] for name, value in vars(designs).items()}
+    return Designs(**columns)

@@ -1,0 +1,95 @@
+"""The files of a run folder. Same seed, same bytes, except the seconds in ``summary.json``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppl_diffusion.design.judging import Columns
+    from ppl_diffusion.design.ranking import Designs
+
+
+def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) -> str:
+    """Write the ranked table.
+
+    :param designs: ``M`` distinct designs, heaviest first.
+    :param columns: scores, each ``(M,)``.
+    :param sequences: the designs as text.
+    :returns: CSV text with a header.
+    """
+    numbers = {
+        "weight": designs.weight,
+        "copies": designs.copies,
+        "run": designs.run,
+        "log_potential": designs.log_potential,
+        **columns,
+    }
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["rank", "sequence", *numbers])
+    rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
+    for rank, (sequence, row) in enumerate(zip(sequences, rows, strict=True), 1):
+        writer.writerow([rank, sequence, *map(_cell, row)])
+    return out.getvalue()
+
+
+def fasta(sequences: Sequence[str], headers: Sequence[str]) -> str:
+    """Write sequences in FASTA format, one line each.
+
+    :param sequences: the sequences.
+    :param headers: one header per sequence, without ``>``.
+    """
+    pairs = zip(headers, sequences, strict=True)
+    return "".join(f">{header}\n{sequence}\n" for header, sequence in pairs)
+
+
+def design_headers(designs: Designs) -> list[str]:
+    """Name designs by rank, with weight and log-potential.
+
+    :param designs: the designs.
+    """
+    pairs = zip(designs.weight.tolist(), designs.log_potential.tolist(), strict=True)
+    return [
+        f"design_{rank} weight={weight:.6g} log_potential={potential:.6g}"
+        for rank, (weight, potential) in enumerate(pairs, 1)
+    ]
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Write strict JSON: numbers that are not finite become null.
+
+    :param content: nested mappings, sequences, numbers and strings.
+    """
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def save_netcdf(data: Any, path: Path) -> None:
+    """Write ArviZ data without its time stamp, so that the same seed gives the same bytes.
+
+    :param data: ``InferenceData`` or ``DataTree``.
+    :param path: the file.
+    """
+    groups = data.groups() if callable(data.groups) else data.groups
+    for node in (data, *(data[name] for name in groups if name != "/")):
+        node.attrs.pop("created_at", None)
+    data.to_netcdf(str(path))
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
