@@ -1,4 +1,4 @@
-"""The command ``ppl-diffusion``; what a command needs is imported when it runs, so help is quick."""
+"""The command ``ppl-diffusion``; a command imports what it needs when it runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,8 @@ from ppl_diffusion.design.question import Job, Question, Search
 
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -67,7 +68,7 @@ def sample(
     seed: Seed = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="FASTA or CSV file by its ending; standard output if absent."),
+        typer.Option(help="FASTA or CSV file, by its ending; printed if absent."),
     ] = None,
 ) -> None:
     """Draw sequences from a prior."""
@@ -100,7 +101,8 @@ def design(
     motif: Annotated[
         list[str] | None,
         typer.Option(
-            help="Reward the best hit of a matrix: FILE[@NAME][:WEIGHT], MEME or JASPAR. Repeatable."
+            metavar="FILE[@NAME][:WEIGHT]",
+            help="Reward the best hit of a MEME or JASPAR matrix. Repeatable.",
         ),
     ] = None,
     gc: Annotated[
@@ -108,11 +110,11 @@ def design(
     ] = None,
     forbid: Annotated[
         list[str] | None,
-        typer.Option(help="Motif (IUPAC) that occurs on neither strand. Repeatable."),
+        typer.Option(metavar="IUPAC", help="Motif that occurs on neither strand. Repeatable."),
     ] = None,
     fix: Annotated[
         list[str] | None,
-        typer.Option(help="Fixed bases, POS:BASES, positions counted from 0. Repeatable."),
+        typer.Option(metavar="POS:BASES", help="Fixed bases, counted from 0. Repeatable."),
     ] = None,
     twist: Annotated[
         str, typer.Option(help="Look-ahead: argmax, persistent, sample or none.")

@@ -141,11 +141,9 @@ def parse_motif(text: str) -> MotifSpec:
         place, weight = text, 1.0
     path, name = _split_name(place)
     if not path.is_file():
-        raise InputError(
-            f"The motif file {str(path)!r} does not exist: give a MEME or JASPAR file."
-        )
-    if not math.isfinite(weight):
-        raise InputError(f"The weight of motif {place!r} must be finite, not {weight}.")
+        raise InputError(f"There is no motif file {str(path)!r}: give a MEME or JASPAR file.")
+    if not (math.isfinite(weight) and weight > 0):
+        raise InputError(f"The weight of motif {place!r} must be finite and above 0, not {weight}.")
     return MotifSpec(path, name, weight)
 
 
@@ -189,7 +187,7 @@ def clamp_pattern(fix: tuple[tuple[int, str], ...], length: int) -> dict[int, st
     for start, bases in fix:
         if start + len(bases) > length:
             raise InputError(
-                f"The fixed bases {start}:{bases} run past the end of a sequence of {length} bases: "
+                f"The fixed bases {start}:{bases} run past the end of {length} bases: "
                 f"start at {length - len(bases)} or earlier."
             )
         for offset, base in enumerate(bases):

@@ -38,7 +38,7 @@ def pooled_log_weights(posterior: ParticlePosterior) -> Tensor:
     posterior mean as runs are added.
 
     :param posterior: particles of ``R`` runs.
-    :returns: float64 ``(R, N)``, ``logsumexp`` over everything is 0; all ``-inf`` if every run died.
+    :returns: float64 ``(R, N)``, sums to 1 over all runs; all ``-inf`` if every run died.
     """
     joint = posterior.log_weights + posterior.log_evidence[:, None]
     total = torch.logsumexp(joint.flatten(), 0)

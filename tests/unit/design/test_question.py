@@ -17,7 +17,7 @@ from ppl_diffusion.design.question import (
 
 @pytest.mark.parametrize(
     ("suffix", "name", "weight"),
-    [("", None, 1.0), (":2", None, 2.0), (":-0.5", None, -0.5), ("@TBP", "TBP", 1.0)],
+    [("", None, 1.0), (":2", None, 2.0), (":0.5", None, 0.5), ("@TBP", "TBP", 1.0)],
 )
 def test_parse_motif(tmp_path, suffix, name, weight):
     path = tmp_path / "m.meme"
@@ -33,9 +33,9 @@ def test_parse_motif_with_name_and_weight(tmp_path):
 
 def test_parse_motif_refusals(tmp_path):
     (tmp_path / "m.meme").write_text("")
-    with pytest.raises(InputError, match="does not exist: give a MEME or JASPAR file"):
+    with pytest.raises(InputError, match="There is no motif file"):
         parse_motif("nowhere.meme:2")
-    with pytest.raises(InputError, match="must be finite, not nan"):
+    with pytest.raises(InputError, match="must be finite and above 0, not nan"):
         parse_motif(f"{tmp_path / 'm.meme'}:nan")
 
 
@@ -58,7 +58,7 @@ def test_parse_forbid():
 
 def test_clamp_pattern():
     assert clamp_pattern(((0, "AC"), (1, "C"), (8, "GT")), 10) == {0: "A", 1: "C", 8: "G", 9: "T"}
-    with pytest.raises(InputError, match="run past the end of a sequence of 10 bases: start at 8"):
+    with pytest.raises(InputError, match="run past the end of 10 bases: start at 8"):
         clamp_pattern(((9, "GT"),), 10)
     with pytest.raises(InputError, match="Position 1 is fixed to both C and G"):
         clamp_pattern(((0, "AC"), (1, "G")), 10)
