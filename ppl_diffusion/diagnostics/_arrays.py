@@ -1,0 +1,89 @@
+"""Small numpy readings of a particle posterior that every diagnostic shares."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from ppl_diffusion._errors import ParticleCollapse
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """A tensor or array as numpy, detached and on the host."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def pooled_log_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log of the mean evidence over runs (axis 0), the unbiased pooling; a dead run counts as 0."""
+    return np.asarray(logsumexp(log_evidence, axis=0) - np.log(len(log_evidence)))
+
+
+def relative_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each run's evidence over the mean of all runs (axis 0); NaN where every run is dead."""
+    pooled = pooled_log_evidence(log_evidence)
+    safe = np.where(np.isfinite(pooled), pooled, np.nan)
+    return np.exp(log_evidence - safe)
+
+
+def across_run_sd(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Relative standard deviation of one run's evidence, from the spread over runs (axis 0).
+
+    By the delta method this is also the standard deviation of its logarithm. NaN for one run.
+    """
+    if len(log_evidence) < 2:
+        return np.full(log_evidence.shape[1:], np.nan)
+    return np.asarray(np.std(relative_evidence(log_evidence), axis=0, ddof=1))
+
+
+def genealogical_sd(log_evidence: NDArray[np.float64], variance: NDArray[np.float64]) -> np.float64:
+    """Relative standard deviation of one run's evidence, from its family tree.
+
+    ``Z^2 V`` is unbiased for the variance of one run's evidence ``Z`` (Lee and Whiteley 2018,
+    Biometrika 105, theorem 1), so it is averaged over runs as it stands; a dead run adds zero.
+    NaN when a living run's tree is degenerate (one surviving root), or no run lives.
+
+    :param log_evidence: ``(R,)``.
+    :param variance: ``(R,)`` relative variances ``V``.
+    """
+    ratio = relative_evidence(log_evidence)
+    terms = np.where(ratio > 0, ratio**2 * variance, np.where(ratio == 0, 0.0, np.nan))
+    return np.float64(np.sqrt(np.maximum(terms.mean(), 0.0)))
+
+
+def pooled_log_weights(
+    log_evidence: NDArray[np.float64], log_weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weights ``(R, N)`` of all particles of all runs as one population, normalised.
+
+    A run counts in proportion to its evidence, which keeps ``sum_r Z_r W_rn f`` unbiased for
+    ``R Z E[f]``.
+
+    :raises ParticleCollapse: if every run is dead.
+    """
+    if not np.isfinite(log_evidence).any():
+        raise ParticleCollapse(
+            f"all {len(log_evidence)} runs are dead (evidence zero), so there is no particle to "
+            "look at: use more particles, a twist, or a softer potential"
+        )
+    joint = log_evidence[:, None] + log_weights
+    return joint - logsumexp(joint)
+
+
+def lineage_roots(ancestors: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index in the initial population of each particle's root, after each step.
+
+    :param ancestors: ``(T, R, N)`` parent indices.
+    :returns: ``(T + 1, R, N)``; row 0 is the initial population itself.
+    """
+    _, runs, particles = ancestors.shape
+    roots = [np.broadcast_to(np.arange(particles), (runs, particles))]
+    for parents in ancestors:
+        roots.append(np.take_along_axis(roots[-1], parents, axis=-1))
+    return np.stack(roots)
+
+
+def count_distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of distinct values along the last axis."""
+    ordered = np.sort(values, axis=-1)
+    return 1 + (np.diff(ordered, axis=-1) != 0).sum(-1)
