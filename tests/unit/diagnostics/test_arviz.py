@@ -1,0 +1,284 @@
+"""The ArviZ adapter: schema, values, weights, dead runs, and the way to a file and back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_diffusion._errors import ParticleCollapse
+from ppl_diffusion.diagnostics import _arviz, khat, to_arviz
+
+arviz = _arviz._import_arviz()
+ARVIZ_MAJOR = int(arviz.__version__.split(".")[0])
+only_1x = pytest.mark.skipif(ARVIZ_MAJOR < 1, reason="needs ArviZ 1.x (Python 3.12)")
+only_0x = pytest.mark.skipif(ARVIZ_MAJOR >= 1, reason="needs ArviZ 0.x")
+
+
+def group_names(data):
+    return set(data.groups()) if ARVIZ_MAJOR == 0 else set(data.children)
+
+
+def dataset(data, group):
+    return data[group] if ARVIZ_MAJOR == 0 else data[group].to_dataset()
+
+
+def program_posterior(make, replace, **options):
+    """Sites of every kind: tokens, a scalar, a vector, a flag, a path."""
+    posterior = make(path=True, **options)
+    shape = posterior.log_weights.shape
+    sites = {
+        "x": posterior.x0,
+        "gain": torch.arange(shape.numel(), dtype=torch.float32).reshape(shape),
+        "count": torch.arange(shape.numel()).reshape(shape),
+        "offset": torch.zeros(*shape, 2, dtype=torch.float64),
+        "on": torch.ones(shape, dtype=torch.bool),
+        "trajectory": posterior.path,
+    }
+    return replace(posterior, samples=sites)
+
+
+def test_stored_particles_are_the_posterior_itself(make_posterior):
+    posterior = make_posterior()
+    data = to_arviz(posterior, weights="store")
+    draws, stats = dataset(data, "posterior"), dataset(data, "sample_stats")
+    assert draws["x0"].dims == ("chain", "draw", "position")
+    np.testing.assert_array_equal(draws["x0"], posterior.x0)
+    np.testing.assert_array_equal(stats["log_weight"], posterior.log_weights)
+    np.testing.assert_array_equal(stats["log_potential"], posterior.log_potential)
+    np.testing.assert_array_equal(stats["root_ancestor"], posterior.eve)
+    np.testing.assert_array_equal(stats["particle"][1], np.arange(40))
+
+
+def test_draws_are_copies_of_particles_with_equal_weights(make_posterior):
+    posterior = make_posterior()
+    data = to_arviz(posterior)
+    draws, stats = dataset(data, "posterior"), dataset(data, "sample_stats")
+    particle = torch.as_tensor(stats["particle"].values.astype(np.int64))
+    for run in range(3):
+        np.testing.assert_array_equal(draws["x0"][run], posterior.x0[run, particle[run]])
+        np.testing.assert_array_equal(
+            stats["root_ancestor"][run], posterior.eve[run, particle[run]]
+        )
+    np.testing.assert_allclose(np.exp(stats["log_weight"]).sum("draw"), 1.0)
+
+
+def test_stratified_draws_copy_each_particle_within_two_of_its_share(make_posterior):
+    posterior = make_posterior(particles=200)
+    particle = dataset(to_arviz(posterior, seed=3), "sample_stats")["particle"].values
+    for run, share in enumerate(200 * posterior.log_weights.exp().numpy()):
+        copies = np.bincount(particle[run], minlength=200)
+        assert (np.abs(copies - share) < 2).all()
+
+
+def test_weighted_and_resampled_means_agree(make_posterior):
+    # stratified resampling of 2000 particles: the sd of a mean is below that of 2000 independent
+    # draws, so 5 of those in one of 3 runs is a false alarm less than once in 500,000
+    posterior = make_posterior(particles=2000)
+    weights = posterior.log_weights.exp().numpy()
+    values = posterior.log_potential.numpy()
+    exact = (weights * values).sum(-1)
+    variance = (weights * (values - exact[:, None]) ** 2).sum(-1)
+    drawn = dataset(to_arviz(posterior, seed=11), "sample_stats")["log_potential"].mean("draw")
+    assert (np.abs(drawn.values - exact) < 5 * np.sqrt(variance / 2000)).all()
+
+
+def test_zero_weight_particles_are_never_drawn(make_posterior, with_fields):
+    posterior = make_posterior(particles=8)
+    log_weights = torch.full((3, 8), -torch.inf, dtype=torch.float64)
+    log_weights[:, [2, 5]] = torch.tensor([0.25, 0.75], dtype=torch.float64).log()
+    data = to_arviz(with_fields(posterior, log_weights=log_weights))
+    particle = dataset(data, "sample_stats")["particle"].values
+    np.testing.assert_array_equal(particle, [[2, 2, 5, 5, 5, 5, 5, 5]] * 3)
+
+
+def test_same_seed_gives_the_same_draws_and_another_seed_others(make_posterior):
+    first, again, other = (
+        dataset(to_arviz(make_posterior(), seed=s), "sample_stats")["particle"] for s in (1, 1, 2)
+    )
+    assert first.equals(again)
+    assert not first.equals(other)
+
+
+def test_smc_group_follows_the_runs_step_by_step(make_posterior):
+    posterior = make_posterior(dead=[1])
+    smc = dataset(to_arviz(posterior), "smc")
+    np.testing.assert_array_equal(smc["ess"], posterior.ess)
+    np.testing.assert_array_equal(smc["log_evidence"], posterior.log_evidence_steps)
+    np.testing.assert_allclose(
+        smc["log_evidence_increment"][0].cumsum(), posterior.log_evidence_steps[0]
+    )
+    np.testing.assert_array_equal(smc["resampled"], posterior.resampled)
+    np.testing.assert_array_equal(smc["total_log_evidence"], posterior.log_evidence)
+    np.testing.assert_array_equal(smc["died_at"], [-1, 3, -1])
+    np.testing.assert_array_equal(smc["khat"], khat(posterior.log_weights))
+    np.testing.assert_allclose(smc["time"], [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-15)
+
+
+def test_smc_group_counts_parents_and_roots(make_posterior, with_fields):
+    ancestors = torch.tensor([[[0, 1, 2, 3]], [[0, 0, 2, 3]], [[0, 1, 1, 2]]])
+    posterior = make_posterior(runs=1, particles=4, steps=3)
+    smc = dataset(to_arviz(with_fields(posterior, ancestors=ancestors)), "smc")
+    np.testing.assert_array_equal(smc["n_unique"], [[4, 3, 3]])
+    np.testing.assert_array_equal(smc["n_root_ancestors"], [[4, 3, 2]])
+
+
+def test_smc_group_does_not_depend_on_the_weights_mode(make_posterior):
+    posterior = make_posterior(dead=[0])
+    drawn, stored = (dataset(to_arviz(posterior, weights=w), "smc") for w in ("resample", "store"))
+    assert drawn.identical(stored)
+
+
+def test_dead_run_is_left_out_of_draws_and_keeps_the_run_numbers(make_posterior):
+    data = to_arviz(make_posterior(dead=[1]))
+    draws, smc = dataset(data, "posterior"), dataset(data, "smc")
+    np.testing.assert_array_equal(draws["run"], [0, 2])
+    np.testing.assert_array_equal(draws["chain"], [0, 2])
+    np.testing.assert_array_equal(smc["run"], [0, 1, 2])
+    assert np.isneginf(smc["total_log_evidence"].sel(chain=1))
+
+
+def test_dead_run_is_stored_with_weight_zero(make_posterior):
+    stats = dataset(to_arviz(make_posterior(dead=[1]), weights="store"), "sample_stats")
+    assert np.isneginf(stats["log_weight"].sel(chain=1)).all()
+    np.testing.assert_array_equal(stats["is_valid"].sum("draw"), [40, 0, 40])
+
+
+def test_draws_of_nothing_but_dead_runs_raise(make_posterior):
+    posterior = make_posterior(dead=[0, 1, 2])
+    with pytest.raises(ParticleCollapse, match=r'all 3 runs are dead .* weights="store"'):
+        to_arviz(posterior)
+    assert "posterior" in group_names(to_arviz(posterior, weights="store"))
+
+
+def test_sites_of_a_program_get_sensible_dims(make_posterior, with_fields):
+    posterior = program_posterior(make_posterior, with_fields)
+    data = to_arviz(posterior, weights="store")
+    draws, past = dataset(data, "posterior"), dataset(data, "smc_history")
+    assert {name: (v.dims[2:], v.dtype) for name, v in draws.data_vars.items()} == {
+        "x0": (("position",), np.uint16),
+        "x": (("position",), np.uint16),
+        "gain": ((), np.float32),
+        "count": ((), np.int64),
+        "offset": (("offset_dim_0",), np.float64),
+        "on": ((), np.int8),
+    }
+    assert past["trajectory"].dims == ("chain", "draw", "state", "position")
+    np.testing.assert_array_equal(past["trajectory"], posterior.path)
+
+
+def test_plates_come_before_positions(make_posterior, with_fields):
+    posterior = program_posterior(make_posterior, with_fields, plates=(2,))
+    local = torch.zeros(3, 40, 2, 5)
+    posterior = with_fields(posterior, samples=posterior.samples | {"local": local})
+    data = to_arviz(posterior)
+    draws = dataset(data, "posterior")
+    assert draws["x0"].dims == ("chain", "draw", "plate_0", "position")
+    assert draws["local"].dims == ("chain", "draw", "plate_0", "local_dim_0")
+    assert draws["gain"].dims == ("chain", "draw")
+    assert dataset(data, "smc_history")["path"].dims[2:] == ("plate_0", "state", "position")
+
+
+def test_large_token_ids_are_stored_as_int32(make_posterior, with_fields):
+    posterior = make_posterior()
+    posterior = with_fields(posterior, x0=posterior.x0 + 70_000, samples={})
+    draws = dataset(to_arviz(posterior, weights="store"), "posterior")
+    assert draws["x0"].dtype == np.int32
+    np.testing.assert_array_equal(draws["x0"], posterior.x0)
+
+
+def test_history_can_be_left_out_and_is_guarded_by_size(make_posterior, monkeypatch):
+    posterior = make_posterior(path=True)
+    assert "smc_history" not in group_names(to_arviz(posterior, history=False))
+    np.testing.assert_array_equal(
+        dataset(to_arviz(posterior), "smc_history")["ancestor"][:, 2], posterior.ancestors[2]
+    )
+    monkeypatch.setattr(_arviz, "HISTORY_LIMIT", 3 * 5 * 40 * 4)
+    assert set(dataset(to_arviz(posterior), "smc_history").data_vars) == {"ancestor"}
+    assert "path" in dataset(to_arviz(posterior, history=True), "smc_history")
+    monkeypatch.setattr(_arviz, "HISTORY_LIMIT", 0)
+    assert "smc_history" not in group_names(to_arviz(posterior))
+
+
+def test_vocabulary_labels_token_ids(make_posterior):
+    constant = dataset(to_arviz(make_posterior(), vocabulary="ACGT"), "constant_data")
+    assert int(constant["token_id"].sel(token="G")) == 2
+    with pytest.raises(ValueError, match="vocabulary has 2 strings but x0 holds token id 3"):
+        to_arviz(make_posterior(), vocabulary="AC")
+
+
+def test_unknown_weights_mode_is_refused(make_posterior):
+    with pytest.raises(ValueError, match='weights is \'equal\': pass "resample" or "store"'):
+        to_arviz(make_posterior(), weights="equal")
+
+
+def test_attributes_state_target_cost_and_settings(make_posterior, with_fields):
+    posterior = make_posterior()
+    settings = posterior.settings | {"grid": [1.0, 0.5], "lazy": True}
+    attrs = to_arviz(with_fields(posterior, settings=settings), seed=5).attrs
+    assert attrs["target"] == "the posterior of a hand-made program"
+    assert (attrs["exact"], attrs["num_evaluations"], attrs["num_potential_calls"]) == (
+        1,
+        1200,
+        340,
+    )
+    assert (attrs["resampler"], attrs["seed"], attrs["resample_seed"]) == ("systematic", 7, 5)
+    assert (attrs["lazy"], attrs["twist"], json.loads(attrs["grid"])) == (1, "null", [1.0, 0.5])
+
+
+@pytest.mark.parametrize("weights", ["resample", "store"])
+def test_every_group_survives_netcdf(make_posterior, with_fields, tmp_path, weights):
+    posterior = program_posterior(make_posterior, with_fields, dead=[1])
+    data = to_arviz(posterior, weights=weights, vocabulary="ACGT")
+    data.to_netcdf(str(tmp_path / "posterior.nc"))
+    back = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
+    expected = {"posterior", "sample_stats", "smc", "smc_history", "constant_data"}
+    assert group_names(data) == group_names(back) == expected
+    assert dict(back.attrs) == dict(data.attrs)
+    for group in expected:
+        before, after = dataset(data, group), dataset(back, group).load()
+        assert before.equals(after)
+        assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
+
+
+def test_nothing_is_stored_as_objects(make_posterior, with_fields):
+    data = to_arviz(program_posterior(make_posterior, with_fields), vocabulary="ACGT")
+    for group in group_names(data):
+        assert all(v.dtype != object for v in dataset(data, group).variables.values())
+
+
+@pytest.mark.filterwarnings("default")  # ArviZ 0.x calls deprecated xarray and scipy functions
+def test_arviz_summary_reads_the_draws(make_posterior, with_fields):
+    posterior = program_posterior(make_posterior, with_fields)
+    data = to_arviz(posterior)
+    table = arviz.summary(data, var_names=["gain"], round_to="none")
+    mean = float(dataset(data, "posterior")["gain"].mean())
+    assert float(table.loc["gain", "mean"]) == pytest.approx(mean)
+
+
+@only_0x
+def test_arviz_0x_gets_inference_data(make_posterior):
+    assert isinstance(to_arviz(make_posterior()), arviz.InferenceData)
+
+
+@only_1x
+def test_arviz_1x_gets_a_data_tree(make_posterior):
+    import xarray
+
+    tree = to_arviz(make_posterior(), vocabulary="ACGT")
+    assert isinstance(tree, xarray.DataTree)
+    assert float(arviz.ess(tree["posterior"], var_names=["x0"])["x0"].min()) > 0
+
+
+def test_container_follows_the_installed_major(make_posterior, monkeypatch):
+    # the 1.x branch needs nothing but the version number and xarray
+    import xarray
+
+    class Future:
+        __version__ = "1.3.0"
+
+    monkeypatch.setattr(_arviz, "_import_arviz", lambda: Future)
+    tree = to_arviz(make_posterior())
+    assert isinstance(tree, xarray.DataTree)
+    assert set(tree.children) == {"posterior", "sample_stats", "smc", "smc_history"}
+    assert tree.attrs["target"] == "the posterior of a hand-made program"
