@@ -1,0 +1,248 @@
+"""Sequential Monte Carlo over reverse chains: the one engine under every door.
+
+``R`` independent runs of ``N`` particles move side by side. Weights accumulate between
+resampling steps, resampling happens inside a run when its effective sample size falls below a
+threshold, and the evidence is the product of the mean weights at those steps and at the end:
+unbiased for any number of particles, any scheme of :mod:`ppl_diffusion.smc.resampling`, any
+threshold (Del Moral 2004; Chopin and Papaspiliopoulos 2020, ch. 10 and 16).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.smc.feynman_kac import FeynmanKac
+from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
+from ppl_diffusion.smc.posterior import ParticlePosterior
+from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.twists import Carry
+from ppl_diffusion.smc.weights import Weights
+
+Progress = Callable[[int, int], None]
+
+
+class Engine(Protocol):
+    """What the SMC loop needs from a bound Feynman-Kac model."""
+
+    def init(self, runs: int, particles: int, generator: Any) -> Carry: ...
+    def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]: ...
+    def log_twist(self, carry: Carry, k: int, generator: Any) -> Tensor | None: ...
+    def gather(self, carry: Carry, ancestors: Tensor) -> Carry: ...
+
+
+def run_smc(
+    fk: FeynmanKac,
+    num_particles: int,
+    num_runs: int = 1,
+    resampler: str | Resampler = "systematic",
+    ess_threshold: float = 0.5,
+    generator: torch.Generator | None = None,
+    *,
+    store_path: bool = True,
+    max_rows: int | None = 4096,
+    progress: Progress | None = None,
+) -> ParticlePosterior:
+    """Run SMC on a Feynman-Kac model.
+
+    :param fk: the model.
+    :param num_particles: particles ``N`` per run.
+    :param num_runs: independent runs ``R``, vectorised.
+    :param resampler: a name (multinomial, residual, stratified, systematic, ssp, killing) or a
+        :class:`~ppl_diffusion.smc.Resampler`.
+    :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``; 0 never
+        resamples (importance sampling), anything above 1 always does.
+    :param generator: source of randomness (the global one by default).
+    :param store_path: keep the states of all steps, so that paths can be read back.
+    :param max_rows: largest number of rows sent to the network at once.
+    :param progress: called with ``(steps done, steps in all)``.
+    :returns: the weighted particles. Runs in which every particle died have evidence zero and
+        say at which step (``died_at``).
+    :raises ValueError: on impossible settings.
+    :raises PotentialError: if the potential returns NaN, ``+inf`` or a wrong shape.
+    """
+    bound = fk.bind(max_rows=max_rows)
+    scheme = as_resampler(resampler)
+    started = time.perf_counter()
+    with torch.no_grad():
+        trace = smc_loop(
+            bound,
+            fk.num_steps,
+            num_particles,
+            num_runs,
+            scheme,
+            ess_threshold,
+            generator,
+            record="tokens" if store_path else None,
+            progress=progress,
+        )
+    settings = {
+        **fk.settings,
+        "resampler": scheme.name,
+        "ess_threshold": ess_threshold,
+        "num_steps": fk.num_steps,
+    }
+    tokens = trace.carry["tokens"]
+    return ParticlePosterior(
+        x0=tokens,
+        times=torch.as_tensor(fk.chain.kernel.times),
+        samples={"x0": tokens},
+        num_evaluations=bound.num_evaluations,
+        num_potential_calls=bound.num_potential_calls,
+        exact=True,
+        target=fk.target,
+        settings=settings,
+        seconds=time.perf_counter() - started,
+        **trace.posterior_fields(),
+    )
+
+
+@dataclass
+class SMCTrace:
+    """Everything a run leaves behind.
+
+    :param carry: the final carry.
+    :param weights: the final weights.
+    """
+
+    carry: Carry
+    weights: Weights
+    log_potential: Tensor
+    log_evidence_steps: Tensor
+    ess: Tensor
+    resampled: Tensor
+    ancestors: Tensor
+    died_at: Tensor
+    history: list[Tensor] = field(default_factory=list)
+
+    def paths(self) -> Tensor | None:
+        """Return the surviving paths in a compact integer type, ``(R, N, T + 1, ...)``, or None."""
+        return trace_back(self.history, self.ancestors) if self.history else None
+
+    def posterior_fields(self) -> dict[str, Any]:
+        """Return the fields of a :class:`ParticlePosterior` that the loop knows."""
+        weights, eve = self.weights.normalised, eve_indices(self.ancestors)
+        variance = evidence_variance(eve, weights, self.resampled)
+        return {
+            "log_weights": self.weights.log_normalised,
+            "log_evidence": self.log_evidence_steps[:, -1],
+            "log_evidence_steps": self.log_evidence_steps,
+            "evidence_variance": torch.where(degenerate(eve, weights), torch.nan, variance),
+            "ancestors": self.ancestors,
+            "eve": eve,
+            "ess": self.ess,
+            "resampled": self.resampled,
+            "died_at": self.died_at,
+            "log_potential": self.log_potential,
+            "compact_path": self.paths(),
+        }
+
+
+def smc_loop(
+    engine: Engine,
+    num_steps: int,
+    num_particles: int,
+    num_runs: int,
+    resampler: Resampler,
+    ess_threshold: float,
+    generator: torch.Generator | None,
+    *,
+    record: str | None = None,
+    progress: Progress | None = None,
+) -> SMCTrace:
+    """Move, weigh, resample: the algorithm itself, over any bound model.
+
+    :param engine: the bound model.
+    :param num_steps: number ``T`` of moves.
+    :param num_particles: particles ``N`` per run.
+    :param num_runs: runs ``R``.
+    :param resampler: resampling scheme.
+    :param ess_threshold: fraction of ``N`` below which a run is resampled.
+    :param generator: source of randomness.
+    :param record: name of the carry entry whose history is kept, or None.
+    :param progress: called after each step.
+    """
+    _check_settings(num_particles, num_runs, ess_threshold)
+    shape = (num_runs, num_particles)
+    carry = engine.init(num_runs, num_particles, generator)
+    identity = torch.arange(num_particles).expand(shape)
+    previous = engine.log_twist(carry, 0, generator)
+    previous = torch.zeros(shape, dtype=torch.float64) if previous is None else previous
+    weights = Weights(previous.clone())
+    log_z = torch.zeros(num_runs, dtype=torch.float64)
+    died_at = torch.full((num_runs,), -1)
+    history = [] if record is None else [_compact(carry[record])]
+    ancestors, ess, resampled, log_z_steps = [], [], [], []
+    parents = identity
+    for k in range(num_steps):
+        carry, log_ratio = engine.move(carry, k, generator)
+        current = engine.log_twist(carry, k + 1, generator)
+        current = previous if current is None else current
+        weights = weights.add(log_ratio + current - previous)
+        _check_weights(weights, k)
+        previous = current
+        ancestors.append(parents)
+        ess.append(weights.ess)
+        log_z_steps.append(log_z + weights.log_mean)
+        died_at = torch.where((died_at < 0) & ~weights.alive, k, died_at)
+        if record is not None:
+            history.append(_compact(carry[record]))
+        due = weights.alive & (ess[-1] < ess_threshold * num_particles) & (k + 1 < num_steps)
+        resampled.append(due)
+        parents = identity
+        if bool(due.any()):
+            log_z = torch.where(due, log_z + weights.log_mean, log_z)
+            parents = torch.where(due[:, None], _resample(resampler, weights, generator), identity)
+            carry = engine.gather(carry, parents)
+            previous = previous.gather(1, parents)
+            weights = Weights(torch.where(due[:, None], 0.0, weights.log))
+        if progress is not None:
+            progress(k + 1, num_steps)
+    return SMCTrace(
+        carry=carry,
+        weights=weights,
+        log_potential=current,
+        log_evidence_steps=torch.stack(log_z_steps, -1),
+        ess=torch.stack(ess, -1),
+        resampled=torch.stack(resampled, -1),
+        ancestors=torch.stack(ancestors),
+        died_at=died_at,
+        history=history,
+    )
+
+
+def _resample(resampler: Resampler, weights: Weights, generator: torch.Generator | None) -> Tensor:
+    runs = weights.log.shape[:-1]
+    shape = (*runs, resampler.num_uniforms(weights.num_particles))
+    uniforms = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return resampler(uniforms, weights.log)
+
+
+def _compact(tokens: Tensor) -> Tensor:
+    """Return a copy in the smallest integer type; token ids are far below 2**15 or 2**31."""
+    top = int(tokens.max()) if tokens.numel() else 0
+    kind = torch.uint8 if top < 2**8 else torch.int16 if top < 2**15 else torch.int32
+    return tokens.to(kind)
+
+
+def _check_settings(num_particles: int, num_runs: int, ess_threshold: float) -> None:
+    if num_particles < 1 or num_runs < 1:
+        raise ValueError(
+            f"num_particles and num_runs must be >= 1, got {num_particles} and {num_runs}."
+        )
+    if not math.isfinite(ess_threshold) or ess_threshold < 0:
+        raise ValueError(f"ess_threshold must be a number >= 0, got {ess_threshold}.")
+
+
+def _check_weights(weights: Weights, k: int) -> None:
+    if bool((torch.isnan(weights.log) | (weights.log == math.inf)).any()):
+        raise ValueError(
+            f"a particle weight became NaN or +inf at step {k}: the proposal drew a state the "
+            "model allows but the proposal's own density excludes, or returned NaN; check it."
+        )

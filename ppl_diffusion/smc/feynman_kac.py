@@ -1,0 +1,273 @@
+"""A Feynman-Kac model of a reverse chain: how particles move and what weighs them.
+
+Target: ``p(path) G(x0)``. With a proposal ``M`` and twists ``h_k`` (``k`` counts reverse steps
+taken) the weight increments are::
+
+    log h_0(x_0)                                                     at the start
+    log K_k(x'|x) - log M_k(x'|x) + log h_{k+1}(x') - log h_k(x)     at every step
+
+with ``h_T = G``. They telescope to ``log G(x0)`` plus the proposal's correction, whatever the
+twists are: skipping or spoiling them moves variance, never the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion._rows import RowTable, distinct_rows
+from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
+from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.kernels.interpolating import FACTORISED, InterpolatingKernel
+from ppl_diffusion.potentials.base import AbstractPotential, Potential
+from ppl_diffusion.smc.twists import (
+    FILL_UNIFORMS,
+    CallableTwist,
+    Carry,
+    FillTwist,
+    TwistLike,
+    as_twist,
+    log_mean_exp,
+)
+
+
+class Proposal(Protocol):
+    """How a particle moves instead of by the model's own step."""
+
+    def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
+        """Return the distribution to draw the next state from.
+
+        Its support must cover the model's wherever the potential allows the result.
+
+        :param step: the model's step (its denoiser output can be reused at no cost).
+        :param carry: the carry before the move.
+        :param k: step index.
+        """
+        ...
+
+
+class FeynmanKac:
+    """A chain, a potential, and how to look ahead and propose.
+
+    :param chain: the reverse chain; plates in its batch shape belong to every particle.
+    :param potential: ``log G``: a potential, or a function ``x0 (*batch, L) -> (*batch,)``.
+    :param twist: ``"argmax"`` (default), ``"persistent"``, ``"sample"``, None (bootstrap), a
+        function ``(carry, k) -> log h (R, N)``, or a twist object.
+    :param proposal: None moves by the chain itself; a kernel, or a :class:`Proposal`.
+    :param twist_every: evaluate the twist at every so many steps only (exact by telescoping).
+    :raises CapabilityError: if a proposal is used with a kernel that has no density.
+    """
+
+    def __init__(
+        self,
+        chain: ReverseChain,
+        potential: AbstractPotential | Callable[[Tensor], Tensor],
+        twist: TwistLike = "argmax",
+        proposal: Proposal | InterpolatingKernel | None = None,
+        *,
+        twist_every: int = 1,
+    ) -> None:
+        if twist_every < 1:
+            raise ValueError(f"twist_every must be >= 1, got {twist_every}.")
+        if proposal is not None and chain.kernel.capability != FACTORISED:
+            raise CapabilityError(
+                f"a proposal needs a {FACTORISED} kernel, this one is {chain.kernel.capability}; "
+                "use proposal=None."
+            )
+        self.chain = chain
+        self.potential = (
+            potential if isinstance(potential, AbstractPotential) else Potential(potential)
+        )
+        self.twist = as_twist(twist)
+        self.proposal = proposal
+        self.twist_every = twist_every
+
+    @property
+    def num_steps(self) -> int:
+        """Number ``T`` of reverse steps."""
+        return self.chain.num_steps
+
+    @property
+    def target(self) -> str:
+        """The law the weighted particles are exact for, in words."""
+        return (
+            f"p(path) * exp({self.potential.name}(x0)) of the {self.num_steps}-step reverse chain, "
+            "normalised; log_evidence estimates the log of its normalising constant"
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, in JSON types."""
+        twist = None if self.twist is None else self.twist.name
+        proposal = None if self.proposal is None else type(self.proposal).__name__
+        return {"twist": twist, "twist_every": self.twist_every, "proposal": proposal}
+
+    def bind(self, *, max_rows: int | None = 4096) -> BoundFeynmanKac:
+        """Return the model with fresh caches and counters, ready for one run.
+
+        :param max_rows: largest number of rows sent to the network at once.
+        """
+        return BoundFeynmanKac(self, max_rows=max_rows)
+
+
+@dataclass
+class BoundFeynmanKac:
+    """A :class:`FeynmanKac` during one run: its caches and its costs.
+
+    :param model: what is run.
+    :param max_rows: largest number of rows sent to the network at once.
+    """
+
+    model: FeynmanKac
+    max_rows: int | None = 4096
+    denoiser: EvaluatedDenoiser = field(init=False)
+    potential: EvaluatedPotential = field(init=False)
+
+    def __post_init__(self) -> None:
+        kernel = self.model.chain.kernel
+        self.denoiser = EvaluatedDenoiser(kernel.denoiser, max_rows=self.max_rows)
+        self._kernel = kernel.with_denoiser(self.denoiser)
+        self._proposal, self._proposal_denoiser = self._bind_proposal()
+        self.potential = EvaluatedPotential(self.model.potential)
+
+    def _bind_proposal(self) -> tuple[Proposal | None, EvaluatedDenoiser | None]:
+        proposal = self.model.proposal
+        if not isinstance(proposal, InterpolatingKernel):
+            return proposal, None
+        denoiser = EvaluatedDenoiser(proposal.denoiser, max_rows=self.max_rows)
+        kernel, fixed = proposal.with_denoiser(denoiser), self.model.chain.fixed
+        return (lambda step, carry, k: kernel.step(carry, k, fixed=fixed)), denoiser
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far."""
+        other = 0 if self._proposal_denoiser is None else self._proposal_denoiser.rows_evaluated
+        return self.denoiser.rows_evaluated + other
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Distinct sequences the potential was asked about so far."""
+        return self.potential.num_calls
+
+    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
+        """Return the carry of the noisiest state, tokens ``(R, N, *plates, L)``."""
+        chain, twist = self.model.chain, self.model.twist
+        batch = (runs, particles, *chain.batch_shape)
+        carry = self._kernel.init_carry(
+            batch, chain.length, prompt=chain.prompt, generator=generator
+        )
+        noise = (
+            twist.init((*batch, chain.length), generator) if isinstance(twist, FillTwist) else None
+        )
+        return carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+
+    def move(
+        self, carry: Carry, k: int, generator: torch.Generator | None
+    ) -> tuple[Carry, Tensor | float]:
+        """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
+        step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
+        if self._proposal is None:
+            tokens = step.sample(generator=generator)
+            return self._kernel.advance(carry, tokens, k), 0.0
+        proposal = self._proposal(step, carry, k)
+        tokens = _sample(proposal, generator)
+        log_ratio = step.log_prob(tokens) - proposal.log_prob(tokens)
+        return self._kernel.advance(carry, tokens, k), per_particle(log_ratio)
+
+    def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
+        """Return ``log h_k``, ``(R, N)``: the potential at ``T``, None where not evaluated."""
+        model, tokens = self.model, carry["tokens"]
+        if k == model.num_steps:
+            return per_particle(self.potential(tokens))
+        if model.twist is None or k % model.twist_every:
+            return None
+        if isinstance(model.twist, CallableTwist):
+            return model.twist(carry, k, tuple(tokens.shape[:2]))
+        uniforms = model.twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
+        fills = model.twist.fill(self._kernel.posterior_mean(tokens, k), uniforms)
+        values = self.potential.lookahead(fills)  # (R, N, num_fills, *plates)
+        return log_mean_exp(
+            values.sum(tuple(range(3, values.ndim))) if values.ndim > 3 else values, 2
+        )
+
+    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
+        """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""
+        return {name: take_particles(value, ancestors) for name, value in carry.items()}
+
+
+class EvaluatedPotential:
+    """A potential asked once per distinct sequence, with the last answers kept.
+
+    :param potential: the potential.
+
+    :ivar num_calls: sequences the potential was asked about.
+    """
+
+    def __init__(self, potential: AbstractPotential) -> None:
+        self.potential = potential
+        self.num_calls = 0
+        self._memory: dict[bool, RowTable] = {}
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Return ``log G``, float64 ``(*batch,)``.
+
+        :param x0: clean tokens, int64 ``(*batch, L)``.
+        """
+        return self._evaluate(x0, final=True)
+
+    def lookahead(self, x0: Tensor) -> Tensor:
+        """Return the finite surrogate for guesses, float64 ``(*batch,)``.
+
+        :param x0: guessed tokens, int64 ``(*batch, L)``.
+        """
+        return self._evaluate(x0, final=False)
+
+    def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
+        ask = self.potential if final else self.potential.lookahead
+        rows = x0.reshape(-1, x0.shape[-1])
+        first, inverse = distinct_rows(rows)
+        unique = rows[first]
+        table = self._memory.get(final)
+        index = torch.full((len(unique),), -1) if table is None else table.find(unique)
+        values = torch.empty(len(unique), dtype=torch.float64)
+        new = index < 0
+        if table is not None:
+            values[~new] = table.values[index[~new]]
+        if bool(new.any()):
+            self.num_calls += int(new.sum())
+            values[new] = ask(unique[new])
+        self._memory[final] = RowTable.build(unique, values)
+        return values[inverse].reshape(x0.shape[:-1])
+
+
+def per_particle(values: Tensor) -> Tensor:
+    """Sum log-values over plates: ``(R, N, *plates) -> (R, N)``.
+
+    :param values: log-values.
+    """
+    return values.flatten(2).sum(-1) if values.ndim > 2 else values
+
+
+def take_particles(value: Any, ancestors: Tensor) -> Any:
+    """Gather along the particle dimension of an array ``(R, N, ...)``.
+
+    :param value: a tensor of the carry; anything else is passed through.
+    :param ancestors: int64 ``(R, N)``.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    runs = torch.arange(ancestors.shape[0], device=ancestors.device)[:, None]
+    return value[runs, ancestors]
+
+
+def _sample(distribution: TorchDistribution, generator: torch.Generator | None) -> Tensor:
+    if generator is not None and isinstance(distribution, TokenStep):
+        return distribution.sample(generator=generator)
+    return distribution.sample()

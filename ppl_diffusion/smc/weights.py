@@ -1,0 +1,85 @@
+"""Log-weights of a particle population, the one object every run keeps right."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ppl_diffusion._arrays import Array, array_namespace, to_float64
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Unnormalised log-weights, float64 ``(*runs, N)``; immutable, array-API only.
+
+    Weights accumulate between resampling steps. ``-inf`` is a dead particle; a population of
+    dead particles has evidence zero and effective sample size zero, never NaN.
+
+    :param log: the log-weights.
+    """
+
+    log: Array
+
+    @property
+    def num_particles(self) -> int:
+        """Number ``N`` of particles per run."""
+        return int(self.log.shape[-1])
+
+    def add(self, increment: Array) -> Weights:
+        """Return the weights after adding log-increments; dead particles stay dead.
+
+        :param increment: ``(*runs, N)``.
+        """
+        xp = array_namespace(self.log)
+        dead = self.log == -math.inf
+        safe = xp.where(dead, xp.zeros_like(self.log), to_float64(increment))
+        return Weights(self.log + safe)
+
+    @property
+    def log_sum(self) -> Array:
+        """Log of the sum of the weights, ``(*runs,)``; ``-inf`` where all are dead."""
+        return log_sum_exp(self.log)
+
+    @property
+    def log_mean(self) -> Array:
+        """Log of the mean weight, ``(*runs,)``: the evidence increment at a resampling step."""
+        return self.log_sum - math.log(self.num_particles)
+
+    @property
+    def alive(self) -> Array:
+        """Whether a run has any particle of positive weight, bool ``(*runs,)``."""
+        return self.log_sum > -math.inf
+
+    @property
+    def log_normalised(self) -> Array:
+        """Log-weights that sum to one in each run; all ``-inf`` in a dead run."""
+        xp = array_namespace(self.log)
+        total = self.log_sum[..., None]
+        alive = total > -math.inf
+        return xp.where(alive, self.log - xp.where(alive, total, xp.zeros_like(total)), self.log)
+
+    @property
+    def normalised(self) -> Array:
+        """Weights that sum to one in each run; all zero in a dead run."""
+        return array_namespace(self.log).exp(self.log_normalised)
+
+    @property
+    def ess(self) -> Array:
+        """Effective sample size ``(sum w)^2 / sum w^2``, ``(*runs,)``; zero in a dead run."""
+        xp = array_namespace(self.log)
+        total = xp.sum(self.normalised**2, axis=-1)
+        return xp.where(total > 0, 1 / xp.where(total > 0, total, xp.ones_like(total)), total)
+
+
+def log_sum_exp(x: Array) -> Array:
+    """Return ``log sum exp`` over the last axis; ``-inf`` rows give ``-inf``, not NaN.
+
+    :param x: float array ``(..., N)``.
+    """
+    xp = array_namespace(x)
+    top = xp.max(x, axis=-1, keepdims=True)
+    shift = xp.where(top > -math.inf, top, xp.zeros_like(top))
+    total = xp.sum(xp.exp(x - shift), axis=-1)
+    positive = total > 0
+    log_total = xp.log(xp.where(positive, total, xp.ones_like(total)))
+    return xp.where(positive, log_total + shift[..., 0], xp.full_like(total, -math.inf))
