@@ -6,8 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from ppl_diffusion._errors import ParticleCollapse
-
 
 def as_array(values: Any) -> NDArray[Any]:
     """A tensor or array as numpy, detached and on the host."""
@@ -36,7 +34,7 @@ def across_run_sd(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.std(relative_evidence(log_evidence), axis=0, ddof=1))
 
 
-def genealogical_sd(log_evidence: NDArray[np.float64], variance: NDArray[np.float64]) -> np.float64:
+def genealogical_sd(log_evidence: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
     """Relative standard deviation of one run's evidence, from its family tree.
 
     ``Z^2 V`` is unbiased for the variance of one run's evidence ``Z`` (Lee and Whiteley 2018,
@@ -48,26 +46,7 @@ def genealogical_sd(log_evidence: NDArray[np.float64], variance: NDArray[np.floa
     """
     ratio = relative_evidence(log_evidence)
     terms = np.where(ratio > 0, ratio**2 * variance, np.where(ratio == 0, 0.0, np.nan))
-    return np.float64(np.sqrt(np.maximum(terms.mean(), 0.0)))
-
-
-def pooled_log_weights(
-    log_evidence: NDArray[np.float64], log_weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Weights ``(R, N)`` of all particles of all runs as one population, normalised.
-
-    A run counts in proportion to its evidence, which keeps ``sum_r Z_r W_rn f`` unbiased for
-    ``R Z E[f]``.
-
-    :raises ParticleCollapse: if every run is dead.
-    """
-    if not np.isfinite(log_evidence).any():
-        raise ParticleCollapse(
-            f"all {len(log_evidence)} runs are dead (evidence zero), so there is no particle to "
-            "look at: use more particles, a twist, or a softer potential"
-        )
-    joint = log_evidence[:, None] + log_weights
-    return joint - logsumexp(joint)
+    return float(np.sqrt(np.maximum(terms.mean(), 0.0)))
 
 
 def lineage_roots(ancestors: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -108,7 +108,7 @@ def _draw_index(
             'weights="store" to look at the particles, or run with more of them'
         )
     uniforms = np.random.default_rng(seed).random((runs, particles))
-    return alive, Stratified()(uniforms, log_weights)[alive]
+    return alive, Stratified().draw(uniforms[alive], log_weights[alive])
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The ArviZ adapter: schema, values, weights, dead runs, and the way to a file and back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def dataset(data, group):
     return data[group] if ARVIZ_MAJOR == 0 else data[group].to_dataset()
 
 
-def program_posterior(make, replace, **options):
+def program_posterior(make, **options):
     """Sites of every kind: tokens, a scalar, a vector, a flag, a path."""
     posterior = make(path=True, **options)
     shape = posterior.log_weights.shape
@@ -83,11 +84,11 @@ def test_weighted_and_resampled_means_agree(make_posterior):
     assert (np.abs(drawn.values - exact) < 5 * np.sqrt(variance / 2000)).all()
 
 
-def test_zero_weight_particles_are_never_drawn(make_posterior, with_fields):
+def test_zero_weight_particles_are_never_drawn(make_posterior):
     posterior = make_posterior(particles=8)
     log_weights = torch.full((3, 8), -torch.inf, dtype=torch.float64)
     log_weights[:, [2, 5]] = torch.tensor([0.25, 0.75], dtype=torch.float64).log()
-    data = to_arviz(with_fields(posterior, log_weights=log_weights))
+    data = to_arviz(replace(posterior, log_weights=log_weights))
     particle = dataset(data, "sample_stats")["particle"].values
     np.testing.assert_array_equal(particle, [[2, 2, 5, 5, 5, 5, 5, 5]] * 3)
 
@@ -115,10 +116,10 @@ def test_smc_group_follows_the_runs_step_by_step(make_posterior):
     np.testing.assert_allclose(smc["time"], [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-15)
 
 
-def test_smc_group_counts_parents_and_roots(make_posterior, with_fields):
+def test_smc_group_counts_parents_and_roots(make_posterior):
     ancestors = torch.tensor([[[0, 1, 2, 3]], [[0, 0, 2, 3]], [[0, 1, 1, 2]]])
     posterior = make_posterior(runs=1, particles=4, steps=3)
-    smc = dataset(to_arviz(with_fields(posterior, ancestors=ancestors)), "smc")
+    smc = dataset(to_arviz(replace(posterior, ancestors=ancestors)), "smc")
     np.testing.assert_array_equal(smc["n_unique"], [[4, 3, 3]])
     np.testing.assert_array_equal(smc["n_root_ancestors"], [[4, 3, 2]])
 
@@ -151,8 +152,8 @@ def test_draws_of_nothing_but_dead_runs_raise(make_posterior):
     assert "posterior" in group_names(to_arviz(posterior, weights="store"))
 
 
-def test_sites_of_a_program_get_sensible_dims(make_posterior, with_fields):
-    posterior = program_posterior(make_posterior, with_fields)
+def test_sites_of_a_program_get_sensible_dims(make_posterior):
+    posterior = program_posterior(make_posterior)
     data = to_arviz(posterior, weights="store")
     draws, past = dataset(data, "posterior"), dataset(data, "smc_history")
     assert {name: (v.dims[2:], v.dtype) for name, v in draws.data_vars.items()} == {
@@ -167,10 +168,10 @@ def test_sites_of_a_program_get_sensible_dims(make_posterior, with_fields):
     np.testing.assert_array_equal(past["trajectory"], posterior.path)
 
 
-def test_plates_come_before_positions(make_posterior, with_fields):
-    posterior = program_posterior(make_posterior, with_fields, plates=(2,))
+def test_plates_come_before_positions(make_posterior):
+    posterior = program_posterior(make_posterior, plates=(2,))
     local = torch.zeros(3, 40, 2, 5)
-    posterior = with_fields(posterior, samples=posterior.samples | {"local": local})
+    posterior = replace(posterior, samples=posterior.samples | {"local": local})
     data = to_arviz(posterior)
     draws = dataset(data, "posterior")
     assert draws["x0"].dims == ("chain", "draw", "plate_0", "position")
@@ -179,9 +180,9 @@ def test_plates_come_before_positions(make_posterior, with_fields):
     assert dataset(data, "smc_history")["path"].dims[2:] == ("plate_0", "state", "position")
 
 
-def test_large_token_ids_are_stored_as_int32(make_posterior, with_fields):
+def test_large_token_ids_are_stored_as_int32(make_posterior):
     posterior = make_posterior()
-    posterior = with_fields(posterior, x0=posterior.x0 + 70_000, samples={})
+    posterior = replace(posterior, x0=posterior.x0 + 70_000, samples={})
     draws = dataset(to_arviz(posterior, weights="store"), "posterior")
     assert draws["x0"].dtype == np.int32
     np.testing.assert_array_equal(draws["x0"], posterior.x0)
@@ -212,10 +213,10 @@ def test_unknown_weights_mode_is_refused(make_posterior):
         to_arviz(make_posterior(), weights="equal")
 
 
-def test_attributes_state_target_cost_and_settings(make_posterior, with_fields):
+def test_attributes_state_target_cost_and_settings(make_posterior):
     posterior = make_posterior()
     settings = posterior.settings | {"grid": [1.0, 0.5], "lazy": True}
-    attrs = to_arviz(with_fields(posterior, settings=settings), seed=5).attrs
+    attrs = to_arviz(replace(posterior, settings=settings), seed=5).attrs
     assert attrs["target"] == "the posterior of a hand-made program"
     assert (attrs["exact"], attrs["num_evaluations"], attrs["num_potential_calls"]) == (
         1,
@@ -227,8 +228,8 @@ def test_attributes_state_target_cost_and_settings(make_posterior, with_fields):
 
 
 @pytest.mark.parametrize("weights", ["resample", "store"])
-def test_every_group_survives_netcdf(make_posterior, with_fields, tmp_path, weights):
-    posterior = program_posterior(make_posterior, with_fields, dead=[1])
+def test_every_group_survives_netcdf(make_posterior, tmp_path, weights):
+    posterior = program_posterior(make_posterior, dead=[1])
     data = to_arviz(posterior, weights=weights, vocabulary="ACGT")
     data.to_netcdf(str(tmp_path / "posterior.nc"))
     back = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
@@ -241,15 +242,15 @@ def test_every_group_survives_netcdf(make_posterior, with_fields, tmp_path, weig
         assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
 
 
-def test_nothing_is_stored_as_objects(make_posterior, with_fields):
-    data = to_arviz(program_posterior(make_posterior, with_fields), vocabulary="ACGT")
+def test_nothing_is_stored_as_objects(make_posterior):
+    data = to_arviz(program_posterior(make_posterior), vocabulary="ACGT")
     for group in group_names(data):
         assert all(v.dtype != object for v in dataset(data, group).variables.values())
 
 
 @pytest.mark.filterwarnings("default")  # ArviZ 0.x calls deprecated xarray and scipy functions
-def test_arviz_summary_reads_the_draws(make_posterior, with_fields):
-    posterior = program_posterior(make_posterior, with_fields)
+def test_arviz_summary_reads_the_draws(make_posterior):
+    posterior = program_posterior(make_posterior)
     data = to_arviz(posterior)
     table = arviz.summary(data, var_names=["gain"], round_to="none")
     mean = float(dataset(data, "posterior")["gain"].mean())
