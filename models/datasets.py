@@ -1,0 +1,133 @@
+"""The sequences that the shipped priors are trained on, read from the external data folder."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BASES = "ACGT"
+_YEAST = "dna/yeast_promoters_80bp.npz"
+_HUMAN = "dna/human_core_promoters_70bp.csv.gz"
+_NATIVE = 1  # the kind of native promoter fragments in the yeast file
+_PROMOTER = "1"  # the label of promoters in the human file
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Aligned sequences of one length, split by family.
+
+    :param train: rows of the law to be learnt, int64 ``(n, L)``.
+    :param valid: rows of that law for early stopping.
+    :param test: rows of that law for the quoted bounds.
+    :param test_family: family of near copies of each test row, int64 ``(k,)``.
+    :param related: other rows, or all of them, to pretrain on, int64 ``(m, L)``.
+    :param related_weights: how often each related row is drawn, relative, float64 ``(m,)``.
+    :param licence: one sentence on the licence of the data.
+    :param source: one sentence on where the data come from.
+    """
+
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    test_family: Tensor
+    related: Tensor
+    related_weights: Tensor
+    licence: str
+    source: str
+
+    @property
+    def length(self) -> int:
+        """Number of bases of a sequence."""
+        return self.train.shape[-1]
+
+
+def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
+    """Read a data set.
+
+    :param name: a key of :data:`READERS`.
+    :param folder: the folder that holds ``dna/``; by default the environment variable
+        ``PPL_DIFFUSION_DATA``.
+    :raises FileNotFoundError: if the folder is not given or lacks the file.
+    """
+    return READERS[name](folder)
+
+
+def yeast_promoters(folder: str | Path | None = None) -> Sequences:
+    """Native yeast promoter fragments, 80 bases, with all designed rows as related ones.
+
+    A related row of a family of ``n`` near copies weighs ``n ** -0.5``: the families of selection
+    trajectories would otherwise swamp the rest.
+
+    :param folder: see :func:`load_sequences`.
+    """
+    with np.load(_find(folder, _YEAST), allow_pickle=False) as z:
+        x, kind, split, family = (z[key] for key in ("x", "kind", "split", "family"))
+    rows = torch.from_numpy(x.astype(np.int64))
+    train, valid, test = (rows[(kind == _NATIVE) & (split == part)] for part in range(3))
+    _, inverse, count = np.unique(family[split == 0], return_inverse=True, return_counts=True)
+    return Sequences(
+        train=train,
+        valid=valid,
+        test=test,
+        test_family=torch.from_numpy(family[(kind == _NATIVE) & (split == 2)].astype(np.int64)),
+        related=rows[split == 0],
+        related_weights=torch.from_numpy(count[inverse] ** -0.5),
+        licence="Data: MIT (repository 1edv/evolution).",
+        source="Gigantic parallel reporter assay of Vaishnav et al. (Nature 603, 2022), "
+        "native 80-base fragments; all training rows for pretraining.",
+    )
+
+
+def human_promoters(folder: str | Path | None = None) -> Sequences:
+    """Human core promoters around EPDnew start sites, 70 bases, with non-promoters as related rows.
+
+    :param folder: see :func:`load_sequences`.
+    """
+    with gzip.open(_find(folder, _HUMAN), "rt", newline="") as file:
+        rows = list(csv.DictReader(file))
+    tokens = torch.tensor([[BASES.index(base) for base in row["sequence"]] for row in rows])
+    positive = np.array([row["label"] == _PROMOTER for row in rows])
+    split = np.array([row["split"] for row in rows])
+    train, valid, test = (tokens[positive & (split == s)] for s in ("train", "valid", "test"))
+    related = tokens[split == "train"]
+    return Sequences(
+        train=train,
+        valid=valid,
+        test=test,
+        test_family=torch.arange(len(test)),
+        related=related,
+        related_weights=torch.ones(len(related), dtype=torch.float64),
+        licence="Data: repository wds-seu/DeepGene is Apache-2.0 (as DNABERT-2); "
+        "the data's own licence is not stated.",
+        source="Core promoters of the GUE benchmark (Zhou et al. 2023, DNABERT-2), label 1; "
+        "training rows of both labels for pretraining.",
+    )
+
+
+READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
+    "yeast": yeast_promoters,
+    "human": human_promoters,
+}
+
+
+def _find(folder: str | Path | None, file: str) -> Path:
+    folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
+    if folder is None:
+        raise FileNotFoundError(
+            "No data folder was given: pass --data, or set PPL_DIFFUSION_DATA, to the folder that "
+            f"holds {file}."
+        )
+    path = Path(folder) / file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The data folder {str(folder)!r} does not hold {file}: check --data."
+        )
+    return path

@@ -1,0 +1,217 @@
+"""What a prior is worth: its bound on held-out sequences beside a Markov chain.
+
+::
+
+    python -m ppl_diffusion.models.evaluate yeast-promoter --data DIR
+
+The bound is one of the continuous-time chain, in bits per base, averaged over stratified times; it is
+an upper bound on the code length, so the prior may be better than it says. Rows of one family are
+near copies, so standard errors treat families, not rows, as independent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from ppl_diffusion.models.datasets import Sequences, load_sequences
+from ppl_diffusion.models.library import CARD_FILE, WEIGHTS, load
+from ppl_diffusion.models.markov_baseline import MarkovBaseline
+from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.models.recipes import Recipe, find_recipe
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+MIN_TIMES = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on the test rows; all in bits per base, errors are one standard error.
+
+    :param sequences: test rows.
+    :param families: independent families among them.
+    :param times: stratified times per row.
+    :param bound: mean upper bound of the prior.
+    :param bound_error: its standard error over families, noise of the times included.
+    :param noise_error: the part of it that is due to the finite number of times.
+    :param order: order of the Markov chain.
+    :param markov: mean code length of the Markov chain over all bases.
+    :param markov_full_context: the same without the first ``order`` bases, as the figure is often quoted.
+    :param quoted: that figure as quoted.
+    :param gain: ``markov - bound``, paired by sequence; positive if the prior is better.
+    :param gain_error: its standard error over families.
+    """
+
+    sequences: int
+    families: int
+    times: int
+    bound: float
+    bound_error: float
+    noise_error: float
+    order: int
+    markov: float
+    markov_full_context: float
+    quoted: float
+    gain: float
+    gain_error: float
+
+
+def evaluate(
+    program: DiffusionProgram,
+    sequences: Sequences,
+    recipe: Recipe,
+    *,
+    times: int = MIN_TIMES,
+    seed: int = 0,
+) -> Evaluation:
+    """Bound the test rows and compare with a Markov chain fitted on the training rows.
+
+    :param program: the prior.
+    :param sequences: its data.
+    :param recipe: names the order of the chain and the quoted figure.
+    :param times: stratified times per row.
+    :param seed: seed of times and noise.
+    """
+    terms = _bound_terms(program, sequences.test, times, seed)
+    bound = terms.mean(0)
+    chain = MarkovBaseline(sequences.train, recipe.markov_order, len(program.vocabulary))
+    bits = chain.bits(sequences.test)
+    gain = bits.mean(1) - bound
+    family = sequences.test_family
+    return Evaluation(
+        sequences=len(bound),
+        families=len(family.unique()),
+        times=times,
+        bound=float(bound.mean()),
+        bound_error=_error(bound, family),
+        noise_error=float((terms.var(0) / times).sum().sqrt() / len(bound)),
+        order=recipe.markov_order,
+        markov=float(bits.mean()),
+        markov_full_context=float(bits[:, recipe.markov_order :].mean()),
+        quoted=recipe.quoted_baseline,
+        gain=float(gain.mean()),
+        gain_error=_error(gain, family),
+    )
+
+
+def _bound_terms(program: DiffusionProgram, rows: Tensor, times: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        program.bound_terms(part, num_times=times, generator=generator) for part in rows.split(512)
+    ]
+    return torch.cat(parts, dim=1) / (program.length * math.log(2.0))
+
+
+def _error(values: Tensor, family: Tensor) -> float:
+    """Return the standard error of the mean, with families as the independent units."""
+    _, index = family.unique(return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=values.dtype)
+    sums.index_add_(0, index, values - values.mean())
+    count = len(sums)
+    return float((sums.square().sum() * count / max(count - 1, 1)).sqrt() / len(values))
+
+
+def print_evaluation(name: str, result: Evaluation) -> None:
+    """Print the figures as a table.
+
+    :param name: name of the prior.
+    :param result: the figures.
+    """
+    title = f"{name}: {result.sequences} test sequences of {result.families} families"
+    table = Table("", "bits per base", "± 1 s.e.", title=title)
+    label = f"bound, {result.times} times a sequence"
+    table.add_row(label, f"≤ {result.bound:.4f}", f"{result.bound_error:.4f}")
+    table.add_row("  of which noise of the times", "", f"{result.noise_error:.4f}")
+    table.add_row(f"order-{result.order} Markov, all bases", f"{result.markov:.4f}", "")
+    quoted = f"{result.markov_full_context:.4f} (quoted: {result.quoted:.4f})"
+    table.add_row(f"  without the first {result.order} bases", quoted, "")
+    table.add_row("gain, at least (paired)", f"{result.gain:+.4f}", f"{result.gain_error:.4f}")
+    Console().print(table)
+
+
+def write_card(folder: Path, name: str, sequences: Sequences, result: Evaluation) -> None:
+    """Write ``card.json`` and the same as ``card.md``.
+
+    :param folder: where the prior lies.
+    :param name: its name.
+    :param sequences: its data.
+    :param result: its figures.
+    """
+    recipe = find_recipe(name)
+    card = {
+        "name": name,
+        "family": recipe.family,
+        "data": sequences.source,
+        "licence": f"Weights: Apache-2.0. {sequences.licence}",
+        "training": f"ppl-diffusion train {name} --data DIR --out OUT",
+        "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR",
+        "metrics": {key: _rounded(value) for key, value in asdict(result).items()},
+    }
+    text = json.dumps(card, indent=2)
+    (folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else round(value, 4)
+
+
+def _card_text(card: dict[str, object]) -> str:
+    metrics = card["metrics"]
+    assert isinstance(metrics, dict)
+    verdict = "below" if metrics["gain"] > 0 else "above"
+    return f"""# {card["name"]}
+
+A {card["family"]} diffusion prior over promoter sequences.
+
+- Data: {card["data"]}
+- Licence: {card["licence"]}
+- Training: `{card["training"]}`
+- Evaluation: `{card["evaluation"]}`
+
+## Test split ({metrics["sequences"]} sequences, {metrics["families"]} families)
+
+| | bits per base |
+| --- | ---: |
+| bound of the prior, {metrics["times"]} stratified times a sequence | ≤ {metrics["bound"]:.4f} ± {metrics["bound_error"]:.4f} |
+| order-{metrics["order"]} Markov chain, all bases | {metrics["markov"]:.4f} |
+| the same without the first {metrics["order"]} bases | {metrics["markov_full_context"]:.4f} |
+| gain, at least (paired by sequence) | {metrics["gain"]:+.4f} ± {metrics["gain_error"]:.4f} |
+
+Errors are one standard error over families. The bound is an upper bound on the code length, and lies {verdict}
+the Markov chain's code length; {metrics["noise_error"]:.4f} of its error is due to the finite number of times.
+"""
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="Shipped prior, or the recipe of --weights.")],
+    data: Annotated[
+        Path | None, typer.Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of a trained prior.")] = None,
+    times: Annotated[int, typer.Option(min=1, help="Times per sequence.")] = MIN_TIMES,
+    seed: Annotated[int, typer.Option(help="Seed of times and noise.")] = 0,
+    ship: Annotated[
+        bool, typer.Option("--ship", help="Put --weights, with a card, among the shipped priors.")
+    ] = False,
+) -> None:
+    """Bound a prior on its test rows, in bits per base."""
+    recipe = find_recipe(name)
+    sequences = load_sequences(recipe.dataset, data)
+    program = load(weights or name)
+    result = evaluate(program, sequences, recipe, times=times, seed=seed)
+    print_evaluation(name, result)
+    if ship:
+        program.save(WEIGHTS / name)
+        write_card(WEIGHTS / name, name, sequences, result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

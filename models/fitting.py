@@ -1,0 +1,199 @@
+"""The Lightning side of training: one module, one callback. Imported only when something is trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from ppl_diffusion.models.datasets import Sequences
+from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.models.recipes import Recipe
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ppl_diffusion.denoisers.transformer import Transformer
+
+_VALID_SEED = 20_240_607
+_BITS = 1.0 / math.log(2.0)
+
+
+class Fit(lightning.LightningModule):
+    """Trains the transformer of a program by its NELBO.
+
+    Rows, times, noise and dropout of step ``k`` are functions of ``(seed, k)`` alone, so a resumed
+    run goes on exactly as the unbroken one would have.
+
+    :param program: the program; its denoiser is trained in place.
+    :param sequences: the data.
+    :param recipe: the optimisation.
+    :param steps: length of the run, in optimiser steps.
+    :param seed: seed of everything random.
+    """
+
+    def __init__(
+        self,
+        program: DiffusionProgram,
+        sequences: Sequences,
+        recipe: Recipe,
+        *,
+        steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if not isinstance(program.denoiser, Transformer):
+            raise TypeError("Fit: the program must be built around a Transformer.")
+        self.network = program.denoiser.train()
+        # A plain attribute would be deep-copied with the module by the weight average.
+        self._context = _Context(program, sequences, recipe, steps, seed)
+        self.valid_bits = math.nan
+        self._valid_terms: list[Tensor] = []
+
+    def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
+        """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""
+        context = self._context
+        torch.manual_seed(context.seed * 1_000_003 + self.global_step)
+        rows = context.draw(self.global_step)
+        loss = context.program.loss(rows) * _BITS / rows.shape[-1]
+        self.log("train_bits", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_index: int) -> None:
+        """Bound some validation rows, with the same times and noise at every validation."""
+        generator = torch.Generator().manual_seed(_VALID_SEED + batch_index)
+        times = self._context.recipe.valid_times
+        terms = self._context.program.bound_terms(batch, num_times=times, generator=generator)
+        self._valid_terms.append(terms.mean(0))
+        self.valid_bits = _mean_bits(self._valid_terms, batch.shape[-1])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._valid_terms.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        """Show the bound in the progress bar."""
+        self.log("valid_bits", self.valid_bits, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW with linear warm-up and a cosine to zero."""
+        recipe, steps = self._context.recipe, self._context.steps
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.network, recipe.weight_decay),
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        warmup = min(recipe.warmup, max(1, steps // 10))
+
+        def factor(step: int) -> float:
+            progress = min(step / steps, 1.0)
+            return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return one tick per step between two validations."""
+        return DataLoader(torch.arange(self._context.recipe.validate_every), num_workers=0)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation rows."""
+        return DataLoader(self._context.sequences.valid, batch_size=512, num_workers=0)  # type: ignore[arg-type]
+
+
+class _Context:
+    """What a fit refers to but does not own; shared, not copied, by the weight average."""
+
+    def __init__(
+        self,
+        program: DiffusionProgram,
+        sequences: Sequences,
+        recipe: Recipe,
+        steps: int,
+        seed: int,
+    ) -> None:
+        self.program, self.sequences, self.recipe = program, sequences, recipe
+        self.steps, self.seed = steps, seed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
+        return self
+
+    def draw(self, step: int) -> Tensor:
+        """Draw the rows of a step from torch's global generator, which the step has seeded."""
+        recipe, sequences = self.recipe, self.sequences
+        share = recipe.shares[step >= recipe.switch * self.steps]
+        count = round(share * recipe.batch_size)
+        own = sequences.train[torch.randint(len(sequences.train), (count,))]
+        if count == recipe.batch_size:
+            return own
+        picks = torch.multinomial(
+            sequences.related_weights, recipe.batch_size - count, replacement=True
+        )
+        return torch.cat([own, sequences.related[picks]])
+
+
+class KeepBest(Callback):
+    """Save the program whenever its validation bound improves.
+
+    Must stand before the weight average in the list of callbacks, so that it runs while the
+    averaged weights are in place.
+
+    :param folder: where the best program goes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best = math.inf
+        self.best_step = 0
+
+    def on_validation_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Compare and save."""
+        assert isinstance(pl_module, Fit)
+        if trainer.sanity_checking or not pl_module.valid_bits < self.best:
+            return
+        self.best, self.best_step = pl_module.valid_bits, trainer.global_step
+        pl_module._context.program.save(self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must remember."""
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember it."""
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+
+class WeightAverage(EMAWeightAveraging):
+    """Exponential moving average that forgets the random start.
+
+    The decay grows as ``(1 + k) / (10 + k)`` up to its final value.
+
+    :param decay: final decay per step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay)
+        self._kwargs["avg_fn"] = lambda mean, value, count: (
+            mean + (value - mean) * (1.0 - min(decay, (1.0 + float(count)) / (10.0 + float(count))))
+        )
+
+
+def _parameter_groups(network: Transformer, weight_decay: float) -> list[dict[str, Any]]:
+    named = list(network.named_parameters())
+    matrices = [p for name, p in named if p.ndim > 1 and not name.startswith("stem")]
+    rest = [p for name, p in named if p.ndim <= 1 or name.startswith("stem")]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def _mean_bits(terms: list[Tensor], length: int) -> float:
+    return float(torch.cat(terms).mean()) * _BITS / length

@@ -1,0 +1,193 @@
+"""Train a prior by its recipe, with Lightning.
+
+::
+
+    ppl-diffusion train yeast-promoter --data DIR --out OUT
+
+``OUT`` receives ``prior/`` (the best average of the weights, as safetensors), ``last.ckpt`` (Lightning's own
+checkpoint, to resume from) and ``run.json`` (what was done).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ppl_diffusion.models.datasets import BASES, Sequences, load_sequences
+from ppl_diffusion.models.library import FAMILIES, load
+from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.models.recipes import Recipe, find_recipe
+
+if TYPE_CHECKING:
+    import lightning
+    from ppl_diffusion.models.fitting import KeepBest
+
+PRIOR_FOLDER = "prior"
+CHECKPOINT = "last.ckpt"
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a training run left behind.
+
+    :param program: the program at its best validation bound.
+    :param folder: the folder of the run.
+    :param valid_bits: that bound, in bits per token, with few times per sequence.
+    :param best_step: the optimiser step at which it was reached.
+    :param steps: optimiser steps taken in all.
+    """
+
+    program: DiffusionProgram
+    folder: Path
+    valid_bits: float
+    best_step: int
+    steps: int
+
+
+def train(
+    name: str,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+    recipe: Recipe | None = None,
+    sequences: Sequences | None = None,
+) -> TrainingRun:
+    """Train a prior and keep its best averaged weights.
+
+    :param name: a recipe of :data:`ppl_diffusion.models.recipes.RECIPES`, or the name of a new
+        prior if ``recipe`` and ``sequences`` are given.
+    :param out: folder of the run.
+    :param data: the folder that holds ``dna/``; by default ``PPL_DIFFUSION_DATA``.
+    :param steps: optimiser steps; those of the recipe if None.
+    :param seed: seed of the weights, the batches and the noise.
+    :param resume: go on from ``last.ckpt`` in ``out``.
+    :param quiet: no progress bar.
+    :param recipe: a recipe of one's own.
+    :param sequences: data of one's own.
+    :raises ValueError: if the name or the number of steps is wrong.
+    :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
+    :raises ModuleNotFoundError: if Lightning is not installed.
+    """
+    recipe = recipe or find_recipe(name)
+    steps = recipe.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"train: {steps} steps is not a run; give 1 or more.")
+    checkpoint = _checkpoint(Path(out), resume=resume)
+    sequences = sequences or load_sequences(recipe.dataset, data)
+    return _run(name, recipe, sequences, Path(out), checkpoint, steps, seed, quiet)
+
+
+def _run(
+    name: str,
+    recipe: Recipe,
+    sequences: Sequences,
+    out: Path,
+    checkpoint: Path | None,
+    steps: int,
+    seed: int,
+    quiet: bool,
+) -> TrainingRun:
+    fitting = _fitting()
+    program = _build(name, recipe, sequences, seed)
+    fit = fitting.Fit(program, sequences, recipe, steps=steps, seed=seed)
+    keeper = fitting.KeepBest(out / PRIOR_FOLDER)
+    with torch.random.fork_rng(devices=[]), _without_noise():
+        trainer = _trainer(keeper, recipe, out, steps, quiet)
+        trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
+    return _finish(out, recipe, keeper, trainer.global_step, seed)
+
+
+def _build(name: str, recipe: Recipe, sequences: Sequences, seed: int) -> DiffusionProgram:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FAMILIES[recipe.family].build(BASES, sequences.length, name=name, **recipe.shape)
+
+
+def _trainer(
+    keeper: KeepBest, recipe: Recipe, out: Path, steps: int, quiet: bool
+) -> lightning.Trainer:
+    import lightning
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+
+    fitting = _fitting()
+    callbacks: list[Callback] = [keeper, fitting.WeightAverage(recipe.ema_decay)]
+    callbacks.append(
+        ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
+    )
+    if not quiet:
+        callbacks.append(RichProgressBar())
+    return lightning.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        callbacks=callbacks,
+        gradient_clip_val=1.0,
+        logger=False,
+        default_root_dir=out,
+        enable_progress_bar=not quiet,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    # Lightning advertises, suggests worker processes for data that are in memory, and trips over a
+    # deprecation of its own dependencies; none of it is about the run.
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        yield
+    logger.setLevel(level)
+
+
+def _finish(out: Path, recipe: Recipe, keeper: KeepBest, steps: int, seed: int) -> TrainingRun:
+    record: dict[str, Any] = {
+        "recipe": dataclasses.asdict(recipe),
+        "steps": steps,
+        "seed": seed,
+        "best_step": keeper.best_step,
+        "valid_bits_per_token": keeper.best,
+    }
+    text = json.dumps(record, indent=2, sort_keys=True)
+    (out / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+    program = load(out / PRIOR_FOLDER)
+    return TrainingRun(program, out, keeper.best, keeper.best_step, steps)
+
+
+def _checkpoint(out: Path, *, resume: bool) -> Path | None:
+    if not resume:
+        return None
+    path = out / CHECKPOINT
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is nothing to resume in {str(out)!r}: {CHECKPOINT} is missing; train without --resume."
+        )
+    return path
+
+
+def _fitting() -> Any:
+    try:
+        from ppl_diffusion.models import fitting
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Training needs Lightning, but {error.name} is not installed; "
+            "run `pip install 'ppl-diffusion[train]'`."
+        ) from error
+    return fitting
