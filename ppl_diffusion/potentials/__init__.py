@@ -4,3 +4,17 @@ from ppl_diffusion.potentials.base import AbstractPotential as AbstractPotential
 from ppl_diffusion.potentials.base import Potential as Potential
 from ppl_diffusion.potentials.base import ScaledPotential as ScaledPotential
 from ppl_diffusion.potentials.base import SumPotential as SumPotential
+from ppl_diffusion.potentials.constraints import AbstractConstraint as AbstractConstraint
+from ppl_diffusion.potentials.constraints import Constraint as Constraint
+from ppl_diffusion.potentials.constraints import ForbiddenMotif as ForbiddenMotif
+from ppl_diffusion.potentials.constraints import GCContent as GCContent
+from ppl_diffusion.potentials.constraints import RequiredMotif as RequiredMotif
+from ppl_diffusion.potentials.evaluation import SequenceFunction as SequenceFunction
+from ppl_diffusion.potentials.motif_files import Motif as Motif
+from ppl_diffusion.potentials.motif_files import find_motif as find_motif
+from ppl_diffusion.potentials.motif_files import read_jaspar as read_jaspar
+from ppl_diffusion.potentials.motif_files import read_meme as read_meme
+from ppl_diffusion.potentials.motif_files import read_motifs as read_motifs
+from ppl_diffusion.potentials.motifs import MotifMatrix as MotifMatrix
+from ppl_diffusion.potentials.rewards import Likelihood as Likelihood
+from ppl_diffusion.potentials.rewards import Reward as Reward

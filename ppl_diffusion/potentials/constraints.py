@@ -1,0 +1,243 @@
+"""Hard constraints: potentials that are 0 or ``-inf``, with a graded look-ahead.
+
+A constraint knows by how much a sequence violates it. The exact potential only asks whether the
+violation is zero; the look-ahead at unfinished sequences subtracts a penalty per unit, so that
+particles are led towards the allowed set and never removed early.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.potentials.base import AbstractPotential, check_log_potential
+from ppl_diffusion.potentials.dna import (
+    Vocabulary,
+    check_tokens,
+    ids_of,
+    parse_iupac,
+    reverse_complement,
+    scan,
+    spread_over,
+)
+
+_BASES = "ACGT"
+
+
+class AbstractConstraint(AbstractPotential):
+    """Base of hard constraints; subclasses implement :meth:`violation`."""
+
+    penalty: float = 1.0
+
+    @abstractmethod
+    def violation(self, x0: Tensor) -> Tensor:
+        """Return by how much each sequence violates the constraint.
+
+        :param x0: clean tokens, int64 ``(*batch, L)``.
+        :returns: ``(*batch,)``, 0 where the constraint holds, positive and finite elsewhere.
+        """
+
+    def satisfied(self, x0: Tensor) -> Tensor:
+        """Return whether each sequence is allowed.
+
+        :param x0: clean tokens, int64 ``(*batch, L)``.
+        :returns: bool ``(*batch,)``.
+        """
+        return self._checked_violation(x0) == 0
+
+    def log_potential(self, x0: Tensor) -> Tensor:
+        """Return 0 where the constraint holds and ``-inf`` elsewhere."""
+        zero = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
+        return zero.masked_fill(~self.satisfied(x0), -math.inf)
+
+    def lookahead(self, x0: Tensor) -> Tensor:
+        """Return ``-penalty * violation``.
+
+        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
+        """
+        return -self.penalty * self._checked_violation(x0)
+
+    def _checked_violation(self, x0: Tensor) -> Tensor:
+        violation = check_log_potential(self.violation(x0), x0, self.name)
+        if bool((violation < 0).any()):
+            raise PotentialError(
+                f"{self.name} returned a negative violation, {float(violation.min()):g}; "
+                "return 0 where the constraint holds and a positive number elsewhere."
+            )
+        return violation
+
+    def _set_penalty(self, penalty: float) -> None:
+        if not (math.isfinite(penalty) and penalty >= 0):
+            raise ValueError(f"{self.name}: penalty must be finite and >= 0, got {penalty}.")
+        self.penalty = float(penalty)
+
+
+class Constraint(AbstractConstraint):
+    """A hard constraint given by a function.
+
+    :param violation: ``x0 (*batch, L) int64 -> (*batch,)``: 0 where the constraint holds, and how
+        badly it is violated elsewhere (the number of wrong tokens, say).
+    :param penalty: nats per unit of violation in the look-ahead.
+    :param name: how errors call it.
+
+    Example::
+
+        starts_with_a = Constraint(lambda x0: x0[..., 0] != 0)
+    """
+
+    def __init__(
+        self,
+        violation: Callable[[Tensor], Tensor],
+        *,
+        penalty: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        self.fn = violation
+        self.name = name or str(getattr(violation, "__name__", type(violation).__name__))
+        self._set_penalty(penalty)
+
+    def violation(self, x0: Tensor) -> Tensor:
+        """Return what the function returns."""
+        return self.fn(x0)
+
+    def __repr__(self) -> str:
+        return f"Constraint({self.name})"
+
+
+class GCContent(AbstractConstraint):
+    """The share of G and C lies between two bounds, both included.
+
+    The violation counts the bases that would have to change.
+
+    :param low: smallest share, 0 to 1.
+    :param high: largest share, 0 to 1.
+    :param vocabulary: the letter of every token id.
+    :param penalty: nats per base outside the range in the look-ahead.
+    """
+
+    def __init__(
+        self, low: float, high: float, *, vocabulary: Vocabulary = _BASES, penalty: float = 1.0
+    ) -> None:
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"The GC range must satisfy 0 <= low <= high <= 1, got {low} to {high}."
+            )
+        self.low, self.high = float(low), float(high)
+        self.name = f"GC content {low:g} to {high:g}"
+        self._counts = torch.zeros(len(list(vocabulary)), dtype=torch.float64)
+        self._counts[ids_of("GC", vocabulary)] = 1.0
+        self._set_penalty(penalty)
+
+    def violation(self, x0: Tensor) -> Tensor:
+        """Return the number of bases too few or too many."""
+        check_tokens(x0, len(self._counts), 1, self.name)
+        length = x0.shape[-1]
+        # The tolerance keeps bounds such as 0.55 * 80 = 44.00000000000001 inclusive.
+        fewest, most = math.ceil(self.low * length - 1e-9), math.floor(self.high * length + 1e-9)
+        if fewest > most:
+            raise PotentialError(
+                f"{self.name} allows no sequence of length {length}; widen the range."
+            )
+        count = self._counts.to(x0.device)[x0].sum(-1)
+        return (fewest - count).clamp_min(0) + (count - most).clamp_min(0)
+
+    def __repr__(self) -> str:
+        return f"GCContent({self.low:g}, {self.high:g})"
+
+
+class _MotifConstraint(AbstractConstraint):
+    """Counts mismatches of an IUPAC pattern at every position, on the better strand."""
+
+    def __init__(
+        self, motif: str, both_strands: bool, vocabulary: Vocabulary, penalty: float
+    ) -> None:
+        self.motif, self.both_strands = motif.strip().upper(), both_strands
+        allowed = parse_iupac(motif)
+        mismatch = torch.tensor([[float(b not in bases) for b in _BASES] for bases in allowed])
+        strands = [mismatch, reverse_complement(mismatch)] if both_strands else [mismatch]
+        self._tables = [spread_over(strand, vocabulary, absent=1.0) for strand in strands]
+        self._set_penalty(penalty)
+
+    @property
+    def width(self) -> int:
+        """Bases of the motif."""
+        return len(self._tables[0])
+
+    def mismatches(self, x0: Tensor) -> Tensor:
+        """Return the mismatches at every position, on the better strand.
+
+        :param x0: clean tokens, int64 ``(*batch, L)``.
+        :returns: float64 ``(*batch, L - W + 1)``.
+        """
+        return torch.stack([scan(x0, table) for table in self._tables]).amin(0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.motif!r}, both_strands={self.both_strands})"
+
+
+class ForbiddenMotif(_MotifConstraint):
+    """A motif occurs nowhere. The violation counts the positions where it does.
+
+    :param motif: IUPAC pattern, such as ``"GAATTC"`` or ``"GGNCC"``.
+    :param both_strands: whether the reverse complement is forbidden as well.
+    :param vocabulary: the letter of every token id.
+    :param penalty: nats per occurrence in the look-ahead.
+    :raises ValueError: if the motif is no IUPAC pattern.
+    """
+
+    def __init__(
+        self,
+        motif: str,
+        *,
+        both_strands: bool = True,
+        vocabulary: Vocabulary = _BASES,
+        penalty: float = 1.0,
+    ) -> None:
+        self.name = f"forbidden motif {motif}"
+        super().__init__(motif, both_strands, vocabulary, penalty)
+
+    def violation(self, x0: Tensor) -> Tensor:
+        """Return the number of occurrences; a sequence shorter than the motif holds none."""
+        check_tokens(x0, self._tables[0].shape[1], 0, self.name)
+        if x0.shape[-1] < self.width:
+            return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
+        return (self.mismatches(x0) == 0).sum(-1).to(torch.float64)
+
+
+class RequiredMotif(_MotifConstraint):
+    """A motif occurs at least so many times, at different positions.
+
+    The violation is the number of mismatches of the best ``min_count`` positions.
+
+    :param motif: IUPAC pattern, such as ``"TATAWAW"``.
+    :param min_count: occurrences needed; they may overlap.
+    :param both_strands: whether an occurrence on the other strand counts.
+    :param vocabulary: the letter of every token id.
+    :param penalty: nats per mismatch in the look-ahead.
+    :raises ValueError: if the motif is no IUPAC pattern.
+    """
+
+    def __init__(
+        self,
+        motif: str,
+        *,
+        min_count: int = 1,
+        both_strands: bool = True,
+        vocabulary: Vocabulary = _BASES,
+        penalty: float = 1.0,
+    ) -> None:
+        self.name = f"required motif {motif}"
+        if min_count < 1:
+            raise ValueError(f"{self.name}: min_count must be at least 1, got {min_count}.")
+        self.min_count = min_count
+        super().__init__(motif, both_strands, vocabulary, penalty)
+
+    def violation(self, x0: Tensor) -> Tensor:
+        """Return the mismatches of the best positions."""
+        check_tokens(x0, self._tables[0].shape[1], self.width + self.min_count - 1, self.name)
+        return self.mismatches(x0).topk(self.min_count, largest=False).values.sum(-1)

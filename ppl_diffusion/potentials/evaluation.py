@@ -1,0 +1,242 @@
+"""Functions of a sequence that are slow, may fail, and must be evaluated once per sequence.
+
+SMC asks for the same sequences again and again (resampling copies them), and a docking program or
+a laboratory robot answers slowly, in parallel, and not always. :class:`SequenceFunction` sits
+between the two: it removes duplicates, remembers values, distributes chunks over an executor, and
+turns every failure either into one clear error or into a counted rejection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import PotentialError
+from ppl_diffusion._rows import distinct_rows
+
+OnError = Literal["raise", "reject"]
+RowFunction = Callable[[Tensor], Any]
+_Piece = list[int]
+
+
+class _GaveUp(TimeoutError):
+    """A call was still running when its time was over."""
+
+
+class SequenceFunction:
+    """A function of sequences with a cache, an optional executor, and a policy for failures.
+
+    :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array or a list of numbers.
+    :param name: how errors call it.
+    :param batch_size: sequences per call of ``fn``; by default all at once, and one at a time when
+        there is an executor.
+    :param executor: where calls run (with a process pool, ``fn`` must be picklable).
+    :param timeout: seconds without any call finishing after which the running ones are given up;
+        needs an executor.
+    :param on_error: ``"raise"`` a :class:`~ppl_diffusion._errors.PotentialError`, or ``"reject"``:
+        a failed sequence is counted in :attr:`num_failures` and gets NaN here, now and later.
+    :param cache_size: values remembered, the least recently used are dropped first.
+    :param worst: the one infinite value that is legal, if any (the value of an impossible
+        sequence); NaN and every other infinity is a failure.
+
+    A batch that raises is repeated one sequence at a time, so that one bad sequence is found and
+    costs no other its value. Values that were finished before an error stay in the cache.
+    """
+
+    def __init__(
+        self,
+        fn: RowFunction,
+        *,
+        name: str | None = None,
+        batch_size: int | None = None,
+        executor: Executor | None = None,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
+        cache_size: int = 100_000,
+        worst: float | None = -math.inf,
+    ) -> None:
+        self.fn = fn
+        self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
+        self.batch_size = batch_size
+        self.executor = executor
+        self.timeout = timeout
+        self.on_error = on_error
+        self.cache_size = cache_size
+        self.worst = worst
+        self.num_calls = 0
+        """Sequences handed to ``fn`` so far, repetitions after a failure included."""
+        self.num_failures = 0
+        """Sequences rejected so far."""
+        self._cache: OrderedDict[bytes, float] = OrderedDict()
+        self._check_options()
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Return the value of each sequence, NaN where it was rejected.
+
+        :param x0: clean tokens, int64 ``(*batch, L)``.
+        :returns: float64 ``(*batch,)`` on the device of ``x0``.
+        :raises PotentialError: if ``fn`` returns a wrong shape, or fails and ``on_error="raise"``.
+        """
+        rows = x0.reshape(-1, x0.shape[-1])
+        first, inverse = distinct_rows(rows)
+        values = torch.tensor(self._look_up(rows[first].cpu()), dtype=torch.float64)
+        return values.to(x0.device)[inverse].reshape(x0.shape[:-1])
+
+    def clear(self) -> None:
+        """Forget all values, rejections included; the counters stay."""
+        self._cache.clear()
+
+    def _look_up(self, rows: Tensor) -> list[float]:
+        keys = [row.tobytes() for row in rows.to(torch.int32).numpy()]
+        found = {key: self._cache[key] for key in keys if key in self._cache}
+        for key in found:
+            self._cache.move_to_end(key)
+        unknown = [i for i, key in enumerate(keys) if key not in found]
+        for i, value in self._evaluate(rows, unknown):
+            found[keys[i]] = value
+            self._remember(keys[i], value)
+        return [found[key] for key in keys]
+
+    def _remember(self, key: bytes, value: float) -> None:
+        self._cache[key] = value
+        if len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+
+    def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:
+        """Yield ``(index, value)`` as values come in."""
+        again: _Piece = []
+        for piece, outcome in self._call(rows, self._split(unknown)):
+            if (
+                isinstance(outcome, Exception)
+                and len(piece) > 1
+                and not isinstance(outcome, _GaveUp)
+            ):
+                again += piece
+            else:
+                yield from self._settle(rows, piece, outcome)
+        for piece, outcome in self._call(rows, [[i] for i in again]):
+            yield from self._settle(rows, piece, outcome)
+
+    def _split(self, indices: _Piece) -> list[_Piece]:
+        size = self.batch_size or (1 if self.executor else max(len(indices), 1))
+        return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+    def _call(
+        self, rows: Tensor, pieces: list[_Piece]
+    ) -> Iterator[tuple[_Piece, Tensor | Exception]]:
+        """Yield every piece with its values or with the exception that ``fn`` raised."""
+        if self.executor is not None:
+            yield from self._call_in_executor(self.executor, rows, pieces)
+            return
+        for piece in pieces:
+            self.num_calls += len(piece)
+            try:
+                result = self.fn(rows[piece])
+            except Exception as error:
+                yield piece, error
+            else:
+                yield piece, self._as_values(result, len(piece))
+
+    def _call_in_executor(
+        self, executor: Executor, rows: Tensor, pieces: list[_Piece]
+    ) -> Iterator[tuple[_Piece, Tensor | Exception]]:
+        self.num_calls += sum(map(len, pieces))
+        pending = {executor.submit(self.fn, rows[piece]): piece for piece in pieces}
+        try:
+            while pending:
+                for future in self._next(pending):
+                    piece = pending.pop(future)
+                    yield piece, self._outcome(future, len(piece))
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _next(self, pending: dict[Future[Any], _Piece]) -> Sequence[Future[Any]]:
+        done, waiting = wait(pending, self.timeout, FIRST_COMPLETED)
+        if done:
+            return list(done)
+        stuck = [future for future in waiting if future.running()]
+        if stuck:
+            return stuck
+        raise PotentialError(
+            f"{self.name} left no worker free: {sum(map(len, pending.values()))} sequences were "
+            f"not started within {self.timeout} s; give the executor more workers, or a new one."
+        )
+
+    def _outcome(self, future: Future[Any], count: int) -> Tensor | Exception:
+        if not future.done():
+            return _GaveUp(f"no answer within {self.timeout} s")
+        error = future.exception()
+        if isinstance(error, BrokenExecutor):
+            raise PotentialError(
+                f"{self.name} lost its executor ({error}); "
+                "check that the function can run in a worker, and give a new executor."
+            ) from error
+        if isinstance(error, Exception):
+            return error
+        return self._as_values(future.result(), count)
+
+    def _as_values(self, result: Any, count: int) -> Tensor:
+        values = torch.as_tensor(result, dtype=torch.float64).detach().cpu()
+        if values.shape != (count,):
+            raise PotentialError(
+                f"{self.name} returned shape {tuple(values.shape)} for {count} sequences; "
+                f"return one number per sequence, shape ({count},)."
+            )
+        return values
+
+    def _settle(
+        self, rows: Tensor, piece: _Piece, outcome: Tensor | Exception
+    ) -> Iterator[tuple[int, float]]:
+        """Apply the policy to what came back for one piece."""
+        if isinstance(outcome, Exception):
+            reasons = [f"{type(outcome).__name__.lstrip('_')}: {outcome}"] * len(piece)
+            values = [math.nan] * len(piece)
+        else:
+            values = outcome.tolist()
+            reasons = [self._fault(value) for value in values]
+        for i, value, reason in sorted(
+            zip(piece, values, reasons, strict=True), key=lambda entry: bool(entry[2])
+        ):
+            yield i, self._reject(rows[i], reason, outcome) if reason else value
+
+    def _fault(self, value: float) -> str:
+        legal = math.isfinite(value) or value == self.worst
+        return "" if legal else f"it returned {value}"
+
+    def _reject(self, row: Tensor, reason: str, outcome: Tensor | Exception) -> float:
+        if self.on_error == "raise":
+            cause = outcome if isinstance(outcome, Exception) else None
+            raise PotentialError(
+                f"{self.name} failed on the sequence {row.tolist()} ({reason}); mend the function, "
+                'or pass on_error="reject" to give such sequences probability zero.'
+            ) from cause
+        self.num_failures += 1
+        return math.nan
+
+    def _check_options(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"{self.name}: fn must be callable, got {type(self.fn).__name__}.")
+        if self.on_error not in ("raise", "reject"):
+            raise ValueError(
+                f'{self.name}: on_error is "raise" or "reject", got {self.on_error!r}.'
+            )
+        if self.timeout is not None and (self.executor is None or not self.timeout > 0):
+            raise ValueError(
+                f"{self.name}: timeout needs an executor and a positive number of seconds, got "
+                f"{self.timeout} with executor={self.executor}."
+            )
+        for option in ("batch_size", "cache_size"):
+            number = getattr(self, option)
+            if number is not None and number < 1:
+                raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
+
+
+def _worth_repeating(outcome: Tensor | Exception) -> bool:
+    return isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)

@@ -1,0 +1,162 @@
+"""Rewards at a temperature, and Gaussian observations of a predicted quantity."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Executor
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.potentials.base import LOOKAHEAD_FLOOR, AbstractPotential
+from ppl_diffusion.potentials.evaluation import OnError, RowFunction, SequenceFunction
+
+
+class _OfFunction(AbstractPotential):
+    """A log-potential computed from a :class:`SequenceFunction`; rejected sequences get -inf."""
+
+    function: SequenceFunction
+
+    @property
+    def num_calls(self) -> int:
+        """Sequences handed to the function so far."""
+        return self.function.num_calls
+
+    @property
+    def num_failures(self) -> int:
+        """Sequences rejected so far because the function failed on them."""
+        return self.function.num_failures
+
+    def log_potential(self, x0: Tensor) -> Tensor:
+        """Return the log-potential, ``-inf`` where the function failed."""
+        value = self.function(x0)
+        return torch.where(value.isnan(), -math.inf, self._transform(value))
+
+    def _transform(self, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def lookahead(self, x0: Tensor) -> Tensor:
+        """Return the log-potential, with a floor in place of ``-inf`` only.
+
+        Finite values pass unchanged however low they are: at an early step all of them may be,
+        and their differences are what steers.
+
+        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
+        """
+        value = self(x0)
+        return torch.where(value == -math.inf, LOOKAHEAD_FLOOR, value)
+
+
+class Reward(_OfFunction):
+    """A reward at a temperature: ``log G = reward / temperature``.
+
+    Distinct sequences are evaluated once; see :class:`SequenceFunction` for the options that
+    concern slow and failing rewards.
+
+    :param fn: reward in its own units, ``x0 (B, L) int64 -> (B,)``.
+    :param temperature: reward units per nat; the lower, the stronger the tilt.
+    :param batch_size: sequences per call.
+    :param executor: where calls run.
+    :param timeout: seconds without progress before running calls are given up.
+    :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
+    :param maximise: whether high values are good (docking scores are minimised).
+    :param cache_size: values remembered.
+    :param name: how errors call it.
+    :raises PotentialError: when called, if the reward fails and ``on_error="raise"``.
+
+    Example::
+
+        Reward(oracle, temperature=0.5)
+        Reward(dock, 0.3, maximise=False, executor=pool, timeout=600, on_error="reject")
+    """
+
+    def __init__(
+        self,
+        fn: RowFunction,
+        temperature: float = 1.0,
+        *,
+        batch_size: int | None = None,
+        executor: Executor | None = None,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
+        maximise: bool = True,
+        cache_size: int = 100_000,
+        name: str | None = None,
+    ) -> None:
+        self.function = SequenceFunction(
+            fn,
+            name=name,
+            batch_size=batch_size,
+            executor=executor,
+            timeout=timeout,
+            on_error=on_error,
+            cache_size=cache_size,
+            worst=-math.inf if maximise else math.inf,
+        )
+        self.name = self.function.name
+        _require_positive(f"{self.name}: temperature", temperature)
+        self.temperature = float(temperature)
+        self.maximise = maximise
+
+    def _transform(self, value: Tensor) -> Tensor:
+        return (value if self.maximise else -value) / self.temperature
+
+    def __repr__(self) -> str:
+        return f"Reward({self.name}, temperature={self.temperature:g})"
+
+
+class Likelihood(_OfFunction):
+    """A Gaussian observation of a predicted quantity: ``log N(observed; fn(x0), sd)``.
+
+    :param fn: the prediction in its own units, ``x0 (B, L) int64 -> (B,)``.
+    :param observed: the measurement, same units.
+    :param sd: its standard deviation, same units.
+    :param batch_size: sequences per call.
+    :param executor: where calls run.
+    :param timeout: seconds without progress before running calls are given up.
+    :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
+    :param cache_size: values remembered.
+    :param name: how errors call it.
+    :raises PotentialError: when called, if the prediction fails and ``on_error="raise"``.
+    """
+
+    def __init__(
+        self,
+        fn: RowFunction,
+        observed: float,
+        sd: float,
+        *,
+        batch_size: int | None = None,
+        executor: Executor | None = None,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
+        cache_size: int = 100_000,
+        name: str | None = None,
+    ) -> None:
+        self.function = SequenceFunction(
+            fn,
+            name=name,
+            batch_size=batch_size,
+            executor=executor,
+            timeout=timeout,
+            on_error=on_error,
+            cache_size=cache_size,
+            worst=None,
+        )
+        self.name = self.function.name
+        _require_positive(f"{self.name}: sd", sd)
+        if not math.isfinite(observed):
+            raise ValueError(f"{self.name}: observed must be a finite number, got {observed}.")
+        self.observed, self.sd = float(observed), float(sd)
+
+    def _transform(self, value: Tensor) -> Tensor:
+        z = (self.observed - value) / self.sd
+        return -0.5 * z.square() - math.log(self.sd * math.sqrt(2 * math.pi))
+
+    def __repr__(self) -> str:
+        return f"Likelihood({self.name}, observed={self.observed:g}, sd={self.sd:g})"
+
+
+def _require_positive(what: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{what} must be a positive, finite number, got {value}.")
