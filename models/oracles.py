@@ -150,14 +150,15 @@ class Oracle(nn.Module):
     :param config: shape, units and calibration.
     """
 
+    _left: Tensor
+    _right: Tensor
+
     def __init__(self, config: OracleConfig) -> None:
         super().__init__()
         self.config = config
         self.members = nn.ModuleList(Member(config) for _ in range(config.members))
-        before = (config.width - 1) // 2
-        after = config.width - 1 - before
-        self.register_buffer("_left", _encode(config.left)[len(config.left) - before :], False)
-        self.register_buffer("_right", _encode(config.right)[:after], False)
+        self.register_buffer("_left", one_hot(_encode(config.left)), persistent=False)
+        self.register_buffer("_right", one_hot(_encode(config.right)), persistent=False)
         self.eval()
 
     @property
@@ -223,15 +224,19 @@ class Oracle(nn.Module):
         outputs = [member(x) for member in self.members]
         return torch.stack([o[0] for o in outputs]), torch.stack([o[1].exp() for o in outputs])
 
-    def with_flanks(self, probabilities: Tensor) -> Tensor:
-        """Put the constant neighbours of the assay around the sequences.
+    def with_flanks(self, probabilities: Tensor, shift: int = 0) -> Tensor:
+        """Put the constant neighbours of the assay around the sequences, as far as they are read.
 
         :param probabilities: float ``(B, length, 4)``.
+        :param shift: bases by which the window is moved to the right (training only).
         :returns: float ``(B, 4, length + width - 1)``, what the members read.
         """
-        count = len(probabilities)
-        left, right = (one_hot(flank).expand(count, -1, -1) for flank in (self._left, self._right))
-        return torch.cat([left, probabilities, right], 1).transpose(1, 2).contiguous()
+        count, width = len(probabilities), self.config.width
+        left, right = (flank.expand(count, -1, -1) for flank in (self._left, self._right))
+        start = left.shape[1] - (width - 1) // 2 + shift
+        whole = torch.cat([left, probabilities, right], 1)
+        window = whole[:, start : start + self.length + width - 1]
+        return window.transpose(1, 2).contiguous()
 
     def save(self, directory: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json``.
@@ -313,7 +318,7 @@ def list_oracles() -> list[str]:
     return sorted(p.parent.name for p in _WEIGHTS.glob("*-oracle-*/config.json"))
 
 
-def read_card(name: str) -> dict[str, Any]:
+def oracle_card(name: str) -> dict[str, Any]:
     """Return what is known about a shipped oracle: data, licence, training command, metrics.
 
     :param name: one of :func:`list_oracles`.
