@@ -236,7 +236,7 @@ def _count(ends: Array, points: Array) -> Array:
     xp = array_namespace(ends)
     points = xp.broadcast_to(points, (*ends.shape[:-1], points.shape[-1]))
     if is_torch_array(ends):  # the only library whose search is batched
-        return xp.searchsorted(ends, points, right=True)
+        return xp.searchsorted(ends.contiguous(), points.contiguous(), right=True)
     flat_ends = ends.reshape(-1, ends.shape[-1])
     flat_points = points.reshape(-1, points.shape[-1])
     rows = [
