@@ -1,0 +1,18 @@
+"""Seeds, and readable failures of the shipped contracts."""
+
+import pyro
+import pytest
+import torch
+
+pytest.register_assert_rewrite("ppl_diffusion.testing")
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(20260101)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20260101)
