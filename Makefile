@@ -8,7 +8,7 @@ RUN := $(abspath $(BIN))
 # torch and the BLAS below it start one thread per core in every worker unless told otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint typecheck format docs bench slow dist clean
+.PHONY: help install demo test lint typecheck format notebooks docs bench slow dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ typecheck: install
 format: install ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: install ## write each notebooks/*.ipynb from its .py twin
+	$(BIN)/jupytext --quiet --to ipynb --update notebooks/*.py
 
 docs: $(VENV)/.installed-docs ## build the HTML documentation in build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs

@@ -98,6 +98,9 @@ def design(
             help="Reward oracle(x) / TEMPERATURE; what a prior with an oracle does by default.",
         ),
     ] = None,
+    no_expression: Annotated[
+        bool, typer.Option("--no-expression", help="Ask for no expression at all.")
+    ] = False,
     motif: Annotated[
         list[str] | None,
         typer.Option(
@@ -138,6 +141,7 @@ def design(
         observe=observe,
         sd=sd,
         temperature=temperature,
+        expression=not no_expression,
         motifs=tuple(map(parse_motif, motif or ())),
         gc=gc,
         forbid=tuple(map(parse_forbid, forbid or ())),

@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import typer
 
+from ppl_diffusion._errors import ParticleCollapse, PotentialError
 from ppl_diffusion.design.question import InputError
 
 USAGE = 2
@@ -39,9 +39,9 @@ def exit_code(command: Callable[[], object]) -> int:
         return complain(f"{error.strerror or error}: {error.filename}", USAGE)
     except (typer.Abort, KeyboardInterrupt):
         return complain("Stopped before the end; nothing was written.", STOPPED)
-    except RuntimeError as error:
-        if type(error).__name__ != "ParticleCollapse":
-            raise
+    except PotentialError as error:
+        return complain(error, USAGE)
+    except ParticleCollapse as error:
         return complain(error, FAILED)
 
 
@@ -55,26 +55,6 @@ def complain(error: object, code: int) -> int:
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     print(f"ppl-diffusion: {' '.join(text.split())}", file=sys.stderr)
     return code
-
-
-@contextmanager
-def user_input() -> Iterator[None]:
-    """Treat what the library raises in this block as the user's input being wrong.
-
-    :raises InputError: in place of ``ValueError``, ``KeyError`` and ``OSError``, with their text.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(_text(error)) from error
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    return str(error)
 
 
 def _code(result: object) -> int:

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,26 @@ RESAMPLERS = ("multinomial", "residual", "stratified", "systematic", "ssp", "kil
 
 class InputError(ValueError):
     """An option, a file or a number cannot be used; the text is one sentence that says why."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Treat what the library raises in this block as the user's input being wrong.
+
+    :raises InputError: in place of ``ValueError``, ``KeyError`` and ``OSError``, with their text.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(_text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error)
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,9 @@ class Question:
     :param observe: expression that was observed, in the units of the oracle; it enters as
         ``Normal(oracle(x), sd)``.
     :param sd: standard deviation of that observation.
-    :param temperature: temperature of the reward ``oracle(x) / temperature``.
+    :param temperature: temperature of the reward ``oracle(x) / temperature``, in its units.
+    :param expression: whether a prior with an oracle is asked for high expression when neither
+        ``observe`` nor ``temperature`` is given.
     :param motifs: motif matrices, each weighted.
     :param gc: lowest and highest GC content allowed, as shares of the length.
     :param forbid: IUPAC motifs that must not occur on either strand.
@@ -46,6 +70,7 @@ class Question:
     observe: float | None = None
     sd: float = 0.5
     temperature: float | None = None
+    expression: bool = True
     motifs: tuple[MotifSpec, ...] = ()
     gc: tuple[float, float] | None = None
     forbid: tuple[str, ...] = ()
@@ -60,18 +85,14 @@ class Question:
                 "An observed expression and a reward temperature are two different questions: "
                 "give --observe or --temperature, not both."
             )
+        if self.uses_oracle and not self.expression:
+            raise InputError("--no-expression contradicts --observe and --temperature: drop one.")
         _check_gc(self.gc)
 
     @property
     def uses_oracle(self) -> bool:
         """Whether the question is about expression."""
         return self.observe is not None or self.temperature is not None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing at all is asked for, so that the answer would be the prior itself."""
-        asked = (self.motifs, self.forbid, self.fix)
-        return not self.uses_oracle and self.gc is None and not any(asked)
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,8 @@ class Search:
     def __post_init__(self) -> None:
         for name, low in (("num_particles", 2), ("num_runs", 1), ("num_steps", 1), ("seed", 0)):
             at_least(name.replace("num_", "the number of "), getattr(self, name), low)
+        if self.seed >= 2**48:
+            raise InputError(f"The seed must be below 2**48, not {self.seed}.")
         one_of("twist", self.twist, TWISTS)
         one_of("resampler", self.resampler, RESAMPLERS)
         if not 0.0 <= self.ess_threshold <= 1.0:

@@ -16,6 +16,7 @@ class Designs:
 
     :param tokens: int64 ``(M, L)``.
     :param weight: share of the pooled posterior, float64 ``(M,)``, sums to 1.
+    :param run_weight: share within each live run, float64 ``(live runs, M)``, rows sum to 1.
     :param copies: particles that hold the sequence, int64 ``(M,)``.
     :param run: first run that found it, int64 ``(M,)``.
     :param log_potential: log-potential in nats, float64 ``(M,)``.
@@ -23,6 +24,7 @@ class Designs:
 
     tokens: Tensor
     weight: Tensor
+    run_weight: Tensor
     copies: Tensor
     run: Tensor
     log_potential: Tensor
@@ -31,34 +33,25 @@ class Designs:
         return len(self.tokens)
 
 
-def pooled_log_weights(posterior: ParticlePosterior) -> Tensor:
-    """Weights over all runs at once: each run counts by its evidence estimate.
-
-    That is the properly weighted union of independent runs, so pooled means converge to the
-    posterior mean as runs are added.
-
-    :param posterior: particles of ``R`` runs.
-    :returns: float64 ``(R, N)``, sums to 1 over all runs; all ``-inf`` if every run died.
-    """
-    joint = posterior.log_weights + posterior.log_evidence[:, None]
-    total = torch.logsumexp(joint.flatten(), 0)
-    return joint - total if bool(torch.isfinite(total)) else joint
-
-
 def rank_designs(posterior: ParticlePosterior) -> Designs:
     """Merge copies and order by pooled weight, then potential, then sequence.
 
+    Runs are pooled in proportion to their evidence estimates, which makes their union properly
+    weighted.
+
     :param posterior: particles of ``R`` runs over sequences ``(R, N, L)``.
     :returns: the designs of positive weight.
+    :raises ParticleCollapse: if no run is alive.
     """
     num_runs, num_particles, length = posterior.x0.shape
-    weight = pooled_log_weights(posterior).exp().flatten()
+    weight = posterior.pooled_log_weights.exp().flatten()
     tokens, inverse = torch.unique(posterior.x0.reshape(-1, length), dim=0, return_inverse=True)
     run = torch.arange(num_runs).repeat_interleave(num_particles)
     merged = _Merge(inverse, len(tokens))
     designs = Designs(
         tokens=tokens,
         weight=merged.reduce(weight, "sum"),
+        run_weight=_by_run(posterior, inverse, len(tokens)),
         copies=merged.reduce(torch.ones_like(run), "sum"),
         run=merged.reduce(run, "amin"),
         log_potential=merged.reduce(posterior.log_potential.flatten(), "amax"),
@@ -76,6 +69,12 @@ class _Merge:
         return out.scatter_reduce(0, self.inverse, values, how, include_self=False)
 
 
+def _by_run(posterior: ParticlePosterior, inverse: Tensor, size: int) -> Tensor:
+    index = inverse.reshape(posterior.log_weights.shape)[posterior.alive]
+    weights = posterior.weights[posterior.alive]
+    return torch.zeros(len(weights), size, dtype=weights.dtype).scatter_add(1, index, weights)
+
+
 def _order(designs: Designs) -> Tensor:
     # `unique` has sorted the sequences, and stable sorts keep that order among ties.
     by_potential = torch.sort(designs.log_potential, descending=True, stable=True).indices
@@ -85,5 +84,5 @@ def _order(designs: Designs) -> Tensor:
 
 
 def _take(designs: Designs, index: Tensor) -> Designs:
-    columns = {name: value[index] for name, value in vars(designs).items()}
-    return Designs(**columns)
+    columns = {name: value[..., index] for name, value in vars(designs).items() if name != "tokens"}
+    return Designs(tokens=designs.tokens[index], **columns)

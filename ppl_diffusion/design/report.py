@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppl_diffusion.design.judging import Columns
     from ppl_diffusion.design.ranking import Designs
+    from ppl_diffusion.smc import ParticlePosterior
+
+PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
 
 
 def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) -> str:
@@ -79,6 +82,25 @@ def save_netcdf(data: Any, path: Path) -> None:
     for node in (data, *(data[name] for name in groups if name != "/")):
         node.attrs.pop("created_at", None)
     data.to_netcdf(str(path))
+
+
+def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
+    """Draw every diagnostic plot into a folder.
+
+    :param posterior: the particles.
+    :param folder: made if it is absent.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from ppl_diffusion.diagnostics import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PLOTS:
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        getattr(plots, f"plot_{name}")(posterior, ax=figure.subplots())
+        figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 def _cell(value: float) -> str:

@@ -9,6 +9,12 @@ def fill(folder, text="{}"):
         (scratch / "summary.json").write_text(text)
 
 
+def fail_halfway(folder):
+    with whole_folder(folder, replace=True) as scratch:
+        (scratch / "summary.json").write_text("{}")
+        raise RuntimeError("halfway")
+
+
 def test_a_folder_appears_whole(tmp_path):
     fill(tmp_path / "a" / "run")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["run"]
@@ -16,22 +22,15 @@ def test_a_folder_appears_whole(tmp_path):
 
 
 def test_a_failing_block_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(RuntimeError, match="halfway"),
-        whole_folder(tmp_path / "run", replace=False) as scratch,
-    ):
-        (scratch / "summary.json").write_text("{}")
-        raise RuntimeError("halfway")
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway(tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_block_keeps_the_earlier_run(tmp_path):
     fill(tmp_path / "run", "first")
-    with (
-        pytest.raises(RuntimeError, match="halfway"),
-        whole_folder(tmp_path / "run", replace=True),
-    ):
-        raise RuntimeError("halfway")
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway(tmp_path / "run")
     assert (tmp_path / "run" / "summary.json").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 

@@ -74,6 +74,7 @@ def test_clamp_pattern():
         ({"gc": (0.6, 0.4)}, "is not a range of shares"),
         ({"gc": (math.nan, 0.4)}, "is not a range of shares"),
         ({"observe": 1.0, "temperature": 1.0}, "not both"),
+        ({"observe": 1.0, "expression": False}, "contradicts"),
     ],
 )
 def test_impossible_questions(wrong, sentence):
@@ -88,6 +89,7 @@ def test_impossible_questions(wrong, sentence):
         ({"num_runs": 0}, "number of runs must be at least 1, not 0"),
         ({"num_steps": 0}, "number of steps must be at least 1, not 0"),
         ({"seed": -1}, "Seed must be at least 0, not -1"),
+        ({"seed": 2**48}, "must be below"),
         ({"twist": "plier"}, "no twist called 'plier': choose one of argmax"),
         ({"resampler": "dice"}, "no resampler called 'dice'"),
         ({"ess_threshold": math.nan}, "between 0 and 1, not nan"),
@@ -96,12 +98,6 @@ def test_impossible_questions(wrong, sentence):
 def test_impossible_searches(wrong, sentence):
     with pytest.raises(InputError, match=sentence):
         Search(**wrong)
-
-
-def test_an_empty_question_is_seen():
-    assert Question().is_empty
-    assert not Question(forbid=("GGTCTC",)).is_empty
-    assert not Question(temperature=1.0).is_empty
 
 
 def test_settings_name_files_without_their_folder(tmp_path):

@@ -1,0 +1,166 @@
+"""The bodies of the commands."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ppl_diffusion._cli.tables import design_tables, progress_bar, table
+from ppl_diffusion.design.folder import check_target, write_whole
+from ppl_diffusion.design.question import InputError, Job, at_least, user_input
+from ppl_diffusion.design.report import fasta
+
+if TYPE_CHECKING:
+    from ppl_diffusion.smc import ParticlePosterior
+
+PARTICLES = "particles"
+
+
+def list_models() -> None:
+    """Print the shipped priors and oracles with what their cards say."""
+    from ppl_diffusion.models import available
+    from ppl_diffusion.models.oracles import list_oracles
+    from ppl_diffusion.models.oracles import read_card as read_oracle_card
+
+    priors = [
+        [entry["name"], entry["family"], entry["length"], _headline(entry["card"])]
+        for entry in available()
+    ]
+    table("Priors", ["name", "process", "length", "card"], priors)
+    oracles = [[name, _headline(read_oracle_card(name))] for name in list_oracles()]
+    table("Oracles", ["name", "card"], oracles)
+
+
+def draw_samples(name: str, *, num: int, steps: int, seed: int, out: Path | None) -> None:
+    """Draw sequences from a prior and print them or write a file.
+
+    :param name: shipped prior, or folder of one.
+    :param num: how many sequences.
+    :param steps: steps of the reverse chain.
+    :param seed: seed of the draws.
+    :param out: ``.csv`` for a table, anything else for FASTA; standard output if None.
+    :raises InputError: if a name, a number or the place is wrong.
+    """
+    from ppl_diffusion.models import load
+
+    for what, value, low in (("num", num, 1), ("steps", steps, 1), ("seed", seed, 0)):
+        at_least(what, value, low)
+    with user_input():
+        prior = load(name)
+    chain = prior.chain(num_steps=steps)
+    x0 = chain.x0(chain.sample((num,), generator=torch.Generator().manual_seed(seed)))
+    text = _sequence_text(prior.decode(x0), csv=out is not None and out.suffix == ".csv")
+    if out is None:
+        print(text, end="")
+    else:
+        write_whole(out, text)
+
+
+def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
+    """Run a design job, write its folder, print its tables.
+
+    :param job: prior, question and search.
+    :param out: the run folder.
+    :param replace: whether an earlier run may be replaced.
+    :param quiet: print nothing.
+    :raises InputError: if something asked for cannot be done.
+    """
+    from ppl_diffusion.design.run import design, write_run
+
+    check_target(out, replace=replace)
+    if find_spec("matplotlib") is None:
+        raise InputError("A run folder has plots: install them with `pip install matplotlib`.")
+    with progress_bar(f"design {job.name}", quiet=quiet) as advance:
+        result = design(job, progress=advance)
+    write_run(result, out, replace=replace)
+    if not quiet:
+        design_tables(result)
+        print(f"wrote {out}")
+
+
+def train_prior(
+    name: str,
+    *,
+    data: Path | None,
+    out: Path,
+    steps: int | None,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Train a prior by its recipe.
+
+    :param name: name of the recipe.
+    :param data: the data folder.
+    :param out: folder of the run.
+    :param steps: optimiser steps; those of the recipe if None.
+    :param seed: seed of weights, batches and noise.
+    :param resume: go on from the checkpoint in ``out``.
+    :param quiet: print nothing.
+    :raises InputError: if a name, a number, the data or the place is wrong.
+    """
+    from ppl_diffusion.models.training import train
+
+    at_least("steps", 1 if steps is None else steps, 1)
+    at_least("seed", seed, 0)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
+    with user_input():
+        run = train(name, data=data, out=out, steps=steps, seed=seed, resume=resume, quiet=quiet)
+    if not quiet:
+        rows = [
+            ["best validation bound (bits per token, <=)", run.valid_bits],
+            ["at step", run.best_step],
+            ["of steps", run.steps],
+        ]
+        table(f"Trained {name}", ["quantity", "value"], rows)
+        print(f"wrote {run.folder}")
+
+
+def diagnose_run(folder: Path, *, plots: Path | None) -> None:
+    """Print the summary of a run folder.
+
+    :param folder: a folder written by ``design``, or by ``ParticlePosterior.save``.
+    :param plots: also draw the plots into this folder.
+    :raises InputError: if it holds no run.
+    """
+    from ppl_diffusion.diagnostics import summary
+
+    posterior = _load_particles(folder)
+    rows = [[key, _readable(value)] for key, value in summary(posterior).items()]
+    table(f"Particles of {folder}", ["quantity", "value"], rows)
+    if plots is not None:
+        from ppl_diffusion.design.report import save_plots
+
+        save_plots(posterior, plots)
+        print(f"wrote {plots}")
+
+
+def _load_particles(folder: Path) -> ParticlePosterior:
+    from ppl_diffusion.smc import ParticlePosterior
+
+    if not folder.is_dir():
+        raise InputError(f"There is no run folder {str(folder)!r}: give one written by design.")
+    inner = folder / PARTICLES
+    with user_input():
+        return ParticlePosterior.load(inner if inner.is_dir() else folder)
+
+
+def _sequence_text(sequences: list[str], *, csv: bool) -> str:
+    if csv:
+        rows = (f"{index},{sequence}\n" for index, sequence in enumerate(sequences, 1))
+        return "sample,sequence\n" + "".join(rows)
+    return fasta(sequences, [f"sample_{index}" for index in range(1, len(sequences) + 1)])
+
+
+def _headline(card: dict[str, Any]) -> str:
+    return str(card.get("summary") or card.get("description") or card.get("data", ""))
+
+
+def _readable(value: Any) -> object:
+    if isinstance(value, list | tuple):
+        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+    return value

@@ -1,0 +1,126 @@
+"""Progress bars and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ppl_diffusion.design.run import Result
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
+    """Show a bar on standard error.
+
+    :param label: what is going on.
+    :param quiet: show nothing.
+    :returns: ``advance(step, total)``, which moves the bar to ``step`` of ``total``.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(step: int, total: int, *_: Any) -> None:
+            bar.update(task, completed=step, total=total)
+
+        yield advance
+
+
+def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table on standard output; numbers stand to the right.
+
+    :param title: line above the table, or None.
+    :param header: names of the columns.
+    :param rows: cells.
+    """
+    body = [list(row) for row in rows]
+    out = Table(title=title, title_justify="left")
+    for position, name in enumerate(header):
+        numeric = body and all(isinstance(row[position], int | float) for row in body)
+        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in body:
+        out.add_row(*map(_cell, row))
+    Console().print(out)
+
+
+def design_tables(result: Result) -> None:
+    """Print the heaviest designs, the comparison with the prior, and the cost.
+
+    :param result: a finished run.
+    """
+    _designs(result)
+    _comparison(result)
+    _cost(result)
+
+
+def _designs(result: Result) -> None:
+    names = [name for name in result.columns if not name.endswith("_sd")]
+    shown = range(min(8, len(result.sequences)))
+    rows = [
+        [
+            rank + 1,
+            result.sequences[rank],
+            float(result.designs.weight[rank]),
+            float(result.designs.log_potential[rank]),
+            *(float(result.columns[name][rank]) for name in names),
+        ]
+        for rank in shown
+    ]
+    table("Designs by weight", ["rank", "sequence", "weight", "log G", *map(_plain, names)], rows)
+
+
+def _comparison(result: Result) -> None:
+    rows = [
+        [
+            _plain(name),
+            _with_error(numbers["designs_mean"], numbers["designs_standard_error"]),
+            _with_error(numbers["prior_mean"], numbers["prior_sd"]),
+            numbers["prior_95th_percentile"],
+        ]
+        for name, numbers in result.summary["comparison"].items()
+    ]
+    header = ["score", "designs: mean ± s.e.", "prior: mean ± s.d.", "prior: 95th percentile"]
+    table("Designs against prior samples", header, rows)
+
+
+def _cost(result: Result) -> None:
+    summary = result.summary
+    rows = [
+        [
+            "log evidence (nats)",
+            _with_error(summary["log_evidence_pooled"], summary["log_evidence_standard_error"]),
+        ],
+        ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
+        ["distinct designs", summary["unique"]],
+        ["network rows evaluated", summary["evaluations"]],
+        ["potential calls", summary["potential_calls"]],
+        ["seconds", f"{summary['seconds']:.1f}"],
+        ["exact", f"{'yes' if summary['exact'] else 'no'}: {summary['target']}"],
+    ]
+    table("Trust and cost", ["quantity", "value"], rows)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{_cell(value)} ± {_cell(error)}" if math.isfinite(error) else _cell(value)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,223 @@
+"""From a question to its target: potentials, clamps, and the Pyro program that states them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_diffusion.design.judging import Judges
+from ppl_diffusion.design.question import (
+    InputError,
+    Job,
+    MotifSpec,
+    Question,
+    Search,
+    clamp_pattern,
+    user_input,
+)
+from ppl_diffusion.handlers.clamp import ClampProposal
+from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
+from ppl_diffusion.potentials import (
+    AbstractPotential,
+    ForbiddenMotif,
+    GCContent,
+    Likelihood,
+    Potential,
+    Reward,
+    SumPotential,
+    find_motif,
+    read_motifs,
+)
+from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
+
+if TYPE_CHECKING:
+    from ppl_diffusion.design.run import Progress
+    from ppl_diffusion.distributions import ReverseChain
+
+BASES = ["A", "C", "G", "T"]
+ORACLES = {
+    "yeast-promoter": ("yeast-oracle-design", "yeast-oracle-judge"),
+    "yeast-promoter-uniform": ("yeast-oracle-design", "yeast-oracle-judge"),
+}
+DEFAULT_TEMPERATURE = 0.5
+Potentials = dict[str, AbstractPotential]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a job samples from.
+
+    :param job: the job, with every default filled in.
+    :param prior: the model program.
+    :param chain: its reverse chain.
+    :param potentials: log-potentials by site name; their sum is what is added to the prior.
+    :param pattern: fixed tokens, int64 ``(L,)``, -1 where free; None if nothing is fixed.
+    :param designer: the oracle in the target, or None.
+    :param judge: an independent oracle, or None.
+    """
+
+    job: Job
+    prior: DiffusionProgram
+    chain: ReverseChain
+    potentials: Mapping[str, AbstractPotential]
+    pattern: Tensor | None = None
+    designer: Oracle | None = None
+    judge: Oracle | None = None
+
+    def __call__(self) -> None:
+        """State the target as a Pyro program: one chain site, one factor per potential."""
+        path = pyro.sample("path", self.chain)
+        x = pyro.deterministic("x", self.chain.x0(path))
+        for name, potential in self.potentials.items():
+            pyro.factor(name, potential(x))
+
+    def infer(self, search: Search, progress: Progress | None = None) -> ParticlePosterior:
+        """Sample the target.
+
+        :param search: how hard to look.
+        :param progress: called with ``(steps done, steps in all)``.
+        """
+        clamp = None
+        if self.pattern is not None:
+            clamp = ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
+        model = FeynmanKac(
+            self.chain,
+            _total(self.potentials),
+            twist=None if search.twist == "none" else search.twist,
+            proposal=clamp,
+        )
+        posterior = run_smc(
+            model,
+            search.num_particles,
+            search.num_runs,
+            resampler=search.resampler,
+            ess_threshold=search.ess_threshold,
+            generator=torch.Generator().manual_seed(search.seed),
+            progress=progress,
+        )
+        return dataclasses.replace(posterior, target=self._claim(model))
+
+    def _claim(self, model: FeynmanKac) -> str:
+        if self.pattern is None:
+            return model.target
+        fixed = int((self.pattern >= 0).sum())
+        return f"{model.target}; given {fixed} fixed bases, whose probability is part of it"
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Return sequences as text.
+
+        :param tokens: int64 ``(M, L)``.
+        """
+        return list(self.prior.decode(tokens))
+
+    def judges(self) -> Judges:
+        """Return who scores the designs."""
+        gc = torch.tensor([BASES.index("G"), BASES.index("C")])
+        return Judges(self.chain, gc, self.designer, self.judge)
+
+
+def build_target(job: Job) -> Target:
+    """Load what a job names and put the target together.
+
+    :param job: prior, question and search.
+    :raises InputError: if the question does not fit the prior.
+    """
+    with user_input():
+        prior = load(job.name)
+    if prior.vocabulary != BASES:
+        raise InputError(
+            f"Designs are made of the bases ACGT, but the prior {job.name!r} writes "
+            f"{''.join(prior.vocabulary)}: choose a DNA prior."
+        )
+    designer, judge = _oracles(prior, job.question)
+    job = _with_default_reward(job, designer)
+    with user_input():
+        potentials = _potentials(job.question, designer)
+        _try_potentials(potentials, prior.length)
+    pattern = _pattern(job.question, prior)
+    _require_something(job, potentials, pattern)
+    chain = prior.chain(num_steps=job.search.num_steps)
+    return Target(job, prior, chain, potentials, pattern, designer, judge)
+
+
+def _total(potentials: Mapping[str, AbstractPotential]) -> AbstractPotential:
+    if not potentials:
+        return Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="0")
+    return SumPotential(tuple(potentials.values()))
+
+
+def _oracles(prior: DiffusionProgram, question: Question) -> tuple[Oracle | None, Oracle | None]:
+    if prior.name in ORACLES:
+        designer, judge = ORACLES[prior.name]
+        return load_oracle(designer), load_oracle(judge)
+    if question.uses_oracle:
+        raise InputError(
+            f"The prior {prior.name!r} has no expression oracle: ask for --motif, --gc, --forbid "
+            "or --fix instead of --observe or --temperature."
+        )
+    return None, None
+
+
+def _with_default_reward(job: Job, oracle: Oracle | None) -> Job:
+    question = job.question
+    if oracle is None or question.uses_oracle or not question.expression:
+        return job
+    asked = dataclasses.replace(question, temperature=DEFAULT_TEMPERATURE)
+    return dataclasses.replace(job, question=asked)
+
+
+def _potentials(question: Question, oracle: Oracle | None) -> Potentials:
+    found: Potentials = {}
+    if oracle is not None and question.observe is not None:
+        found["expression"] = Likelihood(oracle, question.observe, question.sd, name="expression")
+    if oracle is not None and question.temperature is not None:
+        found["expression"] = Reward(oracle, question.temperature, name="expression")
+    for index, spec in enumerate(question.motifs):
+        found[f"motif_{index}"] = spec.weight * _motif(spec)
+    if question.gc is not None:
+        found["gc"] = GCContent(*question.gc)
+    for motif in question.forbid:
+        found[f"forbid_{motif}"] = ForbiddenMotif(motif)
+    return found
+
+
+def _motif(spec: MotifSpec) -> AbstractPotential:
+    motifs = read_motifs(spec.path)
+    if spec.name is not None:
+        return find_motif(motifs, spec.name).potential()
+    if len(motifs) > 1:
+        raise InputError(
+            f"The motif file {str(spec.path)!r} holds {len(motifs)} matrices: choose one with "
+            f"FILE@NAME, such as {spec.path.name}@{motifs[0].identifier}."
+        )
+    return motifs[0].potential()
+
+
+def _try_potentials(potentials: Potentials, length: int) -> None:
+    # A motif wider than the sequence or an empty GC range must be found before the run.
+    for potential in potentials.values():
+        potential.lookahead(torch.zeros(1, length, dtype=torch.int64))
+
+
+def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
+    fixed = clamp_pattern(question.fix, prior.length)
+    if not fixed:
+        return None
+    pattern = torch.full((prior.length,), -1, dtype=torch.int64)
+    for position, base in fixed.items():
+        pattern[position] = BASES.index(base)
+    return pattern
+
+
+def _require_something(job: Job, potentials: Potentials, pattern: Tensor | None) -> None:
+    if not potentials and pattern is None:
+        why = "" if job.name in ORACLES else ", which has no expression oracle"
+        raise InputError(
+            f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
+        )

@@ -1,0 +1,142 @@
+"""One design run from a job to its result and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ppl_diffusion.design.folder import MARKER, whole_folder
+from ppl_diffusion.design.judging import Columns, compare, standard_error
+from ppl_diffusion.design.program import Target, build_target
+from ppl_diffusion.design.question import Job
+from ppl_diffusion.design.ranking import Designs, rank_designs
+from ppl_diffusion.design.report import (
+    design_headers,
+    designs_csv,
+    fasta,
+    json_text,
+    save_netcdf,
+    save_plots,
+)
+
+if TYPE_CHECKING:
+    from ppl_diffusion.smc import ParticlePosterior
+
+Progress = Callable[[int, int], None]
+NUM_PRIOR_SAMPLES = 256
+# Streams of random numbers that must not depend on each other.
+_JUDGES, _PRIOR = 1, 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    :param job: what was asked.
+    :param posterior: the weighted particles.
+    :param designs: distinct sequences, heaviest first.
+    :param sequences: the same as text.
+    :param columns: their scores, each ``(M,)``.
+    :param summary: what ``summary.json`` holds.
+    """
+
+    job: Job
+    posterior: ParticlePosterior
+    designs: Designs
+    sequences: list[str]
+    columns: Columns
+    summary: dict[str, Any]
+
+
+def design(job: Job, *, progress: Progress | None = None) -> Result:
+    """Sample the posterior of a job, judge it, and compare it with the prior.
+
+    :param job: prior, question and search.
+    :param progress: called with ``(steps done, steps in all)``.
+    :returns: the result; nothing is written.
+    :raises InputError: if the question does not fit the prior.
+    :raises ParticleCollapse: if no sequence that meets the hard constraints was found.
+    """
+    started = time.perf_counter()
+    target = build_target(job)
+    job = target.job
+    posterior = target.infer(job.search, progress)
+    designs = rank_designs(posterior)
+    judges = target.judges()
+    columns = judges.columns(designs.tokens, _stream(job, _JUDGES))
+    prior = judges.columns(_prior_samples(target, job), _stream(job, _JUDGES))
+    summary = {
+        **summarise(posterior, designs, job),
+        "comparison": compare(designs, columns, prior),
+        "num_prior_samples": NUM_PRIOR_SAMPLES,
+        "seconds": time.perf_counter() - started,
+    }
+    return Result(job, posterior, designs, target.decode(designs.tokens), columns, summary)
+
+
+def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[str, Any]:
+    """Collect evidence, trust and cost.
+
+    :param posterior: the particles.
+    :param designs: the distinct designs.
+    :param job: what was asked.
+    """
+    weights = posterior.weights
+    pooled = posterior.pooled_log_evidence
+    joint = posterior.pooled_log_weights.flatten()
+    return {
+        "prior": job.name,
+        "log_evidence": posterior.log_evidence.tolist(),
+        "log_evidence_pooled": pooled,
+        "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
+        "evidence_relative_variance": posterior.evidence_variance.tolist(),
+        "ess": (1.0 / (weights**2).sum(-1)).tolist(),
+        "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
+        "root_ancestors": [len(eve.unique()) for eve in posterior.eve],
+        "unique": len(designs),
+        "num_particles": posterior.num_runs * posterior.num_particles,
+        "evaluations": posterior.num_evaluations,
+        "potential_calls": posterior.num_potential_calls,
+        "exact": posterior.exact,
+        "target": posterior.target,
+        "seed": job.search.seed,
+        "settings": job.settings(),
+    }
+
+
+def write_run(result: Result, folder: Path, *, replace: bool) -> None:
+    """Write the run folder, whole or not at all.
+
+    The same seed gives the same bytes in every file but ``summary.json``, which holds the seconds.
+
+    :param result: a finished run.
+    :param folder: where to.
+    :param replace: whether an earlier run may be replaced.
+    :raises InputError: if the place cannot be taken.
+    """
+    designs, sequences = result.designs, result.sequences
+    with whole_folder(folder, replace=replace) as place:
+        timeless = dataclasses.replace(result.posterior, seconds=math.nan)
+        timeless.save(place / "particles")
+        save_netcdf(timeless.to_arviz(vocabulary=list("ACGT")), place / "posterior.nc")
+        (place / "designs.csv").write_text(designs_csv(designs, result.columns, sequences))
+        (place / "designs.fasta").write_text(fasta(sequences, design_headers(designs)))
+        save_plots(timeless, place / "plots")
+        (place / MARKER).write_text(json_text(result.summary))
+
+
+def _prior_samples(target: Target, job: Job) -> torch.Tensor:
+    path = target.chain.sample((NUM_PRIOR_SAMPLES,), generator=_stream(job, _PRIOR))
+    return target.chain.x0(path)
+
+
+def _stream(job: Job, number: int) -> torch.Generator:
+    # Seeds of neighbouring jobs must not meet: 0 is the run itself.
+    return torch.Generator().manual_seed(job.search.seed * 16 + number)
