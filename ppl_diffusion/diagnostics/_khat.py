@@ -20,16 +20,17 @@ MIN_TAIL = 5
 _PRIOR_SIZE = 10
 _PRIOR_SHAPE = 0.5
 _NEGLIGIBLE = 1e-300  # below this an excess would overflow the reciprocal that scales the grid
+_TIED = 1e-6  # sequences are discrete: equal weights reach us with the rounding of a float32 sum
 
 
 def khat(log_weights: Any) -> NDArray[np.float64]:
     """Pareto k-hat of importance weights, one per leading index.
 
-    The tail holds the ``min(n / 5, 3 sqrt(n))`` largest weights, those tied with the cutoff left
-    out. Weights need not be normalised. NaN is returned where fewer than :data:`MIN_TAIL`
-    weights exceed the cutoff, because nothing can be fitted: fewer than 21 particles, all weights
-    equal, one particle that holds everything, or a dead run (all ``-inf``). Read the effective
-    sample size there.
+    The tail holds the ``min(n / 5, 3 sqrt(n))`` largest weights, those tied with the cutoff (to
+    one part in a million) left out. Weights need not be normalised. NaN is returned where fewer
+    than :data:`MIN_TAIL` weights exceed the cutoff, because nothing can be fitted: fewer than 21
+    particles, all weights equal, one particle that holds everything, or a dead run (all
+    ``-inf``). Read the effective sample size there.
 
     :param log_weights: ``(..., N)`` log weights (array or tensor); ``-inf`` is weight zero.
     :returns: ``(...)`` shapes, dimensionless.
@@ -64,8 +65,9 @@ def _tail_excess(rows: NDArray[np.float64], num_tail: int) -> NDArray[np.float64
     peak = np.where(np.isfinite(top[:, -1:]), top[:, -1:], 0.0)
     top = np.maximum(top - peak, np.log(np.finfo(np.float64).tiny))
     cutoff = top[:, :1]
-    excess = np.exp(cutoff) * np.expm1(top[:, 1:] - cutoff)
-    return np.where(excess > _NEGLIGIBLE, excess, 0.0)
+    relative = np.expm1(top[:, 1:] - cutoff)
+    excess = np.exp(cutoff) * relative
+    return np.where((relative > _TIED) & (excess > _NEGLIGIBLE), excess, 0.0)
 
 
 def _pareto_shape(excess: NDArray[np.float64]) -> NDArray[np.float64]:

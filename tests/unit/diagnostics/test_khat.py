@@ -113,3 +113,9 @@ def test_khat_names_the_improper_weight(bad):
     log_weights[1, 7] = bad
     with pytest.raises(ValueError, match=r"log_weights\[1, 7\] is (nan|inf): .* potential"):
         khat(log_weights)
+
+
+def test_khat_treats_weights_equal_up_to_rounding_as_tied():
+    # a tail of one repeated weight, seen through float32 noise, must not pass for a power law
+    noise = 1e-7 * np.random.default_rng(3).random(300)
+    assert np.isnan(khat(np.r_[np.full(700, -2.0), noise]))
