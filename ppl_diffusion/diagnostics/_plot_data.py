@@ -1,0 +1,160 @@
+"""The numbers behind every plot, as plain numpy arrays."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppl_diffusion.diagnostics._arrays import (
+    across_run_sd,
+    as_array,
+    count_distinct,
+    genealogical_sd,
+    lineage_roots,
+    pooled_log_evidence,
+)
+
+if TYPE_CHECKING:
+    from ppl_diffusion.smc import ParticlePosterior
+
+PlotData = dict[str, NDArray[Any]]
+
+
+def plot_ess_data(posterior: "ParticlePosterior") -> PlotData:
+    """Numbers of :func:`plot_ess`.
+
+    :returns: ``step`` ``(T,)`` from 1; ``ess_fraction`` ``(R, T)``, effective sample size over
+        ``N``; ``resampled`` ``(R, T)`` bool; ``threshold`` ``()``, NaN if the run had none.
+    """
+    threshold = posterior.settings.get("ess_threshold")
+    return {
+        "step": np.arange(1, posterior.num_steps + 1),
+        "ess_fraction": as_array(posterior.ess) / posterior.num_particles,
+        "resampled": as_array(posterior.resampled).astype(bool),
+        "threshold": np.array(np.nan if threshold is None else threshold, dtype=np.float64),
+    }
+
+
+def plot_evidence_data(posterior: "ParticlePosterior") -> PlotData:
+    """Numbers of :func:`plot_evidence`, in nats.
+
+    :returns: ``step`` ``(T,)`` from 1; ``log_evidence`` ``(R, T)`` running estimates; ``pooled``
+        ``(T,)``, log of their mean over runs (dead runs as 0); ``across_run_sd`` ``(T,)`` and
+        ``genealogical_sd`` ``()``, two estimates of one run's relative standard deviation, from
+        the spread over runs (NaN for one run) and from the family tree (NaN when degenerate).
+    """
+    steps = as_array(posterior.log_evidence_steps)
+    sd = genealogical_sd(as_array(posterior.log_evidence), as_array(posterior.evidence_variance))
+    return {
+        "step": np.arange(1, posterior.num_steps + 1),
+        "log_evidence": steps,
+        "pooled": pooled_log_evidence(steps),
+        "across_run_sd": across_run_sd(steps),
+        "genealogical_sd": np.array(sd),
+    }
+
+
+def plot_weights_data(posterior: "ParticlePosterior") -> PlotData:
+    """Numbers of :func:`plot_weights`.
+
+    :returns: ``log10_scaled`` ``(M,)``, ``log10(N W)`` of every particle of positive weight;
+        ``num_zero`` ``()``, how many have weight zero; ``top`` ``(N,)`` from 1; ``cumulative``
+        ``(R, N)``, the weight of each run's ``top`` heaviest particles (NaN for a dead run).
+    """
+    log_weights = as_array(posterior.log_weights)
+    positive = np.isfinite(log_weights)
+    heaviest = -np.sort(-np.exp(log_weights), axis=-1)
+    alive = positive.any(-1, keepdims=True)
+    return {
+        "log10_scaled": (log_weights[positive] + np.log(posterior.num_particles)) / np.log(10),
+        "num_zero": np.array((~positive).sum()),
+        "top": np.arange(1, posterior.num_particles + 1),
+        "cumulative": np.where(alive, heaviest.cumsum(-1), np.nan),
+    }
+
+
+def plot_ancestry_data(posterior: "ParticlePosterior", *, run: int = 0) -> PlotData:
+    """Numbers of :func:`plot_ancestry` for one run.
+
+    Population 0 is the initial noise, population ``k`` follows the ``k``-th reverse step.
+
+    :param run: which run.
+    :returns: ``parents`` ``(T, N)``, index in population ``k - 1`` of the parent of each
+        particle of population ``k``; ``root`` ``(T + 1, N)``, its ancestor in population 0;
+        ``survives`` ``(T + 1, N)`` bool, whether it has a descendant at the end; ``num_roots``
+        ``(T + 1,)``, distinct roots of a population; ``weight`` ``(N,)``, final weight by root;
+        ``rank`` ``(T + 1, N)``, where to draw a particle so that no two lineages cross.
+    :raises IndexError: if there is no such run.
+    """
+    if not 0 <= run < posterior.num_runs:
+        raise IndexError(
+            f"run {run} does not exist: choose one of 0..{posterior.num_runs - 1} of this posterior"
+        )
+    parents = as_array(posterior.ancestors)[:, run]
+    root = lineage_roots(parents[:, None])[:, 0]
+    weights = np.exp(as_array(posterior.log_weights)[run])
+    return {
+        "parents": parents,
+        "root": root,
+        "survives": mark_lineages(parents, np.arange(len(weights))),
+        "num_roots": count_distinct(root),
+        "weight": np.bincount(root[-1], weights=weights, minlength=len(weights)),
+        "rank": _rank(parents),
+    }
+
+
+def mark_lineages(parents: NDArray[np.int64], final: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark every particle ``(T + 1, N)`` that some of the ``final`` particles descend from."""
+    marked = np.zeros((len(parents) + 1, parents.shape[1]), dtype=bool)
+    marked[-1, final] = True
+    for k in range(len(parents) - 1, -1, -1):
+        marked[k, parents[k][marked[k + 1]]] = True
+    return marked
+
+
+def _rank(parents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Order each population by the rank of its parents."""
+    rank = [np.arange(parents.shape[1])]
+    for parent in parents:
+        order = np.argsort(rank[-1][parent], kind="stable")
+        rank.append(np.argsort(order))
+    return np.stack(rank)
+
+
+def plot_token_entropy_data(posterior: "ParticlePosterior") -> PlotData:
+    """Numbers of :func:`plot_token_entropy`, in bits.
+
+    All runs are pooled, each in proportion to its evidence. Plates are laid one after another
+    along the positions.
+
+    :returns: ``position`` ``(P,)`` from 0; ``entropy`` ``(P,)`` of the weighted ``x0``; and, where
+        the path was stored, ``times`` ``(T + 1,)`` with ``entropy_steps`` ``(T + 1, P)``, the
+        entropy at each time of the lineages that survive, under their final weights (a mask
+        counts as a token).
+    :raises ParticleCollapse: if every run is dead.
+    """
+    weights = np.exp(as_array(posterior.pooled_log_weights)).reshape(-1)
+    tokens = as_array(posterior.x0).reshape(len(weights), -1)
+    data: PlotData = {
+        "position": np.arange(tokens.shape[1]),
+        "entropy": _entropy(tokens, weights),
+    }
+    if posterior.path is not None:
+        path = np.moveaxis(as_array(posterior.path), -2, 0)
+        frames = path.reshape(len(path), len(weights), -1)
+        data["times"] = as_array(posterior.times)
+        data["entropy_steps"] = np.stack([_entropy(frame, weights) for frame in frames])
+    return data
+
+
+def _entropy(tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entropy in bits of each column of ``(M, P)`` tokens under weights ``(M,)``."""
+    kinds, index = np.unique(tokens, return_inverse=True)
+    index = index.reshape(tokens.shape) + np.arange(tokens.shape[1]) * len(kinds)
+    mass = np.bincount(
+        index.reshape(-1),
+        weights=np.repeat(weights, tokens.shape[1]),
+        minlength=len(kinds) * tokens.shape[1],
+    )
+    mass = np.minimum(mass.reshape(tokens.shape[1], len(kinds)), 1.0)
+    return (mass * np.log2(1 / np.where(mass > 0, mass, 1.0))).sum(-1)
