@@ -2,3 +2,15 @@
 
 from ppl_diffusion.diagnostics._arviz import to_arviz as to_arviz
 from ppl_diffusion.diagnostics._khat import khat as khat
+from ppl_diffusion.diagnostics._plot_data import plot_ancestry_data as plot_ancestry_data
+from ppl_diffusion.diagnostics._plot_data import plot_ess_data as plot_ess_data
+from ppl_diffusion.diagnostics._plot_data import plot_evidence_data as plot_evidence_data
+from ppl_diffusion.diagnostics._plot_data import plot_token_entropy_data as plot_token_entropy_data
+from ppl_diffusion.diagnostics._plot_data import plot_weights_data as plot_weights_data
+from ppl_diffusion.diagnostics.plots import plot_ancestry as plot_ancestry
+from ppl_diffusion.diagnostics.plots import plot_ess as plot_ess
+from ppl_diffusion.diagnostics.plots import plot_evidence as plot_evidence
+from ppl_diffusion.diagnostics.plots import plot_token_entropy as plot_token_entropy
+from ppl_diffusion.diagnostics.plots import plot_weights as plot_weights
+from ppl_diffusion.diagnostics.report import summary as summary
+from ppl_diffusion.diagnostics.report import summary_table as summary_table

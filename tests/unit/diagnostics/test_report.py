@@ -1,0 +1,119 @@
+"""The summary of a posterior: exact figures on hand-made runs, and JSON through and through."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from ppl_diffusion.diagnostics import khat, summary, summary_table
+
+
+def logs(*rows):
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+@pytest.fixture
+def two_runs(make_posterior):
+    return replace(
+        make_posterior(runs=2, particles=4, steps=3),
+        x0=torch.tensor([[[0, 1], [0, 1], [1, 1], [3, 3]], [[0, 1], [2, 2], [2, 2], [2, 2]]]),
+        log_weights=logs([0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]),
+        log_evidence=logs([1.0, 3.0])[0],
+        evidence_variance=torch.tensor([0.2, 0.4], dtype=torch.float64),
+        eve=torch.tensor([[0, 0, 2, 3], [1, 1, 1, 1]]),
+    )
+
+
+def render(posterior):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary_table(posterior))
+    return console.file.getvalue()
+
+
+def test_summary_pools_the_evidence_without_bias(two_runs):
+    facts = summary(two_runs)
+    assert facts["log_evidence"] == pytest.approx(np.log(2))
+    # sd of (1, 3) is sqrt(2); over sqrt(2) runs and the mean 2
+    assert facts["log_evidence_se"] == pytest.approx(0.5)
+    # mean of Z^2 V over (mean of Z)^2: (0.2 + 3.6) / 2 / 4
+    assert facts["genealogical_sd"] == pytest.approx(np.sqrt(0.475))
+    assert facts["log_evidence_per_run"] == pytest.approx([0.0, np.log(3)])
+
+
+def test_summary_counts_what_carries_weight(two_runs):
+    facts = summary(two_runs)
+    assert facts["num_unique_x0"] == 3
+    assert facts["num_eves_per_run"] == [2, 1]
+    assert facts["ess_per_run"] == pytest.approx([1 / 0.375, 4.0])
+    pooled = np.r_[0.5, 0.25, 0.25, 0, [0.75] * 4] / 4
+    assert facts["ess"] == pytest.approx(1 / (pooled**2).sum())
+
+
+def test_summary_states_cost_and_claim(two_runs):
+    facts = summary(replace(two_runs, exact=False))
+    assert (facts["exact"], facts["target"]) == (False, "the posterior of a hand-made program")
+    assert (facts["num_evaluations"], facts["num_potential_calls"]) == (1200, 340)
+    assert (facts["num_runs"], facts["num_particles"], facts["num_steps"]) == (2, 4, 3)
+
+
+def test_summary_takes_the_worst_khat(make_posterior):
+    posterior = make_posterior(particles=100)
+    shapes = khat(posterior.log_weights)
+    facts = summary(posterior)
+    assert facts["khat"] == shapes.max()
+    assert facts["khat_per_run"] == list(shapes)
+
+
+def test_summary_of_a_collapsed_tree_says_degenerate(two_runs):
+    variance = torch.tensor([0.2, torch.nan], dtype=torch.float64)
+    facts = summary(replace(two_runs, evidence_variance=variance))
+    assert facts["genealogical_sd"] == "degenerate"
+
+
+def test_summary_counts_dead_runs_as_zero(make_posterior):
+    posterior = make_posterior(runs=2, dead=[1])
+    facts = summary(posterior)
+    assert facts["num_dead_runs"] == 1
+    assert facts["log_evidence"] == pytest.approx(float(posterior.log_evidence[0]) - np.log(2))
+    assert facts["log_evidence_se"] == pytest.approx(1.0)
+    assert facts["log_evidence_per_run"][1] is None
+    assert (facts["ess_per_run"][1], facts["num_eves_per_run"][1]) == (0.0, 0)
+
+
+def test_summary_of_nothing_but_dead_runs_still_reports(make_posterior):
+    facts = summary(make_posterior(dead=[0, 1, 2]))
+    assert (facts["log_evidence"], facts["log_evidence_se"], facts["khat"]) == (None, None, None)
+    assert (facts["ess"], facts["num_unique_x0"], facts["num_dead_runs"]) == (0.0, 0, 3)
+
+
+@pytest.mark.parametrize("dead", [[], [0], [0, 1, 2]])
+def test_summary_is_json(make_posterior, dead):
+    facts = summary(make_posterior(dead=dead))
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+def test_summary_counts_plated_sequences_as_one(make_posterior):
+    posterior = make_posterior(plates=(2,))
+    together = posterior.x0.reshape(3 * 40, -1).unique(dim=0)
+    assert summary(posterior)["num_unique_x0"] == len(together)
+
+
+def test_table_shows_the_figures(two_runs):
+    text = render(two_runs)
+    for expected in ("0.693 (± 0.500 over runs)", "0.6892", "3 of 8", "1 to 2", "1,200", "yes"):
+        assert expected in text
+
+
+def test_table_reports_what_is_missing(make_posterior):
+    text = render(make_posterior(dead=[0, 1, 2], particles=4))
+    for expected in ("3 runs dead", "-inf (every run is dead)", "none (no tail to fit)"):
+        assert expected in text
+    assert "one run, no spread" in render(make_posterior(runs=1))
+
+
+def test_table_prints_a_target_with_brackets_as_it_stands(make_posterior):
+    assert "law of x[0]" in render(replace(make_posterior(), target="the law of x[0] [bold]"))
