@@ -10,6 +10,7 @@ Call ``pytest.register_assert_rewrite("ppl_diffusion.testing")`` in your ``conft
 readable failures. Needs pytest and SciPy; nothing outside ``testing`` imports it.
 """
 
+from ppl_diffusion.testing.denoiser_contract import DenoiserContract as DenoiserContract
 from ppl_diffusion.testing.dense import all_states as all_states
 from ppl_diffusion.testing.dense import forward_law as forward_law
 from ppl_diffusion.testing.dense import posterior_as_cavity as posterior_as_cavity
@@ -17,7 +18,6 @@ from ppl_diffusion.testing.dense import prior_law as prior_law
 from ppl_diffusion.testing.dense import site_rows as site_rows
 from ppl_diffusion.testing.dense import state_index as state_index
 from ppl_diffusion.testing.dense import state_matrix as state_matrix
-from ppl_diffusion.testing.denoiser_contract import DenoiserContract as DenoiserContract
 from ppl_diffusion.testing.distribution_contract import DistributionContract as DistributionContract
 from ppl_diffusion.testing.kernel_contract import KernelContract as KernelContract
 from ppl_diffusion.testing.oracles import ExactChain as ExactChain

@@ -90,7 +90,7 @@ def posterior_as_cavity(process: Process, z: Tensor, g: Tensor, a: float) -> Ten
     :param a: ``alpha(t)``.
     """
     here = torch.nn.functional.one_hot(z, process.num_states)[..., : process.vocab_size]
-    evidence = a * here + (1 - a) * _prior(process)[z][..., None]
+    evidence = a * here.to(torch.float64) + (1 - a) * _prior(process)[z][..., None]
     weights = torch.where(evidence > 0, g / torch.where(evidence > 0, evidence, 1.0), 0.0)
     return weights / weights.sum(-1, keepdim=True)
 

@@ -19,9 +19,9 @@ SHAPES = [(), (2,), (2, 3)]
 class DistributionContract:
     """Inherit, implement :meth:`make_distribution`, and pytest runs the contract::
 
-    class TestMine(DistributionContract):
-        def make_distribution(self):
-            return Mine(...)
+        class TestMine(DistributionContract):
+            def make_distribution(self):
+                return Mine(...)
 
     The support must be small enough to enumerate. Set ``batch_shape`` to the batch shape of
     what you return; where it contains a 1, expanding that dimension is tested too.
@@ -132,7 +132,7 @@ class DistributionContract:
 
     def test_wrong_event_shape_is_refused(self, d: TorchDistribution) -> None:
         for shape in ((*d.shape(), 1), d.shape()[:-1], (*d.shape()[:-1], d.shape()[-1] + 1)):
-            with pytest.raises(ValueError, match="must end in shape|event_dim|expected"):
+            with pytest.raises(ValueError, match=r"must end in shape|event_dim|expected"):
                 d.log_prob(torch.zeros(shape))
 
     def test_wrong_batch_shape_is_refused(self, d: TorchDistribution) -> None:

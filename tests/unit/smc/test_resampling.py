@@ -116,7 +116,7 @@ def test_biased_scheme_fails_the_contract():
 
     contract = ResamplerContract()
     with pytest.raises(AssertionError):
-        contract.test_expected_copies_are_n_times_w(Forgetful(), [0.05, 0.1, 0.15, 0.3, 0.4])
+        contract.test_expected_copies(Forgetful(), [0.05, 0.1, 0.15, 0.3, 0.4])
 
 
 def test_names():
