@@ -12,7 +12,11 @@ training as in calibration, so that the judge has seen nothing the designer was 
 from __future__ import annotations
 
 import hashlib
+import logging
+import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +26,9 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
 from ppl_diffusion.models.oracle_evaluation import (
     Promoters,
     error_correlation,
@@ -32,8 +39,6 @@ from ppl_diffusion.models.oracle_evaluation import (
     write_card,
 )
 from ppl_diffusion.models.oracles import Member, Oracle, OracleConfig, load_oracle, one_hot
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 Half = Literal["design", "judge"]
 HALVES: tuple[Half, ...] = ("design", "judge")
@@ -140,9 +145,10 @@ def fit(
     torch.manual_seed(recipe.seed)
     oracle = Oracle(config)
     loader = _loader(train, config, recipe)
-    for member in oracle.members:
-        assert isinstance(member, Member)
-        _fit_member(oracle, member, loader, recipe, progress)
+    with _without_noise():
+        for member in oracle.members:
+            assert isinstance(member, Member)
+            _fit_member(oracle, member, loader, recipe, progress)
     return calibrate(oracle.requires_grad_(False).eval(), _rows_of(data, half, split=1))
 
 
@@ -174,6 +180,20 @@ def _fit_member(
     )
     member.train()
     trainer.fit(_Fit(oracle, member, recipe, recipe.epochs * len(loader)), loader)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    # Lightning advertises, suggests worker processes for data that are in memory, and trips over a
+    # deprecation of its own dependencies; none of it is about the run.
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        yield
+    logger.setLevel(level)
 
 
 def calibrate(oracle: Oracle, valid: Promoters) -> Oracle:
