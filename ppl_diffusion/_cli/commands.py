@@ -21,17 +21,16 @@ PARTICLES = "particles"
 
 def list_models() -> None:
     """Print the shipped priors and oracles with what their cards say."""
-    from ppl_diffusion.models import available
-    from ppl_diffusion.models.oracles import list_oracles
-    from ppl_diffusion.models.oracles import read_card as read_oracle_card
+    from ppl_diffusion.models import available, list_oracles, read_card
 
     priors = [
-        [entry["name"], entry["family"], entry["length"], _headline(entry["card"])]
+        [entry["name"], entry["family"], entry["length"], *_prior_bits(entry["card"])]
         for entry in available()
     ]
-    table("Priors", ["name", "process", "length", "card"], priors)
-    oracles = [[name, _headline(read_oracle_card(name))] for name in list_oracles()]
-    table("Oracles", ["name", "card"], oracles)
+    header = ["name", "process", "length", "bits per token, bound", "Markov chain"]
+    table("Priors", header, priors)
+    oracles = [[name, _correlations(read_card(name))] for name in list_oracles()]
+    table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
 
 
 def draw_samples(name: str, *, num: int, steps: int, seed: int, out: Path | None) -> None:
@@ -68,13 +67,15 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
     :param quiet: print nothing.
     :raises InputError: if something asked for cannot be done.
     """
+    from ppl_diffusion.design.program import build_target
     from ppl_diffusion.design.run import design, write_run
 
     check_target(out, replace=replace)
     if find_spec("matplotlib") is None:
         raise InputError("A run folder has plots: install them with `pip install matplotlib`.")
+    target = build_target(job)
     with progress_bar(f"design {job.name}", quiet=quiet) as advance:
-        result = design(job, progress=advance)
+        result = design(target, progress=advance)
     write_run(result, out, replace=replace)
     if not quiet:
         design_tables(result)
@@ -156,8 +157,14 @@ def _sequence_text(sequences: list[str], *, csv: bool) -> str:
     return fasta(sequences, [f"sample_{index}" for index in range(1, len(sequences) + 1)])
 
 
-def _headline(card: dict[str, Any]) -> str:
-    return str(card.get("summary") or card.get("description") or card.get("data", ""))
+def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
+    metrics = card["metrics"]
+    bound = f"<= {metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
+    return bound, f"{metrics['markov']:.4f} (order {metrics['order']})"
+
+
+def _correlations(card: dict[str, Any]) -> str:
+    return ", ".join(f"{part}: {metrics['r']:.3f}" for part, metrics in card["metrics"].items())
 
 
 def _readable(value: Any) -> object:

@@ -1,4 +1,4 @@
-"""From a question to its target: potentials, clamps, and the Pyro program that states them."""
+"""From a question to its target: a prior, potentials and fixed bases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -69,13 +68,6 @@ class Target:
     pattern: Tensor | None = None
     designer: Oracle | None = None
     judge: Oracle | None = None
-
-    def __call__(self) -> None:
-        """State the target as a Pyro program: one chain site, one factor per potential."""
-        path = pyro.sample("path", self.chain)
-        x = pyro.deterministic("x", self.chain.x0(path))
-        for name, potential in self.potentials.items():
-            pyro.factor(name, potential(x))
 
     def infer(self, search: Search, progress: Progress | None = None) -> ParticlePosterior:
         """Sample the target.

@@ -14,7 +14,7 @@ import torch
 
 from ppl_diffusion.design.folder import MARKER, whole_folder
 from ppl_diffusion.design.judging import Columns, compare, standard_error
-from ppl_diffusion.design.program import Target, build_target
+from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.ranking import Designs, rank_designs
 from ppl_diffusion.design.report import (
@@ -55,17 +55,15 @@ class Result:
     summary: dict[str, Any]
 
 
-def design(job: Job, *, progress: Progress | None = None) -> Result:
+def design(target: Target, *, progress: Progress | None = None) -> Result:
     """Sample the posterior of a job, judge it, and compare it with the prior.
 
-    :param job: prior, question and search.
+    :param target: the job, made ready by :func:`build_target`.
     :param progress: called with ``(steps done, steps in all)``.
     :returns: the result; nothing is written.
-    :raises InputError: if the question does not fit the prior.
     :raises ParticleCollapse: if no sequence that meets the hard constraints was found.
     """
     started = time.perf_counter()
-    target = build_target(job)
     job = target.job
     posterior = target.infer(job.search, progress)
     designs = rank_designs(posterior)
