@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.models.markov_baseline import MarkovBaseline
+
 BASES = "ACGT"
 _YEAST = "dna/yeast_promoters_80bp.npz"
 _HUMAN = "dna/human_core_promoters_70bp.csv.gz"
 _NATIVE = 1  # the kind of native promoter fragments in the yeast file
+_DRAWN_ORDER, _DRAWN_ROWS = 3, 50_000
 _PROMOTER = "1"  # the label of promoters in the human file
 
 
@@ -61,10 +64,12 @@ def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
 
 
 def yeast_promoters(folder: str | Path | None = None) -> Sequences:
-    """Native yeast promoter fragments, 80 bases, with all designed rows as related ones.
+    """Native yeast promoter fragments, 80 bases.
 
-    A related row of a family of ``n`` near copies weighs ``n ** -0.5``: the families of selection
-    trajectories would otherwise swamp the rest.
+    Half of the mass of the related rows goes to all training rows of the assay, each family of near
+    copies counting once, and half to draws from an order-3 Markov chain fitted to the native
+    training rows and their reverse complements: there are only 156 native families, and from the
+    chain's draws the network learns to infer from any visible subset without seeing them again.
 
     :param folder: see :func:`load_sequences`.
     """
@@ -72,14 +77,15 @@ def yeast_promoters(folder: str | Path | None = None) -> Sequences:
         x, kind, split, family = (z[key] for key in ("x", "kind", "split", "family"))
     rows = torch.from_numpy(x.astype(np.int64))
     train, valid, test = (rows[(kind == _NATIVE) & (split == part)] for part in range(3))
-    _, inverse, count = np.unique(family[split == 0], return_inverse=True, return_counts=True)
+    related, once = rows[split == 0], _once_per_family(family[split == 0])
+    drawn = _markov_draws(train, _once_per_family(family[(kind == _NATIVE) & (split == 0)]))
     return Sequences(
         train=train,
         valid=valid,
         test=test,
         test_family=torch.from_numpy(family[(kind == _NATIVE) & (split == 2)].astype(np.int64)),
-        related=rows[split == 0],
-        related_weights=torch.from_numpy(count[inverse] ** -0.5),
+        related=torch.cat([related, drawn]),
+        related_weights=torch.cat([once / once.sum(), torch.full((len(drawn),), 1.0 / len(drawn))]),
         licence="Data: MIT (repository 1edv/evolution).",
         source="Gigantic parallel reporter assay of Vaishnav et al. (Nature 603, 2022), "
         "native 80-base fragments; all training rows for pretraining.",
@@ -110,6 +116,25 @@ def human_promoters(folder: str | Path | None = None) -> Sequences:
         source="Core promoters of the GUE benchmark (Zhou et al. 2023, DNABERT-2), label 1; "
         "training rows of both labels for pretraining.",
     )
+
+
+def reverse_complement(rows: Tensor) -> Tensor:
+    """Return the other strand; the ids of a base and its partner add up to 3.
+
+    :param rows: int64 ``(n, L)``.
+    """
+    return 3 - rows.flip(-1)
+
+
+def _once_per_family(family: np.ndarray) -> Tensor:
+    _, inverse, count = np.unique(family, return_inverse=True, return_counts=True)
+    return torch.from_numpy(1.0 / count[inverse])
+
+
+def _markov_draws(rows: Tensor, weights: Tensor) -> Tensor:
+    both = torch.cat([rows, reverse_complement(rows)])
+    chain = MarkovBaseline(both, _DRAWN_ORDER, len(BASES), weights=weights.repeat(2))
+    return chain.sample(_DRAWN_ROWS, rows.shape[1], torch.Generator().manual_seed(0))
 
 
 READERS: dict[str, Callable[[str | Path | None], Sequences]] = {

@@ -1,4 +1,4 @@
-"""The Lightning side of training: one module, one callback. Imported only when something is trained."""
+"""The Lightning side of training; imported only when something is trained."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from ppl_diffusion.models.datasets import Sequences
-from ppl_diffusion.models.program import DiffusionProgram
-from ppl_diffusion.models.recipes import Recipe
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ppl_diffusion.denoisers.transformer import Transformer
+from ppl_diffusion.models.datasets import Sequences, reverse_complement
+from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.models.recipes import Recipe
 
 _VALID_SEED = 20_240_607
 _BITS = 1.0 / math.log(2.0)
@@ -125,6 +125,13 @@ class _Context:
 
     def draw(self, step: int) -> Tensor:
         """Draw the rows of a step from torch's global generator, which the step has seeded."""
+        rows = self._draw_rows(step)
+        if not self.recipe.both_strands:
+            return rows
+        turned = torch.rand(len(rows), 1) < 0.5
+        return torch.where(turned, reverse_complement(rows), rows)
+
+    def _draw_rows(self, step: int) -> Tensor:
         recipe, sequences = self.recipe, self.sequences
         share = recipe.shares[step >= recipe.switch * self.steps]
         count = round(share * recipe.batch_size)

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models.masked import MaskedDiffusion
 from ppl_diffusion.models.program import PROGRAM_FILE, DiffusionProgram
 from ppl_diffusion.models.uniform import UniformDiffusion
-
-from ppl_diffusion.denoisers.transformer import Transformer
 
 WEIGHTS = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"
@@ -85,6 +84,4 @@ def _description(folder: Path) -> dict[str, Any]:
         problem = f"family {entries['family']!r} is unknown or an entry is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    raise ValueError(
-        f"The file {str(path)!r} describes no prior ({problem}); restore or save it anew."
-    )
+    raise ValueError(f"The file {str(path)!r} describes no prior ({problem}); restore it.")

@@ -18,12 +18,22 @@ class MarkovBaseline:
     :param order: number of tokens of context.
     :param vocab_size: number of symbols ``V``.
     :param count: pseudo-count added to every cell.
+    :param weights: how much each row counts, float64 ``(n,)``; 1 by default.
     """
 
-    def __init__(self, rows: Tensor, order: int, vocab_size: int, *, count: float = 0.5) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        order: int,
+        vocab_size: int,
+        *,
+        count: float = 0.5,
+        weights: Tensor | None = None,
+    ) -> None:
         self.order = order
         self.vocab_size = vocab_size
-        self._tables = [self._fit(rows, k, count) for k in range(order + 1)]
+        weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        self._tables = [self._fit(rows, k, count, weights) for k in range(order + 1)]
 
     def bits(self, rows: Tensor) -> Tensor:
         """Return the code length of every token.
@@ -34,10 +44,27 @@ class MarkovBaseline:
         columns = [self._bits(rows, k)[:, :1] for k in range(self.order)]
         return torch.cat([*columns, self._bits(rows, self.order)], dim=1)
 
-    def _fit(self, rows: Tensor, order: int, count: float) -> Tensor:
+    def sample(self, count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw sequences.
+
+        :param count: number ``n`` of sequences.
+        :param length: tokens of each.
+        :param generator: source of randomness.
+        :returns: int64 ``(n, length)``.
+        """
+        rows = torch.empty(count, 0, dtype=torch.int64)
+        for position in range(length):
+            order = min(position, self.order)
+            context = self._contexts(rows[:, position - order :], order, beyond=True)[:, -1]
+            drawn = torch.multinomial(self._tables[order][context], 1, generator=generator)
+            rows = torch.cat([rows, drawn], dim=1)
+        return rows
+
+    def _fit(self, rows: Tensor, order: int, count: float, weights: Tensor) -> Tensor:
         size = self.vocab_size
-        cells = (self._contexts(rows, order) * size + rows[:, order:]).flatten()
-        counts = torch.bincount(cells, minlength=size ** (order + 1)).double() + count
+        cells = self._contexts(rows, order) * size + rows[:, order:]
+        mass = weights[:, None].expand(cells.shape).flatten()
+        counts = torch.bincount(cells.flatten(), mass, minlength=size ** (order + 1)) + count
         table = counts.reshape(-1, size)
         return table / table.sum(1, keepdim=True)
 
@@ -46,9 +73,10 @@ class MarkovBaseline:
             self._tables[order][self._contexts(rows, order), rows[:, order:]]
         ) / math.log(2.0)
 
-    def _contexts(self, rows: Tensor, order: int) -> Tensor:
-        contexts = torch.zeros_like(rows[:, order:])
+    def _contexts(self, rows: Tensor, order: int, *, beyond: bool = False) -> Tensor:
+        """Number the contexts of the tokens from ``order`` on, and of one ``beyond`` the end."""
+        count = rows.shape[1] - order + beyond
+        contexts = torch.zeros(len(rows), count, dtype=torch.int64)
         for shift in range(order):
-            column = rows[:, shift : rows.shape[1] - order + shift]
-            contexts = contexts * self.vocab_size + column
+            contexts = contexts * self.vocab_size + rows[:, shift : shift + count]
         return contexts

@@ -1,13 +1,12 @@
-"""Masked diffusion: tokens are hidden one by one, and the network fills them in (MDLM, arXiv 2406.07524)."""
+"""Masked diffusion: tokens are hidden, the network fills them in (MDLM, arXiv 2406.07524)."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from ppl_diffusion.models.program import DiffusionProgram
-
 from ppl_diffusion.kernels import Absorbing
 from ppl_diffusion.kernels.schedules import Schedule
+from ppl_diffusion.models.program import DiffusionProgram
 
 
 class MaskedDiffusion(DiffusionProgram):

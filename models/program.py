@@ -1,4 +1,4 @@
-"""What every model program shares: a denoiser, its process, and the letters its tokens stand for."""
+"""What every model program shares: a denoiser, its process, and the letters of its tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ppl_diffusion.kernels.processes import Process
 from ppl_diffusion.kernels.schedules import Schedule
 
 PROGRAM_FILE = "program.json"
-# Keeps log(1 - alpha) and 1 / alpha finite; the two slivers left out change a bound by less than 1e-4 nats.
+# Keeps log(1 - alpha) and 1 / alpha finite at a cost far below the noise of any bound.
 _TIME_MARGIN = 1e-6
 
 
 class DiffusionProgram(ABC):
     """A prior over sequences of fixed length, as a Pyro program.
 
-    Calling it samples one site, ``"path"``, and returns the clean sequence; :meth:`chain` is the law of that
-    site, to be used in larger programs.
+    Calling it samples one site, ``"path"``, and returns the clean sequence; :meth:`chain` is the
+    law of that site, to be used in larger programs.
 
     :param denoiser: predictor of clean tokens.
     :param vocabulary: one symbol per token, in the order of the ids.
@@ -53,15 +53,14 @@ class DiffusionProgram(ABC):
         self.vocabulary = list(vocabulary)
         self.length = int(length)
         self.name = name
-        if len(set(self.vocabulary)) != denoiser.vocab_size or len(self.vocabulary) != len(
-            set(self.vocabulary)
-        ):
+        self._index = {symbol: i for i, symbol in enumerate(self.vocabulary)}
+        if not len(self._index) == len(self.vocabulary) == denoiser.vocab_size:
             raise ValueError(
-                f"{type(self).__name__}: the vocabulary has {len(self.vocabulary)} symbols, but the denoiser "
-                f"predicts {denoiser.vocab_size}; give one distinct symbol per token."
+                f"{type(self).__name__}: the vocabulary has {len(self.vocabulary)} symbols, of "
+                f"which {len(self._index)} differ, but the denoiser predicts "
+                f"{denoiser.vocab_size}; give one distinct symbol per token."
             )
         self.process = self.make_process(denoiser.vocab_size, schedule or Linear())
-        self._index = {symbol: i for i, symbol in enumerate(self.vocabulary)}
 
     @staticmethod
     @abstractmethod
@@ -180,7 +179,7 @@ class DiffusionProgram(ABC):
         return terms.sum(-1)
 
     def save(self, directory: str | Path) -> None:
-        """Write the network and ``program.json``, the files that :func:`ppl_diffusion.models.load` reads.
+        """Write the network and ``program.json``, for :func:`ppl_diffusion.models.load` to read.
 
         :param directory: folder, made if it is absent.
         :raises TypeError: if the denoiser is not a :class:`Transformer`.

@@ -24,6 +24,7 @@ class Recipe:
     :param ema_decay: decay of the moving average of the weights, per step.
     :param switch: share of the steps after which the second phase begins.
     :param shares: share of a batch drawn from the law to be learnt, in either phase.
+    :param both_strands: whether every row is replaced by its reverse complement half of the time.
     :param validate_every: steps between validations.
     :param valid_times: times per validation sequence.
     :param markov_order: order of the Markov chain that the prior is compared with.
@@ -41,6 +42,7 @@ class Recipe:
     ema_decay: float = 0.998
     switch: float = 0.5
     shares: tuple[float, float] = (0.3, 0.8)
+    both_strands: bool = False
     validate_every: int = 250
     valid_times: int = 8
     markov_order: int = 2
@@ -53,13 +55,19 @@ RECIPES: dict[str, Recipe] = {
     "yeast-promoter": Recipe(
         family="masked",
         dataset="yeast",
-        shape={**_SHAPE, "stem_width": 5, "dropout": 0.1},
+        shape={**_SHAPE, "dim": 64, "stem_width": 7, "dropout": 0.1},
+        steps=5000,
+        shares=(0.2, 0.5),
+        both_strands=True,
         quoted_baseline=1.9116,
     ),
     "yeast-promoter-uniform": Recipe(
         family="uniform",
         dataset="yeast",
-        shape={**_SHAPE, "stem_width": 5, "dropout": 0.1, "time_conditioning": True},
+        shape={**_SHAPE, "dim": 64, "stem_width": 7, "dropout": 0.1, "time_conditioning": True},
+        steps=5000,
+        shares=(0.2, 0.5),
+        both_strands=True,
         quoted_baseline=1.9116,
     ),
     "human-promoter": Recipe(

@@ -4,8 +4,8 @@
 
     ppl-diffusion train yeast-promoter --data DIR --out OUT
 
-``OUT`` receives ``prior/`` (the best average of the weights, as safetensors), ``last.ckpt`` (Lightning's own
-checkpoint, to resume from) and ``run.json`` (what was done).
+``OUT`` receives ``prior/`` (the best average of the weights, as safetensors), ``last.ckpt``
+(Lightning's own checkpoint, to resume from) and ``run.json`` (what was done).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from ppl_diffusion.models.datasets import BASES, Sequences, load_sequences
 from ppl_diffusion.models.library import FAMILIES, load
 from ppl_diffusion.models.program import DiffusionProgram
@@ -28,6 +29,7 @@ from ppl_diffusion.models.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
     import lightning
+
     from ppl_diffusion.models.fitting import KeepBest
 
 PRIOR_FOLDER = "prior"
@@ -177,7 +179,8 @@ def _checkpoint(out: Path, *, resume: bool) -> Path | None:
     path = out / CHECKPOINT
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is nothing to resume in {str(out)!r}: {CHECKPOINT} is missing; train without --resume."
+            f"There is nothing to resume in {str(out)!r}: {CHECKPOINT} is missing; "
+            "train without --resume."
         )
     return path
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ppl_diffusion.models.program import DiffusionProgram
-
 from ppl_diffusion.kernels import Uniform
 from ppl_diffusion.kernels.schedules import Schedule
+from ppl_diffusion.models.program import DiffusionProgram
 
 
 class UniformDiffusion(DiffusionProgram):
     """A prior whose forward process redraws tokens uniformly; see :class:`DiffusionProgram`.
 
     Every token may change at every step, so mistakes can be mended; the price is a looser bound.
-    The denoiser must be trained as a cavity (the NELBO does that) or declare ``kind = "posterior"``.
+    The denoiser must be trained as a cavity (the NELBO does that) or declare itself a posterior.
     """
 
     family: ClassVar[str] = "uniform"

@@ -1,9 +1,9 @@
 """A bidirectional transformer denoiser, small enough to train on a CPU.
 
 The network reads noisy tokens and, if its configuration asks for it, the time; it returns
-log-probabilities over the *clean* vocabulary only, so no mass can reach the mask. It is split in two:
-:meth:`Transformer.hidden` pays for attention, :meth:`Transformer.head` for the vocabulary, and the second can
-run on the positions that will draw and on no others.
+log-probabilities over the *clean* vocabulary only, so no mass can reach the mask. It is split in
+two: :meth:`Transformer.hidden` pays for attention, :meth:`Transformer.head` for the vocabulary, and
+the second can run on the positions that will draw and on no others.
 
 Rotary positions follow Su et al. (2021, arXiv 2104.09864), conditioning by adaptive layer norm with
 zero-initialised gates Peebles and Xie (2023, arXiv 2212.09748).
@@ -38,13 +38,13 @@ class TransformerConfig:
     :param max_length: longest sequence the network accepts, in tokens.
     :param dim: width of the residual stream.
     :param depth: number of blocks.
-    :param heads: attention heads; ``dim / heads`` must be even, because rotary positions turn pairs.
+    :param heads: attention heads; ``dim / heads`` must be even, as rotary positions turn pairs.
     :param mlp_ratio: width of the hidden layer of a block, in units of ``dim``.
     :param dropout: probability of dropping a unit, during training only.
-    :param stem_width: number of neighbouring tokens, an odd number, that the input embedding of one position sees.
-    :param conv_width: width of the depthwise convolution in each block, an odd number, or 0 for none.
-    :param learned_positions: whether to add a learned vector per absolute position, for sequences aligned to
-        a landmark such as a transcription start.
+    :param stem_width: how many tokens, an odd number, the input embedding of one position sees.
+    :param conv_width: width of the depthwise convolution in each block, odd, or 0 for none.
+    :param learned_positions: whether to add a learned vector per absolute position, for sequences
+        aligned to a landmark such as a transcription start.
     :param time_conditioning: whether the network sees the time; without it the output is time-free.
     :param kind: what the network predicts at a visible position, ``"cavity"`` (from the others) or
         ``"posterior"`` (from all).
@@ -68,18 +68,18 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if self.num_states not in (self.vocab_size, self.vocab_size + 1):
             raise ValueError(
-                f"TransformerConfig: num_states is {self.num_states}; give {self.vocab_size} (no mask) "
-                f"or {self.vocab_size + 1} (with a mask) for a vocabulary of {self.vocab_size}."
+                f"TransformerConfig: num_states is {self.num_states}; give {self.vocab_size} "
+                f"(no mask) or {self.vocab_size + 1} (with a mask) for {self.vocab_size} tokens."
             )
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
-                f"TransformerConfig: dim {self.dim} over {self.heads} heads gives no even head width; "
+                f"TransformerConfig: dim {self.dim} over {self.heads} heads gives no even width; "
                 "choose dim as a multiple of 2 * heads."
             )
         if self.stem_width % 2 == 0 or (self.conv_width and self.conv_width % 2 == 0):
             raise ValueError(
-                f"TransformerConfig: stem_width {self.stem_width} and conv_width {self.conv_width} must be "
-                "odd, so that a window has a centre (conv_width 0 means none)."
+                f"TransformerConfig: stem_width {self.stem_width} and conv_width {self.conv_width} "
+                "must be odd, so that a window has a centre (conv_width 0 means none)."
             )
         if self.kind not in _KINDS:
             raise ValueError(
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         """Turn hidden states, of all positions or of gathered ones, into log-probabilities.
 
         :param hidden: float32 rows of :meth:`hidden`, shape ``(..., dim)``.
-        :returns: normalised log-probabilities over the clean vocabulary, float32, shape ``(..., V)``.
+        :returns: normalised log-probabilities of clean tokens, float32, shape ``(..., V)``.
         """
         return F.log_softmax(self.vocabulary(hidden).float(), dim=-1)
 
@@ -222,14 +222,14 @@ class _Stem(nn.Module):
 
 
 class _TimeEmbedding(nn.Module):
-    """Random-access Fourier features of the time in [0, 1], then a two-layer perceptron."""
+    """Fourier features of the time in [0, 1], then a two-layer perceptron."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(_TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, times: Tensor) -> Tensor:
-        # In float64 until the features are bounded: float32 times lose the low bits that tell late steps apart.
+        # In float64 up to here: float32 loses the bits that tell late steps apart.
         rates = torch.exp(
             torch.linspace(0.0, math.log(1000.0), _TIME_FEATURES // 2, dtype=torch.float64)
         ).to(times.device)
@@ -239,7 +239,7 @@ class _TimeEmbedding(nn.Module):
 
 
 class _AdaptiveNorm(nn.Module):
-    """Layer norm whose scale and shift follow the condition, or are plain parameters without one."""
+    """Layer norm whose scale and shift follow the condition, if there is one."""
 
     def __init__(self, dim: int, *, conditioned: bool) -> None:
         super().__init__()
@@ -375,7 +375,8 @@ def _read_config(path: Path) -> TransformerConfig:
         return TransformerConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Transformer: {path} is no transformer configuration ({error}); write it anew with save_pretrained."
+            f"Transformer: {path} is no transformer configuration ({error}); "
+            "write it anew with save_pretrained."
         ) from error
 
 
@@ -388,7 +389,7 @@ def _load_weights(network: Transformer, path: Path) -> None:
         network.load_state_dict(load_file(path))
     except SafetensorError as error:
         raise ValueError(
-            f"Transformer: {path} is not a readable safetensors file ({error}); fetch or write it anew."
+            f"Transformer: {path} is not a readable safetensors file ({error}); fetch it anew."
         ) from error
     except RuntimeError as error:
         raise ValueError(
