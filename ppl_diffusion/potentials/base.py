@@ -16,7 +16,15 @@ from torch import Tensor
 from ppl_diffusion._errors import PotentialError
 
 LOOKAHEAD_FLOOR = -30.0
-"""Default stand-in for ``-inf`` at an unfinished state (nats)."""
+"""Lowest look-ahead of potentials that ask for one (nats)."""
+
+FORBIDDEN_GUESS = -2.0
+"""Default stand-in for ``-inf`` at an unfinished state (nats).
+
+Small on purpose: a particle whose guess is forbidden may still finish allowed, and then carries
+``exp(-FORBIDDEN_GUESS)`` times the weight of the others. At -30 such particles are resampled away
+in every run that is ever made, and the evidence, unbiased on paper, is too small in all of them.
+"""
 
 
 class AbstractPotential(ABC):
@@ -54,7 +62,8 @@ class AbstractPotential(ABC):
         :param x0: guessed clean tokens, int64 ``(*batch, L)``.
         :returns: finite float64 ``(*batch,)``.
         """
-        return self(x0).clamp_min(LOOKAHEAD_FLOOR)
+        value = self(x0)
+        return torch.where(value == -math.inf, FORBIDDEN_GUESS, value)
 
     def __add__(self, other: AbstractPotential) -> SumPotential:
         if not isinstance(other, AbstractPotential):
