@@ -121,6 +121,24 @@ class InterpolatingKernel:
             tokens = torch.where(prompt >= 0, prompt, tokens)
         return {"tokens": tokens}
 
+    def prior_step(
+        self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
+    ) -> TokenStep:
+        """Return the law of the noisiest state as a step distribution.
+
+        :param batch_shape: leading dimensions.
+        :param length: number ``L`` of positions.
+        :param prompt: as in :meth:`init_carry`.
+        """
+        from ppl_diffusion.distributions.token_step import TokenStep  # as in step()
+
+        size = self.process.vocab_size
+        start = torch.zeros(length, dtype=torch.int64) if prompt is None else prompt.clamp_min(0)
+        flat = torch.full((*batch_shape, length, size), -float(np.log(size)))
+        fixed = None if prompt is None else prompt >= 0
+        # At alpha = 0 and kappa = 0 the only move of the mixture is a draw from the prior.
+        return TokenStep(self.process, start, flat, 0.0, 0.0, 0.0, fixed=fixed, validate_args=False)
+
     def prior_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Return the log-probability of a noisiest state.
 

@@ -37,6 +37,8 @@ from ppl_diffusion.smc.twists import (
     log_mean_exp,
 )
 
+LOG_PROB = "log_prob"
+
 
 class Proposal(Protocol):
     """How a particle moves instead of by the model's own step."""
@@ -109,12 +111,13 @@ class FeynmanKac:
         proposal = None if self.proposal is None else type(self.proposal).__name__
         return {"twist": twist, "twist_every": self.twist_every, "proposal": proposal}
 
-    def bind(self, *, max_rows: int | None = 4096) -> BoundFeynmanKac:
+    def bind(self, *, max_rows: int | None = 4096, track_log_prob: bool = False) -> BoundFeynmanKac:
         """Return the model with fresh caches and counters, ready for one run.
 
         :param max_rows: largest number of rows sent to the network at once.
+        :param track_log_prob: carry each path's log-probability along as ``"log_prob"``.
         """
-        return BoundFeynmanKac(self, max_rows=max_rows)
+        return BoundFeynmanKac(self, max_rows=max_rows, track_log_prob=track_log_prob)
 
 
 @dataclass
@@ -123,10 +126,12 @@ class BoundFeynmanKac:
 
     :param model: what is run.
     :param max_rows: largest number of rows sent to the network at once.
+    :param track_log_prob: carry each path's log-probability along.
     """
 
     model: FeynmanKac
     max_rows: int | None = 4096
+    track_log_prob: bool = False
     denoiser: EvaluatedDenoiser = field(init=False)
     potential: EvaluatedPotential = field(init=False)
 
@@ -163,23 +168,31 @@ class BoundFeynmanKac:
         carry = self._kernel.init_carry(
             batch, chain.length, prompt=chain.prompt, generator=generator
         )
-        noise = (
-            twist.init((*batch, chain.length), generator) if isinstance(twist, FillTwist) else None
-        )
-        return carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+        if isinstance(twist, FillTwist):
+            noise = twist.init((*batch, chain.length), generator)
+            carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+        if self.track_log_prob:
+            carry[LOG_PROB] = per_particle(
+                self._kernel.prior_log_prob(carry["tokens"], chain.prompt)
+            )
+        return carry
 
     def move(
         self, carry: Carry, k: int, generator: torch.Generator | None
     ) -> tuple[Carry, Tensor | float]:
         """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
-        if self._proposal is None:
-            tokens = step.sample(generator=generator)
-            return self._kernel.advance(carry, tokens, k), 0.0
-        proposal = self._proposal(step, carry, k)
+        proposal = step if self._proposal is None else self._proposal(step, carry, k)
         tokens = _sample(proposal, generator)
-        log_ratio = step.log_prob(tokens) - proposal.log_prob(tokens)
-        return self._kernel.advance(carry, tokens, k), per_particle(log_ratio)
+        moved = self._kernel.advance(carry, tokens, k)
+        if proposal is step and not self.track_log_prob:
+            return moved, 0.0
+        log_p = per_particle(step.log_prob(tokens))
+        if self.track_log_prob:
+            moved[LOG_PROB] = carry[LOG_PROB] + log_p
+        if proposal is step:
+            return moved, 0.0
+        return moved, log_p - per_particle(proposal.log_prob(tokens))
 
     def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
         """Return ``log h_k``, ``(R, N)``: the potential at ``T``, None where not evaluated."""
@@ -190,12 +203,16 @@ class BoundFeynmanKac:
             return None
         if isinstance(model.twist, CallableTwist):
             return model.twist(carry, k, tuple(tokens.shape[:2]))
-        uniforms = model.twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        fills = model.twist.fill(self._kernel.posterior_mean(tokens, k), uniforms)
-        values = self.potential.lookahead(fills)  # (R, N, num_fills, *plates)
-        return log_mean_exp(
-            values.sum(tuple(range(3, values.ndim))) if values.ndim > 3 else values, 2
-        )
+        values = self.potential.lookahead(self.fills(model.twist, carry, k, generator))
+        return log_mean_exp(values.flatten(3).sum(-1) if values.ndim > 3 else values, 2)
+
+    def fills(
+        self, twist: FillTwist, carry: Carry, k: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return a twist's completions of the state, int64 ``(R, N, num_fills, *plates, L)``."""
+        tokens = carry["tokens"]
+        uniforms = twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
+        return twist.fill(self._kernel.posterior_mean(tokens, k), uniforms)
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""

@@ -1,0 +1,57 @@
+"""Write a reverse chain as one site per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Delta
+from pyro.infer.reparam.reparam import Reparam
+from pyro.poutine.reparam_messenger import ReparamMessenger
+
+from ppl_diffusion.distributions.reverse_chain import ReverseChain
+
+
+class Unroll(Reparam):
+    """Replace a chain site ``x`` by the sites ``x_0`` (noisiest) to ``x_T`` (clean).
+
+    The joint density is the same number, factor by factor, and the cost is the same ``T``
+    network calls; the site ``x`` stays as the deterministic path. With an observed path the
+    steps are observed.
+    """
+
+    def apply(self, msg: Any) -> Any:
+        """Return the deterministic path after sampling its steps (Pyro's protocol)."""
+        name, chain = msg["name"], msg["fn"]
+        if not isinstance(chain, ReverseChain):
+            raise ValueError(
+                f"unroll: site {name!r} is no ReverseChain but {type(chain).__name__}."
+            )
+        given = None if msg["value"] is None else msg["value"].unbind(-2)
+        kernel, fixed = chain.kernel, chain.fixed
+        step = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
+        states = []
+        for k in range(chain.num_steps + 1):
+            if k > 0:
+                step = kernel.step({"tokens": states[-1]}, k - 1, fixed=fixed)
+            states.append(pyro.sample(f"{name}_{k}", step, obs=None if given is None else given[k]))
+        path = torch.stack(states, -2)
+        site = Delta(path, event_dim=chain.event_dim).mask(False)
+        return {"fn": site, "value": path, "is_observed": True}
+
+
+def unroll(fn: Callable[..., Any] | None = None, *, sites: Collection[str] | None = None) -> Any:
+    """Unroll the chain sites of a program; density and proposal are unchanged.
+
+    :param fn: a program to wrap; without it, use ``unroll`` as a context manager.
+    :param sites: names of the chain sites (all by default).
+    """
+
+    def config(msg: Any) -> Reparam | None:
+        chosen = sites is None or msg["name"] in sites
+        return Unroll() if chosen and isinstance(msg["fn"], ReverseChain) else None
+
+    messenger = ReparamMessenger(config=config)
+    return messenger if fn is None else messenger(fn)
