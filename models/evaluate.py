@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -150,7 +150,7 @@ def write_card(folder: Path, name: str, sequences: Sequences, result: Evaluation
     :param result: its figures.
     """
     recipe = find_recipe(name)
-    card = {
+    card: dict[str, Any] = {
         "name": name,
         "family": recipe.family,
         "data": sequences.source,
@@ -168,9 +168,8 @@ def _rounded(value: float) -> float:
     return value if isinstance(value, int) else round(value, 4)
 
 
-def _card_text(card: dict[str, object]) -> str:
+def _card_text(card: dict[str, Any]) -> str:
     metrics = card["metrics"]
-    assert isinstance(metrics, dict)
     bound = f"{metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
     gain = f"{metrics['gain']:+.4f} ± {metrics['gain_error']:.4f}"
     verdict = "below" if metrics["gain"] > 0 else "above"

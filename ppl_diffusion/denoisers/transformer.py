@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.denoisers.base import Kind
+
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _TIME_FEATURES = 64
-_KINDS = ("cavity", "posterior")
+_KINDS = get_args(Kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class TransformerConfig:
     conv_width: int = 0
     learned_positions: bool = False
     time_conditioning: bool = False
-    kind: str = "cavity"
+    kind: Kind = "cavity"
 
     def __post_init__(self) -> None:
         if self.num_states not in (self.vocab_size, self.vocab_size + 1):
@@ -93,11 +95,20 @@ class Transformer(nn.Module):
     Parameters and outputs are float32 whatever torch's default dtype is.
 
     :param config: the shape of the network.
+
+    :ivar vocab_size: number ``V`` of clean tokens.
+    :ivar kind: ``"cavity"`` or ``"posterior"``.
+    :ivar time_free: whether the output does not depend on the time.
     """
+
+    rotation: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.vocab_size = config.vocab_size
+        self.kind: Kind = config.kind
+        self.time_free = not config.time_conditioning
         self.stem = _Stem(config)
         self.time = _TimeEmbedding(config.dim) if config.time_conditioning else None
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
@@ -107,21 +118,6 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.vocabulary.bias)
         self.register_buffer("rotation", _rotations(config), persistent=False)
         self.to(torch.float32)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number ``V`` of clean tokens."""
-        return self.config.vocab_size
-
-    @property
-    def kind(self) -> str:
-        """``"cavity"`` or ``"posterior"``."""
-        return self.config.kind
-
-    @property
-    def time_free(self) -> bool:
-        """Whether the output does not depend on the time."""
-        return self.time is None
 
     def hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
         """Compute the hidden states that :meth:`head` turns into log-probabilities.
@@ -198,17 +194,16 @@ class _Stem(nn.Module):
         self.width = config.stem_width
         # One more symbol than there are states: what lies beyond the ends of a sequence.
         self.outside = config.num_states
-        self.tables = nn.ModuleList(
-            nn.Embedding(config.num_states + 1, config.dim) for _ in range(self.width)
-        )
+        tables = [nn.Embedding(config.num_states + 1, config.dim) for _ in range(self.width)]
+        for table in tables:
+            nn.init.normal_(table.weight, std=self.width**-0.5)
+        self.tables = nn.ModuleList(tables)
         self.positions = (
             nn.Parameter(0.02 * torch.randn(config.max_length, config.dim))
             if config.learned_positions
             else None
         )
         self.dropout = nn.Dropout(config.dropout)
-        for table in self.tables:
-            nn.init.normal_(table.weight, std=self.width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length, reach = tokens.shape[-1], self.width // 2
