@@ -83,6 +83,7 @@ class Program:
                 f"SMC: {self.name} has no unobserved ReverseChain site; "
                 "sample one, for instance pyro.sample('path', prior.chain(num_steps=64))."
             )
+        self.shapes = {s["name"]: torch.as_tensor(s["value"]).shape for s in sites}
         self.latents = [s["name"] for s in sites if not s["is_observed"] and not _is_chain(s)]
         self.nesting = max(map(_depth, sites))
 

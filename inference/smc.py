@@ -323,8 +323,9 @@ class ProgramEngine:
             if site["is_observed"] and not site["infer"].get("_deterministic", False):
                 continue
             value = site["value"]
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == shape.numel():
-                self.samples[name] = _unflatten(value, shape)
+            own = self.program.shapes[name]  # without particles and without idle plates
+            if isinstance(value, Tensor) and value.numel() == shape.numel() * own.numel():
+                self.samples[name] = value.reshape(*shape, *own)
 
     def first_path(self, carry: Carry) -> Tensor | None:
         """Return the stored paths of the first chain site, or None.

@@ -223,8 +223,6 @@ def log_weight(trace: Trace) -> Tensor:
         elif site["type"] == "sample" and isinstance(site["fn"], ProposedChain):
             draw = site["fn"].draw
             if draw is None:
-                raise ValueError(
-                    f"log_weight: site {site['name']!r} was given its value, not drawn."
-                )
+                raise ValueError(f"log_weight: site {site['name']!r} did not draw its own value.")
             total = total + draw.log_weight.sum()
     return total

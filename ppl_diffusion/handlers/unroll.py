@@ -26,9 +26,8 @@ class Unroll(Reparam):
         """Return the deterministic path after sampling its steps (Pyro's protocol)."""
         name, chain = msg["name"], msg["fn"]
         if not isinstance(chain, ReverseChain):
-            raise ValueError(
-                f"unroll: site {name!r} is no ReverseChain but {type(chain).__name__}."
-            )
+            kind = type(chain).__name__
+            raise ValueError(f"unroll: site {name!r} is a {kind}, not a ReverseChain.")
         given = None if msg["value"] is None else msg["value"].unbind(-2)
         kernel, fixed = chain.kernel, chain.fixed
         step = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
@@ -37,7 +36,7 @@ class Unroll(Reparam):
             if k > 0:
                 step = kernel.step({"tokens": states[-1]}, k - 1, fixed=fixed)
             states.append(pyro.sample(f"{name}_{k}", step, obs=None if given is None else given[k]))
-        path = torch.stack(states, -2)
+        path = torch.stack(states, -2) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}
 
