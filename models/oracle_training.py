@@ -118,8 +118,8 @@ def fit(
     """
     train = rows_of_half(data, half, split=0)
     target = train.y
-    units = {"centre": float(target.mean()), "scale": float(target.std())}
-    config = replace(config, half=half, **units)
+    centre, scale = float(target.mean()), float(target.std())
+    config = replace(config, half=half, centre=centre, scale=scale)
     torch.manual_seed(recipe.seed)
     oracle = Oracle(config)
     loader = _loader(train, config, recipe)
