@@ -53,9 +53,7 @@ class ResamplerContract:
             [0.9, 0.02, 0.02, 0.02, 0.02, 0.01, 0.005, 0.005],
         ],
     )
-    def test_expected_copies_are_n_times_w(
-        self, resampler: Resampler, weights: list[float]
-    ) -> None:
+    def test_expected_copies(self, resampler: Resampler, weights: list[float]) -> None:
         w = torch.tensor(weights, dtype=torch.float64)
         log_weights = (w.log() + 3.0).expand(self.replicates, -1)  # any scale
         chosen = self.ancestors(resampler, log_weights)
