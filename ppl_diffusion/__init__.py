@@ -1,3 +1,42 @@
-"""Discrete diffusion models as distributions of a probabilistic program."""
+"""Discrete diffusion models as distributions of a probabilistic program.
+
+``import ppl_diffusion as ppd`` gives the rooms of the house (``ppd.models``, ``ppd.inference``,
+``ppd.handlers``, ...), each imported when it is first used.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "denoisers",
+    "diagnostics",
+    "distributions",
+    "handlers",
+    "inference",
+    "kernels",
+    "models",
+    "potentials",
+    "smc",
+    "testing",
+]
+
+if TYPE_CHECKING:
+    from ppl_diffusion import denoisers as denoisers
+    from ppl_diffusion import diagnostics as diagnostics
+    from ppl_diffusion import distributions as distributions
+    from ppl_diffusion import handlers as handlers
+    from ppl_diffusion import inference as inference
+    from ppl_diffusion import kernels as kernels
+    from ppl_diffusion import models as models
+    from ppl_diffusion import potentials as potentials
+    from ppl_diffusion import smc as smc
+    from ppl_diffusion import testing as testing
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,3 +6,5 @@ from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDen
 from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission
+from ppl_diffusion.denoisers.transformer import Transformer as Transformer
+from ppl_diffusion.denoisers.transformer import TransformerConfig as TransformerConfig
