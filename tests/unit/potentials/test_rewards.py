@@ -3,8 +3,13 @@
 import functools
 import math
 import multiprocessing
-import threading
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 
 import pytest
 import torch
@@ -42,6 +47,25 @@ class Recorder:
     @property
     def rows(self):
         return [tuple(row) for batch in self.batches for row in batch]
+
+
+class HangsOnLeadingA(Executor):
+    """Answers at once, except that sequences beginning with A keep a worker busy for ever."""
+
+    def __init__(self, workers=3):
+        self.free = workers
+        self.queue = []
+
+    def submit(self, fn, rows):
+        future = Future()
+        if not self.free:
+            self.queue.append(future)
+        elif rows[0, 0] == 0:
+            future.set_running_or_notify_cancel()
+            self.free -= 1
+        else:
+            future.set_result(fn(rows))
+        return future
 
 
 class TestRewardContract(PotentialContract):
@@ -234,38 +258,23 @@ class TestExecutor:
             assert reward(x0).tolist() == [-math.inf, 1.0, 2.0]
 
     def test_a_call_that_hangs_is_given_up_and_the_rest_is_kept(self):
-        release = threading.Event()
-
-        def sometimes_hangs(x0):
-            if x0[0, 0] == 0:
-                release.wait(60)
-            return count_g(x0)
-
         x0 = torch.tensor([[0, 2], [1, 2], [2, 2]])
-        with ThreadPoolExecutor(3) as pool:
-            try:
-                options = {"executor": pool, "timeout": 0.3}
-                rejecting = Reward(sometimes_hangs, on_error="reject", **options)
-                assert rejecting(x0).tolist() == [-math.inf, 1.0, 2.0]
-                with pytest.raises(PotentialError, match=r"\[0, 2\] \(GaveUp: no answer within"):
-                    Reward(sometimes_hangs, **options)(x0)
-            finally:
-                release.set()
+        options = {"executor": HangsOnLeadingA(), "timeout": 0.01}
+        rejecting = Reward(count_g, on_error="reject", **options)
+        assert rejecting(x0).tolist() == [-math.inf, 1.0, 2.0]
+        raising = Reward(count_g, **options)
+        with pytest.raises(PotentialError, match=r"\[0, 2\] \(GaveUp: no answer within 0\.01 s\)"):
+            raising(x0)
+        calls = raising.num_calls
+        assert raising(x0[1:]).tolist() == [1.0, 2.0]
+        assert raising.num_calls == calls
 
     def test_an_exhausted_pool_is_an_error_not_a_rejection(self):
-        release = threading.Event()
-
-        def hangs(x0):
-            release.wait(60)
-            return count_g(x0)
-
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                reward = Reward(hangs, executor=pool, timeout=0.2, on_error="reject")
-                with pytest.raises(PotentialError, match="left no worker free: 2 sequences"):
-                    reward(torch.tensor([[0, 2], [1, 2], [2, 2]]))
-            finally:
-                release.set()
+        executor = HangsOnLeadingA(workers=1)
+        reward = Reward(count_g, executor=executor, timeout=0.01, on_error="reject")
+        with pytest.raises(PotentialError, match="left no worker free: 2 sequences"):
+            reward(torch.tensor([[0, 1], [0, 2], [0, 3]]))
+        assert all(future.cancelled() for future in executor.queue)
 
 
 @pytest.mark.parametrize(
