@@ -64,6 +64,37 @@ def _ratio(a: Array, b: Array) -> Array:
     return xp.where(positive, a / xp.where(positive, b, xp.ones_like(b)), xp.ones_like(b))
 
 
+def site_weights(
+    process: Process, z: Array, log_c: Array, a: Array, b: Array, kappa: Array
+) -> tuple[Array, Array, Array]:
+    """Return :func:`three_way` for every site of a state.
+
+    :param process: forward process.
+    :param z: current states, shape ``(..., L)``.
+    :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
+    :param a: ``alpha(t)``, broadcastable to ``(..., L)``.
+    :param b: ``alpha(s)``.
+    :param kappa: Psi parameter.
+    :returns: three float64 arrays shaped like ``z``.
+    """
+    if process.absorbing and all(isinstance(value, int | float) for value in (a, b, kappa)):
+        return _absorbing_weights(process, z, a, b, kappa)
+    return three_way(a, b, kappa, gather_clean(log_c, z, process.vocab_size), process.prior_prob(z))
+
+
+def _absorbing_weights(
+    process: Process, z: Array, a: float, b: float, kappa: float
+) -> tuple[Array, Array, Array]:
+    # A masked site has pi_z = 1 and c_z = 0, a revealed one pi_z = 0 and its c_z cancels: two
+    # cases in all, whatever the number of sites.
+    xp = array_namespace(z)
+    pi_z = xp.asarray([0.0, 1.0], dtype=float64_of(xp), device=z.device)
+    revealed_or_masked = three_way(a, b, kappa, 1 - pi_z, pi_z)
+    masked = z == process.vocab_size
+    stay, den, prior = (xp.where(masked, w[1], w[0]) for w in revealed_or_masked)
+    return stay, den, prior
+
+
 def gather_clean(log_c: Array, z: Array, vocab_size: int) -> Array:
     """Return the probability ``c_z``, which is 0 where ``z`` is not a clean token.
 
@@ -95,9 +126,8 @@ def mixture_log_prob(
         zero gradient there.
     """
     xp = array_namespace(log_c)
-    c_z = gather_clean(log_c, z, process.vocab_size)
     c_j = gather_clean(log_c, j, process.vocab_size)
-    w_stay, w_den, w_prior = three_way(a, b, kappa, c_z, process.prior_prob(z))
+    w_stay, w_den, w_prior = site_weights(process, z, log_c, a, b, kappa)
     p = (
         xp.where(j == z, w_stay, xp.zeros_like(w_stay))
         + w_den * c_j
@@ -131,8 +161,7 @@ def mixture_sample(
     :returns: next states, shape ``(..., L)``.
     """
     xp = array_namespace(log_c)
-    c_z = gather_clean(log_c, z, process.vocab_size)
-    w_stay, w_den, w_prior = three_way(a, b, kappa, c_z, process.prior_prob(z))
+    w_stay, w_den, w_prior = site_weights(process, z, log_c, a, b, kappa)
     from_prior = u_move < w_prior
     # "stay" comes last and only where it has mass: round-off must never keep a mask at b = 1.
     stay = (u_move >= w_prior + w_den) & (w_stay > 0)
@@ -167,11 +196,13 @@ def log_posterior_mean(process: Process, z: Array, log_c: Array, a: Array) -> Ar
     :returns: float64 log-probabilities, shape ``(..., L, V)``.
     """
     xp = array_namespace(log_c)
+    log_c = to_float64(log_c)
+    if process.absorbing:  # the mask says nothing about its token, a revealed token everything
+        known = xp.where(_is_token(z, process.vocab_size), 0.0, xp.full_like(log_c, -math.inf))
+        return xp.where((z == process.vocab_size)[..., None], log_c, known)
     c_z = gather_clean(log_c, z, process.vocab_size)
     w_stay, w_den, _ = three_way(a, 1.0, 1.0, c_z, process.prior_prob(z))
-    p = w_den[..., None] * xp.exp(to_float64(log_c)) + w_stay[..., None] * _one_hot(
-        z, process.vocab_size
-    )
+    p = w_den[..., None] * xp.exp(log_c) + w_stay[..., None] * _one_hot(z, process.vocab_size)
     return xp.where(p > 0, xp.log(xp.where(p > 0, p, xp.ones_like(p))), xp.full_like(p, -math.inf))
 
 
@@ -204,8 +235,11 @@ def posterior_to_cavity(process: Process, z: Array, log_g: Array, a: float) -> A
 
 def _one_hot(z: Array, size: int) -> Array:
     xp = array_namespace(z)
-    hit = z[..., None] == xp.arange(size, device=z.device)
-    return xp.astype(hit, float64_of(xp))
+    return xp.astype(_is_token(z, size), float64_of(xp))
+
+
+def _is_token(z: Array, size: int) -> Array:
+    return z[..., None] == array_namespace(z).arange(size, device=z.device)
 
 
 def _logsumexp(x: Array) -> Array:

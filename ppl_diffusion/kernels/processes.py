@@ -123,6 +123,14 @@ class Absorbing(Process):
     def __init__(self, vocab_size: int, schedule: Schedule | None = None) -> None:
         super().__init__([0.0] * vocab_size + [1.0], vocab_size, schedule)
 
+    def draw_prior(self, uniforms: Array) -> Array:
+        """Return masks, shaped like ``uniforms``.
+
+        :param uniforms: any array; only its shape is read.
+        """
+        xp = array_namespace(uniforms)
+        return xp.full(uniforms.shape, self.vocab_size, dtype=xp.int64, device=uniforms.device)
+
 
 class Uniform(Process):
     """Replacement by a uniformly drawn clean token with probability ``1 - alpha(t)``.
