@@ -1,1 +1,1 @@
-"""Speed and accuracy per network evaluation: ``python -m benchmarks.NAME [--quick] [--json FILE]``."""
+"""Speed and accuracy per network call: ``python -m benchmarks.NAME [--quick] [--json FILE]``."""

@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
-from torch import Tensor
 
 DATA = Path(__file__).with_name("problems.json")
 
@@ -227,7 +228,9 @@ def _refinements(mask: int, length: int) -> tuple[Tensor, Tensor]:
 
 def _reveal_probs(kernel: InterpolatingKernel) -> list[float]:
     """Return the probability that a masked site is revealed in each step."""
-    return [float((b - a) / (1 - a)) for a, b in zip(kernel.alphas, kernel.alphas[1:], strict=False)]
+    return [
+        float((b - a) / (1 - a)) for a, b in zip(kernel.alphas, kernel.alphas[1:], strict=False)
+    ]
 
 
 def _gap_log_z(problem: Problem, num_steps: int) -> float:

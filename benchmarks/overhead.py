@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-import ppl_diffusion as ppd
 import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks._report import Row, run, table, verdict
+from ppl_diffusion import models
 from ppl_diffusion.denoisers import Denoiser
 from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.smc import FeynmanKac, run_smc
-from rich.console import Console
-from torch import Tensor
-
-from benchmarks._report import Row, run, table, verdict
 
 PRIOR = "yeast-promoter"
 GOAL = 1.05
@@ -123,7 +123,7 @@ def load_setting(console: Console, *, num_steps: int = 64, num_particles: int = 
     :param num_particles: particles ``N``.
     """
     try:
-        chain = ppd.models.load(PRIOR).chain(num_steps=num_steps)
+        chain = models.load(PRIOR).chain(num_steps=num_steps)
         return Setting(PRIOR, chain, num_particles)
     except (ValueError, FileNotFoundError) as error:
         console.print(f"[yellow]A random network stands in for the shipped prior:[/] {error}")
