@@ -301,7 +301,7 @@ def write_card(folder: Path, card: dict[str, Any]) -> None:
 
 
 def _prose(card: dict[str, Any]) -> str:
-    facts = ("summary", "data", "licence", "halves", "training", "limits")
+    facts = ("summary", "data", "licence", "halves", "training", "evaluation", "limits")
     lines = [f"# {card['name']}", ""]
     for fact in facts:
         lines += [f"**{fact.capitalize()}.** {card[fact]}", ""]

@@ -233,6 +233,8 @@ def card(name: str, half: str, metrics: Report) -> dict[str, Any]:
         f"that assign_halves of models/oracle_evaluation.py deals to '{half}'.",
         "training": "python -m ppl_diffusion.models.oracle_training train --data DIR "
         f"--half {half} --out models/weights/{name}",
+        "evaluation": "python -m ppl_diffusion.models.oracle_training evaluate yeast-oracle-design "
+        "yeast-oracle-judge --data DIR",
         "limits": "Families are near copies, so the few native test families make its native "
         "figures on test rows uncertain (see the interval, a bootstrap over families); the native "
         "train families of the other half, which it has not seen, tell more. The spread is "

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -362,15 +361,6 @@ def load_oracle(name_or_dir: str | Path) -> Oracle:
 def list_oracles() -> list[str]:
     """:returns: names of the shipped oracles."""
     return sorted(p.parent.name for p in _WEIGHTS.glob("*-oracle-*/config.json"))
-
-
-def oracle_card(name: str) -> dict[str, Any]:
-    """Return what is known about a shipped oracle: data, licence, training command, metrics.
-
-    :param name: one of :func:`list_oracles`.
-    """
-    card: dict[str, Any] = json.loads((_WEIGHTS / name / "card.json").read_text(encoding="utf-8"))
-    return card
 
 
 def _encode(bases: str) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import special
 
-from ppl_diffusion.models import list_oracles, load_oracle
+from ppl_diffusion.models import list_oracles, load_oracle, read_card
 from ppl_diffusion.models.oracle_evaluation import (
     Promoters,
     assign_halves,
@@ -24,7 +24,7 @@ from ppl_diffusion.models.oracle_training import (
     calibrate,
     fit,
 )
-from ppl_diffusion.models.oracles import Oracle, OracleConfig, one_hot, oracle_card
+from ppl_diffusion.models.oracles import Oracle, OracleConfig, one_hot
 
 SHIPPED = ("yeast-oracle-design", "yeast-oracle-judge")
 SMALL = OracleConfig(filters=4, channels=4, hidden=8, dilations=(1, 2), kmer=3, centre=9.0)
@@ -291,7 +291,7 @@ def test_data_that_are_not_there_are_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SHIPPED)
 class TestShipped:
     def test_the_card_beats_the_ridge_and_is_calibrated(self, name):
-        metrics = oracle_card(name)["metrics"]
+        metrics = read_card(name)["metrics"]
         assert metrics["test"]["r"] > 0.826  # 6-mer ridge on all train rows
         coverage = metrics["test"]["coverage"]
         assert coverage == pytest.approx([0.5, 0.8, 0.95], abs=0.1)
@@ -310,7 +310,7 @@ class TestShipped:
     @pytest.mark.skipif("PPL_DIFFUSION_DATA" not in os.environ, reason="needs PPL_DIFFUSION_DATA")
     def test_the_card_tells_the_truth(self, name):
         measured = evaluate_oracle(load_oracle(name), load_promoters())
-        card = oracle_card(name)["metrics"]
+        card = read_card(name)["metrics"]
         for part in card:
             assert measured[part]["r"] == pytest.approx(card[part]["r"], abs=1e-4)
             assert measured[part]["coverage"] == pytest.approx(card[part]["coverage"], abs=2e-3)
