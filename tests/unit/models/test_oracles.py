@@ -267,7 +267,6 @@ def _tokens(rows):
     return torch.from_numpy(rows.x)
 
 
-@pytest.mark.slow
 def test_fitting_learns_a_known_signal_and_repeats_itself():
     data = promoters(3000)
     recipe = Recipe(epochs=15, batch_size=64, learning_rate=1e-2)
