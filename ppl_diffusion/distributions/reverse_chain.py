@@ -104,7 +104,7 @@ class ReverseChain(TorchDistribution):
                 carry = kernel.advance(carry, tokens, k)
                 states.append(tokens)
         path = torch.stack(states, -2)
-        remember(path, kernel, log_p)
+        remember(path, kernel, log_p, prompt=self.prompt)
         return path
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class ReverseChain(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        log_p = recall(value, self.kernel)
+        log_p = recall(value, self.kernel, prompt=self.prompt)
         if log_p is None:
             log_p = self._path_log_prob(check_value(self, value))
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
@@ -176,36 +176,50 @@ class ReverseChain(TorchDistribution):
         return f"ReverseChain({self.kernel!r}, {shapes})"
 
 
-def remember(path: Tensor, kernel: InterpolatingKernel, log_p: Tensor) -> None:
+def remember(
+    path: Tensor, kernel: InterpolatingKernel, log_p: Tensor, *, prompt: Tensor | None = None
+) -> None:
     """Attach a path's log-probability to the tensor itself.
 
     :param path: the sampled path.
     :param kernel: the kernel it was sampled from.
     :param log_p: its log-probability.
+    :param prompt: the prompt of the chain.
     """
-    setattr(path, _MEMO, (kernel, path._version, _parameter_version(kernel), log_p))
+    setattr(path, _MEMO, (kernel, prompt, path._version, _parameter_version(kernel), log_p))
 
 
-def recall(path: Tensor, kernel: InterpolatingKernel) -> Tensor | None:
+def recall(
+    path: Tensor, kernel: InterpolatingKernel, *, prompt: Tensor | None = None
+) -> Tensor | None:
     """Return the remembered log-probability where it is still valid, else None.
 
-    It is not where the path was edited, the kernel is another one, a parameter of the network
-    moved, or a gradient is wanted (the memo was computed without one).
+    It is not where the path was edited, the kernel or the prompt is another one, a parameter of
+    the network moved, or a gradient is wanted (the memo was computed without one).
 
     :param path: a path.
     :param kernel: the kernel that is to score it.
+    :param prompt: the prompt of the chain that is to score it.
     """
     memo = getattr(path, _MEMO, None)
     if memo is None:
         return None
-    owner, version, parameters, log_p = memo
+    owner, owner_prompt, version, parameters, log_p = memo
     if not owner.same_as(kernel) or version != path._version:
+        return None
+    if not _same_prompt(owner_prompt, prompt):
         return None
     if parameters != _parameter_version(kernel):
         return None
     if torch.is_grad_enabled() and any(p.requires_grad for p in _parameters(kernel)):
         return None
     return log_p
+
+
+def _same_prompt(here: Tensor | None, there: Tensor | None) -> bool:
+    if here is None or there is None:
+        return here is there
+    return torch.equal(here, there)
 
 
 def _parameters(kernel: InterpolatingKernel) -> list[Tensor]:

@@ -79,7 +79,7 @@ class ProposedChain(TorchDistribution):
         """
         shape = torch.Size((*sample_shape, *self.batch_shape))
         path, log_p, log_weight = self._propose(shape)
-        remember(path, self.chain.kernel, log_p)
+        remember(path, self.chain.kernel, log_p, prompt=self.chain.prompt)
         self.draw = Draw(path, path._version, log_p - log_weight, log_weight)
         return path
 
