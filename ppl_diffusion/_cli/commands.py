@@ -51,7 +51,7 @@ def draw_samples(name: str, *, num: int, steps: int, seed: int, out: Path | None
         prior = load(name)
     chain = prior.chain(num_steps=steps)
     x0 = chain.x0(chain.sample((num,), generator=torch.Generator().manual_seed(seed)))
-    text = _sequence_text(prior.decode(x0), csv=out is not None and out.suffix == ".csv")
+    text = _sequence_text(list(prior.decode(x0)), csv=out is not None and out.suffix == ".csv")
     if out is None:
         print(text, end="")
     else:

@@ -33,7 +33,7 @@ class Judges:
     gc: Tensor
     designer: Oracle | None = None
     judge: Oracle | None = None
-    bound_samples: int = 64
+    bound_samples: int = 16
 
     def columns(self, tokens: Tensor, generator: torch.Generator) -> Columns:
         """Score sequences.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from ppl_diffusion.potentials import (
     read_motifs,
 )
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
+from ppl_diffusion.smc.twists import TwistLike
 
 if TYPE_CHECKING:
     from ppl_diffusion.design.run import Progress
@@ -44,7 +45,16 @@ ORACLES = {
     "yeast-promoter": ("yeast-oracle-design", "yeast-oracle-judge"),
     "yeast-promoter-uniform": ("yeast-oracle-design", "yeast-oracle-judge"),
 }
-DEFAULT_TEMPERATURE = 0.5
+DEFAULT_TEMPERATURE = 0.4
+"""Expression units per nat; the prior's standard deviation is about four times as large."""
+HIGHEST_EXPRESSION = 17.0
+"""The top of the assay's scale: a prediction beyond it is extrapolation and earns nothing more."""
+TWIST_OF: dict[str, TwistLike] = {
+    "argmax": "argmax",
+    "persistent": "persistent",
+    "sample": "sample",
+    "none": None,
+}
 Potentials = dict[str, AbstractPotential]
 
 
@@ -81,7 +91,7 @@ class Target:
         model = FeynmanKac(
             self.chain,
             _total(self.potentials),
-            twist=None if search.twist == "none" else search.twist,
+            twist=TWIST_OF[search.twist],
             proposal=clamp,
         )
         posterior = run_smc(
@@ -169,7 +179,7 @@ def _potentials(question: Question, oracle: Oracle | None) -> Potentials:
     if oracle is not None and question.observe is not None:
         found["expression"] = Likelihood(oracle, question.observe, question.sd, name="expression")
     if oracle is not None and question.temperature is not None:
-        found["expression"] = Reward(oracle, question.temperature, name="expression")
+        found["expression"] = Reward(_capped(oracle), question.temperature, name="expression")
     for index, spec in enumerate(question.motifs):
         found[f"motif_{index}"] = spec.weight * _motif(spec)
     if question.gc is not None:
@@ -177,6 +187,10 @@ def _potentials(question: Question, oracle: Oracle | None) -> Potentials:
     for motif in question.forbid:
         found[f"forbid_{motif}"] = ForbiddenMotif(motif)
     return found
+
+
+def _capped(oracle: Oracle) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: oracle(tokens).clamp_max(HIGHEST_EXPRESSION)
 
 
 def _motif(spec: MotifSpec) -> AbstractPotential:

@@ -58,7 +58,8 @@ class Question:
     :param observe: expression that was observed, in the units of the oracle; it enters as
         ``Normal(oracle(x), sd)``.
     :param sd: standard deviation of that observation.
-    :param temperature: temperature of the reward ``oracle(x) / temperature``, in its units.
+    :param temperature: temperature of the reward ``min(oracle(x), 17) / temperature``, in the
+        units of the oracle; 17 is the top of the assay's scale.
     :param expression: whether a prior with an oracle is asked for high expression when neither
         ``observe`` nor ``temperature`` is given.
     :param motifs: motif matrices, each weighted.
@@ -108,7 +109,7 @@ class Search:
     :param ess_threshold: resample when the effective sample size falls below this share.
     """
 
-    num_particles: int = 256
+    num_particles: int = 128
     num_runs: int = 4
     num_steps: int = 64
     seed: int = 0
