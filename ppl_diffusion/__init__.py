@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    import ppl_diffusion.inference as inference
+    import ppl_diffusion.models as models
     from ppl_diffusion import denoisers as denoisers
     from ppl_diffusion import diagnostics as diagnostics
     from ppl_diffusion import distributions as distributions
     from ppl_diffusion import handlers as handlers
-    from ppl_diffusion import inference as inference
     from ppl_diffusion import kernels as kernels
-    from ppl_diffusion import models as models
     from ppl_diffusion import potentials as potentials
     from ppl_diffusion import smc as smc
     from ppl_diffusion import testing as testing

@@ -31,7 +31,7 @@ class Unroll(Reparam):
         given = None if msg["value"] is None else msg["value"].unbind(-2)
         kernel, fixed = chain.kernel, chain.fixed
         step = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
-        states = []
+        states: list[torch.Tensor] = []
         for k in range(chain.num_steps + 1):
             if k > 0:
                 step = kernel.step({"tokens": states[-1]}, k - 1, fixed=fixed)

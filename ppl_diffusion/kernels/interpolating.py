@@ -220,7 +220,7 @@ class InterpolatingKernel:
     def _idle(self, tokens: Tensor, k: int) -> bool:
         if k < self.num_steps and self.kappa[k] == 1 and self.alphas[k] == self.alphas[k + 1]:
             return True
-        return self.process.absorbing and not bool((tokens == self.process.mask_id).any())
+        return self.process.absorbing and not bool(torch.any(tokens == self.process.vocab_size))
 
     def __repr__(self) -> str:
         kappa = (

@@ -93,7 +93,7 @@ class Potential(AbstractPotential):
         if not callable(fn):
             raise TypeError(f"Potential: fn must be callable, got {type(fn).__name__}.")
         self.fn = fn
-        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+        self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
 
     def log_potential(self, x0: Tensor) -> Tensor:
         """Return ``fn(x0)``."""

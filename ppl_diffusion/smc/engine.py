@@ -170,51 +170,68 @@ def smc_loop(
     """
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)
+    parents = identity = torch.arange(num_particles).expand(shape)
     carry = engine.init(num_runs, num_particles, generator)
-    identity = torch.arange(num_particles).expand(shape)
-    previous = engine.log_twist(carry, 0, generator)
-    previous = torch.zeros(shape, dtype=torch.float64) if previous is None else previous
-    weights = Weights(previous.clone())
-    log_z = torch.zeros(num_runs, dtype=torch.float64)
-    died_at = torch.full((num_runs,), -1)
-    history = [] if record is None else [_compact(carry[record])]
-    ancestors, ess, resampled, log_z_steps = [], [], [], []
-    parents = identity
+    twist = engine.log_twist(carry, 0, generator)
+    twist = torch.zeros(shape, dtype=torch.float64) if twist is None else twist
+    weights, log_z = Weights(twist.clone()), torch.zeros(num_runs, dtype=torch.float64)
+    log = _Log(record, carry)
     for k in range(num_steps):
         carry, log_ratio = engine.move(carry, k, generator)
-        current = engine.log_twist(carry, k + 1, generator)
-        current = previous if current is None else current
-        weights = weights.add(log_ratio + current - previous)
+        ahead = engine.log_twist(carry, k + 1, generator)
+        ahead = twist if ahead is None else ahead
+        weights, twist = weights.add(log_ratio + ahead - twist), ahead
         _check_weights(weights, k)
-        previous = current
-        ancestors.append(parents)
-        ess.append(weights.ess)
-        log_z_steps.append(log_z + weights.log_mean)
-        died_at = torch.where((died_at < 0) & ~weights.alive, k, died_at)
-        if record is not None:
-            history.append(_compact(carry[record]))
-        due = weights.alive & (ess[-1] < ess_threshold * num_particles) & (k + 1 < num_steps)
-        resampled.append(due)
+        due = weights.alive & (weights.ess < ess_threshold * num_particles) & (k + 1 < num_steps)
+        log.add(carry, weights, log_z, parents, due)
         parents = identity
         if bool(due.any()):
             log_z = torch.where(due, log_z + weights.log_mean, log_z)
             parents = torch.where(due[:, None], _resample(resampler, weights, generator), identity)
-            carry = engine.gather(carry, parents)
-            previous = previous.gather(1, parents)
+            carry, twist = engine.gather(carry, parents), twist.gather(1, parents)
             weights = Weights(torch.where(due[:, None], 0.0, weights.log))
         if progress is not None:
             progress(k + 1, num_steps)
-    return SMCTrace(
-        carry=carry,
-        weights=weights,
-        log_potential=current,
-        log_evidence_steps=torch.stack(log_z_steps, -1),
-        ess=torch.stack(ess, -1),
-        resampled=torch.stack(resampled, -1),
-        ancestors=torch.stack(ancestors),
-        died_at=died_at,
-        history=history,
-    )
+    return log.trace(carry, weights, twist)
+
+
+class _Log:
+    """What each step leaves behind."""
+
+    def __init__(self, record: str | None, carry: Carry) -> None:
+        self.record = record
+        self.history = [] if record is None else [_compact(carry[record])]
+        self.ancestors: list[Tensor] = []
+        self.ess: list[Tensor] = []
+        self.log_evidence: list[Tensor] = []
+        self.alive: list[Tensor] = []
+        self.resampled: list[Tensor] = []
+
+    def add(
+        self, carry: Carry, weights: Weights, log_z: Tensor, parents: Tensor, due: Tensor
+    ) -> None:
+        self.ancestors.append(parents)
+        self.ess.append(weights.ess)
+        self.log_evidence.append(log_z + weights.log_mean)
+        self.alive.append(weights.alive)
+        self.resampled.append(due)
+        if self.record is not None:
+            self.history.append(_compact(carry[self.record]))
+
+    def trace(self, carry: Carry, weights: Weights, log_potential: Tensor) -> SMCTrace:
+        steps_alive = torch.stack(self.alive, -1).sum(-1)
+        died = steps_alive < len(self.alive)  # the dead stay dead
+        return SMCTrace(
+            carry=carry,
+            weights=weights,
+            log_potential=log_potential,
+            log_evidence_steps=torch.stack(self.log_evidence, -1),
+            ess=torch.stack(self.ess, -1),
+            resampled=torch.stack(self.resampled, -1),
+            ancestors=torch.stack(self.ancestors),
+            died_at=torch.where(died, steps_alive, -1),
+            history=self.history,
+        )
 
 
 def _resample(resampler: Resampler, weights: Weights, generator: torch.Generator | None) -> Tensor:
