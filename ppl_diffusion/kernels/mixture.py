@@ -175,7 +175,7 @@ def draw_categorical(log_c: Array, uniforms: Array) -> Array:
     Never returns a token of probability zero, whatever the round-off.
 
     :param log_c: log-probabilities, shape ``(..., V)``.
-    :param uniforms: numbers in ``[0, 1)``, shape ``(...)``.
+    :param uniforms: numbers in ``[0, 1)``, shape ``(...)``; the two broadcast.
     :returns: int64 ids, shape ``(...)``.
     """
     xp = array_namespace(log_c)

@@ -59,7 +59,7 @@ class FillTwist(ABC):
         """
         if uniforms is None:
             return log_x0.argmax(-1)[:, :, None]
-        return draw_categorical(log_x0[:, :, None].expand(*uniforms.shape, -1), uniforms)
+        return draw_categorical(log_x0[:, :, None], uniforms)
 
 
 @dataclass(frozen=True)
