@@ -70,7 +70,7 @@ class Problem:
         :param x0: int64 ``(*batch, L)``.
         """
         pairs = self.pair[x0[..., :-1], x0[..., 1:]].sum(-1)
-        return pairs + self.ends * (x0[..., 0] == x0[..., -1])
+        return pairs + self.ends * (x0[..., 0] == x0[..., -1]).to(torch.float64)
 
     def chain(self, num_steps: int) -> ReverseChain:
         """Return the masked reverse chain with the exact denoiser.

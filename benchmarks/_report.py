@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def run(measure: Measure) -> None:
         if json_file is not None and not json_file.resolve().parent.is_dir():
             folder = json_file.resolve().parent
             raise typer.BadParameter(f"--json: the folder {folder} does not exist; make it first.")
-        rows = list(measure(quick, Console()))
+        rows = list(measure(quick, _console()))
         if json_file is not None:
             write(rows, json_file)
 
@@ -102,6 +103,11 @@ def verdict(row: Row) -> str:
     if row.goal is None:
         return ""
     return f"<= {row.goal:g}: {'[green]met[/]' if row.ok else '[red]missed[/]'}"
+
+
+def _console() -> Console:
+    # Without a terminal rich assumes 80 columns and would cut the tables.
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _finite(value: Any) -> Any:
