@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array, is_jax_namespace
 
-__all__ = ["Array", "array_namespace", "float64_of", "to_float64"]
+__all__ = ["Array", "array_namespace", "device_of", "float64_of", "int64_of", "to_float64"]
 
 Array = Any  # torch.Tensor | jax.Array | numpy.ndarray: the array API has no common type yet
 
@@ -17,6 +17,22 @@ def float64_of(xp: ModuleType) -> Any:
     :param xp: an array-API namespace.
     """
     return xp.asarray(0.0).dtype if is_jax_namespace(xp) else xp.float64
+
+
+def int64_of(xp: ModuleType) -> Any:
+    """Return the widest integer of a namespace: int64, or JAX's default when x64 is off.
+
+    :param xp: an array-API namespace.
+    """
+    return xp.asarray(0).dtype if is_jax_namespace(xp) else xp.int64
+
+
+def device_of(x: Array) -> Any:
+    """Return the device on which to put arrays that meet ``x``; JAX decides that by itself.
+
+    :param x: an array; a traced JAX array has no device.
+    """
+    return None if is_jax_array(x) else x.device
 
 
 def to_float64(x: Any) -> Array:

@@ -20,7 +20,16 @@ All functions are pure array-API code: torch and ``jax.numpy`` arrays give the s
 
 import math
 
-from ppl_diffusion._arrays import Array, array_namespace, float64_of, to_float64
+from array_api_compat import is_torch_array
+
+from ppl_diffusion._arrays import (
+    Array,
+    array_namespace,
+    device_of,
+    float64_of,
+    int64_of,
+    to_float64,
+)
 from ppl_diffusion.kernels.processes import Process
 
 
@@ -88,7 +97,7 @@ def _absorbing_weights(
     # A masked site has pi_z = 1 and c_z = 0, a revealed one pi_z = 0 and its c_z cancels: two
     # cases in all, whatever the number of sites.
     xp = array_namespace(z)
-    pi_z = xp.asarray([0.0, 1.0], dtype=float64_of(xp), device=z.device)
+    pi_z = xp.asarray([0.0, 1.0], dtype=float64_of(xp), device=device_of(z))
     revealed_or_masked = three_way(a, b, kappa, 1 - pi_z, pi_z)
     masked = z == process.vocab_size
     stay, den, prior = (xp.where(masked, w[1], w[0]) for w in revealed_or_masked)
@@ -165,8 +174,18 @@ def mixture_sample(
     from_prior = u_move < w_prior
     # "stay" comes last and only where it has mass: round-off must never keep a mask at b = 1.
     stay = (u_move >= w_prior + w_den) & (w_stay > 0)
-    token = xp.where(from_prior, process.draw_prior(u_token), draw_categorical(log_c, u_token))
-    return xp.where(stay & ~from_prior, z, token)
+    kept = xp.where(from_prior, process.draw_prior(u_token), z)
+    return _draw_where(~(stay | from_prior), log_c, u_token, kept)
+
+
+def _draw_where(chosen: Array, log_c: Array, uniforms: Array, otherwise: Array) -> Array:
+    """Return tokens drawn from ``log_c`` where chosen, ``otherwise`` elsewhere."""
+    if not is_torch_array(chosen):  # JAX needs static shapes
+        xp = array_namespace(log_c)
+        return xp.where(chosen, draw_categorical(log_c, uniforms), otherwise)
+    tokens = otherwise.clone()
+    tokens[chosen] = draw_categorical(log_c[chosen], uniforms[chosen])
+    return tokens
 
 
 def draw_categorical(log_c: Array, uniforms: Array) -> Array:
@@ -181,8 +200,10 @@ def draw_categorical(log_c: Array, uniforms: Array) -> Array:
     xp = array_namespace(log_c)
     cdf = xp.cumulative_sum(xp.exp(to_float64(log_c)), axis=-1)
     total = cdf[..., -1]
-    count = xp.sum(xp.astype(cdf <= (to_float64(uniforms) * total)[..., None], xp.int64), axis=-1)
-    last = xp.sum(xp.astype(cdf < total[..., None], xp.int64), axis=-1)
+    count = xp.sum(
+        xp.astype(cdf <= (to_float64(uniforms) * total)[..., None], int64_of(xp)), axis=-1
+    )
+    last = xp.sum(xp.astype(cdf < total[..., None], int64_of(xp)), axis=-1)
     return xp.minimum(count, last)
 
 
@@ -239,7 +260,7 @@ def _one_hot(z: Array, size: int) -> Array:
 
 
 def _is_token(z: Array, size: int) -> Array:
-    return z[..., None] == array_namespace(z).arange(size, device=z.device)
+    return z[..., None] == array_namespace(z).arange(size, device=device_of(z))
 
 
 def _logsumexp(x: Array) -> Array:

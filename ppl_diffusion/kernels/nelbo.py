@@ -5,7 +5,7 @@ MDLM's weighted cross-entropy (arXiv:2406.07524, Eq. 10) and with the uniform pr
 (arXiv:2412.10193, Eq. 14). ``step_kl`` is the same thing for one step of a finite chain.
 """
 
-from ppl_diffusion._arrays import Array, array_namespace, to_float64
+from ppl_diffusion._arrays import Array, array_namespace, device_of, to_float64
 from ppl_diffusion.kernels.mixture import three_way
 from ppl_diffusion.kernels.processes import Process
 
@@ -46,7 +46,7 @@ def _rate_divergence(process: Process, x0: Array, z: Array, log_c: Array, a: Arr
     xp = array_namespace(log_c)
     prior = process.prior_array(log_c)
     level = a[..., None] if getattr(a, "ndim", 0) else a
-    states = xp.arange(process.vocab_size, device=z.device)
+    states = xp.arange(process.vocab_size, device=device_of(z))
     noise = (1 - level) * prior
     q_x = level * xp.astype(x0[..., None] == states, prior.dtype) + noise
     q_c = level * xp.exp(to_float64(log_c)) + noise
@@ -84,7 +84,7 @@ def step_kl(
         hidden = to_float64(z == process.mask_id)
         _, w_den, _ = three_way(a, b, kappa, 0 * hidden, hidden)
         return xp.where(w_den > 0, w_den * _cross_entropy(x0, log_c), xp.zeros_like(w_den))
-    exact = to_float64(x0[..., None] == xp.arange(process.vocab_size, device=z.device))
+    exact = to_float64(x0[..., None] == xp.arange(process.vocab_size, device=device_of(z)))
     p = _dense_row(process, z, exact, a, b, kappa)
     q = _dense_row(process, z, xp.exp(to_float64(log_c)), a, b, kappa)
     positive = p > 0
@@ -95,7 +95,7 @@ def step_kl(
 def _dense_row(process: Process, z: Array, c: Array, a: Array, b: Array, kappa: Array) -> Array:
     """Return the mixture over all states of a prior on clean tokens, shape ``(*batch, L, V)``."""
     xp = array_namespace(c)
-    here = to_float64(z[..., None] == xp.arange(process.vocab_size, device=z.device))
+    here = to_float64(z[..., None] == xp.arange(process.vocab_size, device=device_of(z)))
     weights = three_way(a, b, kappa, xp.sum(c * here, axis=-1), process.prior_prob(z))
     stay, den, prior = (w[..., None] for w in weights)
     return stay * here + den * c + prior * process.prior_array(c)

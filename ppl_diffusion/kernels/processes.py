@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ppl_diffusion._arrays import Array, array_namespace, float64_of
+from ppl_diffusion._arrays import Array, array_namespace, device_of, float64_of, int64_of
 from ppl_diffusion.kernels.schedules import Linear, Schedule
 
 
@@ -70,7 +70,7 @@ class Process:
         :param like: any array; shape ``(num_states,)`` is returned.
         """
         xp = array_namespace(like)
-        return xp.asarray(self.prior, dtype=float64_of(xp), device=like.device)
+        return xp.asarray(self.prior, dtype=float64_of(xp), device=device_of(like))
 
     def prior_prob(self, z: Array) -> Array:
         """Return ``pi_z``, float64, shaped like ``z``.
@@ -87,7 +87,7 @@ class Process:
         :returns: int64 ids, shaped like ``uniforms``.
         """
         xp = array_namespace(uniforms)
-        cdf = xp.asarray(self._prior_cdf, dtype=float64_of(xp), device=uniforms.device)
+        cdf = xp.asarray(self._prior_cdf, dtype=float64_of(xp), device=device_of(uniforms))
         index = xp.searchsorted(
             cdf,
             uniforms.reshape(-1).astype(float)
@@ -95,7 +95,7 @@ class Process:
             else xp.astype(uniforms.reshape(-1), cdf.dtype),
             side="right",
         )
-        return index.reshape(uniforms.shape)
+        return xp.astype(index.reshape(uniforms.shape), int64_of(xp))
 
     def corrupt(self, x0: Array, alpha: Array, u_keep: Array, u_prior: Array) -> Array:
         """Draw ``z_t ~ q(. | x0)`` at signal level ``alpha``.
@@ -129,7 +129,9 @@ class Absorbing(Process):
         :param uniforms: any array; only its shape is read.
         """
         xp = array_namespace(uniforms)
-        return xp.full(uniforms.shape, self.vocab_size, dtype=xp.int64, device=uniforms.device)
+        return xp.full(
+            uniforms.shape, self.vocab_size, dtype=int64_of(xp), device=device_of(uniforms)
+        )
 
 
 class Uniform(Process):

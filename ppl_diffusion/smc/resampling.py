@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from array_api_compat import is_torch_array
 
-from ppl_diffusion._arrays import Array, array_namespace, to_float64
+from ppl_diffusion._arrays import Array, array_namespace, device_of, int64_of, to_float64
 from ppl_diffusion.smc.weights import Weights
 
 
@@ -209,7 +209,7 @@ def as_resampler(scheme: str | Resampler) -> Resampler:
 
 def _iota(like: Array) -> Array:
     xp = array_namespace(like)
-    return xp.arange(like.shape[-1], device=like.device)
+    return xp.arange(like.shape[-1], device=device_of(like))
 
 
 def _last_positive(weights: Array) -> Array:
@@ -256,7 +256,7 @@ def _ssp_copies(uniforms: Array, weights: Array) -> Array:
     whole = xp.floor(expected)
     fraction = expected - whole
     open_f = fraction[..., 0]
-    open_i = xp.zeros_like(xp.astype(open_f, xp.int64))
+    open_i = xp.zeros_like(xp.astype(open_f, int64_of(xp)))
     frozen_i, frozen_f = [], []
     for j in range(1, weights.shape[-1]):
         f = fraction[..., j]
