@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ppl_diffusion._arrays import Array, array_namespace, to_float64
 
@@ -35,7 +36,7 @@ class Weights:
         safe = xp.where(dead, xp.zeros_like(self.log), to_float64(increment))
         return Weights(self.log + safe)
 
-    @property
+    @cached_property
     def log_sum(self) -> Array:
         """Log of the sum of the weights, ``(*runs,)``; ``-inf`` where all are dead."""
         return log_sum_exp(self.log)
