@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -130,7 +131,7 @@ def load_setting(console: Console, *, num_steps: int = 64, num_particles: int = 
     return Setting("random transformer", random_chain(num_steps), num_particles)
 
 
-def random_chain(num_steps: int, **shape: int) -> ReverseChain:
+def random_chain(num_steps: int, **shape: Any) -> ReverseChain:
     """Return the chain of an untrained transformer over 80 bases.
 
     :param num_steps: number ``T`` of steps.
