@@ -1,5 +1,7 @@
 """The path law of tiny chains against enumeration."""
 
+import math
+
 import pytest
 import torch
 
@@ -183,3 +185,16 @@ def test_label_permutation_leaves_the_law():
         law = ExactChain.of(chain).x0_law().reshape(3, 3)
         other = ExactChain.of(renamed).x0_law().reshape(3, 3)
         torch.testing.assert_close(other, law[order][:, order], rtol=0, atol=TOLERANCE)
+
+
+def test_masked_paths_know_the_signal_level_and_not_the_schedule():
+    """Two schedules on grids with the same signal levels: one law of paths."""
+    linear = toy_chain("absorbing", num_steps=4)
+    schedule = Cosine()
+    levels = [-float("inf") if a == 1 else math.log1p(-a) for a in linear.kernel.alphas]
+    times = [float(schedule.time_from_log1m(y)) for y in levels]
+    process = toy_process("absorbing", schedule=schedule)
+    twin = toy_chain(process).kernel.denoiser
+    cosine = ReverseChain(InterpolatingKernel(process, twin, times=times), 2)
+    paths = linear.sample((2000,))
+    torch.testing.assert_close(cosine.log_prob(paths.clone()), linear.log_prob(paths))
