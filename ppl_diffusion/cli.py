@@ -121,7 +121,7 @@ def design(
     ] = None,
     twist: Annotated[
         str, typer.Option(help="Look-ahead: argmax, persistent, sample or none.")
-    ] = "argmax",
+    ] = "persistent",
     resampler: Annotated[
         str,
         typer.Option(

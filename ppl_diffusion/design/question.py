@@ -113,7 +113,7 @@ class Search:
     num_runs: int = 4
     num_steps: int = 64
     seed: int = 0
-    twist: str = "argmax"
+    twist: str = "persistent"
     resampler: str = "systematic"
     ess_threshold: float = 0.5
 
