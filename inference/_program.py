@@ -23,7 +23,7 @@ from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal, Steering
 from ppl_diffusion.handlers._site import ProposedChain
-from ppl_diffusion.potentials.base import LOOKAHEAD_FLOOR
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, LOOKAHEAD_FLOOR
 from ppl_diffusion.potentials.factor import PotentialFactor
 
 PARTICLE_PLATE = "_ppl_diffusion_particles"
@@ -160,7 +160,8 @@ class Program:
             value = _scored_log_prob(site)
         value = _per_particle(value, size, self.nesting, site["name"])
         if lookahead:
-            value = value.clamp_min(LOOKAHEAD_FLOOR)
+            forbidden = value == -torch.inf
+            value = torch.where(forbidden, FORBIDDEN_GUESS, value.clamp_min(LOOKAHEAD_FLOOR))
         if bool((torch.isnan(value) | (value == torch.inf)).any()):
             raise PotentialError(
                 f"SMC: site {site['name']!r} of {self.name} has log-density NaN or +inf for "
