@@ -119,7 +119,7 @@ for name, result in results.items():
     print(f"{name:>10}: log evidence {result.pooled_log_evidence:6.1f}  (runs: {runs})")
 
 # %% [markdown]
-# Both columns estimate the same number, without bias. An unbiased estimate that is *usually* far too
+# Both lines estimate the same number, without bias. An unbiased estimate that is *usually* far too
 # low must be far too high once in a long while: that is what a heavy tail looks like from inside, and
 # why estimates that disagree by nats should be settled in favour of the higher one, which found mass
 # that the lower one missed. Agreement between runs is necessary, not sufficient; agreement between
@@ -147,9 +147,10 @@ ppd.diagnostics.summary_table(posterior)
 #   becomes too small, or undefined, once few ancestors are left.
 # - **k-hat** is the tail index of the final weights. Below 0.7 their averages are reliable; it says
 #   nothing about what was lost at earlier resampling steps.
-# - **Root ancestors.** All particles of a run with one root share their early reveals. Between-run
-#   agreement, not the number of particles, then measures how well the posterior was explored. For the
-#   same reason `rhat` and `ess` *across draws of one run* mean nothing.
+# - **Eves** are the particles of the first step that have descendants at the end. All descendants of
+#   one Eve share their early reveals. Where few Eves are left, agreement between runs, not the number
+#   of particles, measures how well the posterior was explored. For the same reason `rhat` and `ess`
+#   *across draws of one run* mean nothing.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
