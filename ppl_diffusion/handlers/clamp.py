@@ -155,13 +155,14 @@ class ClampMessenger(Messenger):
 
     def __exit__(self, *exc: Any) -> Any:
         met, self._met = self._met, 0
+        handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
         if met == 0 and exc[0] is None:
             wanted = "" if self.sites is None else f" named {sorted(self.sites)}"
             raise ValueError(
                 f"clamp: no reverse-chain site{wanted} was met; wrap the model itself where the "
                 "inference blocks outer handlers: Importance(clamp(model, ...))."
             )
-        return super().__exit__(*exc)
+        return handled
 
 
 def clamp(

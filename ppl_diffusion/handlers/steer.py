@@ -159,12 +159,13 @@ class SteerMessenger(Messenger):
 
     def __exit__(self, *exc: Any) -> Any:
         met, self._met = self._met, 0
+        handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
         if met == 0 and exc[0] is None:
             raise ValueError(
                 "steer: no reverse-chain site was met; give a potential or a site hint, and wrap "
                 "the model where inference blocks outer handlers: Importance(steer(model, ...))."
             )
-        return super().__exit__(*exc)
+        return handled
 
 
 def steer(
