@@ -3,6 +3,7 @@
 import pyro
 import pytest
 import torch
+from pyro.poutine import runtime
 
 pytest.register_assert_rewrite("ppl_diffusion.testing")
 
@@ -11,6 +12,9 @@ pytest.register_assert_rewrite("ppl_diffusion.testing")
 def _clean_slate():
     pyro.clear_param_store()
     pyro.set_rng_seed(20260101)
+    yield
+    left, runtime._PYRO_STACK[:] = list(runtime._PYRO_STACK), []
+    assert not left, f"the test left handlers on Pyro's stack: {left}"
 
 
 @pytest.fixture
