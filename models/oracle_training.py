@@ -190,6 +190,16 @@ def calibrate(oracle: Oracle, valid: Promoters) -> Oracle:
     return oracle
 
 
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn a mistake of the user into one sentence and exit code 2."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+
+
 app = typer.Typer(add_completion=False, help="Fit and evaluate the expression oracles.")
 
 
@@ -203,9 +213,10 @@ def train(
     progress: bool = True,
 ) -> None:
     """Fit one oracle and write it with its card."""
-    if half not in HALVES:
-        raise typer.BadParameter(f"--half is {half!r}: give design or judge.")
-    rows = load_promoters(data)
+    with _one_sentence():
+        if half not in HALVES:
+            raise ValueError(f"There is no half {half!r}: give --half design or --half judge.")
+        rows = load_promoters(data)
     name = f"yeast-oracle-{half}"
     recipe = Recipe(seed=HALVES.index(half), epochs=epochs)
     oracle = fit(rows, half, OracleConfig(name=name, members=members), recipe, progress=progress)
@@ -247,8 +258,9 @@ def card(name: str, half: str, metrics: Report) -> dict[str, Any]:
 @app.command()
 def evaluate(folders: list[str], data: str | None = None, ridges: bool = True) -> None:
     """Print the metrics of oracles (names or folders) beside ridges on the same and on all rows."""
-    rows = load_promoters(data)
-    oracles = [load_oracle(folder) for folder in folders]
+    with _one_sentence():
+        rows = load_promoters(data)
+        oracles = [load_oracle(folder) for folder in folders]
     results = evaluate_ridges(rows) if ridges else {}
     for oracle in oracles:
         results |= evaluate_ridges(rows, oracle.config.half) if ridges else {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import special
+from typer.testing import CliRunner
 
 from ppl_diffusion.models import list_oracles, load_oracle, read_card
 from ppl_diffusion.models.oracle_evaluation import (
@@ -21,6 +22,7 @@ from ppl_diffusion.models.oracle_evaluation import (
 )
 from ppl_diffusion.models.oracle_training import (
     Recipe,
+    app,
     calibrate,
     fit,
 )
@@ -285,6 +287,21 @@ def test_data_that_are_not_there_are_one_sentence(tmp_path, monkeypatch):
         load_promoters()
     with pytest.raises(FileNotFoundError, match=r"does not hold dna/yeast_promoters_80bp\.npz"):
         load_promoters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["train", "--half", "both"], "There is no half 'both'"),
+        (["train", "--data", "/nowhere"], "The data folder '/nowhere' does not hold"),
+        (["evaluate", "nobody", "--data", "/nowhere"], "The data folder '/nowhere'"),
+    ],
+)
+def test_bad_commands_are_one_sentence(command, text):
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(text)
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", SHIPPED)
