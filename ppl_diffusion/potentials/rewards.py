@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 import torch
 from torch import Tensor
 
-from ppl_diffusion.potentials.base import LOOKAHEAD_FLOOR, AbstractPotential
+from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.potentials.evaluation import OnError, RowFunction, SequenceFunction
 
 
@@ -34,17 +34,6 @@ class _OfFunction(AbstractPotential):
 
     def _transform(self, value: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def lookahead(self, x0: Tensor) -> Tensor:
-        """Return the log-potential, with a floor in place of ``-inf`` only.
-
-        Finite values pass unchanged however low they are: at an early step all of them may be,
-        and their differences are what steers.
-
-        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
-        """
-        value = self(x0)
-        return torch.where(value == -math.inf, LOOKAHEAD_FLOOR, value)
 
 
 class Reward(_OfFunction):

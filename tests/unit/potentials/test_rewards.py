@@ -17,6 +17,7 @@ from scipy import stats
 
 from ppl_diffusion._errors import PotentialError
 from ppl_diffusion.potentials import Likelihood, Reward, SequenceFunction
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.testing.potential_contract import PotentialContract
 
 
@@ -223,9 +224,9 @@ class TestFailures:
         with pytest.raises(PotentialError, match=r"returned shape \(2, 1\) for 2 sequences"):
             Reward(lambda x: torch.zeros(len(x), 1), on_error=on_error)(torch.eye(2).long())
 
-    def test_the_lookahead_floors_failures_only(self):
+    def test_the_lookahead_replaces_exclusions_only(self):
         low = Reward(lambda x: torch.where(x[:, 0] == 0, -math.inf, -500.0))
-        assert low.lookahead(torch.tensor([[0, 1], [1, 1]])).tolist() == [-30.0, -500.0]
+        assert low.lookahead(torch.tensor([[0, 1], [1, 1]])).tolist() == [FORBIDDEN_GUESS, -500.0]
 
 
 class TestExecutor:
