@@ -1,8 +1,8 @@
 """Denoisers that are exact for a known data law: the ground of every correctness test.
 
 Both return, for each position, the exact law of its clean token given the noised sequence:
-``kind="cavity"`` leaves that position's own state out (spec: the kernel's single-site bridge is
-exact if and only if it is given the cavity), ``kind="posterior"`` keeps it in.
+``kind="cavity"`` leaves that position's own state out (the kernel's single-site bridge is exact if
+and only if it is given the cavity), ``kind="posterior"`` keeps it in.
 """
 
 import torch
