@@ -23,7 +23,7 @@ from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal, Steering
 from ppl_diffusion.handlers._site import ProposedChain
-from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, LOOKAHEAD_FLOOR
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.potentials.factor import PotentialFactor
 
 PARTICLE_PLATE = "_ppl_diffusion_particles"
@@ -122,8 +122,8 @@ class Program:
 
         :param trace: a run of :meth:`evaluate`.
         :param size: number of particles.
-        :param lookahead: score guesses: site by site with a finite floor, and potentials by
-            their own look-ahead.
+        :param lookahead: score guesses: a mild penalty for each site that forbids the guess, and
+            potentials by their own look-ahead.
         """
         total = torch.zeros(size, dtype=torch.float64)
         for site in self._scored(trace):
@@ -160,8 +160,7 @@ class Program:
             value = _scored_log_prob(site)
         value = _per_particle(value, size, self.nesting, site["name"])
         if lookahead:
-            forbidden = value == -torch.inf
-            value = torch.where(forbidden, FORBIDDEN_GUESS, value.clamp_min(LOOKAHEAD_FLOOR))
+            value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
         if bool((torch.isnan(value) | (value == torch.inf)).any()):
             raise PotentialError(
                 f"SMC: site {site['name']!r} of {self.name} has log-density NaN or +inf for "

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from ppl_diffusion._errors import PotentialError
 
-LOOKAHEAD_FLOOR = -30.0
-"""Lowest look-ahead of potentials that ask for one (nats)."""
-
 FORBIDDEN_GUESS = -2.0
 """Default stand-in for ``-inf`` at an unfinished state (nats).
 
