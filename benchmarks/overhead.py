@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -102,12 +102,20 @@ class Setting:
     prior: str
     chain: ReverseChain
     num_particles: int = 256
-    timings: dict[str, list[Timing]] = field(default_factory=dict)
 
     @property
     def rows_requested(self) -> int:
         """Particles x steps."""
         return self.num_particles * self.chain.num_steps
+
+    def shortened(self, num_steps: int) -> ReverseChain:
+        """Return the chain on a coarser grid.
+
+        :param num_steps: number of its steps.
+        """
+        kernel = self.chain.kernel
+        coarse = InterpolatingKernel(kernel.process, kernel.denoiser, num_steps=num_steps)
+        return ReverseChain(coarse, self.chain.length)
 
     def timed(self) -> tuple[ReverseChain, TimedDenoiser]:
         """Return the chain around a fresh stopwatch."""
@@ -181,18 +189,19 @@ METHODS: dict[str, Callable[[Setting, int], Timing]] = {
 
 
 def measure_timings(setting: Setting, repeats: int, methods: list[str]) -> dict[str, list[Timing]]:
-    """Time the methods alternately, after one untimed round.
+    """Time the methods alternately, after a few untimed steps.
 
     :param setting: what to run.
     :param repeats: timed rounds.
     :param methods: keys of :data:`METHODS`.
     """
+    warm_up = replace(setting, chain=setting.shortened(2))
+    for name in methods:
+        METHODS[name](warm_up, 0)
     timings: dict[str, list[Timing]] = {name: [] for name in methods}
-    for seed in range(-1, repeats):
+    for seed in range(repeats):
         for name in methods:
-            timing = METHODS[name](setting, max(seed, 0))
-            if seed >= 0:
-                timings[name].append(timing)
+            timings[name].append(METHODS[name](setting, seed))
     return timings
 
 
