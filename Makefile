@@ -27,7 +27,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 demo: install ## design yeast promoters with the shipped prior, in about a minute
-	OMP_NUM_THREADS=$${DEMO_THREADS:-2} $(BIN)/ppl-diffusion design yeast-promoter --out runs/demo --force
+	OMP_NUM_THREADS=$${DEMO_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/ppl-diffusion design yeast-promoter --out runs/demo --force
 
 test: lint ## lint, type-check, then run the tests
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow and not gpu'

@@ -80,7 +80,7 @@ def sample(
 @app.command()
 def design(
     name: Name,
-    particles: Annotated[int, typer.Option(help="Particles per run.")] = 128,
+    particles: Annotated[int, typer.Option(help="Particles per run.")] = 64,
     runs: Annotated[int, typer.Option(help="Independent runs.")] = 4,
     steps: Steps = 64,
     seed: Seed = 0,

@@ -109,7 +109,7 @@ class Search:
     :param ess_threshold: resample when the effective sample size falls below this share.
     """
 
-    num_particles: int = 128
+    num_particles: int = 64
     num_runs: int = 4
     num_steps: int = 64
     seed: int = 0
