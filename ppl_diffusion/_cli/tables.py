@@ -51,7 +51,10 @@ def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[obje
     out = Table(title=title, title_justify="left")
     for position, name in enumerate(header):
         numeric = body and all(isinstance(row[position], int | float) for row in body)
-        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        if name == "sequence":  # the files have it whole
+            out.add_column(name, no_wrap=True, overflow="ellipsis")
+        else:
+            out.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in body:
         out.add_row(*map(_cell, row))
     Console().print(out)
@@ -73,14 +76,14 @@ def _designs(result: Result) -> None:
     rows = [
         [
             rank + 1,
-            result.sequences[rank],
             float(result.designs.weight[rank]),
             float(result.designs.log_potential[rank]),
             *(float(result.columns[name][rank]) for name in names),
+            result.sequences[rank],
         ]
         for rank in shown
     ]
-    table("Designs by weight", ["rank", "sequence", "weight", "log G", *map(_plain, names)], rows)
+    table("Designs by weight", ["rank", "weight", "log G", *map(_plain, names), "sequence"], rows)
 
 
 def _comparison(result: Result) -> None:
