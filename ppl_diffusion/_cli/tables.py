@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -54,7 +54,8 @@ def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[obje
         if name == "sequence":  # the files have it whole
             out.add_column(name, no_wrap=True, overflow="ellipsis")
         else:
-            out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+            side: JustifyMethod = "right" if numeric else "left"
+            out.add_column(name, justify=side, overflow="fold", no_wrap=name == "name")
     for row in body:
         out.add_row(*map(_cell, row))
     Console().print(out)
