@@ -51,11 +51,8 @@ def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[obje
     out = Table(title=title, title_justify="left")
     for position, name in enumerate(header):
         numeric = body and all(isinstance(row[position], int | float) for row in body)
-        if name == "sequence":  # the files have it whole
-            out.add_column(name, no_wrap=True, overflow="ellipsis")
-        else:
-            side: JustifyMethod = "right" if numeric else "left"
-            out.add_column(name, justify=side, overflow="fold", no_wrap=name == "name")
+        side: JustifyMethod = "right" if numeric else "left"
+        out.add_column(name, justify=side, overflow="fold", no_wrap=name == "name")
     for row in body:
         out.add_row(*map(_cell, row))
     Console().print(out)
@@ -80,11 +77,12 @@ def _designs(result: Result) -> None:
             float(result.designs.weight[rank]),
             float(result.designs.log_potential[rank]),
             *(float(result.columns[name][rank]) for name in names),
-            result.sequences[rank],
         ]
         for rank in shown
     ]
-    table("Designs by weight", ["rank", "weight", "log G", *map(_plain, names), "sequence"], rows)
+    table("Designs by weight", ["rank", "weight", "log G", *map(_plain, names)], rows)
+    for rank in shown:  # below the table, where a narrow terminal cannot cut them
+        print(f"{rank + 1:>4}  {result.sequences[rank]}")
 
 
 def _comparison(result: Result) -> None:
