@@ -132,13 +132,19 @@ class MarkovDenoiser:
 def emission(process: Process, tokens: Tensor, t: float | Tensor) -> Tensor:
     """Return ``q(z_t | x)`` for every clean ``x``, float64 ``(*batch, L, V)``.
 
+    For the absorbing process without its factors ``alpha`` and ``1 - alpha``, which no clean token
+    feels: one-hot for a revealed token and ones for a mask, at any time.
+
     :param process: forward process.
     :param tokens: states, int64 ``(*batch, L)``.
     :param t: time in ``[0, 1]``.
     """
-    a = float(process.schedule.alpha(float(t)))
     kept = torch.nn.functional.one_hot(tokens, process.num_states)[..., : process.vocab_size]
-    return a * kept.to(torch.float64) + (1 - a) * process.prior_prob(tokens)[..., None]
+    noise = process.prior_prob(tokens)[..., None]
+    if process.absorbing:  # a prompt is revealed at alpha = 0 already
+        return kept.to(torch.float64) + noise
+    a = float(process.schedule.alpha(float(t)))
+    return a * kept.to(torch.float64) + (1 - a) * noise
 
 
 def _check_length(tokens: Tensor, length: int) -> None:

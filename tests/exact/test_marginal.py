@@ -5,10 +5,12 @@ import torch
 
 from ppl_diffusion._errors import IntractableLogProb
 from ppl_diffusion.kernels import step_kl
+from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import (
     PROCESSES,
     ExactChain,
     all_states,
+    chi_square_p_value,
     counted,
     forward_law,
     toy_chain,
@@ -129,6 +131,21 @@ def test_prompt_in_the_bounds(name):
     estimate = marginal.log_prob_estimate(x0[agree].expand(3000, 3, 2), num_particles=2)
     ratio = (estimate - marginal.log_prob(x0[agree])).exp()
     assert all(abs(z_score(ratio[:, i], 1.0)) < MAX_Z for i in range(3))
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_prompt_of_an_exact_denoiser_conditions_from_the_first_step(num_steps):
+    """One free mask: the chain is the conditional of the table, and the engine agrees."""
+    prompt = torch.tensor([2, -1])
+    chain = toy_chain("absorbing", num_steps=num_steps, sharpness=2.0, prompt=prompt)
+    row = chain.kernel.denoiser.joint[2]
+    x0 = torch.stack([torch.full((3,), 2), torch.arange(3)], -1)
+    exact = chain.marginal().log_prob(x0).exp()
+    torch.testing.assert_close(exact, row / row.sum(), rtol=0, atol=1e-12)
+    flat = FeynmanKac(chain, lambda x: torch.zeros(x.shape[:-1]), twist=None)
+    posterior = run_smc(flat, 20_000)
+    counts = torch.bincount(posterior.x0[0, :, 1], minlength=3)
+    assert chi_square_p_value(counts, exact) > 1e-4  # the false alarm rate
 
 
 def test_costs_are_what_they_say():
