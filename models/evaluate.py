@@ -79,7 +79,7 @@ def evaluate(
     :param program: the prior.
     :param sequences: its data.
     :param recipe: names the order of the chain and the quoted figure.
-    :param times: stratified times per row.
+    :param times: stratified times per row, two or more.
     :param seed: seed of times and noise.
     """
     terms = _bound_terms(program, sequences.test, times, seed)
@@ -94,7 +94,7 @@ def evaluate(
         times=times,
         bound=float(bound.mean()),
         bound_error=_error(bound, family),
-        noise_error=float((terms.var(0) / times).sum().sqrt() / len(bound)),
+        noise_error=_noise(terms),
         order=recipe.markov_order,
         markov=float(bits.mean()),
         markov_full_context=float(bits[:, recipe.markov_order :].mean()),
@@ -111,6 +111,13 @@ def _bound_terms(program: DiffusionProgram, rows: Tensor, times: int, seed: int)
         program.bound_terms(part, num_times=times, generator=generator) for part in rows.split(512)
     ]
     return torch.cat(parts, dim=1) / (program.length * math.log(2.0))
+
+
+def _noise(terms: Tensor) -> float:
+    """Return the error of the mean due to the times alone, from pairs of neighbouring strata."""
+    pairs = terms[: len(terms) // 2 * 2].unflatten(0, (-1, 2))
+    variance = (pairs[:, 0] - pairs[:, 1]).square().sum(0) / len(terms) ** 2
+    return float(variance.sum().sqrt() / terms.shape[1])
 
 
 def _error(values: Tensor, family: Tensor) -> float:
@@ -204,7 +211,7 @@ def main(
         Path | None, typer.Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of a trained prior.")] = None,
-    times: Annotated[int, typer.Option(min=1, help="Times per sequence.")] = MIN_TIMES,
+    times: Annotated[int, typer.Option(min=2, help="Times per sequence.")] = MIN_TIMES,
     seed: Annotated[int, typer.Option(help="Seed of times and noise.")] = 0,
     ship: Annotated[
         bool, typer.Option("--ship", help="Put --weights, with a card, among the shipped priors.")

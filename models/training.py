@@ -155,8 +155,11 @@ def _without_noise() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        yield
-    logger.setLevel(level)
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _finish(out: Path, recipe: Recipe, keeper: KeepBest, steps: int, seed: int) -> TrainingRun:

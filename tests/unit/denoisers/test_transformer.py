@@ -1,0 +1,170 @@
+"""The transformer: shapes, normalisation, time, gathered heads, files."""
+
+import json
+
+import pytest
+import torch
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
+
+LENGTH = 10
+VARIANTS = {
+    "plain": {},
+    "timed": {"time_conditioning": True},
+    "local": {"stem_width": 3, "conv_width": 5, "learned_positions": True},
+}
+
+
+def make(**shape):
+    shape = {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.0, **shape}
+    network = Transformer(TransformerConfig(4, 5, LENGTH, **shape)).eval()
+    with torch.no_grad():
+        # A fresh network starts at the uniform prediction, on which most tests could not fail.
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def network(request):
+    return make(**request.param)
+
+
+def tokens(*batch):
+    return torch.randint(0, 5, (*batch, LENGTH))
+
+
+def test_is_a_denoiser(network):
+    assert isinstance(network, Denoiser)
+    assert network.vocab_size == 4
+    assert network.kind == "cavity"
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_output_is_normalised_over_clean_tokens_only(network, batch):
+    log_probs = network(tokens(*batch), 0.5)
+    assert log_probs.shape == (*batch, LENGTH, 4)
+    torch.testing.assert_close(log_probs.logsumexp(-1), torch.zeros(*batch, LENGTH))
+
+
+def test_batch_dimensions_are_independent(network):
+    rows = tokens(2, 3)
+    together = network(rows, 0.3)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(together[i, j], network(rows[i, j], 0.3))
+
+
+def test_head_runs_on_gathered_positions(network):
+    rows = tokens(6)
+    chosen = rows == 4
+    hidden = network.hidden(rows, 0.4)
+    torch.testing.assert_close(network.head(hidden[chosen]), network(rows, 0.4)[chosen])
+
+
+def test_time_free_output_ignores_the_time():
+    network, rows = make(), tokens(3)
+    assert network.time_free
+    assert torch.equal(network(rows, 0.1), network(rows, 0.9))
+
+
+def test_timed_output_follows_each_row_s_own_time():
+    network, rows = make(time_conditioning=True), tokens(3)
+    times = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    assert not network.time_free
+    together = network(rows, times)
+    for i, t in enumerate(times.tolist()):
+        torch.testing.assert_close(together[i], network(rows[i], t))
+    assert not torch.allclose(together[0], network(rows[0], 0.9), atol=1e-3)
+
+
+def test_sees_both_sides_and_the_order(network):
+    rows = tokens(1)
+    base = network(rows, 0.5)
+    for position in (0, LENGTH - 1):
+        changed = rows.clone()
+        changed[0, position] = (changed[0, position] + 1) % 5
+        assert not torch.allclose(network(changed, 0.5)[0, 5], base[0, 5], atol=1e-5)
+    assert not torch.allclose(network(rows.flip(-1), 0.5).flip(-2), base, atol=1e-4)
+
+
+def test_shorter_sequences_are_read_and_longer_refused(network):
+    assert network(tokens(2)[:, :4], 0.5).shape == (2, 4, 4)
+    with pytest.raises(ValueError, match="11 tokens, but the network was built for at most 10"):
+        network(torch.zeros(1, 11, dtype=torch.int64), 0.5)
+
+
+def test_float64_default_dtype_changes_nothing():
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = make(time_conditioning=True, stem_width=3, conv_width=3)
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        assert network(tokens(2), torch.rand(2)).dtype == torch.float32
+        assert network(tokens(2), 0.25).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_fresh_network_predicts_uniformly():
+    network = Transformer(TransformerConfig(4, 5, LENGTH, dim=16, depth=1, heads=2))
+    torch.testing.assert_close(network(tokens(2), 0.5).exp(), torch.full((2, LENGTH, 4), 0.25))
+
+
+def test_round_trip_is_bit_exact(network, tmp_path):
+    network.save_pretrained(tmp_path / "a" / "b")
+    again = Transformer.from_pretrained(tmp_path / "a" / "b")
+    rows = tokens(3)
+    assert again.config == network.config
+    assert not again.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert torch.equal(again(rows, 0.7), network(rows, 0.7))
+
+
+def test_missing_file_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; give a folder"):
+        Transformer.from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"vocab_size": 4}', "[1]", '{"colour": "red"}'])
+def test_corrupt_config_is_one_sentence(tmp_path, text):
+    make().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is no transformer configuration"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_corrupt_weights_are_one_sentence(tmp_path):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dim": 32}))
+    with pytest.raises(ValueError, match="do not fit the configuration beside them"):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_states": 7}, "num_states is 7; give 4"),
+        ({"dim": 12, "heads": 4}, "gives no even width"),
+        ({"dim": 15}, "gives no even width"),
+        ({"stem_width": 2}, "must be odd"),
+        ({"conv_width": 4}, "must be odd"),
+        ({"kind": "score"}, "choose one of cavity, posterior"),
+    ],
+)
+def test_wrong_configuration_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**{"vocab_size": 4, "num_states": 5, "max_length": 8, **wrong})
