@@ -1,4 +1,4 @@
-"""The wheel holds every folder of code; an editable install would not notice one that is missing."""
+"""The wheel holds every folder of code, which an editable install would not notice."""
 
 import tomllib
 from pathlib import Path
