@@ -37,9 +37,14 @@ class Weights:
         return Weights(self.log + safe)
 
     @cached_property
+    def _split(self) -> tuple[Array, Array, Array]:
+        return _split_off_max(self.log)
+
+    @cached_property
     def log_sum(self) -> Array:
         """Log of the sum of the weights, ``(*runs,)``; ``-inf`` where all are dead."""
-        return log_sum_exp(self.log)
+        _, log_total, top = self._split
+        return log_total + top
 
     @property
     def log_mean(self) -> Array:
@@ -54,10 +59,12 @@ class Weights:
     @property
     def log_normalised(self) -> Array:
         """Log-weights that sum to one in each run; all ``-inf`` in a dead run."""
+        # Not log - log_sum: next to an offset of 1e16 the log of a particle count is round-off.
         xp = array_namespace(self.log)
-        total = self.log_sum[..., None]
+        scaled, log_total, _ = self._split
+        total = log_total[..., None]
         alive = total > -math.inf
-        return xp.where(alive, self.log - xp.where(alive, total, xp.zeros_like(total)), self.log)
+        return xp.where(alive, scaled - xp.where(alive, total, xp.zeros_like(total)), self.log)
 
     @property
     def normalised(self) -> Array:
@@ -77,10 +84,17 @@ def log_sum_exp(x: Array) -> Array:
 
     :param x: float array ``(..., N)``.
     """
+    _, log_total, top = _split_off_max(x)
+    return log_total + top
+
+
+def _split_off_max(x: Array) -> tuple[Array, Array, Array]:
+    """Return ``x - top``, the log of the sum of its exponentials, and the finite maxima ``top``."""
     xp = array_namespace(x)
-    top = xp.max(x, axis=-1, keepdims=True)
-    shift = xp.where(top > -math.inf, top, xp.zeros_like(top))
-    total = xp.sum(xp.exp(x - shift), axis=-1)
+    largest = xp.max(x, axis=-1, keepdims=True)
+    top = xp.where(largest > -math.inf, largest, xp.zeros_like(largest))
+    scaled = x - top
+    total = xp.sum(xp.exp(scaled), axis=-1)
     positive = total > 0
     log_total = xp.log(xp.where(positive, total, xp.ones_like(total)))
-    return xp.where(positive, log_total + shift[..., 0], xp.full_like(total, -math.inf))
+    return scaled, xp.where(positive, log_total, xp.full_like(total, -math.inf)), top[..., 0]

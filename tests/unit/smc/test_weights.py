@@ -29,6 +29,13 @@ def test_huge_and_tiny_weights():
     assert w.log_sum[0] - 1e6 == pytest.approx(math.log1p(math.exp(-1)))
 
 
+@pytest.mark.parametrize("offset", [1e16, -1e16, 1e300])
+def test_a_common_offset_does_not_unbalance_equal_weights(offset):
+    w = weights([offset] * 1000, [offset] * 500 + [-INF] * 500)
+    torch.testing.assert_close(w.ess, torch.tensor([1000.0, 500.0]).double())
+    torch.testing.assert_close(w.normalised.sum(-1), torch.ones(2).double())
+
+
 def test_dead_population_is_zero_not_nan():
     w = weights([-INF, -INF], [0.0, -INF])
     assert w.log_sum.tolist() == [-INF, 0.0]
