@@ -59,7 +59,8 @@ class ChainMarginal(TorchDistribution):
         """Return the exact log-probability, by propagating the law of all states.
 
         :param value: clean tokens, int64 ``(*sample, *batch, L)``.
-        :returns: float64, the broadcast batch shape.
+        :returns: float64, the broadcast batch shape; ``-inf`` for tokens that are not clean
+            (refused as outside the support while arguments are validated).
         :raises IntractableLogProb: if the chain has more than ``MAX_STATES`` sequences.
         """
         if self._validate_args:
@@ -72,8 +73,11 @@ class ChainMarginal(TorchDistribution):
                 "log_prob_bound (a lower bound) or log_prob_estimate (unbiased likelihood)."
             )
         table = self._state_log_probs()
-        code = (value * size ** torch.arange(self.chain.length - 1, -1, -1)).sum(-1)
-        log_p = table[code]
+        clean = self._is_clean(value)
+        powers = size ** torch.arange(self.chain.length - 1, -1, -1)
+        log_p = torch.where(
+            clean, table[torch.where(clean, (value * powers).sum(-1), 0)], -torch.inf
+        )
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     def _state_log_probs(self) -> Tensor:
@@ -88,6 +92,19 @@ class ChainMarginal(TorchDistribution):
             moves = step.log_prob(states[:, None]).exp()  # (to, from)
             law = moves @ law[reached]
         return torch.log(law)
+
+    def _is_clean(self, value: Tensor) -> Tensor:
+        return ((value >= 0) & (value < self.chain.kernel.process.vocab_size)).all(-1)
+
+    def _check_clean(self, value: Tensor) -> Tensor:
+        value = check_value(self, value)
+        if not bool(self._is_clean(value).all()):
+            last = self.chain.kernel.process.vocab_size - 1
+            raise ValueError(
+                f"ChainMarginal: a value must hold clean token ids, 0..{last}, got "
+                f"{int(value.min())}..{int(value.max())}; a mask is no token of x0."
+            )
+        return value
 
     def log_prob_bound(
         self,
@@ -105,6 +122,7 @@ class ChainMarginal(TorchDistribution):
         :param num_samples: network rows per sequence.
         :param generator: source of randomness.
         :returns: nats, float64 ``(*batch,)``.
+        :raises ValueError: if a token is not clean (a mask, or out of range).
         """
         return self.bound_samples(value, num_samples=num_samples, generator=generator).mean(0)
 
@@ -123,10 +141,11 @@ class ChainMarginal(TorchDistribution):
         :param num_samples: number of terms per sequence.
         :param generator: source of randomness.
         :returns: nats, float64 ``(num_samples, *batch)``.
+        :raises ValueError: if a token is not clean (a mask, or out of range).
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, got {num_samples}.")
-        value = check_value(self, value)
+        value = self._check_clean(value)
         offset = torch.rand((), dtype=torch.float64, generator=generator)
         strata = (torch.arange(num_samples, dtype=torch.float64) + offset) / num_samples
         steps = (strata * self.chain.num_steps).floor().long().clamp_max(self.chain.num_steps - 1)
@@ -167,10 +186,11 @@ class ChainMarginal(TorchDistribution):
         :param num_particles: number of bridges per sequence (Burda et al. 2016, Eq. 8).
         :param generator: source of randomness.
         :returns: nats, float64 ``(*batch,)``.
+        :raises ValueError: if a token is not clean (a mask, or out of range).
         """
         if num_particles < 1:
             raise ValueError(f"num_particles must be >= 1, got {num_particles}.")
-        value = check_value(self, value)
+        value = self._check_clean(value)
         x0 = value.expand(num_particles, *value.shape)
         log_w = self._bridge_log_weight(x0, generator)
         return torch.logsumexp(log_w, 0) - float(np.log(num_particles))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ppl_diffusion._errors import IntractableLogProb
+from ppl_diffusion.distributions import ChainMarginal
 from ppl_diffusion.kernels import step_kl
 from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import (
@@ -178,3 +179,18 @@ def test_bad_numbers(method):
 def test_wrong_length_is_refused(method):
     with pytest.raises(ValueError, match=r"must end in shape|must match event_shape"):
         getattr(toy_chain().marginal(), method)(torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("token", [-1, 3, 4])
+def test_tokens_that_are_not_clean(name, token):
+    """Refused by the estimates, as the mask is; impossible for the unvalidated exact law."""
+    chain, x0 = toy_chain(name), torch.tensor([[0, 1], [0, token]])
+    for method in ("log_prob_bound", "bound_samples", "log_prob_estimate"):
+        with pytest.raises(ValueError, match=r"clean token ids, 0\.\.2, got"):
+            getattr(chain.marginal(), method)(x0)
+    with pytest.raises(ValueError, match="within the support"):
+        ChainMarginal(chain, validate_args=True).log_prob(x0)
+    log_p = ChainMarginal(chain, validate_args=False).log_prob(x0)
+    assert bool(torch.isfinite(log_p[0]))
+    assert log_p[1] == -torch.inf
