@@ -155,7 +155,8 @@ class ParticlePosterior:
         :param pooled: draw from all runs, each in proportion to its evidence; otherwise from each
             run separately, leaving dead runs out.
         :returns: site values ``(num, ...)`` if pooled, else ``(alive runs, num, ...)``, with
-            ``"x0"`` and the flat indices ``"index"`` into ``(R * N)`` added.
+            ``"x0"`` and the flat indices ``"index"`` into ``(R * N)`` added; a site of the program
+            that bears one of these names keeps it.
         :raises ParticleCollapse: if no run is alive.
         """
         if num < 1:
@@ -167,9 +168,9 @@ class ParticlePosterior:
             rows = torch.nonzero(self.alive)[:, 0]
             within = _draw_indices(self.log_weights[rows], num, generator)
             index = within + rows[:, None] * self.num_particles
-        sites = {**self.samples, "x0": self.x0}
+        sites = {"x0": self.x0, **self.samples}
         drawn = {name: value.flatten(0, 1)[index] for name, value in sites.items()}
-        return {**drawn, "index": index}
+        return {"index": index, **drawn}
 
     def genealogy(self, run: int = 0) -> nx.DiGraph:
         """Return one run's genealogy (see :func:`ppl_diffusion.smc.genealogy.genealogy_graph`).

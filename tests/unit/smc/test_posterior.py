@@ -181,6 +181,16 @@ def test_resample_returns_sites_and_positions():
         post.resample(0)
 
 
+def test_resample_leaves_the_sites_of_a_program_alone():
+    post = posterior()
+    samples = {"x0": torch.randn(4, 32), "index": torch.randn(4, 32, 2), "key": torch.arange(128)}
+    samples["key"] = samples["key"].reshape(4, 32)
+    drawn = dataclasses.replace(post, samples=samples, is_program=True).resample(9)
+    assert set(drawn) == set(samples)
+    for name, value in samples.items():
+        assert torch.equal(drawn[name], value.flatten(0, 1)[drawn["key"]]), name
+
+
 def test_resample_order_is_random():
     """Stratified indices come sorted; draws must be exchangeable."""
     index = posterior().resample(200)["index"]
