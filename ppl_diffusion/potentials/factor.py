@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyro
 import torch
@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion.potentials.base import AbstractPotential
+from ppl_diffusion.potentials.base import AbstractPotential, Potential
 
 
 class PotentialFactor(TorchDistribution):
@@ -59,15 +59,20 @@ class PotentialFactor(TorchDistribution):
         return new
 
 
-def factor(name: str, potential: AbstractPotential, x0: Tensor) -> None:
+def factor(
+    name: str, potential: AbstractPotential | Callable[[Tensor], Tensor], x0: Tensor
+) -> None:
     """Multiply the program's density by ``G(x0)``, like ``pyro.factor``.
 
     Unlike a plain factor it tells inference programs how to score an unfinished sequence, so a
     hard constraint guides particles instead of only judging the finished ones.
 
     :param name: site name.
-    :param potential: the potential.
+    :param potential: the potential, or a function ``x0 (*batch, L) -> log G (*batch,)``, which
+        becomes a :class:`~ppl_diffusion.potentials.Potential`.
     :param x0: clean tokens, int64 ``(*batch, L)``.
+    :raises TypeError: if the potential is not callable.
     """
-    unit = PotentialFactor(potential, x0)
+    known = potential if isinstance(potential, AbstractPotential) else Potential(potential)
+    unit = PotentialFactor(known, x0)
     pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True})
