@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ARRAYS_FILE = "particles.safetensors"
 META_FILE = "particles.json"
-_FORMAT = 1
+_FORMAT = 2
+_SITE = "samples."
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,16 +208,15 @@ class ParticlePosterior:
         return directory
 
     def _split(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        arrays, meta = {}, {}
+        arrays = {f"{_SITE}{name}": value for name, value in self.samples.items()}
+        meta: dict[str, Any] = {"sites": list(self.samples)}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
-                arrays[item.name] = value.contiguous().clone()
-            elif item.name == "samples":
-                arrays |= {f"samples.{k}": v.contiguous().clone() for k, v in value.items()}
-            elif item.name != "compact_path":
-                meta[item.name] = dict(value) if isinstance(value, Mapping) else value
-        return arrays, meta
+                arrays[item.name] = value
+            elif item.name not in ("samples", "compact_path"):
+                meta[item.name] = json_types(value)
+        return {name: value.contiguous().clone() for name, value in arrays.items()}, meta
 
     @classmethod
     def load(cls, directory: str | Path) -> ParticlePosterior:
@@ -226,25 +226,8 @@ class ParticlePosterior:
         :raises FileNotFoundError: if it holds no posterior.
         :raises ValueError: if a file is damaged or of another format.
         """
-        directory = Path(directory)
-        for name in (ARRAYS_FILE, META_FILE):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"{directory} holds no particle posterior: {name} is missing; "
-                    "give a folder that ParticlePosterior.save or a design run wrote."
-                )
-        try:
-            meta = json.loads((directory / META_FILE).read_text())
-            with safe_open(directory / ARRAYS_FILE, framework="pt") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise ValueError(f"{directory} holds a damaged particle posterior: {error}.") from error
-        if meta.pop("format", None) != _FORMAT:
-            raise ValueError(f"{directory} was written in another format; this one is {_FORMAT}.")
-        prefix = "samples."
-        sites = {
-            k.removeprefix(prefix): arrays.pop(k) for k in list(arrays) if k.startswith(prefix)
-        }
+        arrays, meta = _read(Path(directory))
+        sites = {name: arrays.pop(f"{_SITE}{name}") for name in meta.pop("sites")}
         return cls(**arrays, samples=sites, **meta)
 
     def _require_alive(self) -> None:
@@ -269,3 +252,63 @@ def _draw_indices(log_weights: Tensor, num: int, generator: torch.Generator | No
     index = Stratified().draw(uniforms, log_weights)
     order = torch.rand(index.shape, generator=generator).argsort(-1)
     return index.gather(-1, order)
+
+
+def json_types(value: Any) -> Any:
+    """Return ``value`` in JSON types: numpy and torch numbers as Python's, the unknown as text.
+
+    :param value: nested mappings, sequences, numbers, arrays and anything else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_types(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_types(item) for item in value]
+    if hasattr(value, "tolist"):
+        return json_types(value.tolist())
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the checked contents of both files."""
+    for name in (ARRAYS_FILE, META_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"{directory} holds no particle posterior: {name} is missing; "
+                "give a folder that ParticlePosterior.save or a design run wrote."
+            )
+    try:
+        meta = json.loads((directory / META_FILE).read_text())
+        with safe_open(directory / ARRAYS_FILE, framework="pt") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise _damaged(directory, str(error)) from error
+    if not isinstance(meta, dict):
+        raise _damaged(directory, f"{META_FILE} holds no JSON object")
+    if meta.pop("format", None) != _FORMAT:
+        raise ValueError(f"{directory} was written in another format; this one is {_FORMAT}.")
+    _check_names(directory, arrays, meta)
+    return arrays, meta
+
+
+def _check_names(directory: Path, arrays: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    names = {item.name: str(item.type).startswith("Tensor") for item in fields(ParticlePosterior)}
+    numbers = {name for name, is_array in names.items() if not is_array} - {"samples"}
+    _compare(directory, META_FILE, set(meta), numbers | {"sites"})
+    if not isinstance(meta["sites"], list):
+        raise _damaged(directory, f"'sites' in {META_FILE} is no list")
+    kept = {name for name, is_array in names.items() if is_array and name != "compact_path"}
+    sites = {f"{_SITE}{name}" for name in meta["sites"]}
+    _compare(directory, ARRAYS_FILE, set(arrays) - {"compact_path"}, kept | sites)
+
+
+def _compare(directory: Path, file: str, found: set[str], expected: set[str]) -> None:
+    for what, names in (("lacks", expected - found), ("has unknown", found - expected)):
+        if names:
+            raise _damaged(directory, f"{file} {what} {', '.join(map(repr, sorted(names)))}")
+
+
+def _damaged(directory: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{directory} holds a damaged particle posterior: {reason.rstrip('.')}; write it again "
+        "with ParticlePosterior.save or a design run."
+    )

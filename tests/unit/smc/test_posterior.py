@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.potentials import Potential
@@ -44,7 +46,7 @@ def assert_same_bits(here, there):
             as_bytes = [x.contiguous().view(torch.uint8) for x in (a, b)]
             assert torch.equal(*as_bytes), item.name
         elif item.name == "samples":
-            assert set(a) == set(b)
+            assert list(a) == list(b)
             assert all(torch.equal(a[key], b[key]) for key in a)
         elif isinstance(a, float) and math.isnan(a):
             assert math.isnan(b)
@@ -102,6 +104,67 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / ARRAYS_FILE).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="damaged particle posterior"):
         ParticlePosterior.load(tmp_path)
+
+
+def rewrite_meta(folder, change):
+    file = folder / META_FILE
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(change(meta)))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda meta: {k: v for k, v in meta.items() if k != "exact"}, "json lacks 'exact';"),
+        (lambda meta: meta | {"colour": "red"}, "json has unknown 'colour';"),
+        (lambda meta: meta | {"x0": [1]}, "json has unknown 'x0';"),
+        (lambda meta: [meta], "json holds no JSON object;"),
+        (lambda meta: meta | {"sites": None}, "'sites' in particles.json is no list;"),
+        (lambda meta: meta | {"sites": ["y"]}, "safetensors lacks 'samples.y';"),
+        (lambda meta: meta | {"sites": []}, "safetensors has unknown 'samples.x0';"),
+    ],
+)
+def test_unexpected_metadata_is_refused_in_one_sentence(tmp_path, change, sentence):
+    posterior().save(tmp_path)
+    rewrite_meta(tmp_path, change)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        ParticlePosterior.load(tmp_path)
+    assert "damaged particle posterior" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unexpected_arrays_are_refused(tmp_path):
+    posterior(store_path=False).save(tmp_path)
+    arrays = load_file(tmp_path / ARRAYS_FILE)
+    save_file({k: v for k, v in arrays.items() if k != "eve"}, tmp_path / ARRAYS_FILE)
+    with pytest.raises(ValueError, match="safetensors lacks 'eve'"):
+        ParticlePosterior.load(tmp_path)
+    save_file({**arrays, "adam": torch.ones(1)}, tmp_path / ARRAYS_FILE)
+    with pytest.raises(ValueError, match="safetensors has unknown 'adam'"):
+        ParticlePosterior.load(tmp_path)
+
+
+def test_settings_of_any_type_are_saved_in_json_types(tmp_path):
+    settings = {
+        "seed": np.int64(3),
+        "share": np.float32(0.5),
+        "lazy": np.bool_(True),
+        "grid": (np.arange(2), torch.tensor([0.25])),
+        "by_step": {np.int64(4): torch.tensor(1)},
+        "kind": torch.float64,
+    }
+    calls = np.int64(7)
+    dataclasses.replace(posterior(), settings=settings, num_potential_calls=calls).save(tmp_path)
+    loaded = ParticlePosterior.load(tmp_path)
+    assert loaded.num_potential_calls == 7
+    assert loaded.settings == {
+        "seed": 3,
+        "share": 0.5,
+        "lazy": True,
+        "grid": [[0, 1], [0.25]],
+        "by_step": {"4": 1},
+        "kind": "torch.float64",
+    }
 
 
 def test_expectation_by_hand():
