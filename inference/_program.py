@@ -1,11 +1,12 @@
 """Read a Pyro program: its chain sites, its other latents, and the potential it defines.
 
 Particles are one more plate, left of all plates of the program, so a program that broadcasts over
-plates is evaluated for all particles at once.
+plates is evaluated for all particles at once; others are run particle by particle.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,13 @@ from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal, Steering
 from ppl_diffusion.handlers._site import ProposedChain
+from ppl_diffusion.handlers.steer import as_steering
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.potentials.factor import PotentialFactor
 
 PARTICLE_PLATE = "_ppl_diffusion_particles"
+NUM_PROBES = 4
+"""How many random guesses a program is tried on before it is run."""
 
 
 @dataclass(frozen=True)
@@ -65,129 +69,279 @@ class _GivenSites(Messenger):
 class Program:
     """A program with its arguments, ready to be evaluated for many particles.
 
+    Latents are told apart by what their law depends on. Those before the first one that reacts to
+    the sequences are ``carried``: drawn once, at the start, and inherited with the particle. That
+    one and all after it are ``redrawn`` from their own law in every evaluation, since a draw given
+    a first guess may be impossible given the sequence.
+
     :param model: the Pyro program.
     :param args: its positional arguments.
     :param kwargs: its keyword arguments.
-    :raises ValueError: if it has no unobserved chain site.
+    :param vectorize: evaluate all particles at once, as one more plate on the left, instead of one
+        after the other.
+    :raises ValueError: if it has no unobserved chain site, or does not broadcast over particles.
     :raises CapabilityError: if it subsamples a plate.
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        vectorize: bool = True,
     ) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        sites = _sample_sites(self._trace({}, None))
-        self.chains = [_chain_site(site) for site in sites if _is_chain(site)]
+        self.model, self.args, self.kwargs, self.vectorize = model, args, kwargs, vectorize
+        self.num_rows = 0
+        """Particles the program was evaluated for so far, trials included."""
+        sites = sample_sites(self.trace({}))
+        self.chains = [_chain_site(site) for site in sites if is_chain(site)]
         if not self.chains:
             raise ValueError(
-                f"SMC: {self.name} has no unobserved ReverseChain site; "
-                "sample one, for instance pyro.sample('path', prior.chain(num_steps=64))."
+                f"SMC: {self.name} has no unobserved ReverseChain site; sample one as it is "
+                "(no to_event), for instance pyro.sample('path', prior.chain(num_steps=64))."
             )
         self.shapes = {s["name"]: torch.as_tensor(s["value"]).shape for s in sites}
-        self.latents = [s["name"] for s in sites if not s["is_observed"] and not _is_chain(s)]
+        self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
+        self.latents = [s["name"] for s in sites if not s["is_observed"] and not is_chain(s)]
         self.nesting = max(map(_depth, sites))
+        self.carried = self.latents  # until the probe knows better
+        self.redrawn: list[str] = []
+        self._probe()
 
     @property
     def name(self) -> str:
         """The program's name."""
         return getattr(self.model, "__name__", type(self.model).__name__)
 
-    def plates(self, site: ChainSite) -> tuple[int, ...]:
-        """Return the batch shape of a chain site, padded to all plates of the program.
-
-        :param site: one of ``chains``.
-        """
-        own = tuple(site.chain.batch_shape)
-        return (1,) * (self.nesting - len(own)) + own
-
-    def evaluate(self, values: Mapping[str, Tensor], size: int) -> Trace:
+    def evaluate(self, values: Mapping[str, Tensor], size: int) -> ProgramRun:
         """Run the program for ``size`` particles with given site values.
 
         :param values: values by site name, each ``(size, *plates, *event)``.
         :param size: number of particles.
         """
-        return self._trace(values, size)
+        if not self.vectorize:
+            rows = [{name: value[i] for name, value in values.items()} for i in range(size)]
+            return ProgramRun(self, [self.trace(row) for row in rows], size)
+        padded = {name: self._pad(name, value) for name, value in values.items()}
+        return ProgramRun(self, [self.trace(padded, size)], size)
 
-    def _trace(self, values: Mapping[str, Tensor], size: int | None) -> Trace:
+    def _pad(self, name: str, value: Tensor) -> Tensor:
+        """Insert the idle plates between the particles and the site's own plates."""
+        idle = (1,) * (self.nesting - self.ranks[name])
+        return value.reshape(value.shape[0], *idle, *value.shape[1:]) if idle else value
+
+    def trace(self, values: Mapping[str, Tensor], size: int | None = None) -> Trace:
+        """Run the program once.
+
+        :param values: site values.
+        :param size: number of particles on the left of all plates, or None for none.
+        :raises CapabilityError: if a chain is not the one of the first run.
+        """
+        self.num_rows += size or 1
         with poutine.trace() as tracer, _GivenSites(values):
             if size is None:
                 self.model(*self.args, **self.kwargs)
             else:
                 with pyro.plate(PARTICLE_PLATE, size, dim=-1 - self.nesting):
                     self.model(*self.args, **self.kwargs)
+        self._require_same_chains(tracer.trace)
         return tracer.trace
 
-    def log_density(self, trace: Trace, size: int, *, lookahead: bool) -> Tensor:
-        """Return the log-density of all sites but the chains, float64 ``(size,)``.
+    def _require_same_chains(self, trace: Trace) -> None:
+        for bound in getattr(self, "chains", []):
+            site = trace.nodes.get(bound.name)
+            if site is None or not is_chain(site) or not _same_chain(site, bound):
+                raise CapabilityError(
+                    f"SMC: the chain at site {bound.name!r} of {self.name} is not the same on "
+                    "every run (it depends on another site, or is built around a new network); "
+                    "build it outside of the program, or use pyro.infer.Importance."
+                )
 
-        :param trace: a run of :meth:`evaluate`.
-        :param size: number of particles.
+    def _probe(self) -> None:
+        """Sort the latents, and check that particles do not see each other."""
+        singles = [self.trace(self._random_paths())]
+        ProgramRun(self, singles, 1)  # the same latents as in the first run
+        given = {name: singles[0].nodes[name]["value"] for name in self.latents}
+        singles += [self.trace({**self._random_paths(), **given}) for _ in range(NUM_PROBES - 1)]
+        for number, name in enumerate(self.latents):
+            if len({_density_or_nan(trace, name) for trace in singles}) > 1:
+                self.carried, self.redrawn = self.latents[:number], self.latents[number:]
+                break
+        if self.vectorize:
+            self._require_broadcasting(singles)
+
+    def _random_paths(self) -> dict[str, Tensor]:
+        return {
+            site.name: torch.randint(
+                site.chain.kernel.process.vocab_size,
+                (*site.chain.batch_shape, *site.chain.event_shape),
+            )
+            for site in self.chains
+        }
+
+    def _require_broadcasting(self, singles: list[Trace]) -> None:
+        names = [site.name for site in self.chains] + self.latents
+        stacked = {n: torch.stack([trace.nodes[n]["value"] for trace in singles]) for n in names}
+        alone = ProgramRun(self, singles, len(singles))
+        advice = (
+            "write it so that it broadcasts over one more plate on the left (values arrive as "
+            "(particles, 1 for each plate a site is not in, ...)), or pass "
+            "vectorize_particles=False"
+        )
+        try:
+            together = self.evaluate(stacked, len(singles)).log_densities()
+        except (CapabilityError, PotentialError):
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"SMC: {self.name} fails for several particles at once ({error}); {advice}."
+            ) from error
+        for name, expected in alone.log_densities().items():
+            if not torch.allclose(together[name], expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    f"SMC: site {name!r} of {self.name} has another density when several particles "
+                    f"are evaluated at once; {advice}."
+                )
+
+
+class ProgramRun:
+    """One evaluation of a program for several particles.
+
+    :param program: the program.
+    :param traces: one trace of all particles, or one per particle.
+    :param size: number of particles.
+    :raises CapabilityError: if latent sites come and go.
+    """
+
+    def __init__(self, program: Program, traces: list[Trace], size: int) -> None:
+        self.program, self.traces, self.size = program, traces, size
+        self._together = PARTICLE_PLATE in traces[0].nodes
+        for trace in traces:
+            self._require_same_latents(trace)
+
+    def _require_same_latents(self, trace: Trace) -> None:
+        sites = [s for s in sample_sites(trace) if not s["is_observed"] and not is_chain(s)]
+        unknown = {s["name"] for s in sites} ^ set(self.program.latents)
+        if unknown:
+            raise CapabilityError(
+                f"SMC: the latent sites {sorted(unknown)} of {self.program.name} come and go "
+                "between runs; give the program the same sites on every run."
+            )
+
+    @property
+    def site_names(self) -> list[str]:
+        """Names of all sites with a value of their own, in program order."""
+        return [s["name"] for s in sample_sites(self.traces[0])]
+
+    def value(self, name: str) -> Tensor | None:
+        """Return a site's value for every particle, ``(size, *plates, *event)``.
+
+        :param name: site name.
+        :returns: None where the value is not a tensor of the expected size.
+        """
+        values = [trace.nodes[name]["value"] for trace in self.traces]
+        own = self.program.shapes.get(name)
+        if own is None or not all(isinstance(value, Tensor) for value in values):
+            return None
+        if not self._together:
+            return torch.stack(values)
+        value = values[0]
+        if value.numel() == own.numel():  # the same for every particle
+            return value.reshape(own).expand(self.size, *own)
+        return value.reshape(self.size, *own) if value.numel() == self.size * own.numel() else None
+
+    def is_latent_or_deterministic(self, name: str) -> bool:
+        """Return whether a site belongs into the posterior's samples.
+
+        :param name: site name.
+        """
+        site = self.traces[0].nodes[name]
+        return not site["is_observed"] or bool(site["infer"].get("_deterministic", False))
+
+    def log_density(self, *, lookahead: bool = False) -> Tensor:
+        """Return the log-density of observations and carried latents, float64 ``(size,)``.
+
         :param lookahead: score guesses: a mild penalty for each site that forbids the guess, and
             potentials by their own look-ahead.
         """
-        total = torch.zeros(size, dtype=torch.float64)
-        for site in self._scored(trace):
-            total = total + self._site_log_density(site, size, lookahead)
+        total = torch.zeros(self.size, dtype=torch.float64)
+        for value in self.log_densities(lookahead=lookahead).values():
+            total = total + value
         return total
 
-    def latent_log_density(self, trace: Trace, size: int) -> Tensor:
-        """Return the log-density of the other latents alone, float64 ``(size,)``.
+    def latent_log_density(self) -> Tensor:
+        """Return the log-density of the carried latents alone, float64 ``(size,)``."""
+        densities = self.log_densities()
+        total = torch.zeros(self.size, dtype=torch.float64)
+        for name in self.program.carried:
+            total = total + densities[name]
+        return total
 
-        :param trace: a run of :meth:`evaluate`.
-        :param size: number of particles.
+    def log_densities(self, *, lookahead: bool = False) -> dict[str, Tensor]:
+        """Return the log-density of each scored site, float64 ``(size,)`` each.
+
+        :param lookahead: as in :meth:`log_density`.
         """
-        total = torch.zeros(size, dtype=torch.float64)
-        for site in self._scored(trace):
-            if not site["is_observed"]:
-                total = total + self._site_log_density(site, size, lookahead=False)
-        return total
+        scored = [
+            s["name"]
+            for s in sample_sites(self.traces[0])
+            if not is_chain(s) and s["name"] not in self.program.redrawn
+        ]
+        return {name: self._site_log_density(name, lookahead) for name in scored}
 
-    def _scored(self, trace: Trace) -> list[dict[str, Any]]:
-        sites = [s for s in _sample_sites(trace) if not _is_chain(s)]
-        unknown = {s["name"] for s in sites if not s["is_observed"]} ^ set(self.latents)
-        if unknown:
-            raise CapabilityError(
-                f"SMC: the latent sites {sorted(unknown)} of {self.name} come and go between "
-                "runs; give the program the same sites on every run."
-            )
-        return sites
-
-    def _site_log_density(self, site: dict[str, Any], size: int, lookahead: bool) -> Tensor:
-        fn = site["fn"]
-        if lookahead and isinstance(fn, PotentialFactor):
-            value = fn.lookahead() * site["scale"]
+    def _site_log_density(self, name: str, lookahead: bool) -> Tensor:
+        values = [_scored_log_prob(trace.nodes[name], lookahead) for trace in self.traces]
+        if self._together:
+            value = _per_particle(values[0], self.size, self.program.nesting, name)
         else:
-            value = _scored_log_prob(site)
-        value = _per_particle(value, size, self.nesting, site["name"])
+            value = torch.stack([v.to(torch.float64).sum() for v in values])
         if lookahead:
             value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
         if bool((torch.isnan(value) | (value == torch.inf)).any()):
             raise PotentialError(
-                f"SMC: site {site['name']!r} of {self.name} has log-density NaN or +inf for "
-                f"{int((~(value < torch.inf)).sum())} of {size} particles; check its distribution."
+                f"SMC: site {name!r} of {self.program.name} has log-density NaN or +inf for "
+                f"{int((~(value < torch.inf)).sum())} of {self.size} particles; check it."
             )
         return value
 
 
-def _scored_log_prob(site: dict[str, Any]) -> Tensor:
-    log_p = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return scale_and_mask(log_p, site["scale"], site["mask"])
+def _scored_log_prob(site: dict[str, Any], lookahead: bool) -> Tensor:
+    fn = site["fn"]
+    if lookahead and isinstance(fn, PotentialFactor):
+        log_p = fn.lookahead()
+    else:
+        log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    return torch.as_tensor(scale_and_mask(log_p, site["scale"], site["mask"]))
+
+
+def _density_or_nan(trace: Trace, name: str) -> float:
+    """Return a site's log-density; a value out of its support must not end the probe."""
+    try:
+        return round(float(_scored_log_prob(trace.nodes[name], False).sum()), 6)
+    except ValueError:
+        return -math.inf
 
 
 def _per_particle(value: Tensor, size: int, nesting: int, name: str) -> Tensor:
     """Sum a site's log-density over everything but the particle dimension."""
-    value = torch.as_tensor(value, dtype=torch.float64)
+    value = value.to(torch.float64)
     if value.ndim <= nesting:  # does not depend on the particle
         return value.sum().expand(size)
-    if value.shape[0] not in (1, size):
+    if value.ndim > nesting + 1 or value.shape[0] not in (1, size):
         raise ValueError(
-            f"SMC: site {name!r} has log-density of shape {tuple(value.shape)}, which does not "
-            f"start with the {size} particles; write the program so that it broadcasts over plates."
+            f"site {name!r} has a log-density of shape {tuple(value.shape)}, expected {size} "
+            f"particles and {nesting} plates"
         )
     return value.reshape(value.shape[0], -1).sum(-1).expand(size)
 
 
-def _sample_sites(trace: Trace) -> list[dict[str, Any]]:
+def sample_sites(trace: Trace) -> list[dict[str, Any]]:
+    """Return the sample sites of a trace, plates left out.
+
+    :param trace: a trace of the program.
+    :raises CapabilityError: if a plate is subsampled.
+    """
     sites = []
     for site in trace.nodes.values():
         if site["type"] != "sample":
@@ -202,14 +356,36 @@ def _sample_sites(trace: Trace) -> list[dict[str, Any]]:
     return sites
 
 
-def _is_chain(site: dict[str, Any]) -> bool:
+def is_chain(site: dict[str, Any]) -> bool:
+    """Return whether a site is an unobserved reverse chain.
+
+    :param site: a site of a trace.
+    """
     return isinstance(site["fn"], ReverseChain | ProposedChain) and not site["is_observed"]
 
 
+def _chain_of(site: dict[str, Any]) -> ReverseChain:
+    chain: ReverseChain = site["fn"].chain if isinstance(site["fn"], ProposedChain) else site["fn"]
+    return chain
+
+
 def _chain_site(site: dict[str, Any]) -> ChainSite:
-    fn, steering = site["fn"], site["infer"].get("steer")
-    chain = fn.chain if isinstance(fn, ProposedChain) else fn
-    return ChainSite(site["name"], chain, getattr(fn, "clamp", None), steering)
+    steering = site["infer"].get("steer")
+    return ChainSite(
+        site["name"],
+        _chain_of(site),
+        getattr(site["fn"], "clamp", None),
+        None if steering is None else as_steering(steering),
+    )
+
+
+def _same_chain(site: dict[str, Any], bound: ChainSite) -> bool:
+    chain, known = _chain_of(site), bound.chain
+    if chain.length != known.length or not chain.kernel.same_as(known.kernel):
+        return False
+    if chain.prompt is None or known.prompt is None:
+        return chain.prompt is known.prompt
+    return torch.equal(chain.prompt, known.prompt)
 
 
 def _depth(site: dict[str, Any]) -> int:

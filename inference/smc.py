@@ -6,10 +6,11 @@ the program's own density of everything that is not a chain. Between steps the p
 about completed guesses of the unfinished sequences (the twist), whose answers telescope away, and
 at the end about the sequences themselves::
 
-    weight = p(other latents, observations | x0) / r(other latents)
+    weight = p(latents, observations | x0) / r(latents)
 
-with ``r`` the law the other latents were drawn from at the start, given a first guess. Take the
-program away from here and give it to ``pyro.infer.Importance``: the answer is the same.
+with ``r`` the law the latents were drawn from at the start, given a first guess. Latents whose law
+depends on the sequences are drawn anew whenever the program is asked. Take the program away from
+here and give it to ``pyro.infer.Importance``: the answer is the same.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_diffusion.inference._program import ChainSite, Program
+from ppl_diffusion.inference._program import ChainSite, Program, ProgramRun
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
 from ppl_diffusion.smc.engine import Progress, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
@@ -60,6 +60,9 @@ class SMC:
     :param store_path: hand the program whole paths at the end and keep them; otherwise it sees
         the clean sequence repeated, which is enough where only ``chain.x0(path)`` is used.
     :param max_rows: largest number of rows sent to a network at once.
+    :param vectorize_particles: evaluate the program for all particles at once (values arrive as
+        ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
+        which any program survives. The program is tried on a few random guesses before the run.
     :param progress: called with ``(steps done, steps in all)``.
 
     Example::
@@ -79,6 +82,7 @@ class SMC:
         twist_every: int = 1,
         store_path: bool = True,
         max_rows: int | None = 4096,
+        vectorize_particles: bool = True,
         progress: Progress | None = None,
     ) -> None:
         resolved = as_twist(twist)
@@ -94,6 +98,7 @@ class SMC:
         self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
         self.twist, self.twist_every = resolved, twist_every
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
+        self.vectorize_particles = vectorize_particles
 
     def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
         """Sample the posterior of the program at these arguments.
@@ -107,7 +112,8 @@ class SMC:
         """
         started = time.perf_counter()
         with torch.no_grad(), _seeded(seed):
-            engine = ProgramEngine(Program(self.model, args, kwargs), self)
+            program = Program(self.model, args, kwargs, vectorize=self.vectorize_particles)
+            engine = ProgramEngine(program, self)
             trace = smc_loop(
                 engine,
                 engine.num_steps,
@@ -124,7 +130,7 @@ class SMC:
             times=torch.as_tensor(engine.sites[0].chain.kernel.times),
             samples=engine.samples,
             num_evaluations=engine.num_evaluations,
-            num_potential_calls=engine.num_program_rows,
+            num_potential_calls=program.num_rows,
             exact=True,
             target=engine.target,
             settings={**self._settings(), "num_steps": engine.num_steps, "seed": seed},
@@ -157,7 +163,6 @@ class ProgramEngine:
         self.bound = {site.name: self._bind(site) for site in self.sites}
         self.num_steps = max(site.chain.num_steps for site in self.sites)
         self.samples: dict[str, Tensor] = {}
-        self.num_program_rows = 0
         self._surrogates = {
             site.name: EvaluatedPotential(_as_potential(site.steering.potential))
             for site in self.sites
@@ -196,7 +201,7 @@ class ProgramEngine:
             if self.options.store_path:
                 carry[_path(site)] = own["tokens"].new_empty(0)
                 carry = self._extend_path(carry, site)
-        if self.program.latents:
+        if self.program.carried:
             carry |= self._draw_latents(carry, generator)
         return carry
 
@@ -204,13 +209,13 @@ class ProgramEngine:
         guess = {s.name: self._fills(carry, s, 0, generator)[:, :, 0] for s in self.sites}
         shape = next(iter(guess.values())).shape[:2]
         size = shape.numel()
-        trace = self._run(guess, {}, size)
-        drawn = {
-            _latent(name): _unflatten(trace.nodes[name]["value"], shape)
-            for name in self.program.latents
-        }
-        log_r = self.program.latent_log_density(trace, size)
-        return {**drawn, _LATENT_LOG_PROB: log_r.reshape(shape)}
+        run = self._run(guess, {}, size)
+        drawn = {}
+        for name in self.program.carried:
+            value = run.value(name)
+            assert value is not None
+            drawn[_latent(name)] = value.reshape(*shape, *value.shape[1:])
+        return {**drawn, _LATENT_LOG_PROB: run.latent_log_density().reshape(shape)}
 
     def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]:
         """Advance every chain whose own grid has a step here."""
@@ -266,11 +271,11 @@ class ProgramEngine:
             return self._rows.lookahead(flat)
         latents = {
             name: _per_fill(carry[_latent(name)], shape[2]).flatten(0, 2)
-            for name in self.program.latents
+            for name in self.program.carried
         }
-        trace = self._run({n: f.flatten(0, 2) for n, f in fills.items()}, latents, shape.numel())
-        log_g = self.program.log_density(trace, shape.numel(), lookahead=True).reshape(shape)
-        return log_g - carry[_LATENT_LOG_PROB][..., None]
+        run = self._run({n: f.flatten(0, 2) for n, f in fills.items()}, latents, shape.numel())
+        log_g = run.log_density(lookahead=True).reshape(shape)
+        return log_g - carry[_LATENT_LOG_PROB][..., None] if latents else log_g
 
     def rows_log_density(self, rows: Tensor, *, lookahead: bool) -> Tensor:
         """Return the program's density of clean sequences, when it has no other latents.
@@ -284,48 +289,42 @@ class ProgramEngine:
             stop = start + torch.Size(shape).numel()
             sequences[site.name] = rows[:, start:stop].reshape(len(rows), *shape)
             start = stop
-        trace = self._run(sequences, {}, len(rows))
-        return self.program.log_density(trace, len(rows), lookahead=lookahead)
+        return self._run(sequences, {}, len(rows)).log_density(lookahead=lookahead)
 
-    def _run(self, x0: Mapping[str, Tensor], latents: Mapping[str, Tensor], size: int) -> Any:
+    def _run(
+        self, x0: Mapping[str, Tensor], latents: Mapping[str, Tensor], size: int
+    ) -> ProgramRun:
         """Run the program on clean sequences, each repeated as if it were a whole path."""
         paths = {}
         for site in self.sites:
-            clean = x0[site.name].reshape(size, *self.program.plates(site), site.chain.length)
+            clean = x0[site.name].reshape(size, *site.chain.batch_shape, site.chain.length)
             shape = (*clean.shape[:-1], site.chain.num_steps + 1, site.chain.length)
             paths[site.name] = clean[..., None, :].expand(shape)
-        self.num_program_rows += size
         return self.program.evaluate({**paths, **latents}, size)
 
     def _final(self, carry: Carry) -> Tensor:
         shape = carry[_tokens(self.sites[0])].shape[:2]
         size = shape.numel()
-        latents = {n: carry[_latent(n)].flatten(0, 1) for n in self.program.latents}
+        latents = {n: carry[_latent(n)].flatten(0, 1) for n in self.program.carried}
         if self.options.store_path:
             paths = {s.name: self._whole_path(carry, s, size) for s in self.sites}
-            self.num_program_rows += size
-            trace = self.program.evaluate({**paths, **latents}, size)
+            run = self.program.evaluate({**paths, **latents}, size)
         else:
-            trace = self._run({s.name: carry[_tokens(s)] for s in self.sites}, latents, size)
-        self._keep_samples(trace, shape)
-        log_g = self.program.log_density(trace, size, lookahead=False).reshape(shape)
+            run = self._run({s.name: carry[_tokens(s)] for s in self.sites}, latents, size)
+        self._keep_samples(run, shape)
+        log_g = run.log_density().reshape(shape)
         return log_g - carry[_LATENT_LOG_PROB] if latents else log_g
 
     def _whole_path(self, carry: Carry, site: ChainSite, size: int) -> Tensor:
-        shape = (size, *self.program.plates(site), *site.chain.event_shape)
+        shape = (size, *site.chain.batch_shape, *site.chain.event_shape)
         return carry[_path(site)].reshape(shape).to(torch.int64)
 
-    def _keep_samples(self, trace: Any, shape: torch.Size) -> None:
+    def _keep_samples(self, run: ProgramRun, shape: torch.Size) -> None:
         skip = set() if self.options.store_path else {site.name for site in self.sites}
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or name in skip or site_is_subsample(site):
-                continue
-            if site["is_observed"] and not site["infer"].get("_deterministic", False):
-                continue
-            value = site["value"]
-            own = self.program.shapes[name]  # without particles and without idle plates
-            if isinstance(value, Tensor) and value.numel() == shape.numel() * own.numel():
-                self.samples[name] = value.reshape(*shape, *own)
+        for name in run.site_names:
+            value = run.value(name) if run.is_latent_or_deterministic(name) else None
+            if value is not None and name not in skip:
+                self.samples[name] = value.reshape(*shape, *value.shape[1:])
 
     def first_path(self, carry: Carry) -> Tensor | None:
         """Return the stored paths of the first chain site, or None.
@@ -380,10 +379,6 @@ def _unprefixed(carry: Carry, site: ChainSite) -> Carry:
 
 def _per_fill(value: Tensor, num_fills: int) -> Tensor:
     return value[:, :, None].expand(*value.shape[:2], num_fills, *value.shape[2:])
-
-
-def _unflatten(value: Tensor, shape: torch.Size) -> Tensor:
-    return value.reshape(*shape, *value.shape[1:])
 
 
 def _no_potential(x0: Tensor) -> Tensor:

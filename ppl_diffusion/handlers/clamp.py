@@ -9,6 +9,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.handlers._site import ProposedChain
@@ -21,7 +22,8 @@ class ClampProposal:
     At an observed position the denoiser's prediction is replaced by the known answer. For the
     absorbing process this forces the token when its position is revealed, and the weight is the
     probability the denoiser gave it; for any other process the weight is the ratio of the two
-    bridges. Either way the weighted paths are exactly those of the chain given the tokens.
+    bridges. Either way the weighted paths are exactly those of the chain given the tokens. Refused
+    where the bridge cannot follow the model (``kappa < 1`` over a prior with zeros).
 
     :param tokens: int64 ``(L,)``; read where ``mask`` is true.
     :param mask: bool ``(L,)``.
@@ -44,7 +46,19 @@ class ClampProposal:
         self.vocab_size = vocab_size
 
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TokenStep:
-        """Return the clamped step (a :class:`~ppl_diffusion.smc.Proposal`)."""
+        """Return the clamped step (a :class:`~ppl_diffusion.smc.Proposal`).
+
+        :raises CapabilityError: where the bridge could not follow the model: with ``kappa < 1`` and
+            states of prior probability zero, a wrong token may be revealed and masked again.
+        :raises ValueError: if the chain's prompt holds another token at a clamped position.
+        """
+        if step.kappa < 1 and bool((step.process.prior == 0).any()):
+            raise CapabilityError(
+                "clamp: a kernel with kappa < 1 over a prior with zeros (such as masks) can reach "
+                "the tokens by detours that the clamp cannot propose; use kappa = 1, or condition "
+                "by a potential that is -inf elsewhere."
+            )
+        self._require_agreeing_prompt(step)
         known = torch.nn.functional.one_hot(self.tokens, self.vocab_size).to(step.log_probs).log()
         log_probs = torch.where(self.mask[:, None], known, step.log_probs)
         return TokenStep(
@@ -57,6 +71,17 @@ class ClampProposal:
             fixed=step.fixed,
             validate_args=False,
         )
+
+    def _require_agreeing_prompt(self, step: TokenStep) -> None:
+        if step.fixed is None:
+            return
+        clash = step.fixed & self.mask & (step.tokens != self.tokens)
+        if bool(clash.any()):
+            position = int(clash.reshape(-1, len(self.mask)).any(0).nonzero()[0])
+            raise ValueError(
+                f"clamp: the chain's prompt holds another token at position {position}, so no path "
+                "meets the clamp; change one of them."
+            )
 
     def merge(self, other: ClampProposal) -> ClampProposal:
         """Return both clamps at once.
@@ -175,9 +200,9 @@ def clamp(
     """Observe some tokens of the clean sequences of a program's chains.
 
     Conditions the model: the target becomes ``p(path | x0[mask] = tokens[mask])`` times the rest
-    of the program, and the evidence includes the probability of the tokens. Exact for every
-    process through weights (for the absorbing process: the probabilities of the forced tokens
-    when they are revealed). Works under plain Pyro inference and inside :func:`steer` and
+    of the program, and the evidence includes the probability of the tokens. Exact through weights
+    (for the absorbing process: the probabilities of the forced tokens when they are revealed).
+    Works under plain Pyro inference and inside :func:`~ppl_diffusion.handlers.steer` and
     :class:`ppl_diffusion.inference.SMC`.
 
     :param fn: a program to wrap; without it, use ``clamp`` as a context manager. Wrap the

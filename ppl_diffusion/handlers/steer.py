@@ -43,6 +43,14 @@ class Steering:
     excludes: bool = False
 
 
+def as_steering(hint: Steering | AbstractPotential | Callable[[Tensor], Tensor]) -> Steering:
+    """Return a site's hint as a :class:`Steering`; a bare potential gets the defaults.
+
+    :param hint: the value of ``infer={"steer": ...}``.
+    """
+    return hint if isinstance(hint, Steering) else Steering(hint)
+
+
 class SteeredChain(ProposedChain):
     """A chain site proposed by SMC: a sampler with a properly weighted, random density.
 
@@ -152,6 +160,7 @@ class SteerMessenger(Messenger):
         if steering is None:
             return
         self._met += 1
+        steering = as_steering(steering)
         clamp = fn.clamp if isinstance(fn, ClampedChain) else None
         chain = fn.chain if isinstance(fn, ClampedChain) else fn
         msg["infer"]["steer"] = steering

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -249,9 +250,11 @@ def _compact(tokens: Tensor) -> Tensor:
 
 
 def _check_settings(num_particles: int, num_runs: int, ess_threshold: float) -> None:
-    if num_particles < 1 or num_runs < 1:
+    whole = all(isinstance(n, Integral) for n in (num_particles, num_runs))
+    if not whole or num_particles < 1 or num_runs < 1:
         raise ValueError(
-            f"num_particles and num_runs must be >= 1, got {num_particles} and {num_runs}."
+            "num_particles and num_runs must be >= 1 and whole, "
+            f"got {num_particles} and {num_runs}."
         )
     if not math.isfinite(ess_threshold) or ess_threshold < 0:
         raise ValueError(f"ess_threshold must be a number >= 0, got {ess_threshold}.")

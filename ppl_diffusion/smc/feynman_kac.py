@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -65,6 +66,7 @@ class FeynmanKac:
     :param proposal: None moves by the chain itself; a kernel, or a :class:`Proposal`.
     :param twist_every: evaluate the twist at every so many steps only (exact by telescoping).
     :raises CapabilityError: if a proposal is used with a kernel that has no density.
+    :raises ValueError: if a proposal kernel has another time grid or other states.
     """
 
     def __init__(
@@ -76,6 +78,13 @@ class FeynmanKac:
         *,
         twist_every: int = 1,
     ) -> None:
+        if not isinstance(chain, ReverseChain):
+            raise TypeError(
+                f"FeynmanKac: chain must be a ReverseChain, got {type(chain).__name__}; "
+                "wrap a kernel as ReverseChain(kernel, length)."
+            )
+        if isinstance(proposal, InterpolatingKernel):
+            _require_same_grid(chain.kernel, proposal)
         if twist_every < 1:
             raise ValueError(f"twist_every must be >= 1, got {twist_every}.")
         if proposal is not None and chain.kernel.capability != FACTORISED:
@@ -262,6 +271,16 @@ class EvaluatedPotential:
             values[new] = ask(unique[new])
         self._memory[final] = RowTable.build(unique, values)
         return values[inverse].reshape(x0.shape[:-1])
+
+
+def _require_same_grid(model: InterpolatingKernel, proposal: InterpolatingKernel) -> None:
+    states = (model.process.num_states, proposal.process.num_states)
+    if not np.array_equal(model.times, proposal.times) or states[0] != states[1]:
+        raise ValueError(
+            f"FeynmanKac: the proposal kernel has {proposal.num_steps} steps and {states[1]} "
+            f"states, the chain {model.num_steps} and {states[0]}; build both on one time grid "
+            "and alphabet."
+        )
 
 
 def per_particle(values: Tensor) -> Tensor:

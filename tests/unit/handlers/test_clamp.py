@@ -6,6 +6,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Importance
 
+from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal, clamp, log_weight, steer
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.potentials import Potential
@@ -147,3 +148,31 @@ def test_a_clamp_that_meets_no_site_says_so():
     wrapped = clamp(program, tokens=TOKENS, mask=MASK, sites=["other"])
     with pytest.raises(ValueError, match=r"no reverse-chain site named \['other'\]"):
         wrapped(chain)
+
+
+def test_a_clamp_that_contradicts_the_prompt_is_refused():
+    chain = toy_chain(length=3, prompt=torch.tensor([1, -1, -1]))
+    wrapped = clamp(program, tokens=TOKENS, mask=MASK)
+    for run in (lambda: poutine.trace(wrapped).get_trace(chain), lambda: SMC(wrapped).run(chain)):
+        with pytest.raises(ValueError, match="prompt holds another token at position 0"):
+            run()
+
+
+def test_a_clamp_beside_a_prompt_is_exact():
+    chain = toy_chain(length=3, num_steps=3, prompt=torch.tensor([-1, 1, -1]))
+    wrapped = clamp(program, tokens=TOKENS, mask=MASK)
+    posterior = SMC(wrapped, num_particles=8, num_runs=400).run(chain, seed=3)
+    assert abs(z_score(posterior.log_evidence.exp(), ExactChain.of(chain).evidence(held))) < 4
+
+
+def test_detours_that_the_clamp_cannot_propose_are_refused():
+    chain = toy_chain(length=3, kappa=0.5)
+    with pytest.raises(CapabilityError, match="kappa < 1 over a prior with zeros"):
+        poutine.trace(clamp(program, tokens=TOKENS, mask=MASK)).get_trace(chain)
+
+
+def test_kappa_below_one_is_exact_where_the_prior_has_no_zeros():
+    chain = toy_chain("uniform", length=3, num_steps=3, kappa=0.5)
+    wrapped = clamp(program, tokens=TOKENS, mask=MASK)
+    posterior = SMC(wrapped, num_particles=8, num_runs=600).run(chain, seed=3)
+    assert abs(z_score(posterior.log_evidence.exp(), ExactChain.of(chain).evidence(held))) < 4

@@ -209,7 +209,7 @@ def test_costs_are_counted():
         pyro.factor("goal", GOAL(chain.x0(path)))
 
     posterior = SMC(program, num_particles=16, num_runs=2).run(chain, seed=1)
-    assert posterior.num_potential_calls == sum(asked) - 1  # one more run to read the program
+    assert posterior.num_potential_calls == sum(asked)  # trials of the program included
 
 
 def test_progress_is_reported():
@@ -268,7 +268,7 @@ def test_programs_that_cannot_be_run_say_why():
         SMC(discrete, twist=lambda carry, k: 0)
     with pytest.raises(ValueError, match="twist_every must be >= 1"):
         SMC(discrete, twist_every=0)
-    with pytest.raises(ValueError, match="num_particles and num_runs must be >= 1"):
+    with pytest.raises(ValueError, match="num_particles and num_runs must be >= 1 and whole"):
         SMC(discrete, num_particles=0).run(chain)
     with pytest.raises(ValueError, match="unknown resampler"):
         SMC(discrete, resampler="bootstrap")
@@ -284,3 +284,109 @@ def test_latents_that_come_and_go_are_refused():
 
     with pytest.raises(CapabilityError, match="'sometimes'"):
         SMC(program, num_particles=64).run(seed=1)
+
+
+def test_a_chain_that_depends_on_a_latent_is_refused():
+    chains = [toy_chain(seed=0), toy_chain(seed=1)]
+
+    def program():
+        which = pyro.sample("which", dist.Bernoulli(0.5))
+        pyro.sample("path", chains[int(which)])
+
+    def prompted():
+        which = pyro.sample("which", dist.Bernoulli(0.5))
+        prompt = torch.tensor([int(which), -1])
+        pyro.sample("path", type(chains[0])(chains[0].kernel, 2, prompt=prompt))
+
+    for model in (program, prompted):
+        # Five runs of the program see both values of the latent for this seed.
+        with pytest.raises(CapabilityError, match=r"chain at site 'path' of .* is not the same"):
+            SMC(model, num_particles=4).run(seed=1)
+
+
+def test_a_chain_rebuilt_around_the_same_network_is_the_same_chain():
+    known = toy_chain()
+
+    def program():
+        kernel = known.kernel.with_denoiser(known.kernel.denoiser)
+        path = pyro.sample("path", type(known)(kernel, 2))
+        factor("goal", GOAL, path[..., -1, :])
+
+    posterior = SMC(program, num_particles=16, num_runs=300).run(seed=1)
+    assert abs(evidence_z(posterior, ExactChain.of(known).evidence(GOAL))) < 4
+
+
+@pytest.mark.parametrize("law", [dist.Delta, lambda n: dist.Uniform(0.0, n + 1.0)])
+def test_latents_whose_support_moves_with_the_sequence(law):
+    chain = toy_chain(num_steps=4)
+
+    def program():
+        count = zeros(chain.x0(pyro.sample("path", chain))).double()
+        level = pyro.sample("level", law(count))
+        pyro.sample("y", dist.Normal(level, 1.0), obs=torch.tensor(1.0))
+
+    def log_potential(x):
+        grid = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)
+        count = zeros(x).double()[..., None]
+        level = count.expand(*x.shape[:-1], 1000) if law is dist.Delta else grid * (count + 1)
+        return dist.Normal(level, 1.0).log_prob(torch.tensor(1.0)).exp().mean(-1).log()
+
+    posterior = SMC(program, num_particles=32, num_runs=600).run(seed=2)
+    assert abs(evidence_z(posterior, ExactChain.of(chain).evidence(log_potential))) < 4
+
+
+def test_programs_that_do_not_broadcast_are_found_and_can_be_run_one_by_one():
+    chain = toy_chain()
+    y = torch.tensor([1.0, 0.0])
+
+    def plate_by_index():
+        mean = zeros(chain.x0(pyro.sample("path", chain))).double()[..., None]
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    def mixes_particles():
+        total = float(zeros(chain.x0(pyro.sample("path", chain))).sum())
+        pyro.factor("goal", torch.tensor(total))
+
+    def branches():
+        x = chain.x0(pyro.sample("path", chain))
+        pyro.sample("y", dist.Normal(1.0 if bool(x[0] == 0) else 0.0, 1.0), obs=y[0])
+
+    potentials = {
+        plate_by_index: lambda x: (
+            dist.Normal(zeros(x).double()[..., None], 1.0).log_prob(y).sum(-1)
+        ),
+        mixes_particles: lambda x: zeros(x).double(),
+        branches: lambda x: dist.Normal((x[..., 0] == 0).double(), 1.0).log_prob(y[0]),
+    }
+    for program, potential in potentials.items():
+        with pytest.raises(ValueError, match="vectorize_particles=False"):
+            SMC(program, num_particles=8).run(seed=1)
+        smc = SMC(program, num_particles=8, num_runs=60, vectorize_particles=False)
+        evidence = ExactChain.of(chain).evidence(potential)
+        assert abs(evidence_z(smc.run(seed=1), evidence)) < 4
+
+
+def test_one_by_one_gives_the_numbers_of_all_at_once():
+    chain = toy_chain()
+    runs = [
+        SMC(assay, num_particles=8, num_runs=3, vectorize_particles=flag).run(chain, seed=5)
+        for flag in (True, False)
+    ]
+    # The latents are drawn in another order, so compare what each says about its own particles.
+    for run in runs:
+        x, gain = run.samples["x"], run.samples["gain"]
+        expected = GOAL(x) + dist.Normal(gain + zeros(x), 0.7).log_prob(Y)
+        torch.testing.assert_close(run.log_potential, expected.double(), rtol=1e-5, atol=1e-5)
+    assert set(runs[0].samples) == set(runs[1].samples)
+
+
+def test_sites_that_are_the_same_for_every_particle_are_kept():
+    chain = toy_chain()
+
+    def program():
+        pyro.sample("path", chain)
+        pyro.deterministic("offset", torch.tensor([1.0, 2.0]), event_dim=1)
+
+    posterior = SMC(program, num_particles=4, num_runs=2).run(seed=1)
+    assert torch.equal(posterior.samples["offset"], torch.tensor([1.0, 2.0]).expand(2, 4, 2))

@@ -265,7 +265,7 @@ def test_result_says_what_it_is():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"n": 0}, "num_particles and num_runs must be >= 1, got 0 and 6"),
+        ({"n": 0}, "num_particles and num_runs must be >= 1 and whole, got 0 and 6"),
         ({"runs": 0}, "num_particles and num_runs must be >= 1"),
         ({"ess_threshold": -1.0}, "ess_threshold must be a number >= 0, got -1.0"),
         ({"ess_threshold": float("nan")}, "ess_threshold must be a number >= 0"),
