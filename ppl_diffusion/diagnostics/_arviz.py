@@ -21,8 +21,9 @@ can be saved as netCDF.
 """
 
 import json
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.diagnostics._arrays import as_array, count_distinct, lineage_roots
 from ppl_diffusion.diagnostics._khat import khat
+from ppl_diffusion.smc.posterior import json_types
 from ppl_diffusion.smc.resampling import Stratified
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ HISTORY_LIMIT = 64 * 2**20
 """Largest history variable, in bytes, that ``history="auto"`` keeps."""
 
 Variable = tuple[tuple[str, ...], NDArray[Any]]
+
+_TAKEN = re.compile(r"chain|draw|run|position|state|step|ancestor|plate_\d+|.*_dim_\d+", re.DOTALL)
 
 
 def to_arviz(
@@ -62,6 +66,10 @@ def to_arviz(
     is left out of ``posterior`` and ``sample_stats``; chain labels, and the ``run`` coordinate,
     keep the run numbers. The ``smc`` groups are the same in both modes and index raw particles.
     Wall time is left out, so that the same seed gives the same file.
+
+    A site called like a dimension (``chain``, ``draw``, ``run``, ``step``, ``state``,
+    ``position``, ``plate_0``, ``x_dim_0``) or ``ancestor`` is stored with ``_site`` added to its
+    name; the ``/`` of :func:`pyro.poutine.scope`, which netCDF refuses, becomes a ``.``.
 
     :param posterior: the result of a particle run, ``R`` runs of ``N`` particles.
     :param weights: ``"resample"`` for equally weighted draws, or ``"store"`` for the particles
@@ -118,11 +126,11 @@ def _draw_index(
 def _draws(
     posterior: "ParticlePosterior", runs: NDArray[np.int64], index: NDArray[np.int64]
 ) -> xr.Dataset:
-    sites = {"x0": as_array(posterior.x0)} | {k: as_array(v) for k, v in posterior.samples.items()}
+    sites = {"x0": _with_dims("x0", posterior.x0, posterior)}
+    sites |= {k: v for k, v in _sites(posterior).items() if "state" not in v[0]}
     variables = {
         name: (("chain", "draw", *dims), _storable(_pick(values, runs, index), dims))
-        for name, values in sites.items()
-        if "state" not in (dims := _site_dims(name, values, posterior))
+        for name, (dims, values) in sites.items()
     }
     dataset = _dataset(variables, runs)
     return dataset.assign_coords(position=np.arange(posterior.x0.shape[-1]))
@@ -182,13 +190,11 @@ def _history(
         return {}
     ancestors = np.moveaxis(as_array(posterior.ancestors), 0, 1).astype(np.int32)
     past: dict[str, Variable] = {"ancestor": (("chain", "step", "draw"), ancestors)}
-    sites = dict(posterior.samples)
+    sites = {k: v for k, v in _sites(posterior).items() if "state" in v[0]}
     if posterior.path is not None:
-        sites = {"path": posterior.path} | sites
-    for name, site in sites.items():
-        values = as_array(site)
-        if "state" in (dims := _site_dims(name, values, posterior)):
-            past[name] = (("chain", "draw", *dims), _storable(values, dims))
+        sites = {"path": _with_dims("path", posterior.path, posterior)} | sites
+    for name, (dims, values) in sites.items():
+        past[name] = (("chain", "draw", *dims), _storable(values, dims))
     keep_all = history is True
     return {k: v for k, v in past.items() if keep_all or v[1].nbytes <= HISTORY_LIMIT}
 
@@ -207,6 +213,31 @@ def _constant_data(posterior: "ParticlePosterior", vocabulary: Sequence[str]) ->
 
 # ----------------------------------------------------------------------------------------------
 # variables
+
+
+def _sites(posterior: "ParticlePosterior") -> dict[str, Variable]:
+    """Every site of the program under its stored name, with its dims after (chain, draw)."""
+    names = _stored_names(posterior.samples)
+    return {
+        names[site]: _with_dims(names[site], values, posterior)
+        for site, values in posterior.samples.items()
+    }
+
+
+def _stored_names(sites: Iterable[str]) -> dict[str, str]:
+    """A distinct name for each site that no dimension has and netCDF accepts."""
+    names = {site: site for site in sites if "/" not in site and not _TAKEN.fullmatch(site)}
+    for site in (site for site in sites if site not in names):
+        name = site.replace("/", ".")
+        while _TAKEN.fullmatch(name) or name in names.values():
+            name += "_site"
+        names[site] = name
+    return names
+
+
+def _with_dims(name: str, site: Any, posterior: "ParticlePosterior") -> Variable:
+    values = as_array(site)
+    return _site_dims(name, values, posterior), values
 
 
 def _site_dims(name: str, values: NDArray[Any], posterior: "ParticlePosterior") -> tuple[str, ...]:
@@ -267,9 +298,10 @@ def _attributes(posterior: "ParticlePosterior", weights: str, seed: int) -> dict
 
 def _attribute(value: Any) -> str | int | float:
     """An attribute netCDF can hold; what is no number or string becomes its JSON text."""
-    if isinstance(value, bool):
-        return int(value)
-    return value if isinstance(value, str | int | float) else json.dumps(value)
+    plain = json_types(value)
+    if isinstance(plain, bool):
+        return int(plain)
+    return plain if isinstance(plain, str | int | float) else json.dumps(plain)
 
 
 def _container(groups: dict[str, xr.Dataset], attributes: dict[str, Any]) -> Any:

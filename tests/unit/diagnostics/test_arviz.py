@@ -168,6 +168,42 @@ def test_sites_of_a_program_get_sensible_dims(make_posterior):
     np.testing.assert_array_equal(past["trajectory"], posterior.path)
 
 
+RENAMED = {
+    **{name: f"{name}_site" for name in ("chain", "draw", "run", "position", "state", "step")},
+    "ancestor": "ancestor_site",
+    "plate_0": "plate_0_site",
+    "gain_dim_0": "gain_dim_0_site",
+    "scope/gain": "scope.gain",
+}
+
+
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["numbers", "vectors"])
+def test_sites_that_cannot_keep_their_name_are_renamed(make_posterior, tmp_path, shape):
+    posterior = make_posterior(plates=(3,))
+    names = ["gain", "time", "draw_site", "scope.gain", *RENAMED]
+    stored = dict(zip(names, names, strict=True)) | RENAMED
+    stored |= {"draw": "draw_site_site", "scope/gain": "scope.gain_site"}
+    samples = {name: torch.randn(3, 40, *shape) for name in names}
+    data = to_arviz(replace(posterior, samples=samples), weights="store")
+    data.to_netcdf(str(tmp_path / "posterior.nc"))
+    draws = dataset(arviz.from_netcdf(str(tmp_path / "posterior.nc")), "posterior")
+    assert set(draws.data_vars) == {"x0", *stored.values()}
+    for name, values in samples.items():
+        np.testing.assert_array_equal(draws[stored[name]], values, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["step", "state", "ancestor", "scope/x", "x0"])
+def test_paths_that_cannot_keep_their_name_are_renamed(make_posterior, tmp_path, name):
+    posterior = make_posterior(path=True)
+    data = to_arviz(replace(posterior, samples={name: posterior.path}), weights="store")
+    data.to_netcdf(str(tmp_path / "posterior.nc"))
+    back = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
+    stored = (RENAMED | {"scope/x": "scope.x"}).get(name, name)
+    np.testing.assert_array_equal(dataset(back, "smc_history")[stored], posterior.path)
+    np.testing.assert_array_equal(dataset(back, "posterior")["x0"], posterior.x0)
+    assert "ancestor" in dataset(back, "smc_history")
+
+
 def test_plates_come_before_positions(make_posterior):
     posterior = program_posterior(make_posterior, plates=(2,))
     local = torch.zeros(3, 40, 2, 5)
@@ -215,7 +251,8 @@ def test_unknown_weights_mode_is_refused(make_posterior):
 
 def test_attributes_state_target_cost_and_settings(make_posterior):
     posterior = make_posterior()
-    settings = posterior.settings | {"grid": [1.0, 0.5], "lazy": True}
+    settings = posterior.settings | {"grid": [1.0, 0.5], "lazy": np.bool_(True)}
+    settings |= {"seed": np.int64(7)}
     attrs = to_arviz(replace(posterior, settings=settings), seed=5).attrs
     assert attrs["target"] == "the posterior of a hand-made program"
     assert (attrs["exact"], attrs["num_evaluations"], attrs["num_potential_calls"]) == (
