@@ -69,7 +69,7 @@ def to_arviz(
 
     A site called like a dimension (``chain``, ``draw``, ``run``, ``step``, ``state``,
     ``position``, ``plate_0``, ``x_dim_0``) or ``ancestor`` is stored with ``_site`` added to its
-    name; the ``/`` of :func:`pyro.poutine.scope`, which netCDF refuses, becomes a ``.``.
+    name; the ``/`` of ``pyro.poutine.scope``, which netCDF refuses, becomes a ``.``.
 
     :param posterior: the result of a particle run, ``R`` runs of ``N`` particles.
     :param weights: ``"resample"`` for equally weighted draws, or ``"store"`` for the particles
