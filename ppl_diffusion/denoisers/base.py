@@ -18,6 +18,9 @@ class Denoiser(Protocol):
 
     ``time_free`` promises that the output does not depend on ``t``, so that it may be reused
     while no token changed.
+
+    A denoiser may have a method ``parameters()``, as every ``torch.nn.Module`` has: the tensors its
+    output depends on, whose gradients and in-place updates then invalidate what was remembered.
     """
 
     vocab_size: int
@@ -31,3 +34,14 @@ class Denoiser(Protocol):
         :param t: time in ``[0, 1]``.
         """
         ...
+
+
+def forward_parameters(wrapper: Denoiser, denoiser: Denoiser) -> None:
+    """Give a wrapper the ``parameters()`` of what it wraps, if that has any.
+
+    :param wrapper: the wrapper, changed in place.
+    :param denoiser: the wrapped denoiser.
+    """
+    parameters = getattr(denoiser, "parameters", None)
+    if parameters is not None:  # its absence says something too: unknown is not "none"
+        vars(wrapper)["parameters"] = parameters

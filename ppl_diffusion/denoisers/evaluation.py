@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion._rows import RowTable, distinct_rows
-from ppl_diffusion.denoisers.base import Denoiser, Kind
+from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 
 
 class EvaluatedDenoiser:
@@ -41,6 +41,7 @@ class EvaluatedDenoiser:
         self.rows_requested = self.rows_evaluated = self.num_calls = 0
         self._memory: tuple[float, RowTable] | None = None
         self._last: tuple[Tensor, int, float, Tensor] | None = None
+        forward_parameters(self, denoiser)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.
@@ -55,13 +56,14 @@ class EvaluatedDenoiser:
         first, inverse = distinct_rows(rows)
         values = self._values(rows[first], float(t))
         output = values[inverse].reshape(*tokens.shape, -1)
-        if self.reuse and not torch.is_grad_enabled():
+        # An inference tensor can be edited without leaving a trace.
+        if self.reuse and not torch.is_grad_enabled() and not tokens.is_inference():
             self._last = (tokens, tokens._version, float(t), output)
         return output
 
     def _recall_last(self, tokens: Tensor, t: float) -> Tensor | None:
         """Return the last output where the very same tensor comes again (a twist, then a move)."""
-        if self._last is None or torch.is_grad_enabled():
+        if self._last is None or torch.is_grad_enabled() or tokens.is_inference():
             return None
         last, version, time, output = self._last
         same = last is tokens and version == tokens._version and (self.time_free or t == time)

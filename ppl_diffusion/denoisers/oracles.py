@@ -5,6 +5,8 @@ Both return, for each position, the exact law of its clean token given the noise
 and only if it is given the cavity), ``kind="posterior"`` keeps it in.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,10 @@ class TableDenoiser:
             weights = weights * evidence
         return _normalised_log(weights)
 
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the table, which is all the output depends on."""
+        yield self.joint
+
     def _site_weights(self, evidence: Tensor, site: int) -> Tensor:
         """Return ``sum_x p(x) 1[x_site = v] prod_{l != site} q(z_l | x_l)``, ``(*batch, V)``."""
         weight = self.joint.reshape(-1)
@@ -105,6 +111,10 @@ class MarkovDenoiser:
             backward.append(_rescaled((backward[-1] * site) @ self.transition.T))
         weights = torch.stack(forward, -2) * torch.stack(backward[::-1], -2)
         return _normalised_log(weights * evidence if self.kind == "posterior" else weights)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the two arrays that are all the output depends on."""
+        yield from (self.initial, self.transition)
 
     def sample(
         self, shape: tuple[int, ...], length: int, generator: torch.Generator | None = None

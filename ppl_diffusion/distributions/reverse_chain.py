@@ -9,12 +9,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl_diffusion.distributions._memo import declares_gradient, recall, remember
 from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
 from ppl_diffusion.distributions.marginal import ChainMarginal
 from ppl_diffusion.distributions.token_step import MAX_ENUMERATE
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
-
-_MEMO = "_ppl_diffusion_path"
 
 
 class ReverseChain(TorchDistribution):
@@ -22,9 +21,12 @@ class ReverseChain(TorchDistribution):
 
     ``log_prob`` is exact and normalised: prior of the noisiest state times ``T`` factorised
     steps. The clean sequence is :meth:`x0`; its law is another object, :meth:`marginal`.
-    A sampled path remembers its log-probability (on the tensor, as the sampled tensor is what
-    Pyro passes around), so that sampling and scoring cost ``T`` network calls together, also
-    under ``pyro.plate``, replay and ``Importance``. Indexing or editing the tensor forgets it.
+    The log-probability of a sampled path is remembered with the tensor object (which is what Pyro
+    passes around), so that sampling and scoring cost ``T`` network calls together, also under
+    ``pyro.plate``, replay and ``Importance``. It is forgotten when the path is indexed, copied or
+    edited or when a tensor of ``denoiser.parameters()`` moves, and not used where a gradient is
+    wanted. Edits that torch does not see (through ``.data``), and edits of what a denoiser reads
+    without a gradient and without naming it in ``parameters()``, are invisible to it.
 
     :param kernel: the reverse kernel.
     :param length: number ``L`` of positions.
@@ -93,18 +95,24 @@ class ReverseChain(TorchDistribution):
         :returns: int64 ``(*sample_shape, *batch, T + 1, L)``.
         """
         kernel, shape = self.kernel, (*sample_shape, *self.batch_shape)
+        # A gradient that parameters() does not name shows in the output of the first network call.
+        probing, hidden = not declares_gradient(kernel), False
         with torch.no_grad():
             carry = kernel.init_carry(shape, self.length, prompt=self.prompt, generator=generator)
             log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
             states = [carry["tokens"]]
             for k in range(kernel.num_steps):
-                step = kernel.step(carry, k, fixed=self.fixed)
+                with torch.set_grad_enabled(probing):
+                    step = kernel.step(carry, k, fixed=self.fixed)
+                hidden = hidden or step.log_probs.requires_grad
+                probing = probing and not kernel.asks_denoiser(carry["tokens"], k)
                 tokens = step.sample(generator=generator)
                 log_p = log_p + step.log_prob(tokens)
                 carry = kernel.advance(carry, tokens, k)
                 states.append(tokens)
         path = torch.stack(states, -2)
-        remember(path, kernel, log_p, prompt=self.prompt)
+        if not hidden:
+            remember(path, kernel, log_p, prompt=self.prompt)
         return path
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -174,61 +182,6 @@ class ReverseChain(TorchDistribution):
     def __repr__(self) -> str:
         shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
         return f"ReverseChain({self.kernel!r}, {shapes})"
-
-
-def remember(
-    path: Tensor, kernel: InterpolatingKernel, log_p: Tensor, *, prompt: Tensor | None = None
-) -> None:
-    """Attach a path's log-probability to the tensor itself.
-
-    :param path: the sampled path.
-    :param kernel: the kernel it was sampled from.
-    :param log_p: its log-probability.
-    :param prompt: the prompt of the chain.
-    """
-    setattr(path, _MEMO, (kernel, prompt, path._version, _parameter_version(kernel), log_p))
-
-
-def recall(
-    path: Tensor, kernel: InterpolatingKernel, *, prompt: Tensor | None = None
-) -> Tensor | None:
-    """Return the remembered log-probability where it is still valid, else None.
-
-    It is not where the path was edited, the kernel or the prompt is another one, a parameter of
-    the network moved, or a gradient is wanted (the memo was computed without one).
-
-    :param path: a path.
-    :param kernel: the kernel that is to score it.
-    :param prompt: the prompt of the chain that is to score it.
-    """
-    memo = getattr(path, _MEMO, None)
-    if memo is None:
-        return None
-    owner, owner_prompt, version, parameters, log_p = memo
-    if not owner.same_as(kernel) or version != path._version:
-        return None
-    if not _same_prompt(owner_prompt, prompt):
-        return None
-    if parameters != _parameter_version(kernel):
-        return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in _parameters(kernel)):
-        return None
-    return log_p
-
-
-def _same_prompt(here: Tensor | None, there: Tensor | None) -> bool:
-    if here is None or there is None:
-        return here is there
-    return torch.equal(here, there)
-
-
-def _parameters(kernel: InterpolatingKernel) -> list[Tensor]:
-    parameters = getattr(kernel.denoiser, "parameters", None)
-    return list(parameters()) if callable(parameters) else []
-
-
-def _parameter_version(kernel: InterpolatingKernel) -> int:
-    return sum(p._version for p in _parameters(kernel))
 
 
 def _check_prompt(prompt: Tensor, length: int, kernel: InterpolatingKernel) -> Tensor:

@@ -217,6 +217,14 @@ class InterpolatingKernel:
         log_c = self.cavity_log_probs(tokens, k)
         return log_posterior_mean(self.process, tokens, log_c, float(self.alphas[k]))
 
+    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
+        """Return whether step ``k`` from these states costs a network call.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: step index.
+        """
+        return not self._idle(tokens, k)
+
     def _idle(self, tokens: Tensor, k: int) -> bool:
         if k < self.num_steps and self.kappa[k] == 1 and self.alphas[k] == self.alphas[k + 1]:
             return True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
-from ppl_diffusion.denoisers.base import Denoiser, Kind
+from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import (
     Absorbing,
@@ -141,6 +141,7 @@ class CountingDenoiser:
         self.kind: Kind = denoiser.kind
         self.time_free: bool = denoiser.time_free
         self.calls = self.rows = 0
+        forward_parameters(self, denoiser)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return the denoiser's log-probabilities, ``(*batch, L, V)``."""

@@ -79,6 +79,16 @@ def test_nothing_is_reused_while_gradients_are_recorded():
     assert counter.rows == 2
 
 
+def test_edits_in_inference_mode_are_seen():
+    denoiser, counter = wrapped()
+    with torch.inference_mode():
+        tokens = torch.zeros(3, 5).long()
+        denoiser(tokens, 0.5)
+        tokens[:, 0] = 1
+        torch.testing.assert_close(denoiser(tokens, 0.5), counter.denoiser(tokens, 0.5))
+    assert counter.rows == 2
+
+
 @pytest.mark.usefixtures("_no_grad")
 def test_reuse_can_be_switched_off():
     denoiser, counter = wrapped(reuse=False)

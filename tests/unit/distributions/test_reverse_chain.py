@@ -1,7 +1,10 @@
 """Reverse chains in Pyro programs: network calls, the memo, enumeration, refusals."""
 
+import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -11,10 +14,13 @@ from pyro import poutine
 from pyro.infer import SVI, Importance, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 
+from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.handlers import clamp
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.testing import (
     PROCESSES,
+    CountingDenoiser,
     ExactChain,
     all_states,
     counted,
@@ -200,6 +206,87 @@ def test_memo_is_forgotten_after_loading_weights(trainable):
         torch.testing.assert_close(chain.log_prob(path), chain.log_prob(path.clone()))
 
 
+class PlainDenoiser:
+    """No ``parameters()``: a plain class over a tensor, or over Pyro's parameter store."""
+
+    vocab_size, kind, time_free = 3, "cavity", True
+
+    def __init__(self, logits):
+        self.logits, self.calls = logits, 0
+
+    def __call__(self, tokens, t):
+        self.calls += 1
+        return self.logits().log_softmax(-1).expand(*tokens.shape[:-1], 5, 3)
+
+
+TABLE = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+SOURCES = {"tensor": lambda: TABLE, "pyro.param": lambda: pyro.param("table", TABLE.detach())}
+
+
+def wrapped_chain(denoiser, wrap=lambda d: d):
+    process = toy_chain("uniform").kernel.process
+    return ReverseChain(InterpolatingKernel(process, wrap(denoiser), num_steps=T), 5)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("wrap", [lambda d: d, CountingDenoiser, EvaluatedDenoiser])
+@pytest.mark.parametrize("grad", [True, False])
+def test_memo_does_not_swallow_gradients_it_was_not_told_of(source, wrap, grad):
+    logits = SOURCES[source]
+    denoiser = PlainDenoiser(logits)
+    chain = wrapped_chain(denoiser, wrap)
+    with torch.set_grad_enabled(grad):
+        path = chain.sample((6,))
+    assert denoiser.calls == T  # looking for a gradient costs nothing
+    assert not path.requires_grad
+    log_p = chain.log_prob(path)
+    leaf = pyro.get_param_store()["table"] if source == "pyro.param" else TABLE
+    assert log_p.requires_grad
+    assert float(torch.autograd.grad(log_p.sum(), leaf)[0].abs().sum()) > 0
+    with torch.no_grad():
+        leaf.add_(torch.randn(5, 3))
+        again = chain.log_prob(path)
+    assert not torch.allclose(log_p, again)
+
+
+def test_memo_serves_plain_denoisers_without_gradients():
+    table = torch.randn(5, 3, dtype=torch.float64)
+    denoiser = PlainDenoiser(lambda: table)
+    chain = wrapped_chain(denoiser)
+    chain.log_prob(chain.sample((6,)))
+    assert denoiser.calls == T
+
+
+@pytest.mark.parametrize("wrap", [CountingDenoiser, EvaluatedDenoiser])
+def test_memo_sees_parameters_through_wrappers(wrap):
+    network = Network()
+    chain = wrapped_chain(network, wrap)
+    path = chain.sample((6,))
+    with torch.no_grad():
+        before = chain.log_prob(path)
+        assert network.calls == T
+        network.logits.add_(torch.randn(5, 3))
+        assert not torch.allclose(before, chain.log_prob(path))
+    assert chain.log_prob(path).requires_grad
+
+
+def test_memo_sees_a_parameter_replaced():
+    network = Network()
+    chain = wrapped_chain(network)
+    path = chain.sample((6,))
+    network.logits = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    with torch.no_grad():
+        torch.testing.assert_close(chain.log_prob(path), chain.log_prob(path.clone()))
+
+
+def test_site_of_a_denoiser_that_hides_a_gradient_is_scored_with_it():
+    """A clamped site moves without gradients, so it cannot know that there is one."""
+    chain = wrapped_chain(PlainDenoiser(lambda: TABLE))
+    held = {"tokens": torch.zeros(5).long(), "mask": torch.tensor([True] + [False] * 4)}
+    trace = poutine.trace(clamp(lambda: pyro.sample("path", chain), **held)).get_trace()
+    assert chain.log_prob(trace.nodes["path"]["value"]).requires_grad
+
+
 def test_training_by_maximum_likelihood_in_pyro(trainable):
     """An observed path site inside SVI: the loss falls, gradients reach the network."""
     chain, network = trainable
@@ -295,11 +382,11 @@ def test_x0_is_the_last_state():
 def test_pickle(name):
     """A chain survives ``pickle`` (workers, checkpoints) with its law."""
     chain = toy_chain(name, kappa=0.9, prompt=torch.tensor([-1, 2])).expand((3,))
-    copy = pickle.loads(pickle.dumps(chain))
-    assert isinstance(copy, ReverseChain)
-    assert copy.batch_shape == (3,)
+    twin = pickle.loads(pickle.dumps(chain))
+    assert isinstance(twin, ReverseChain)
+    assert twin.batch_shape == (3,)
     path = chain.sample()
-    torch.testing.assert_close(copy.log_prob(path.clone()), chain.log_prob(path))
+    torch.testing.assert_close(twin.log_prob(path.clone()), chain.log_prob(path))
 
 
 def test_torch_save_of_a_chain():
@@ -307,6 +394,45 @@ def test_torch_save_of_a_chain():
     buffer = io.BytesIO()
     torch.save(toy_chain(), buffer, pickle_protocol=pickle.HIGHEST_PROTOCOL)
     assert buffer.tell() > 0
+
+
+def test_a_path_does_not_drag_the_network_along(trainable):
+    """Saved and copied paths are plain tensors: they load as weights and score again."""
+    chain, network = trainable
+    path, buffer = chain.sample((6,)), io.BytesIO()
+    torch.save(path, buffer)
+    assert buffer.tell() < 8 * path.numel() + 3000
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True), path)
+    twin = copy.deepcopy(path)
+    assert not vars(twin)
+    before = network.calls
+    with torch.no_grad():
+        torch.testing.assert_close(chain.log_prob(twin), chain.log_prob(path))
+    assert network.calls == before + T  # the copy was scored, the path was not
+
+
+def test_a_path_that_is_gone_frees_its_kernel():
+    chain = toy_chain("uniform")
+    kernel = weakref.ref(chain.kernel)
+    path = chain.sample((2,))
+    del chain
+    gc.collect()
+    assert kernel() is not None
+    del path
+    gc.collect()
+    assert kernel() is None
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_inference_mode(name):
+    chain = toy_chain(name)
+    with torch.inference_mode():
+        path = chain.sample((4,))
+        log_p = chain.log_prob(path)
+        path[..., -1, :] = 0
+        torch.testing.assert_close(chain.log_prob(path), chain.log_prob(path.clone()))
+    assert bool(torch.isfinite(log_p).all())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""Sampled paths whose log-probability is known.
+
+Keyed by the tensor object, weakly and beside it: a path that is saved, copied or sent to another
+process does not take the network along, and forgets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+
+_Versions = tuple[tuple[int, int], ...]
+
+
+class _Memo(NamedTuple):
+    kernel: InterpolatingKernel
+    prompt: Tensor | None
+    version: int
+    parameters: _Versions
+    log_p: Tensor
+
+
+_MEMOS = WeakTensorKeyDictionary()
+
+
+def remember(
+    path: Tensor, kernel: InterpolatingKernel, log_p: Tensor, *, prompt: Tensor | None = None
+) -> None:
+    """Note a path's log-probability; not in inference mode, where edits leave no trace.
+
+    :param path: the sampled path.
+    :param kernel: the kernel it was sampled from.
+    :param log_p: its log-probability.
+    :param prompt: the prompt of the chain.
+    """
+    if not path.is_inference():
+        _MEMOS[path] = _Memo(kernel, prompt, path._version, _versions(kernel), log_p)
+
+
+def recall(
+    path: Tensor, kernel: InterpolatingKernel, *, prompt: Tensor | None = None
+) -> Tensor | None:
+    """Return the remembered log-probability where it is still valid, else None.
+
+    It is not where the path was edited, the kernel or the prompt is another one, a parameter of
+    the network moved, or a gradient is wanted (the memo was computed without one).
+
+    :param path: a path.
+    :param kernel: the kernel that is to score it.
+    :param prompt: the prompt of the chain that is to score it.
+    """
+    memo: _Memo | None = _MEMOS.get(path)
+    if memo is None or not memo.kernel.same_as(kernel) or memo.version != path._version:
+        return None
+    if not _same_prompt(memo.prompt, prompt) or memo.parameters != _versions(kernel):
+        return None
+    if torch.is_grad_enabled() and declares_gradient(kernel):
+        return None
+    return memo.log_p
+
+
+def declared_parameters(kernel: InterpolatingKernel) -> list[Tensor] | None:
+    """Return the tensors the denoiser says it reads, or None where it has no ``parameters()``.
+
+    :param kernel: the kernel around the denoiser.
+    """
+    parameters = getattr(kernel.denoiser, "parameters", None)
+    return list(parameters()) if callable(parameters) else None
+
+
+def declares_gradient(kernel: InterpolatingKernel) -> bool:
+    """Return whether the denoiser is known to depend on a tensor that requires a gradient.
+
+    :param kernel: the kernel around the denoiser.
+    """
+    return any(p.requires_grad for p in declared_parameters(kernel) or [])
+
+
+def _versions(kernel: InterpolatingKernel) -> _Versions:
+    parameters = declared_parameters(kernel) or []
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+
+
+def _same_prompt(here: Tensor | None, there: Tensor | None) -> bool:
+    if here is None or there is None:
+        return here is there
+    return torch.equal(here, there)
