@@ -12,21 +12,20 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.distributions._memo import declared_parameters, remember
 from ppl_diffusion.distributions._shapes import check_expand
-from ppl_diffusion.distributions.reverse_chain import ReverseChain, remember
+from ppl_diffusion.distributions.reverse_chain import ReverseChain
 
 
 class Draw(NamedTuple):
     """What a proposed site remembers of its own draw.
 
-    :param path: the drawn tensor itself.
-    :param version: its version counter at that time.
+    :param path: a copy of the drawn path, which later edits do not reach.
     :param log_q: log-density (or its unbiased estimate) under the proposal.
     :param log_weight: importance weight against the chain.
     """
 
     path: Tensor
-    version: int
     log_q: Tensor
     log_weight: Tensor
 
@@ -79,8 +78,9 @@ class ProposedChain(TorchDistribution):
         """
         shape = torch.Size((*sample_shape, *self.batch_shape))
         path, log_p, log_weight = self._propose(shape)
-        remember(path, self.chain.kernel, log_p, prompt=self.chain.prompt)
-        self.draw = Draw(path, path._version, log_p - log_weight, log_weight)
+        if declared_parameters(self.chain.kernel) is not None:  # else a gradient may hide there
+            remember(path, self.chain.kernel, log_p, prompt=self.chain.prompt)
+        self.draw = Draw(path.clone(), log_p - log_weight, log_weight)
         return path
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -91,10 +91,11 @@ class ProposedChain(TorchDistribution):
         """
         if self.draw is None:
             return self._model_log_prob(value)
-        if value is not self.draw.path or value._version != self.draw.version:
+        drawn = self.draw.path
+        if value.shape != drawn.shape or not bool((value == drawn).all()):
             raise CapabilityError(
-                "a proposed chain site knows the density of its own draw only, as the very tensor "
-                "it returned; score other paths with the chain itself."
+                "a proposed chain site knows the density of its own draw only; "
+                "score other paths with the chain itself."
             )
         return self.draw.log_q
 
