@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -205,7 +206,7 @@ class ChainMarginal(TorchDistribution):
         with torch.no_grad():
             for k in range(kernel.num_steps):
                 model = kernel.step(carry, k, fixed=chain.fixed)
-                bridge = _with_denoiser_output(model, known)
+                bridge = _bridge(model, known, last=k + 1 == kernel.num_steps)
                 tokens = bridge.sample(generator=generator)
                 log_w = log_w + model.log_prob(tokens) - bridge.log_prob(tokens)
                 carry = kernel.advance(carry, tokens, k)
@@ -235,7 +236,16 @@ class ChainMarginal(TorchDistribution):
         return new
 
 
-def _with_denoiser_output(step: TokenStep, log_probs: Tensor) -> TokenStep:
+def _bridge(step: TokenStep, known: Tensor, *, last: bool) -> TokenStep:
+    """Return the step with the denoiser replaced by the known answer, where that is enough.
+
+    With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again later.
+    Up to the last step half of the predictions are then the model's own, so that the proposal can
+    go wherever the model goes.
+    """
+    log_probs = known
+    if not last and step.kappa < 1 and bool((step.process.prior == 0).any()):
+        log_probs = torch.logaddexp(known, step.log_probs.to(known.dtype)) - math.log(2.0)
     return TokenStep(
         step.process,
         step.tokens,
