@@ -36,7 +36,10 @@ class Unroll(Reparam):
             if k > 0:
                 step = kernel.step({"tokens": states[-1]}, k - 1, fixed=fixed)
             states.append(pyro.sample(f"{name}_{k}", step, obs=None if given is None else given[k]))
-        path = torch.stack(states, -2) if msg["value"] is None else msg["value"]
+        # Enumerated steps grow a batch dimension each, to the left of what the earlier ones have.
+        path = msg["value"]
+        if path is None:
+            path = torch.stack(torch.broadcast_tensors(*states), -2)
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}
 

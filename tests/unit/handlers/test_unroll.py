@@ -4,10 +4,11 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 from ppl_diffusion.handlers import Unroll, unroll
 from ppl_diffusion.testing.oracles import ExactChain, chi_square_p_value
-from ppl_diffusion.testing.toys import counted, toy_chain
+from ppl_diffusion.testing.toys import counted, toy_chain, toy_potential
 
 
 def program(chain):
@@ -81,3 +82,26 @@ def test_unrolled_chains_have_the_exact_law():
     exact = ExactChain.of(chain)
     counts = exact.histogram(x0) * 20000
     assert chi_square_p_value(counts, exact.x0_law()) > 1e-4  # the false-alarm rate
+
+
+@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+@pytest.mark.parametrize("plate", [None, 2])
+def test_enumeration_sums_over_the_steps(process, plate):
+    """``TraceEnum_ELBO`` eliminates the steps one by one: minus log evidence, exactly."""
+    chain, potential = toy_chain(process, num_steps=3), toy_potential()
+
+    def score():
+        x0 = program(chain).clamp_max(2)  # sequences with a mask have probability zero
+        pyro.factor("reward", potential(x0))
+
+    def enumerated():
+        if plate is None:
+            score()
+        else:
+            with pyro.plate("n", plate):
+                score()
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=0 if plate is None else 1)
+    loss = elbo.loss(config_enumerate(unroll(enumerated)), lambda: None)
+    exact = torch.tensor(ExactChain.of(chain).evidence(potential)).log()
+    assert -loss == pytest.approx((plate or 1) * float(exact), abs=1e-9)
