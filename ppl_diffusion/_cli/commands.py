@@ -127,6 +127,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     :param folder: a folder written by ``design``, or by ``ParticlePosterior.save``.
     :param plots: also draw the plots into this folder.
     :raises InputError: if it holds no run.
+    :raises ParticleCollapse: if plots are asked for of a run without a living particle.
     """
     from ppl_diffusion.diagnostics import summary
 

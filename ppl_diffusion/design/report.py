@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_diffusion._errors import ParticleCollapse
+
 if TYPE_CHECKING:
     from ppl_diffusion.design.judging import Columns
     from ppl_diffusion.design.ranking import Designs
@@ -89,7 +91,14 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
 
     :param posterior: the particles.
     :param folder: made if it is absent.
+    :raises ParticleCollapse: if every run is dead; then nothing is written.
     """
+    if not bool(posterior.alive.any()):
+        raise ParticleCollapse(
+            f"No plots were drawn into {folder}, because every particle of every run has weight "
+            f"zero since step {int(posterior.died_at.max())}: make a run with more particles, a "
+            "better twist or a weaker constraint."
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
