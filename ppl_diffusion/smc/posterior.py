@@ -228,7 +228,8 @@ class ParticlePosterior:
         """
         arrays, meta = _read(Path(directory))
         sites = {name: arrays.pop(f"{_SITE}{name}") for name in meta.pop("sites")}
-        return cls(**arrays, samples=sites, **meta)
+        contents: dict[str, Any] = {**arrays, **meta, "samples": sites}
+        return cls(**contents)
 
     def _require_alive(self) -> None:
         if not bool(self.alive.any()):
