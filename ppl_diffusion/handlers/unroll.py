@@ -36,12 +36,15 @@ class Unroll(Reparam):
             if k > 0:
                 step = kernel.step({"tokens": states[-1]}, k - 1, fixed=fixed)
             states.append(pyro.sample(f"{name}_{k}", step, obs=None if given is None else given[k]))
-        # Enumerated steps grow a batch dimension each, to the left of what the earlier ones have.
-        path = msg["value"]
-        if path is None:
-            path = torch.stack(torch.broadcast_tensors(*states), -2)
+        path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}
+
+
+def _joined(states: list[torch.Tensor], chain: ReverseChain) -> torch.Tensor:
+    # Under enumeration every step has a batch dimension of its own, and plates have size one.
+    shape = torch.broadcast_shapes(chain.batch_shape, *(state.shape[:-1] for state in states))
+    return torch.stack([state.expand(*shape, -1) for state in states], -2)
 
 
 def unroll(fn: Callable[..., Any] | None = None, *, sites: Collection[str] | None = None) -> Any:

@@ -1,5 +1,7 @@
 """unroll writes a chain as one site per step and changes no number."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -103,5 +105,5 @@ def test_enumeration_sums_over_the_steps(process, plate):
 
     elbo = TraceEnum_ELBO(max_plate_nesting=0 if plate is None else 1)
     loss = elbo.loss(config_enumerate(unroll(enumerated)), lambda: None)
-    exact = torch.tensor(ExactChain.of(chain).evidence(potential)).log()
-    assert -loss == pytest.approx((plate or 1) * float(exact), abs=1e-9)
+    exact = math.log(ExactChain.of(chain).evidence(potential))
+    assert -loss == pytest.approx((plate or 1) * exact, abs=1e-9)
