@@ -14,6 +14,7 @@ from ppl_diffusion.distributions._shapes import check_expand, check_value, enume
 from ppl_diffusion.distributions.marginal import ChainMarginal
 from ppl_diffusion.distributions.token_step import MAX_ENUMERATE
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+from ppl_diffusion.kernels.processes import whole_number
 
 
 class ReverseChain(TorchDistribution):
@@ -33,6 +34,7 @@ class ReverseChain(TorchDistribution):
     :param prompt: int64 ``(L,)``: tokens present from the start, -1 where the chain is free.
         This defines the chain that is started from the prompt; to condition a chain on tokens
         of ``x0`` use :func:`ppl_diffusion.handlers.clamp`.
+    :raises TypeError: if the length or the prompt is not of whole numbers.
     :raises ValueError: if the length or the prompt does not fit.
     """
 
@@ -47,10 +49,8 @@ class ReverseChain(TorchDistribution):
         prompt: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"ReverseChain: length must be >= 1, got {length}.")
-        self.kernel, self.length = kernel, int(length)
-        self.prompt = None if prompt is None else _check_prompt(prompt, length, kernel)
+        self.kernel, self.length = kernel, whole_number(length, "ReverseChain: length")
+        self.prompt = None if prompt is None else _check_prompt(prompt, self.length, kernel)
         event_shape = torch.Size((kernel.num_steps + 1, self.length))
         super().__init__(torch.Size(), event_shape, validate_args=validate_args)
 
@@ -185,7 +185,10 @@ class ReverseChain(TorchDistribution):
 
 
 def _check_prompt(prompt: Tensor, length: int, kernel: InterpolatingKernel) -> Tensor:
-    prompt = torch.as_tensor(prompt, dtype=torch.int64)
+    prompt = torch.as_tensor(prompt)
+    if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+        raise TypeError(f"ReverseChain: prompt must hold integer ids, got {prompt.dtype}.")
+    prompt = prompt.to(torch.int64)
     if tuple(prompt.shape) != (length,):
         raise ValueError(
             f"ReverseChain: prompt must have shape ({length},), got {tuple(prompt.shape)}."

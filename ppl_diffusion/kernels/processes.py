@@ -9,8 +9,10 @@ uniform one ``pi = 1/V``, and :class:`Interpolating` any categorical prior over 
 (D3PM, Austin et al. 2021, arXiv:2107.03006; UDLM, Schiff et al. 2024, arXiv:2412.10193).
 """
 
+import operator
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -30,16 +32,15 @@ class Process:
     def __init__(
         self, prior: Sequence[float] | Array, vocab_size: int, schedule: Schedule | None = None
     ) -> None:
+        vocab_size = whole_number(vocab_size, f"{type(self).__name__}: vocab_size")
         probs = np.asarray(prior, dtype=np.float64)
-        if vocab_size < 1:
-            raise ValueError(f"{type(self).__name__}: vocab_size must be >= 1, got {vocab_size}.")
         if probs.ndim != 1 or probs.size < vocab_size:
             raise ValueError(
                 f"prior must be a vector over >= {vocab_size} states, got shape {probs.shape}."
             )
         if not np.all(np.isfinite(probs)) or probs.min() < 0 or abs(probs.sum() - 1) > 1e-6:
             raise ValueError("prior must hold finite, non-negative probabilities that sum to one.")
-        self.vocab_size = int(vocab_size)
+        self.vocab_size = vocab_size
         self.schedule = Linear() if schedule is None else schedule
         self.prior = probs / probs.sum()
 
@@ -121,6 +122,7 @@ class Absorbing(Process):
     """
 
     def __init__(self, vocab_size: int, schedule: Schedule | None = None) -> None:
+        vocab_size = whole_number(vocab_size, "Absorbing: vocab_size")
         super().__init__([0.0] * vocab_size + [1.0], vocab_size, schedule)
 
     def draw_prior(self, uniforms: Array) -> Array:
@@ -142,7 +144,8 @@ class Uniform(Process):
     """
 
     def __init__(self, vocab_size: int, schedule: Schedule | None = None) -> None:
-        super().__init__([1.0 / vocab_size] * max(vocab_size, 1), vocab_size, schedule)
+        vocab_size = whole_number(vocab_size, "Uniform: vocab_size")
+        super().__init__([1.0 / vocab_size] * vocab_size, vocab_size, schedule)
 
 
 class Interpolating(Process):
@@ -154,6 +157,23 @@ class Interpolating(Process):
 
     def __init__(self, prior: Sequence[float] | Array, schedule: Schedule | None = None) -> None:
         super().__init__(prior, len(prior), schedule)
+
+
+def whole_number(value: Any, name: str) -> int:
+    """Return a count as an int, refusing what would have to be rounded.
+
+    :param value: the count.
+    :param name: what it is, for the message.
+    :raises TypeError: if it is not an integer.
+    :raises ValueError: if it is less than one.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}.") from error
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {count}.")
+    return count
 
 
 def _is_jax(xp: object) -> bool:

@@ -453,6 +453,23 @@ def test_bad_chains(make, text):
         make(toy_chain(num_steps=1).kernel)
 
 
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda k: ReverseChain(k, 2.7), "length must be a whole number, got 2.7"),
+        (lambda k: ReverseChain(k, 2, prompt=[1.9, -1.0]), "prompt must hold integer ids, got"),
+        (lambda k: ReverseChain(k, 2, prompt=[True, False]), "prompt must hold integer ids, got"),
+    ],
+)
+def test_nothing_is_rounded(make, text):
+    with pytest.raises(TypeError, match=text):
+        make(toy_chain(num_steps=1).kernel)
+
+
+def test_a_prompt_may_be_a_list():
+    assert ReverseChain(toy_chain().kernel, 2, prompt=[1, -1]).prompt.tolist() == [1, -1]
+
+
 def test_large_supports_are_not_enumerated():
     with pytest.raises(NotImplementedError, match=r"4\*\*60 values, more than max_enumerate"):
         toy_markov_chain(length=12).enumerate_support()

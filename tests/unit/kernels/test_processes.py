@@ -81,3 +81,12 @@ def test_bad_priors(prior, size, text):
 def test_empty_vocabulary(make):
     with pytest.raises((ValueError, ZeroDivisionError)):
         make(0)
+
+
+@pytest.mark.parametrize("make", [Absorbing, Uniform])
+def test_vocabulary_sizes_are_counts(make):
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"vocab_size must be >= 1, got {size}"):
+            make(size)
+    with pytest.raises(TypeError, match=r"vocab_size must be a whole number, got 2\.5"):
+        make(2.5)
