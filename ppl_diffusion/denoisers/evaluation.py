@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.kernels.interpolating import require_tensor
 
 
 class EvaluatedDenoiser:
@@ -99,6 +100,7 @@ class EvaluatedDenoiser:
         self.rows_evaluated += len(rows)
         self.num_calls += len(chunks)
         outputs = [self.denoiser(chunk, t) for chunk in chunks]
+        require_tensor(outputs[0], (*rows.shape, self.vocab_size))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def __repr__(self) -> str:

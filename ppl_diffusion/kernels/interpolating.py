@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.kernels.mixture import log_posterior_mean, posterior_to_cavity
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.kernels.processes import Process, whole_number
 
 if TYPE_CHECKING:
     from ppl_diffusion.denoisers.base import Denoiser
@@ -41,7 +41,8 @@ class InterpolatingKernel:
         values are accepted while the kernel stays a distribution.
     :raises ValueError: if the grid or ``kappa`` is not usable, or neither or both of
         ``num_steps`` and ``times`` are given.
-    :raises CapabilityError: if the denoiser and the process disagree on the vocabulary.
+    :raises CapabilityError: if the denoiser and the process disagree on the vocabulary, or the
+        denoiser says that it was built for another process.
     """
 
     process: Process
@@ -155,6 +156,8 @@ class InterpolatingKernel:
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TokenStep:
         """Return the distribution of the next state.
 
+        A step without progress (a repeated time at ``kappa = 1``) makes no network call.
+
         :param carry: the current carry.
         :param k: step index, 0 (noisiest) to ``num_steps - 1``.
         :param fixed: bool ``(*batch, L)``, positions that stay with probability one and do not
@@ -166,10 +169,11 @@ class InterpolatingKernel:
 
         if not 0 <= k < self.num_steps:
             raise ValueError(f"step index k must lie in 0..{self.num_steps - 1}, got {k}.")
+        tokens = carry["tokens"]
         return TokenStep(
             self.process,
-            carry["tokens"],
-            self.cavity_log_probs(carry["tokens"], k),
+            tokens,
+            self.cavity_log_probs(tokens, k) if self._moves(k) else self._flat(tokens),
             float(self.alphas[k]),
             float(self.alphas[k + 1]),
             float(self.kappa[k]),
@@ -189,18 +193,16 @@ class InterpolatingKernel:
     def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
         """Return the denoiser's cavity log-probabilities at grid point ``k``.
 
-        No network call is made where nothing can depend on it: a fully revealed masked state,
-        or a step without progress at ``kappa = 1``.
+        No network call is made where nothing can depend on it: a fully revealed masked state.
 
         :param tokens: int64 ``(*batch, L)``.
         :param k: index into ``times``.
-        :returns: ``(*batch, L, V)``.
+        :returns: float64 ``(*batch, L, V)``, normalised to round-off.
+        :raises TypeError: if the output is no tensor.
         :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
         """
-        if self._idle(tokens, k):
-            return torch.full(
-                (*tokens.shape, self.process.vocab_size), -np.log(self.process.vocab_size)
-            )
+        if self._revealed(tokens):
+            return self._flat(tokens)
         log_c = self.denoiser(tokens, float(self.times[k]))
         log_c = _clean_log_probs(log_c, tokens, self.process.vocab_size)
         if self.denoiser.kind == "posterior":
@@ -223,12 +225,18 @@ class InterpolatingKernel:
         :param tokens: int64 ``(*batch, L)``.
         :param k: step index.
         """
-        return not self._idle(tokens, k)
+        return self._moves(k) and not self._revealed(tokens)
 
-    def _idle(self, tokens: Tensor, k: int) -> bool:
-        if k < self.num_steps and self.kappa[k] == 1 and self.alphas[k] == self.alphas[k + 1]:
-            return True
+    def _moves(self, k: int) -> bool:
+        """Return whether step ``k`` can change anything; at ``kappa = 1`` it needs signal to."""
+        return bool(self.kappa[k] != 1 or self.alphas[k] != self.alphas[k + 1])
+
+    def _revealed(self, tokens: Tensor) -> bool:
         return self.process.absorbing and not bool(torch.any(tokens == self.process.vocab_size))
+
+    def _flat(self, tokens: Tensor) -> Tensor:
+        size = self.process.vocab_size
+        return torch.full((*tokens.shape, size), -np.log(size), dtype=torch.float64)
 
     def __repr__(self) -> str:
         kappa = (
@@ -244,9 +252,8 @@ def _time_grid(num_steps: int | None, times: Any) -> np.ndarray:
     if (num_steps is None) == (times is None):
         raise ValueError("InterpolatingKernel: give exactly one of num_steps and times.")
     if times is None:
-        if num_steps is None or num_steps < 1:
-            raise ValueError(f"InterpolatingKernel: num_steps must be >= 1, got {num_steps}.")
-        return np.linspace(1.0, 0.0, int(num_steps) + 1)
+        count = whole_number(num_steps, "InterpolatingKernel: num_steps")
+        return np.linspace(1.0, 0.0, count + 1)
     grid = np.array(times, dtype=np.float64)
     if grid.ndim != 1 or grid.size < 2 or not np.all(np.isfinite(grid)):
         raise ValueError(
@@ -258,7 +265,13 @@ def _time_grid(num_steps: int | None, times: Any) -> np.ndarray:
 
 
 def _check_kappa(kappa: Any, alphas: np.ndarray, process: Process) -> np.ndarray:
-    values = np.broadcast_to(np.asarray(kappa, dtype=np.float64), (len(alphas) - 1,)).copy()
+    given = np.asarray(kappa, dtype=np.float64)
+    if given.shape not in ((), (len(alphas) - 1,)):
+        raise ValueError(
+            "InterpolatingKernel: kappa must be one number or one per step, "
+            f"{len(alphas) - 1} of them, got shape {given.shape}."
+        )
+    values = np.broadcast_to(given, (len(alphas) - 1,)).copy()
     a, b = alphas[:-1], alphas[1:]
     if not np.all(np.isfinite(values)) or values.max() > 1:
         raise ValueError("InterpolatingKernel: kappa must be finite and at most 1.")
@@ -287,19 +300,48 @@ def _check_denoiser(process: Process, denoiser: Denoiser) -> None:
             f"the denoiser has {size} clean tokens but the process has {process.vocab_size}; "
             "build both with one vocabulary."
         )
+    other = getattr(denoiser, "process", None)
+    if isinstance(other, Process) and not _same_noise(process, other, denoiser.time_free):
+        raise CapabilityError(
+            f"the denoiser was built for {other!r} but the kernel runs {process!r}; "
+            "build both with one process."
+        )
+
+
+def _same_noise(process: Process, other: Process, time_free: bool) -> bool:
+    """Return whether an exact denoiser of one process is right for the other."""
+    same_prior = np.array_equal(process.prior, other.prior)
+    return same_prior and (time_free or process.schedule == other.schedule)
 
 
 def _clean_log_probs(log_c: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
-    """Drop mass on the mask (SUBS) and insist on finite, normalised rows."""
+    """Drop mass on the mask (SUBS), insist on finite rows, and normalise them in float64."""
     expected = (*tokens.shape, vocab_size)
+    require_tensor(log_c, expected)
     if tuple(log_c.shape) == (*tokens.shape, vocab_size + 1):
         log_c = torch.log_softmax(log_c[..., :vocab_size], -1)
     if tuple(log_c.shape) != expected:
         raise ValueError(f"the denoiser returned shape {tuple(log_c.shape)}, expected {expected}.")
-    total = log_c.detach().exp().sum(-1)
-    if not bool(((total - 1).abs() < 1e-3).all()):
+    log_c = log_c.to(torch.float64)
+    total = log_c.exp().sum(-1, keepdim=True)
+    if not bool(((total.detach() - 1).abs() < 1e-3).all()):
         raise ValueError(
             "the denoiser returned NaN or unnormalised log-probabilities; "
             "apply log_softmax over the clean vocabulary."
         )
-    return log_c
+    # float32 rows sum to one only almost: a path of many sites would lose that mass.
+    return log_c - total.log()
+
+
+def require_tensor(log_probs: object, expected: tuple[int, ...]) -> None:
+    """Refuse what is no tensor, before an operation fails on it with an obscure message.
+
+    :param log_probs: what a denoiser returned.
+    :param expected: the shape to name in the message.
+    :raises TypeError: if it is not a torch tensor.
+    """
+    if not isinstance(log_probs, Tensor):
+        raise TypeError(
+            f"the denoiser returned {type(log_probs).__name__}, expected a torch tensor of "
+            f"log-probabilities of shape {expected}."
+        )

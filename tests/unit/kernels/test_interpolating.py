@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.denoisers import TableDenoiser
-from ppl_diffusion.kernels import Absorbing, Cosine, InterpolatingKernel, Uniform
+from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser
+from ppl_diffusion.kernels import Absorbing, Cosine, Interpolating, InterpolatingKernel, Uniform
 from ppl_diffusion.testing import KernelContract, counted, random_joint, toy_chain
 
 
@@ -83,6 +83,8 @@ def make(**options):
         ({"times": [1.0, 0.5, 0.6, 0.0]}, "decrease from exactly 1"),
         ({"times": [1.0, np.nan, 0.0]}, "finite times"),
         ({"times": [1.0]}, "at least two"),
+        ({"num_steps": 2, "kappa": [1.0, 1.0, 1.0]}, r"one per step, 2 of them, got shape \(3,\)"),
+        ({"num_steps": 3, "kappa": [0.5]}, r"one per step, 3 of them, got shape \(1,\)"),
         ({"num_steps": 2, "kappa": 1.1}, "finite and at most 1"),
         ({"num_steps": 2, "kappa": np.nan}, "finite and at most 1"),
         ({"num_steps": 2, "kappa": -5.0}, "kappa = -5.0 at step 0 makes a probability negative"),
@@ -92,6 +94,25 @@ def make(**options):
 def test_bad_settings(options, text):
     with pytest.raises(ValueError, match=text):
         make(**options)
+
+
+@pytest.mark.parametrize("num_steps", [2.5, 2.0, "2"])
+def test_num_steps_is_not_rounded(num_steps):
+    with pytest.raises(TypeError, match="num_steps must be a whole number, got"):
+        make(num_steps=num_steps)
+
+
+def test_denoiser_must_be_of_the_same_process():
+    """An exact denoiser knows which noise it is exact for; prior and schedule, not the class."""
+    joint = random_joint(3, 2)
+    masked = TableDenoiser(joint, Absorbing(3))
+    with pytest.raises(CapabilityError, match=r"built for Absorbing.* but the kernel runs Uniform"):
+        InterpolatingKernel(Uniform(3), masked, num_steps=2)
+    uniform = TableDenoiser(joint, Uniform(3))
+    with pytest.raises(CapabilityError, match=r"built for Uniform.*Linear.* runs Uniform.*Cosine"):
+        InterpolatingKernel(Uniform(3, Cosine()), uniform, num_steps=2)
+    InterpolatingKernel(Absorbing(3, Cosine()), masked, num_steps=2)  # masks do not see the time
+    InterpolatingKernel(Interpolating([1 / 3] * 3), uniform, num_steps=2)
 
 
 def test_denoiser_must_fit():
@@ -123,6 +144,55 @@ def test_denoiser_must_behave(output, text):
     kernel = make(denoiser=Broken(), num_steps=2)
     with pytest.raises(ValueError, match=text):
         kernel.step(kernel.init_carry((2,), 2), 0)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, EvaluatedDenoiser])
+@pytest.mark.parametrize("output", [None, np.zeros((2, 2, 3)), [0.0]])
+def test_denoiser_must_return_a_tensor(output, wrap):
+    class Broken:
+        vocab_size, kind, time_free = 3, "cavity", True
+
+        def __call__(self, tokens, t):
+            return output
+
+    kernel = make(denoiser=wrap(Broken()), num_steps=2)
+    with pytest.raises(TypeError, match=f"returned {type(output).__name__}, expected a torch tens"):
+        kernel.step(kernel.init_carry((2,), 2), 0)
+
+
+@pytest.mark.parametrize("process", [Absorbing(4), Uniform(4)])
+def test_nearly_normalised_rows_are_normalised(process):
+    """A network off by 5e-4 per site: without this the path law has mass 0.96 at 80 sites."""
+    logits = torch.randn(80, 4).log_softmax(-1).requires_grad_()
+
+    class Sloppy:
+        vocab_size, kind, time_free = 4, "cavity", True
+
+        def __call__(self, tokens, t):
+            return (logits + 5e-4).expand(*tokens.shape, 4)
+
+    kernel = InterpolatingKernel(process, Sloppy(), num_steps=2)
+    log_c = kernel.cavity_log_probs(kernel.init_carry((3,), 80)["tokens"], 0)
+    assert log_c.dtype == torch.float64
+    total = log_c.logsumexp(-1)
+    torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-14)
+    torch.testing.assert_close(log_c[0].float(), logits.detach(), rtol=0, atol=1e-6)
+    gradient = torch.autograd.grad(total.sum(), logits)[0]  # a constant has none
+    torch.testing.assert_close(gradient, torch.zeros(80, 4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_posterior_mean_at_a_repeated_time_is_the_real_one(name):
+    """A step without progress asks no network, but a look-ahead from there does."""
+    chain, counter = counted(toy_chain(name))
+    times = [1.0, 0.5, 0.5, 0.0]
+    kernel = InterpolatingKernel(chain.kernel.process, counter, times=times)
+    tokens = kernel.init_carry((4,), 2)["tokens"]
+    kernel.step({"tokens": tokens}, 1)
+    assert counter.calls == 0
+    here, there = kernel.posterior_mean(tokens, 1), kernel.posterior_mean(tokens, 2)
+    torch.testing.assert_close(here, there)
+    assert float((here - here.mean(-1, keepdim=True)).abs().max()) > 0.1
 
 
 def test_no_network_call_where_nothing_can_depend_on_it():
