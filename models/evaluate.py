@@ -148,13 +148,16 @@ def print_evaluation(name: str, result: Evaluation) -> None:
     Console().print(table)
 
 
-def write_card(folder: Path, name: str, sequences: Sequences, result: Evaluation) -> None:
+def write_card(
+    folder: Path, name: str, sequences: Sequences, result: Evaluation, *, note: str = ""
+) -> None:
     """Write ``card.json`` and the same as ``card.md``.
 
     :param folder: where the prior lies.
     :param name: its name.
     :param sequences: its data.
     :param result: its figures.
+    :param note: what else a reader should know of how it was trained.
     """
     recipe = find_recipe(name)
     card: dict[str, Any] = {
@@ -163,7 +166,9 @@ def write_card(folder: Path, name: str, sequences: Sequences, result: Evaluation
         "data": sequences.source,
         "licence": f"Weights: Apache-2.0. {sequences.licence}",
         "training": f"ppl-diffusion train {name} --data DIR --out OUT",
-        "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR",
+        "note": note,
+        "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR "
+        f"--times {result.times}",
         "metrics": {key: _rounded(value) for key, value in asdict(result).items()},
     }
     text = json.dumps(card, indent=2)
@@ -186,7 +191,7 @@ A {card["family"]} diffusion prior over promoter sequences.
 
 - Data: {card["data"]}
 - Licence: {card["licence"]}
-- Training: `{card["training"]}`
+- Training: `{card["training"]}` {card["note"]}
 - Evaluation: `{card["evaluation"]}`
 
 ## Test split ({metrics["sequences"]} sequences, {metrics["families"]} families)
@@ -213,6 +218,7 @@ def main(
     weights: Annotated[Path | None, typer.Option(help="Folder of a trained prior.")] = None,
     times: Annotated[int, typer.Option(min=2, help="Times per sequence.")] = MIN_TIMES,
     seed: Annotated[int, typer.Option(help="Seed of times and noise.")] = 0,
+    note: Annotated[str, typer.Option(help="How it was trained, for the card.")] = "",
     ship: Annotated[
         bool, typer.Option("--ship", help="Put --weights, with a card, among the shipped priors.")
     ] = False,
@@ -225,7 +231,7 @@ def main(
     print_evaluation(name, result)
     if ship:
         program.save(WEIGHTS / name)
-        write_card(WEIGHTS / name, name, sequences, result)
+        write_card(WEIGHTS / name, name, sequences, result, note=note)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,10 @@ class Transformer(nn.Module):
         :raises ValueError: if a file is corrupt or the two do not belong together.
         """
         folder = Path(directory)
-        network = cls(_read_config(folder / CONFIG_FILE))
+        config = _read_config(folder / CONFIG_FILE)
+        # The random start is overwritten; it must not move the caller's generator.
+        with torch.random.fork_rng(devices=[]):
+            network = cls(config)
         _load_weights(network, folder / WEIGHTS_FILE)
         return network.eval()
 

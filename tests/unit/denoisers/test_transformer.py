@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
 
@@ -119,6 +120,13 @@ def test_round_trip_is_bit_exact(network, tmp_path):
     for name, value in network.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert torch.equal(again(rows, 0.7), network(rows, 0.7))
+
+
+def test_reading_leaves_torch_s_generator_alone(tmp_path):
+    make().save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    Transformer.from_pretrained(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_missing_file_is_one_sentence(tmp_path):

@@ -1,0 +1,237 @@
+"""Training on a toy: it learns, it resumes where it stopped, it says what is missing."""
+
+import csv
+import dataclasses
+import gzip
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_diffusion.models.datasets import (
+    Sequences,
+    load_sequences,
+    reverse_complement,
+)
+from ppl_diffusion.models.evaluate import _error, _noise, evaluate, print_evaluation, write_card
+from ppl_diffusion.models.markov_baseline import MarkovBaseline
+from ppl_diffusion.models.recipes import RECIPES, Recipe, find_recipe
+from ppl_diffusion.models.training import train
+
+LENGTH = 8
+TOY = Recipe(
+    family="masked",
+    dataset="none",
+    shape={"dim": 16, "depth": 1, "heads": 2, "dropout": 0.1, "stem_width": 3},
+    steps=20,
+    batch_size=32,
+    learning_rate=2e-2,
+    warmup=2,
+    ema_decay=0.9,
+    shares=(0.5, 1.0),
+    validate_every=5,
+    markov_order=1,
+)
+
+
+@pytest.fixture
+def toy():
+    """Sequences that repeat one letter: one token tells all others."""
+    rows = torch.arange(4)[:, None].expand(4, LENGTH).repeat(16, 1)
+    return Sequences(
+        train=rows,
+        valid=rows[:16],
+        test=rows[:8],
+        test_family=torch.arange(8),
+        related=rows,
+        related_weights=torch.ones(len(rows), dtype=torch.float64),
+        licence="Data: made up.",
+        source="Repeated letters.",
+    )
+
+
+def run(toy, out, **options):
+    return train("toy", out=out, recipe=TOY, sequences=toy, quiet=True, **options)
+
+
+@pytest.mark.parametrize("family", ["masked", "uniform"])
+def test_twenty_steps_lower_the_bound(toy, tmp_path, family):
+    shape = {**TOY.shape, "time_conditioning": family == "uniform"}
+    recipe = dataclasses.replace(TOY, family=family, shape=shape)
+    result = train("toy", out=tmp_path, recipe=recipe, sequences=toy, quiet=True)
+    assert result.steps == 20
+    assert result.program.family == family
+    # Two bits is the uniform guess at which the network starts; the truth is 2 bits / 8 tokens.
+    assert result.valid_bits < 1.6
+    assert json.loads((tmp_path / "run.json").read_text())["best_step"] == result.best_step
+
+
+def test_a_resumed_run_equals_the_unbroken_one(toy, tmp_path):
+    whole = run(toy, tmp_path / "whole", steps=20)
+    recipe = dataclasses.replace(TOY, steps=20)
+    # Stopped after 10 of 20 steps, as a killed process would be: same schedule, fewer epochs.
+    from ppl_diffusion.models import training
+
+    original = training._trainer
+
+    def stopped(*args):
+        trainer = original(*args)
+        trainer.fit_loop.max_epochs = 2
+        return trainer
+
+    training._trainer = stopped
+    try:
+        half = train("toy", out=tmp_path / "half", recipe=recipe, sequences=toy, quiet=True)
+    finally:
+        training._trainer = original
+    assert half.steps == 10
+    resumed = run(toy, tmp_path / "half", steps=20, resume=True)
+    assert resumed.steps == whole.steps == 20
+    assert (resumed.valid_bits, resumed.best_step) == (whole.valid_bits, whole.best_step)
+    for name, value in whole.program.denoiser.state_dict().items():
+        assert torch.equal(value, resumed.program.denoiser.state_dict()[name])
+
+
+def test_training_leaves_torch_s_generator_alone(toy, tmp_path):
+    before = torch.get_rng_state()
+    run(toy, tmp_path, steps=5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seeds_matter(toy, tmp_path):
+    one, same, other = (
+        run(toy, tmp_path / str(i), steps=5, seed=s) for i, s in enumerate((1, 1, 2))
+    )
+    assert one.valid_bits == same.valid_bits
+    assert one.valid_bits != other.valid_bits
+
+
+def test_wrong_requests_are_refused(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"no training recipe 'x': choose one of yeast-promoter"):
+        train("x", out=tmp_path)
+    with pytest.raises(ValueError, match="0 steps is not a run"):
+        run(toy, tmp_path, steps=0)
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt is missing; train without --resume"):
+        run(toy, tmp_path, resume=True)
+
+
+def test_lightning_is_asked_for_when_missing(toy, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ppl_diffusion.models.fitting", raising=False)
+    monkeypatch.delattr("ppl_diffusion.models.fitting", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ppl-diffusion\[train\]'"):
+        run(toy, tmp_path)
+
+
+def test_recipes_build_their_programs():
+    from ppl_diffusion.models.library import FAMILIES
+
+    for name in RECIPES:
+        recipe = find_recipe(name)
+        program = FAMILIES[recipe.family].build("ACGT", 10, **recipe.shape)
+        assert program.denoiser.time_free == (recipe.family == "masked")
+
+
+def test_missing_data_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.delenv("PPL_DIFFUSION_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="pass --data, or set PPL_DIFFUSION_DATA"):
+        load_sequences("yeast")
+    with pytest.raises(FileNotFoundError, match=r"does not hold dna/human_core.*check --data"):
+        load_sequences("human", tmp_path)
+
+
+def test_yeast_rows_are_read(tmp_path):
+    (tmp_path / "dna").mkdir()
+    split = np.array([0, 0, 0, 1, 2, 2], np.uint8)
+    np.savez(
+        tmp_path / "dna" / "yeast_promoters_80bp.npz",
+        x=np.random.default_rng(0).integers(0, 4, (6, 80)).astype(np.uint8),
+        kind=np.array([1, 1, 0, 1, 1, 0], np.uint8),
+        family=np.array([7, 7, 8, 9, 10, 10], np.int32),
+        split=split,
+    )
+    data = load_sequences("yeast", tmp_path)
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [2, 1, 1]
+    # Two families, each counting once, then the Markov draws with as much mass in all.
+    assert data.related_weights[:3].tolist() == [0.25, 0.25, 0.5]
+    assert float(data.related_weights[3:].sum()) == pytest.approx(1.0)
+    assert data.test_family.tolist() == [10]
+
+
+def test_human_rows_are_read(tmp_path, monkeypatch):
+    (tmp_path / "dna").mkdir()
+    path = tmp_path / "dna" / "human_core_promoters_70bp.csv.gz"
+    with gzip.open(path, "wt", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sequence", "label", "orig_split", "split"])
+        writer.writerows(
+            [["ACGT", 1, "", s] for s in ("train", "valid", "test")] + [["TTTT", 0, "", "train"]]
+        )
+    monkeypatch.setenv("PPL_DIFFUSION_DATA", str(tmp_path))
+    data = load_sequences("human")
+    assert data.train.tolist() == [[0, 1, 2, 3]]
+    assert data.related.tolist() == [[0, 1, 2, 3], [3, 3, 3, 3]]
+
+
+def test_reverse_complement_turns_the_strand():
+    rows = torch.tensor([[0, 1, 2, 2]])
+    assert reverse_complement(rows).tolist() == [[1, 1, 2, 3]]
+    assert torch.equal(reverse_complement(reverse_complement(rows)), rows)
+
+
+def test_markov_chain_counts_by_hand():
+    rows = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    chain = MarkovBaseline(rows, 1, 2, count=0.5)
+    # First token: all six tokens, 3 of each. Transitions: from 0 one 0 and two 1; from 1 one 1.
+    expected = [0.5, 2.5 / 4, 1.5 / 2]
+    torch.testing.assert_close(
+        chain.bits(rows[:1]),
+        torch.tensor([[-math.log2(p) for p in expected]], dtype=torch.float64),
+    )
+
+
+def test_markov_draws_follow_the_chain():
+    """Frequency of one transition over 4000 draws; false alarm 6e-5 (4 s.e.)."""
+    rows = torch.tensor([[0, 1, 0, 0, 1, 0]])
+    chain = MarkovBaseline(rows, 1, 2, count=0.0)
+    draws = chain.sample(1000, 5, torch.Generator().manual_seed(0))
+    assert draws.shape == (1000, 5)
+    after_zero = draws[:, 1:][draws[:, :-1] == 0]
+    p, n = 2 / 3, len(after_zero)
+    assert abs(float((after_zero == 1).double().mean()) - p) < 4 * math.sqrt(p * (1 - p) / n)
+    assert (draws[:, 1:][draws[:, :-1] == 1] == 0).all()
+
+
+def test_error_treats_a_family_as_one():
+    values = torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64)
+    plain = _error(values, torch.arange(4))
+    assert plain == pytest.approx(float(values.std()) / 2)
+    assert _error(values, torch.tensor([5, 5, 9, 9])) == pytest.approx(1.0)
+
+
+def test_noise_is_that_of_the_stratified_mean():
+    """Terms with a trend: the trend must not count. Tolerance 20 %, 8 s.e. of the estimate."""
+    generator = torch.Generator().manual_seed(0)
+    trend = torch.arange(64, dtype=torch.float64)[:, None]
+    terms = trend + torch.randn(64, 50, dtype=torch.float64, generator=generator) * 2.0
+    assert _noise(terms) == pytest.approx(2.0 / math.sqrt(64 * 50), rel=0.2)
+
+
+def test_evaluation_and_card(toy, tmp_path, capsys):
+    program = run(toy, tmp_path, steps=5).program
+    result = evaluate(program, toy, TOY, times=64)
+    assert result.sequences == 8
+    assert result.gain == pytest.approx(result.markov - result.bound)
+    assert result == evaluate(program, toy, TOY, times=64)
+    print_evaluation("toy", result)
+    assert f"{result.bound:.4f}" in capsys.readouterr().out
+    write_card(tmp_path, "yeast-promoter", toy, result, note="A note.")
+    card = json.loads((tmp_path / "card.json").read_text())
+    text = (tmp_path / "card.md").read_text()
+    assert card["metrics"]["bound"] == round(result.bound, 4)
+    assert card["note"] == "A note."
+    assert f"{result.gain:+.4f}" in text
+    assert "A note." in text
