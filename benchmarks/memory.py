@@ -100,6 +100,7 @@ def measure(quick: bool, console: Console) -> list[Row]:
         usage = in_own_process(smc_usage, 100_000, steps, twist)
         where = {"method": f"SMC, {twist} twist", "num_particles": 100_000, "num_steps": steps}
         rows.append(_row("smc_peak_memory", usage, {**where, "length": LENGTH}))
+        console.print(f"{where['method']}: {usage[0]:.2f} GB after {usage[1]:.0f} s")
     usage = in_own_process(network_usage, network_rows)
     where = {"method": "shipped prior, one step", "num_particles": network_rows, "num_steps": 1}
     rows.append(_row("network_peak_memory", usage, {**where, "length": LENGTH}))
