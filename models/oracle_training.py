@@ -11,8 +11,6 @@ training as in calibration, so that the judge has seen nothing the designer was 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ import typer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from ppl_diffusion.models._quiet import quiet_lightning
 from ppl_diffusion.models.oracle_evaluation import (
     HALVES,
     Promoters,
@@ -124,7 +123,7 @@ def fit(
     oracle = Oracle(config)
     loader = _loader(train, config, recipe)
     _fit_linear(oracle, train, recipe)
-    with _without_noise():
+    with quiet_lightning():
         for member in oracle.members:
             assert isinstance(member, Member)
             _fit_member(oracle, member, loader, recipe, progress)
@@ -161,20 +160,6 @@ def _fit_member(
     )
     member.train()
     trainer.fit(_Fit(oracle, member, recipe, recipe.epochs * len(loader)), loader)
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    # Lightning advertises, suggests worker processes for data that are in memory, and trips over a
-    # deprecation of its own dependencies; none of it is about the run.
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        yield
-    logger.setLevel(level)
 
 
 def calibrate(oracle: Oracle, valid: Promoters) -> Oracle:

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ppl_diffusion.models._quiet import quiet_lightning
 from ppl_diffusion.models.datasets import BASES, Sequences, load_sequences
 from ppl_diffusion.models.library import FAMILIES, load
 from ppl_diffusion.models.program import DiffusionProgram
@@ -106,7 +103,7 @@ def _run(
     program = _build(name, recipe, sequences, seed)
     fit = fitting.Fit(program, sequences, recipe, steps=steps, seed=seed)
     keeper = fitting.KeepBest(out / PRIOR_FOLDER)
-    with torch.random.fork_rng(devices=[]), _without_noise():
+    with torch.random.fork_rng(devices=[]), quiet_lightning():
         trainer = _trainer(keeper, recipe, out, steps, quiet)
         trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
     return _finish(out, recipe, keeper, trainer.global_step, seed)
@@ -143,23 +140,6 @@ def _trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    # Lightning advertises, suggests worker processes for data that are in memory, and trips over a
-    # deprecation of its own dependencies; none of it is about the run.
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 def _finish(out: Path, recipe: Recipe, keeper: KeepBest, steps: int, seed: int) -> TrainingRun:

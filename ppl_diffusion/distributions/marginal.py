@@ -246,13 +246,4 @@ def _bridge(step: TokenStep, known: Tensor, *, last: bool) -> TokenStep:
     log_probs = known
     if not last and step.kappa < 1 and bool((step.process.prior == 0).any()):
         log_probs = torch.logaddexp(known, step.log_probs.to(known.dtype)) - math.log(2.0)
-    return TokenStep(
-        step.process,
-        step.tokens,
-        log_probs,
-        step.alpha_t,
-        step.alpha_s,
-        step.kappa,
-        fixed=step.fixed,
-        validate_args=False,
-    )
+    return step.with_log_probs(log_probs)

@@ -133,6 +133,16 @@ class TokenStep(TorchDistribution):
         )
         return moved if self.fixed is None else torch.where(self.fixed, tokens, moved)
 
+    def with_log_probs(self, log_probs: Tensor) -> TokenStep:
+        """Return the same step with another prediction of the clean tokens.
+
+        :param log_probs: cavity log-probabilities, ``(*batch, L, V)``.
+        """
+        levels = (self.alpha_t, self.alpha_s, self.kappa)
+        return TokenStep(
+            self.process, self.tokens, log_probs, *levels, fixed=self.fixed, validate_args=False
+        )
+
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all sequences of states, ``(S ** L, *batch, L)``.
 

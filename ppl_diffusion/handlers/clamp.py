@@ -61,16 +61,7 @@ class ClampProposal:
         self._require_agreeing_prompt(step)
         known = torch.nn.functional.one_hot(self.tokens, self.vocab_size).to(step.log_probs).log()
         log_probs = torch.where(self.mask[:, None], known, step.log_probs)
-        return TokenStep(
-            step.process,
-            step.tokens,
-            log_probs,
-            step.alpha_t,
-            step.alpha_s,
-            step.kappa,
-            fixed=step.fixed,
-            validate_args=False,
-        )
+        return step.with_log_probs(log_probs)
 
     def _require_agreeing_prompt(self, step: TokenStep) -> None:
         if step.fixed is None:
