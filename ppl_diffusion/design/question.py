@@ -21,13 +21,13 @@ class InputError(ValueError):
 def user_input() -> Iterator[None]:
     """Treat what the library raises in this block as the user's input being wrong.
 
-    :raises InputError: in place of ``ValueError``, ``KeyError`` and ``OSError``, with their text.
+    :raises InputError: in place of these errors (a missing optional library included), with their text.
     """
     try:
         yield
     except InputError:
         raise
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         raise InputError(_text(error)) from error
 
 
