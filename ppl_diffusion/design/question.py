@@ -21,7 +21,8 @@ class InputError(ValueError):
 def user_input() -> Iterator[None]:
     """Treat what the library raises in this block as the user's input being wrong.
 
-    :raises InputError: in place of these errors (a missing optional library included), with their text.
+    :raises InputError: in place of ``ValueError``, ``KeyError``, ``OSError`` and a missing optional
+        library, with their text.
     """
     try:
         yield
