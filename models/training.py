@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,8 @@ def _run(
     quiet: bool,
 ) -> TrainingRun:
     fitting = _fitting()
+    # A run shorter than one validation period must still be validated, and thus kept, at its end.
+    recipe = dataclasses.replace(recipe, validate_every=min(recipe.validate_every, steps))
     program = _build(name, recipe, sequences, seed)
     fit = fitting.Fit(program, sequences, recipe, steps=steps, seed=seed)
     keeper = fitting.KeepBest(out / PRIOR_FOLDER)
@@ -148,7 +151,7 @@ def _finish(out: Path, recipe: Recipe, keeper: KeepBest, steps: int, seed: int) 
         "steps": steps,
         "seed": seed,
         "best_step": keeper.best_step,
-        "valid_bits_per_token": keeper.best,
+        "valid_bits_per_token": keeper.best if math.isfinite(keeper.best) else None,
     }
     text = json.dumps(record, indent=2, sort_keys=True)
     (out / RUN_FILE).write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion._cli.tables import design_tables, progress_bar, table
-from ppl_diffusion.design.folder import check_target, write_whole
+from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import InputError, Job, at_least, user_input
 from ppl_diffusion.design.report import fasta
 
@@ -47,11 +47,14 @@ def draw_samples(name: str, *, num: int, steps: int, seed: int, out: Path | None
 
     for what, value, low in (("num", num, 1), ("steps", steps, 1), ("seed", seed, 0)):
         at_least(what, value, low)
+    if out is not None:
+        check_file(out)
     with user_input():
         prior = load(name)
     chain = prior.chain(num_steps=steps)
     x0 = chain.x0(chain.sample((num,), generator=torch.Generator().manual_seed(seed)))
-    text = _sequence_text(list(prior.decode(x0)), csv=out is not None and out.suffix == ".csv")
+    csv = out is not None and out.suffix.lower() == ".csv"
+    text = _sequence_text(list(prior.decode(x0)), csv=csv)
     if out is None:
         print(text, end="")
     else:

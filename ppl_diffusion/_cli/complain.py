@@ -43,6 +43,10 @@ def exit_code(command: Callable[[], object]) -> int:
         return complain(error, USAGE)
     except ParticleCollapse as error:
         return complain(error, FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        return complain("There is not enough memory for so many particles: ask for fewer.", FAILED)
 
 
 def complain(error: object, code: int) -> int:

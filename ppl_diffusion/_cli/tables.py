@@ -101,11 +101,13 @@ def _comparison(result: Result) -> None:
 
 def _cost(result: Result) -> None:
     summary = result.summary
+    alive = len(summary["ess"]) - summary["num_dead_runs"]
     rows = [
         [
             "log evidence (nats)",
             _with_error(summary["log_evidence_pooled"], summary["log_evidence_standard_error"]),
         ],
+        ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["distinct designs", summary["unique"]],
         ["network rows evaluated", summary["evaluations"]],

@@ -55,6 +55,19 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_file(path: Path) -> None:
+    """Check that a file can be written, before any work is done for it.
+
+    :param path: the file.
+    :raises InputError: if the place is a folder, lies in a file, or is a packed file.
+    """
+    if path.is_dir():
+        raise InputError(f"The output {str(path)!r} is a folder: give the name of a file.")
+    if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zip"):
+        raise InputError(f"The output {str(path)!r} would not be packed: drop {path.suffix!r}.")
+    _check_parent(path)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all.
 
@@ -62,9 +75,7 @@ def write_whole(path: Path, text: str) -> None:
     :param text: its content.
     :raises InputError: if the place is a folder or is not writable.
     """
-    if path.is_dir():
-        raise InputError(f"The output {str(path)!r} is a folder: give the name of a file.")
-    _check_parent(path)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

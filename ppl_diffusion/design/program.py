@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ ORACLES = {
 DEFAULT_TEMPERATURE = 0.4
 """Expression units per nat; the prior's standard deviation is about four times as large."""
 HIGHEST_EXPRESSION = 17.0
+CAPPED = f"min(oracle, {HIGHEST_EXPRESSION:g})"
 """The top of the assay's scale: a prediction beyond it is extrapolation and earns nothing more."""
 TWIST_OF: dict[str, TwistLike] = {
     "argmax": "argmax",
@@ -144,6 +146,7 @@ def build_target(job: Job) -> Target:
         _try_potentials(potentials, prior.length)
     pattern = _pattern(job.question, prior)
     _require_something(job, potentials, pattern)
+    _require_possible(job.question, pattern)
     chain = prior.chain(num_steps=job.search.num_steps)
     return Target(job, prior, chain, potentials, pattern, designer, judge)
 
@@ -177,9 +180,9 @@ def _with_default_reward(job: Job, oracle: Oracle | None) -> Job:
 def _potentials(question: Question, oracle: Oracle | None) -> Potentials:
     found: Potentials = {}
     if oracle is not None and question.observe is not None:
-        found["expression"] = Likelihood(oracle, question.observe, question.sd, name="expression")
+        found["expression"] = Likelihood(oracle, question.observe, question.sd, name="oracle")
     if oracle is not None and question.temperature is not None:
-        found["expression"] = Reward(_capped(oracle), question.temperature, name="expression")
+        found["expression"] = Reward(_capped(oracle), question.temperature, name=CAPPED)
     for index, spec in enumerate(question.motifs):
         found[f"motif_{index}"] = spec.weight * _motif(spec)
     if question.gc is not None:
@@ -227,3 +230,25 @@ def _require_something(job: Job, potentials: Potentials, pattern: Tensor | None)
         raise InputError(
             f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
         )
+
+
+def _require_possible(question: Question, pattern: Tensor | None) -> None:
+    """Refuse what the fixed bases alone rule out, before anything is run."""
+    if pattern is None:
+        return
+    text = "".join("." if token < 0 else BASES[token] for token in pattern.tolist())
+    for motif in question.forbid:
+        rule = ForbiddenMotif(motif)
+        for piece in filter(None, text.split(".")):
+            ids = torch.tensor([[BASES.index(base) for base in piece]])
+            if len(piece) >= len(motif) and float(rule(ids)) == -math.inf:
+                raise InputError(f"The fixed bases {piece} hold the forbidden {motif}: drop one.")
+    if question.gc is not None:
+        free = text.count(".")
+        fixed = text.count("G") + text.count("C")
+        low, high = fixed / len(text), (fixed + free) / len(text)
+        if high < question.gc[0] or low > question.gc[1]:
+            raise InputError(
+                f"With the fixed bases the GC content lies between {low:.3g} and {high:.3g}, never "
+                f"within {question.gc[0]:g} to {question.gc[1]:g}: change --gc or --fix."
+            )

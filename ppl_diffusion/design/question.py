@@ -17,6 +17,12 @@ class InputError(ValueError):
     """An option, a file or a number cannot be used; the text is one sentence that says why."""
 
 
+MAX_COUNT = 10**7
+"""Largest number of particles, runs, steps or samples that is taken seriously."""
+MAX_SEED = 2**48 - 1
+MAX_MOTIF_WEIGHT = 1e6
+
+
 @contextmanager
 def user_input() -> Iterator[None]:
     """Treat what the library raises in this block as the user's input being wrong.
@@ -121,8 +127,6 @@ class Search:
     def __post_init__(self) -> None:
         for name, low in (("num_particles", 2), ("num_runs", 1), ("num_steps", 1), ("seed", 0)):
             at_least(name.replace("num_", "the number of "), getattr(self, name), low)
-        if self.seed >= 2**48:
-            raise InputError(f"The seed must be below 2**48, not {self.seed}.")
         one_of("twist", self.twist, TWISTS)
         one_of("resampler", self.resampler, RESAMPLERS)
         if not 0.0 <= self.ess_threshold <= 1.0:
@@ -167,8 +171,11 @@ def parse_motif(text: str) -> MotifSpec:
     path, name = _split_name(place)
     if not path.is_file():
         raise InputError(f"There is no motif file {str(path)!r}: give a MEME or JASPAR file.")
-    if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"The weight of motif {place!r} must be finite and above 0, not {weight}.")
+    if not 0 < weight <= MAX_MOTIF_WEIGHT:
+        raise InputError(
+            f"The weight of motif {place!r} must be above 0 and at most {MAX_MOTIF_WEIGHT:g}, "
+            f"not {weight}."
+        )
     return MotifSpec(path, name, weight)
 
 
@@ -225,9 +232,12 @@ def clamp_pattern(fix: tuple[tuple[int, str], ...], length: int) -> dict[int, st
 
 
 def at_least(what: str, value: int, low: int) -> None:
-    """:raises InputError: if ``value`` is below ``low``."""
+    """:raises InputError: if ``value`` is below ``low`` or larger than anything that can be run."""
     if value < low:
         raise InputError(f"{what.capitalize()} must be at least {low}, not {value}.")
+    high = MAX_SEED if what == "seed" else MAX_COUNT
+    if value > high:
+        raise InputError(f"{what.capitalize()} must be at most {high}, not {value}.")
 
 
 def one_of(what: str, value: str, known: tuple[str, ...]) -> None:

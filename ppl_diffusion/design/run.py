@@ -99,6 +99,7 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "evidence_relative_variance": posterior.evidence_variance.tolist(),
         "ess": (1.0 / (weights**2).sum(-1)).tolist(),
         "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
+        "num_dead_runs": int((~posterior.alive).sum()),
         "root_ancestors": [len(eve.unique()) for eve in posterior.eve],
         "unique": len(designs),
         "num_particles": posterior.num_runs * posterior.num_particles,

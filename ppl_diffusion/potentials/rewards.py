@@ -82,8 +82,8 @@ class Reward(_OfFunction):
             cache_size=cache_size,
             worst=-math.inf if maximise else math.inf,
         )
-        self.name = self.function.name
-        _require_positive(f"{self.name}: temperature", temperature)
+        _require_positive(f"{self.function.name}: temperature", temperature)
+        self.name = f"{'' if maximise else '-'}{self.function.name} / {temperature:g}"
         self.temperature = float(temperature)
         self.maximise = maximise
 
@@ -132,10 +132,11 @@ class Likelihood(_OfFunction):
             cache_size=cache_size,
             worst=None,
         )
-        self.name = self.function.name
-        _require_positive(f"{self.name}: sd", sd)
+        prediction = self.function.name
+        _require_positive(f"{prediction}: sd", sd)
         if not math.isfinite(observed):
-            raise ValueError(f"{self.name}: observed must be a finite number, got {observed}.")
+            raise ValueError(f"{prediction}: observed must be a finite number, got {observed}.")
+        self.name = f"log Normal({observed:g} | {prediction}, {sd:g})"
         self.observed, self.sd = float(observed), float(sd)
 
     def _transform(self, value: Tensor) -> Tensor:

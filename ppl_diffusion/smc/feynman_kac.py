@@ -109,8 +109,8 @@ class FeynmanKac:
     def target(self) -> str:
         """The law the weighted particles are exact for, in words."""
         return (
-            f"p(path) * exp({self.potential.name}(x0)) of the {self.num_steps}-step reverse chain, "
-            "normalised; log_evidence estimates the log of its normalising constant"
+            f"p(path) * G(x0) of the {self.num_steps}-step reverse chain, normalised, with log G = "
+            f"{self.potential.name}; log_evidence estimates the log of its normalising constant"
         )
 
     @property

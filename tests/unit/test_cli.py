@@ -163,8 +163,8 @@ def test_diagnose_reads_a_run(design_run, tmp_path, capsys):
 
 
 def test_a_run_that_finds_nothing_exits_with_one(prior, tmp_path, capsys):
-    # All eight fixed Gs and Cs exceed the GC range: no sequence can satisfy both.
-    asked = ["--fix", "0:GGGGGGGG", "--gc", "0", "0.25", "--particles", "4", "--steps", "2"]
+    asked = [*(word for base in "ACGT" for word in ("--forbid", base)), "--particles", "4"]
+    asked += ["--steps", "2"]
     assert run(["design", prior, *asked, "--out", str(tmp_path / "run"), "--quiet"]) == 1
     assert "weight zero" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -178,6 +178,11 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["design", "PRIOR", "--runs", "0"], "must be at least 1, not 0"),
     (["design", "PRIOR", "--steps", "1.5"], "valid integer"),
     (["design", "PRIOR", "--seed", "-1"], "must be at least 0"),
+    (["design", "PRIOR", "--particles", "99999999999"], "must be at most"),
+    (["sample", "PRIOR", "--num", "99999999999"], "must be at most"),
+    (["sample", "PRIOR", "--out", "s.fa.gz"], "would not be packed"),
+    (["design", "PRIOR", "--fix", "0:GGGGGGGG", "--gc", "0", "0.25"], "never within 0 to 0.25"),
+    (["design", "PRIOR", "--fix", "0:TATA", "--forbid", "TATA"], "hold the forbidden TATA"),
     (["design", "PRIOR", "--ess-threshold", "nan"], "between 0 and 1"),
     (["design", "PRIOR", "--twist", "plier"], "no twist called 'plier'"),
     (["design", "PRIOR", "--resampler", "dice"], "no resampler called 'dice'"),
@@ -193,8 +198,8 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["design", "PRIOR", "--motif", "BROKEN"], "give a MEME file"),
     (["design", "PRIOR", "--motif", "MATRICES"], "holds 2 matrices: choose one with"),
     (["design", "PRIOR", "--motif", "MATRICES@M9"], "No motif is called 'M9'"),
-    (["design", "PRIOR", "--motif", "MATRICES@M1:-1"], "above 0, not -1.0"),
-    (["design", "PRIOR", "--motif", "MATRICES@M1:inf"], "finite and above 0, not inf"),
+    (["design", "PRIOR", "--motif", "MATRICES@M1:-1"], "at most 1e+06, not -1.0"),
+    (["design", "PRIOR", "--motif", "MATRICES@M1:inf"], "at most 1e+06, not inf"),
     (["design", "PRIOR"], "has no expression oracle: give --motif"),
     (["design", "PRIOR", "--observe", "9"], "has no expression oracle"),
     (["design", "PRIOR", "--observe", "nan"], "finite number, not nan"),

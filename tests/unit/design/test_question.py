@@ -35,7 +35,7 @@ def test_parse_motif_refusals(tmp_path):
     (tmp_path / "m.meme").write_text("")
     with pytest.raises(InputError, match="There is no motif file"):
         parse_motif("nowhere.meme:2")
-    with pytest.raises(InputError, match="must be finite and above 0, not nan"):
+    with pytest.raises(InputError, match=r"must be above 0 and at most 1e\+06, not nan"):
         parse_motif(f"{tmp_path / 'm.meme'}:nan")
 
 
@@ -89,7 +89,8 @@ def test_impossible_questions(wrong, sentence):
         ({"num_runs": 0}, "number of runs must be at least 1, not 0"),
         ({"num_steps": 0}, "number of steps must be at least 1, not 0"),
         ({"seed": -1}, "Seed must be at least 0, not -1"),
-        ({"seed": 2**48}, "must be below"),
+        ({"seed": 2**48}, "Seed must be at most"),
+        ({"num_particles": 10**11}, "number of particles must be at most"),
         ({"twist": "plier"}, "no twist called 'plier': choose one of argmax"),
         ({"resampler": "dice"}, "no resampler called 'dice'"),
         ({"ess_threshold": math.nan}, "between 0 and 1, not nan"),

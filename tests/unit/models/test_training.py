@@ -235,3 +235,14 @@ def test_evaluation_and_card(toy, tmp_path, capsys):
     assert card["note"] == "A note."
     assert f"{result.gain:+.4f}" in text
     assert "A note." in text
+
+
+def test_a_run_shorter_than_a_validation_period_keeps_what_it_trained(tmp_path, toy):
+    recipe = dataclasses.replace(TOY, validate_every=250)
+    result = train("toy", out=tmp_path, recipe=recipe, sequences=toy, quiet=True, steps=3)
+    assert (result.best_step, result.steps) == (3, 3)
+    assert json.loads((tmp_path / "run.json").read_text())["valid_bits_per_token"] > 0
+    longer = train(
+        "toy", out=tmp_path, recipe=recipe, sequences=toy, quiet=True, steps=5, resume=True
+    )
+    assert longer.steps == 5
