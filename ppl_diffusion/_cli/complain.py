@@ -38,7 +38,7 @@ def exit_code(command: Callable[[], object]) -> int:
     except OSError as error:
         return complain(f"{error.strerror or error}: {error.filename}", USAGE)
     except (typer.Abort, KeyboardInterrupt):
-        return complain("Stopped before the end; nothing was written.", STOPPED)
+        return complain("Stopped: no run folder was written; train goes on with --resume.", STOPPED)
     except PotentialError as error:
         return complain(error, USAGE)
     except ParticleCollapse as error:
