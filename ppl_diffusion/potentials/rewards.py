@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from concurrent.futures import Executor
 
 import torch
@@ -32,8 +33,9 @@ class _OfFunction(AbstractPotential):
         value = self.function(x0)
         return torch.where(value.isnan(), -math.inf, self._transform(value))
 
+    @abstractmethod
     def _transform(self, value: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the log-potential of the function's values."""
 
 
 class Reward(_OfFunction):
