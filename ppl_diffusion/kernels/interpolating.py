@@ -254,7 +254,7 @@ def _time_grid(num_steps: int | None, times: Any) -> np.ndarray:
     if times is None:
         count = whole_number(num_steps, "InterpolatingKernel: num_steps")
         return np.linspace(1.0, 0.0, count + 1)
-    grid = np.array(times, dtype=np.float64)
+    grid = np.asarray(times, dtype=np.float64).copy()  # np.array of a tensor warns
     if grid.ndim != 1 or grid.size < 2 or not np.all(np.isfinite(grid)):
         raise ValueError(
             "InterpolatingKernel: times must be a vector of at least two finite times."

@@ -234,3 +234,13 @@ def test_same_uniforms_same_states(process):
         there = psi.kernel.step(carry, k).draw(*uniforms)
         assert torch.equal(here, there)
         carry = chain.kernel.advance(carry, here, k)
+
+
+def test_grids_and_kappas_may_be_tensors():
+    """Without the warning that NumPy gives when it copies a tensor."""
+    known = toy_chain("absorbing", num_steps=4).kernel
+    times = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    kernel = InterpolatingKernel(known.process, known.denoiser, times=times, kappa=torch.ones(4))
+    assert kernel.same_as(known)
+    times.zero_()
+    assert kernel.same_as(known)
