@@ -21,6 +21,8 @@ _HUMAN = "dna/human_core_promoters_70bp.csv.gz"
 _NATIVE = 1  # the kind of native promoter fragments in the yeast file
 _DRAWN_ORDER, _DRAWN_ROWS = 3, 50_000
 _PROMOTER = "1"  # the label of promoters in the human file
+_TEXT = "text/tinyshakespeare.{}.txt.gz"
+_WINDOW = 128  # characters of a sequence of text
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Sequences:
     :param related_weights: how often each related row is drawn, relative, float64 ``(m,)``.
     :param licence: one sentence on the licence of the data.
     :param source: one sentence on where the data come from.
+    :param vocabulary: one letter per token id.
     """
 
     train: Tensor
@@ -45,10 +48,11 @@ class Sequences:
     related_weights: Tensor
     licence: str
     source: str
+    vocabulary: str = BASES
 
     @property
     def length(self) -> int:
-        """Number of bases of a sequence."""
+        """Number of tokens of a sequence."""
         return self.train.shape[-1]
 
 
@@ -56,7 +60,7 @@ def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
     """Read a data set.
 
     :param name: a key of :data:`READERS`.
-    :param folder: the folder that holds ``dna/``; by default the environment variable
+    :param folder: the folder that holds ``dna/`` and ``text/``; by default the environment variable
         ``PPL_DIFFUSION_DATA``.
     :raises FileNotFoundError: if the folder is not given or lacks the file.
     """
@@ -118,12 +122,55 @@ def human_promoters(folder: str | Path | None = None) -> Sequences:
     )
 
 
+def tiny_shakespeare(folder: str | Path | None = None) -> Sequences:
+    """Windows of 128 characters of Shakespeare's plays.
+
+    The vocabulary is that of the training part. Training windows overlap, each beginning an eighth
+    of a window after the last; those for validation and test do not. There are no related rows.
+
+    :param folder: see :func:`load_sequences`.
+    :raises ValueError: if a held-out part has a character that the training part has not.
+    """
+    train, valid, test = (_read_text(folder, part) for part in ("train", "valid", "test"))
+    vocabulary = "".join(sorted(set(train)))
+    held_out = _windows(test, vocabulary, _WINDOW)
+    return Sequences(
+        train=_windows(train, vocabulary, _WINDOW // 8),
+        valid=_windows(valid, vocabulary, _WINDOW),
+        test=held_out,
+        test_family=torch.arange(len(held_out)),
+        related=torch.empty(0, _WINDOW, dtype=torch.int64),
+        related_weights=torch.empty(0, dtype=torch.float64),
+        licence="Data: public domain (repository karpathy/char-rnn: MIT).",
+        source="Plays of Shakespeare as one text (karpathy/char-rnn, tinyshakespeare), cut into "
+        f"windows of {_WINDOW} characters.",
+        vocabulary=vocabulary,
+    )
+
+
 def reverse_complement(rows: Tensor) -> Tensor:
     """Return the other strand; the ids of a base and its partner add up to 3.
 
     :param rows: int64 ``(n, L)``.
     """
     return 3 - rows.flip(-1)
+
+
+def _read_text(folder: str | Path | None, part: str) -> str:
+    with gzip.open(_find(folder, _TEXT.format(part)), "rt", encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def _windows(text: str, vocabulary: str, stride: int) -> Tensor:
+    """Cut a text into windows; what is left at its end is dropped."""
+    if strange := sorted(set(text) - set(vocabulary)):
+        raise ValueError(
+            f"tinyshakespeare: the characters {strange} of a held-out part do not occur in the "
+            "training part; restore the three files of one split."
+        )
+    codes = {symbol: code for code, symbol in enumerate(vocabulary)}
+    ids = torch.tensor([codes[symbol] for symbol in text], dtype=torch.int64)
+    return ids.unfold(0, _WINDOW, stride).contiguous()
 
 
 def _once_per_family(family: np.ndarray) -> Tensor:
@@ -140,6 +187,7 @@ def _markov_draws(rows: Tensor, weights: Tensor) -> Tensor:
 READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
     "yeast": yeast_promoters,
     "human": human_promoters,
+    "tinyshakespeare": tiny_shakespeare,
 }
 
 

@@ -102,8 +102,11 @@ class Fit(lightning.LightningModule):
         return DataLoader(torch.arange(self._context.recipe.validate_every), num_workers=0)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the validation rows."""
-        return DataLoader(self._context.sequences.valid, batch_size=512, num_workers=0)  # type: ignore[arg-type]
+        """Return the validation rows, or as many of them as the recipe wants."""
+        rows = self._context.sequences.valid
+        count = min(self._context.recipe.valid_rows or len(rows), len(rows))
+        chosen = rows[torch.arange(count) * len(rows) // count]
+        return DataLoader(chosen, batch_size=512, num_workers=0)  # type: ignore[arg-type]
 
 
 class _Context:
@@ -194,8 +197,9 @@ class WeightAverage(EMAWeightAveraging):
 
 def _parameter_groups(network: Transformer, weight_decay: float) -> list[dict[str, Any]]:
     named = list(network.named_parameters())
-    matrices = [p for name, p in named if p.ndim > 1 and not name.startswith("stem")]
-    rest = [p for name, p in named if p.ndim <= 1 or name.startswith("stem")]
+    tables = ("stem", "label")  # a row of a table is a vector of its own
+    matrices = [p for name, p in named if p.ndim > 1 and not name.startswith(tables)]
+    rest = [p for name, p in named if p.ndim <= 1 or name.startswith(tables)]
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},

@@ -27,6 +27,7 @@ class Recipe:
     :param both_strands: whether every row is replaced by its reverse complement half of the time.
     :param validate_every: steps between validations.
     :param valid_times: times per validation sequence.
+    :param valid_rows: how many validation sequences, spread over all of them, or None for all.
     :param markov_order: order of the Markov chain that the prior is compared with.
     :param quoted_baseline: bits per base of that chain as quoted, for reference.
     """
@@ -45,6 +46,7 @@ class Recipe:
     both_strands: bool = False
     validate_every: int = 250
     valid_times: int = 8
+    valid_rows: int | None = None
     markov_order: int = 2
     quoted_baseline: float = float("nan")
 
@@ -78,6 +80,17 @@ RECIPES: dict[str, Recipe] = {
         shares=(0.7, 1.0),
         markov_order=6,
         quoted_baseline=1.8695,
+    ),
+    "tinyshakespeare-uniform": Recipe(
+        family="uniform",
+        dataset="tinyshakespeare",
+        shape={"dim": 160, "depth": 4, "heads": 5, "stem_width": 7, "dropout": 0.0}
+        | {"time_conditioning": True},
+        steps=9000,
+        batch_size=32,
+        shares=(1.0, 1.0),
+        valid_rows=128,
+        markov_order=3,
     ),
 }
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.models._quiet import quiet_lightning
-from ppl_diffusion.models.datasets import BASES, Sequences, load_sequences
+from ppl_diffusion.models.datasets import Sequences, load_sequences
 from ppl_diffusion.models.library import FAMILIES, load
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
@@ -115,7 +115,8 @@ def _run(
 def _build(name: str, recipe: Recipe, sequences: Sequences, seed: int) -> DiffusionProgram:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FAMILIES[recipe.family].build(BASES, sequences.length, name=name, **recipe.shape)
+        family = FAMILIES[recipe.family]
+        return family.build(sequences.vocabulary, sequences.length, name=name, **recipe.shape)
 
 
 def _trainer(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ppl_diffusion.models import load
 from ppl_diffusion.models.datasets import (
     Sequences,
     load_sequences,
@@ -174,6 +175,55 @@ def test_human_rows_are_read(tmp_path, monkeypatch):
     data = load_sequences("human")
     assert data.train.tolist() == [[0, 1, 2, 3]]
     assert data.related.tolist() == [[0, 1, 2, 3], [3, 3, 3, 3]]
+
+
+def write_text(folder, **parts):
+    (folder / "text").mkdir()
+    for part, text in parts.items():
+        path = folder / "text" / f"tinyshakespeare.{part}.txt.gz"
+        path.write_bytes(gzip.compress(text.encode()))
+
+
+def test_text_is_cut_into_windows(tmp_path):
+    train, held_out = "ab\nc" * 50, "ca" * 70 + "\n" * 128
+    write_text(tmp_path, train=train, valid=held_out, test=held_out)
+    data = load_sequences("tinyshakespeare", tmp_path)
+    assert data.vocabulary == "\nabc"
+    # 200 characters hold the windows that begin at 0, 16, 32, 48 and 64; 268 hold two apart.
+    assert (data.train.shape, data.valid.shape) == ((5, 128), (2, 128))
+    text = ["".join(data.vocabulary[i] for i in row) for row in data.train.tolist()]
+    assert text == [train[start : start + 128] for start in range(0, 80, 16)]
+    program = train_program(data, tmp_path)
+    assert program.decode(data.test) == [held_out[:128], held_out[128:256]]
+    assert torch.equal(program.encode(program.decode(data.test)), data.test)
+
+
+def train_program(sequences, folder):
+    recipe = dataclasses.replace(TOY, family="uniform", shares=(1.0, 1.0), valid_rows=1)
+    run = train("text", out=folder, recipe=recipe, sequences=sequences, quiet=True, steps=1)
+    return load(run.folder / "prior")
+
+
+def test_characters_that_were_never_seen_are_refused(tmp_path):
+    write_text(tmp_path, train="ab" * 100, valid="a" * 128, test="é" + "a" * 128)
+    with pytest.raises(ValueError, match=r"the characters \['é'\] of a held-out part"):
+        load_sequences("tinyshakespeare", tmp_path)
+
+
+def test_some_validation_rows_stand_for_all(toy, tmp_path):
+    """Rows that differ in cost: a quarter of them, evenly spread, gives another bound."""
+    bounds = [
+        train(
+            "toy",
+            out=tmp_path / str(rows),
+            recipe=dataclasses.replace(TOY, valid_rows=rows),
+            sequences=toy,
+            quiet=True,
+            steps=5,
+        ).valid_bits
+        for rows in (None, 16, 100, 4)
+    ]
+    assert bounds[0] == bounds[1] == bounds[2] != bounds[3]
 
 
 def test_reverse_complement_turns_the_strand():
