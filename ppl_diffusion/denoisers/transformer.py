@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -23,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Block, Stem, TimeEmbedding, rotations
 from ppl_diffusion.denoisers.base import Kind
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_TIME_FEATURES = 64
 _KINDS = get_args(Kind)
 
 
@@ -50,6 +49,7 @@ class TransformerConfig:
     :param time_conditioning: whether the network sees the time; without it the output is time-free.
     :param kind: what the network predicts at a visible position, ``"cavity"`` (from the others) or
         ``"posterior"`` (from all).
+    :param num_classes: number of class labels the network can be given, or 0 for none.
     :raises ValueError: if the numbers do not fit together.
     """
 
@@ -66,6 +66,7 @@ class TransformerConfig:
     learned_positions: bool = False
     time_conditioning: bool = False
     kind: Kind = "cavity"
+    num_classes: int = 0
 
     def __post_init__(self) -> None:
         if self.num_states not in (self.vocab_size, self.vocab_size + 1):
@@ -87,10 +88,22 @@ class TransformerConfig:
             raise ValueError(
                 f"TransformerConfig: kind is {self.kind!r}; choose one of {', '.join(_KINDS)}."
             )
+        if self.num_classes < 0:
+            raise ValueError(
+                f"TransformerConfig: num_classes is {self.num_classes}; give 0 for no labels."
+            )
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the blocks follow a condition: the time, a label, or both."""
+        return self.time_conditioning or self.num_classes > 0
 
 
 class Transformer(nn.Module):
     """Denoiser ``(tokens, t) -> log p(x0 | tokens, t)`` with a bidirectional transformer.
+
+    With ``num_classes`` labels it is also ``(tokens, t, label)``, for classifier-free guidance
+    (Ho and Salimans 2022, arXiv 2207.12598): label ``num_classes``, or none, is the null label.
 
     Parameters and outputs are float32 whatever torch's default dtype is.
 
@@ -99,6 +112,8 @@ class Transformer(nn.Module):
     :ivar vocab_size: number ``V`` of clean tokens.
     :ivar kind: ``"cavity"`` or ``"posterior"``.
     :ivar time_free: whether the output does not depend on the time.
+    :ivar hidden_size: width of the rows between :meth:`hidden` and :meth:`head`.
+    :ivar num_classes: number of class labels; the id of the null label.
     """
 
     rotation: Tensor
@@ -109,36 +124,66 @@ class Transformer(nn.Module):
         self.vocab_size = config.vocab_size
         self.kind: Kind = config.kind
         self.time_free = not config.time_conditioning
-        self.stem = _Stem(config)
-        self.time = _TimeEmbedding(config.dim) if config.time_conditioning else None
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
-        self.norm = _AdaptiveNorm(config.dim, conditioned=config.time_conditioning)
+        self.hidden_size = config.dim
+        self.num_classes = config.num_classes
+        self.stem = Stem(config)
+        self.time = TimeEmbedding(config.dim) if config.time_conditioning else None
+        self.label = (
+            nn.Embedding(config.num_classes + 1, config.dim) if config.num_classes else None
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = AdaptiveNorm(config.dim, conditioned=config.conditioned)
         self.vocabulary = nn.Linear(config.dim, config.vocab_size)
         nn.init.zeros_(self.vocabulary.weight)
         nn.init.zeros_(self.vocabulary.bias)
-        self.register_buffer("rotation", _rotations(config), persistent=False)
+        self.register_buffer("rotation", rotations(config), persistent=False)
         self.to(torch.float32)
 
-    def hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, t: float | Tensor, label: int | Tensor | None = None
+    ) -> Tensor:
         """Compute the hidden states that :meth:`head` turns into log-probabilities.
 
         :param tokens: int64 ids in ``0..num_states-1``, shape ``(*batch, L)``.
         :param t: times in [0, 1], a number or a tensor that broadcasts to ``batch``.
+        :param label: class labels in ``0..num_classes``, a number or an int64 tensor that
+            broadcasts to ``batch``; ``num_classes``, or None, is no label.
         :returns: float32 hidden states, shape ``(*batch, L, dim)``.
-        :raises ValueError: if ``L`` exceeds ``config.max_length``.
+        :raises ValueError: if ``L`` exceeds ``config.max_length`` or the label does not exist.
         """
-        batch, length = tokens.shape[:-1], tokens.shape[-1]
-        if length > self.config.max_length:
+        batch, length = tokens.shape[:-1], self._checked(tokens.shape[-1])
+        return self._trunk(self.stem(tokens.reshape(-1, length)), batch, t, label)
+
+    def hidden_mixture(
+        self,
+        ids: Tensor | None,
+        weights: Tensor,
+        t: float | Tensor,
+        label: int | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the hidden states of soft inputs: mixtures of states in place of states.
+
+        Every embedding look-up becomes the weighted sum of rows (Duo, arXiv 2506.10892, section
+        4.1); one-hot weights give :meth:`hidden`. The gradient reaches the weights.
+
+        :param ids: int64 ids of the ``k`` states of each mixture, shape ``(*batch, L, k)``, or None
+            for all ``num_states`` states in their order.
+        :param weights: their weights, shape ``(*batch, L, k)``; they need not add up to one.
+        :param t: as in :meth:`hidden`.
+        :param label: as in :meth:`hidden`.
+        :returns: float32 hidden states, shape ``(*batch, L, dim)``.
+        :raises ValueError: as :meth:`hidden`, or if the last dimensions do not fit.
+        """
+        expected = self.config.num_states if ids is None else ids.shape[-1]
+        if weights.shape[-1] != expected:
             raise ValueError(
-                f"Transformer: sequences of {length} tokens, but the network was built for at most "
-                f"{self.config.max_length}; shorten them or build one with a larger max_length."
+                f"Transformer: {weights.shape[-1]} weights for mixtures of {expected} states; "
+                "give one weight per id, or one per state if ids is None."
             )
-        state = self.stem(tokens.reshape(-1, length))
-        condition = self._condition(t, batch)
-        rotation = self.rotation[:length]
-        for block in self.blocks:
-            state = block(state, rotation, condition)
-        return self.norm(state, condition).reshape(*batch, length, self.config.dim)
+        batch, length = weights.shape[:-2], self._checked(weights.shape[-2])
+        flat = weights.to(torch.float32).reshape(-1, length, expected)
+        rows = None if ids is None else ids.expand(weights.shape).reshape(flat.shape)
+        return self._trunk(self.stem.mix(rows, flat), batch, t, label)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Turn hidden states, of all positions or of gathered ones, into log-probabilities.
@@ -148,9 +193,11 @@ class Transformer(nn.Module):
         """
         return F.log_softmax(self.vocabulary(hidden).float(), dim=-1)
 
-    def forward(self, tokens: Tensor, t: float | Tensor) -> Tensor:
-        """Return ``head(hidden(tokens, t))``, shape ``(*batch, L, V)``."""
-        return self.head(self.hidden(tokens, t))
+    def forward(
+        self, tokens: Tensor, t: float | Tensor, label: int | Tensor | None = None
+    ) -> Tensor:
+        """Return ``head(hidden(tokens, t, label))``, shape ``(*batch, L, V)``."""
+        return self.head(self.hidden(tokens, t, label))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json``; reading them back gives the same bits.
@@ -180,187 +227,60 @@ class Transformer(nn.Module):
         _load_weights(network, folder / WEIGHTS_FILE)
         return network.eval()
 
-    def _condition(self, t: float | Tensor, batch: torch.Size) -> Tensor | None:
+    def _checked(self, length: int) -> int:
+        if length > self.config.max_length:
+            raise ValueError(
+                f"Transformer: sequences of {length} tokens, but the network was built for at most "
+                f"{self.config.max_length}; shorten them or build one with a larger max_length."
+            )
+        return length
+
+    def _trunk(
+        self, state: Tensor, batch: torch.Size, t: float | Tensor, label: int | Tensor | None
+    ) -> Tensor:
+        condition = self._condition(t, label, batch)
+        rotation = self.rotation[: state.shape[1]]
+        for block in self.blocks:
+            state = block(state, rotation, condition)
+        return self.norm(state, condition).reshape(*batch, *state.shape[1:])
+
+    def _condition(
+        self, t: float | Tensor, label: int | Tensor | None, batch: torch.Size
+    ) -> Tensor | None:
+        parts = (self._embedded_time(t, batch), self._embedded_label(label, batch))
+        present = [part[:, None, :] for part in parts if part is not None]
+        return present[0] + present[1] if len(present) == 2 else next(iter(present), None)
+
+    def _embedded_time(self, t: float | Tensor, batch: torch.Size) -> Tensor | None:
         if self.time is None:
             return None
         times = torch.as_tensor(t, dtype=torch.float64, device=self.vocabulary.weight.device)
-        # One time for all rows is the rule in a reverse chain: embed it once and let it broadcast.
-        rows = times.reshape(1) if times.numel() == 1 else times.expand(batch).reshape(-1)
-        return self.time(rows)[:, None, :]
+        embedded: Tensor = self.time(_per_row(times, batch))
+        return embedded
+
+    def _embedded_label(self, label: int | Tensor | None, batch: torch.Size) -> Tensor | None:
+        if self.label is None and label is not None:
+            raise ValueError(
+                "Transformer: a label was given to a network without classes; "
+                "build it with num_classes, or leave the label out."
+            )
+        if self.label is None:
+            return None
+        label = self.num_classes if label is None else label
+        labels = torch.as_tensor(label, device=self.vocabulary.weight.device)
+        try:
+            embedded: Tensor = self.label(_per_row(labels, batch))
+        except IndexError as error:
+            raise ValueError(
+                f"Transformer: a label lies outside 0..{self.num_classes}; "
+                "the last of these means no label."
+            ) from error
+        return embedded
 
 
-class _Stem(nn.Module):
-    """Embedding of a token together with its ``stem_width - 1`` nearest neighbours."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.width = config.stem_width
-        # One more symbol than there are states: what lies beyond the ends of a sequence.
-        self.outside = config.num_states
-        tables = [nn.Embedding(config.num_states + 1, config.dim) for _ in range(self.width)]
-        for table in tables:
-            nn.init.normal_(table.weight, std=self.width**-0.5)
-        self.tables = nn.ModuleList(tables)
-        self.positions = (
-            nn.Parameter(0.02 * torch.randn(config.max_length, config.dim))
-            if config.learned_positions
-            else None
-        )
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        length, reach = tokens.shape[-1], self.width // 2
-        padded = F.pad(tokens, (reach, reach), value=self.outside)
-        state = self.tables[0](padded[:, :length])
-        for shift in range(1, self.width):
-            state = state + self.tables[shift](padded[:, shift : shift + length])
-        if self.positions is not None:
-            state = state + self.positions[:length]
-        return self.dropout(state)
-
-
-class _TimeEmbedding(nn.Module):
-    """Fourier features of the time in [0, 1], then a two-layer perceptron."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(_TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, times: Tensor) -> Tensor:
-        # In float64 up to here: float32 loses the bits that tell late steps apart.
-        rates = torch.exp(
-            torch.linspace(0.0, math.log(1000.0), _TIME_FEATURES // 2, dtype=torch.float64)
-        ).to(times.device)
-        angles = times[:, None] * rates
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.layers(features.to(torch.float32))
-
-
-class _AdaptiveNorm(nn.Module):
-    """Layer norm whose scale and shift follow the condition, if there is one."""
-
-    def __init__(self, dim: int, *, conditioned: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=not conditioned)
-        self.modulation = nn.Linear(dim, 2 * dim) if conditioned else None
-        if self.modulation is not None:
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, state: Tensor, condition: Tensor | None) -> Tensor:
-        normed: Tensor = self.norm(state)
-        if self.modulation is None or condition is None:
-            return normed
-        scale, shift = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        return normed * (1.0 + scale) + shift
-
-
-class _Gate(nn.Module):
-    """Per-channel gate on a residual branch, following the condition if there is one."""
-
-    def __init__(self, dim: int, *, conditioned: bool) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(dim, dim) if conditioned else None
-        if self.modulation is not None:
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.ones_(self.modulation.bias)
-
-    def forward(self, branch: Tensor, condition: Tensor | None) -> Tensor:
-        if self.modulation is None or condition is None:
-            return branch
-        return branch * self.modulation(F.silu(condition))
-
-
-class _Block(nn.Module):
-    """Local convolution (optional), attention and perceptron, each a gated residual branch."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        branches: list[nn.Module] = [_Attention(config), _perceptron(config)]
-        if config.conv_width:
-            branches.insert(0, _LocalConvolution(config))
-        conditioned = config.time_conditioning
-        self.branches = nn.ModuleList(branches)
-        self.norms = nn.ModuleList(
-            _AdaptiveNorm(config.dim, conditioned=conditioned) for _ in branches
-        )
-        self.gates = nn.ModuleList(_Gate(config.dim, conditioned=conditioned) for _ in branches)
-
-    def forward(self, state: Tensor, rotation: Tensor, condition: Tensor | None) -> Tensor:
-        for norm, branch, gate in zip(self.norms, self.branches, self.gates, strict=True):
-            inner = norm(state, condition)
-            inner = branch(inner, rotation) if isinstance(branch, _Attention) else branch(inner)
-            state = state + gate(inner, condition)
-        return state
-
-
-class _Attention(nn.Module):
-    """Multi-head self-attention over all positions, with rotary positions."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.inputs = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.output = nn.Linear(config.dim, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
-        _shrink(self.output, config.depth)
-
-    def forward(self, state: Tensor, rotation: Tensor) -> Tensor:
-        rows, length, dim = state.shape
-        split = self.inputs(state).reshape(rows, length, 3, self.heads, dim // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            _rotate(query, rotation), _rotate(key, rotation), value
-        )
-        output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
-        return self.dropout(output)
-
-
-class _LocalConvolution(nn.Module):
-    """Depthwise convolution along the sequence."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        width = config.conv_width
-        self.filter = nn.Conv1d(
-            config.dim, config.dim, width, padding=width // 2, groups=config.dim
-        )
-        self.mix = nn.Linear(config.dim, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
-        _shrink(self.mix, config.depth)
-
-    def forward(self, state: Tensor) -> Tensor:
-        filtered = self.filter(state.transpose(1, 2)).transpose(1, 2)
-        mixed: Tensor = self.dropout(self.mix(F.silu(filtered)))
-        return mixed
-
-
-def _perceptron(config: TransformerConfig) -> nn.Sequential:
-    width = round(config.mlp_ratio * config.dim)
-    output = nn.Linear(width, config.dim)
-    _shrink(output, config.depth)
-    return nn.Sequential(
-        nn.Linear(config.dim, width), nn.GELU(), output, nn.Dropout(config.dropout)
-    )
-
-
-def _shrink(layer: nn.Linear, depth: int) -> None:
-    # Keeps the variance of the residual stream independent of the depth at the start of training.
-    with torch.no_grad():
-        layer.weight.mul_((2.0 * depth) ** -0.5)
-
-
-def _rotations(config: TransformerConfig) -> Tensor:
-    width = config.dim // config.heads
-    rates = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.arange(config.max_length, dtype=torch.float64)[:, None] * rates
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
-
-
-def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
-    even, odd = rows.chunk(2, dim=-1)
-    cosine, sine = rotation[..., 0], rotation[..., 1]
-    return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+def _per_row(values: Tensor, batch: torch.Size) -> Tensor:
+    # One value for all rows is the rule in a reverse chain: embed it once and let it broadcast.
+    return values.reshape(1) if values.numel() == 1 else values.expand(batch).reshape(-1)
 
 
 def _read_config(path: Path) -> TransformerConfig:

@@ -176,3 +176,98 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 def test_wrong_configuration_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**{"vocab_size": 4, "num_states": 5, "max_length": 8, **wrong})
+
+
+def mixtures(*batch, k=3):
+    ids = torch.randint(0, 5, (*batch, LENGTH, k))
+    return ids, torch.rand(*batch, LENGTH, k)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_one_hot_mixtures_are_the_tokens(network, batch):
+    rows = tokens(*batch)
+    expected = network.hidden(rows, 0.4)
+    ids, _ = mixtures(*batch)
+    ids[..., 1] = rows
+    sparse = torch.tensor([0.0, 1.0, 0.0]).expand(ids.shape)
+    assert torch.equal(network.hidden_mixture(ids, sparse, 0.4), expected)
+    dense = torch.nn.functional.one_hot(rows, 5).double()
+    torch.testing.assert_close(network.hidden_mixture(None, dense, 0.4), expected)
+
+
+def test_sparse_and_dense_mixtures_agree(network):
+    ids, weights = mixtures(2)
+    dense = torch.zeros(2, LENGTH, 5).scatter_add(-1, ids, weights)
+    one, other = network.hidden_mixture(ids, weights, 0.4), network.hidden_mixture(None, dense, 0.4)
+    torch.testing.assert_close(one, other)
+    # An equal mixture of all states is another input than any token: the test can fail.
+    assert not torch.allclose(one, network.hidden(ids[..., 0], 0.4), atol=1e-2)
+
+
+def test_a_mixture_is_the_mean_of_embeddings():
+    """The stem is linear: half of one row and half of another is the mean of the two."""
+    stem = make(stem_width=5).stem
+    pair = tokens(2)
+    ids, half = pair.T[None], torch.full((1, LENGTH, 2), 0.5)
+    torch.testing.assert_close(stem.mix(ids, half), stem(pair).mean(0, keepdim=True))
+
+
+def test_gradients_reach_the_weights_of_a_mixture(network):
+    ids, weights = mixtures(2)
+    weights.requires_grad_()
+    network.hidden_mixture(ids, weights, 0.4).square().sum().backward()
+    assert bool((weights.grad != 0).all())
+
+
+def test_mixtures_that_do_not_fit_are_refused(network):
+    ids, weights = mixtures(2)
+    with pytest.raises(ValueError, match="3 weights for mixtures of 5 states"):
+        network.hidden_mixture(None, weights, 0.4)
+    with pytest.raises(ValueError, match="2 weights for mixtures of 3 states"):
+        network.hidden_mixture(ids, weights[..., :2], 0.4)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_labels_steer_each_row(timed):
+    network, rows = make(num_classes=2, time_conditioning=timed), tokens(1).expand(3, LENGTH)
+    assert network.time_free is not timed
+    together = network(rows, 0.5, torch.tensor([0, 1, 2]))
+    for label in range(3):
+        torch.testing.assert_close(together[label], network(rows[0], 0.5, label))
+        for other in range(label):
+            assert not torch.allclose(together[label], together[other], atol=1e-3)
+    assert torch.equal(network(rows, 0.5), network(rows, 0.5, 2))
+
+
+def test_mixtures_take_labels():
+    network, rows = make(num_classes=2), tokens(2)
+    dense = torch.nn.functional.one_hot(rows, 5)
+    hidden = network.hidden_mixture(None, dense, 0.4, torch.tensor([0, 1]))
+    torch.testing.assert_close(hidden, network.hidden(rows, 0.4, torch.tensor([0, 1])))
+
+
+def test_labels_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match=r"a label lies outside 0\.\.2"):
+        make(num_classes=2)(tokens(2), 0.5, torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="a network without classes"):
+        make()(tokens(2), 0.5, 0)
+    with pytest.raises(ValueError, match="num_classes is -1"):
+        make(num_classes=-1)
+
+
+def test_labelled_networks_are_saved_and_old_files_load(tmp_path):
+    network, rows = make(num_classes=2), tokens(2)
+    network.save_pretrained(tmp_path / "new")
+    assert torch.equal(
+        Transformer.from_pretrained(tmp_path / "new")(rows, 0.5, 1), network(rows, 0.5, 1)
+    )
+    plain = make()
+    plain.save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["num_classes"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(Transformer.from_pretrained(tmp_path / "old")(rows, 0.5), plain(rows, 0.5))
+
+
+def test_the_hidden_size_is_that_of_the_rows(network):
+    assert network.hidden(tokens(2), 0.5).shape == (2, LENGTH, network.hidden_size)

@@ -1,0 +1,225 @@
+"""The parts of the transformer: input embeddings, conditioning, residual branches."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ppl_diffusion.denoisers.transformer import TransformerConfig
+
+_TIME_FEATURES = 64
+
+
+class Stem(nn.Module):
+    """Embedding of a token together with its ``stem_width - 1`` nearest neighbours."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.width = config.stem_width
+        # One more symbol than there are states: what lies beyond the ends of a sequence.
+        self.outside = config.num_states
+        tables = [nn.Embedding(config.num_states + 1, config.dim) for _ in range(self.width)]
+        for table in tables:
+            nn.init.normal_(table.weight, std=self.width**-0.5)
+        self.tables = nn.ModuleList(tables)
+        self.positions = (
+            nn.Parameter(0.02 * torch.randn(config.max_length, config.dim))
+            if config.learned_positions
+            else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length, reach = tokens.shape[-1], self.width // 2
+        padded = F.pad(tokens, (reach, reach), value=self.outside)
+        return self._sum(
+            [table(padded[:, i : i + length]) for i, table in enumerate(self.tables)], length
+        )
+
+    def mix(self, ids: Tensor | None, weights: Tensor) -> Tensor:
+        """Embed mixtures of symbols: every look-up becomes a weighted sum of rows.
+
+        :param ids: int64 ``(n, L, k)``, or None for all states in their order.
+        :param weights: ``(n, L, k)``.
+        :returns: ``(n, L, dim)``; no look-up is kept apart, so memory does not grow with ``k``.
+        """
+        length, reach = weights.shape[1], self.width // 2
+        # One more symbol in each mixture: what lies beyond the ends, with all of the weight there.
+        beyond = F.pad(weights.new_zeros(len(weights), length, 1), (0, 0, reach, reach), value=1.0)
+        weights = torch.cat([F.pad(weights, (0, 0, reach, reach)), beyond], dim=-1)
+        if ids is not None:
+            ids = F.pad(ids, (0, 1, reach, reach), value=self.outside)
+        parts = []
+        for i, table in enumerate(self.tables):
+            window = slice(i, i + length)
+            symbols = None if ids is None else ids[:, window]
+            parts.append(_mixed_rows(table, symbols, weights[:, window]))
+        return self._sum(parts, length)
+
+    def _sum(self, parts: list[Tensor], length: int) -> Tensor:
+        state = parts[0]
+        for part in parts[1:]:
+            state = state + part
+        if self.positions is not None:
+            state = state + self.positions[:length]
+        return self.dropout(state)
+
+
+def _mixed_rows(table: nn.Module, ids: Tensor | None, weights: Tensor) -> Tensor:
+    assert isinstance(table, nn.Embedding)
+    if ids is None:
+        return weights @ table.weight
+    flat = weights.reshape(-1, weights.shape[-1])
+    rows = F.embedding_bag(
+        ids.reshape(flat.shape), table.weight, mode="sum", per_sample_weights=flat
+    )
+    return rows.unflatten(0, weights.shape[:-1])
+
+
+class TimeEmbedding(nn.Module):
+    """Fourier features of the time in [0, 1], then a two-layer perceptron."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(_TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, times: Tensor) -> Tensor:
+        # In float64 up to here: float32 loses the bits that tell late steps apart.
+        rates = torch.exp(
+            torch.linspace(0.0, math.log(1000.0), _TIME_FEATURES // 2, dtype=torch.float64)
+        ).to(times.device)
+        angles = times[:, None] * rates
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.layers(features.to(torch.float32))
+
+
+class AdaptiveNorm(nn.Module):
+    """Layer norm whose scale and shift follow the condition, if there is one."""
+
+    def __init__(self, dim: int, *, conditioned: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=not conditioned)
+        self.modulation = nn.Linear(dim, 2 * dim) if conditioned else None
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, state: Tensor, condition: Tensor | None) -> Tensor:
+        normed: Tensor = self.norm(state)
+        if self.modulation is None or condition is None:
+            return normed
+        scale, shift = self.modulation(F.silu(condition)).chunk(2, dim=-1)
+        return normed * (1.0 + scale) + shift
+
+
+class Gate(nn.Module):
+    """Per-channel gate on a residual branch, following the condition if there is one."""
+
+    def __init__(self, dim: int, *, conditioned: bool) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(dim, dim) if conditioned else None
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.ones_(self.modulation.bias)
+
+    def forward(self, branch: Tensor, condition: Tensor | None) -> Tensor:
+        if self.modulation is None or condition is None:
+            return branch
+        return branch * self.modulation(F.silu(condition))
+
+
+class Block(nn.Module):
+    """Local convolution (optional), attention and perceptron, each a gated residual branch."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        branches: list[nn.Module] = [Attention(config), _perceptron(config)]
+        if config.conv_width:
+            branches.insert(0, LocalConvolution(config))
+        conditioned = config.conditioned
+        self.branches = nn.ModuleList(branches)
+        self.norms = nn.ModuleList(
+            AdaptiveNorm(config.dim, conditioned=conditioned) for _ in branches
+        )
+        self.gates = nn.ModuleList(Gate(config.dim, conditioned=conditioned) for _ in branches)
+
+    def forward(self, state: Tensor, rotation: Tensor, condition: Tensor | None) -> Tensor:
+        for norm, branch, gate in zip(self.norms, self.branches, self.gates, strict=True):
+            inner = norm(state, condition)
+            inner = branch(inner, rotation) if isinstance(branch, Attention) else branch(inner)
+            state = state + gate(inner, condition)
+        return state
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, with rotary positions."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.inputs = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.output = nn.Linear(config.dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        _shrink(self.output, config.depth)
+
+    def forward(self, state: Tensor, rotation: Tensor) -> Tensor:
+        rows, length, dim = state.shape
+        split = self.inputs(state).reshape(rows, length, 3, self.heads, dim // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            _rotate(query, rotation), _rotate(key, rotation), value
+        )
+        output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
+        return self.dropout(output)
+
+
+class LocalConvolution(nn.Module):
+    """Depthwise convolution along the sequence."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.conv_width
+        self.filter = nn.Conv1d(
+            config.dim, config.dim, width, padding=width // 2, groups=config.dim
+        )
+        self.mix = nn.Linear(config.dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        _shrink(self.mix, config.depth)
+
+    def forward(self, state: Tensor) -> Tensor:
+        filtered = self.filter(state.transpose(1, 2)).transpose(1, 2)
+        mixed: Tensor = self.dropout(self.mix(F.silu(filtered)))
+        return mixed
+
+
+def _perceptron(config: TransformerConfig) -> nn.Sequential:
+    width = round(config.mlp_ratio * config.dim)
+    output = nn.Linear(width, config.dim)
+    _shrink(output, config.depth)
+    return nn.Sequential(
+        nn.Linear(config.dim, width), nn.GELU(), output, nn.Dropout(config.dropout)
+    )
+
+
+def _shrink(layer: nn.Linear, depth: int) -> None:
+    # Keeps the variance of the residual stream independent of the depth at the start of training.
+    with torch.no_grad():
+        layer.weight.mul_((2.0 * depth) ** -0.5)
+
+
+def rotations(config: TransformerConfig) -> Tensor:
+    width = config.dim // config.heads
+    rates = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(config.max_length, dtype=torch.float64)[:, None] * rates
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
+
+
+def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
+    even, odd = rows.chunk(2, dim=-1)
+    cosine, sine = rotation[..., 0], rotation[..., 1]
+    return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
