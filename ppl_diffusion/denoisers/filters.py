@@ -1,0 +1,206 @@
+"""Filters: denoisers whose predictions are sharpened or cut off, row by row.
+
+A filter changes what a chain samples from, so it changes the *model*: a chain around a filtered
+denoiser has the filtered law as its own, exactly scored, and says so in its ``changes``. It works
+on single rows of log-probabilities, after the vocabulary head, so a denoiser that can evaluate its
+head at a few positions still can. Filters compose; the innermost acts first.
+
+Filtered and unfiltered denoisers have different supports: as the proposal of an unfiltered chain a
+nucleus misses mass, and no weight brings it back (the target must carry the same filter).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+
+
+class Filter(ABC):
+    """Base of the filters: the wrapped denoiser with :meth:`filter_rows` behind its head.
+
+    ``hidden``, ``head``, ``hidden_size``, ``process`` and ``parameters`` exist where the wrapped
+    denoiser has them.
+
+    :param denoiser: what to filter; a ``"posterior"`` denoiser is filtered before kernels convert
+        it.
+    :raises CapabilityError: if the denoiser returns more than one distribution per position.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        size = getattr(denoiser, "output_size", denoiser.vocab_size)
+        if size != denoiser.vocab_size:
+            raise CapabilityError(
+                f"{type(self).__name__}: {denoiser!r} returns several distributions per position; "
+                "filter each of its parts instead."
+            )
+        self.denoiser = denoiser
+        self.vocab_size: int = denoiser.vocab_size
+        self.kind: Kind = denoiser.kind
+        self.time_free: bool = denoiser.time_free
+        forward_parameters(self, denoiser)
+        forward_optional(self, denoiser, "process", "network_rows")
+        if has_sparse_head(denoiser):
+            forward_optional(self, denoiser, "hidden", "hidden_size")
+            vars(self)["head"] = self._filtered_head
+
+    @property
+    @abstractmethod
+    def change(self) -> str | None:
+        """What the filter does to the law, in one phrase; None where it does nothing."""
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What this and all wrapped filters do to the law, innermost first."""
+        own = () if self.change is None else (self.change,)
+        return (*getattr(self.denoiser, "changes", ()), *own)
+
+    @abstractmethod
+    def filter_rows(self, log_probs: Tensor) -> Tensor:
+        """Filter rows of log-probabilities; NaN stays NaN.
+
+        :param log_probs: log-probabilities of clean tokens, ``(..., V)``.
+        :returns: normalised log-probabilities, float64, same shape.
+        """
+
+    def filter_output(self, log_probs: Tensor) -> Tensor:
+        """Filter what a denoiser returned, which may hold a last column for the mask.
+
+        :param log_probs: ``(..., V)`` or ``(..., V + 1)``.
+        :returns: ``(..., V)``; the same tensor where the filter does nothing.
+        """
+        if self.change is None:
+            return log_probs
+        return self.filter_rows(log_probs[..., : self.vocab_size])
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+        """Return filtered log-probabilities, shape ``(*batch, L, V)``.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param t: time in ``[0, 1]``.
+        """
+        return self.filter_output(self.denoiser(tokens, t))
+
+    def _filtered_head(self, hidden: Tensor) -> Tensor:
+        return self.filter_output(self.denoiser.head(hidden))  # type: ignore[attr-defined]
+
+
+class Temperature(Filter):
+    """Raise every prediction to the power ``1 / temperature`` and renormalise.
+
+    :param denoiser: what to filter.
+    :param temperature: positive; below 1 sharpens, above 1 flattens, 1 does nothing. Tokens of
+        probability zero keep it, and ties stay ties.
+    :raises ValueError: if the temperature is not a positive number.
+    """
+
+    def __init__(self, denoiser: Denoiser, temperature: float) -> None:
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"Temperature: temperature must be positive and finite, got {temperature}."
+            )
+        super().__init__(denoiser)
+        self.temperature = float(temperature)
+
+    @property
+    def change(self) -> str | None:
+        """The temperature, in words."""
+        return None if self.temperature == 1 else f"temperature {self.temperature:g}"
+
+    def filter_rows(self, log_probs: Tensor) -> Tensor:
+        """Return ``log_softmax(log_probs / temperature)``.
+
+        :param log_probs: ``(..., V)``.
+        """
+        rows = log_probs.to(torch.float64)
+        # The top goes to zero first: dividing it by a tiny temperature would overflow.
+        return torch.log_softmax((rows - rows.amax(-1, keepdim=True)) / self.temperature, -1)
+
+    def __repr__(self) -> str:
+        return f"Temperature({self.denoiser!r}, {self.temperature:g})"
+
+
+class Nucleus(Filter):
+    """Keep the most probable tokens of total mass ``p`` and renormalise (top-p).
+
+    Two conventions are in use (Holtzman et al. 2020, arXiv:1904.09751, keeps the token that crosses
+    ``p``; the code of ReMDM and BD3-LM, arXiv:2503.00307 and 2503.09573, drops it). Equal
+    probabilities are ranked by id, the lower first, so that the cut depends on nothing else.
+
+    :param denoiser: what to filter.
+    :param p: mass to keep, in ``(0, 1]``; 1 does nothing.
+    :param keep_crossing: keep the token with which the mass reaches ``p``, hence at least ``p`` of
+        it; otherwise drop it, hence at most ``p``, but never the most probable token.
+    :raises ValueError: if ``p`` is outside ``(0, 1]``.
+    """
+
+    def __init__(self, denoiser: Denoiser, p: float, *, keep_crossing: bool = True) -> None:
+        if not 0 < p <= 1:
+            raise ValueError(f"Nucleus: p must lie in (0, 1], got {p}.")
+        super().__init__(denoiser)
+        self.p, self.keep_crossing = float(p), keep_crossing
+
+    @property
+    def change(self) -> str | None:
+        """The nucleus, in words."""
+        return None if self.p == 1 else f"nucleus {self.p:g}"
+
+    def filter_rows(self, log_probs: Tensor) -> Tensor:
+        """Return the rows with everything outside the nucleus at ``-inf``.
+
+        :param log_probs: ``(..., V)``.
+        """
+        rows = log_probs.to(torch.float64)
+        ordered, order = rows.detach().sort(dim=-1, descending=True, stable=True)
+        kept = self._kept(ordered.softmax(-1).cumsum(-1))
+        inside = torch.zeros_like(kept).scatter(-1, order, kept)
+        return torch.log_softmax(rows.masked_fill(~inside, -torch.inf), -1)
+
+    def _kept(self, mass: Tensor) -> Tensor:
+        """Return which ranks stay, given the mass up to and including each."""
+        if self.keep_crossing:
+            return F.pad(mass[..., :-1], (1, 0)) < self.p
+        kept = mass <= self.p
+        kept[..., 0] = True
+        return kept
+
+    def __repr__(self) -> str:
+        crossing = "" if self.keep_crossing else ", keep_crossing=False"
+        return f"Nucleus({self.denoiser!r}, {self.p:g}{crossing})"
+
+
+def has_sparse_head(denoiser: Denoiser) -> bool:
+    """Return whether a denoiser can evaluate its vocabulary head at gathered positions.
+
+    :param denoiser: any denoiser.
+    """
+    return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")
+
+
+def forward_optional(wrapper: Denoiser, denoiser: Denoiser, *names: str) -> None:
+    """Give a wrapper those optional attributes that the wrapped denoiser has.
+
+    :param wrapper: the wrapper, changed in place.
+    :param denoiser: the wrapped denoiser.
+    :param names: attributes to look for.
+    """
+    found = {name: getattr(denoiser, name) for name in names if hasattr(denoiser, name)}
+    vars(wrapper).update(found)
+
+
+def peel(denoiser: Denoiser) -> tuple[Denoiser, list[Filter]]:
+    """Return the denoiser below all filters, and the filters in the order in which they act.
+
+    :param denoiser: a denoiser, filtered or not.
+    """
+    filters: list[Filter] = []
+    while isinstance(denoiser, Filter):
+        filters.append(denoiser)
+        denoiser = denoiser.denoiser
+    return denoiser, filters[::-1]
