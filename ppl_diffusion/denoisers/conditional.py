@@ -1,0 +1,283 @@
+"""Class-conditional networks as denoisers, and two predictions as one.
+
+A network trained with dropped-out labels is a family of denoisers, one per label and one without:
+:class:`Labelled` picks one. Guidance needs two of them at every state; :class:`Guided` and
+:class:`Paired` ask for both at once and remain a single denoiser, so that caches, counters and
+filters need not know. Where both are :class:`Labelled` over one network (under filters or not) the
+two predictions are one network call on twice the rows.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
+from ppl_diffusion.kernels.classifier_free import guided_log_probs
+
+
+class Labelled:
+    """A class-conditional network with its label filled in: a denoiser like any other.
+
+    The network takes the label by keyword, int64 broadcastable to the batch, where
+    ``num_classes`` stands for "no label" (the null class of label dropout): either
+    ``network(tokens, t, label=label)``, or ``network.head(network.hidden(tokens, t, label=label))``
+    as :class:`~ppl_diffusion.denoisers.Transformer` does. One label for all rows: a denoiser is
+    a function of single rows, which caches rely on; for several labels build several denoisers.
+
+    :param network: network with ``vocab_size``, ``kind``, ``time_free`` and a number of classes,
+        ``num_classes`` or ``config.num_classes``.
+    :param label: the class, ``0..num_classes - 1``; None for no label.
+    :raises CapabilityError: if the network has no classes.
+    :raises ValueError: if the label is none of its classes.
+    """
+
+    def __init__(self, network: Any, label: int | None) -> None:
+        self.network, self.num_classes = network, _num_classes(network)
+        self.label = _check_label(label, self.num_classes)
+        self.vocab_size: int = network.vocab_size
+        self.kind: Kind = network.kind
+        self.time_free: bool = network.time_free
+        forward_parameters(self, network)
+        forward_optional(self, network, "process")
+        if has_sparse_head(network):
+            forward_optional(self, network, "head", "hidden_size")
+            vars(self)["hidden"] = self._hidden
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether the label is the null class."""
+        return self.label == self.num_classes
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+        """Return log-probabilities given the label, shape ``(*batch, L, V)``.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param t: time in ``[0, 1]``.
+        """
+        return _evaluate(self.network, tokens, t, torch.tensor(self.label, device=tokens.device))
+
+    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
+        label = torch.tensor(self.label, device=tokens.device)
+        hidden: Tensor = self.network.hidden(tokens, t, label=label)
+        return hidden
+
+    def __repr__(self) -> str:
+        label = "no label" if self.unconditional else f"label={self.label}"
+        return f"Labelled({type(self.network).__name__}, {label})"
+
+
+class Paired:
+    """A conditional and an unconditional denoiser asked at the same states.
+
+    :param conditional: ``log p(x0 | x_t, y)``.
+    :param unconditional: ``log p(x0 | x_t)``, of the same kind and vocabulary.
+    :raises CapabilityError: if the two do not fit together.
+
+    :ivar output_size: ``2 V``: both rows of log-probabilities, the conditional ones first.
+    :ivar network_rows: network rows that one state costs.
+    """
+
+    def __init__(self, conditional: Denoiser, unconditional: Denoiser) -> None:
+        _check_pair(conditional, unconditional)
+        self.conditional, self.unconditional = conditional, unconditional
+        self.vocab_size: int = conditional.vocab_size
+        self.output_size = 2 * self.vocab_size
+        self.kind: Kind = conditional.kind
+        self.time_free: bool = conditional.time_free and unconditional.time_free
+        self.network_rows = sum(getattr(part, "network_rows", 1) for part in self._parts)
+        if all(hasattr(part, "parameters") for part in self._parts):
+            vars(self)["parameters"] = self._all_parameters
+        for part in self._parts:
+            forward_optional(self, part, "process")
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What the filters of the two do to their laws."""
+        return tuple(dict.fromkeys(c for part in self._parts for c in getattr(part, "changes", ())))
+
+    def predict(self, tokens: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the conditional and the unconditional log-probabilities, ``(*batch, L, V)`` each.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param t: time in ``[0, 1]``.
+        """
+        if (network := self._shared_network) is None:
+            first, second = (part(tokens, t) for part in self._parts)
+        else:
+            both = torch.stack([tokens, tokens])
+            first, second = _evaluate(network, both, t, self._labels(both)).unbind()
+            first, second = (self._filter(i, out) for i, out in enumerate((first, second)))
+        return self._clean(first), self._clean(second)
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+        """Return both predictions side by side, shape ``(*batch, L, 2 V)``.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param t: time in ``[0, 1]``.
+        """
+        return torch.cat(self.predict(tokens, t), -1)
+
+    @property
+    def _parts(self) -> tuple[Any, Any]:
+        return self.conditional, self.unconditional
+
+    @property
+    def _shared_network(self) -> Any:
+        """The network below both parts, or None where there are two."""
+        first, second = (peel(part)[0] for part in self._parts)
+        same = isinstance(first, Labelled) and isinstance(second, Labelled)
+        return first.network if same and first.network is second.network else None  # type: ignore[attr-defined]
+
+    def _labels(self, both: Tensor) -> Tensor:
+        labels = [peel(part)[0].label for part in self._parts]  # type: ignore[attr-defined]
+        return torch.tensor(labels, device=both.device).reshape(2, *[1] * (both.ndim - 2))
+
+    def _filter(self, which: int, log_probs: Tensor) -> Tensor:
+        for layer in peel(self._parts[which])[1]:
+            log_probs = layer.filter_output(log_probs)
+        return log_probs
+
+    def _clean(self, log_probs: Tensor) -> Tensor:
+        size = self.vocab_size
+        with_mask = log_probs.shape[-1] == size + 1
+        return torch.log_softmax(log_probs[..., :size], -1) if with_mask else log_probs
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [*self.conditional.parameters(), *self.unconditional.parameters()]  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.conditional!r}, {self.unconditional!r})"
+
+
+class Guided(Paired):
+    """Classifier-free guidance of the prediction: ``c_w ~ c_y**w c_0**(1 - w)``, renormalised.
+
+    The exponents sum to one, so what turns a posterior into a cavity prediction is the same factor
+    before and after: two ``"posterior"`` denoisers may be mixed as they are. A token that either
+    prediction excludes is excluded, whatever the weight (see
+    :func:`~ppl_diffusion.kernels.classifier_free.guided_log_probs`).
+
+    :param conditional: ``log p(x0 | x_t, y)``.
+    :param unconditional: ``log p(x0 | x_t)``.
+    :param weight: ``w``; 0 is unconditional, 1 conditional, above 1 overshoots.
+    :param mask_id: where given, positions that hold another state need no prediction, and a pair of
+        predictions without a common token is an error at masks only.
+    :raises CapabilityError: if the two do not fit together.
+    """
+
+    def __init__(
+        self,
+        conditional: Denoiser,
+        unconditional: Denoiser,
+        weight: float,
+        *,
+        mask_id: int | None = None,
+    ) -> None:
+        super().__init__(conditional, unconditional)
+        self.weight, self.mask_id = float(weight), mask_id
+        self.output_size = self.vocab_size
+        if all(has_sparse_head(part) for part in self._parts):
+            self._split = [_hidden_size(part) for part in self._parts]
+            self.hidden_size = sum(self._split)
+            vars(self)["hidden"], vars(self)["head"] = self._hidden, self._head
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What the filters and the guidance do to the law."""
+        return (*super().changes, f"classifier-free guidance {self.weight:g} of the denoiser")
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+        """Return the guided log-probabilities, float64 ``(*batch, L, V)``.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param t: time in ``[0, 1]``.
+        :raises ValueError: if the two predictions of a position have no token in common.
+        """
+        log_c = guided_log_probs(*self.predict(tokens, t), self.weight)
+        unread = None if self.mask_id is None else tokens != self.mask_id
+        return require_common_support(log_c, unread)
+
+    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
+        network = self._shared_network
+        if network is None:
+            return torch.cat([part.hidden(tokens, t) for part in self._parts], -1)
+        both = torch.stack([tokens, tokens])
+        return torch.cat(network.hidden(both, t, label=self._labels(both)).unbind(), -1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        parts = zip(self._parts, hidden.split(self._split, -1), strict=True)
+        first, second = (self._clean(part.head(rows)) for part, rows in parts)
+        return require_common_support(guided_log_probs(first, second, self.weight))
+
+    def __repr__(self) -> str:
+        return f"Guided({self.conditional!r}, {self.unconditional!r}, {self.weight:g})"
+
+
+def require_common_support(log_probs: Tensor, unread: Tensor | None = None) -> Tensor:
+    """Refuse guided rows that exclude everything; flatten them where nobody reads them.
+
+    :param log_probs: log-probabilities, ``(..., L, n)``.
+    :param unread: bool ``(..., L)``, rows that are not used, or None.
+    :raises ValueError: if a row that is used has no finite entry.
+    """
+    dead = (log_probs == -torch.inf).all(-1)
+    if not bool(dead.any()):
+        return log_probs
+    used = dead if unread is None else dead & ~unread
+    if bool(used.any()):
+        where = tuple(int(i) for i in used.nonzero()[0])
+        raise ValueError(
+            f"classifier-free guidance: the conditional and the unconditional law at {where} have "
+            "no state in common; soften their filters or use a weight of 0 or 1."
+        )
+    return log_probs.masked_fill(dead[..., None], -math.log(log_probs.shape[-1]))
+
+
+def _evaluate(network: Any, tokens: Tensor, t: float | Tensor, label: Tensor) -> Tensor:
+    output: Tensor = (
+        network.head(network.hidden(tokens, t, label=label))
+        if has_sparse_head(network)
+        else network(tokens, t, label=label)
+    )
+    return output
+
+
+def _num_classes(network: Any) -> int:
+    config = getattr(network, "config", None)
+    count = getattr(network, "num_classes", getattr(config, "num_classes", 0))
+    if not isinstance(count, int) or count < 1:
+        raise CapabilityError(
+            f"Labelled: {type(network).__name__} has no classes; train one with num_classes >= 1."
+        )
+    return count
+
+
+def _check_label(label: int | None, num_classes: int) -> int:
+    value = num_classes if label is None else operator.index(label)
+    if not 0 <= value <= num_classes:
+        raise ValueError(
+            f"Labelled: label must lie in 0..{num_classes - 1}, or be None for no label, "
+            f"got {label}."
+        )
+    return value
+
+
+def _check_pair(conditional: Denoiser, unconditional: Denoiser) -> None:
+    for name in ("vocab_size", "kind"):
+        here, there = getattr(conditional, name), getattr(unconditional, name)
+        if here != there:
+            raise CapabilityError(
+                f"classifier-free guidance: the conditional denoiser has {name} {here!r}, the "
+                f"unconditional one {there!r}; use two of the same."
+            )
+
+
+def _hidden_size(denoiser: Any) -> int:
+    return int(denoiser.hidden_size)

@@ -1,0 +1,269 @@
+"""Classifier-free guidance: the geometric mixture of a conditional and an unconditional model.
+
+With weight ``w`` the two laws ``p_y`` and ``p_0`` become ``p_w ~ p_y**w p_0**(1 - w)``, site by
+site; 0 is unconditional, 1 conditional, above 1 overshoots (Ho and Salimans 2022,
+arXiv:2207.12598). For a discrete chain there are two places to do so:
+
+* ``"denoiser"``: guide the prediction of the clean token and put it through the bridge as ever (as
+  Schiff et al. 2024, arXiv:2412.10193, do for masks). The step stays a three-way mixture: the
+  *when* of a masked chain is untouched, and only the tokens that are drawn are guided.
+* ``"kernel"``: guide the law of the next state (the same paper's D-CFG, and Sahoo et al. 2025,
+  arXiv:2506.10892). A table of all states per site. For masks it also changes when a token is
+  revealed: the probability ``u`` becomes ``u S / (u S + 1 - u)``, ``S = sum_v c_y**w c_0**(1-w)``.
+
+They agree where the bridge passes the prediction on unchanged: in a masked step that reveals
+everything, and in the single jump from pure noise to data of any other process. Neither is
+``p(x | y)`` for ``w != 1``; both have an exact density, so that they can be a model (which says so
+in ``changes``) or the proposal of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion._arrays import Array, array_namespace, to_float64
+from ppl_diffusion.kernels.base import Carry, clean_log_probs
+from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+from ppl_diffusion.kernels.mixture import posterior_to_cavity
+from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.kernels.psi import PsiSchedule
+
+if TYPE_CHECKING:
+    from ppl_diffusion.denoisers.base import Denoiser
+    from ppl_diffusion.distributions.step import StepDistribution
+
+Level = Literal["denoiser", "kernel"]
+
+
+def guided_log_probs(log_conditional: Array, log_unconditional: Array, weight: float) -> Array:
+    """Return ``log p_w`` with ``p_w ~ p_y**w p_0**(1 - w)``, normalised over the last axis.
+
+    What either law excludes is excluded, whatever the weight: ``0**w`` is taken as 0 for negative
+    ``w`` too, so the supports are intersected. The ends are exact: at ``w = 1`` the conditional
+    rows come back as they are, at ``w = 0`` the unconditional ones.
+
+    :param log_conditional: log-probabilities ``log p_y``, ``(..., n)``; NaN stays NaN.
+    :param log_unconditional: log-probabilities ``log p_0``, same shape.
+    :param weight: ``w``, any finite number.
+    :returns: float64 ``(..., n)``; all ``-inf`` where the two laws have nothing in common.
+    """
+    xp = array_namespace(log_conditional)
+    log_y, log_0 = to_float64(log_conditional), to_float64(log_unconditional)
+    if weight in (0, 1):
+        return log_y if weight == 1 else log_0
+    excluded = (log_y == -math.inf) | (log_0 == -math.inf)
+    zero = xp.zeros_like(log_y)
+    mixed = weight * xp.where(excluded, zero, log_y) + (1 - weight) * xp.where(
+        excluded, zero, log_0
+    )
+    mixed = xp.where(excluded, xp.full_like(zero, -math.inf), mixed)
+    top = xp.max(mixed, axis=-1, keepdims=True)
+    mixed = mixed - xp.where(top == -math.inf, xp.zeros_like(top), top)
+    total = xp.sum(xp.exp(mixed), axis=-1, keepdims=True)
+    return mixed - xp.log(xp.where(total == 0, xp.ones_like(total), total))
+
+
+class ClassifierFreeKernel(InterpolatingKernel):
+    """A reverse chain under classifier-free guidance.
+
+    ``denoiser`` is one object that asks both networks:
+    :class:`~ppl_diffusion.denoisers.conditional.Guided` at the denoiser level (filters may be put
+    around it: ``kernel.with_denoiser(Nucleus(kernel.denoiser, 0.9))``),
+    :class:`~ppl_diffusion.denoisers.conditional.Paired` at the kernel level (filter each part). At
+    weights 0 and 1 it is the one denoiser that is left, and the chain is that denoiser's own.
+
+    At the kernel level and ``kappa < 1`` the bridge at ``s`` and the bridge at 0 are guided
+    separately, and the second is noised again::
+
+        kappa G[q(z_s | z_t)] + (1 - kappa) (b G[q(z_0 | z_t)] + (1 - b) pi)
+
+    :param process: forward process.
+    :param conditional: denoiser of ``p(x0 | x_t, y)``, such as ``Labelled(network, y)``.
+    :param unconditional: denoiser of ``p(x0 | x_t)``, such as ``Labelled(network, None)``.
+    :param weight: ``w``; 0 is unconditional, 1 conditional, above 1 overshoots.
+    :param level: what is guided, the prediction (``"denoiser"``) or the step (``"kernel"``).
+    :param num_steps: as in :class:`InterpolatingKernel`, like ``times``, ``kappa`` and ``psi``;
+        negative ``kappa`` is refused at the kernel level.
+    :raises ValueError: if the weight, the level, the grid or ``kappa`` is not usable.
+    :raises CapabilityError: if the denoisers do not fit together or not to the process.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        conditional: Denoiser,
+        unconditional: Denoiser,
+        *,
+        weight: float,
+        level: Level = "denoiser",
+        num_steps: int | None = None,
+        times: Sequence[float] | np.ndarray | None = None,
+        kappa: float | Sequence[float] | np.ndarray = 1.0,
+        psi: PsiSchedule | None = None,
+    ) -> None:
+        self.weight, self.level = _check_options(weight, level)
+        both = self._combine(process, conditional, unconditional)
+        super().__init__(process, both, num_steps=num_steps, times=times, kappa=kappa, psi=psi)
+        if self._tabulates and self.kappa.min() < 0:
+            raise ValueError(
+                "ClassifierFreeKernel: at level='kernel' guidance changes how much moves, so that "
+                "kappa < 0 can make a probability negative; use level='denoiser' or kappa >= 0."
+            )
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The filters of the denoisers, and the guidance unless the weight is 0 or 1."""
+        own = f"classifier-free guidance {self.weight:g} of every step"
+        return (*super().changes, own) if self._tabulates else super().changes
+
+    def with_denoiser(self, denoiser: Denoiser) -> Self:
+        """Return the same kernel around another denoiser (for instance a caching wrapper).
+
+        :param denoiser: the replacement of ``kernel.denoiser``, with the same kind of output.
+        """
+        new = copy.copy(self)
+        new.denoiser = denoiser
+        return new
+
+    def same_as(self, other: object) -> bool:
+        """Return whether both kernels define the same path law by construction.
+
+        :param other: anything.
+        """
+        return (
+            isinstance(other, ClassifierFreeKernel)
+            and super().same_as(other)
+            and (self.weight, self.level) == (other.weight, other.level)
+        )
+
+    def step(  # type: ignore[override]
+        self, carry: Carry, k: int, *, fixed: Tensor | None = None
+    ) -> StepDistribution:
+        """Return the distribution of the next state.
+
+        :param carry: the current carry.
+        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
+        :param fixed: bool ``(*batch, L)``, positions that stay.
+        :raises ValueError: if ``k`` is no step of the grid, a denoiser misbehaves, or the two
+            predictions have nothing in common.
+        """
+        if not self._tabulates:
+            return super().step(carry, k, fixed=fixed)
+        from ppl_diffusion.distributions.state_step import StateStep  # upward, as in the base
+
+        self._check_step(k)
+        tokens = carry["tokens"]
+        cavities = self._cavities(tokens, k) if self._moves(k) else (self._flat(tokens),) * 2
+        table = self._guided_bridge(tokens, cavities, k, float(self.alphas[k + 1]), fixed)
+        if np.any(self.kappa[k] != 1):
+            renoised = self._guided_bridge(tokens, cavities, k, 1.0, fixed)
+            table = self._psi_table(table, renoised, carry, k)
+        return StateStep(table, tokens=tokens, fixed=fixed)
+
+    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
+        """Return the guided prediction of the clean tokens, ``c_w``, at either level.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        :returns: float64 ``(*batch, L, V)``, normalised to round-off.
+        """
+        if not self._tabulates:
+            return super().cavity_log_probs(tokens, k)
+        return self._guide(*self._cavities(tokens, k), self._settled(tokens))
+
+    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
+        """Return the law of a single jump to clean tokens, what a look-ahead fills states with.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        :returns: float64 ``(*batch, L, V)``.
+        """
+        if not self._tabulates:
+            return super().posterior_mean(tokens, k)
+        table = self._guided_bridge(tokens, self._cavities(tokens, k), k, 1.0, None)
+        return table[..., : self.process.vocab_size]
+
+    @property
+    def _tabulates(self) -> bool:
+        return self.level == "kernel" and self.weight not in (0, 1)
+
+    def _combine(
+        self, process: Process, conditional: Denoiser, unconditional: Denoiser
+    ) -> Denoiser:
+        # A pair of denoisers is a denoiser, which is why this room needs the one above.
+        from ppl_diffusion.denoisers.conditional import Guided, Paired
+
+        if self._tabulates:
+            return Paired(conditional, unconditional)
+        guided = Guided(conditional, unconditional, self.weight, mask_id=process.mask_id)
+        alone = {0.0: unconditional, 1.0: conditional}
+        return alone.get(self.weight, guided)
+
+    def _cavities(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return both cavity predictions, without a network call where none is needed."""
+        if self._revealed(tokens):
+            return self._flat(tokens), self._flat(tokens)
+        size = self.process.vocab_size
+        both = self.denoiser(tokens, float(self.times[k]))
+        first, second = (self._cavity(c, tokens, k) for c in both.split(size, -1))
+        return first, second
+
+    def _cavity(self, log_c: Tensor, tokens: Tensor, k: int) -> Tensor:
+        log_c = clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
+        if self.denoiser.kind == "posterior":
+            log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
+        return log_c
+
+    def _guided_bridge(
+        self,
+        tokens: Tensor,
+        cavities: tuple[Tensor, Tensor],
+        k: int,
+        b: float,
+        fixed: Tensor | None,
+    ) -> Tensor:
+        """Return ``log G[q(. | z_t)]`` at signal level ``b``, ``(*batch, L, S)``."""
+        from ppl_diffusion.distributions.token_step import TokenStep  # upward, as in the base
+
+        a = float(self.alphas[k])
+        first, second = (
+            TokenStep(self.process, tokens, c, a, b, fixed=fixed, validate_args=False)
+            for c in cavities
+        )
+        return self._guide(first.dense_log_probs(), second.dense_log_probs(), None)
+
+    def _guide(self, log_y: Tensor, log_0: Tensor, unread: Tensor | None) -> Tensor:
+        from ppl_diffusion.denoisers.conditional import require_common_support  # as in _combine
+
+        return require_common_support(guided_log_probs(log_y, log_0, self.weight), unread)
+
+    def _psi_table(self, bridge: Tensor, clean: Tensor, carry: Carry, k: int) -> Tensor:
+        b = float(self.alphas[k + 1])
+        kappa = torch.as_tensor(self.site_kappa(carry, k), dtype=torch.float64)[..., None]
+        renoised = b * clean.exp() + (1 - b) * self.process.prior_array(clean)
+        probs = kappa * bridge.exp() + (1 - kappa) * renoised
+        possible = probs > 0
+        return torch.where(possible, torch.where(possible, probs, 1.0).log(), -torch.inf)
+
+    def _settled(self, tokens: Tensor) -> Tensor | None:
+        return tokens != self.process.mask_id if self.process.absorbing else None
+
+    def _repr_options(self) -> str:
+        return f"{super()._repr_options()}, weight={self.weight:g}, level={self.level}"
+
+
+def _check_options(weight: float, level: Level) -> tuple[float, Level]:
+    if not math.isfinite(weight):
+        raise ValueError(f"ClassifierFreeKernel: weight must be a finite number, got {weight}.")
+    if level not in get_args(Level):
+        raise ValueError(
+            f"ClassifierFreeKernel: level is {level!r}; choose 'denoiser' or 'kernel'."
+        )
+    return float(weight), level
