@@ -1,0 +1,303 @@
+"""Classifier-based guidance: tilt every site by how likely it makes an observation.
+
+Bayes' rule for one site of a reverse step, all others held where they are (D-CBG, Schiff et al.
+2024, arXiv:2412.10193; Nisonoff et al. 2024, arXiv:2406.01572)::
+
+    p_g(z_s = v | z) ~ p(z_s = v | z) P(y | z with site l := v)**g      for every site l
+
+normalised over all states, the mask included. ``P(y | .)`` is read at the time *after* the step,
+which makes the kernel exactly ``p(z_s | z_t, y)`` for a single site, ``g = 1`` and an exact noisy
+classifier. With more sites the product of these laws counts the evidence for ``y`` once per site:
+it is not ``p(z_s | z_t, y)`` even with exact inputs, which ``changes`` says. As the proposal of the
+unguided chain it costs variance only.
+
+Exact tilts ask the classifier about every neighbour of a state: up to ``L (S - 1)`` sequences. The
+first-order form (a linear expansion in the one-hot encoding, as in Vignac et al. 2022,
+arXiv:2209.14734) asks once, and once more for the gradient; it is exact where ``log P`` is linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppl_diffusion._errors import CapabilityError, PotentialError
+from ppl_diffusion._rows import distinct_rows
+from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel
+from ppl_diffusion.kernels.processes import whole_number
+
+if TYPE_CHECKING:
+    from pyro.distributions import TorchDistribution
+
+    from ppl_diffusion.denoisers.base import Denoiser
+    from ppl_diffusion.distributions.state_step import StateStep
+
+Mode = Literal["exact", "first-order"]
+LogLikelihood = Callable[[Tensor, float], Tensor]
+"""``(states, t) -> log P(y | states)``, one number per row; see :class:`ClassifierKernel`."""
+
+
+class ClassifierKernel(Kernel):
+    """A reverse chain under classifier-based guidance.
+
+    ``log_likelihood(states, t)`` returns ``log P(y | z_t)``, ``(rows,)``, for noised states:
+
+    * ``mode="exact"``: ``states`` are ids, int64 ``(rows, L)``, the mask included;
+      ``-inf`` (impossible) is allowed.
+    * ``mode="first-order"``: ``states`` are one-hot rows, ``(rows, L, S)`` in torch's default float
+      type with ``S = process.num_states``, which require a gradient; the result must be finite and
+      differentiable.
+
+    Each distinct sequence is asked about once per step (once per block of ``max_rows``), and only
+    sites that can move are looked at: the masked ones of an ancestral masked chain.
+
+    :param kernel: the kernel to guide; its step must be a product over sites.
+    :param log_likelihood: log-likelihood of the observation given a noised state.
+    :param scale: ``g >= 0``; 0 is unguided, 1 Bayes' rule, above 1 overshoots.
+    :param mode: whether neighbours are asked about, or estimated from a gradient.
+    :param max_rows: largest number of sequences sent to the classifier at once.
+    :raises ValueError: if the scale, the mode or ``max_rows`` is not usable.
+    :raises CapabilityError: if the kernel's steps are not products over sites.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        log_likelihood: LogLikelihood,
+        *,
+        scale: float = 1.0,
+        mode: Mode = "exact",
+        max_rows: int = 4096,
+    ) -> None:
+        _check_options(kernel, scale, mode)
+        super().__init__(kernel.process, kernel.denoiser, kernel.times)
+        self.kernel, self.log_likelihood = kernel, log_likelihood
+        self.scale, self.mode = float(scale), mode
+        self.max_rows = whole_number(max_rows, "ClassifierKernel: max_rows")
+        self.markov = kernel.markov
+        if all(hasattr(source, "parameters") for source in self._sources):
+            vars(self)["parameters"] = self._all_parameters
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What the guided kernel does to the law, and the tilt unless the scale is 0."""
+        own = (
+            f"classifier guidance {self.scale:g} ({self.mode}) of every site, which counts the "
+            "evidence once per site"
+        )
+        return (*self.kernel.changes, own) if self.scale else self.kernel.changes
+
+    def with_denoiser(self, denoiser: Denoiser) -> Self:
+        """Return the same kernel around another denoiser (for instance a caching wrapper).
+
+        :param denoiser: the replacement.
+        """
+        return type(self)(
+            self.kernel.with_denoiser(denoiser),
+            self.log_likelihood,
+            scale=self.scale,
+            mode=self.mode,
+            max_rows=self.max_rows,
+        )
+
+    def same_as(self, other: object) -> bool:
+        """Return whether both kernels define the same path law by construction.
+
+        :param other: anything.
+        """
+        return (
+            isinstance(other, ClassifierKernel)
+            and self.kernel.same_as(other.kernel)
+            and self.log_likelihood is other.log_likelihood
+            and (self.scale, self.mode) == (other.scale, other.mode)
+        )
+
+    def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StateStep:
+        """Return the distribution of the next state.
+
+        :param carry: the current carry.
+        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
+        :param fixed: bool ``(*batch, L)``, positions that stay; they are not asked about.
+        :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
+        :raises PotentialError: if the classifier misbehaves or excludes every state of a site.
+        """
+        from ppl_diffusion.distributions.state_step import StateStep  # upward, as in the base
+
+        tokens = carry["tokens"]
+        table = _dense(self.kernel.step(carry, k, fixed=fixed))
+        if self.scale:
+            rows = table.reshape(-1, *table.shape[-2:])
+            tilted = self._tilted(tokens.expand(table.shape[:-1]).flatten(0, -2), rows, k)
+            table = tilted.reshape(table.shape)
+        return StateStep(table, tokens=tokens, fixed=fixed)
+
+    def init_carry(self, *args: Any, **options: Any) -> Carry:
+        """Draw the noisiest state, as the guided kernel does."""
+        return self.kernel.init_carry(*args, **options)
+
+    def advance(
+        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+    ) -> Carry:
+        """Return the carry after the move of step ``k``.
+
+        :param carry: the current carry.
+        :param tokens: the sampled states, int64 ``(*batch, L)``.
+        :param k: step index.
+        :param step: the step that was taken; it is not the guided kernel's own, which makes its
+            own where it needs one.
+        """
+        return self.kernel.advance(carry, tokens, k)
+
+    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
+        """Return the prediction of the clean tokens, without the tilt.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        """
+        return self.kernel.cavity_log_probs(tokens, k)
+
+    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
+        """Return ``log p(x0 | x_k)`` per site, without the tilt.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        """
+        return self.kernel.posterior_mean(tokens, k)
+
+    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
+        """Return whether step ``k`` from these states costs a call of the denoiser.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: step index.
+        """
+        return self.kernel.asks_denoiser(tokens, k)
+
+    def _tilted(self, tokens: Tensor, table: Tensor, k: int) -> Tensor:
+        """Return the tilted table of rows of states, up to a constant per site, ``(B, L, S)``."""
+        first, inverse = distinct_rows(tokens)
+        movable = _movable(table)
+        anywhere = movable.new_zeros((len(first), *movable.shape[1:]), dtype=torch.int64)
+        anywhere.index_add_(0, inverse, movable.to(torch.int64))  # prompts may differ between twins
+        t = float(self.times[k + 1])
+        ask = self._exact if self.mode == "exact" else self._first_order
+        tilt = self.scale * ask(tokens[first], anywhere > 0, t)[inverse]
+        # Where a site cannot move the tilt is zero, and must not turn -inf into NaN.
+        return _require_possible(torch.where(movable, table + tilt, table))
+
+    def _exact(self, tokens: Tensor, wanted: Tensor, t: float) -> Tensor:
+        """Return ``log P(y | z with site l := v)`` where wanted, 0 elsewhere, ``(U, L, S)``."""
+        here = F.one_hot(tokens, wanted.shape[-1]).to(torch.bool)
+        values = torch.zeros(wanted.shape, dtype=torch.float64, device=tokens.device)
+        stays = (wanted & here).flatten(1).any(1)
+        if bool(stays.any()):  # one answer for every site that keeps its state
+            at_home = values.new_zeros(len(tokens))
+            at_home[stays] = self._ask(tokens[stays], t)
+            values = torch.where(wanted & here, at_home[:, None, None], values)
+        for row, site, state in zip(*self._blocks(wanted & ~here), strict=True):
+            neighbours = tokens[row].scatter(1, site[:, None], state[:, None])
+            first, inverse = distinct_rows(neighbours)
+            values[row, site, state] = self._ask(neighbours[first], t)[inverse]
+        return values
+
+    def _blocks(self, chosen: Tensor) -> list[tuple[Tensor, ...]]:
+        return [index.split(self.max_rows) for index in chosen.nonzero(as_tuple=True)]
+
+    def _first_order(self, tokens: Tensor, wanted: Tensor, t: float) -> Tensor:
+        """Return the linear expansion of ``log P`` about the states, up to a constant per site."""
+        moving = wanted.flatten(1).any(1).nonzero()[:, 0]
+        values = torch.zeros(wanted.shape, dtype=torch.float64, device=tokens.device)
+        for block in moving.split(self.max_rows):
+            values[block] = self._gradient(tokens[block], wanted.shape[-1], t)
+        here = values.gather(-1, tokens[..., None])
+        return values - here
+
+    def _gradient(self, tokens: Tensor, size: int, t: float) -> Tensor:
+        # SMC runs without gradients; this one is part of the law.
+        with torch.inference_mode(False), torch.enable_grad():
+            states = F.one_hot(tokens, size).to(torch.get_default_dtype()).requires_grad_()
+            values = self._ask(states, t)
+            if not values.requires_grad:
+                raise PotentialError(
+                    "ClassifierKernel: log_likelihood has no gradient in its one-hot input; make "
+                    "it differentiable or use mode='exact'."
+                )
+            (gradient,) = torch.autograd.grad(values.sum(), states)
+        return _require_finite(gradient.to(torch.float64), "the gradient of log_likelihood", t)
+
+    def _ask(self, states: Tensor, t: float) -> Tensor:
+        blocks = [self._checked(block, t) for block in states.split(self.max_rows)]
+        return torch.cat(blocks)
+
+    def _checked(self, states: Tensor, t: float) -> Tensor:
+        values = self.log_likelihood(states, t)
+        if not isinstance(values, Tensor) or tuple(values.shape) != (len(states),):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise PotentialError(
+                f"ClassifierKernel: log_likelihood returned {got} for {len(states)} states, "
+                f"expected a tensor of shape ({len(states)},)."
+            )
+        values = values.to(torch.float64)
+        allowed = values if self.mode == "first-order" else values.clamp_min(-1e300)
+        _require_finite(allowed, "log_likelihood", t)
+        return values
+
+    @property
+    def _sources(self) -> tuple[Any, Any]:
+        return self.denoiser, self.log_likelihood
+
+    def _all_parameters(self) -> list[Tensor]:
+        """Return what the law of a step reads: the tensors of both networks."""
+        return [parameter for source in self._sources for parameter in source.parameters()]
+
+    def _repr_options(self) -> str:
+        return f", {self.kernel!r}, scale={self.scale:g}, mode={self.mode}"
+
+
+def _movable(table: Tensor) -> Tensor:
+    """Return which states compete at a site, bool ``(B, L, S)``: none where it cannot move."""
+    possible = table > -torch.inf
+    return possible & (possible.sum(-1, keepdim=True) > 1)
+
+
+def _require_possible(table: Tensor) -> Tensor:
+    dead = (table == -torch.inf).all(-1)
+    if bool(dead.any()):
+        row, site = (int(i) for i in dead.nonzero()[0])
+        raise PotentialError(
+            f"ClassifierKernel: every state that position {site} of row {row} can take has "
+            "likelihood zero; let log_likelihood return a finite floor for guesses."
+        )
+    return table
+
+
+def _require_finite(values: Tensor, what: str, t: float) -> Tensor:
+    wrong = ~torch.isfinite(values.detach())
+    if bool(wrong.any()):
+        where = tuple(int(i) for i in wrong.nonzero()[0])
+        raise PotentialError(
+            f"ClassifierKernel: {what} is {float(values[where])} at index {where} of its answer "
+            f"for time {t:g}; return a finite log-probability (-inf only in mode='exact')."
+        )
+    return values
+
+
+def _dense(step: TorchDistribution) -> Tensor:
+    table: Tensor = step.dense_log_probs()
+    return table
+
+
+def _check_options(kernel: Kernel, scale: float, mode: Mode) -> None:
+    if not isinstance(kernel, Kernel) or kernel.capability != FACTORISED:
+        raise CapabilityError(
+            f"ClassifierKernel: {kernel!r} is no kernel whose steps are products over sites; "
+            "guide an InterpolatingKernel."
+        )
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"ClassifierKernel: scale must be finite and >= 0, got {scale}.")
+    if mode not in get_args(Mode):
+        raise ValueError(f"ClassifierKernel: mode is {mode!r}; choose 'exact' or 'first-order'.")
