@@ -15,6 +15,9 @@ With ``a = alpha(t) <= b = alpha(s)``, ``r = a / b`` and ``D = a c_z + (1 - a) p
 smaller values are Psi-posteriors (Sahoo et al. 2026, arXiv:2602.21185). Where ``pi_z = 0`` (a
 revealed token of the absorbing process) ``c_z / D`` is cancelled analytically to ``1 / a``.
 A density is two gathers of ``c``; the vocabulary is touched only by the "denoiser" move.
+
+``kappa`` may differ from site to site and may be negative while the sum stays a distribution
+(:func:`~ppl_diffusion.kernels.psi.kappa_room`); ``w_stay`` alone may then fall below zero.
 All functions are pure array-API code: torch and ``jax.numpy`` arrays give the same numbers.
 """
 
@@ -27,10 +30,21 @@ from ppl_diffusion._arrays import (
     array_namespace,
     device_of,
     float64_of,
-    int64_of,
     to_float64,
 )
+from ppl_diffusion.kernels.noise import draw_categorical
 from ppl_diffusion.kernels.processes import Process
+
+__all__ = [
+    "draw_categorical",
+    "gather_clean",
+    "log_posterior_mean",
+    "mixture_log_prob",
+    "mixture_sample",
+    "posterior_to_cavity",
+    "site_weights",
+    "three_way",
+]
 
 
 def three_way(
@@ -40,7 +54,7 @@ def three_way(
 
     :param a: signal level ``alpha(t)`` of the current state; number or array.
     :param b: signal level ``alpha(s) >= a`` of the next state.
-    :param kappa: Psi parameter, 1 for ancestral sampling.
+    :param kappa: Psi parameter, 1 for ancestral sampling; number or array.
     :param c_z: denoiser probability of the current state (0 for the mask), any shape.
     :param pi_z: prior probability of the current state, shaped like ``c_z``.
     :returns: three float64 arrays shaped like ``c_z``; they sum to one. At the mask of the
@@ -83,23 +97,26 @@ def site_weights(
     :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
     :param a: ``alpha(t)``, broadcastable to ``(..., L)``.
     :param b: ``alpha(s)``.
-    :param kappa: Psi parameter.
+    :param kappa: Psi parameter, a number or one per site, broadcastable to ``(..., L)``.
     :returns: three float64 arrays shaped like ``z``.
     """
-    if process.absorbing and all(isinstance(value, int | float) for value in (a, b, kappa)):
+    if process.absorbing:
         return _absorbing_weights(process, z, a, b, kappa)
     return three_way(a, b, kappa, gather_clean(log_c, z, process.vocab_size), process.prior_prob(z))
 
 
 def _absorbing_weights(
-    process: Process, z: Array, a: float, b: float, kappa: float
+    process: Process, z: Array, a: Array, b: Array, kappa: Array
 ) -> tuple[Array, Array, Array]:
-    # A masked site has pi_z = 1 and c_z = 0, a revealed one pi_z = 0 and its c_z cancels: two
-    # cases in all, whatever the number of sites.
+    # A masked site has pi_z = 1 and c_z = 0, a revealed one pi_z = 0 and its c_z cancels: no
+    # gather, and where the levels are numbers two cases in all, whatever the number of sites.
     xp = array_namespace(z)
+    masked = z == process.vocab_size
+    if not all(isinstance(value, int | float) for value in (a, b, kappa)):
+        pi_z = xp.astype(masked, float64_of(xp))
+        return three_way(a, b, kappa, 1 - pi_z, pi_z)
     pi_z = xp.asarray([0.0, 1.0], dtype=float64_of(xp), device=device_of(z))
     revealed_or_masked = three_way(a, b, kappa, 1 - pi_z, pi_z)
-    masked = z == process.vocab_size
     stay, den, prior = (xp.where(masked, w[1], w[0]) for w in revealed_or_masked)
     return stay, den, prior
 
@@ -159,6 +176,9 @@ def mixture_sample(
 ) -> Array:
     """Draw ``z_s`` given ``z_t = z``: one uniform picks the move, one the token.
 
+    Where a negative ``kappa`` makes ``w_stay`` negative there are no three moves to choose from;
+    those sites (of non-absorbing processes only) are drawn from the whole row, at ``O(V)`` each.
+
     :param process: forward process.
     :param z: current states, shape ``(..., L)``.
     :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
@@ -175,7 +195,11 @@ def mixture_sample(
     # "stay" comes last and only where it has mass: round-off must never keep a mask at b = 1.
     stay = (u_move >= w_prior + w_den) & (w_stay > 0)
     kept = xp.where(from_prior, process.draw_prior(u_token), z)
-    return _draw_where(~(stay | from_prior), log_c, u_token, kept)
+    if process.absorbing or (isinstance(kappa, int | float) and kappa >= 0):
+        return _draw_where(~(stay | from_prior), log_c, u_token, kept)
+    whole = w_stay < 0
+    moved = _draw_where(~(stay | from_prior | whole), log_c, u_token, kept)
+    return _draw_whole(process, whole, z, log_c, (w_stay, w_den, w_prior), u_token, moved)
 
 
 def _draw_where(chosen: Array, log_c: Array, uniforms: Array, otherwise: Array) -> Array:
@@ -188,23 +212,38 @@ def _draw_where(chosen: Array, log_c: Array, uniforms: Array, otherwise: Array) 
     return tokens
 
 
-def draw_categorical(log_c: Array, uniforms: Array) -> Array:
-    """Draw from each row of ``log_c`` by inverting its float64 distribution function.
+def _draw_whole(
+    process: Process,
+    chosen: Array,
+    z: Array,
+    log_c: Array,
+    weights: tuple[Array, Array, Array],
+    uniforms: Array,
+    otherwise: Array,
+) -> Array:
+    """Return states drawn from the summed law of a site where chosen, ``otherwise`` elsewhere."""
+    if not is_torch_array(chosen):
+        log_p = _log_site_law(process, z, log_c, weights)
+        return array_namespace(z).where(chosen, draw_categorical(log_p, uniforms), otherwise)
+    rows = [w[chosen] for w in weights]
+    log_p = _log_site_law(process, z[chosen], log_c[chosen], (rows[0], rows[1], rows[2]))
+    states = otherwise.clone()
+    states[chosen] = draw_categorical(log_p, uniforms[chosen])
+    return states
 
-    Never returns a token of probability zero, whatever the round-off.
 
-    :param log_c: log-probabilities, shape ``(..., V)``.
-    :param uniforms: numbers in ``[0, 1)``, shape ``(...)``; the two broadcast.
-    :returns: int64 ids, shape ``(...)``.
-    """
+def _log_site_law(
+    process: Process, z: Array, log_c: Array, weights: tuple[Array, Array, Array]
+) -> Array:
+    """Return the sum of the three moves over all states, ``(..., num_states)``."""
     xp = array_namespace(log_c)
-    cdf = xp.cumulative_sum(xp.exp(to_float64(log_c)), axis=-1)
-    total = cdf[..., -1]
-    count = xp.sum(
-        xp.astype(cdf <= (to_float64(uniforms) * total)[..., None], int64_of(xp)), axis=-1
-    )
-    last = xp.sum(xp.astype(cdf < total[..., None], int64_of(xp)), axis=-1)
-    return xp.minimum(count, last)
+    w_stay, w_den, w_prior = (w[..., None] for w in weights)
+    c = xp.exp(to_float64(log_c))
+    extra = (*c.shape[:-1], process.num_states - process.vocab_size)
+    rest = xp.zeros(extra, dtype=c.dtype, device=device_of(log_c))
+    p = w_den * xp.concat([c, rest], axis=-1) + w_prior * process.prior_array(log_c)
+    p = p + w_stay * _one_hot(z, process.num_states)
+    return xp.where(p > 0, xp.log(xp.where(p > 0, p, xp.ones_like(p))), xp.full_like(p, -math.inf))
 
 
 def log_posterior_mean(process: Process, z: Array, log_c: Array, a: Array) -> Array:

@@ -1,0 +1,175 @@
+r"""The precision policy: how uniforms become moves and tokens without losing rare ones.
+
+Gumbel-max over all classes is an exponential race ``argmin E_i / p_i``. Its clocks ``E`` come from
+uniforms on a lattice and cannot be smaller than some ``e0`` (about ``2^-24`` in float32), so a
+class with ``p_i`` far below ``e0`` can never win. In an ancestral step of ``N`` the tokens carry
+only ``O(1/N)`` of the mass and the mask the rest: rare tokens vanish and flat sites are revealed
+too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, section 5;
+:func:`ppl_diffusion.testing.trunc_probs` is the closed form). Hence, everywhere in this library:
+
+1. **The move first.** Stay, denoiser or prior is decided by one uniform against float64 weights
+   (:func:`~ppl_diffusion.kernels.mixture_sample`) or by event times; mask and tokens never meet
+   in one race.
+2. **Then one token from the unscaled prediction**, only where it is needed: one float64 uniform
+   per row inverts the float64 distribution function (:func:`draw_categorical`). Nothing depends
+   on the number of steps, and a uniform source of resolution ``h`` errs by at most ``h`` in any
+   probability.
+3. **A class of probability zero is never drawn**, whatever the round-off of a sum.
+4. **Uniforms have resolution to spare**: ``2^-53`` from torch (:func:`uniforms`); from JAX 64
+   random bits each, whose floats keep their full precision towards zero (:func:`jax_uniforms`).
+   With JAX's default 32-bit floats the distribution function is built from the rarest class up:
+   rare classes then lie near zero, where both the sum and the uniform have relative precision.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from array_api_compat import is_torch_array
+
+from ppl_diffusion._arrays import Array, array_namespace, float64_of, int64_of, to_float64
+
+BLOCK = 256
+"""Classes per block of the two-level search; smaller vocabularies are searched at once."""
+
+CHUNK = 2**20
+"""Probabilities held at a time while rows are drawn (8 MB): they stay in the processor's cache."""
+
+
+def uniforms(
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Return float64 uniforms on ``[0, 1)`` with resolution ``2^-53``.
+
+    :param shape: shape of the result.
+    :param generator: source of randomness (the global one by default).
+    :param device: where to put them.
+    """
+    return torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device=device)
+
+
+def jax_uniforms(key: Array, shape: Sequence[int]) -> Array:
+    """Return uniforms on ``[0, 1)`` from 64 random bits each, exact towards zero.
+
+    ``jax.random.uniform`` puts its values on the lattice of ``2^-23`` (float32). Here the leading
+    zeros of the bits become the exponent and the bits after them the mantissa, cut and never
+    rounded: ``P(u < x) = x`` for every float ``x`` of at least ``2^-32``.
+
+    :param key: a JAX random key.
+    :param shape: shape of the result.
+    :returns: float64, or float32 where 64-bit numbers are switched off.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    high, low = jax.random.bits(key, (2, *shape), "uint32")
+    zeros = jax.lax.clz(high)
+    # 32 bits from the first one on; a shift by all 32 bits is undefined, hence the two cases.
+    kept = jnp.where(zeros == 0, high, (high << (zeros % 32)) | (low >> (32 - zeros) % 32))
+    kept = jnp.where(zeros == 32, low, kept)
+    if float64_of(jnp) == jnp.float32:
+        return jnp.ldexp((kept >> 8).astype(jnp.float32), -24 - zeros.astype(jnp.int32))
+    rest = jnp.where(zeros == 32, 0, low << (zeros % 32)) >> 11  # 21 more bits: 53 in all
+    mantissa = kept.astype(float) * 2.0**-32 + rest.astype(float) * 2.0**-53
+    return jnp.ldexp(mantissa, -zeros.astype(jnp.int32))
+
+
+def draw_categorical(log_c: Array, uniforms: Array) -> Array:
+    """Draw from each row of ``log_c`` by inverting its distribution function.
+
+    Float64 in torch, with a two-level search for large vocabularies; JAX with 32-bit floats sums
+    the classes in ascending order. Never returns a class of probability zero.
+
+    :param log_c: log-probabilities, up to a constant per row, shape ``(..., V)``.
+    :param uniforms: numbers in ``[0, 1)``, shape ``(...)``; the two broadcast.
+    :returns: int64 ids, shape ``(...)``.
+    """
+    if is_torch_array(log_c):
+        return _draw_torch(log_c, uniforms)
+    xp = array_namespace(log_c)
+    if float64_of(xp) == xp.float64:
+        return _invert(xp.exp(to_float64(log_c)), to_float64(uniforms))
+    order = xp.argsort(log_c, axis=-1)
+    rank = _invert(xp.exp(xp.take_along_axis(log_c, order, axis=-1)), to_float64(uniforms))
+    order = xp.broadcast_to(order, (*rank.shape, order.shape[-1]))
+    return xp.take_along_axis(order, rank[..., None], axis=-1)[..., 0]
+
+
+def _invert(weights: Array, u: Array) -> Array:
+    """Return the class at which the cumulative sum of the weights passes ``u`` times the total."""
+    xp = array_namespace(weights)
+    cdf = xp.cumulative_sum(weights, axis=-1)
+    passed = cdf <= (u * cdf[..., -1])[..., None]
+    index = xp.minimum(
+        xp.sum(xp.astype(passed, int64_of(xp)), axis=-1), xp.asarray(weights.shape[-1] - 1)
+    )
+    rows = xp.broadcast_to(weights, (*index.shape, weights.shape[-1]))
+    drawn = xp.take_along_axis(rows, index[..., None], axis=-1)[..., 0]
+    # Parallel sums are not monotone to the last bit, and u * total may round up to the total.
+    return xp.where(drawn > 0, index, xp.argmax(weights, axis=-1))
+
+
+def _draw_torch(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    log_c, u = log_c.detach(), u.to(torch.float64)
+    if log_c.shape[:-1] == u.shape and log_c.numel() <= CHUNK and log_c.shape[-1] <= 4 * BLOCK:
+        return _search(log_c.to(torch.float64).exp(), u[..., None])[0][..., 0]
+    # To (rows, V) and (rows, draws): a row is summed once for all its draws.
+    shape = torch.broadcast_shapes(log_c.shape[:-1], u.shape)
+    lead = (*(1,) * (len(shape) - log_c.ndim + 1), *log_c.shape[:-1])
+    order = sorted(range(len(shape)), key=lambda d: (lead[d] == 1, d))
+    moved = u.expand(shape).permute(order)
+    if moved.numel() == 0:
+        return moved.new_empty(shape, dtype=torch.int64)
+    rows = math.prod(lead)
+    drawn = _draw_rows(log_c.reshape(rows, -1), moved.reshape(rows, -1).contiguous())
+    return drawn.reshape(moved.shape).permute([order.index(d) for d in range(len(shape))])
+
+
+def _draw_rows(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Draw chunk by chunk, in one buffer that stays in cache."""
+    rows, size = log_c.shape
+    width = size if size <= 4 * BLOCK else size + -size % BLOCK
+    step = max(1, min(rows, CHUNK // (width + BLOCK * u.shape[1])))
+    buffer = log_c.new_empty((step, width), dtype=torch.float64)
+    drawn = torch.empty_like(u, dtype=torch.int64)
+    for start in range(0, rows, step):
+        logs = log_c[start : start + step]
+        p = buffer[: len(logs)]
+        p[:, :size] = logs
+        p[:, size:] = -math.inf
+        drawn[start : start + step] = _draw_chunk(p.exp_(), u[start : start + step])
+    return drawn
+
+
+def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    if p.shape[1] <= 4 * BLOCK:
+        return _search(p, u)[0]
+    blocks = p.view(len(p), -1, BLOCK)
+    block, edges = _search(blocks.sum(-1), u)
+    before = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), 0.0)
+    picked = blocks.gather(1, block[..., None].expand(*block.shape, BLOCK)).flatten(0, 1)
+    rest = (u * edges[:, -1:] - before).reshape(-1, 1)
+    return block * BLOCK + _search(picked, None, rest)[0].view_as(block)
+
+
+def _search(
+    p: torch.Tensor, u: torch.Tensor | None, target: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums.
+
+    :param p: weights, ``(*rows, n)``.
+    :param u: uniforms, ``(*rows, draws)``: the draws are at ``u`` times the total.
+    :param target: or the draws themselves, on the scale of the cumulative sums.
+    """
+    cdf = p.cumsum(-1)
+    total = cdf[..., -1:]
+    target = u * total if target is None else target
+    # u * total may round up to the total, behind which there is no class.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, target, right=True).clamp_max(p.shape[-1] - 1)
+    if p.is_cuda:  # parallel sums are not monotone to the last bit, see _invert
+        index = torch.where(p.gather(-1, index) > 0, index, p.argmax(-1, keepdim=True))
+    return index, cdf
