@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
-from ppl_diffusion.kernels.interpolating import require_tensor
+from ppl_diffusion.kernels.base import require_tensor
 
 
 class EvaluatedDenoiser:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+from ppl_diffusion.kernels.base import Kernel
 
 _Versions = tuple[tuple[int, int], ...]
 
 
 class _Memo(NamedTuple):
-    kernel: InterpolatingKernel
+    kernel: Kernel
     prompt: Tensor | None
     version: int
     parameters: _Versions
@@ -28,9 +28,7 @@ class _Memo(NamedTuple):
 _MEMOS = WeakTensorKeyDictionary()
 
 
-def remember(
-    path: Tensor, kernel: InterpolatingKernel, log_p: Tensor, *, prompt: Tensor | None = None
-) -> None:
+def remember(path: Tensor, kernel: Kernel, log_p: Tensor, *, prompt: Tensor | None = None) -> None:
     """Note a path's log-probability; not in inference mode, where edits leave no trace.
 
     :param path: the sampled path.
@@ -42,9 +40,7 @@ def remember(
         _MEMOS[path] = _Memo(kernel, prompt, path._version, _versions(kernel), log_p)
 
 
-def recall(
-    path: Tensor, kernel: InterpolatingKernel, *, prompt: Tensor | None = None
-) -> Tensor | None:
+def recall(path: Tensor, kernel: Kernel, *, prompt: Tensor | None = None) -> Tensor | None:
     """Return the remembered log-probability where it is still valid, else None.
 
     It is not where the path was edited, the kernel or the prompt is another one, a parameter of
@@ -64,7 +60,7 @@ def recall(
     return memo.log_p
 
 
-def declared_parameters(kernel: InterpolatingKernel) -> list[Tensor] | None:
+def declared_parameters(kernel: Kernel) -> list[Tensor] | None:
     """Return the tensors the denoiser says it reads, or None where it has no ``parameters()``.
 
     :param kernel: the kernel around the denoiser.
@@ -73,7 +69,7 @@ def declared_parameters(kernel: InterpolatingKernel) -> list[Tensor] | None:
     return list(parameters()) if callable(parameters) else None
 
 
-def declares_gradient(kernel: InterpolatingKernel) -> bool:
+def declares_gradient(kernel: Kernel) -> bool:
     """Return whether the denoiser is known to depend on a tensor that requires a gradient.
 
     :param kernel: the kernel around the denoiser.
@@ -81,7 +77,7 @@ def declares_gradient(kernel: InterpolatingKernel) -> bool:
     return any(p.requires_grad for p in declared_parameters(kernel) or [])
 
 
-def _versions(kernel: InterpolatingKernel) -> _Versions:
+def _versions(kernel: Kernel) -> _Versions:
     parameters = declared_parameters(kernel) or []
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
 

@@ -14,7 +14,8 @@ from torch.distributions import constraints
 
 from ppl_diffusion._errors import IntractableLogProb
 from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
-from ppl_diffusion.distributions.token_step import MAX_ENUMERATE, TokenStep
+from ppl_diffusion.distributions.step import MAX_ENUMERATE
+from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.nelbo import step_kl
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class ChainMarginal(TorchDistribution):
                 bridge = _bridge(model, known, last=k + 1 == kernel.num_steps)
                 tokens = bridge.sample(generator=generator)
                 log_w = log_w + model.log_prob(tokens) - bridge.log_prob(tokens)
-                carry = kernel.advance(carry, tokens, k)
+                carry = kernel.advance(carry, tokens, k, step=model)
         reached = (carry["tokens"] == x0).all(-1)  # a prompt may contradict x0
         return torch.where(reached, log_w, -torch.inf)
 
@@ -244,6 +245,6 @@ def _bridge(step: TokenStep, known: Tensor, *, last: bool) -> TokenStep:
     go wherever the model goes.
     """
     log_probs = known
-    if not last and step.kappa < 1 and bool((step.process.prior == 0).any()):
+    if not last and step.corrects and bool((step.process.prior == 0).any()):
         log_probs = torch.logaddexp(known, step.log_probs.to(known.dtype)) - math.log(2.0)
     return step.with_log_probs(log_probs)

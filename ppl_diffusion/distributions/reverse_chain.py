@@ -12,8 +12,8 @@ from torch.distributions import constraints
 from ppl_diffusion.distributions._memo import declares_gradient, recall, remember
 from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
 from ppl_diffusion.distributions.marginal import ChainMarginal
-from ppl_diffusion.distributions.token_step import MAX_ENUMERATE
-from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+from ppl_diffusion.distributions.step import MAX_ENUMERATE
+from ppl_diffusion.kernels.base import Kernel, SampledPath
 from ppl_diffusion.kernels.processes import whole_number
 
 
@@ -43,7 +43,7 @@ class ReverseChain(TorchDistribution):
 
     def __init__(
         self,
-        kernel: InterpolatingKernel,
+        kernel: Kernel,
         length: int,
         *,
         prompt: Tensor | None = None,
@@ -94,26 +94,35 @@ class ReverseChain(TorchDistribution):
         :param generator: source of randomness (the global one by default).
         :returns: int64 ``(*sample_shape, *batch, T + 1, L)``.
         """
-        kernel, shape = self.kernel, (*sample_shape, *self.batch_shape)
+        shape = torch.Size((*sample_shape, *self.batch_shape))
         # A gradient that parameters() does not name shows in the output of the first network call.
-        probing, hidden = not declares_gradient(kernel), False
+        probe = not declares_gradient(self.kernel)
         with torch.no_grad():
-            carry = kernel.init_carry(shape, self.length, prompt=self.prompt, generator=generator)
-            log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
-            states = [carry["tokens"]]
-            for k in range(kernel.num_steps):
-                with torch.set_grad_enabled(probing):
-                    step = kernel.step(carry, k, fixed=self.fixed)
-                hidden = hidden or step.log_probs.requires_grad
-                probing = probing and not kernel.asks_denoiser(carry["tokens"], k)
-                tokens = step.sample(generator=generator)
-                log_p = log_p + step.log_prob(tokens)
-                carry = kernel.advance(carry, tokens, k)
-                states.append(tokens)
-        path = torch.stack(states, -2)
-        if not hidden:
-            remember(path, kernel, log_p, prompt=self.prompt)
-        return path
+            drawn = self.kernel.sample_path(
+                shape, self.length, prompt=self.prompt, generator=generator, probe=probe
+            ) or self._sample_steps(shape, generator, probe)
+        if drawn.log_prob is not None and not drawn.hidden_gradient:
+            remember(drawn.path, self.kernel, drawn.log_prob, prompt=self.prompt)
+        return drawn.path
+
+    def _sample_steps(
+        self, shape: torch.Size, generator: torch.Generator | None, probe: bool
+    ) -> SampledPath:
+        kernel, hidden = self.kernel, False
+        carry = kernel.init_carry(shape, self.length, prompt=self.prompt, generator=generator)
+        log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
+        states = [carry["tokens"]]
+        for k in range(kernel.num_steps):
+            with torch.set_grad_enabled(probe):
+                step = kernel.step(carry, k, fixed=self.fixed)
+            tokens = step.sample(generator=generator)
+            increment = step.log_prob(tokens)
+            hidden = hidden or getattr(step, "wants_gradient", False)
+            probe = probe and not kernel.asks_denoiser(carry["tokens"], k)
+            log_p = log_p + increment.detach()
+            carry = kernel.advance(carry, tokens, k, step=step)
+            states.append(tokens)
+        return SampledPath(torch.stack(states, -2), log_p, hidden)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of paths, with at most ``T`` network calls.
@@ -129,12 +138,16 @@ class ReverseChain(TorchDistribution):
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     def _path_log_prob(self, path: Tensor) -> Tensor:
+        whole = self.kernel.path_log_prob(path, prompt=self.prompt)
+        if whole is not None:
+            return whole
         states = path.unbind(-2)
         log_p = self.kernel.prior_log_prob(states[0], self.prompt)
         carry = {"tokens": states[0]}
         for k, tokens in enumerate(states[1:]):
-            log_p = log_p + self.kernel.step(carry, k, fixed=self.fixed).log_prob(tokens)
-            carry = self.kernel.advance(carry, tokens, k)
+            step = self.kernel.step(carry, k, fixed=self.fixed)
+            log_p = log_p + step.log_prob(tokens)
+            carry = self.kernel.advance(carry, tokens, k, step=step)
         return log_p
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -172,7 +185,7 @@ class ReverseChain(TorchDistribution):
         :param length: the number of positions.
         :raises NotImplementedError: if only shapes are given.
         """
-        if not isinstance(kernel, InterpolatingKernel) or not isinstance(length, int):
+        if not isinstance(kernel, Kernel) or not isinstance(length, int):
             raise NotImplementedError(
                 "ReverseChain.infer_shapes needs the kernel and the length themselves; "
                 "the shape of a path does not follow from array shapes."
@@ -184,7 +197,7 @@ class ReverseChain(TorchDistribution):
         return f"ReverseChain({self.kernel!r}, {shapes})"
 
 
-def _check_prompt(prompt: Tensor, length: int, kernel: InterpolatingKernel) -> Tensor:
+def _check_prompt(prompt: Tensor, length: int, kernel: Kernel) -> Tensor:
     prompt = torch.as_tensor(prompt)
     if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise TypeError(f"ReverseChain: prompt must hold integer ids, got {prompt.dtype}.")

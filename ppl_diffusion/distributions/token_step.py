@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import TorchDistribution
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
-from torch.distributions import constraints
 
-from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
-from ppl_diffusion.kernels.mixture import mixture_log_prob, mixture_sample
+from ppl_diffusion.distributions._shapes import check_expand, check_value
+from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.kernels.mixture import mixture_log_prob, mixture_sample, site_weights
 from ppl_diffusion.kernels.processes import Process
 
-MAX_ENUMERATE = 2**16
-"""Largest support that ``enumerate_support`` will build."""
 
-
-class TokenStep(TorchDistribution):
+class TokenStep(StepDistribution):
     """One step of a reverse chain, a product over positions of three-way mixtures.
 
     Event shape ``(L,)``, values are state ids. Exact and normalised; positions in ``fixed`` keep
@@ -29,12 +25,10 @@ class TokenStep(TorchDistribution):
     :param log_probs: cavity log-probabilities of the denoiser, ``(*batch, L, V)``.
     :param alpha_t: signal level of the current state.
     :param alpha_s: signal level after the step, at least ``alpha_t``.
-    :param kappa: Psi parameter, 1 is ancestral.
+    :param kappa: Psi parameter, 1 is ancestral; a number, or one per site, broadcastable to
+        ``(*batch, L)``.
     :param fixed: bool ``(*batch, L)`` or None.
     """
-
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's class protocol)
-    has_enumerate_support = True
 
     def __init__(
         self,
@@ -43,7 +37,7 @@ class TokenStep(TorchDistribution):
         log_probs: Tensor,
         alpha_t: float,
         alpha_s: float,
-        kappa: float = 1.0,
+        kappa: float | Tensor = 1.0,
         *,
         fixed: Tensor | None = None,
         validate_args: bool | None = None,
@@ -59,18 +53,23 @@ class TokenStep(TorchDistribution):
                 f"TokenStep: log_probs must end in {(length, process.vocab_size)}, "
                 f"got {tuple(log_probs.shape)}."
             )
-        self.process = process
+        self.process, self.num_states = process, process.num_states
         self.tokens = tokens.expand(*batch, length)
         self.log_probs = log_probs.expand(*batch, length, process.vocab_size)
-        self.alpha_t, self.alpha_s, self.kappa = alpha_t, alpha_s, kappa
+        self.alpha_t, self.alpha_s = alpha_t, alpha_s
+        self.kappa = kappa.expand(*batch, length) if isinstance(kappa, Tensor) else kappa
         self.fixed = None if fixed is None else fixed.expand(*batch, length)
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
 
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        """Sequences of states."""
-        last = self.process.num_states - 1
-        return constraints.independent(constraints.integer_interval(0, last), 1)
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the prediction depends on a tensor that requires a gradient."""
+        return self.log_probs.requires_grad
+
+    @property
+    def corrects(self) -> bool:
+        """Whether some site may be noised again (``kappa < 1``)."""
+        return bool(torch.any(torch.as_tensor(self.kappa) < 1))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of a next state.
@@ -96,25 +95,7 @@ class TokenStep(TorchDistribution):
             site = torch.where(self.fixed, kept, site)
         return site.sum(-1)
 
-    def sample(
-        self,
-        sample_shape: Sequence[int] = torch.Size(),
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw next states.
-
-        :param sample_shape: leading dimensions.
-        :param generator: source of randomness (the global one by default).
-        :returns: int64 ``(*sample_shape, *batch, L)``.
-        """
-        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        device = self.log_probs.device
-        uniforms = torch.rand((2, *shape), dtype=torch.float64, generator=generator, device=device)
-        with torch.no_grad():
-            return self.draw(uniforms[0], uniforms[1])
-
-    def draw(self, u_move: Tensor, u_token: Tensor) -> Tensor:
+    def draw(self, u_move: Tensor, u_token: Tensor) -> Tensor:  # type: ignore[override]
         """Turn uniforms into next states; the same uniforms give the same states.
 
         :param u_move: numbers in ``[0, 1)``, ``(*sample, *batch, L)``: which of the three moves.
@@ -143,13 +124,23 @@ class TokenStep(TorchDistribution):
             self.process, self.tokens, log_probs, *levels, fixed=self.fixed, validate_args=False
         )
 
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all sequences of states, ``(S ** L, *batch, L)``.
+    def dense_log_probs(self) -> Tensor:
+        """Return the law of every site as a table, float64 ``(*batch, L, S)``.
 
-        :param expand: whether to expand the batch dimensions (size one otherwise).
-        :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
+        Memory grows with the number of states; sampling and scoring never need it.
         """
-        return enumerated(self, self.process.num_states, expand, MAX_ENUMERATE)
+        states = torch.arange(self.process.num_states, device=self.tokens.device)
+        levels = (self.alpha_t, self.alpha_s, self.kappa)
+        stay, den, prior = (
+            w[..., None] for w in site_weights(self.process, self.tokens, self.log_probs, *levels)
+        )
+        here = self.tokens[..., None] == states
+        spare = self.process.num_states - self.process.vocab_size
+        clean = torch.nn.functional.pad(self.log_probs.to(torch.float64).exp(), (0, spare))
+        table = stay * here + den * clean + prior * self.process.prior_array(stay)
+        if self.fixed is not None:
+            table = torch.where(self.fixed[..., None], here.to(table.dtype), table)
+        return table.clamp_min(0).log()
 
     def expand(self, batch_shape: Sequence[int], _instance: TokenStep | None = None) -> TokenStep:
         """Return the same distribution with larger batch dimensions.
@@ -158,7 +149,8 @@ class TokenStep(TorchDistribution):
         """
         new = self._get_checked_instance(TokenStep, _instance)
         shape = check_expand(self.batch_shape, batch_shape)
-        new.process, new.kappa = self.process, self.kappa
+        new.process, new.num_states = self.process, self.num_states
+        new.kappa = self.kappa.expand(*shape, -1) if isinstance(self.kappa, Tensor) else self.kappa
         new.alpha_t, new.alpha_s = self.alpha_t, self.alpha_s
         new.tokens = self.tokens.expand(*shape, -1)
         new.log_probs = self.log_probs.expand(*shape, -1, -1)

@@ -52,7 +52,7 @@ class ClampProposal:
             states of prior probability zero, a wrong token may be revealed and masked again.
         :raises ValueError: if the chain's prompt holds another token at a clamped position.
         """
-        if step.kappa < 1 and bool((step.process.prior == 0).any()):
+        if step.corrects and bool((step.process.prior == 0).any()):
             raise CapabilityError(
                 "clamp: a kernel with kappa < 1 over a prior with zeros (such as masks) can reach "
                 "the tokens by detours that the clamp cannot propose; use kappa = 1, or condition "
@@ -137,7 +137,7 @@ class ClampedChain(ProposedChain):
                 increment = step.log_prob(tokens)
                 log_p = log_p + increment
                 log_weight = log_weight + increment - proposal.log_prob(tokens)
-                carry = kernel.advance(carry, tokens, k)
+                carry = kernel.advance(carry, tokens, k, step=step)
                 states.append(tokens)
         return torch.stack(states, -2), log_p, log_weight
 

@@ -1,6 +1,9 @@
 """The mathematics of one reverse step: schedules, processes, the three-way mixture, bounds."""
 
-from ppl_diffusion.kernels.interpolating import FACTORISED as FACTORISED
+from ppl_diffusion.kernels.base import FACTORISED as FACTORISED
+from ppl_diffusion.kernels.base import ORDERED as ORDERED
+from ppl_diffusion.kernels.base import SAMPLE_ONLY as SAMPLE_ONLY
+from ppl_diffusion.kernels.base import Kernel as Kernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
 from ppl_diffusion.kernels.mixture import gather_clean as gather_clean

@@ -3,55 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.kernels.mixture import log_posterior_mean, posterior_to_cavity
-from ppl_diffusion.kernels.processes import Process, whole_number
+from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, time_grid
+from ppl_diffusion.kernels.masked_paths import (
+    ancestral_steps,
+    draw_path,
+    log_step_probs,
+    read_reveals,
+    reveal_log_prob,
+)
+from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.kernels.psi import PsiSchedule, kappa_room
 
 if TYPE_CHECKING:
     from ppl_diffusion.denoisers.base import Denoiser
     from ppl_diffusion.distributions.token_step import TokenStep
 
-FACTORISED = "FACTORISED"
-"""Capability of a kernel whose step has an exact density, a product over positions."""
-
-Carry = dict[str, Any]
+_ROUND_OFF = 1e-12
 
 
-@dataclass(frozen=True, init=False, eq=False)
-class InterpolatingKernel:
+class InterpolatingKernel(Kernel):
     """A reverse chain of an interpolating process, one factorised step at a time.
-
-    Step ``k`` goes from ``times[k]`` to ``times[k + 1]``; ``times`` runs from 1 (noise) to 0.
-    The carry is a dict of arrays, batch dimensions first; ``carry["tokens"]`` holds the states,
-    int64 ``(*batch, L)``.
 
     :param process: forward process.
     :param denoiser: predictor of clean tokens; its ``kind`` decides whether its output is
         converted to the cavity distribution the kernel needs.
     :param num_steps: number ``T`` of equal time steps.
     :param times: or the grid itself, ``T + 1`` decreasing times from 1 to 0.
-    :param kappa: Psi parameter, a number or one per step; 1 is ancestral sampling. Negative
-        values are accepted while the kernel stays a distribution.
-    :raises ValueError: if the grid or ``kappa`` is not usable, or neither or both of
-        ``num_steps`` and ``times`` are given.
+    :param kappa: Psi parameter, a number, one per step ``(T,)`` or one per step and site
+        ``(T, L)``; 1 is ancestral sampling. Negative values are accepted while the kernel stays
+        a distribution whatever the denoiser says.
+    :param psi: or a named schedule, which brings its own grid and ``kappa``
+        (:mod:`ppl_diffusion.kernels.psi`).
+    :raises ValueError: if the grid or ``kappa`` is not usable, or not exactly one of
+        ``num_steps``, ``times`` and ``psi`` is given.
     :raises CapabilityError: if the denoiser and the process disagree on the vocabulary, or the
         denoiser says that it was built for another process.
     """
-
-    process: Process
-    denoiser: Denoiser
-    times: np.ndarray
-    kappa: np.ndarray
-    alphas: np.ndarray
-
-    capability = FACTORISED
 
     def __init__(
         self,
@@ -61,27 +55,19 @@ class InterpolatingKernel:
         num_steps: int | None = None,
         times: Sequence[float] | np.ndarray | None = None,
         kappa: float | Sequence[float] | np.ndarray = 1.0,
+        psi: PsiSchedule | None = None,
     ) -> None:
-        grid = _time_grid(num_steps, times)
-        alphas = np.asarray(process.schedule.alpha(grid), dtype=np.float64)
-        _check_denoiser(process, denoiser)
-        object.__setattr__(self, "process", process)
-        object.__setattr__(self, "denoiser", denoiser)
-        object.__setattr__(self, "times", grid)
-        object.__setattr__(self, "alphas", alphas)
-        object.__setattr__(self, "kappa", _check_kappa(kappa, alphas, process))
+        if psi is not None:
+            times, kappa = _unpack(psi, process, num_steps, times, kappa)
+        super().__init__(process, denoiser, time_grid(num_steps, times, type(self).__name__))
+        self.kappa = _check_kappa(kappa, self.alphas, process)
 
-    @property
-    def num_steps(self) -> int:
-        """Number ``T`` of reverse steps."""
-        return len(self.times) - 1
-
-    def with_denoiser(self, denoiser: Denoiser) -> InterpolatingKernel:
+    def with_denoiser(self, denoiser: Denoiser) -> Self:
         """Return the same kernel around another denoiser (for instance a caching wrapper).
 
         :param denoiser: the replacement.
         """
-        return InterpolatingKernel(self.process, denoiser, times=self.times, kappa=self.kappa)
+        return type(self)(self.process, denoiser, times=self.times, kappa=self.kappa)
 
     def same_as(self, other: object) -> bool:
         """Return whether both kernels define the same path law by construction.
@@ -89,69 +75,28 @@ class InterpolatingKernel:
         :param other: anything.
         """
         return self is other or (
-            isinstance(other, InterpolatingKernel)
+            type(self) is type(other)
+            and isinstance(other, InterpolatingKernel)
             and self.process is other.process
             and self.denoiser is other.denoiser
             and np.array_equal(self.times, other.times)
             and np.array_equal(self.kappa, other.kappa)
         )
 
-    def init_carry(
-        self,
-        batch_shape: Sequence[int],
-        length: int,
-        *,
-        prompt: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Carry:
-        """Draw the noisiest state from the prior of the process.
+    @property
+    def ancestral(self) -> bool:
+        """Whether ``kappa`` is 1 throughout."""
+        return bool(np.all(self.kappa == 1))
 
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
-        :param prompt: int64 ``(L,)``: tokens that are present from the start, -1 elsewhere.
-        :param generator: source of randomness.
-        :returns: ``{"tokens": int64 (*batch_shape, L)}``.
+    def site_kappa(self, carry: Carry, k: int) -> float | Tensor:
+        """Return the Psi parameter of step ``k``, a number or one per site.
+
+        :param carry: the current carry; subclasses may let it decide.
+        :param k: step index.
+        :returns: a float, or float64 broadcastable to ``(*batch, L)``.
         """
-        shape = (*batch_shape, length)
-        if self.process.absorbing:
-            tokens = torch.full(shape, self.process.vocab_size, dtype=torch.int64)
-        else:
-            uniforms = torch.rand(shape, dtype=torch.float64, generator=generator)
-            tokens = self.process.draw_prior(uniforms)
-        if prompt is not None:
-            tokens = torch.where(prompt >= 0, prompt, tokens)
-        return {"tokens": tokens}
-
-    def prior_step(
-        self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
-    ) -> TokenStep:
-        """Return the law of the noisiest state as a step distribution.
-
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
-        :param prompt: as in :meth:`init_carry`.
-        """
-        from ppl_diffusion.distributions.token_step import TokenStep  # as in step()
-
-        size = self.process.vocab_size
-        start = torch.zeros(length, dtype=torch.int64) if prompt is None else prompt.clamp_min(0)
-        flat = torch.full((*batch_shape, length, size), -float(np.log(size)))
-        fixed = None if prompt is None else prompt >= 0
-        # At alpha = 0 and kappa = 0 the only move of the mixture is a draw from the prior.
-        return TokenStep(self.process, start, flat, 0.0, 0.0, 0.0, fixed=fixed, validate_args=False)
-
-    def prior_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Return the log-probability of a noisiest state.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param prompt: as in :meth:`init_carry`; prompt positions are certain.
-        :returns: float64 ``(*batch,)``.
-        """
-        log_p = torch.log(self.process.prior_prob(tokens))
-        if prompt is not None:
-            certain = torch.where(tokens == prompt, 0.0, -torch.inf).to(log_p.dtype)
-            log_p = torch.where(prompt >= 0, certain, log_p)
-        return log_p.sum(-1)
+        row = self.kappa[k]
+        return float(row) if row.ndim == 0 else torch.from_numpy(row)
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TokenStep:
         """Return the distribution of the next state.
@@ -167,8 +112,7 @@ class InterpolatingKernel:
         # The one upward import: a step *is* a distribution of the backend in use.
         from ppl_diffusion.distributions.token_step import TokenStep
 
-        if not 0 <= k < self.num_steps:
-            raise ValueError(f"step index k must lie in 0..{self.num_steps - 1}, got {k}.")
+        self._check_step(k)
         tokens = carry["tokens"]
         return TokenStep(
             self.process,
@@ -176,48 +120,51 @@ class InterpolatingKernel:
             self.cavity_log_probs(tokens, k) if self._moves(k) else self._flat(tokens),
             float(self.alphas[k]),
             float(self.alphas[k + 1]),
-            float(self.kappa[k]),
+            self.site_kappa(carry, k),
             fixed=fixed,
             validate_args=False,
         )
 
-    def advance(self, carry: Carry, tokens: Tensor, k: int) -> Carry:
-        """Return the carry after the move of step ``k``; the given carry is left alone.
+    def sample_path(
+        self,
+        batch_shape: Sequence[int],
+        length: int,
+        *,
+        prompt: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        probe: bool = False,
+    ) -> SampledPath | None:
+        """Draw ancestral paths of the absorbing process on event times; None for other kernels.
 
-        :param carry: the current carry.
-        :param tokens: the sampled states, int64 ``(*batch, L)``.
-        :param k: step index.
+        The law is that of the steps; steps that reveal nothing make no network call.
         """
-        return {**carry, "tokens": tokens}
+        if not self._on_event_times:
+            return None
+        shape = (*batch_shape, length)
+        levels, tokens = uniforms((2, *shape), generator=generator)
+        start = self.init_carry(batch_shape, length, prompt=prompt)["tokens"]
+        step_of, time = ancestral_steps(self, shape, prompt, levels)
+        drawn = draw_path(self, start, step_of, time, tokens, probe=probe)
+        log_p = drawn.log_c + self._log_prob_of_steps(step_of)
+        return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
 
-    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
-        """Return the denoiser's cavity log-probabilities at grid point ``k``.
+    def path_log_prob(self, path: Tensor, *, prompt: Tensor | None = None) -> Tensor | None:
+        """Score ancestral paths of the absorbing process by their reveals; None for others."""
+        if not self._on_event_times:
+            return None
+        rows = path.reshape(-1, *path.shape[-2:])
+        found = read_reveals(rows, self.process.vocab_size, prompt)
+        log_p = reveal_log_prob(self, rows, found) + self._log_prob_of_steps(found.step_of)
+        return log_p.reshape(path.shape[:-2])
 
-        No network call is made where nothing can depend on it: a fully revealed masked state.
+    @property
+    def _on_event_times(self) -> bool:
+        # A subclass may have changed the step, so that only its own steps are right.
+        return type(self) is InterpolatingKernel and self.process.absorbing and self.ancestral
 
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
-        :returns: float64 ``(*batch, L, V)``, normalised to round-off.
-        :raises TypeError: if the output is no tensor.
-        :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
-        """
-        if self._revealed(tokens):
-            return self._flat(tokens)
-        log_c = self.denoiser(tokens, float(self.times[k]))
-        log_c = _clean_log_probs(log_c, tokens, self.process.vocab_size)
-        if self.denoiser.kind == "posterior":
-            log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
-        return log_c
-
-    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
-        """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
-        :returns: float64 ``(*batch, L, V)``.
-        """
-        log_c = self.cavity_log_probs(tokens, k)
-        return log_posterior_mean(self.process, tokens, log_c, float(self.alphas[k]))
+    def _log_prob_of_steps(self, step_of: Tensor) -> Tensor:
+        log_p = log_step_probs(self.process.schedule, self.times)[step_of.clamp_min(0)]
+        return torch.where(step_of < 0, 0.0, log_p).sum(-1)
 
     def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
         """Return whether step ``k`` from these states costs a network call.
@@ -229,119 +176,46 @@ class InterpolatingKernel:
 
     def _moves(self, k: int) -> bool:
         """Return whether step ``k`` can change anything; at ``kappa = 1`` it needs signal to."""
-        return bool(self.kappa[k] != 1 or self.alphas[k] != self.alphas[k + 1])
+        return bool(np.any(self.kappa[k] != 1) or self.alphas[k] != self.alphas[k + 1])
 
-    def _revealed(self, tokens: Tensor) -> bool:
-        return self.process.absorbing and not bool(torch.any(tokens == self.process.vocab_size))
-
-    def _flat(self, tokens: Tensor) -> Tensor:
-        size = self.process.vocab_size
-        return torch.full((*tokens.shape, size), -np.log(size), dtype=torch.float64)
-
-    def __repr__(self) -> str:
-        kappa = (
-            ""
-            if np.all(self.kappa == 1)
-            else f", kappa in [{self.kappa.min():.3g}, {self.kappa.max():.3g}]"
-        )
-        shape = f"num_steps={self.num_steps}{kappa}, {self.capability}"
-        return f"{type(self).__name__}({self.process!r}, {shape})"
+    def _repr_options(self) -> str:
+        low, high = self.kappa.min(), self.kappa.max()
+        return "" if self.ancestral else f", kappa in [{low:.3g}, {high:.3g}]"
 
 
-def _time_grid(num_steps: int | None, times: Any) -> np.ndarray:
-    if (num_steps is None) == (times is None):
-        raise ValueError("InterpolatingKernel: give exactly one of num_steps and times.")
-    if times is None:
-        count = whole_number(num_steps, "InterpolatingKernel: num_steps")
-        return np.linspace(1.0, 0.0, count + 1)
-    grid = np.asarray(times, dtype=np.float64).copy()  # np.array of a tensor warns
-    if grid.ndim != 1 or grid.size < 2 or not np.all(np.isfinite(grid)):
+def _unpack(
+    psi: PsiSchedule, process: Process, num_steps: Any, times: Any, kappa: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    if num_steps is not None or times is not None or not np.array_equal(kappa, 1.0):
         raise ValueError(
-            "InterpolatingKernel: times must be a vector of at least two finite times."
+            "InterpolatingKernel: psi brings its own grid and kappa; leave out num_steps, times "
+            "and kappa."
         )
-    if grid[0] != 1.0 or grid[-1] != 0.0 or np.any(np.diff(grid) > 0):
-        raise ValueError("InterpolatingKernel: times must decrease from exactly 1 (noise) to 0.")
-    return grid
+    alphas = np.asarray(process.schedule.alpha(psi.times), dtype=np.float64)
+    if not np.allclose(alphas, psi.alphas, rtol=0, atol=1e-12):
+        raise ValueError(
+            f"InterpolatingKernel: the Psi schedule {psi.name!r} was built for another signal "
+            "schedule; build it from process.schedule."
+        )
+    return psi.times, psi.kappa
 
 
 def _check_kappa(kappa: Any, alphas: np.ndarray, process: Process) -> np.ndarray:
+    steps = len(alphas) - 1
     given = np.asarray(kappa, dtype=np.float64)
-    if given.shape not in ((), (len(alphas) - 1,)):
+    if given.ndim > 2 or (given.ndim > 0 and given.shape[0] != steps) or 0 in given.shape:
         raise ValueError(
-            "InterpolatingKernel: kappa must be one number or one per step, "
-            f"{len(alphas) - 1} of them, got shape {given.shape}."
+            "InterpolatingKernel: kappa must be one number, one per step or one per step and "
+            f"site, for {steps} steps, got shape {given.shape}."
         )
-    values = np.broadcast_to(given, (len(alphas) - 1,)).copy()
-    a, b = alphas[:-1], alphas[1:]
+    values = np.broadcast_to(given, (steps,)).copy() if given.ndim == 0 else given.copy()
     if not np.all(np.isfinite(values)) or values.max() > 1:
         raise ValueError("InterpolatingKernel: kappa must be finite and at most 1.")
-    # Below zero only the absorbing kernel is known to have room: sigma = (1-kappa)(1-b) is the
-    # probability that a revealed token is masked again, and b - (1-sigma) a must not be negative.
-    sigma = (1 - values) * (1 - b)
-    room = process.absorbing & (sigma <= 1) & (sigma * a <= 1 - b)
-    bad = np.flatnonzero((values < 0) & ~room)
+    lowest = values.reshape(steps, -1).min(1)
+    bad = np.flatnonzero(lowest < np.minimum(kappa_room(process, alphas), 0) - _ROUND_OFF)
     if bad.size:
         raise ValueError(
-            f"InterpolatingKernel: kappa = {values[bad[0]]} at step {bad[0]} makes a probability "
+            f"InterpolatingKernel: kappa = {lowest[bad[0]]} at step {bad[0]} makes a probability "
             "negative; raise it."
         )
     return values
-
-
-def _check_denoiser(process: Process, denoiser: Denoiser) -> None:
-    kind = getattr(denoiser, "kind", None)
-    if kind not in ("cavity", "posterior"):
-        raise CapabilityError(
-            f"denoiser.kind must be 'cavity' or 'posterior', got {kind!r}; set it on the denoiser."
-        )
-    size = getattr(denoiser, "vocab_size", process.vocab_size)
-    if size != process.vocab_size:
-        raise CapabilityError(
-            f"the denoiser has {size} clean tokens but the process has {process.vocab_size}; "
-            "build both with one vocabulary."
-        )
-    other = getattr(denoiser, "process", None)
-    if isinstance(other, Process) and not _same_noise(process, other, denoiser.time_free):
-        raise CapabilityError(
-            f"the denoiser was built for {other!r} but the kernel runs {process!r}; "
-            "build both with one process."
-        )
-
-
-def _same_noise(process: Process, other: Process, time_free: bool) -> bool:
-    """Return whether an exact denoiser of one process is right for the other."""
-    same_prior = np.array_equal(process.prior, other.prior)
-    return same_prior and (time_free or process.schedule == other.schedule)
-
-
-def _clean_log_probs(log_c: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
-    """Drop mass on the mask (SUBS), insist on finite rows, and normalise them in float64."""
-    expected = (*tokens.shape, vocab_size)
-    require_tensor(log_c, expected)
-    if tuple(log_c.shape) == (*tokens.shape, vocab_size + 1):
-        log_c = torch.log_softmax(log_c[..., :vocab_size], -1)
-    if tuple(log_c.shape) != expected:
-        raise ValueError(f"the denoiser returned shape {tuple(log_c.shape)}, expected {expected}.")
-    log_c = log_c.to(torch.float64)
-    total = log_c.exp().sum(-1, keepdim=True)
-    if not bool(((total.detach() - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            "the denoiser returned NaN or unnormalised log-probabilities; "
-            "apply log_softmax over the clean vocabulary."
-        )
-    # float32 rows sum to one only almost: a path of many sites would lose that mass.
-    return log_c - total.log()
-
-
-def require_tensor(log_probs: object, expected: tuple[int, ...]) -> None:
-    """Refuse what is no tensor, before an operation fails on it with an obscure message.
-
-    :param log_probs: what a denoiser returned.
-    :param expected: the shape to name in the message.
-    :raises TypeError: if it is not a torch tensor.
-    """
-    if not isinstance(log_probs, Tensor):
-        raise TypeError(
-            f"the denoiser returned {type(log_probs).__name__}, expected a torch tensor of "
-            f"log-probabilities of shape {expected}."
-        )

@@ -25,8 +25,9 @@ from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.distributions.token_step import TokenStep
-from ppl_diffusion.kernels.interpolating import FACTORISED, InterpolatingKernel
+from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
@@ -74,7 +75,7 @@ class FeynmanKac:
         chain: ReverseChain,
         potential: AbstractPotential | Callable[[Tensor], Tensor],
         twist: TwistLike = "argmax",
-        proposal: Proposal | InterpolatingKernel | None = None,
+        proposal: Proposal | Kernel | None = None,
         *,
         twist_every: int = 1,
     ) -> None:
@@ -83,13 +84,13 @@ class FeynmanKac:
                 f"FeynmanKac: chain must be a ReverseChain, got {type(chain).__name__}; "
                 "wrap a kernel as ReverseChain(kernel, length)."
             )
-        if isinstance(proposal, InterpolatingKernel):
+        if isinstance(proposal, Kernel):
             _require_same_grid(chain.kernel, proposal)
         if twist_every < 1:
             raise ValueError(f"twist_every must be >= 1, got {twist_every}.")
-        if proposal is not None and chain.kernel.capability != FACTORISED:
+        if proposal is not None and chain.kernel.capability == SAMPLE_ONLY:
             raise CapabilityError(
-                f"a proposal needs a {FACTORISED} kernel, this one is {chain.kernel.capability}; "
+                f"a proposal needs a kernel with a density, this one is {SAMPLE_ONLY}; "
                 "use proposal=None."
             )
         self.chain = chain
@@ -153,7 +154,7 @@ class BoundFeynmanKac:
 
     def _bind_proposal(self) -> tuple[Proposal | None, EvaluatedDenoiser | None]:
         proposal = self.model.proposal
-        if not isinstance(proposal, InterpolatingKernel):
+        if not isinstance(proposal, Kernel):
             return proposal, None
         denoiser = EvaluatedDenoiser(proposal.denoiser, max_rows=self.max_rows)
         kernel, fixed = proposal.with_denoiser(denoiser), self.model.chain.fixed
@@ -193,7 +194,7 @@ class BoundFeynmanKac:
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
         tokens = _sample(proposal, generator)
-        moved = self._kernel.advance(carry, tokens, k)
+        moved = self._kernel.advance(carry, tokens, k, step=step)
         if proposal is step and not self.track_log_prob:
             return moved, 0.0
         log_p = per_particle(step.log_prob(tokens))
@@ -273,7 +274,7 @@ class EvaluatedPotential:
         return values[inverse].reshape(x0.shape[:-1])
 
 
-def _require_same_grid(model: InterpolatingKernel, proposal: InterpolatingKernel) -> None:
+def _require_same_grid(model: Kernel, proposal: Kernel) -> None:
     states = (model.process.num_states, proposal.process.num_states)
     if not np.array_equal(model.times, proposal.times) or states[0] != states[1]:
         raise ValueError(
@@ -304,6 +305,6 @@ def take_particles(value: Any, ancestors: Tensor) -> Any:
 
 
 def _sample(distribution: TorchDistribution, generator: torch.Generator | None) -> Tensor:
-    if generator is not None and isinstance(distribution, TokenStep):
+    if generator is not None and isinstance(distribution, StepDistribution):
         return distribution.sample(generator=generator)
     return distribution.sample()

@@ -45,9 +45,10 @@ def test_sample_and_score_cost_one_call_per_step(chain_and_counter):
     log_p = chain.log_prob(path)
     assert counter.calls <= T
     assert counter.calls == T or chain.kernel.process.absorbing
-    spent = counter.calls
+    calls, rows = counter.calls, counter.rows
     again = chain.log_prob(path.clone())
-    assert counter.calls == 2 * spent
+    assert counter.calls <= 2 * calls  # known paths are scored in larger batches
+    assert counter.rows == 2 * rows
     torch.testing.assert_close(again, log_p, rtol=0, atol=1e-9)
 
 

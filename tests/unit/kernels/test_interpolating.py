@@ -83,12 +83,12 @@ def make(**options):
         ({"times": [1.0, 0.5, 0.6, 0.0]}, "decrease from exactly 1"),
         ({"times": [1.0, np.nan, 0.0]}, "finite times"),
         ({"times": [1.0]}, "at least two"),
-        ({"num_steps": 2, "kappa": [1.0, 1.0, 1.0]}, r"one per step, 2 of them, got shape \(3,\)"),
-        ({"num_steps": 3, "kappa": [0.5]}, r"one per step, 3 of them, got shape \(1,\)"),
+        ({"num_steps": 2, "kappa": [1.0, 1.0, 1.0]}, r"for 2 steps, got shape \(3,\)"),
+        ({"num_steps": 3, "kappa": [0.5]}, r"for 3 steps, got shape \(1,\)"),
         ({"num_steps": 2, "kappa": 1.1}, "finite and at most 1"),
         ({"num_steps": 2, "kappa": np.nan}, "finite and at most 1"),
         ({"num_steps": 2, "kappa": -5.0}, "kappa = -5.0 at step 0 makes a probability negative"),
-        ({"num_steps": 2, "kappa": -0.1, "process": Uniform(3)}, "makes a probability negative"),
+        ({"num_steps": 3, "kappa": -2.0, "process": Uniform(3)}, "makes a probability negative"),
     ],
 )
 def test_bad_settings(options, text):

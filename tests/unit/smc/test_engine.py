@@ -330,7 +330,7 @@ def test_proposals_need_a_density():
 
     kernel = Sampler(chain.kernel.process, chain.kernel.denoiser, num_steps=4)
     chain = type(chain)(kernel, 5)
-    with pytest.raises(CapabilityError, match="a proposal needs a FACTORISED kernel"):
+    with pytest.raises(CapabilityError, match="a proposal needs a kernel with a density"):
         FeynmanKac(chain, POTENTIAL, proposal=toy_markov_chain().kernel)
 
 

@@ -1,0 +1,114 @@
+"""One reverse step whose law is given as a table over all states of every site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.distributions._shapes import check_expand, check_value
+from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.kernels.noise import draw_categorical
+
+
+class StateStep(StepDistribution):
+    """A product over positions of categoricals over states, event shape ``(L,)``.
+
+    For kernels that are no three-way mixture, such as guided ones; memory grows with the number
+    of states. Rows are normalised here.
+
+    :param log_probs: log-probabilities of the next states, ``(*batch, L, S)``, up to a constant
+        per site.
+    :param tokens: current states, int64 ``(*batch, L)``.
+    :param fixed: bool ``(*batch, L)`` or None: positions that keep their token.
+    :raises ValueError: if shapes do not fit, or a site has no possible state.
+    """
+
+    num_uniforms = 1
+
+    def __init__(
+        self,
+        log_probs: Tensor,
+        *,
+        tokens: Tensor,
+        fixed: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        batch = torch.broadcast_shapes(tokens.shape[:-1], log_probs.shape[:-2])
+        length, self.num_states = tokens.shape[-1], log_probs.shape[-1]
+        if log_probs.shape[-2] != length:
+            raise ValueError(
+                f"StateStep: log_probs of shape {tuple(log_probs.shape)} do not fit {length} sites."
+            )
+        log_probs = torch.log_softmax(log_probs.to(torch.float64), -1)
+        if bool(torch.isnan(log_probs).any()):
+            raise ValueError("StateStep: a site has no possible next state, or a NaN among them.")
+        self.log_probs = log_probs.expand(*batch, length, self.num_states)
+        self.tokens = tokens.expand(*batch, length)
+        self.fixed = None if fixed is None else fixed.expand(*batch, length)
+        super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the table depends on a tensor that requires a gradient."""
+        return self.log_probs.requires_grad
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log-probability of a next state.
+
+        :param value: states, int64 ``(*sample, *batch, L)``.
+        :returns: float64, the broadcast batch shape; ``-inf`` for impossible moves.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        value = check_value(self, value)
+        tokens, value = torch.broadcast_tensors(self.tokens, value)
+        table = self.log_probs.expand(*value.shape, -1)
+        site = table.gather(-1, value[..., None])[..., 0]
+        if self.fixed is not None:
+            kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
+            site = torch.where(self.fixed, kept, site)
+        return site.sum(-1)
+
+    def dense_log_probs(self) -> Tensor:
+        """Return the law of every site as a table, float64 ``(*batch, L, S)``."""
+        if self.fixed is None:
+            return self.log_probs
+        here = torch.nn.functional.one_hot(self.tokens, self.num_states).to(torch.float64)
+        return torch.where(self.fixed[..., None], here.log(), self.log_probs)
+
+    def draw(self, u_token: Tensor) -> Tensor:  # type: ignore[override]
+        """Turn uniforms into next states; the same uniforms give the same states.
+
+        :param u_token: numbers in ``[0, 1)``, ``(*sample, *batch, L)``.
+        """
+        drawn = draw_categorical(self.log_probs.expand(*u_token.shape, -1), u_token)
+        return drawn if self.fixed is None else torch.where(self.fixed, self.tokens, drawn)
+
+    def expand(self, batch_shape: Sequence[int], _instance: StateStep | None = None) -> StateStep:
+        """Return the same distribution with larger batch dimensions.
+
+        :param batch_shape: the new batch shape.
+        """
+        new = self._get_checked_instance(StateStep, _instance)
+        shape = check_expand(self.batch_shape, batch_shape)
+        new.num_states = self.num_states
+        new.log_probs = self.log_probs.expand(*shape, -1, -1)
+        new.tokens = self.tokens.expand(*shape, -1)
+        new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
+        super(StateStep, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @classmethod
+    def infer_shapes(
+        cls, log_probs: Sequence[int] = (), tokens: Sequence[int] = (), fixed: object = ()
+    ) -> tuple[torch.Size, torch.Size]:
+        """Return ``(batch_shape, event_shape)`` from the shapes of the arguments.
+
+        :param log_probs: shape of ``log_probs``.
+        :param tokens: shape of ``tokens``.
+        """
+        batch = torch.broadcast_shapes(tuple(tokens)[:-1], tuple(log_probs)[:-2])
+        return torch.Size(batch), torch.Size(tuple(tokens)[-1:])

@@ -1,0 +1,381 @@
+"""What every reverse kernel is: a process, a denoiser, a time grid, and a law for each step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.kernels.mixture import log_posterior_mean, posterior_to_cavity
+from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels.processes import Process, whole_number
+
+if TYPE_CHECKING:
+    from pyro.distributions import TorchDistribution
+
+    from ppl_diffusion.denoisers.base import Denoiser
+    from ppl_diffusion.distributions.token_step import TokenStep
+
+FACTORISED = "FACTORISED"
+"""Capability of a kernel whose step has an exact density, a product over positions."""
+
+ORDERED = "ORDERED"
+"""Capability of a kernel that draws *which* positions move, with an exact density."""
+
+SAMPLE_ONLY = "SAMPLE_ONLY"
+"""Capability of a kernel that can be sampled but has no tractable density."""
+
+Carry = dict[str, Any]
+
+
+class SampledPath(NamedTuple):
+    """A path that was drawn in one go.
+
+    :param path: int64 ``(*batch, T + 1, L)``.
+    :param log_prob: its log-probability, float64 ``(*batch,)``, or None where it has no density.
+    :param hidden_gradient: whether the prediction depended on a tensor that wants a gradient.
+    """
+
+    path: Tensor
+    log_prob: Tensor | None
+    hidden_gradient: bool = False
+
+
+class Kernel(ABC):
+    """A reverse chain, one step at a time.
+
+    Step ``k`` goes from ``times[k]`` to ``times[k + 1]``; ``times`` runs from 1 (noise) to 0.
+    The carry is a dict of arrays, batch dimensions first; ``carry["tokens"]`` holds the states,
+    int64 ``(*batch, L)``.
+
+    :param process: forward process.
+    :param denoiser: predictor of clean tokens; its ``kind`` decides whether its output is
+        converted to the cavity distribution a kernel needs.
+    :param times: ``T + 1`` decreasing times from 1 to 0.
+
+    :ivar capability: :data:`FACTORISED`, :data:`ORDERED` or :data:`SAMPLE_ONLY`.
+    :ivar markov: whether a step's law depends on the tokens alone; if not, the carry holds more,
+        and only a whole path has a density.
+    """
+
+    capability: str = FACTORISED
+    markov: bool = True
+
+    def __init__(self, process: Process, denoiser: Denoiser, times: np.ndarray) -> None:
+        check_denoiser(process, denoiser)
+        self.process = process
+        self.denoiser = denoiser
+        self.times = times
+        self.alphas = np.asarray(process.schedule.alpha(times), dtype=np.float64)
+
+    @abstractmethod
+    def with_denoiser(self, denoiser: Denoiser) -> Self:
+        """Return the same kernel around another denoiser (for instance a caching wrapper).
+
+        :param denoiser: the replacement.
+        """
+
+    @abstractmethod
+    def same_as(self, other: object) -> bool:
+        """Return whether both kernels define the same path law by construction.
+
+        :param other: anything.
+        """
+
+    @abstractmethod
+    def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TorchDistribution:
+        """Return the distribution of the next state, event shape ``(L,)``.
+
+        :param carry: the current carry.
+        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
+        :param fixed: bool ``(*batch, L)``, positions that stay with probability one and do not
+            enter the density (a prompt).
+        :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
+        """
+
+    @property
+    def num_steps(self) -> int:
+        """Number ``T`` of reverse steps."""
+        return len(self.times) - 1
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What makes the law another one than that of the denoiser's own chain, in phrases."""
+        return tuple(getattr(self.denoiser, "changes", ()))
+
+    def init_carry(
+        self,
+        batch_shape: Sequence[int],
+        length: int,
+        *,
+        prompt: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Carry:
+        """Draw the noisiest state from the prior of the process.
+
+        :param batch_shape: leading dimensions.
+        :param length: number ``L`` of positions.
+        :param prompt: int64 ``(L,)``: tokens that are present from the start, -1 elsewhere.
+        :param generator: source of randomness.
+        :returns: ``{"tokens": int64 (*batch_shape, L)}``.
+        """
+        shape = (*batch_shape, length)
+        if self.process.absorbing:
+            tokens = torch.full(shape, self.process.vocab_size, dtype=torch.int64)
+        else:
+            tokens = self.process.draw_prior(uniforms(shape, generator=generator))
+        if prompt is not None:
+            tokens = torch.where(prompt >= 0, prompt, tokens)
+        return {"tokens": tokens}
+
+    def prior_step(
+        self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
+    ) -> TokenStep:
+        """Return the law of the noisiest state as a step distribution.
+
+        :param batch_shape: leading dimensions.
+        :param length: number ``L`` of positions.
+        :param prompt: as in :meth:`init_carry`.
+        """
+        # The one upward import: a step *is* a distribution of the backend in use.
+        from ppl_diffusion.distributions.token_step import TokenStep
+
+        size = self.process.vocab_size
+        start = torch.zeros(length, dtype=torch.int64) if prompt is None else prompt.clamp_min(0)
+        flat = torch.full((*batch_shape, length, size), -float(np.log(size)))
+        fixed = None if prompt is None else prompt >= 0
+        # At alpha = 0 and kappa = 0 the only move of the mixture is a draw from the prior.
+        return TokenStep(self.process, start, flat, 0.0, 0.0, 0.0, fixed=fixed, validate_args=False)
+
+    def prior_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Return the log-probability of a noisiest state.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param prompt: as in :meth:`init_carry`; prompt positions are certain.
+        :returns: float64 ``(*batch,)``.
+        """
+        log_p = torch.log(self.process.prior_prob(tokens))
+        if prompt is not None:
+            certain = torch.where(tokens == prompt, 0.0, -torch.inf).to(log_p.dtype)
+            log_p = torch.where(prompt >= 0, certain, log_p)
+        return log_p.sum(-1)
+
+    def sample_path(
+        self,
+        batch_shape: Sequence[int],
+        length: int,
+        *,
+        prompt: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        probe: bool = False,
+    ) -> SampledPath | None:
+        """Draw whole paths in a cheaper way than step by step, where the kernel knows one.
+
+        :param batch_shape: leading dimensions.
+        :param length: number ``L`` of positions.
+        :param prompt: as in :meth:`init_carry`.
+        :param generator: source of randomness.
+        :param probe: find out whether the prediction carries a gradient.
+        :returns: paths with the law of the steps, or None: take the steps.
+        """
+        return None
+
+    def path_log_prob(self, path: Tensor, *, prompt: Tensor | None = None) -> Tensor | None:
+        """Score whole paths in a cheaper way than step by step, where the kernel knows one.
+
+        :param path: int64 ``(*batch, T + 1, L)``.
+        :param prompt: as in :meth:`init_carry`.
+        :returns: float64 ``(*batch,)``, or None: score the steps.
+        """
+        return None
+
+    def advance(
+        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+    ) -> Carry:
+        """Return the carry after the move of step ``k``; the given carry is left alone.
+
+        :param carry: the current carry.
+        :param tokens: the sampled states, int64 ``(*batch, L)``.
+        :param k: step index.
+        :param step: this kernel's step that was taken, where the caller has it: kernels that
+            remember predictions then need no second network call.
+        """
+        return {**carry, "tokens": tokens}
+
+    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
+        """Return the denoiser's cavity log-probabilities at grid point ``k``.
+
+        No network call is made where nothing can depend on it: a fully revealed masked state.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        :returns: float64 ``(*batch, L, V)``, normalised to round-off.
+        :raises TypeError: if the output is no tensor.
+        :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
+        """
+        if self._revealed(tokens):
+            return self._flat(tokens)
+        log_c = self.denoiser(tokens, float(self.times[k]))
+        log_c = clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
+        if self.denoiser.kind == "posterior":
+            log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
+        return log_c
+
+    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
+        """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        :returns: float64 ``(*batch, L, V)``.
+        """
+        log_c = self.cavity_log_probs(tokens, k)
+        return log_posterior_mean(self.process, tokens, log_c, float(self.alphas[k]))
+
+    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
+        """Return whether step ``k`` from these states costs a network call.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: step index.
+        """
+        return not self._revealed(tokens)
+
+    def _check_step(self, k: int) -> None:
+        if not 0 <= k < self.num_steps:
+            raise ValueError(f"step index k must lie in 0..{self.num_steps - 1}, got {k}.")
+
+    def _revealed(self, tokens: Tensor) -> bool:
+        return self.process.absorbing and not bool(torch.any(tokens == self.process.vocab_size))
+
+    def _flat(self, tokens: Tensor) -> Tensor:
+        size = self.process.vocab_size
+        return torch.full((*tokens.shape, size), -np.log(size), dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        shape = f"num_steps={self.num_steps}{self._repr_options()}, {self.capability}"
+        return f"{type(self).__name__}({self.process!r}, {shape})"
+
+    def _repr_options(self) -> str:
+        return ""
+
+
+def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:
+    """Return a decreasing grid from exactly 1 to exactly 0, float64 ``(T + 1,)``.
+
+    :param num_steps: number ``T`` of equal steps.
+    :param times: or the grid itself.
+    :param owner: who asks, for the messages.
+    :raises ValueError: if neither or both are given, or the grid is not usable.
+    """
+    if (num_steps is None) == (times is None):
+        raise ValueError(f"{owner}: give exactly one of num_steps and times.")
+    if times is None:
+        count = whole_number(num_steps, f"{owner}: num_steps")
+        return np.linspace(1.0, 0.0, count + 1)
+    grid = np.asarray(times, dtype=np.float64).copy()  # np.array of a tensor warns
+    if grid.ndim != 1 or grid.size < 2 or not np.all(np.isfinite(grid)):
+        raise ValueError(f"{owner}: times must be a vector of at least two finite times.")
+    if grid[0] != 1.0 or grid[-1] != 0.0 or np.any(np.diff(grid) > 0):
+        raise ValueError(f"{owner}: times must decrease from exactly 1 (noise) to 0.")
+    return grid
+
+
+def check_denoiser(process: Process, denoiser: Denoiser) -> None:
+    """Refuse a denoiser that cannot belong to a process.
+
+    :param process: forward process.
+    :param denoiser: the denoiser.
+    :raises CapabilityError: if kind, vocabulary or process do not fit.
+    """
+    kind = getattr(denoiser, "kind", None)
+    if kind not in ("cavity", "posterior"):
+        raise CapabilityError(
+            f"denoiser.kind must be 'cavity' or 'posterior', got {kind!r}; set it on the denoiser."
+        )
+    size = getattr(denoiser, "vocab_size", process.vocab_size)
+    if size != process.vocab_size:
+        raise CapabilityError(
+            f"the denoiser has {size} clean tokens but the process has {process.vocab_size}; "
+            "build both with one vocabulary."
+        )
+    other = getattr(denoiser, "process", None)
+    if isinstance(other, Process) and not _same_noise(process, other, denoiser.time_free):
+        raise CapabilityError(
+            f"the denoiser was built for {other!r} but the kernel runs {process!r}; "
+            "build both with one process."
+        )
+
+
+def _same_noise(process: Process, other: Process, time_free: bool) -> bool:
+    """Return whether an exact denoiser of one process is right for the other."""
+    same_prior = np.array_equal(process.prior, other.prior)
+    return same_prior and (time_free or process.schedule == other.schedule)
+
+
+def clean_log_probs(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor:
+    """Drop mass on the mask (SUBS), insist on finite rows, and normalise them in float64.
+
+    :param log_c: what a denoiser returned for states of ``shape``, with or without a last column
+        for the mask.
+    :param shape: shape of the states, ``(*batch, L)``, or of gathered rows, ``(n,)``.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: float64 ``(*shape, V)``.
+    :raises TypeError: if the output is no tensor.
+    :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
+    """
+    log_c, total = in_float64(log_c, shape, vocab_size)
+    require_normalised((total.detach() - 1).abs().amax() if total.numel() else total.sum())
+    # float32 rows sum to one only almost: a path of many sites would lose that mass.
+    return log_c - total.log()
+
+
+def in_float64(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return predictions in float64, without a mask column, and the total of every row.
+
+    :param log_c: what a denoiser returned for states of ``shape``.
+    :param shape: shape of the states.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: ``(*shape, V)`` and ``(*shape, 1)``; totals are one up to round-off if the denoiser
+        is right, which :func:`require_normalised` checks.
+    :raises TypeError: if the output is no tensor.
+    :raises ValueError: if it has the wrong shape.
+    """
+    expected = (*shape, vocab_size)
+    require_tensor(log_c, expected)
+    if tuple(log_c.shape) == (*shape, vocab_size + 1):
+        log_c = torch.log_softmax(log_c[..., :vocab_size], -1)
+    if tuple(log_c.shape) != expected:
+        raise ValueError(f"the denoiser returned shape {tuple(log_c.shape)}, expected {expected}.")
+    log_c = log_c.to(torch.float64)
+    return log_c, log_c.exp().sum(-1, keepdim=True)
+
+
+def require_normalised(deviation: Tensor) -> None:
+    """Refuse predictions that are not distributions.
+
+    :param deviation: largest deviation of a row's total from one, a scalar; NaN fails.
+    :raises ValueError: if it is 1e-3 or more, or NaN.
+    """
+    if not bool(deviation < 1e-3):
+        raise ValueError(
+            "the denoiser returned NaN or unnormalised log-probabilities; "
+            "apply log_softmax over the clean vocabulary."
+        )
+
+
+def require_tensor(log_probs: object, expected: tuple[int, ...]) -> None:
+    """Refuse what is no tensor, before an operation fails on it with an obscure message.
+
+    :param log_probs: what a denoiser returned.
+    :param expected: the shape to name in the message.
+    :raises TypeError: if it is not a torch tensor.
+    """
+    if not isinstance(log_probs, Tensor):
+        raise TypeError(
+            f"the denoiser returned {type(log_probs).__name__}, expected a torch tensor of "
+            f"log-probabilities of shape {expected}."
+        )

@@ -1,0 +1,240 @@
+"""Masked chains on event times: when each position is revealed is drawn once, before any network.
+
+A position is masked at time ``t`` exactly while its uniform ``U`` lies below ``1 - alpha(t)``, so
+one sorted list of uniforms holds the whole schedule of a row. Every way of decoding is a grouping
+of that list: by the bins of a time grid (ancestral sampling on that grid), one by one (first
+hitting: Zheng et al. 2024, arXiv:2409.02908), in groups of fixed size, or block
+after block. Only non-empty groups cost a network call, rows advance on their own clocks, and the
+vocabulary is touched at the revealed positions alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion.kernels.base import (
+    clean_log_probs,
+    in_float64,
+    require_normalised,
+    require_tensor,
+)
+from ppl_diffusion.kernels.noise import draw_categorical
+
+if TYPE_CHECKING:
+    from ppl_diffusion.denoisers.base import Denoiser
+
+
+def grid_bins(levels: Tensor, alphas: np.ndarray) -> Tensor:
+    """Return the step of a time grid in which each position is revealed.
+
+    :param levels: noise levels ``U`` in ``[0, 1)`` at which positions are revealed, any shape.
+    :param alphas: signal levels of the grid, from 0 to 1, ``(T + 1,)``.
+    :returns: int64 step indices ``0..T-1``, shaped like ``levels``.
+    """
+    noise = torch.from_numpy(np.ascontiguousarray(1.0 - alphas[::-1])).to(levels.device)
+    return len(alphas) - 1 - torch.searchsorted(noise, levels, right=True)
+
+
+def reveal_ranks(levels: Tensor, free: Tensor, block: Tensor | None = None) -> Tensor:
+    """Return the place of each free position in its row's order of reveals, from 0.
+
+    :param levels: noise levels ``U``, float64 ``(B, L)``; the highest is revealed first.
+    :param free: bool ``(B, L)``, positions that are revealed at all.
+    :param block: int64 ``(L,)``: positions of a lower block come first.
+    :returns: int64 ``(B, L)``; positions that are not free come last.
+    """
+    key = 1.0 - levels if block is None else block + (1.0 - levels) / 2
+    last = torch.where(free, key, torch.inf)
+    return last.argsort(-1).argsort(-1)
+
+
+class Round(NamedTuple):
+    """One network call: which rows go on, and what they reveal.
+
+    :param num_rows: the first so many rows (most groups first) are still under way.
+    :param sites: int64 ``(m,)``, indices of the revealed positions into the flattened rows.
+    """
+
+    num_rows: int
+    sites: Tensor
+
+
+@dataclass(frozen=True)
+class RevealPlan:
+    """The order in which every row reveals its positions, in groups, empty groups left out.
+
+    Rows are sorted by their number of groups, so that the rows under way are always a leading
+    slice and no step gathers or scans a batch.
+
+    :param rows: int64 ``(B,)``, the original index of each sorted row.
+    :param rounds: the network calls, in order.
+    :param times: times of the network calls of each sorted row, float64 ``(B, G)``.
+    """
+
+    rows: Tensor
+    rounds: tuple[Round, ...]
+    times: Tensor
+
+    @classmethod
+    def of(cls, group: Tensor, time: Tensor) -> RevealPlan:
+        """Arrange groups into rounds; this reads the group sizes back to the host, once.
+
+        :param group: int64 ``(B, L)``: the group of each position, revealed in increasing order;
+            -1 where nothing is revealed.
+        :param time: float64 ``(B, L)``: time of the call that reveals each position; that of the
+            first position counts where a group has several.
+        """
+        place = _compact(group)
+        counts = place.amax(-1) + 1  # groups of each row
+        rows = counts.argsort(dim=0, descending=True, stable=True)
+        place, time, counts = place[rows], time[rows], counts[rows]
+        depth = int(counts[0]) if len(counts) else 0
+        times = torch.full((len(rows), depth + 1), -torch.inf, dtype=torch.float64)
+        times = times.to(time.device).scatter_reduce(
+            1, torch.where(place < 0, depth, place), time, "amax"
+        )
+        flat = place.flatten()
+        order = flat.argsort(dim=0, stable=True)
+        sizes = torch.bincount(flat + 1, minlength=depth + 1).tolist()
+        active = [int(n) for n in (counts[:, None] > torch.arange(depth)).sum(0)]
+        sites = order[sizes[0] :].split(sizes[1:])
+        return cls(rows, tuple(map(Round, active, sites)), times[:, :depth])
+
+    @property
+    def num_rows(self) -> int:
+        """Network rows in all."""
+        return sum(r.num_rows for r in self.rounds)
+
+
+def _compact(group: Tensor) -> Tensor:
+    """Renumber the groups of each row without gaps, keeping -1."""
+    ordered, order = group.sort(dim=-1, stable=True)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    place = (fresh & (ordered >= 0)).cumsum(-1) - 1
+    return torch.empty_like(group).scatter_(-1, order, place)
+
+
+class Decoded(NamedTuple):
+    """What :func:`decode` returns.
+
+    :param tokens: clean tokens, int64 ``(B, L)``.
+    :param log_c: log-probability of every revealed token under the prediction it was drawn from,
+        float64 ``(B, L)``; zero elsewhere.
+    :param hidden_gradient: whether the first prediction asked for a gradient (see ``probe``).
+    """
+
+    tokens: Tensor
+    log_c: Tensor
+    hidden_gradient: bool
+
+
+def decode(
+    denoiser: Denoiser,
+    vocab_size: int,
+    tokens: Tensor,
+    plan: RevealPlan,
+    uniforms: Tensor,
+    *,
+    probe: bool = False,
+) -> Decoded:
+    """Reveal the masked positions of a batch according to a plan.
+
+    Nothing is read back to the host between calls; predictions are checked once at the end.
+
+    :param denoiser: predictor of clean tokens; its ``hidden`` and ``head`` are used where it has
+        them, so that the vocabulary is computed for the revealed positions only.
+    :param vocab_size: number of clean tokens ``V``.
+    :param tokens: states to start from, int64 ``(B, L)``.
+    :param plan: what is revealed when.
+    :param uniforms: numbers in ``[0, 1)``, ``(B, L)``: which token each position gets.
+    :param probe: make the first call with gradients enabled, to see whether it has any.
+    :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
+    """
+    state = tokens[plan.rows]
+    noise = uniforms[plan.rows].flatten()
+    log_c = torch.zeros_like(noise)
+    worst = torch.zeros((), dtype=torch.float64, device=noise.device)
+    hidden_gradient = False
+    for index, (size, sites) in enumerate(plan.rounds):
+        with torch.set_grad_enabled(probe and index == 0):
+            rows = predict_at(denoiser, state[:size], plan.times[:size, index], sites)
+        hidden_gradient = hidden_gradient or rows.requires_grad
+        rows, total = in_float64(rows.detach(), sites.shape, vocab_size)
+        drawn = draw_categorical(rows, noise[sites])
+        # Not in place: a denoiser may have kept the state it was shown.
+        state = state.flatten().index_put((sites,), drawn).reshape(state.shape)
+        picked = rows.gather(-1, drawn[:, None])[:, 0] - total[:, 0].log()
+        log_c = log_c.index_put((sites,), picked)
+        worst = torch.maximum(worst, (total - 1).abs().amax())
+    require_normalised(worst)
+    home = plan.rows.argsort()
+    return Decoded(state[home], log_c.reshape(state.shape)[home], hidden_gradient)
+
+
+def score(
+    denoiser: Denoiser,
+    vocab_size: int,
+    states: Tensor,
+    times: Tensor,
+    reveals: Tensor,
+    answers: Tensor,
+    *,
+    max_rows: int,
+) -> Tensor:
+    """Return the log-probabilities of known reveals, float64 ``(M,)``, differentiable.
+
+    :param denoiser: predictor of clean tokens.
+    :param vocab_size: number of clean tokens ``V``.
+    :param states: states before the reveals, int64 ``(M, L)``.
+    :param times: time of each state, float64 ``(M,)``.
+    :param reveals: bool ``(M, L)``, the positions that are revealed next.
+    :param answers: clean tokens, int64 ``(M, L)``.
+    :param max_rows: rows per network call.
+    :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
+    """
+    parts = []
+    chunks = (x.split(max_rows) for x in (states, times, reveals, answers))
+    for z, t, chosen, x in zip(*chunks, strict=True):
+        sites = chosen.flatten().nonzero()[:, 0]
+        rows = clean_log_probs(predict_at(denoiser, z, t, sites), sites.shape, vocab_size)
+        site = rows.gather(-1, x.flatten()[sites][:, None])[:, 0]
+        parts.append(site.new_zeros(len(z)).index_add(0, sites // z.shape[1], site))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor) -> Tensor:
+    """Return the denoiser's log-probabilities at chosen positions only.
+
+    :param denoiser: predictor of clean tokens.
+    :param tokens: states, int64 ``(B, L)``.
+    :param times: float64 ``(B,)``; not read if the denoiser is time-free.
+    :param sites: int64 ``(m,)``, indices into the flattened ``(B, L)``.
+    :returns: ``(m, V)``, or ``(m, V + 1)`` where the denoiser has a column for the mask.
+    """
+    t = 1.0 if denoiser.time_free else times
+    if has_head(denoiser):
+        hidden = denoiser.hidden(tokens, t)  # type: ignore[attr-defined]
+        head: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
+        return head
+    output = denoiser(tokens, t)
+    require_tensor(output, tokens.shape)
+    if output.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"the denoiser returned shape {tuple(output.shape)} for states of shape "
+            f"{tuple(tokens.shape)}; it must add one dimension, the vocabulary."
+        )
+    return output.flatten(0, 1)[sites]
+
+
+def has_head(denoiser: object) -> bool:
+    """Return whether a denoiser can compute the vocabulary for chosen positions only.
+
+    :param denoiser: the denoiser.
+    """
+    return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")

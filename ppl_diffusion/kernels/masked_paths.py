@@ -1,0 +1,147 @@
+"""Whole paths of masked chains, drawn and scored on event times instead of step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion.kernels.base import Kernel
+from ppl_diffusion.kernels.events import RevealPlan, decode, grid_bins, score
+from ppl_diffusion.kernels.schedules import Schedule
+
+_MIN_ROWS = 64
+
+
+class MaskedPath(NamedTuple):
+    """A path and what its reveals were worth.
+
+    :param path: int64 ``(*batch, T + 1, L)``.
+    :param log_c: summed log-probabilities of the revealed tokens, float64 ``(*batch,)``.
+    :param hidden_gradient: whether the prediction depended on a tensor that wants a gradient.
+    """
+
+    path: Tensor
+    log_c: Tensor
+    hidden_gradient: bool
+
+
+def draw_path(
+    kernel: Kernel,
+    start: Tensor,
+    step_of: Tensor,
+    time: Tensor,
+    uniforms: Tensor,
+    *,
+    probe: bool = False,
+) -> MaskedPath:
+    """Reveal every position at its step and return the path.
+
+    :param kernel: an absorbing kernel.
+    :param start: the noisiest states, int64 ``(*batch, L)``.
+    :param step_of: int64 ``(*batch, L)``, the step that reveals a position, -1 for the prompt.
+    :param time: float64 ``(*batch, L)``, the time at which its prediction is made.
+    :param uniforms: numbers in ``[0, 1)``, ``(*batch, L)``.
+    :param probe: see :meth:`~ppl_diffusion.kernels.base.Kernel.sample_path`.
+    """
+    shape, size = start.shape, kernel.process.vocab_size
+    rows = [x.reshape(-1, shape[-1]) for x in (start, step_of, time, uniforms)]
+    plan = RevealPlan.of(rows[1], rows[2])
+    done = decode(kernel.denoiser, size, rows[0], plan, rows[3], probe=probe)
+    shown = torch.arange(kernel.num_steps + 1, device=start.device)[:, None] > rows[1][:, None]
+    path = torch.where(shown, done.tokens[:, None], size)
+    log_c = done.log_c.sum(-1).reshape(shape[:-1])
+    return MaskedPath(path.reshape(*shape[:-1], *path.shape[1:]), log_c, done.hidden_gradient)
+
+
+def ancestral_steps(
+    kernel: Kernel, shape: Sequence[int], prompt: Tensor | None, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the step and the time at which ancestral sampling reveals each position.
+
+    :param kernel: an absorbing kernel; its grid is used.
+    :param shape: ``(*batch, L)``.
+    :param prompt: int64 ``(L,)`` or None.
+    :param levels: noise levels in ``[0, 1)``, shaped like ``shape``.
+    :returns: int64 and float64, shaped like ``shape``.
+    """
+    step_of = grid_bins(levels, kernel.alphas)
+    time = torch.from_numpy(kernel.times)[step_of]
+    if prompt is not None:
+        step_of = torch.where(prompt >= 0, -1, step_of)
+    return step_of.reshape(*shape), time.reshape(*shape)
+
+
+def log_step_probs(schedule: Schedule, times: np.ndarray) -> Tensor:
+    """Return ``log(alpha(s) - alpha(t))`` of every step without cancellation, float64 ``(T,)``.
+
+    Summed over positions it is the log-probability of the reveal steps of a path.
+
+    :param schedule: signal schedule.
+    :param times: time grid, ``(T + 1,)``.
+    """
+    noise = np.asarray(schedule.log1m_alpha(times), dtype=np.float64)
+    gap = np.minimum(noise[1:] - noise[:-1], 0.0)
+    with np.errstate(divide="ignore"):  # a step without progress reveals nothing
+        return torch.from_numpy(noise[:-1] + np.log(-np.expm1(gap)))
+
+
+class Reveals(NamedTuple):
+    """A masked path read as a table of reveals.
+
+    :param valid: bool ``(B,)``: starts from masks and prompt, changes a position once, ends clean.
+    :param step_of: int64 ``(B, L)``, -1 for the prompt.
+    """
+
+    valid: Tensor
+    step_of: Tensor
+
+
+def read_reveals(path: Tensor, mask_id: int, prompt: Tensor | None) -> Reveals:
+    """Find out when each position of a path is revealed.
+
+    :param path: int64 ``(B, T + 1, L)``.
+    :param mask_id: id of the mask.
+    :param prompt: int64 ``(L,)`` or None.
+    """
+    masked, last = path == mask_id, path[:, -1]
+    settled = torch.where(masked, True, path == last[:, None]).all(1)
+    once = (masked[:, :-1] | ~masked[:, 1:]).all(1)
+    clean = (last >= 0) & (last < mask_id)
+    prompt = torch.full_like(last[0], -1) if prompt is None else prompt
+    held = prompt >= 0
+    begun = torch.where(held, path[:, 0] == prompt, masked[:, 0])
+    # A path that ends in a mask is no path; its index must only stay in range.
+    reveal = (masked.sum(1) - 1).clamp(0, path.shape[1] - 2)
+    step_of = torch.where(held.expand_as(last), -1, reveal)
+    return Reveals((settled & once & clean & begun).all(-1), step_of)
+
+
+def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals) -> Tensor:
+    """Return the summed log-probabilities of a path's reveals, ``-inf`` where it is no path.
+
+    The denoiser sees one row per non-empty step of each path, in calls of bounded size.
+
+    :param kernel: an absorbing kernel whose step ``k`` predicts at ``times[k]``.
+    :param path: int64 ``(B, T + 1, L)``.
+    :param found: its reveals.
+    :returns: float64 ``(B,)``.
+    """
+    steps = torch.arange(kernel.num_steps, device=path.device)
+    reveals = (found.step_of[:, None] == steps[:, None]) & found.valid[:, None, None]
+    row, step = reveals.any(-1).nonzero(as_tuple=True)
+    values = score(
+        kernel.denoiser,
+        kernel.process.vocab_size,
+        path[row, step],
+        torch.from_numpy(kernel.times)[step],
+        reveals[row, step],
+        path[row, -1],
+        max_rows=max(len(path), _MIN_ROWS),
+    )
+    log_p = torch.zeros(len(path), dtype=torch.float64).index_add(0, row, values)
+    return torch.where(found.valid, log_p, -math.inf)
