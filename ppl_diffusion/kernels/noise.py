@@ -103,13 +103,12 @@ def _invert(weights: Array, u: Array) -> Array:
     xp = array_namespace(weights)
     cdf = xp.cumulative_sum(weights, axis=-1)
     passed = cdf <= (u * cdf[..., -1])[..., None]
-    index = xp.minimum(
-        xp.sum(xp.astype(passed, int64_of(xp)), axis=-1), xp.asarray(weights.shape[-1] - 1)
-    )
-    rows = xp.broadcast_to(weights, (*index.shape, weights.shape[-1]))
-    drawn = xp.take_along_axis(rows, index[..., None], axis=-1)[..., 0]
-    # Parallel sums are not monotone to the last bit, and u * total may round up to the total.
-    return xp.where(drawn > 0, index, xp.argmax(weights, axis=-1))
+    index = xp.sum(xp.astype(passed, int64_of(xp)), axis=-1)
+    # Parallel sums are not monotone to the last bit, and u * total may round up to the total:
+    # the class with mass at or before that index is the one.
+    classes = xp.arange(weights.shape[-1])
+    reached = (classes <= index[..., None]) & (weights > 0)
+    return xp.max(xp.where(reached, classes, 0), axis=-1)
 
 
 def _draw_torch(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -132,7 +131,7 @@ def _draw_rows(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Draw chunk by chunk, in one buffer that stays in cache."""
     rows, size = log_c.shape
     width = size if size <= 4 * BLOCK else size + -size % BLOCK
-    step = max(1, min(rows, CHUNK // (width + BLOCK * u.shape[1])))
+    step = max(1, min(rows, CHUNK // (width + u.shape[1])))
     buffer = log_c.new_empty((step, width), dtype=torch.float64)
     drawn = torch.empty_like(u, dtype=torch.int64)
     for start in range(0, rows, step):
@@ -141,11 +140,11 @@ def _draw_rows(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         p[:, :size] = logs
         p[:, size:] = -math.inf
         drawn[start : start + step] = _draw_chunk(p.exp_(), u[start : start + step])
-    return drawn
+    return drawn.clamp_max(size - 1)  # a row without mass would end in the padding
 
 
 def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    if p.shape[1] <= 4 * BLOCK:
+    if p.shape[1] <= 4 * BLOCK * u.shape[1]:  # blocks pay where a row has few draws
         return _search(p, u)[0]
     blocks = p.view(len(p), -1, BLOCK)
     block, edges = _search(blocks.sum(-1), u)
@@ -171,5 +170,6 @@ def _search(
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cdf, target, right=True).clamp_max(p.shape[-1] - 1)
     if p.is_cuda:  # parallel sums are not monotone to the last bit, see _invert
-        index = torch.where(p.gather(-1, index) > 0, index, p.argmax(-1, keepdim=True))
+        classes = torch.arange(p.shape[-1], device=p.device)
+        index = torch.where(p > 0, classes, 0).cummax(-1).values.gather(-1, index)
     return index, cdf
