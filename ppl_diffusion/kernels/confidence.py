@@ -1,0 +1,137 @@
+"""Remasking the tokens the model was least sure of: ReMDM-conf as a kernel with a density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.kernels.base import Carry, time_grid
+from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.kernels.psi import PsiSchedule, rescaled
+
+if TYPE_CHECKING:
+    from pyro.distributions import TorchDistribution
+
+    from ppl_diffusion.denoisers.base import Denoiser
+
+CONFIDENCE = "confidence"
+"""Key of the carry: the probability each token had when it was decoded, ``inf`` elsewhere."""
+
+
+class ConfidenceKernel(InterpolatingKernel):
+    """Masked chains that mask again what they were least confident of when they wrote it.
+
+    A step of remasking probability ``sigma_k = (1 - kappa_k)(1 - b)`` spreads it over the decoded
+    positions of a sequence, ``sigma^l = sigma_k softmax(-confidence)^l`` (Wang et al. 2025,
+    arXiv:2503.00307, "ReMDM-conf"), so about ``sigma_k`` tokens per sequence and step are masked
+    again, not that share of each. The confidence of a token is its probability when it was
+    decoded. Prompts, and tokens that were there when the chain began, are never masked.
+
+    Given the carry a step is factorised and its density exact, and a path determines all carries:
+    the capability is ``FACTORISED``, but the kernel is not Markov in the tokens alone.
+
+    :param process: an absorbing process.
+    :param denoiser: predictor of clean tokens.
+    :param num_steps: number ``T`` of equal time steps.
+    :param times: or the grid itself.
+    :param kappa: sets ``sigma_k``; None remasks as much as a marginal allows,
+        ``sigma_k = min(1, (1 - b) / a)``.
+    :param psi: or a named schedule, which brings its own grid and ``kappa``.
+    :raises CapabilityError: if the process is not absorbing.
+    :raises ValueError: as :class:`InterpolatingKernel`.
+    """
+
+    markov = False
+
+    def __init__(
+        self,
+        process: Process,
+        denoiser: Denoiser,
+        *,
+        num_steps: int | None = None,
+        times: Sequence[float] | np.ndarray | None = None,
+        kappa: float | Sequence[float] | np.ndarray | None = None,
+        psi: PsiSchedule | None = None,
+    ) -> None:
+        if not process.absorbing:
+            raise CapabilityError(
+                f"ConfidenceKernel masks tokens again, which {process!r} cannot; use an Absorbing "
+                "process, or InterpolatingKernel with a Psi schedule."
+            )
+        if psi is None:
+            times = time_grid(num_steps, times, type(self).__name__)
+            kappa = _most(process, times) if kappa is None else kappa
+            super().__init__(process, denoiser, times=times, kappa=kappa)
+        else:
+            given = 1.0 if kappa is None else kappa
+            super().__init__(
+                process, denoiser, num_steps=num_steps, times=times, kappa=given, psi=psi
+            )
+
+    def init_carry(
+        self,
+        batch_shape: Sequence[int],
+        length: int,
+        *,
+        prompt: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Carry:
+        """Return masks and the prompt, of which nothing was decoded.
+
+        :returns: ``{"tokens": int64 (*batch_shape, L), "confidence": float64 (*batch_shape, L)}``.
+        """
+        carry = super().init_carry(batch_shape, length, prompt=prompt, generator=generator)
+        return {**carry, CONFIDENCE: _confidence(carry)}
+
+    def site_kappa(self, carry: Carry, k: int) -> Tensor:
+        """Return the Psi parameter of every site, ``1 - sigma^l / (1 - b)``.
+
+        :param carry: the current carry; without confidences nothing counts as decoded.
+        :param k: step index.
+        :returns: float64 ``(*batch, L)``.
+        """
+        doubt = torch.exp(-_confidence(carry))
+        total = doubt.sum(-1, keepdim=True)
+        share = doubt / torch.where(total > 0, total, 1.0)
+        return 1 - share * torch.as_tensor(1 - self.kappa[k])
+
+    def advance(
+        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+    ) -> Carry:
+        """Return the carry after the move of step ``k``, with the confidences of new tokens.
+
+        :param carry: the current carry.
+        :param tokens: the sampled states, int64 ``(*batch, L)``.
+        :param k: step index.
+        :param step: this kernel's step that was taken; without it the denoiser is asked again
+            (except after the last step, when nobody reads the confidences).
+        """
+        mask = self.process.vocab_size
+        decoded = (carry["tokens"] == mask) & (tokens != mask)
+        kept = torch.where(tokens == mask, torch.inf, _confidence(carry))
+        if k == self.num_steps - 1:
+            return {**carry, "tokens": tokens, CONFIDENCE: kept}
+        known = getattr(step, "prediction", None)
+        asked = self.predict(carry["tokens"], k) if known is None else known
+        ids = tokens.clamp_max(mask - 1)[..., None]
+        new = asked.expand(tokens.shape[:-1]).probabilities(ids, decoded)[..., 0]
+        return {**carry, "tokens": tokens, CONFIDENCE: torch.where(decoded, new, kept)}
+
+
+def _most(process: Process, times: np.ndarray) -> np.ndarray:
+    alphas = np.asarray(process.schedule.alpha(times), dtype=np.float64)
+    return rescaled(1.0)(alphas[:-1], alphas[1:], times[:-1])
+
+
+def _confidence(carry: Carry) -> Tensor:
+    """Return the confidences of a carry; what was not decoded has no doubt, ``inf``."""
+    known = carry.get(CONFIDENCE)
+    if known is not None:
+        return torch.as_tensor(known)
+    return torch.full(carry["tokens"].shape, torch.inf, dtype=torch.float64)
