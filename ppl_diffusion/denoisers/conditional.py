@@ -25,11 +25,10 @@ from ppl_diffusion.kernels.classifier_free import guided_log_probs
 class Labelled:
     """A class-conditional network with its label filled in: a denoiser like any other.
 
-    The network takes the label by keyword, int64 broadcastable to the batch, where
-    ``num_classes`` stands for "no label" (the null class of label dropout): either
-    ``network(tokens, t, label=label)``, or ``network.head(network.hidden(tokens, t, label=label))``
-    as :class:`~ppl_diffusion.denoisers.Transformer` does. One label for all rows: a denoiser is
-    a function of single rows, which caches rely on; for several labels build several denoisers.
+    The network is called as ``network(tokens, t, label=label)``, and so is its ``hidden`` if it has
+    one; ``label`` is int64 and broadcasts to the batch, where ``num_classes`` stands for "no label"
+    (the null class of label dropout). One label for all rows: a denoiser is a function of single
+    rows, which caches rely on; for several labels build several denoisers.
 
     :param network: network with ``vocab_size``, ``kind``, ``time_free`` and a number of classes,
         ``num_classes`` or ``config.num_classes``.
@@ -61,7 +60,9 @@ class Labelled:
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
         """
-        return _evaluate(self.network, tokens, t, torch.tensor(self.label, device=tokens.device))
+        label = torch.tensor(self.label, device=tokens.device)
+        log_probs: Tensor = self.network(tokens, t, label=label)
+        return log_probs
 
     def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
         label = torch.tensor(self.label, device=tokens.device)
@@ -112,8 +113,8 @@ class Paired:
             first, second = (part(tokens, t) for part in self._parts)
         else:
             both = torch.stack([tokens, tokens])
-            first, second = _evaluate(network, both, t, self._labels(both)).unbind()
-            first, second = (self._filter(i, out) for i, out in enumerate((first, second)))
+            outputs = network(both, t, label=self._labels(both)).unbind()
+            first, second = (self._filter(i, output) for i, output in enumerate(outputs))
         return self._clean(first), self._clean(second)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
@@ -184,7 +185,7 @@ class Guided(Paired):
         self.weight, self.mask_id = float(weight), mask_id
         self.output_size = self.vocab_size
         if all(has_sparse_head(part) for part in self._parts):
-            self._split = [_hidden_size(part) for part in self._parts]
+            self._split = [*(int(part.hidden_size) for part in self._parts), 1]
             self.hidden_size = sum(self._split)
             vars(self)["hidden"], vars(self)["head"] = self._hidden, self._head
 
@@ -201,20 +202,28 @@ class Guided(Paired):
         :raises ValueError: if the two predictions of a position have no token in common.
         """
         log_c = guided_log_probs(*self.predict(tokens, t), self.weight)
-        unread = None if self.mask_id is None else tokens != self.mask_id
-        return require_common_support(log_c, unread)
+        return require_common_support(log_c, self._unread(tokens))
 
     def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
-        network = self._shared_network
-        if network is None:
-            return torch.cat([part.hidden(tokens, t) for part in self._parts], -1)
-        both = torch.stack([tokens, tokens])
-        return torch.cat(network.hidden(both, t, label=self._labels(both)).unbind(), -1)
+        """Return both hidden states, and a last column that says where nobody reads the head."""
+        if (network := self._shared_network) is None:
+            parts = [part.hidden(tokens, t) for part in self._parts]
+        else:
+            both = torch.stack([tokens, tokens])
+            parts = list(network.hidden(both, t, label=self._labels(both)).unbind())
+        unread = self._unread(tokens)
+        flag = torch.zeros_like(tokens) if unread is None else unread
+        return torch.cat([*parts, flag[..., None].to(parts[0].dtype)], -1)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        parts = zip(self._parts, hidden.split(self._split, -1), strict=True)
-        first, second = (self._clean(part.head(rows)) for part, rows in parts)
-        return require_common_support(guided_log_probs(first, second, self.weight))
+        *rows, flag = hidden.split(self._split, -1)
+        parts = zip(self._parts, rows, strict=True)
+        first, second = (self._clean(part.head(row)) for part, row in parts)
+        log_c = guided_log_probs(first, second, self.weight)
+        return require_common_support(log_c, flag[..., 0] > 0)
+
+    def _unread(self, tokens: Tensor) -> Tensor | None:
+        return None if self.mask_id is None else tokens != self.mask_id
 
     def __repr__(self) -> str:
         return f"Guided({self.conditional!r}, {self.unconditional!r}, {self.weight:g})"
@@ -238,15 +247,6 @@ def require_common_support(log_probs: Tensor, unread: Tensor | None = None) -> T
             "no state in common; soften their filters or use a weight of 0 or 1."
         )
     return log_probs.masked_fill(dead[..., None], -math.log(log_probs.shape[-1]))
-
-
-def _evaluate(network: Any, tokens: Tensor, t: float | Tensor, label: Tensor) -> Tensor:
-    output: Tensor = (
-        network.head(network.hidden(tokens, t, label=label))
-        if has_sparse_head(network)
-        else network(tokens, t, label=label)
-    )
-    return output
 
 
 def _num_classes(network: Any) -> int:
@@ -277,7 +277,3 @@ def _check_pair(conditional: Denoiser, unconditional: Denoiser) -> None:
                 f"classifier-free guidance: the conditional denoiser has {name} {here!r}, the "
                 f"unconditional one {there!r}; use two of the same."
             )
-
-
-def _hidden_size(denoiser: Any) -> int:
-    return int(denoiser.hidden_size)

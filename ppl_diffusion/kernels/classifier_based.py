@@ -5,11 +5,13 @@ Bayes' rule for one site of a reverse step, all others held where they are (D-CB
 
     p_g(z_s = v | z) ~ p(z_s = v | z) P(y | z with site l := v)**g      for every site l
 
-normalised over all states, the mask included. ``P(y | .)`` is read at the time *after* the step,
-which makes the kernel exactly ``p(z_s | z_t, y)`` for a single site, ``g = 1`` and an exact noisy
-classifier. With more sites the product of these laws counts the evidence for ``y`` once per site:
-it is not ``p(z_s | z_t, y)`` even with exact inputs, which ``changes`` says. As the proposal of the
-unguided chain it costs variance only.
+normalised over all states, the mask included. ``P(y | .)`` is read at the time *after* the step.
+With ``g = 1``, an ancestral kernel and an exact noisy classifier the result is, for masks, exactly
+the kernel of the denoiser that knows ``y``: ``c_v P(y | z with l := v)`` is
+``p(x^l = v | z, y) P(y | z)``, and the mask keeps ``P(y | z)``. For other processes that holds for
+a single site; a step that moves several counts the evidence for ``y`` once for each, an error of
+the order of the step. Psi steps, other ``g`` and real classifiers condition on nothing exactly:
+``changes`` says so. As the proposal of the unguided chain the kernel costs variance only.
 
 Exact tilts ask the classifier about every neighbour of a state: up to ``L (S - 1)`` sequences. The
 first-order form (a linear expansion in the one-hot encoding, as in Vignac et al. 2022,
@@ -53,7 +55,9 @@ class ClassifierKernel(Kernel):
       type with ``S = process.num_states``, which require a gradient; the result must be finite and
       differentiable.
 
-    Each distinct sequence is asked about once per step (once per block of ``max_rows``), and only
+    The time is that after the step; masks, whose ``P(y | z)`` depends on no time, are read half way
+    through it, where a time-conditioned network has seen them as well as tokens. Each distinct
+    sequence is asked about once per step (once per block of ``max_rows``), and only
     sites that can move are looked at: the masked ones of an ancestral masked chain.
 
     :param kernel: the kernel to guide; its step must be a product over sites.
@@ -87,8 +91,8 @@ class ClassifierKernel(Kernel):
     def changes(self) -> tuple[str, ...]:
         """What the guided kernel does to the law, and the tilt unless the scale is 0."""
         own = (
-            f"classifier guidance {self.scale:g} ({self.mode}) of every site, which counts the "
-            "evidence once per site"
+            f"classifier guidance {self.scale:g} ({self.mode}) of every site, which may count the "
+            "evidence once for each site that a step moves"
         )
         return (*self.kernel.changes, own) if self.scale else self.kernel.changes
 
@@ -136,9 +140,12 @@ class ClassifierKernel(Kernel):
             table = tilted.reshape(table.shape)
         return StateStep(table, tokens=tokens, fixed=fixed)
 
-    def init_carry(self, *args: Any, **options: Any) -> Carry:
-        """Draw the noisiest state, as the guided kernel does."""
-        return self.kernel.init_carry(*args, **options)
+    def start_carry(self, tokens: Tensor) -> Carry:
+        """Return the carry that belongs to a noisiest state.
+
+        :param tokens: int64 ``(*batch, L)``.
+        """
+        return self.kernel.start_carry(tokens)
 
     def advance(
         self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
@@ -183,11 +190,15 @@ class ClassifierKernel(Kernel):
         movable = _movable(table)
         anywhere = movable.new_zeros((len(first), *movable.shape[1:]), dtype=torch.int64)
         anywhere.index_add_(0, inverse, movable.to(torch.int64))  # prompts may differ between twins
-        t = float(self.times[k + 1])
+        t = self._reading_time(k)
         ask = self._exact if self.mode == "exact" else self._first_order
         tilt = self.scale * ask(tokens[first], anywhere > 0, t)[inverse]
         # Where a site cannot move the tilt is zero, and must not turn -inf into NaN.
         return _require_possible(torch.where(movable, table + tilt, table))
+
+    def _reading_time(self, k: int) -> float:
+        before, after = self.times[k : k + 2]
+        return float((before + after) / 2 if self.process.absorbing else after)
 
     def _exact(self, tokens: Tensor, wanted: Tensor, t: float) -> Tensor:
         """Return ``log P(y | z with site l := v)`` where wanted, 0 elsewhere, ``(U, L, S)``."""
@@ -227,7 +238,8 @@ class ClassifierKernel(Kernel):
                     "it differentiable or use mode='exact'."
                 )
             (gradient,) = torch.autograd.grad(values.sum(), states)
-        return _require_finite(gradient.to(torch.float64), "the gradient of log_likelihood", t)
+        _require_finite(gradient, "the gradient of log_likelihood", t)
+        return gradient.to(torch.float64)
 
     def _ask(self, states: Tensor, t: float) -> Tensor:
         blocks = [self._checked(block, t) for block in states.split(self.max_rows)]
@@ -275,15 +287,15 @@ def _require_possible(table: Tensor) -> Tensor:
     return table
 
 
-def _require_finite(values: Tensor, what: str, t: float) -> Tensor:
-    wrong = ~torch.isfinite(values.detach())
+def _require_finite(values: Tensor, what: str, t: float) -> None:
+    values = values.detach()
+    wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
         raise PotentialError(
             f"ClassifierKernel: {what} is {float(values[where])} at index {where} of its answer "
             f"for time {t:g}; return a finite log-probability (-inf only in mode='exact')."
         )
-    return values
 
 
 def _dense(step: TorchDistribution) -> Tensor:

@@ -11,18 +11,17 @@ arXiv:2207.12598). For a discrete chain there are two places to do so:
   arXiv:2506.10892). A table of all states per site. For masks it also changes when a token is
   revealed: the probability ``u`` becomes ``u S / (u S + 1 - u)``, ``S = sum_v c_y**w c_0**(1-w)``.
 
-They agree where the bridge passes the prediction on unchanged: in a masked step that reveals
-everything, and in the single jump from pure noise to data of any other process. Neither is
-``p(x | y)`` for ``w != 1``; both have an exact density, so that they can be a model (which says so
-in ``changes``) or the proposal of one.
+They agree in steps that end at the data (``alpha(s) = 1``), and in no other: there the bridge is
+the prediction times the evidence ``q(z_t | x)`` of the site, a factor that is in both laws and
+whose exponents sum to one. Neither level is ``p(x | y)`` for ``w != 1``; both have an exact
+density, so that they can be a model (which says so in ``changes``) or the proposal of one.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -123,15 +122,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
         own = f"classifier-free guidance {self.weight:g} of every step"
         return (*super().changes, own) if self._tabulates else super().changes
 
-    def with_denoiser(self, denoiser: Denoiser) -> Self:
-        """Return the same kernel around another denoiser (for instance a caching wrapper).
-
-        :param denoiser: the replacement of ``kernel.denoiser``, with the same kind of output.
-        """
-        new = copy.copy(self)
-        new.denoiser = denoiser
-        return new
-
     def same_as(self, other: object) -> bool:
         """Return whether both kernels define the same path law by construction.
 
@@ -189,6 +179,11 @@ class ClassifierFreeKernel(InterpolatingKernel):
             return super().posterior_mean(tokens, k)
         table = self._guided_bridge(tokens, self._cavities(tokens, k), k, 1.0, None)
         return table[..., : self.process.vocab_size]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether every step is a three-way mixture: not where whole steps are guided."""
+        return not self._tabulates
 
     @property
     def _tabulates(self) -> bool:
