@@ -1,0 +1,87 @@
+"""The two forms of every benchmarked loss are the same loss, and the rows say what was measured."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+ROOT = str(Path(__file__).parents[2])
+NAMES = ["uniform-nelbo", "uniform-nelbo from logits", "curriculum"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    if ROOT not in sys.path:  # `benchmarks` is not installed
+        monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.curriculum")
+
+
+def small(bench, rows=30):
+    return bench.Setting(rows, vocab_size=200, width=6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_agree(bench, name):
+    loss = bench.LOSSES[name]
+    assert bench.gradient_difference(loss, small(bench)) < 1e-5
+    halved = replace(loss, reference=lambda batch: 0.5 * loss.reference(batch))
+    assert bench.gradient_difference(halved, small(bench)) > 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_agree(bench, name):
+    loss, batch = bench.LOSSES[name], bench.Batch(small(bench), torch.float64)
+    torch.testing.assert_close(loss.ours(batch), loss.reference(batch), rtol=1e-9, atol=0)
+
+
+def test_both_curricula_have_one_mean(bench, monkeypatch):
+    """Within five standard errors of the difference: false alarm below 1e-6."""
+    batch = bench.Batch(small(bench, rows=400)).requires_grad_(False)
+    draws, uniforms = 100, torch.Generator().manual_seed(5)
+    monkeypatch.setattr(batch, "mixture", lambda: _fresh_mixture(bench, batch, uniforms))
+    ours = torch.stack([bench.curriculum_largest(batch) for _ in range(draws)])
+    dense = torch.stack([bench.curriculum_dense(batch) for _ in range(draws)])
+    error = ((ours.var() + dense.var()) / draws).sqrt()
+    assert abs(float(ours.mean() - dense.mean())) < 5 * float(error)
+    assert float(error) < 0.02 * float(ours.mean())
+
+
+def _fresh_mixture(bench, batch, generator):
+    uniforms = torch.rand((7, len(batch.x0)), dtype=torch.float64, generator=generator)
+    return bench.top_k_latents(batch.x0, batch.mu, batch.size, uniforms, k=3, tau=bench.TAU)
+
+
+def test_rows(bench, monkeypatch):
+    monkeypatch.setattr(bench, "in_own_process", lambda usage, *args: usage(*args))
+    monkeypatch.setattr(bench, "step_memory", lambda step, setting: len(step.__name__) / 10)
+    tiny = small(bench)
+    rows = [row for name in NAMES for row in bench.measure_loss(name, tiny, 2, tiny)]
+    flat = [row.flat() for row in rows]
+    json.dumps(flat, allow_nan=False)
+    first = {row["name"]: row for row in flat[:3]}
+    assert list(first) == ["memory_ratio", "time_ratio", "gradient_difference"]
+    assert first["memory_ratio"]["value"] == pytest.approx(1.0)  # names of equal length
+    assert first["memory_ratio"]["goal"] == 0.5
+    assert not first["memory_ratio"]["ok"]
+    assert first["gradient_difference"]["goal"] == 1e-5
+    assert first["time_ratio"]["value"] > 0
+    assert {row["loss"] for row in flat} == set(NAMES)
+    assert [row["method"] for row in flat if row["name"] == "step_time"][:2] == [
+        "ours",
+        "straightforward",
+    ]
+    console = Console(record=True, width=150)
+    bench._print(rows, tiny, console)
+    text = console.export_text()
+    assert "V = 200, 30 positions" in text
+    assert "missed" in text
+
+
+def test_memory_of_a_step_is_what_it_adds(bench):
+    """In this process the peak may already be higher: zero is possible, less is not."""
+    assert 0 <= bench.step_memory(bench.nelbo_dense, small(bench)) < 5
