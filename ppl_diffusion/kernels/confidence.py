@@ -12,8 +12,9 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.kernels.base import Carry, time_grid
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
+from ppl_diffusion.kernels.kappa_rules import rescaled
 from ppl_diffusion.kernels.processes import Process
-from ppl_diffusion.kernels.psi import PsiSchedule, rescaled
+from ppl_diffusion.kernels.psi import PsiSchedule
 
 if TYPE_CHECKING:
     from pyro.distributions import TorchDistribution

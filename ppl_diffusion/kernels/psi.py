@@ -6,15 +6,10 @@ arXiv:2602.21185, eq. 11)::
     Psi(z_s | z_t, x) = kappa q(z_s | z_t, x) + (1 - kappa) q_s(z_s | x)
 
 so ``kappa`` says how much of a step moves forward and how much corrects what was decided before.
-For the absorbing process ``sigma = (1 - kappa)(1 - b)``, with ``b = alpha(s)``, is the probability
-that a revealed token is masked again: the samplers of ReMDM (Wang et al. 2025, arXiv:2503.00307),
-the forward-backward sampler (Campbell et al. 2022, arXiv:2205.14987) and the corrector of discrete
-flow matching (Gat et al. 2024, arXiv:2407.15595) are rules for ``sigma``, that is for ``kappa``.
-
-A *rule* maps the signal levels ``(a, b)`` and the times ``t`` of the steps to ``kappa``; a
-schedule is a grid with a rule per phase. Every grid here runs from exactly 1 to exactly 0, so no
-extra "noise removal" step is needed. ``kappa`` may be negative where the kernel still is a
-distribution: :func:`kappa_room` says how far, :meth:`PsiSchedule.within` stays inside.
+A schedule is a grid with a rule for ``kappa`` per phase (:mod:`ppl_diffusion.kernels.kappa_rules`):
+ReMDM, forward-backward and flow-matching correctors are rules. Every grid here runs from exactly 1
+to exactly 0, so no extra "noise removal" step is needed. ``kappa`` may be negative where the kernel
+still is a distribution: :func:`kappa_room` says how far, :meth:`PsiSchedule.within` stays inside.
 """
 
 import math
@@ -24,11 +19,36 @@ from inspect import Parameter, signature
 
 import numpy as np
 
+from ppl_diffusion.kernels.kappa_rules import (
+    KappaRule,
+    backward,
+    capped,
+    constant_eta,
+    fixed,
+    fraction,
+    kappa_room,
+    rescaled,
+    rescaled_duo,
+)
 from ppl_diffusion.kernels.processes import Process, whole_number
 from ppl_diffusion.kernels.schedules import Schedule
 
-KappaRule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""``(a, b, t) -> kappa``: signal before and after each step, and the time it starts from."""
+__all__ = [
+    "SCHEDULES",
+    "PsiSchedule",
+    "ancestral",
+    "constant",
+    "dfm_corrector",
+    "forward_backward",
+    "kappa_room",
+    "parse_psi",
+    "predictor_corrector",
+    "profile",
+    "remdm_cap",
+    "remdm_loop",
+    "remdm_rescale",
+    "rescale_duo_compat",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,129 +117,6 @@ class PsiSchedule:
         return f"PsiSchedule({self.name}, {self.num_steps} steps, kappa {span}, {corrections})"
 
 
-def kappa_room(process: Process, alphas: np.ndarray) -> np.ndarray:
-    """Return the smallest ``kappa`` for which every step is a distribution, whatever the denoiser.
-
-    Multiplied by ``D = a c_z + (1 - a) pi_z`` the probability of each move is linear in ``c_z``,
-    so it is enough to look at ``c_z = 0`` and ``c_z = 1``. Moves to another state never become
-    negative for ``kappa <= 1``; staying at ``z`` does below::
-
-        c_z = 0:   -(1 - a) pi_z / [r (1 - pi_z) + a pi_z]
-        c_z = 1:   -[a + (1 - a) pi_z] / [(r - a)(1 - pi_z)]
-        pi_z = 0:  -b / (1 - b)                     (a revealed token of the absorbing process)
-
-    with ``r = a / b``. At ``b = 1`` the kernel does not depend on ``kappa``.
-
-    :param process: forward process; every state of it counts.
-    :param alphas: signal levels of the grid, ``(T + 1,)``.
-    :returns: float64 ``(T,)``, never positive, ``-inf`` where any ``kappa`` will do.
-    """
-    a, b = (x[:, None] for x in (np.asarray(alphas[:-1]), np.asarray(alphas[1:])))
-    pi, clean = np.asarray(process.prior), np.arange(process.num_states) < process.vocab_size
-    r = np.divide(a, b, out=np.ones_like(a), where=b > 0)
-    absent = _lowest((1 - a) * pi, r * (1 - pi) + a * pi)
-    certain = np.where(clean, _lowest(a + (1 - a) * pi, (r - a) * (1 - pi)), -np.inf)
-    frozen = np.broadcast_to(_lowest(b, 1 - b), absent.shape)
-    room = np.where(pi > 0, np.maximum(absent, certain), frozen)
-    return np.where(b[:, 0] >= 1, -np.inf, room.max(-1))
-
-
-def _lowest(slack: np.ndarray, slope: np.ndarray) -> np.ndarray:
-    """Return the ``kappa`` from which on ``slack + kappa slope >= 0``."""
-    slack, slope = np.broadcast_arrays(slack, slope)
-    return -np.divide(slack, slope, out=np.full(slack.shape, np.inf), where=slope > 0)
-
-
-def fixed(kappa: float) -> KappaRule:
-    """Return the rule of one ``kappa`` for every step: 1 "pure posterior", 0 "pure corrector".
-
-    :param kappa: the value, at most 1.
-    """
-    return lambda a, b, t: np.full(a.shape, float(kappa))
-
-
-def remasking(sigma: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> KappaRule:
-    """Return the rule ``kappa = 1 - sigma / (1 - b)`` of a remasking probability.
-
-    :param sigma: ``(a, b, t) -> sigma`` per step. Never used where ``b = 1``: nothing can be
-        masked in the last step.
-    """
-
-    def rule(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
-        noise = np.where(b < 1, 1 - b, 1.0)
-        return np.where(b < 1, 1 - sigma(a, b, t) / noise, 1.0)
-
-    return rule
-
-
-def constant_eta(eta: float) -> KappaRule:
-    """Return the rule ``sigma = eta``.
-
-    :param eta: remasking probability in ``[0, 1]``.
-    """
-    eta = _fraction(eta, "eta")
-    return remasking(lambda a, b, t: np.full(a.shape, eta))
-
-
-def capped(eta: float) -> KappaRule:
-    """Return the rule ``sigma = min(eta, (1 - b) / a)`` (ReMDM-cap).
-
-    :param eta: remasking probability in ``[0, 1]``.
-    """
-    eta = _fraction(eta, "eta")
-    return remasking(lambda a, b, t: np.minimum(eta, most_remasking(a, b)))
-
-
-def rescaled(eta: float) -> KappaRule:
-    """Return the rule ``sigma = eta min(1, (1 - b) / a)`` (ReMDM-rescale).
-
-    :param eta: factor in ``[0, 1]``.
-    """
-    eta = _fraction(eta, "eta")
-    return remasking(lambda a, b, t: eta * most_remasking(a, b))
-
-
-def rescaled_duo(eta: float) -> KappaRule:
-    """Return the rule ``sigma = eta min(eta, (1 - b) / a)`` with ``kappa`` clipped to ``[0, 1]``.
-
-    This is what the published code of Duo computes under the name "rescale": about ``eta`` times
-    the corrections of :func:`rescaled`.
-
-    :param eta: factor in ``[0, 1]``.
-    """
-    eta = _fraction(eta, "eta")
-    rule = remasking(lambda a, b, t: eta * np.minimum(eta, most_remasking(a, b)))
-    return lambda a, b, t: np.clip(rule(a, b, t), 0.0, 1.0)
-
-
-def backward(weight: float | None = 1.0) -> KappaRule:
-    """Return the rule ``sigma = w (b - a) / a``: forward moves weigh ``1 + w``, backward ``w``.
-
-    The remasking is capped where a probability would leave ``[0, 1]``, and is zero while
-    ``a = 0``, where nothing is revealed yet.
-
-    :param weight: ``w >= 0``; None is ``10 (t (1 - t))^(1/4)``, what ReMDM's code compares with.
-    """
-    if weight is not None and not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight must be a finite number >= 0, got {weight}.")
-
-    def sigma(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
-        w = 10.0 * (t * (1 - t)) ** 0.25 if weight is None else np.full(a.shape, weight)
-        asked = w * (b - a) / np.where(a > 0, a, 1.0)
-        return np.where(a > 0, np.minimum(asked, most_remasking(a, b)), 0.0)
-
-    return remasking(sigma)
-
-
-def most_remasking(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return ``min(1, (1 - b) / a)``, the largest remasking probability that leaves a marginal.
-
-    :param a: signal level before the step.
-    :param b: signal level after it.
-    """
-    return np.minimum(1.0, np.divide(1 - b, a, out=np.ones_like(a), where=a > 0))
-
-
 def ancestral(schedule: Schedule, num_steps: int) -> PsiSchedule:
     """Return equal time steps with ``kappa = 1``.
 
@@ -242,7 +139,7 @@ def constant(
     :param t_on: noise level from which on correcting begins.
     :param t_off: noise level at which it ends.
     """
-    on, off = _fraction(t_on, "t_on"), _fraction(t_off, "t_off")
+    on, off = fraction(t_on, "t_on"), fraction(t_off, "t_off")
     if off > on:
         raise ValueError(f"t_off must not exceed t_on, got {off} > {on}.")
     window = "" if (on, off) == (1.0, 0.0) else f", t in [{off:g}, {on:g}]"
@@ -371,7 +268,8 @@ def profile(
 ) -> PsiSchedule:
     """Build a schedule of three phases, each with its own rule.
 
-    The steps are split by ``high`` and ``middle`` (rounded). With a hold, the first phase goes
+    The steps are split by ``high`` and ``middle`` (rounded; a hold leaves at least one step on
+    either side). With a hold, the first phase goes
     linearly from 1 to ``t_c``, the second stays there and the third goes on to 0; without one the
     grid is even. This is the builder of Duo's code; the exact inverse of the schedule is used for
     ``alpha_c``, and ``kappa`` is neither clipped nor forced to one unless asked.
@@ -385,8 +283,8 @@ def profile(
     :param middle: fraction of the steps in the second.
     :param compat: clip ``kappa`` to ``[0, 1]`` and force the last step of every phase to 1, as the
         published code does.
-    :raises ValueError: if there are not three rules, the fractions leave no step where one is
-        needed, or the hold is given twice.
+    :raises ValueError: if there are not three rules, the fractions exceed one, or the hold is given
+        twice or has no steps around it.
     """
     if len(modes) != 3:
         raise ValueError(f"profile: give three modes (high, middle, low noise), got {len(modes)}.")
@@ -416,15 +314,14 @@ def _hold(schedule: Schedule, alpha_c: float | None, t_c: float | None) -> float
 
 
 def _split(num_steps: int, high: float, middle: float, holds: bool) -> tuple[int, int, int]:
-    first = round(_fraction(high, "high") * num_steps)
-    second = round(_fraction(middle, "middle") * num_steps)
-    last = num_steps - first - second
-    if last < 0 or (holds and (first < 1 or last < 1)):
-        raise ValueError(
-            f"profile: the fractions {high:g} and {middle:g} split {num_steps} steps into {first}, "
-            f"{second} and {last}; take more steps or other fractions."
-        )
-    return first, second, last
+    """Return the steps of each phase; around a hold at least one step leads there and one on."""
+    if fraction(high, "high") + fraction(middle, "middle") > 1 + 1e-9:
+        raise ValueError(f"profile: high + middle must not exceed 1, got {high:g} + {middle:g}.")
+    if holds and num_steps < 2:
+        raise ValueError(f"profile: a hold needs at least two steps, got {num_steps}.")
+    first = min(max(round(high * num_steps), int(holds)), num_steps - int(holds))
+    second = min(round(middle * num_steps), num_steps - first - int(holds))
+    return first, second, num_steps - first - second
 
 
 def _profile_grid(sizes: tuple[int, int, int], hold: float | None) -> np.ndarray:
@@ -443,12 +340,6 @@ def _even(schedule: Schedule, num_steps: int, rule: KappaRule, name: str) -> Psi
 
 def _levels(schedule: Schedule, times: np.ndarray) -> np.ndarray:
     return np.asarray(schedule.alpha(times), dtype=np.float64)
-
-
-def _fraction(value: float, name: str) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-    return float(value)
 
 
 def _inside(value: float, name: str) -> float:
