@@ -14,15 +14,22 @@ from torch.utils.data import DataLoader
 
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models.datasets import Sequences, reverse_complement
+from ppl_diffusion.models.distillation import Distillation
+from ppl_diffusion.models.objectives import Curriculum, Nelbo, Objective
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe
 
+_OBJECTIVES: dict[str, type[Objective]] = {
+    "nelbo": Nelbo,
+    "curriculum": Curriculum,
+    "distillation": Distillation,
+}
 _VALID_SEED = 20_240_607
 _BITS = 1.0 / math.log(2.0)
 
 
 class Fit(lightning.LightningModule):
-    """Trains the transformer of a program by its NELBO.
+    """Trains the transformer of a program by the objective of a recipe.
 
     Rows, times, noise and dropout of step ``k`` are functions of ``(seed, k)`` alone, so a resumed
     run goes on exactly as the unbroken one would have.
@@ -52,12 +59,17 @@ class Fit(lightning.LightningModule):
         self.valid_bits = math.nan
         self._valid_terms: list[Tensor] = []
 
+    @property
+    def objective(self) -> Objective:
+        """What a step minimises."""
+        return self._context.objective
+
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""
         context = self._context
         torch.manual_seed(context.seed * 1_000_003 + self.global_step)
         rows = context.draw(self.global_step)
-        loss = context.program.loss(rows) * _BITS / rows.shape[-1]
+        loss = self.objective.loss(rows, self.global_step) * _BITS / rows.shape[-1]
         self.log("train_bits", loss, prog_bar=True)
         return loss
 
@@ -78,7 +90,7 @@ class Fit(lightning.LightningModule):
         self.log("valid_bits", self.valid_bits, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW with linear warm-up and a cosine to zero."""
+        """Return AdamW with linear warm-up and what the recipe says of the decay."""
         recipe, steps = self._context.recipe, self._context.steps
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.network, recipe.weight_decay),
@@ -88,7 +100,7 @@ class Fit(lightning.LightningModule):
         warmup = min(recipe.warmup, max(1, steps // 10))
 
         def factor(step: int) -> float:
-            progress = min(step / steps, 1.0)
+            progress = min(step / steps, 1.0) if recipe.decay == "cosine" else 0.0
             return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -96,6 +108,14 @@ class Fit(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the objective must remember."""
+        checkpoint["objective"] = self.objective.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give it back to the objective."""
+        self.objective.load_state_dict(checkpoint.get("objective", {}))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return one tick per step between two validations."""
@@ -122,6 +142,8 @@ class _Context:
     ) -> None:
         self.program, self.sequences, self.recipe = program, sequences, recipe
         self.steps, self.seed = steps, seed
+        make = _OBJECTIVES[recipe.objective]
+        self.objective = make(program, steps=steps, **recipe.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
         return self
@@ -150,8 +172,9 @@ class _Context:
 class KeepBest(Callback):
     """Save the program whenever its validation bound improves.
 
-    Must stand before the weight average in the list of callbacks, so that it runs while the
-    averaged weights are in place.
+    Under objectives that do not lower the bound it is saved at every validation. Must stand before
+    the weight average in the list of callbacks, so that it runs while the averaged weights are in
+    place.
 
     :param folder: where the best program goes.
     """
@@ -166,7 +189,8 @@ class KeepBest(Callback):
     ) -> None:
         """Compare and save."""
         assert isinstance(pl_module, Fit)
-        if trainer.sanity_checking or not pl_module.valid_bits < self.best:
+        worse = not pl_module.valid_bits < self.best
+        if trainer.sanity_checking or (worse and pl_module.objective.best_is_kept):
             return
         self.best, self.best_step = pl_module.valid_bits, trainer.global_step
         pl_module._context.program.save(self.folder)

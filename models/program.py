@@ -15,9 +15,10 @@ from torch import Tensor
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.kernels import InterpolatingKernel, Linear, nelbo_terms
+from ppl_diffusion.kernels import InterpolatingKernel, Linear, Uniform, nelbo_terms
 from ppl_diffusion.kernels.processes import Process
 from ppl_diffusion.kernels.schedules import Schedule
+from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden
 
 PROGRAM_FILE = "program.json"
 # Keeps log(1 - alpha) and 1 / alpha finite at a cost far below the noise of any bound.
@@ -150,8 +151,7 @@ class DiffusionProgram(ABC):
         :param generator: source of the times and of the noise.
         :returns: nats per sequence, a differentiable float64 scalar.
         """
-        order = torch.randperm(len(batch), generator=generator)
-        return self._terms(batch, _stratified(order, len(batch), generator), generator).mean()
+        return self._terms(batch, stratified_times(batch, generator=generator), generator).mean()
 
     @torch.no_grad()
     def bound_terms(
@@ -178,8 +178,16 @@ class DiffusionProgram(ABC):
         t = times[:, None]
         uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
         z = self.process.corrupt(x0, self.process.schedule.alpha(t), uniforms[0], uniforms[1])
-        terms: Tensor = nelbo_terms(self.process, x0, z, self.denoiser(z, times), t)
-        return terms.sum(-1)
+        return self._bound_at(x0, z, t).sum(-1)
+
+    def _bound_at(self, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        network, schedule = self.denoiser, self.process.schedule
+        if isinstance(self.process, Uniform) and isinstance(network, Transformer):
+            # The same numbers without a table of all logits.
+            hidden, slope = network.hidden(z, t[:, 0]), schedule.alpha_prime(t)
+            return uniform_nelbo_from_hidden(hidden, network.head, x0, z, schedule.alpha(t), slope)
+        terms: Tensor = nelbo_terms(self.process, x0, z, network(z, t[:, 0]), t)
+        return terms
 
     def save(self, directory: str | Path) -> None:
         """Write the network and ``program.json``, for :func:`ppl_diffusion.models.load` to read.
@@ -221,6 +229,17 @@ class DiffusionProgram(ABC):
     def __repr__(self) -> str:
         letters = "".join(self.vocabulary)
         return f"{type(self).__name__}({self.name!r}, vocabulary={letters!r}, length={self.length})"
+
+
+def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one time per row, one from each of as many strata of ``(0, 1)``, in random order.
+
+    :param rows: ``(n, ...)``; only ``n`` counts.
+    :param generator: source of the times.
+    :returns: float64 ``(n,)``.
+    """
+    order = torch.randperm(len(rows), generator=generator)
+    return _stratified(order, len(rows), generator)
 
 
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+ObjectiveName = Literal["nelbo", "curriculum", "distillation"]
+OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+_DISTILLATION_RATE = 0.2  # learning rate of distillation over that of training, as Duo has it
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Recipe:
     :param validate_every: steps between validations.
     :param valid_times: times per validation sequence.
     :param valid_rows: how many validation sequences, spread over all of them, or None for all.
+    :param objective: what a step minimises, one of :data:`OBJECTIVES`.
+    :param options: further arguments of the objective,
+        :class:`~ppl_diffusion.models.objectives.Curriculum` or
+        :class:`~ppl_diffusion.models.distillation.Distillation`.
+    :param decay: what the learning rate does after the warm-up: fall to zero as a cosine, or stay.
     :param markov_order: order of the Markov chain that the prior is compared with.
     :param quoted_baseline: bits per base of that chain as quoted, for reference.
     """
@@ -47,8 +57,30 @@ class Recipe:
     validate_every: int = 250
     valid_times: int = 8
     valid_rows: int | None = None
+    objective: ObjectiveName = "nelbo"
+    options: dict[str, Any] = field(default_factory=dict)
+    decay: Literal["cosine", "none"] = "cosine"
     markov_order: int = 2
     quoted_baseline: float = float("nan")
+
+    def with_objective(self, objective: str) -> Recipe:
+        """Return the recipe for another objective.
+
+        Distillation goes at a fifth of the learning rate, which does not fall: its last rounds
+        look the farthest ahead.
+
+        :param objective: one of :data:`OBJECTIVES`.
+        :raises ValueError: if there is none of that name.
+        """
+        if objective not in OBJECTIVES:
+            raise ValueError(
+                f"There is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}."
+            )
+        changes: dict[str, Any] = {"objective": objective, "options": {}}
+        if objective == "distillation":
+            rate = _DISTILLATION_RATE * self.learning_rate
+            changes |= {"learning_rate": rate, "decay": "none"}
+        return self if objective == self.objective else dataclasses.replace(self, **changes)
 
 
 _SHAPE = {"dim": 96, "depth": 3, "heads": 4, "mlp_ratio": 2.0, "learned_positions": True}
