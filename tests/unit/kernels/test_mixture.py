@@ -18,6 +18,7 @@ from ppl_diffusion.kernels import (
     posterior_to_cavity,
     three_way,
 )
+from ppl_diffusion.kernels.psi import kappa_room
 from ppl_diffusion.testing import (
     PROCESSES,
     chi_square_p_value,
@@ -74,18 +75,94 @@ def test_priors_with_holes():
         torch.testing.assert_close(mixed, dense, rtol=0, atol=TOLERANCE)
 
 
-def test_negative_kappa_where_it_is_valid():
-    """The absorbing kernel has room below zero until sigma = min(1, (1-b)/a)."""
-    rng, process = np.random.default_rng(2), Absorbing(3)
+PRIORS = {
+    "absorbing": Absorbing(3),
+    "uniform": Uniform(4),
+    "skewed": Interpolating([0.1, 0.2, 0.3, 0.4]),
+    "holes": Interpolating([0.0, 0.4, 0.6]),
+}
+
+
+def below_zero(process, rng, a, b):
+    """Return a kappa between the lowest valid one and zero."""
+    room = float(kappa_room(process, np.array([a, b]))[0])
+    return rng.uniform(0.7, 1.0) * max(room, -3.0)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_negative_kappa_where_it_is_valid(name):
+    """Any prior has some room below zero, and there the mixture still is the definition."""
+    rng, process = np.random.default_rng(2), PRIORS[name]
+    negative = 0
     for _ in range(200):
         c, a, b, _ = random_case(rng, process)
-        if b == 1.0 or a == 0.0:
-            continue
-        sigma = min(1.0, (1 - b) / a)
-        kappa = 1 - rng.uniform(0.9, 1.0) * sigma / (1 - b)
+        kappa = below_zero(process, rng, a, b)
         dense, mixed = dense_and_mixture(process, c, a, b, kappa)
         assert bool((dense > -TOLERANCE).all())
         torch.testing.assert_close(mixed, dense.clamp_min(0), rtol=0, atol=TOLERANCE)
+        states = torch.arange(process.num_states)
+        c_z = torch.nn.functional.pad(c, (0, process.num_states - process.vocab_size))
+        negative += int((three_way(a, b, kappa, c_z, process.prior_prob(states))[0] < 0).sum())
+    assert (negative > 0) == (name != "absorbing")  # the case that needs a whole row is met
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_samples_follow_the_density_below_zero(name):
+    """Chi-square per current state, level 1e-4 each; includes states with a negative "stay"."""
+    rng, process, n = np.random.default_rng(4), PRIORS[name], 30_000
+    a, b = 0.2, 0.6
+    kappa = float(kappa_room(process, np.array([a, b]))[0]) * 0.98
+    c = torch.tensor(rng.dirichlet(np.full(process.vocab_size, 0.4)))
+    for z in range(process.num_states):
+        law = site_rows(process, torch.tensor(z), c, a, b, kappa).clamp_min(0)
+        noise = torch.rand(2, n, dtype=torch.float64)
+        states, log_c = torch.full((n,), z), c.log().expand(n, -1)
+        for value in (kappa, torch.full((1,), kappa, dtype=torch.float64)):
+            drawn = mixture_sample(process, states, log_c, a, b, *noise, value)
+            counts = torch.bincount(drawn, minlength=process.num_states)
+            assert chi_square_p_value(counts, law) > 1e-4
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("kappa", [1.0, 0.4, 0.0, -0.05])
+@pytest.mark.parametrize(("a", "b"), [(0.0, 0.3), (0.3, 0.7), (0.5, 0.5), (0.6, 1.0)])
+def test_kappa_of_every_site_equals_the_number(name, kappa, a, b):
+    """Bit for bit: an array that is constant changes neither densities nor samples."""
+    process, rng = PRIORS[name], np.random.default_rng(3)
+    z, j = torch.tensor(rng.integers(process.num_states, size=(2, 40, 5)))
+    log_c = torch.tensor(rng.dirichlet(np.ones(process.vocab_size), size=(40, 5))).log()
+    u = torch.rand(2, 40, 5, dtype=torch.float64)
+    for shape in ((5,), (40, 1), (40, 5)):
+        each = torch.full(shape, kappa, dtype=torch.float64)
+        ours = mixture_log_prob(process, z, j, log_c, a, b, each)
+        assert torch.equal(ours, mixture_log_prob(process, z, j, log_c, a, b, kappa))
+        moved = mixture_sample(process, z, log_c, a, b, *u, each)
+        assert torch.equal(moved, mixture_sample(process, z, log_c, a, b, *u, kappa))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_kappa_one_is_ancestral(name):
+    """Bit for bit with shared uniforms: ``kappa = 1`` at some sites leaves these ancestral."""
+    process, rng = PRIORS[name], np.random.default_rng(5)
+    z = torch.tensor(rng.integers(process.num_states, size=(200, 6)))
+    log_c = torch.tensor(rng.dirichlet(np.ones(process.vocab_size), size=(200, 6))).log()
+    u = torch.rand(2, 200, 6, dtype=torch.float64)
+    kappa = torch.tensor([1.0, 0.2, 1.0, 0.5, 1.0, 0.0], dtype=torch.float64)
+    ancestral = mixture_sample(process, z, log_c, 0.3, 0.7, *u)
+    mixed = mixture_sample(process, z, log_c, 0.3, 0.7, *u, kappa)
+    assert torch.equal(mixed[:, ::2], ancestral[:, ::2])
+    assert not torch.equal(mixed[:, 1::2], ancestral[:, 1::2])
+
+
+def test_masked_ancestral_sampling_in_closed_form():
+    """A mask is revealed where the uniform lies below ``(b - a) / (1 - a)``; a token stays."""
+    process, a, b = Absorbing(5), 0.3, 0.7
+    z, log_c = torch.randint(6, (300, 8)), torch.randn(300, 8, 5).log_softmax(-1).double()
+    u_move, u_token = torch.rand(2, 300, 8, dtype=torch.float64)
+    expected = torch.where(
+        (z == 5) & (u_move < (b - a) / (1 - a)), draw_categorical(log_c, u_token), z
+    )
+    assert torch.equal(mixture_sample(process, z, log_c, a, b, u_move, u_token), expected)
 
 
 def test_comparison_has_power():

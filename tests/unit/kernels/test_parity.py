@@ -22,6 +22,7 @@ from ppl_diffusion.kernels import (
     posterior_to_cavity,
     step_kl,
 )
+from ppl_diffusion.kernels.psi import kappa_room
 from ppl_diffusion.smc import RESAMPLERS, Weights
 from ppl_diffusion.testing import PROCESSES, toy_process
 
@@ -80,6 +81,25 @@ def test_steps(name, kappa, a, b):
     j = mixture_sample(process, *map(torch.as_tensor, (z, log_c)), a, b,
                        *map(torch.as_tensor, (u_move, u_token)), kappa).numpy()  # fmt: skip
     assert_same(lambda z, j, c: mixture_log_prob(process, z, j, c, a, b, kappa), z, j, log_c)
+
+
+@pytest.mark.usefixtures("_x64")
+@each_process
+def test_steps_with_a_kappa_per_site(name):
+    """Also below zero, where a non-absorbing site may need its whole row."""
+    process, a, b = toy_process(name), 0.2, 0.7
+    _, z, log_c, u_move, u_token, _ = batch(process)
+    low = 0.99 * float(kappa_room(process, np.array([a, b]))[0])
+    kappa = np.linspace(low, 1.0, SHAPE[1])
+    arrays = (z, log_c, u_move, u_token, kappa)
+    assert_same(
+        lambda z, c, u, v, kappa: mixture_sample(process, z, c, a, b, u, v, kappa),
+        *arrays,
+        exact=True,
+    )
+    assert_same(
+        lambda z, c, kappa: mixture_log_prob(process, z, z, c, a, b, kappa), z, log_c, kappa
+    )
 
 
 @pytest.mark.usefixtures("_x64")
