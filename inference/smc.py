@@ -182,10 +182,7 @@ class ProgramEngine:
     @property
     def target(self) -> str:
         """The law the particles are exact for, in words."""
-        chains = ", ".join(
-            f"{s.name!r} ({s.chain.num_steps} steps{', clamped' if s.clamp else ''})"
-            for s in self.sites
-        )
+        chains = ", ".join(f"{s.name!r} ({', '.join(_described(s))})" for s in self.sites)
         return (
             f"the posterior of the program {self.program.name} over all its latent sites, with "
             f"finite reverse chains {chains}; log_evidence estimates the log-density of its "
@@ -354,6 +351,11 @@ class _RowPotential(AbstractPotential):
 
 
 _LATENT_LOG_PROB = "latent_log_prob"
+
+
+def _described(site: ChainSite) -> list[str]:
+    clamped = ["clamped"] if site.clamp else []
+    return [f"{site.chain.num_steps} steps", *clamped, *site.chain.kernel.changes]
 
 
 def _tokens(site: ChainSite) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.filters import forward_optional
 from ppl_diffusion.kernels.base import require_tensor
+from ppl_diffusion.kernels.prediction import prefers_head
 
 
 class EvaluatedDenoiser:
@@ -39,27 +41,46 @@ class EvaluatedDenoiser:
         self.vocab_size: int = denoiser.vocab_size
         self.kind: Kind = denoiser.kind
         self.time_free: bool = denoiser.time_free
+        self._network_rows: int = getattr(denoiser, "network_rows", 1)
         self.rows_requested = self.rows_evaluated = self.num_calls = 0
+        # With a large vocabulary hidden states are what is deduplicated and kept.
+        self._sparse = prefers_head(denoiser)
+        if self._sparse:
+            vars(self)["head"] = denoiser.head  # type: ignore[attr-defined]
+            vars(self)["hidden"] = self._hidden
+            vars(self)["hidden_size"] = denoiser.hidden_size  # type: ignore[attr-defined]
         self._memory: tuple[float, RowTable] | None = None
         self._last: tuple[Tensor, int, float, Tensor] | None = None
         forward_parameters(self, denoiser)
+        forward_optional(self, denoiser, "changes", "output_size", "network_rows")
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number.
+        :param t: time in ``[0, 1]``, a number or one per row; rows with times of their own are
+            neither deduplicated nor reused, unless the denoiser is time-free.
         """
+        output = self._hidden(tokens, t)
+        return self.denoiser.head(output) if self._sparse else output  # type: ignore[attr-defined]
+
+    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
+        """Return the hidden states where those are kept, the log-probabilities otherwise."""
         rows = tokens.reshape(-1, tokens.shape[-1])
-        self.rows_requested += len(rows)
-        if (known := self._recall_last(tokens, float(t))) is not None:
+        self.rows_requested += len(rows) * self._network_rows
+        if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
+            return self._evaluate(rows, t.expand(tokens.shape[:-1]).reshape(-1)).reshape(
+                *tokens.shape, -1
+            )
+        t = float(t if not isinstance(t, Tensor) else t.flatten()[0])
+        if (known := self._recall_last(tokens, t)) is not None:
             return known
         first, inverse = distinct_rows(rows)
-        values = self._values(rows[first], float(t))
+        values = self._values(rows[first], t)
         output = values[inverse].reshape(*tokens.shape, -1)
         # An inference tensor can be edited without leaving a trace.
         if self.reuse and not torch.is_grad_enabled() and not tokens.is_inference():
-            self._last = (tokens, tokens._version, float(t), output)
+            self._last = (tokens, tokens._version, t, output)
         return output
 
     def _recall_last(self, tokens: Tensor, t: float) -> Tensor | None:
@@ -95,11 +116,14 @@ class EvaluatedDenoiser:
             values[new] = self._evaluate(rows[new], t)
         return values
 
-    def _evaluate(self, rows: Tensor, t: float) -> Tensor:
-        chunks = [rows] if self.max_rows is None else rows.split(self.max_rows)
-        self.rows_evaluated += len(rows)
+    def _evaluate(self, rows: Tensor, t: float | Tensor) -> Tensor:
+        size = len(rows) if self.max_rows is None else self.max_rows
+        chunks = rows.split(max(size, 1))
+        times = t.split(max(size, 1)) if isinstance(t, Tensor) else [t] * len(chunks)
+        self.rows_evaluated += len(rows) * self._network_rows
         self.num_calls += len(chunks)
-        outputs = [self.denoiser(chunk, t) for chunk in chunks]
+        ask = self.denoiser.hidden if self._sparse else self.denoiser  # type: ignore[attr-defined]
+        outputs = [ask(chunk, time) for chunk, time in zip(chunks, times, strict=True)]
         require_tensor(outputs[0], (*rows.shape, self.vocab_size))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

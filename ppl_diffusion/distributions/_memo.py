@@ -65,7 +65,8 @@ def declared_parameters(kernel: Kernel) -> list[Tensor] | None:
 
     :param kernel: the kernel around the denoiser.
     """
-    parameters = getattr(kernel.denoiser, "parameters", None)
+    # A kernel that reads more than its denoiser (a classifier) lists its tensors itself.
+    parameters = getattr(kernel, "parameters", None) or getattr(kernel.denoiser, "parameters", None)
     return list(parameters()) if callable(parameters) else None
 
 

@@ -16,6 +16,8 @@ from ppl_diffusion._errors import IntractableLogProb
 from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
 from ppl_diffusion.distributions.step import MAX_ENUMERATE
 from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Kernel
+from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.nelbo import step_kl
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class ChainMarginal(TorchDistribution):
                 f"the exact marginal would sum over {size}**{self.chain.length} states; use "
                 "log_prob_bound (a lower bound) or log_prob_estimate (unbiased likelihood)."
             )
+        self._require_markov("log_prob")
         table = self._state_log_probs()
         clean = self._is_clean(value)
         powers = size ** torch.arange(self.chain.length - 1, -1, -1)
@@ -81,6 +84,29 @@ class ChainMarginal(TorchDistribution):
             clean, table[torch.where(clean, (value * powers).sum(-1), 0)], -torch.inf
         )
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    def _require_markov(self, what: str) -> None:
+        if not self.chain.kernel.markov or self.chain.kernel.capability == SAMPLE_ONLY:
+            raise IntractableLogProb(
+                f"{what}: a step of {type(self.chain.kernel).__name__} depends on more than the "
+                "current tokens, so that only whole paths have a density; estimate with samples."
+            )
+
+    def _require_bound(self) -> None:
+        # The bound scores single steps by the KL of three-way mixtures.
+        if not _has_own_mixture(self.chain.kernel):
+            raise IntractableLogProb(
+                f"log_prob_bound: the steps of {type(self.chain.kernel).__name__} are not the "
+                "mixtures that the bound is made of; use log_prob_estimate or samples."
+            )
+
+    def _require_bridge(self) -> None:
+        kernel = self.chain.kernel
+        if kernel.capability != ORDERED and not _has_own_mixture(kernel):
+            raise IntractableLogProb(
+                f"log_prob_estimate: there is no bridge for the steps of {type(kernel).__name__}; "
+                "use log_prob on a tiny chain, or samples."
+            )
 
     def _state_log_probs(self) -> Tensor:
         """Return the log-law of the final state over all states, ``(S ** L,)``."""
@@ -147,6 +173,7 @@ class ChainMarginal(TorchDistribution):
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, got {num_samples}.")
+        self._require_bound()
         value = self._check_clean(value)
         offset = torch.rand((), dtype=torch.float64, generator=generator)
         strata = (torch.arange(num_samples, dtype=torch.float64) + offset) / num_samples
@@ -166,7 +193,7 @@ class ChainMarginal(TorchDistribution):
         z = z if chain.prompt is None else torch.where(chain.prompt >= 0, x0, z)
         with torch.no_grad():
             log_c = kernel.cavity_log_probs(z, k)
-        site = step_kl(kernel.process, x0, z, log_c, a, b, float(kernel.kappa[k]))
+        site = step_kl(kernel.process, x0, z, log_c, a, b, kernel.site_kappa({"tokens": z}, k))
         if chain.prompt is not None:
             broken = torch.where(x0 == chain.prompt, 0.0, torch.inf).to(site.dtype)
             site = torch.where(chain.prompt >= 0, broken, site)
@@ -192,6 +219,7 @@ class ChainMarginal(TorchDistribution):
         """
         if num_particles < 1:
             raise ValueError(f"num_particles must be >= 1, got {num_particles}.")
+        self._require_bridge()
         value = self._check_clean(value)
         x0 = value.expand(num_particles, *value.shape)
         log_w = self._bridge_log_weight(x0, generator)
@@ -235,6 +263,11 @@ class ChainMarginal(TorchDistribution):
         super(ChainMarginal, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+
+def _has_own_mixture(kernel: Kernel) -> bool:
+    """Return whether every step is the three-way mixture of the kernel's own prediction."""
+    return isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov
 
 
 def _bridge(step: TokenStep, known: Tensor, *, last: bool) -> TokenStep:

@@ -143,7 +143,7 @@ class ReverseChain(TorchDistribution):
             return whole
         states = path.unbind(-2)
         log_p = self.kernel.prior_log_prob(states[0], self.prompt)
-        carry = {"tokens": states[0]}
+        carry = self.kernel.start_carry(states[0])
         for k, tokens in enumerate(states[1:]):
             step = self.kernel.step(carry, k, fixed=self.fixed)
             log_p = log_p + step.log_prob(tokens)

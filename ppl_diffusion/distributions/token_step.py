@@ -9,8 +9,10 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from ppl_diffusion.distributions._shapes import check_expand, check_value
+from ppl_diffusion.distributions._sparse import sparse_draw, sparse_log_prob
 from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.kernels.mixture import mixture_log_prob, mixture_sample, site_weights
+from ppl_diffusion.kernels.prediction import HeadPrediction, Prediction, as_prediction
 from ppl_diffusion.kernels.processes import Process
 
 
@@ -22,7 +24,8 @@ class TokenStep(StepDistribution):
 
     :param process: forward process.
     :param tokens: current states, int64 ``(*batch, L)``.
-    :param log_probs: cavity log-probabilities of the denoiser, ``(*batch, L, V)``.
+    :param log_probs: cavity log-probabilities of the denoiser, ``(*batch, L, V)``: a tensor, or a
+        :class:`~ppl_diffusion.kernels.Prediction` that is evaluated where it is needed.
     :param alpha_t: signal level of the current state.
     :param alpha_s: signal level after the step, at least ``alpha_t``.
     :param kappa: Psi parameter, 1 is ancestral; a number, or one per site, broadcastable to
@@ -34,7 +37,7 @@ class TokenStep(StepDistribution):
         self,
         process: Process,
         tokens: Tensor,
-        log_probs: Tensor,
+        log_probs: Tensor | Prediction,
         alpha_t: float,
         alpha_s: float,
         kappa: float | Tensor = 1.0,
@@ -55,16 +58,21 @@ class TokenStep(StepDistribution):
             )
         self.process, self.num_states = process, process.num_states
         self.tokens = tokens.expand(*batch, length)
-        self.log_probs = log_probs.expand(*batch, length, process.vocab_size)
+        self.prediction = as_prediction(log_probs).expand(batch)
         self.alpha_t, self.alpha_s = alpha_t, alpha_s
         self.kappa = kappa.expand(*batch, length) if isinstance(kappa, Tensor) else kappa
         self.fixed = None if fixed is None else fixed.expand(*batch, length)
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
 
     @property
+    def log_probs(self) -> Tensor:
+        """The prediction as a table, ``(*batch, L, V)``."""
+        return self.prediction.dense()
+
+    @property
     def wants_gradient(self) -> bool:
         """Whether the prediction depends on a tensor that requires a gradient."""
-        return self.log_probs.requires_grad
+        return self.prediction.requires_grad
 
     @property
     def corrects(self) -> bool:
@@ -81,15 +89,11 @@ class TokenStep(StepDistribution):
             self._validate_sample(value)
         value = check_value(self, value)
         tokens, value = torch.broadcast_tensors(self.tokens, value)
-        site = mixture_log_prob(
-            self.process,
-            tokens,
-            value,
-            self.log_probs.expand(*value.shape, -1),
-            self.alpha_t,
-            self.alpha_s,
-            self.kappa,
-        )
+        prediction = self.prediction.expand(value.shape[:-1])
+        if self._sparse:
+            site = sparse_log_prob(self.process, tokens, value, prediction, self._levels)
+        else:
+            site = mixture_log_prob(self.process, tokens, value, prediction.dense(), *self._levels)
         if self.fixed is not None:
             kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
             site = torch.where(self.fixed, kept, site)
@@ -101,27 +105,33 @@ class TokenStep(StepDistribution):
         :param u_move: numbers in ``[0, 1)``, ``(*sample, *batch, L)``: which of the three moves.
         :param u_token: likewise: which token.
         """
-        tokens = self.tokens.expand_as(u_move)
-        moved = mixture_sample(
-            self.process,
-            tokens,
-            self.log_probs.expand(*u_move.shape, -1),
-            self.alpha_t,
-            self.alpha_s,
-            u_move,
-            u_token,
-            self.kappa,
-        )
+        tokens, (a, b, kappa) = self.tokens.expand_as(u_move), self._levels
+        prediction = self.prediction.expand(u_move.shape[:-1])
+        if self._sparse:
+            moved = sparse_draw(self.process, tokens, prediction, (a, b, kappa), u_move, u_token)
+        else:
+            log_c = prediction.dense()
+            moved = mixture_sample(self.process, tokens, log_c, a, b, u_move, u_token, kappa)
         return moved if self.fixed is None else torch.where(self.fixed, tokens, moved)
+
+    @property
+    def _levels(self) -> tuple[float, float, float | Tensor]:
+        return self.alpha_t, self.alpha_s, self.kappa
+
+    @property
+    def _sparse(self) -> bool:
+        # Below zero "stay" can be a negative weight, which only the table of a site can take.
+        table = not self.process.absorbing and bool(torch.any(torch.as_tensor(self.kappa) < 0))
+        return isinstance(self.prediction, HeadPrediction) and not table
 
     def with_log_probs(self, log_probs: Tensor) -> TokenStep:
         """Return the same step with another prediction of the clean tokens.
 
         :param log_probs: cavity log-probabilities, ``(*batch, L, V)``.
         """
-        levels = (self.alpha_t, self.alpha_s, self.kappa)
+        fixed, levels = self.fixed, self._levels
         return TokenStep(
-            self.process, self.tokens, log_probs, *levels, fixed=self.fixed, validate_args=False
+            self.process, self.tokens, log_probs, *levels, fixed=fixed, validate_args=False
         )
 
     def dense_log_probs(self) -> Tensor:
@@ -129,18 +139,17 @@ class TokenStep(StepDistribution):
 
         Memory grows with the number of states; sampling and scoring never need it.
         """
-        states = torch.arange(self.process.num_states, device=self.tokens.device)
-        levels = (self.alpha_t, self.alpha_s, self.kappa)
-        stay, den, prior = (
-            w[..., None] for w in site_weights(self.process, self.tokens, self.log_probs, *levels)
-        )
-        here = self.tokens[..., None] == states
-        spare = self.process.num_states - self.process.vocab_size
-        clean = torch.nn.functional.pad(self.log_probs.to(torch.float64).exp(), (0, spare))
+        log_c, size = self.log_probs, self.num_states
+        weights = site_weights(self.process, self.tokens, log_c, *self._levels)
+        stay, den, prior = (w[..., None] for w in weights)
+        here = self.tokens[..., None] == torch.arange(size, device=self.tokens.device)
+        spare = size - self.process.vocab_size
+        clean = torch.nn.functional.pad(log_c.to(torch.float64).exp(), (0, spare))
         table = stay * here + den * clean + prior * self.process.prior_array(stay)
         if self.fixed is not None:
             table = torch.where(self.fixed[..., None], here.to(table.dtype), table)
-        return table.clamp_min(0).log()
+        possible = table > 0  # log 0 must not send NaN backwards
+        return torch.where(possible, torch.where(possible, table, 1.0).log(), -torch.inf)
 
     def expand(self, batch_shape: Sequence[int], _instance: TokenStep | None = None) -> TokenStep:
         """Return the same distribution with larger batch dimensions.
@@ -153,7 +162,7 @@ class TokenStep(StepDistribution):
         new.kappa = self.kappa.expand(*shape, -1) if isinstance(self.kappa, Tensor) else self.kappa
         new.alpha_t, new.alpha_s = self.alpha_t, self.alpha_s
         new.tokens = self.tokens.expand(*shape, -1)
-        new.log_probs = self.log_probs.expand(*shape, -1, -1)
+        new.prediction = self.prediction.expand(shape)
         new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
         super(TokenStep, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args

@@ -48,10 +48,17 @@ class ClampProposal:
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TokenStep:
         """Return the clamped step (a :class:`~ppl_diffusion.smc.Proposal`).
 
-        :raises CapabilityError: where the bridge could not follow the model: with ``kappa < 1`` and
-            states of prior probability zero, a wrong token may be revealed and masked again.
+        :raises CapabilityError: if the step is no three-way mixture, or where the bridge could not
+            follow the model: with ``kappa < 1`` and states of prior probability zero, a wrong token
+            may be revealed and masked again.
         :raises ValueError: if the chain's prompt holds another token at a clamped position.
         """
+        if not isinstance(step, TokenStep):
+            raise CapabilityError(
+                f"clamp: it holds tokens by changing what the denoiser predicts, which a "
+                f"{type(step).__name__} does not show; condition by a potential that is -inf "
+                "elsewhere."
+            )
         if step.corrects and bool((step.process.prior == 0).any()):
             raise CapabilityError(
                 "clamp: a kernel with kappa < 1 over a prior with zeros (such as masks) can reach "

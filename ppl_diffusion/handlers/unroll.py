@@ -12,6 +12,7 @@ from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.reparam_messenger import ReparamMessenger
 
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.kernels.base import Carry
 
 
 class Unroll(Reparam):
@@ -30,12 +31,19 @@ class Unroll(Reparam):
             raise ValueError(f"unroll: site {name!r} is a {kind}, not a ReverseChain.")
         given = None if msg["value"] is None else msg["value"].unbind(-2)
         kernel, fixed = chain.kernel, chain.fixed
-        step = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
+        step: Any = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
         states: list[torch.Tensor] = []
+        carry: Carry = {}
         for k in range(chain.num_steps + 1):
             if k > 0:
-                step = kernel.step({"tokens": states[-1]}, k - 1, fixed=fixed)
-            states.append(pyro.sample(f"{name}_{k}", step, obs=None if given is None else given[k]))
+                step = kernel.step(carry, k - 1, fixed=fixed)
+            value = None if given is None else given[k]
+            states.append(pyro.sample(f"{name}_{k}", step, obs=value))
+            carry = (
+                kernel.advance(carry, states[-1], k - 1, step=step)
+                if k > 0
+                else kernel.start_carry(states[-1])
+            )
         path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}

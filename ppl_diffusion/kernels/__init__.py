@@ -4,6 +4,9 @@ from ppl_diffusion.kernels.base import FACTORISED as FACTORISED
 from ppl_diffusion.kernels.base import ORDERED as ORDERED
 from ppl_diffusion.kernels.base import SAMPLE_ONLY as SAMPLE_ONLY
 from ppl_diffusion.kernels.base import Kernel as Kernel
+from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
+from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
+from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
 from ppl_diffusion.kernels.mixture import gather_clean as gather_clean
@@ -14,10 +17,14 @@ from ppl_diffusion.kernels.mixture import posterior_to_cavity as posterior_to_ca
 from ppl_diffusion.kernels.mixture import three_way as three_way
 from ppl_diffusion.kernels.nelbo import nelbo_terms as nelbo_terms
 from ppl_diffusion.kernels.nelbo import step_kl as step_kl
+from ppl_diffusion.kernels.ordered import OrderedKernel as OrderedKernel
+from ppl_diffusion.kernels.ordered import first_hitting as first_hitting
+from ppl_diffusion.kernels.prediction import Prediction as Prediction
 from ppl_diffusion.kernels.processes import Absorbing as Absorbing
 from ppl_diffusion.kernels.processes import Interpolating as Interpolating
 from ppl_diffusion.kernels.processes import Process as Process
 from ppl_diffusion.kernels.processes import Uniform as Uniform
+from ppl_diffusion.kernels.psi import PsiSchedule as PsiSchedule
 from ppl_diffusion.kernels.schedules import Cosine as Cosine
 from ppl_diffusion.kernels.schedules import Linear as Linear
 from ppl_diffusion.kernels.schedules import LogLinear as LogLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -13,6 +14,12 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.kernels.mixture import log_posterior_mean, posterior_to_cavity
 from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels.prediction import (
+    DensePrediction,
+    HeadPrediction,
+    Prediction,
+    prefers_head,
+)
 from ppl_diffusion.kernels.processes import Process, whole_number
 
 if TYPE_CHECKING:
@@ -73,12 +80,16 @@ class Kernel(ABC):
         self.times = times
         self.alphas = np.asarray(process.schedule.alpha(times), dtype=np.float64)
 
-    @abstractmethod
     def with_denoiser(self, denoiser: Denoiser) -> Self:
         """Return the same kernel around another denoiser (for instance a caching wrapper).
 
         :param denoiser: the replacement.
+        :raises CapabilityError: if it does not fit the process.
         """
+        check_denoiser(self.process, denoiser)
+        new = copy.copy(self)
+        new.denoiser = denoiser
+        return new
 
     @abstractmethod
     def same_as(self, other: object) -> bool:
@@ -131,6 +142,13 @@ class Kernel(ABC):
             tokens = self.process.draw_prior(uniforms(shape, generator=generator))
         if prompt is not None:
             tokens = torch.where(prompt >= 0, prompt, tokens)
+        return self.start_carry(tokens)
+
+    def start_carry(self, tokens: Tensor) -> Carry:
+        """Return the carry that belongs to a noisiest state.
+
+        :param tokens: int64 ``(*batch, L)``.
+        """
         return {"tokens": tokens}
 
     def prior_step(
@@ -226,6 +244,22 @@ class Kernel(ABC):
             log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
         return log_c
 
+    def predict(self, tokens: Tensor, k: int) -> Prediction:
+        """Return the cavity prediction at grid point ``k``, as hidden states where those are less.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        """
+        bridge = self.process.absorbing or self.denoiser.kind == "cavity"
+        if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
+            return DensePrediction(self.cavity_log_probs(tokens, k))
+        hidden = self.denoiser.hidden(tokens, float(self.times[k]))  # type: ignore[attr-defined]
+        return HeadPrediction(hidden, self._checked_head, self.process.vocab_size)
+
+    def _checked_head(self, rows: Tensor) -> Tensor:
+        head = self.denoiser.head  # type: ignore[attr-defined]
+        return clean_log_probs(head(rows), rows.shape[:-1], self.process.vocab_size)
+
     def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
         """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
 
@@ -253,7 +287,8 @@ class Kernel(ABC):
 
     def _flat(self, tokens: Tensor) -> Tensor:
         size = self.process.vocab_size
-        return torch.full((*tokens.shape, size), -np.log(size), dtype=torch.float64)
+        level = torch.full((), -np.log(size), dtype=torch.float64, device=tokens.device)
+        return level.expand(*tokens.shape, size)
 
     def __repr__(self) -> str:
         shape = f"num_steps={self.num_steps}{self._repr_options()}, {self.capability}"

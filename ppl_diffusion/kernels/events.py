@@ -24,6 +24,7 @@ from ppl_diffusion.kernels.base import (
     require_tensor,
 )
 from ppl_diffusion.kernels.noise import draw_categorical
+from ppl_diffusion.kernels.prediction import has_head
 
 if TYPE_CHECKING:
     from ppl_diffusion.denoisers.base import Denoiser
@@ -230,11 +231,3 @@ def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor)
             f"{tuple(tokens.shape)}; it must add one dimension, the vocabulary."
         )
     return output.flatten(0, 1)[sites]
-
-
-def has_head(denoiser: object) -> bool:
-    """Return whether a denoiser can compute the vocabulary for chosen positions only.
-
-    :param denoiser: the denoiser.
-    """
-    return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")

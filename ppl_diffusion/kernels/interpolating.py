@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -62,13 +62,6 @@ class InterpolatingKernel(Kernel):
         super().__init__(process, denoiser, time_grid(num_steps, times, type(self).__name__))
         self.kappa = _check_kappa(kappa, self.alphas, process)
 
-    def with_denoiser(self, denoiser: Denoiser) -> Self:
-        """Return the same kernel around another denoiser (for instance a caching wrapper).
-
-        :param denoiser: the replacement.
-        """
-        return type(self)(self.process, denoiser, times=self.times, kappa=self.kappa)
-
     def same_as(self, other: object) -> bool:
         """Return whether both kernels define the same path law by construction.
 
@@ -87,6 +80,11 @@ class InterpolatingKernel(Kernel):
     def ancestral(self) -> bool:
         """Whether ``kappa`` is 1 throughout."""
         return bool(np.all(self.kappa == 1))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether every step is the three-way mixture of :meth:`cavity_log_probs`."""
+        return True
 
     def site_kappa(self, carry: Carry, k: int) -> float | Tensor:
         """Return the Psi parameter of step ``k``, a number or one per site.
@@ -117,7 +115,7 @@ class InterpolatingKernel(Kernel):
         return TokenStep(
             self.process,
             tokens,
-            self.cavity_log_probs(tokens, k) if self._moves(k) else self._flat(tokens),
+            self.predict(tokens, k) if self._moves(k) else self._flat(tokens),
             float(self.alphas[k]),
             float(self.alphas[k + 1]),
             self.site_kappa(carry, k),

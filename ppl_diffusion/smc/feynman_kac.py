@@ -109,8 +109,11 @@ class FeynmanKac:
     @property
     def target(self) -> str:
         """The law the weighted particles are exact for, in words."""
+        changes = "; ".join(self.chain.kernel.changes)
+        under = f" under {changes}" if changes else ""
         return (
-            f"p(path) * G(x0) of the {self.num_steps}-step reverse chain, normalised, with log G = "
+            f"p(path) * G(x0) of the {self.num_steps}-step reverse chain{under}, normalised, "
+            "with log G = "
             f"{self.potential.name}; log_evidence estimates the log of its normalising constant"
         )
 
@@ -147,6 +150,11 @@ class BoundFeynmanKac:
 
     def __post_init__(self) -> None:
         kernel = self.model.chain.kernel
+        if self.track_log_prob and kernel.capability == SAMPLE_ONLY:
+            raise CapabilityError(
+                f"the density of paths is needed here, but {type(kernel).__name__} is "
+                f"{SAMPLE_ONLY}; use a kernel with a density, or run_smc on the bare chain."
+            )
         self.denoiser = EvaluatedDenoiser(kernel.denoiser, max_rows=self.max_rows)
         self._kernel = kernel.with_denoiser(self.denoiser)
         self._proposal, self._proposal_denoiser = self._bind_proposal()
@@ -156,15 +164,20 @@ class BoundFeynmanKac:
         proposal = self.model.proposal
         if not isinstance(proposal, Kernel):
             return proposal, None
-        denoiser = EvaluatedDenoiser(proposal.denoiser, max_rows=self.max_rows)
-        kernel, fixed = proposal.with_denoiser(denoiser), self.model.chain.fixed
-        return (lambda step, carry, k: kernel.step(carry, k, fixed=fixed)), denoiser
+        # One network behind model and proposal is asked once per state.
+        shared = proposal.denoiser is self.model.chain.kernel.denoiser
+        denoiser = (
+            self.denoiser
+            if shared
+            else EvaluatedDenoiser(proposal.denoiser, max_rows=self.max_rows)
+        )
+        return _KernelProposal(proposal.with_denoiser(denoiser), self.model.chain.fixed), denoiser
 
     @property
     def num_evaluations(self) -> int:
         """Network rows evaluated so far."""
-        other = 0 if self._proposal_denoiser is None else self._proposal_denoiser.rows_evaluated
-        return self.denoiser.rows_evaluated + other
+        asked = {id(d): d for d in (self.denoiser, self._proposal_denoiser) if d is not None}
+        return sum(denoiser.rows_evaluated for denoiser in asked.values())
 
     @property
     def num_potential_calls(self) -> int:
@@ -181,6 +194,8 @@ class BoundFeynmanKac:
         if isinstance(twist, FillTwist):
             noise = twist.init((*batch, chain.length), generator)
             carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+        if isinstance(self._proposal, _KernelProposal):
+            carry = {**carry, **self._proposal.start(carry["tokens"])}
         if self.track_log_prob:
             carry[LOG_PROB] = per_particle(
                 self._kernel.prior_log_prob(carry["tokens"], chain.prompt)
@@ -195,6 +210,8 @@ class BoundFeynmanKac:
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
         tokens = _sample(proposal, generator)
         moved = self._kernel.advance(carry, tokens, k, step=step)
+        if isinstance(self._proposal, _KernelProposal):
+            moved = {**moved, **self._proposal.advance(carry, tokens, k, proposal)}
         if proposal is step and not self.track_log_prob:
             return moved, 0.0
         log_p = per_particle(step.log_prob(tokens))
@@ -227,6 +244,32 @@ class BoundFeynmanKac:
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""
         return {name: take_particles(value, ancestors) for name, value in carry.items()}
+
+
+class _KernelProposal:
+    """A kernel as a proposal; what it remembers travels in the particle's carry under a prefix."""
+
+    PREFIX = "proposal/"
+
+    def __init__(self, kernel: Kernel, fixed: Tensor | None) -> None:
+        self.kernel, self.fixed = kernel, fixed
+
+    def start(self, tokens: Tensor) -> Carry:
+        return self._inside(self.kernel.start_carry(tokens))
+
+    def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
+        return self.kernel.step(self._own(carry), k, fixed=self.fixed)
+
+    def advance(self, carry: Carry, tokens: Tensor, k: int, step: TorchDistribution) -> Carry:
+        return self._inside(self.kernel.advance(self._own(carry), tokens, k, step=step))
+
+    def _own(self, carry: Carry) -> Carry:
+        size = len(self.PREFIX)
+        own = {name[size:]: x for name, x in carry.items() if name.startswith(self.PREFIX)}
+        return {"tokens": carry["tokens"], **own}
+
+    def _inside(self, own: Carry) -> Carry:
+        return {self.PREFIX + name: x for name, x in own.items() if name != "tokens"}
 
 
 class EvaluatedPotential:

@@ -54,9 +54,8 @@ def test_contract_has_power():
 
     class Mismatched(InterpolatingKernel):
         def step(self, carry, k, *, fixed=None):
-            step = super().step(carry, k, fixed=fixed)
-            step.log_probs = other.cavity_log_probs(carry["tokens"], k).expand_as(step.log_probs)
             right = super().step(carry, k, fixed=fixed)
+            step = right.with_log_probs(other.cavity_log_probs(carry["tokens"], k))
             step.log_prob = right.log_prob
             return step
 

@@ -1,0 +1,72 @@
+"""The three-way mixture where the vocabulary is too large for a table of all sites."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.kernels.mixture import three_way
+from ppl_diffusion.kernels.prediction import Prediction
+from ppl_diffusion.kernels.processes import Process
+
+Levels = tuple[float, float, float | Tensor]
+
+
+def sparse_log_prob(
+    process: Process, z: Tensor, j: Tensor, prediction: Prediction, levels: Levels
+) -> Tensor:
+    """Return ``log p(j | z)`` per site, evaluating the head only where it enters.
+
+    :param process: forward process.
+    :param z: current states, int64 ``(*batch, L)``.
+    :param j: next states, int64 ``(*batch, L)``.
+    :param prediction: of the clean tokens, ``(*batch, L, V)``.
+    :param levels: ``(alpha_t, alpha_s, kappa)``.
+    :returns: float64 ``(*batch, L)``.
+    """
+    size = process.vocab_size
+    where = (j < size) & (
+        (z == size) if process.absorbing else torch.ones_like(j, dtype=torch.bool)
+    )
+    ids = torch.stack([z, j], -1).clamp_max(size - 1)
+    c_z, c_j = prediction.probabilities(ids, where).unbind(-1)
+    stay, den, prior = _weights(process, z, c_z, levels)
+    p = torch.where(j == z, stay, 0.0) + den * c_j + prior * process.prior_prob(j)
+    possible = p > 0
+    return torch.where(possible, torch.where(possible, p, 1.0).log(), -torch.inf)
+
+
+def sparse_draw(
+    process: Process,
+    z: Tensor,
+    prediction: Prediction,
+    levels: Levels,
+    u_move: Tensor,
+    u_token: Tensor,
+) -> Tensor:
+    """Draw next states, evaluating the head only at the sites that draw from the denoiser.
+
+    :param process: forward process.
+    :param z: current states, int64 ``(*batch, L)``.
+    :param prediction: of the clean tokens, ``(*batch, L, V)``.
+    :param levels: ``(alpha_t, alpha_s, kappa)``.
+    :param u_move: uniforms ``(*batch, L)``: which move.
+    :param u_token: uniforms ``(*batch, L)``: which token.
+    """
+    c_z = torch.zeros_like(u_move)
+    if not process.absorbing:
+        everywhere = torch.ones_like(z, dtype=torch.bool)
+        c_z = prediction.probabilities(z[..., None], everywhere)[..., 0]
+    stay, den, prior = _weights(process, z, c_z, levels)
+    from_prior = u_move < prior
+    stays = (u_move >= prior + den) & (stay > 0)
+    kept = torch.where(from_prior, process.draw_prior(u_token), z)
+    return prediction.draw(u_token, ~(stays | from_prior), kept)
+
+
+def _weights(
+    process: Process, z: Tensor, c_z: Tensor, levels: Levels
+) -> tuple[Tensor, Tensor, Tensor]:
+    if process.absorbing:  # c_z of a revealed token cancels, and that of a mask is zero
+        c_z = (z != process.vocab_size).to(torch.float64)
+    return three_way(*levels, c_z, process.prior_prob(z))

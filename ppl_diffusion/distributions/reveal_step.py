@@ -1,0 +1,147 @@
+"""One step of a masked chain that reveals a given number of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.distributions._shapes import check_expand, check_value
+from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.kernels.prediction import Prediction, as_prediction
+
+
+class RevealStep(StepDistribution):
+    """Reveal ``count`` of the eligible masked positions, each token drawn from the prediction.
+
+    Which ones is uniform among the subsets of that size, or follows ``order`` where that is given.
+    With fewer eligible positions than ``count`` all of them are revealed. Event shape ``(L,)``,
+    exact and normalised::
+
+        p(z') = prod_{revealed l} c^l(z'^l) / C(#eligible, #revealed)
+
+    :param tokens: current states, int64 ``(*batch, L)``; the mask has id ``V``.
+    :param log_probs: log-probabilities of clean tokens, ``(*batch, L, V)``, or a
+        :class:`~ppl_diffusion.kernels.Prediction`.
+    :param eligible: bool ``(*batch, L)``: masked positions that may be revealed.
+    :param count: how many are revealed.
+    :param order: float64 ``(*batch, L)`` or None: the highest are revealed, with certainty.
+    :param fixed: bool ``(*batch, L)`` or None: positions that keep their token.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        log_probs: Tensor | Prediction,
+        eligible: Tensor,
+        count: int,
+        *,
+        order: Tensor | None = None,
+        fixed: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        batch = torch.broadcast_shapes(tokens.shape[:-1], log_probs.shape[:-2])
+        length, size = tokens.shape[-1], log_probs.shape[-1]
+        self.num_states, self.count = size + 1, count
+        self.tokens = tokens.expand(*batch, length)
+        self.prediction = as_prediction(log_probs).expand(batch)
+        self.fixed = None if fixed is None else fixed.expand(*batch, length)
+        eligible = eligible & (tokens == size)
+        self.eligible = (eligible if fixed is None else eligible & ~fixed).expand(*batch, length)
+        self.order = None if order is None else order.expand(*batch, length)
+        super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """The prediction as a table, ``(*batch, L, V)``."""
+        return self.prediction.dense()
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the prediction depends on a tensor that requires a gradient."""
+        return self.prediction.requires_grad
+
+    @property
+    def num_revealed(self) -> Tensor:
+        """How many positions are revealed, int64 ``(*batch,)``."""
+        return self.eligible.sum(-1).clamp_max(self.count)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log-probability of a next state.
+
+        :param value: states, int64 ``(*sample, *batch, L)``.
+        :returns: float64, the broadcast batch shape; ``-inf`` for impossible moves.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        value = check_value(self, value)
+        tokens, value = torch.broadcast_tensors(self.tokens, value)
+        size = self.num_states - 1
+        changed = value != tokens
+        legal = (~changed | (self.eligible & (value < size))).all(-1)
+        legal = legal & (changed.sum(-1) == self.num_revealed)
+        if self.order is not None:
+            legal = legal & (changed == self._first(self.order).expand_as(changed)).all(-1)
+        where = changed & legal[..., None]
+        prediction = self.prediction.expand(value.shape[:-1])
+        c = prediction.probabilities(value.clamp_max(size - 1)[..., None], where)[..., 0]
+        possible = c > 0
+        site = torch.where(possible, torch.where(possible, c, 1.0).log(), -torch.inf)
+        log_p = torch.where(where, site, 0.0).sum(-1) + self._log_subset()
+        return torch.where(legal, log_p, -torch.inf)
+
+    def draw(self, u_order: Tensor, u_token: Tensor) -> Tensor:  # type: ignore[override]
+        """Turn uniforms into next states; the same uniforms give the same states.
+
+        :param u_order: numbers in ``[0, 1)``, ``(*sample, *batch, L)``: the highest are revealed.
+        :param u_token: likewise: which token.
+        """
+        tokens = self.tokens.expand_as(u_order)
+        chosen = self._first(u_order if self.order is None else self.order).expand_as(tokens)
+        return self.prediction.expand(tokens.shape[:-1]).draw(u_token, chosen, tokens)
+
+    def with_log_probs(self, log_probs: Tensor) -> RevealStep:
+        """Return the same step with another prediction of the clean tokens.
+
+        :param log_probs: log-probabilities, ``(*batch, L, V)``.
+        """
+        return RevealStep(
+            self.tokens,
+            log_probs,
+            self.eligible,
+            self.count,
+            order=self.order,
+            fixed=self.fixed,
+            validate_args=False,
+        )
+
+    def _first(self, order: Tensor) -> Tensor:
+        """Return the ``count`` eligible positions of highest order, bool."""
+        key = torch.where(self.eligible, order, -1.0)
+        rank = key.argsort(-1, descending=True).argsort(-1)
+        return self.eligible & (rank < self.count)
+
+    def _log_subset(self) -> Tensor:
+        """Return minus the log of the number of subsets there are to choose from."""
+        if self.order is not None:
+            return torch.zeros(self.batch_shape, dtype=torch.float64)
+        n, m = self.eligible.sum(-1).to(torch.float64), self.num_revealed.to(torch.float64)
+        return torch.lgamma(m + 1) + torch.lgamma(n - m + 1) - torch.lgamma(n + 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: RevealStep | None = None) -> RevealStep:
+        """Return the same distribution with larger batch dimensions.
+
+        :param batch_shape: the new batch shape.
+        """
+        new = self._get_checked_instance(RevealStep, _instance)
+        shape = check_expand(self.batch_shape, batch_shape)
+        new.num_states, new.count = self.num_states, self.count
+        new.prediction = self.prediction.expand(shape)
+        new.tokens = self.tokens.expand(*shape, -1)
+        new.eligible = self.eligible.expand(*shape, -1)
+        new.order = None if self.order is None else self.order.expand(*shape, -1)
+        new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
+        super(RevealStep, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new

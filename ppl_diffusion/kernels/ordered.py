@@ -1,0 +1,311 @@
+"""Masked chains that reveal so many positions per step: first hitting, parallel, block by block.
+
+The order in which positions are revealed is random, uniform and independent of the network; these
+kernels count reveals instead of time. One position per step is first-hitting sampling (Zheng et
+al. 2024, arXiv:2409.02908): the limit of ancestral sampling for infinitely many steps, and with the
+exact denoiser the data law itself. Several per step are drawn in parallel from one prediction: an
+approximation whose law this is the exact density of. Blocks finished from left to right are
+semi-autoregressive decoding (Arriola et al. 2025, arXiv:2503.09573).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError, IntractableLogProb
+from ppl_diffusion.kernels.base import (
+    ORDERED,
+    SAMPLE_ONLY,
+    Carry,
+    Kernel,
+    SampledPath,
+    clean_log_probs,
+)
+from ppl_diffusion.kernels.events import reveal_ranks
+from ppl_diffusion.kernels.masked_paths import draw_path, read_reveals, reveal_log_prob
+from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels.processes import Process, whole_number
+
+if TYPE_CHECKING:
+    from ppl_diffusion.denoisers.base import Denoiser
+    from ppl_diffusion.distributions.reveal_step import RevealStep
+
+LEVELS = "levels"
+"""Name of the carry entry with the noise level at which each position is revealed."""
+
+
+class OrderedKernel(Kernel):
+    """A masked chain with a fixed number of reveals per step.
+
+    ``num_steps`` is ``length`` over the group size, rounded up in every block. Positions of a
+    prompt are never revealed, so a prompted chain has idle steps, which cost nothing.
+
+    :param process: an absorbing process.
+    :param denoiser: predictor of clean tokens.
+    :param length: number ``L`` of positions.
+    :param group_size: reveals per step; 1 is first hitting.
+    :param block: positions per block, finished from left to right; None for one block.
+    :param clock: at which time a denoiser that is not time-free predicts: ``"mode"``, the most
+        likely time with that many masks (exact density), or ``"sampled"``, the times of the
+        reveals themselves, drawn anew in every chain (the exact limit of ancestral sampling, but
+        the density of the tokens alone is an intractable integral: ``SAMPLE_ONLY``). They are the
+        same chain if the denoiser is time-free.
+    :raises CapabilityError: if the process is not absorbing.
+    :raises ValueError: if a number or the clock is not usable.
+    """
+
+    capability = ORDERED
+
+    def __init__(
+        self,
+        process: Process,
+        denoiser: Denoiser,
+        *,
+        length: int,
+        group_size: int = 1,
+        block: int | None = None,
+        clock: Literal["mode", "sampled"] = "mode",
+    ) -> None:
+        owner = type(self).__name__
+        if not process.absorbing:
+            raise CapabilityError(
+                f"{owner}: reveals are events of the absorbing process only, not of {process!r}."
+            )
+        if clock not in ("mode", "sampled"):
+            raise ValueError(f"{owner}: clock must be 'mode' or 'sampled', got {clock!r}.")
+        self.length = whole_number(length, f"{owner}: length")
+        self.group_size = whole_number(group_size, f"{owner}: group_size")
+        self.block = self.length if block is None else whole_number(block, f"{owner}: block")
+        self.clock = clock
+        starts = range(0, self.length, self.block)
+        sizes = [min(self.block, self.length - start) for start in starts]
+        groups = [-(-size // self.group_size) for size in sizes]
+        self._block_of_step = np.repeat(np.arange(len(groups)), groups)
+        self._first_step = np.concatenate([[0], np.cumsum(groups)[:-1]])
+        super().__init__(
+            process, denoiser, _mode_times(process, self.length, self._masked_before())
+        )
+        if self._timed:
+            self.capability, self.markov = SAMPLE_ONLY, False
+
+    def same_as(self, other: object) -> bool:
+        """Return whether both kernels define the same path law by construction.
+
+        :param other: anything.
+        """
+        return self is other or (
+            isinstance(other, OrderedKernel)
+            and self.process is other.process
+            and self.denoiser is other.denoiser
+            and (self.length, self.group_size, self.block, self.clock)
+            == (other.length, other.group_size, other.block, other.clock)
+        )
+
+    def start_carry(self, tokens: Tensor) -> Carry:
+        """Return the carry of a noisiest state; with a sampled clock it holds the reveal times.
+
+        :param tokens: int64 ``(*batch, L)``.
+        """
+        self._check_length(tokens)
+        if not self._timed:
+            return {"tokens": tokens}
+        return {"tokens": tokens, LEVELS: uniforms(tokens.shape)}
+
+    def init_carry(
+        self,
+        batch_shape: Sequence[int],
+        length: int,
+        *,
+        prompt: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Carry:
+        """Return the fully masked state, see :meth:`Kernel.init_carry`."""
+        carry = super().init_carry(batch_shape, length, prompt=prompt)
+        if self._timed:
+            carry[LEVELS] = uniforms((*batch_shape, length), generator=generator)
+        return carry
+
+    def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> RevealStep:
+        """Return the distribution of the next state.
+
+        :param carry: the current carry.
+        :param k: step index.
+        :param fixed: bool ``(*batch, L)``, positions of a prompt.
+        :raises ValueError: if ``k`` is no step, or the denoiser misbehaves.
+        """
+        from ppl_diffusion.distributions.reveal_step import RevealStep  # upward, as in the base
+
+        self._check_step(k)
+        tokens, order = carry["tokens"], carry.get(LEVELS)
+        self._check_length(tokens)
+        eligible = self._eligible(tokens, k)
+        if not bool(eligible.any()):
+            prediction = self._flat(tokens)
+        elif order is None:
+            prediction = self.predict(tokens, k)
+        else:
+            prediction = self._predict_at_levels(tokens, eligible, order)
+        return RevealStep(
+            tokens,
+            prediction,
+            eligible,
+            self.group_size,
+            order=order,
+            fixed=fixed,
+            validate_args=False,
+        )
+
+    def _predict_at_levels(self, tokens: Tensor, eligible: Tensor, order: Tensor) -> Tensor:
+        """Predict at each row's own next reveal."""
+        level = torch.where(eligible, order, 0.0).amax(-1)
+        time = torch.as_tensor(self.process.schedule.time_from_log1m(level.log()))
+        log_c = self.denoiser(tokens, time)
+        return clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
+
+    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
+        """Return whether step ``k`` from these states costs a network call.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: step index.
+        """
+        return bool(self._eligible(tokens, k).any())
+
+    def sample_path(
+        self,
+        batch_shape: Sequence[int],
+        length: int,
+        *,
+        prompt: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        probe: bool = False,
+    ) -> SampledPath:
+        """Draw whole paths from one sorted list of reveals per row."""
+        shape = (*batch_shape, length)
+        start = super().init_carry(batch_shape, length, prompt=prompt)["tokens"]
+        levels, tokens = uniforms((2, *shape), generator=generator)
+        step_of = self._steps_of(levels, start)
+        time = self._times_of(levels, step_of)
+        drawn = draw_path(self, start, step_of, time, tokens, probe=probe)
+        if self.capability == SAMPLE_ONLY:
+            return SampledPath(drawn.path, None, drawn.hidden_gradient)
+        log_p = drawn.log_c + self._log_prob_of_order(prompt)
+        return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
+
+    def path_log_prob(self, path: Tensor, *, prompt: Tensor | None = None) -> Tensor:
+        """Score whole paths by their reveals.
+
+        :raises IntractableLogProb: if the times of the reveals are latent (``clock="sampled"``
+            with a denoiser that uses the time).
+        """
+        if self.capability == SAMPLE_ONLY:
+            raise IntractableLogProb(
+                f"{type(self).__name__}: with clock='sampled' and a denoiser that uses the time, "
+                "the density of a path is an integral over reveal times; use clock='mode'."
+            )
+        rows = path.reshape(-1, *path.shape[-2:])
+        found = read_reveals(rows, self.process.vocab_size, prompt)
+        found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompt))
+        log_p = reveal_log_prob(self, rows, found) + self._log_prob_of_order(prompt)
+        return log_p.reshape(path.shape[:-2])
+
+    @property
+    def _timed(self) -> bool:
+        return self.clock == "sampled" and not self.denoiser.time_free
+
+    @property
+    def _block_of_site(self) -> Tensor:
+        return torch.arange(self.length) // self.block
+
+    def _masked_before(self) -> np.ndarray:
+        """Return how many positions are masked before each step of an unprompted chain."""
+        size = np.minimum(self.block, self.length - self._block_of_step * self.block)
+        done = (np.arange(len(size)) - self._first_step[self._block_of_step]) * self.group_size
+        later = np.maximum(self.length - (self._block_of_step + 1) * self.block, 0)
+        masked: np.ndarray = size - done + later
+        return masked
+
+    def _eligible(self, tokens: Tensor, k: int) -> Tensor:
+        inside = self._block_of_site == int(self._block_of_step[k])
+        return (tokens == self.process.vocab_size) & inside
+
+    def _steps_of(self, levels: Tensor, start: Tensor) -> Tensor:
+        """Return the step that reveals each position, -1 for the prompt."""
+        free, block = start == self.process.vocab_size, self._block_of_site
+        flat = [x.reshape(-1, self.length) for x in (levels, free)]
+        rank = reveal_ranks(flat[0], flat[1], block)
+        earlier = (flat[1][:, None] & (block[:, None] > block)).sum(-1)  # free sites before
+        step = torch.from_numpy(self._first_step)[block] + (rank - earlier) // self.group_size
+        return torch.where(flat[1], step, -1).reshape(start.shape)
+
+    def _times_of(self, levels: Tensor, step_of: Tensor) -> Tensor:
+        if not self._timed:
+            return torch.from_numpy(self.times)[step_of.clamp_min(0)]
+        # A group is predicted at the latest of these times, that of its first reveal.
+        return torch.as_tensor(self.process.schedule.time_from_log1m(levels.log()))
+
+    def _group_sizes(self, prompt: Tensor | None) -> Tensor:
+        """Return the number of free positions before, and of reveals in, each step: ``(2, T)``."""
+        free = torch.ones(self.length, dtype=torch.bool) if prompt is None else prompt < 0
+        per_block = torch.zeros(len(self._first_step), dtype=torch.int64)
+        per_block.index_add_(0, self._block_of_site, free.to(torch.int64))
+        block = torch.from_numpy(self._block_of_step)
+        index = torch.arange(self.num_steps) - torch.from_numpy(self._first_step)[block]
+        left = (per_block[block] - index * self.group_size).clamp_min(0)
+        return torch.stack([left, left.clamp_max(self.group_size)])
+
+    def _log_prob_of_order(self, prompt: Tensor | None) -> float:
+        n, m = self._group_sizes(prompt).to(torch.float64)
+        subsets = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(n - m + 1)
+        return -float(subsets.sum())
+
+    def _legal_order(self, step_of: Tensor, prompt: Tensor | None) -> Tensor:
+        """Return whether every step reveals as many positions of its block as it must."""
+        wanted = self._group_sizes(prompt)[1]
+        steps = torch.arange(self.num_steps)
+        counts = (step_of[:, None] == steps[:, None]).sum(-1)
+        inside = torch.from_numpy(self._block_of_step)[step_of.clamp_min(0)] == self._block_of_site
+        return (counts == wanted).all(-1) & (inside | (step_of < 0)).all(-1)
+
+    def _check_length(self, tokens: Tensor) -> None:
+        if tokens.shape[-1] != self.length:
+            raise ValueError(
+                f"{type(self).__name__}: built for {self.length} positions, got "
+                f"{tokens.shape[-1]}; build the kernel with length={tokens.shape[-1]}."
+            )
+
+    def _repr_options(self) -> str:
+        block = "" if self.block == self.length else f", block={self.block}"
+        return f", group_size={self.group_size}{block}"
+
+
+def first_hitting(
+    process: Process,
+    denoiser: Denoiser,
+    *,
+    length: int,
+    clock: Literal["mode", "sampled"] = "mode",
+) -> OrderedKernel:
+    """Return the chain that reveals one uniformly chosen position per step.
+
+    :param process: an absorbing process.
+    :param denoiser: predictor of clean tokens.
+    :param length: number ``L`` of positions.
+    :param clock: see :class:`OrderedKernel`.
+    """
+    return OrderedKernel(process, denoiser, length=length, clock=clock)
+
+
+def _mode_times(process: Process, length: int, masked: np.ndarray) -> np.ndarray:
+    """Return the most likely time of the reveal out of each number of masks, then 0.
+
+    It is the mode ``(n - 1) / (L - 1)`` of the ``n``-th smallest of ``L`` uniforms.
+    """
+    share = (masked - 1) / max(length - 1, 1) if length > 1 else np.ones(1)
+    with np.errstate(divide="ignore"):
+        times = np.asarray(process.schedule.time_from_log1m(np.log(share)), dtype=np.float64)
+    return np.concatenate([[1.0], times[1:], [0.0]])
