@@ -38,6 +38,8 @@ class Sequences:
     :param licence: one sentence on the licence of the data.
     :param source: one sentence on where the data come from.
     :param vocabulary: one letter per token id.
+    :param noun: what the sequences are, for the card of a prior.
+    :param unit: what a token is, for the same.
     """
 
     train: Tensor
@@ -49,6 +51,8 @@ class Sequences:
     licence: str
     source: str
     vocabulary: str = BASES
+    noun: str = "promoter sequences"
+    unit: str = "base"
 
     @property
     def length(self) -> int:
@@ -145,6 +149,8 @@ def tiny_shakespeare(folder: str | Path | None = None) -> Sequences:
         source="Plays of Shakespeare as one text (karpathy/char-rnn, tinyshakespeare), cut into "
         f"windows of {_WINDOW} characters.",
         vocabulary=vocabulary,
+        noun=f"windows of {_WINDOW} characters of text",
+        unit="character",
     )
 
 

@@ -4,7 +4,7 @@
 
     python -m ppl_diffusion.models.evaluate yeast-promoter --data DIR
 
-The bound is that of the continuous-time chain, in bits per base, averaged over stratified times;
+The bound is that of the continuous-time chain, in bits per token, averaged over stratified times;
 it is an upper bound on the code length, so the prior may be better than it says. Rows of one family
 are near copies, so standard errors treat families, not rows, as independent.
 """
@@ -34,7 +34,7 @@ MIN_TIMES = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures on the test rows; all in bits per base, errors are one standard error.
+    """Figures on the test rows; all in bits per token, errors are one standard error.
 
     :param sequences: test rows.
     :param families: independent families among them.
@@ -43,9 +43,9 @@ class Evaluation:
     :param bound_error: its standard error over families, noise of the times included.
     :param noise_error: the part of it that is due to the finite number of times.
     :param order: order of the Markov chain.
-    :param markov: mean code length of the Markov chain over all bases.
-    :param markov_full_context: the same without the first ``order`` bases.
-    :param quoted: that figure as it is quoted.
+    :param markov: mean code length of the Markov chain over all tokens.
+    :param markov_full_context: the same without the first ``order`` tokens.
+    :param quoted: that figure as it is quoted, NaN if it is not.
     :param gain: ``markov - bound``, paired by sequence; positive if the prior is better.
     :param gain_error: its standard error over families.
     :param gain_error_rows: the same as if rows were independent, which near copies are not.
@@ -129,20 +129,22 @@ def _error(values: Tensor, family: Tensor) -> float:
     return float((sums.square().sum() * count / max(count - 1, 1)).sqrt() / len(values))
 
 
-def print_evaluation(name: str, result: Evaluation) -> None:
+def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> None:
     """Print the figures as a table.
 
     :param name: name of the prior.
     :param result: the figures.
+    :param unit: what a token is.
     """
     title = f"{name}: {result.sequences} test sequences of {result.families} families"
-    table = Table("", "bits per base", "± 1 s.e.", title=title)
+    table = Table("", f"bits per {unit}", "± 1 s.e.", title=title)
     label = f"bound, {result.times} times a sequence"
     table.add_row(label, f"≤ {result.bound:.4f}", f"{result.bound_error:.4f}")
     table.add_row("  of which noise of the times", "", f"{result.noise_error:.4f}")
-    table.add_row(f"order-{result.order} Markov, all bases", f"{result.markov:.4f}", "")
-    quoted = f"{result.markov_full_context:.4f} (quoted: {result.quoted:.4f})"
-    table.add_row(f"  without the first {result.order} bases", quoted, "")
+    table.add_row(f"order-{result.order} Markov, all {unit}s", f"{result.markov:.4f}", "")
+    quoted = "" if math.isnan(result.quoted) else f" (quoted: {result.quoted:.4f})"
+    rest = f"{result.markov_full_context:.4f}{quoted}"
+    table.add_row(f"  without the first {result.order} {unit}s", rest, "")
     table.add_row("gain, at least (paired)", f"{result.gain:+.4f}", f"{result.gain_error:.4f}")
     table.add_row("  if rows were independent", "", f"{result.gain_error_rows:.4f}")
     Console().print(table)
@@ -173,21 +175,26 @@ def write_card(
     }
     text = json.dumps(card, indent=2)
     (folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
+    text = _card_text(card, sequences.noun, sequences.unit)
+    (folder / "card.md").write_text(text, encoding="utf-8")
 
 
-def _rounded(value: float) -> float:
-    return value if isinstance(value, int) else round(value, 4)
+def _rounded(value: float) -> float | None:
+    if isinstance(value, int):
+        return value
+    return None if math.isnan(value) else round(value, 4)
 
 
-def _card_text(card: dict[str, Any]) -> str:
+def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:
     metrics = card["metrics"]
     bound = f"{metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
     gain = f"{metrics['gain']:+.4f} ± {metrics['gain_error']:.4f}"
     verdict = "below" if metrics["gain"] > 0 else "above"
+    independent = metrics["families"] == metrics["sequences"]
+    errors = "with sequences as independent" if independent else "over families of near copies"
     return f"""# {card["name"]}
 
-A {card["family"]} diffusion prior over promoter sequences.
+A {card["family"]} diffusion prior over {noun}.
 
 - Data: {card["data"]}
 - Licence: {card["licence"]}
@@ -196,14 +203,14 @@ A {card["family"]} diffusion prior over promoter sequences.
 
 ## Test split ({metrics["sequences"]} sequences, {metrics["families"]} families)
 
-| | bits per base |
+| | bits per {unit} |
 | --- | ---: |
 | bound, {metrics["times"]} times a sequence | ≤ {bound} |
-| order-{metrics["order"]} Markov chain, all bases | {metrics["markov"]:.4f} |
-| without the first {metrics["order"]} bases | {metrics["markov_full_context"]:.4f} |
+| order-{metrics["order"]} Markov chain, all {unit}s | {metrics["markov"]:.4f} |
+| without the first {metrics["order"]} {unit}s | {metrics["markov_full_context"]:.4f} |
 | gain, at least (paired) | {gain} |
 
-Errors are one standard error over families of near copies. The bound is an upper bound on the code
+Errors are one standard error {errors}. The bound is an upper bound on the code
 length and lies {verdict} that of the Markov chain; {metrics["noise_error"]:.4f} of its error is due
 to the finite number of stratified times. Were the rows independent, the error of the gain would be
 {metrics["gain_error_rows"]:.4f}.
@@ -213,7 +220,8 @@ to the finite number of stratified times. Were the rows independent, the error o
 def main(
     name: Annotated[str, typer.Argument(help="Shipped prior, or the recipe of --weights.")],
     data: Annotated[
-        Path | None, typer.Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/.")
+        Path | None,
+        typer.Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/ and text/."),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of a trained prior.")] = None,
     times: Annotated[int, typer.Option(min=2, help="Times per sequence.")] = MIN_TIMES,
@@ -223,12 +231,12 @@ def main(
         bool, typer.Option("--ship", help="Put --weights, with a card, among the shipped priors.")
     ] = False,
 ) -> None:
-    """Bound a prior on its test rows, in bits per base."""
+    """Bound a prior on its test rows, in bits per token."""
     recipe = find_recipe(name)
     sequences = load_sequences(recipe.dataset, data)
     program = load(weights or name)
     result = evaluate(program, sequences, recipe, times=times, seed=seed)
-    print_evaluation(name, result)
+    print_evaluation(name, result, unit=sequences.unit)
     if ship:
         program.save(WEIGHTS / name)
         write_card(WEIGHTS / name, name, sequences, result, note=note)

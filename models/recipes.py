@@ -39,7 +39,7 @@ class Recipe:
         :class:`~ppl_diffusion.models.distillation.Distillation`.
     :param decay: what the learning rate does after the warm-up: fall to zero as a cosine, or stay.
     :param markov_order: order of the Markov chain that the prior is compared with.
-    :param quoted_baseline: bits per base of that chain as quoted, for reference.
+    :param quoted_baseline: bits per token of that chain as quoted, NaN if there is no such figure.
     """
 
     family: Literal["masked", "uniform"]

@@ -76,7 +76,7 @@ def train(
     :param name: a recipe of :data:`ppl_diffusion.models.recipes.RECIPES`, or the name of a new
         prior if ``recipe`` and ``sequences`` are given.
     :param out: folder of the run.
-    :param data: the folder that holds ``dna/``; by default ``PPL_DIFFUSION_DATA``.
+    :param data: the folder that holds ``dna/`` and ``text/``; by default ``PPL_DIFFUSION_DATA``.
     :param steps: optimiser steps; those of the recipe if None.
     :param seed: seed of the weights, the batches and the noise.
     :param resume: go on from ``last.ckpt`` in ``out``.

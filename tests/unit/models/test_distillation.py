@@ -75,7 +75,7 @@ def prior(pairs, tmp_path_factory, make_recipe):
     """Folder of a prior over pairs, trained by the bound."""
     shape = {**make_recipe().shape, "dim": 32, "stem_width": 1, "learned_positions": True}
     recipe = make_recipe(
-        shape=shape, steps=300, batch_size=128, learning_rate=1e-2, warmup=20, validate_every=100
+        shape=shape, steps=300, batch_size=128, learning_rate=1e-2, warmup=20, validate_every=300
     )
     out = tmp_path_factory.mktemp("prior")
     train("pairs", out=out, recipe=recipe, sequences=pairs, quiet=True)
@@ -89,7 +89,7 @@ DISTIL = dict(
     learning_rate=2e-3,
     decay="none",
     ema_decay=0.95,
-    validate_every=100,
+    validate_every=200,
     options={"rounds": 4, "first_delta": 1 / 64},
 )
 

@@ -287,6 +287,22 @@ def test_evaluation_and_card(toy, tmp_path, capsys):
     assert "A note." in text
 
 
+def test_the_card_of_a_text_speaks_of_characters(toy, tmp_path, capsys):
+    text = dataclasses.replace(toy, noun="lines", unit="character")
+    result = evaluate(run(toy, tmp_path, steps=1).program, text, TOY, times=4)
+    print_evaluation("toy", result, unit=text.unit)
+    write_card(tmp_path, "tinyshakespeare-uniform", text, result)
+    markdown = (tmp_path / "card.md").read_text()
+    for words in (capsys.readouterr().out, markdown):
+        assert "bits per character" in words
+        assert "base" not in words
+        assert "nan" not in words
+    assert "prior over lines" in markdown
+    # No baseline is quoted for it; JSON knows no NaN.
+    card = json.loads((tmp_path / "card.json").read_text(), parse_constant=pytest.fail)
+    assert card["metrics"]["quoted"] is None
+
+
 def test_a_run_shorter_than_a_validation_period_keeps_what_it_trained(tmp_path, toy):
     recipe = dataclasses.replace(TOY, validate_every=250)
     result = train("toy", out=tmp_path, recipe=recipe, sequences=toy, quiet=True, steps=3)
