@@ -12,12 +12,13 @@ vocabulary head into the chunks as well, and no table of all rows exists at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # Numbers in one chunk of rows: a few megabytes, which a processor's cache holds. Elsewhere a
@@ -51,8 +52,9 @@ def uniform_nelbo_terms(
     _check_shapes(x0, z, logits.shape[:-1])
     size = logits.shape[-1]
     a, slope = _per_row(alpha, x0), _per_row(alpha_prime, x0)
-    log_sum, q = _row_sums(logits.reshape(-1, size), x0, z, a)
-    return _bound(x0.reshape(-1) == z.reshape(-1), log_sum, q, a, slope, size).reshape(x0.shape)
+    ids = torch.stack([z.reshape(-1), x0.reshape(-1)], dim=-1)
+    log_sum, q = _RowSums.apply(logits.reshape(-1, size), ids, _odds(a, size))
+    return _bound(ids[:, 0] == ids[:, 1], log_sum, q, a, slope, size).reshape(x0.shape)
 
 
 def uniform_nelbo_from_hidden(
@@ -84,17 +86,29 @@ def uniform_nelbo_from_hidden(
     """
     _check_shapes(x0, z, hidden.shape[:-1])
     rows = hidden.reshape(-1, hidden.shape[-1])
-    columns = [x0.reshape(-1), z.reshape(-1), _per_row(alpha, x0), _per_row(alpha_prime, x0)]
+    size = _head_width(head, rows)
     # Larger chunks than elsewhere: below a few dozen rows a matrix product is slow.
-    step = rows_per_chunk or 4 * _rows_per_chunk(_head_width(head, rows), rows)
+    step = rows_per_chunk or 4 * _rows_that_fit(size, rows)
+    columns = [x0.reshape(-1), z.reshape(-1), _per_row(alpha, x0), _per_row(alpha_prime, x0)]
+    bound = _linear_bound if _is_plain(head, rows) else _checkpointed_bound
+    return bound(head, rows, columns, size, step).reshape(x0.shape)
 
-    def terms(part: Tensor, *others: Tensor) -> Tensor:
-        clean, noised, a, slope = others
-        return uniform_nelbo_terms(clean, noised, head(part), a, slope)
 
-    chunks = zip(*(tensor.split(step) for tensor in (rows, *columns)), strict=True)
-    values = [checkpoint(terms, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.cat(values).reshape(x0.shape)
+def _linear_bound(head: Any, hidden: Tensor, columns: list[Tensor], size: int, step: int) -> Tensor:
+    x0, z, a, slope = columns
+    ids = torch.stack([z, x0], dim=-1)
+    log_sum, q = _LinearRowSums.apply(hidden, head.weight, head.bias, ids, _odds(a, size), step)
+    return _bound(x0 == z, log_sum, q, a, slope, size)
+
+
+def _checkpointed_bound(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, columns: list[Tensor], size: int, step: int
+) -> Tensor:
+    def bound(part: Tensor, x0: Tensor, z: Tensor, a: Tensor, slope: Tensor) -> Tensor:
+        return uniform_nelbo_terms(x0, z, head(part), a, slope)
+
+    chunks = zip(*(tensor.split(step) for tensor in (hidden, *columns)), strict=True)
+    return torch.cat([checkpoint(bound, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _bound(kept: Tensor, log_sum: Tensor, q: Tensor, a: Tensor, slope: Tensor, size: int) -> Tensor:
@@ -123,26 +137,12 @@ def _odds(a: Tensor, size: int) -> Tensor:
     return size * a / (1 - a).clamp_min(1e-30)
 
 
-def _row_sums(logits: Tensor, x0: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    ids = torch.stack([z.reshape(-1), x0.reshape(-1)], dim=-1)
-    log_sum, q = _RowSums.apply(logits, ids, _odds(a, logits.shape[-1]))
-    return log_sum, q
-
-
 class _RowSums(torch.autograd.Function):
-    """``logits (n, V), ids (n, 2), odds (n,) -> G (n,), q at the ids (n, 2)``, chunk by chunk."""
+    """``logits (n, V), ids (n, 2), odds (n,) -> G (n,), q at the ids (n, 2)``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
-        log_sum = torch.empty_like(odds)
-        total = torch.empty_like(odds)
-        q = odds.new_empty(ids.shape)
-        for rows in _chunks(logits):
-            mass = _masses(logits[rows])
-            total[rows] = mass.sum(-1)
-            scale = odds[rows] / total[rows]
-            q[rows] = mass.gather(-1, ids[rows]) * scale[:, None]
-            log_sum[rows] = mass.mul_(scale[:, None].to(mass.dtype)).log1p_().sum(-1).double()
+        log_sum, total, q = _sums(logits, ids, odds)
         ctx.save_for_backward(logits, ids, odds, total, q)
         return log_sum, q
 
@@ -150,28 +150,93 @@ class _RowSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, grad_q: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, odds, total, q = ctx.saved_tensors
-        picked, weight = grad_q * q, grad_sum * odds
         gradient = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            p = _masses(logits[rows])
-            p.div_(total[rows, None].to(p.dtype))
-            part = _pull_back(p, odds[rows], weight[rows], picked[rows].sum(-1))
-            gradient[rows] = part.scatter_add_(-1, ids[rows], picked[rows].to(part.dtype))
+        _pull_back(gradient, logits, ids, odds, total, grad_sum, grad_q * q)
         return gradient, None, None
 
 
-def _pull_back(p: Tensor, odds: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
-    """Return the gradient of a chunk of rows in its logits, but for the picked entries.
+class _LinearRowSums(torch.autograd.Function):
+    """The same of ``hidden (n, D) @ weight.T + bias``, whose logits are never held."""
 
-    With ``h = q / (1 + q)`` it is ``-p (w (h - sum p h) + sum of the picked gradients)``; written
-    with ``1 - h`` in place of ``h`` it would cancel where ``q`` is small. Overwrites ``p``.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        odds: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            _sums(F.linear(part, weight, bias), *others)
+            for part, *others in _split(step, hidden, ids, odds)
+        ]
+        log_sum, total, q = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, ids, odds, total, q)
+        ctx.step = step
+        return log_sum, q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, grad_q: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ids, odds, total, q = ctx.saved_tensors
+        to_hidden, to_weight, to_bias = (
+            torch.zeros_like(leaf) if needed else None
+            for leaf, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        columns = (hidden, ids, odds, total, grad_sum, grad_q * q)
+        for index, (part, *others) in enumerate(_split(ctx.step, *columns)):
+            table = F.linear(part, weight, bias)
+            _pull_back(table, table, *others)
+            if to_hidden is not None:
+                torch.mm(table, weight, out=to_hidden[index * ctx.step :][: len(table)])
+            if to_weight is not None:
+                to_weight.addmm_(table.t(), part)
+            if to_bias is not None:
+                to_bias += table.sum(0)
+        return to_hidden, to_weight, to_bias, None, None, None
+
+
+def _sums(logits: Tensor, ids: Tensor, odds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``G``, the normaliser and ``q`` at the ids of every row."""
+    step = _rows_that_fit(logits.shape[-1], logits)
+    parts = [_chunk_sums(*part) for part in _split(step, logits, ids, odds)]
+    log_sum, total, q = (torch.cat(column) for column in zip(*parts, strict=True))
+    return log_sum, total, q
+
+
+def _chunk_sums(logits: Tensor, ids: Tensor, odds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mass = _masses(logits)
+    total = mass.sum(-1).double()
+    scale = odds / total
+    q = mass.gather(-1, ids) * scale[:, None]
+    log_sum = mass.mul_(scale[:, None].to(mass.dtype)).log1p_().sum(-1).double()
+    return log_sum, total, q
+
+
+def _pull_back(target: Tensor, logits: Tensor, *columns: Tensor) -> None:
+    """Write the gradient in the logits into ``target``, which may be the logits themselves."""
+    step = _rows_that_fit(logits.shape[-1], logits)
+    for part, *others in _split(step, target, logits, *columns):
+        part.copy_(_chunk_gradient(*others))
+
+
+def _chunk_gradient(
+    logits: Tensor, ids: Tensor, odds: Tensor, total: Tensor, grad_sum: Tensor, picked: Tensor
+) -> Tensor:
+    """Return the gradient of a chunk in its logits; ``picked`` is that of ``log q`` at the ids.
+
+    With ``h = q / (1 + q)`` it is ``-p (w (h - sum p h) + sum picked)`` plus ``picked`` itself at
+    the ids; with ``1 - h`` in place of ``h`` it would cancel where ``q`` is small.
     """
-    size = odds[:, None].to(p.dtype)
+    p = _masses(logits)
+    p.div_(total[:, None].to(p.dtype))
+    size, weight = odds[:, None].to(p.dtype), grad_sum * odds
     share = p.mul(size).add_(1).reciprocal_().mul_(p).mul_(size)
-    mean = torch.linalg.vecdot(p, share)
-    shift = picked - weight * mean
+    shift = picked.sum(-1) - weight * torch.linalg.vecdot(p, share)
     share.mul_(-weight[:, None].to(p.dtype)).sub_(shift[:, None].to(p.dtype))
-    return p.mul_(share)
+    return p.mul_(share).scatter_add_(-1, ids, picked.to(p.dtype))
 
 
 def _masses(logits: Tensor) -> Tensor:
@@ -181,14 +246,24 @@ def _masses(logits: Tensor) -> Tensor:
     return logits.to(work, copy=True).sub_(logits.amax(-1, keepdim=True)).exp_()
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    step = _rows_per_chunk(logits.shape[-1], logits)
-    return [slice(start, start + step) for start in range(0, len(logits), step)]
+def _split(step: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(column.split(step) for column in columns), strict=True)
 
 
-def _rows_per_chunk(width: int, like: Tensor) -> int:
+def _rows_that_fit(width: int, like: Tensor) -> int:
     budget = _CHUNK_CPU if like.device.type == "cpu" else _CHUNK_DEVICE
     return max(1, budget // width)
+
+
+def _is_plain(head: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
+    # A subclass, a hook or automatic casting may make another map of it.
+    return (
+        type(head) is nn.Linear
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and head.weight.dtype == rows.dtype
+        and not torch.is_autocast_enabled(rows.device.type)
+    )
 
 
 def _head_width(head: Callable[[Tensor], Tensor], rows: Tensor) -> int:

@@ -176,6 +176,13 @@ def test_gradient_by_finite_differences_in_hidden_states_and_head():
     assert torch.autograd.gradcheck(bound, leaves, atol=1e-7)
 
 
+class Twice(nn.Linear):
+    """A linear layer with another forward pass."""
+
+    def forward(self, rows):
+        return 2 * super().forward(rows)
+
+
 class Normalised(nn.Module):
     """A head that is no plain linear map."""
 
@@ -208,6 +215,36 @@ def test_the_head_may_be_fused_in(make, rows_per_chunk):
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     for gradient, slope in zip(gradients, slopes, strict=True):
         torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    x0, z, _, alpha = batch(65)
+    hidden, head = torch.randn(40, 3, 8), nn.Linear(8, 65, bias=False)
+    uniform_nelbo_from_hidden(hidden, head, x0, z, alpha, -1.0).sum().backward()
+    expected = head.weight.grad.clone()
+    assert hidden.grad is None
+    head.requires_grad_(False)
+    hidden.requires_grad_()
+    uniform_nelbo_from_hidden(hidden, head, x0, z, alpha, -1.0).sum().backward()
+    assert torch.equal(head.weight.grad, expected)
+    assert float(hidden.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("change", ["hook", "subclass", "autocast"])
+def test_a_linear_head_that_is_more_than_that(change):
+    """A hook doubles the logits, a subclass too; automatic casting makes them bfloat16."""
+    x0, z, _, alpha = batch(1500)
+    hidden, head = torch.randn(40, 3, 8, requires_grad=True), nn.Linear(8, 1500)
+    if change == "hook":
+        head.register_forward_hook(lambda module, args, out: 2 * out)
+    elif change == "subclass":
+        head = Twice(8, 1500)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=change == "autocast"):
+        value = uniform_nelbo_from_hidden(hidden, head, x0, z, alpha, -1.0)
+        expected = fused(x0, z, head(hidden), alpha)
+    gradients = [torch.autograd.grad(v.mean(), hidden)[0] for v in (value, expected)]
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-5)
 
 
 class Sizes(TorchDispatchMode):
