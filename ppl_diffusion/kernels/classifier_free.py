@@ -133,9 +133,7 @@ class ClassifierFreeKernel(InterpolatingKernel):
             and (self.weight, self.level) == (other.weight, other.level)
         )
 
-    def step(  # type: ignore[override]
-        self, carry: Carry, k: int, *, fixed: Tensor | None = None
-    ) -> StepDistribution:
+    def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StepDistribution:
         """Return the distribution of the next state.
 
         :param carry: the current carry.
@@ -248,7 +246,7 @@ class ClassifierFreeKernel(InterpolatingKernel):
         return torch.where(possible, torch.where(possible, probs, 1.0).log(), -torch.inf)
 
     def _settled(self, tokens: Tensor) -> Tensor | None:
-        return tokens != self.process.mask_id if self.process.absorbing else None
+        return tokens != self.process.vocab_size if self.process.absorbing else None
 
     def _repr_options(self) -> str:
         return f"{super()._repr_options()}, weight={self.weight:g}, level={self.level}"

@@ -15,6 +15,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel
+from ppl_diffusion.kernels.confidence import ConfidenceKernel
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import (
@@ -168,6 +169,19 @@ def test_paths_are_normalised(name):
         chain = ReverseChain(kernel, problem.length)
         total = chain.log_prob(chain.enumerate_support()).exp().sum()
         assert float(total) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_kernel_that_remembers_can_be_guided():
+    """Confidence-based remasking under a classifier: the carry goes on, the path has a density."""
+    problem = Problem("absorbing")
+    kappa = [0.8, 0.8, 1.0]
+    inner = ConfidenceKernel(problem.process, problem.unconditional, num_steps=3, kappa=kappa)
+    kernel = ClassifierKernel(inner, problem.log_likelihood)
+    assert not kernel.markov
+    chain = ReverseChain(kernel, problem.length)
+    paths = all_states(4, 2 * 3).reshape(-1, 3, 2)  # the noisiest state is all masks
+    paths = torch.cat([torch.full((len(paths), 1, 2), SIZE), paths], 1)
+    assert float(chain.log_prob(paths).exp().sum()) == pytest.approx(1, abs=1e-9)
 
 
 def relative_evidence(problem, *, model=None, runs=1500, seed=0, n=8, **options):

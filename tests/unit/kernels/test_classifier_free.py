@@ -471,7 +471,8 @@ def test_small_nuclei_of_visible_tokens_do_not_matter(level):
     assert not bool(common[..., :5].all())
     assert len(tokens) > 3
     kernel = kernel.with_denoiser(EvaluatedDenoiser(kernel.denoiser))
-    assert kernel.posterior_mean(tokens, 1).shape == (*tokens.shape, 40)
+    for look_ahead in (kernel.posterior_mean, kernel.cavity_log_probs):
+        assert look_ahead(tokens, 1).shape == (*tokens.shape, 40)
     with torch.no_grad():
         assert bool((kernel.step({"tokens": tokens}, 1).sample()[..., :5] == tokens[..., :5]).all())
 
@@ -502,10 +503,15 @@ def test_same_as_sees_the_guidance():
     assert base.mixes
     assert not base.same_as(plain)
     assert not plain.same_as(base)
-    kernel = guided("uniform", level="kernel")
+    kernel = ClassifierFreeKernel(process, *pair, weight=2.0, level="kernel", num_steps=2)
     assert not kernel.mixes
-    for other in (guided("uniform", level="kernel", weight=3.0), guided("uniform")):
-        assert not kernel.same_as(other.with_denoiser(kernel.denoiser))
+    for options, equal in (
+        ({"weight": 2.0, "level": "kernel"}, True),
+        ({"weight": 3.0, "level": "kernel"}, False),
+        ({"weight": 2.0}, False),
+    ):
+        other = ClassifierFreeKernel(process, *pair, num_steps=2, **options)
+        assert kernel.same_as(other.with_denoiser(kernel.denoiser)) == equal
 
 
 def test_parameters_of_both():
