@@ -44,7 +44,7 @@ def win_probability(mu, size):
     return signal + (1 - signal) / size
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("size", "mu"), [(4, 0.8), (27, 2.3), (50_257, 4.49), (50_257, 3.3)])
 def test_the_clean_token_wins_as_often_as_it_should(size, mu, k):
     k = min(k, size - 1)
