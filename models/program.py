@@ -227,7 +227,7 @@ class DiffusionProgram(ABC):
             if letter not in self._index:
                 raise ValueError(
                     f"{self.name}: {letter!r} at position {position} is not one of the letters "
-                    f"{', '.join(self.vocabulary)}; replace it."
+                    f"{', '.join(map(_shown, self.vocabulary))}; replace it."
                 )
         return [self._index[letter] for letter in text]
 
@@ -254,3 +254,7 @@ def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 20 else text[:17] + "..."
+
+
+def _shown(letter: str) -> str:
+    return letter if letter.isprintable() and letter not in " ," else repr(letter)

@@ -142,6 +142,16 @@ def test_bound_lies_above_the_entropy_and_loss_agrees(family):
     assert abs(difference) < 4 * spread
 
 
+def test_texts_with_line_breaks_are_read_and_written(tmp_path):
+    program = UniformDiffusion.build("\n ,ab", 4, dim=4, depth=1, heads=1, time_conditioning=True)
+    program.save(tmp_path)
+    again = models.load(tmp_path)
+    assert again.decode(again.encode(["a\n b", ",\n\n,"])) == ["a\n b", ",\n\n,"]
+    with pytest.raises(ValueError, match=r"'c' at position 1 .* '\\n', ' ', ',', a, b; replace it"):
+        program.encode("ac\n\n")
+    assert "\n" not in repr(program)
+
+
 def test_save_and_load_round_trip(program, tmp_path):
     program.save(tmp_path)
     again = models.load(tmp_path)
