@@ -5,7 +5,7 @@ uniforms on a lattice and cannot be smaller than some ``e0`` (about ``2^-24`` in
 class with ``p_i`` far below ``e0`` can never win. In an ancestral step of ``N`` the tokens carry
 only ``O(1/N)`` of the mass and the mask the rest: rare tokens vanish and flat sites are revealed
 too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, section 5;
-:func:`ppl_diffusion.testing.trunc_probs` is the closed form). Hence, everywhere in this library:
+:func:`ppl_diffusion.testing.precision.trunc_probs` is the law). Hence, everywhere in this library:
 
 1. **The move first.** Stay, denoiser or prior is decided by one uniform against float64 weights
    (:func:`~ppl_diffusion.kernels.mixture_sample`) or by event times; mask and tokens never meet
@@ -131,7 +131,8 @@ def _draw_rows(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Draw chunk by chunk, in one buffer that stays in cache."""
     rows, size = log_c.shape
     width = size if size <= 4 * BLOCK else size + -size % BLOCK
-    step = max(1, min(rows, CHUNK // (width + u.shape[1])))
+    room = 32 * CHUNK if log_c.is_cuda else CHUNK  # there, few large launches
+    step = max(1, min(rows, room // (width + u.shape[1])))
     buffer = log_c.new_empty((step, width), dtype=torch.float64)
     drawn = torch.empty_like(u, dtype=torch.int64)
     for start in range(0, rows, step):
@@ -150,22 +151,22 @@ def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     block, edges = _search(blocks.sum(-1), u)
     before = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), 0.0)
     picked = blocks.gather(1, block[..., None].expand(*block.shape, BLOCK)).flatten(0, 1)
-    rest = (u * edges[:, -1:] - before).reshape(-1, 1)
-    return block * BLOCK + _search(picked, None, rest)[0].view_as(block)
+    rest = (u * edges[:, -1:] - before).clamp_min(0).reshape(-1, 1)
+    return block * BLOCK + _search(picked, rest, relative=False)[0].view_as(block)
 
 
 def _search(
-    p: torch.Tensor, u: torch.Tensor | None, target: torch.Tensor | None = None
+    p: torch.Tensor, point: torch.Tensor, *, relative: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums.
 
     :param p: weights, ``(*rows, n)``.
-    :param u: uniforms, ``(*rows, draws)``: the draws are at ``u`` times the total.
-    :param target: or the draws themselves, on the scale of the cumulative sums.
+    :param point: where the draws fall, ``(*rows, draws)``.
+    :param relative: whether points are fractions of the total, or sums themselves.
     """
     cdf = p.cumsum(-1)
     total = cdf[..., -1:]
-    target = u * total if target is None else target
+    target = point * total if relative else point
     # u * total may round up to the total, behind which there is no class.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cdf, target, right=True).clamp_max(p.shape[-1] - 1)
