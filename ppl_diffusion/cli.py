@@ -64,17 +64,48 @@ def models() -> None:
 def sample(
     name: Name,
     num: Annotated[int, typer.Option(help="How many sequences.")] = 10,
-    steps: Steps = 64,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="ancestral, psi, confidence, first-hitting, parallel or semi-autoregressive; "
+            "the last four need a masked prior."
+        ),
+    ] = "ancestral",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the chain, 64 by default; first-hitting has its own."),
+    ] = None,
+    kappa_schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:NUMBERS]",
+            help="For psi and confidence: remdm-cap:0.02, remdm-rescale:0.05, remdm-loop:0.01, "
+            "constant:0.95,t_on=0.5, forward-backward, dfm, predictor-corrector, ...",
+        ),
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Positions per block of semi-autoregressive.")
+    ] = None,
+    filter_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="NAME:NUMBER",
+            help="nucleus:P, nucleus-drop:P or temperature:T. Repeatable, the first acts first.",
+        ),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="FASTA or CSV file, by its ending; printed if absent."),
+        typer.Option(help="FASTA, CSV or text file, by its ending; printed if absent."),
     ] = None,
 ) -> None:
-    """Draw sequences from a prior."""
-    from ppl_diffusion._cli.commands import draw_samples
+    """Draw sequences from a prior, with a sampler of your choice."""
+    from ppl_diffusion._cli.commands import SampleJob, draw_samples
 
-    draw_samples(name, num=num, steps=steps, seed=seed, out=out)
+    filters = tuple(filter_ or ())
+    job = SampleJob(name, num, seed, sampler, steps, kappa_schedule, block, filters)
+    draw_samples(job, out=out)
 
 
 @app.command()
@@ -171,6 +202,14 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps; those of the recipe if absent.")
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="nelbo, curriculum or distillation; that of the recipe if absent."),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Prior to start from; distillation starts from the shipped NAME."),
+    ] = None,
     seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
@@ -181,7 +220,17 @@ def train(
     from ppl_diffusion._cli.commands import train_prior
 
     place = out or Path("runs") / f"train-{name}"
-    train_prior(name, data=data, out=place, steps=steps, seed=seed, resume=resume, quiet=quiet)
+    train_prior(
+        name,
+        data=data,
+        out=place,
+        steps=steps,
+        objective=objective,
+        init=init,
+        seed=seed,
+        resume=resume,
+        quiet=quiet,
+    )
 
 
 @app.command()

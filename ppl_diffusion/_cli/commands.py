@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,28 +36,56 @@ def list_models() -> None:
     table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
 
 
-def draw_samples(name: str, *, num: int, steps: int, seed: int, out: Path | None) -> None:
-    """Draw sequences from a prior and print them or write a file.
+@dataclass(frozen=True)
+class SampleJob:
+    """What is drawn, and how.
 
     :param name: shipped prior, or folder of one.
     :param num: how many sequences.
-    :param steps: steps of the reverse chain.
     :param seed: seed of the draws.
-    :param out: ``.csv`` for a table, anything else for FASTA; standard output if None.
+    :param sampler: name of the sampler.
+    :param steps: steps of the chain, or None for the sampler's own.
+    :param kappa_schedule: Psi schedule.
+    :param block: positions per block.
+    :param filters: filters of the predictions.
+    """
+
+    name: str
+    num: int = 10
+    seed: int = 0
+    sampler: str = "ancestral"
+    steps: int | None = None
+    kappa_schedule: str | None = None
+    block: int | None = None
+    filters: tuple[str, ...] = ()
+
+
+def draw_samples(job: SampleJob, *, out: Path | None) -> None:
+    """Draw sequences from a prior and print them or write a file.
+
+    :param job: what is drawn.
+    :param out: ``.csv`` for a table, anything else for FASTA, or for plain text where the symbols
+        are no letters; standard output if None.
     :raises InputError: if a name, a number or the place is wrong.
     """
     from ppl_diffusion.models import load
+    from ppl_diffusion.models.samplers import SamplerSettings, make_chain
 
-    for what, value, low in (("num", num, 1), ("steps", steps, 1), ("seed", seed, 0)):
-        at_least(what, value, low)
+    numbers = (("num", job.num, 1), ("seed", job.seed, 0), ("steps", job.steps, 1))
+    for what, value, low in (*numbers, ("block", job.block, 1)):
+        if value is not None:
+            at_least(what, value, low)
     if out is not None:
         check_file(out)
+    settings = SamplerSettings(job.steps, job.kappa_schedule, job.block, job.filters)
     with user_input():
-        prior = load(name)
-    chain = prior.chain(num_steps=steps)
-    x0 = chain.x0(chain.sample((num,), generator=torch.Generator().manual_seed(seed)))
-    csv = out is not None and out.suffix.lower() == ".csv"
-    text = _sequence_text(list(prior.decode(x0)), csv=csv)
+        prior = load(job.name)
+        chain = make_chain(prior, job.sampler, settings)
+    generator = torch.Generator().manual_seed(job.seed)
+    sequences = list(prior.decode(chain.x0(chain.sample((job.num,), generator=generator))))
+    letters = all(symbol.isalpha() for symbol in prior.vocabulary)
+    kind = "csv" if out is not None and out.suffix.lower() == ".csv" else "fasta"
+    text = _sequence_text(sequences, kind if letters or kind == "csv" else "text")
     if out is None:
         print(text, end="")
     else:
@@ -91,6 +122,8 @@ def train_prior(
     data: Path | None,
     out: Path,
     steps: int | None,
+    objective: str | None,
+    init: str | None,
     seed: int,
     resume: bool,
     quiet: bool,
@@ -101,6 +134,8 @@ def train_prior(
     :param data: the data folder.
     :param out: folder of the run.
     :param steps: optimiser steps; those of the recipe if None.
+    :param objective: what a step minimises; that of the recipe if None.
+    :param init: the prior to start from.
     :param seed: seed of weights, batches and noise.
     :param resume: go on from the checkpoint in ``out``.
     :param quiet: print nothing.
@@ -113,7 +148,17 @@ def train_prior(
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
     with user_input():
-        run = train(name, data=data, out=out, steps=steps, seed=seed, resume=resume, quiet=quiet)
+        run = train(
+            name,
+            data=data,
+            out=out,
+            steps=steps,
+            objective=objective,
+            init=init,
+            seed=seed,
+            resume=resume,
+            quiet=quiet,
+        )
     if not quiet:
         rows = [
             ["best validation bound (bits per token, <=)", run.valid_bits],
@@ -154,10 +199,14 @@ def _load_particles(folder: Path) -> ParticlePosterior:
         return ParticlePosterior.load(inner if inner.is_dir() else folder)
 
 
-def _sequence_text(sequences: list[str], *, csv: bool) -> str:
-    if csv:
-        rows = (f"{index},{sequence}\n" for index, sequence in enumerate(sequences, 1))
-        return "sample,sequence\n" + "".join(rows)
+def _sequence_text(sequences: list[str], kind: str) -> str:
+    if kind == "csv":
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("sample", "sequence"), *enumerate(sequences, 1)])
+        return file.getvalue()
+    if kind == "text":
+        return "".join(f"--- sample {i} ---\n{text}\n" for i, text in enumerate(sequences, 1))
     return fasta(sequences, [f"sample_{index}" for index in range(1, len(sequences) + 1)])
 
 

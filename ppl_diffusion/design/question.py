@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ppl_diffusion._errors import CapabilityError
+
 IUPAC = "ACGTRYSWKMBDHVN"
 TWISTS = ("argmax", "persistent", "sample", "none")
 RESAMPLERS = ("multinomial", "residual", "stratified", "systematic", "ssp", "killing")
@@ -27,14 +29,14 @@ MAX_MOTIF_WEIGHT = 1e6
 def user_input() -> Iterator[None]:
     """Treat what the library raises in this block as the user's input being wrong.
 
-    :raises InputError: in place of ``ValueError``, ``KeyError``, ``OSError`` and a missing optional
-        library, with their text.
+    :raises InputError: in place of ``ValueError``, ``KeyError``, ``OSError``, a missing capability
+        or optional library, with their text.
     """
     try:
         yield
     except InputError:
         raise
-    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
+    except (CapabilityError, ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         raise InputError(_text(error)) from error
 
 

@@ -11,7 +11,7 @@ semi-autoregressive decoding (Arriola et al. 2025, arXiv:2503.09573).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -74,7 +74,8 @@ class OrderedKernel(Kernel):
         owner = type(self).__name__
         if not process.absorbing:
             raise CapabilityError(
-                f"{owner}: reveals are events of the absorbing process only, not of {process!r}."
+                f"{owner}: only an absorbing process reveals positions one by one, {process!r} does "
+                "not; take a masked prior, or another sampler."
             )
         if clock not in ("mode", "sampled"):
             raise ValueError(f"{owner}: clock must be 'mode' or 'sampled', got {clock!r}.")
@@ -90,8 +91,17 @@ class OrderedKernel(Kernel):
         super().__init__(
             process, denoiser, _mode_times(process, self.length, self._masked_before())
         )
-        if self._timed:
-            self.capability, self.markov = SAMPLE_ONLY, False
+        self._declare()
+
+    def with_denoiser(self, denoiser: Denoiser) -> Self:
+        """Return the same kernel around another denoiser, whose use of the time may differ."""
+        new = super().with_denoiser(denoiser)
+        new._declare()
+        return new
+
+    def _declare(self) -> None:
+        self.capability = SAMPLE_ONLY if self._timed else ORDERED
+        self.markov = not self._timed
 
     def same_as(self, other: object) -> bool:
         """Return whether both kernels define the same path law by construction.
@@ -99,7 +109,8 @@ class OrderedKernel(Kernel):
         :param other: anything.
         """
         return self is other or (
-            isinstance(other, OrderedKernel)
+            type(self) is type(other)
+            and isinstance(other, OrderedKernel)
             and self.process is other.process
             and self.denoiser is other.denoiser
             and (self.length, self.group_size, self.block, self.clock)
@@ -207,6 +218,7 @@ class OrderedKernel(Kernel):
                 f"{type(self).__name__}: with clock='sampled' and a denoiser that uses the time, "
                 "the density of a path is an integral over reveal times; use clock='mode'."
             )
+        self._check_length(path)
         rows = path.reshape(-1, *path.shape[-2:])
         found = read_reveals(rows, self.process.vocab_size, prompt)
         found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompt))
@@ -238,7 +250,8 @@ class OrderedKernel(Kernel):
         free, block = start == self.process.vocab_size, self._block_of_site
         flat = [x.reshape(-1, self.length) for x in (levels, free)]
         rank = reveal_ranks(flat[0], flat[1], block)
-        earlier = (flat[1][:, None] & (block[:, None] > block)).sum(-1)  # free sites before
+        before = flat[1].cumsum(-1) - flat[1].to(torch.int64)
+        earlier = before[:, block * self.block]  # free positions of lower blocks
         step = torch.from_numpy(self._first_step)[block] + (rank - earlier) // self.group_size
         return torch.where(flat[1], step, -1).reshape(start.shape)
 

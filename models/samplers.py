@@ -1,0 +1,158 @@
+"""Ways to run a prior: the named samplers, each a reverse chain with its own law.
+
+A sampler is a function ``(program, settings) -> ReverseChain`` under a name in :data:`SAMPLERS`.
+Filters, where asked for, are put around the program's denoiser first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.filters import Nucleus, Temperature
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import InterpolatingKernel, Kernel, OrderedKernel
+from ppl_diffusion.kernels.confidence import ConfidenceKernel
+from ppl_diffusion.kernels.psi import parse_psi
+from ppl_diffusion.models.program import DiffusionProgram
+
+DEFAULT_STEPS = 64
+DEFAULT_PSI = {True: "remdm-cap:0.02", False: "constant:0.95,t_on=0.5,t_off=0.1"}
+"""The schedule of the sampler ``psi`` where none is given: for masks, and for other processes."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What can be asked of a sampler; each refuses what it does not know.
+
+    :param num_steps: number of steps; None for the sampler's own.
+    :param kappa_schedule: a Psi schedule, as :func:`~ppl_diffusion.kernels.psi.parse_psi` reads it.
+    :param block: positions per block, from left to right.
+    :param filters: ``nucleus:P``, ``nucleus-drop:P`` or ``temperature:T``, applied in order.
+    """
+
+    num_steps: int | None = None
+    kappa_schedule: str | None = None
+    block: int | None = None
+    filters: Sequence[str] = ()
+
+
+def make_chain(
+    program: DiffusionProgram, sampler: str = "ancestral", settings: SamplerSettings | None = None
+) -> ReverseChain:
+    """Return a prior's reverse chain under a named sampler.
+
+    :param program: the prior.
+    :param sampler: one of :data:`SAMPLERS`.
+    :param settings: steps, schedule, blocks and filters.
+    :raises ValueError: if the sampler, a filter or a schedule is unknown, or the sampler does not
+        take one of the settings.
+    :raises CapabilityError: if the prior's process cannot be run that way.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"There is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
+    settings = settings or SamplerSettings()
+    known, build = SAMPLERS[sampler]
+    for name, option in _OPTIONS.items():
+        if getattr(settings, name) is not None and name not in known:
+            raise ValueError(f"The sampler {sampler!r} takes no {option}: leave it out.")
+    denoiser = filtered(program.denoiser, settings.filters)
+    return ReverseChain(build(program, denoiser, settings), program.length)
+
+
+def filtered(denoiser: Denoiser, filters: Sequence[str]) -> Denoiser:
+    """Return a denoiser behind filters given as text.
+
+    :param denoiser: the denoiser.
+    :param filters: ``name:number`` each, the first acts first.
+    :raises ValueError: if one is unknown, or its number is missing or out of range.
+    """
+    for text in filters:
+        name, _, number = text.partition(":")
+        if name not in FILTERS:
+            known = ", ".join(FILTERS)
+            raise ValueError(f"There is no filter {text!r}: choose of {known}, as in nucleus:0.9.")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"The filter {text!r} needs a number: write {name}:0.9.") from None
+        denoiser = FILTERS[name](denoiser, value)
+    return denoiser
+
+
+FILTERS: Mapping[str, Callable[[Denoiser, float], Denoiser]] = {
+    "nucleus": Nucleus,
+    "nucleus-drop": lambda denoiser, p: Nucleus(denoiser, p, keep_crossing=False),
+    "temperature": Temperature,
+}
+"""Filters by name; the two nuclei keep or drop the token that crosses the threshold."""
+
+
+def _ancestral(
+    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
+) -> InterpolatingKernel:
+    steps = settings.num_steps or DEFAULT_STEPS
+    return InterpolatingKernel(program.process, denoiser, num_steps=steps)
+
+
+def _psi(
+    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
+) -> InterpolatingKernel:
+    process = program.process
+    text = settings.kappa_schedule or DEFAULT_PSI[process.absorbing]
+    psi = parse_psi(text, process.schedule, settings.num_steps or DEFAULT_STEPS)
+    return InterpolatingKernel(process, denoiser, psi=psi.within(process))
+
+
+def _confidence(
+    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
+) -> ConfidenceKernel:
+    process, steps = program.process, settings.num_steps or DEFAULT_STEPS
+    if settings.kappa_schedule is None:
+        return ConfidenceKernel(process, denoiser, num_steps=steps)
+    psi = parse_psi(settings.kappa_schedule, process.schedule, steps).within(process)
+    return ConfidenceKernel(process, denoiser, psi=psi)
+
+
+def _first_hitting(
+    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
+) -> OrderedKernel:
+    return OrderedKernel(program.process, denoiser, length=program.length, clock="sampled")
+
+
+def _parallel(
+    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
+) -> OrderedKernel:
+    size = _group_size(program.length, settings)
+    return OrderedKernel(program.process, denoiser, length=program.length, group_size=size)
+
+
+def _semi_autoregressive(
+    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
+) -> OrderedKernel:
+    block = settings.block or max(1, program.length // 8)
+    size = _group_size(program.length, settings) if settings.num_steps else 1
+    return OrderedKernel(
+        program.process, denoiser, length=program.length, group_size=size, block=block
+    )
+
+
+def _group_size(length: int, settings: SamplerSettings) -> int:
+    """Return the reveals per step with which one block of all positions takes so many steps."""
+    return -(-length // (settings.num_steps or DEFAULT_STEPS))
+
+
+_OPTIONS = {"num_steps": "--steps", "kappa_schedule": "--kappa-schedule", "block": "--block"}
+
+Build = Callable[[DiffusionProgram, Denoiser, SamplerSettings], Kernel]
+
+SAMPLERS: Mapping[str, tuple[frozenset[str], Build]] = {
+    "ancestral": (frozenset({"num_steps"}), _ancestral),
+    "psi": (frozenset({"num_steps", "kappa_schedule"}), _psi),
+    "confidence": (frozenset({"num_steps", "kappa_schedule"}), _confidence),
+    "first-hitting": (frozenset(), _first_hitting),
+    "parallel": (frozenset({"num_steps"}), _parallel),
+    "semi-autoregressive": (frozenset({"num_steps", "block"}), _semi_autoregressive),
+}
+"""Samplers by name: the settings each takes, and its kernel."""
