@@ -8,9 +8,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ppl_diffusion._errors import CapabilityError as CapabilityError
+from ppl_diffusion._errors import IntractableLogProb as IntractableLogProb
+from ppl_diffusion._errors import ParticleCollapse as ParticleCollapse
+from ppl_diffusion._errors import PotentialError as PotentialError
+
 __version__ = "0.1.0"
 
-__all__ = [
+_ROOMS = [
     "denoisers",
     "diagnostics",
     "distributions",
@@ -22,6 +27,7 @@ __all__ = [
     "smc",
     "testing",
 ]
+__all__ = [*_ROOMS, "CapabilityError", "IntractableLogProb", "ParticleCollapse", "PotentialError"]
 
 if TYPE_CHECKING:
     import ppl_diffusion.inference as inference
@@ -37,6 +43,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in __all__:
+    if name in _ROOMS:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

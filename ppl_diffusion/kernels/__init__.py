@@ -6,6 +6,7 @@ from ppl_diffusion.kernels.base import SAMPLE_ONLY as SAMPLE_ONLY
 from ppl_diffusion.kernels.base import Kernel as Kernel
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
+from ppl_diffusion.kernels.confidence import ConfidenceKernel as ConfidenceKernel
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
@@ -17,6 +18,7 @@ from ppl_diffusion.kernels.mixture import posterior_to_cavity as posterior_to_ca
 from ppl_diffusion.kernels.mixture import three_way as three_way
 from ppl_diffusion.kernels.nelbo import nelbo_terms as nelbo_terms
 from ppl_diffusion.kernels.nelbo import step_kl as step_kl
+from ppl_diffusion.kernels.noise import jax_uniforms as jax_uniforms
 from ppl_diffusion.kernels.ordered import OrderedKernel as OrderedKernel
 from ppl_diffusion.kernels.ordered import first_hitting as first_hitting
 from ppl_diffusion.kernels.prediction import Prediction as Prediction
