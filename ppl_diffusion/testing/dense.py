@@ -50,7 +50,7 @@ def forward_law(process: Process, x0_law: Tensor, alpha: float, length: int) -> 
 
 
 def site_rows(
-    process: Process, z: Tensor, c: Tensor, a: float, b: float, kappa: float = 1.0
+    process: Process, z: Tensor, c: Tensor, a: float, b: float, kappa: float | Tensor = 1.0
 ) -> Tensor:
     """Return ``p(z_s = . | z_t = z)`` of single sites, float64 ``(*batch, S)``.
 
@@ -63,7 +63,7 @@ def site_rows(
     :param c: probabilities of the clean token, ``(*batch, V)``.
     :param a: ``alpha(t)``.
     :param b: ``alpha(s) >= a``.
-    :param kappa: Psi parameter.
+    :param kappa: Psi parameter, a number or broadcastable to ``(*batch, 1)``.
     """
     renoised = b * _bridge(process, z, c, a, 1.0) + (1 - b) * _prior(process)
     return kappa * _bridge(process, z, c, a, b) + (1 - kappa) * renoised
@@ -112,7 +112,8 @@ def state_matrix(
     c = kernel.denoiser(states, float(kernel.times[k])).to(torch.float64).exp()
     if kernel.denoiser.kind == "posterior" and not process.absorbing:
         c = posterior_as_cavity(process, states, c, a)
-    rows = site_rows(process, states, c, a, b, float(kernel.kappa[k]))  # (S ** L, L, S)
+    kappa = torch.from_numpy(kernel.kappa[k, ..., None])
+    rows = site_rows(process, states, c, a, b, kappa)  # (S ** L, L, S)
     if prompt is not None:
         here = torch.nn.functional.one_hot(states, process.num_states).to(torch.float64)
         rows = torch.where((prompt >= 0)[:, None], here, rows)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.smc.twists import Carry
 from ppl_diffusion.testing.dense import all_states, prior_law, state_index, state_matrix
 
@@ -42,8 +43,11 @@ class ExactChain:
         """Build the matrices of a chain.
 
         :param chain: a tiny chain.
+        :raises TypeError: if its steps are not three-way mixtures of the current tokens.
         """
         kernel, length, prompt = chain.kernel, chain.length, chain.prompt
+        if not (isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov):
+            raise TypeError(f"ExactChain: the steps of {kernel!r} are no three-way mixtures.")
         matrices = [state_matrix(kernel, k, length, prompt) for k in range(kernel.num_steps)]
         return cls(
             all_states(kernel.process.num_states, length),
