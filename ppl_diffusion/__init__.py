@@ -15,7 +15,11 @@ from ppl_diffusion._errors import PotentialError as PotentialError
 
 __version__ = "0.1.0"
 
-_ROOMS = [
+__all__ = [
+    "CapabilityError",
+    "IntractableLogProb",
+    "ParticleCollapse",
+    "PotentialError",
     "denoisers",
     "diagnostics",
     "distributions",
@@ -27,7 +31,6 @@ _ROOMS = [
     "smc",
     "testing",
 ]
-__all__ = [*_ROOMS, "CapabilityError", "IntractableLogProb", "ParticleCollapse", "PotentialError"]
 
 if TYPE_CHECKING:
     import ppl_diffusion.inference as inference
@@ -43,6 +46,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _ROOMS:
+    if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
