@@ -68,7 +68,7 @@ class ExtrapolatedKernel(InterpolatingKernel):
             return step
         current = step.log_probs
         moved = step.with_log_probs(self._extrapolate(carry, current, k))
-        vars(moved)[LAST] = current
+        moved.__dict__[LAST] = current
         return moved
 
     def advance(
@@ -81,7 +81,7 @@ class ExtrapolatedKernel(InterpolatingKernel):
         current = getattr(taken, LAST, None)
         current = taken.log_probs if current is None else current
         level = torch.full(tokens.shape[:-1], 1.0 - float(self.alphas[k]), dtype=torch.float64)
-        return {"tokens": tokens, LAST: current.expand(*tokens.shape, -1), LEVEL: level}
+        return {**carry, "tokens": tokens, LAST: current.expand(*tokens.shape, -1), LEVEL: level}
 
     def _extrapolate(self, carry: Carry, current: Tensor, k: int) -> Tensor:
         before, start = carry[LEVEL], 1.0 - float(self.alphas[k])
@@ -93,4 +93,6 @@ class ExtrapolatedKernel(InterpolatingKernel):
         kept = raw.clamp_min(0)
         total = kept.sum(-1, keepdim=True)
         trend = torch.where(total - 1 > _MAX_CLIPPED, p1, kept / total)
-        return torch.log((1 - _FLOOR) * trend + _FLOOR * p1)
+        mixed = (1 - _FLOOR) * trend + _FLOOR * p1
+        possible = mixed > 0  # log 0 must not send NaN backwards
+        return torch.where(possible, torch.where(possible, mixed, 1.0).log(), -torch.inf)

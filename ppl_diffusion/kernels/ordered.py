@@ -34,6 +34,7 @@ from ppl_diffusion.kernels.processes import Process, whole_number
 if TYPE_CHECKING:
     from ppl_diffusion.denoisers.base import Denoiser
     from ppl_diffusion.distributions.reveal_step import RevealStep
+    from ppl_diffusion.kernels.prediction import Prediction
 
 LEVELS = "levels"
 """Name of the carry entry with the noise level at which each position is revealed."""
@@ -74,8 +75,8 @@ class OrderedKernel(Kernel):
         owner = type(self).__name__
         if not process.absorbing:
             raise CapabilityError(
-                f"{owner}: only an absorbing process reveals positions one by one, {process!r} does "
-                "not; take a masked prior, or another sampler."
+                f"{owner}: only an absorbing process reveals positions one by one, which "
+                f"{process!r} does not; take a masked prior, or another sampler."
             )
         if clock not in ("mode", "sampled"):
             raise ValueError(f"{owner}: clock must be 'mode' or 'sampled', got {clock!r}.")
@@ -156,7 +157,7 @@ class OrderedKernel(Kernel):
         self._check_length(tokens)
         eligible = self._eligible(tokens, k)
         if not bool(eligible.any()):
-            prediction = self._flat(tokens)
+            prediction: Tensor | Prediction = self._flat(tokens)
         elif order is None:
             prediction = self.predict(tokens, k)
         else:
