@@ -11,13 +11,17 @@ from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import FACTORISED, Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.kernels.confidence import CONFIDENCE, ConfidenceKernel
+from ppl_diffusion.kernels.prediction import HeadPrediction
 from ppl_diffusion.kernels.psi import remdm_loop
+from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import (
     CountingDenoiser,
     KernelContract,
     chi_square_p_value,
     random_joint,
     state_index,
+    toy_potential,
+    z_score,
 )
 
 MASK = 2
@@ -26,7 +30,8 @@ MASK = 2
 def make(num_steps=3, length=2, vocab=MASK, **options):
     process = Absorbing(vocab)
     denoiser = TableDenoiser(random_joint(vocab, length, sharpness=1.5), process)
-    return ConfidenceKernel(process, denoiser, num_steps=num_steps, **options)
+    grid = {} if "times" in options else {"num_steps": num_steps}
+    return ConfidenceKernel(process, denoiser, **grid, **options)
 
 
 class TestContract(KernelContract):
@@ -121,6 +126,30 @@ def test_path_density_is_normalised_and_sampled(prompt):
         assert not bool(remasked[..., 0].any())
 
 
+@pytest.mark.parametrize("remembers", [True, False])
+def test_particles_carry_their_confidences(remembers):
+    """``E[Z_hat] = Z`` of enumerated paths with resampling, 4.5 s.e. (7e-6); forgetting is seen."""
+
+    class Forgetful(ConfidenceKernel):
+        def advance(self, carry, tokens, k, *, step=None):
+            moved = super().advance(carry, tokens, k, step=step)
+            return {**moved, CONFIDENCE: torch.full_like(moved[CONFIDENCE], torch.inf)}
+
+    right = make(kappa=-0.1, times=[1.0, 0.5, 0.5, 0.5, 0.0])
+    potential = toy_potential(MASK, scale=2.0)
+    paths = all_paths(right, 2)
+    probs = ReverseChain(right, 2).log_prob(paths).exp()
+    clean = (paths[:, -1] < MASK).all(-1)
+    evidence = float((probs[clean] * potential(paths[clean, -1]).exp()).sum())
+    kind = ConfidenceKernel if remembers else Forgetful
+    kernel = kind(right.process, right.denoiser, times=right.times, kappa=right.kappa)
+    generator = torch.Generator().manual_seed(0)
+    fk = FeynmanKac(ReverseChain(kernel, 2), potential, twist="argmax")
+    post = run_smc(fk, 4, 3000, generator=generator, store_path=False, ess_threshold=0.9)
+    z = z_score(post.log_evidence.exp() / evidence, 1.0)
+    assert (abs(z) < 4.5) == remembers
+
+
 def test_sampled_density_equals_replayed_density():
     chain = ReverseChain(make(num_steps=5, length=3, vocab=3), 3)
     path = chain.sample((200,))
@@ -159,6 +188,35 @@ def test_step_in_hand_saves_the_network_call():
     assert counter.calls == before
     kernel.advance(carry, torch.zeros(50, 2, dtype=torch.int64), 2)
     assert counter.calls == before + 1
+
+
+class Narrow:
+    """A network of two hidden units and six tokens."""
+
+    vocab_size, kind, time_free, hidden_size = 6, "cavity", True, 2
+
+    def hidden(self, tokens, t):
+        return torch.stack([tokens.sin(), tokens.flip(-1).cos()], -1)
+
+    def head(self, rows):
+        weight = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(2, 6)
+        return (rows.double() @ weight).log_softmax(-1)
+
+    def __call__(self, tokens, t):
+        return self.head(self.hidden(tokens, t))
+
+
+def test_sparse_heads_give_the_same_confidences():
+    """The head runs for the decoded positions only; the table gives the same numbers."""
+    kernel = ConfidenceKernel(Absorbing(6), Narrow(), num_steps=3)
+    carry = kernel.init_carry((50,), 4)
+    step = kernel.step(carry, 0)
+    assert isinstance(step.prediction, HeadPrediction)
+    tokens = step.sample()
+    table = step.with_log_probs(step.log_probs)
+    sparse, dense = (kernel.advance(carry, tokens, 0, step=s)[CONFIDENCE] for s in (step, table))
+    assert bool(torch.isfinite(sparse).any())
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-14)
 
 
 def test_without_remasking_it_is_the_ancestral_kernel():
