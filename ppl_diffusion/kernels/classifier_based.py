@@ -193,7 +193,7 @@ class ClassifierKernel(Kernel):
         t = self._reading_time(k)
         ask = self._exact if self.mode == "exact" else self._first_order
         tilt = self.scale * ask(tokens[first], anywhere > 0, t)[inverse]
-        # Where a site cannot move the tilt is zero, and must not turn -inf into NaN.
+        # A site that a prompt holds here may move in a twin, which has asked about it.
         return _require_possible(torch.where(movable, table + tilt, table))
 
     def _reading_time(self, k: int) -> float:
@@ -224,14 +224,13 @@ class ClassifierKernel(Kernel):
         values = torch.zeros(wanted.shape, dtype=torch.float64, device=tokens.device)
         for block in moving.split(self.max_rows):
             values[block] = self._gradient(tokens[block], wanted.shape[-1], t)
-        here = values.gather(-1, tokens[..., None])
-        return values - here
+        return values
 
     def _gradient(self, tokens: Tensor, size: int, t: float) -> Tensor:
         # SMC runs without gradients; this one is part of the law.
         with torch.inference_mode(False), torch.enable_grad():
             states = F.one_hot(tokens, size).to(torch.get_default_dtype()).requires_grad_()
-            values = self._ask(states, t)
+            values = self._checked(states, t)
             if not values.requires_grad:
                 raise PotentialError(
                     "ClassifierKernel: log_likelihood has no gradient in its one-hot input; make "
@@ -242,8 +241,7 @@ class ClassifierKernel(Kernel):
         return gradient.to(torch.float64)
 
     def _ask(self, states: Tensor, t: float) -> Tensor:
-        blocks = [self._checked(block, t) for block in states.split(self.max_rows)]
-        return torch.cat(blocks)
+        return torch.cat([self._checked(block, t) for block in states.split(self.max_rows)])
 
     def _checked(self, states: Tensor, t: float) -> Tensor:
         values = self.log_likelihood(states, t)

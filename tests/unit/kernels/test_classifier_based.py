@@ -194,6 +194,19 @@ def test_twins_are_asked_about_once():
     assert len(count(tokens=[[3, 3, 3]] * 2, fixed=fixed).rows) == 1 + 9
 
 
+def test_what_a_twin_asks_does_not_touch_a_prompt():
+    """The held site of either row is impossible where it stands, until the other one moves."""
+
+    def different(states, t):
+        return torch.where(states[:, 0] == states[:, 1], -torch.inf, 0.0)
+
+    kernel = ClassifierKernel(base_kernel("uniform"), different)
+    fixed = torch.tensor([[True, False], [False, True]])
+    rows = table(kernel, 1, torch.tensor([[0, 0], [0, 0]]), fixed=fixed)
+    assert rows[[0, 1], [0, 1]].tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert rows[[0, 1], [1, 0], 0].tolist() == [0, 0]
+
+
 def test_shared_neighbours_are_asked_about_once():
     """All states of a masked pair: neighbours of one are neighbours of others."""
     states = all_states(4, 2).tolist()
@@ -348,6 +361,30 @@ def test_parameters_of_both_networks():
     own = len(list(kernel.denoiser.parameters()))
     assert len(ClassifierKernel(kernel, network).parameters()) == own + 2
     assert not hasattr(guided("uniform"), "parameters")
+
+
+class Weighted(torch.nn.Module):
+    """A classifier with a weight to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, states, t):
+        return self.weight * (states == 1).double().sum(-1)
+
+
+def test_a_trained_classifier_is_read_again():
+    """A remembered density is forgotten when a weight of the classifier moves."""
+    classifier = Weighted()
+    chain = ReverseChain(ClassifierKernel(base_kernel("uniform"), classifier), LENGTH)
+    with torch.no_grad():
+        path = chain.sample((5,), generator=torch.Generator().manual_seed(0))
+        before = chain.log_prob(path)
+        classifier.weight.mul_(2)
+        assert float((chain.log_prob(path) - before).abs().max()) > 0.1
+    chain.log_prob(path).sum().backward()
+    assert float(classifier.weight.grad.abs()) > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
