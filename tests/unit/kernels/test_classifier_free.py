@@ -13,6 +13,7 @@ from ppl_diffusion.denoisers.filters import Nucleus, Temperature, has_sparse_hea
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel, guided_log_probs
+from ppl_diffusion.kernels.psi import remdm_cap
 from ppl_diffusion.testing import (
     PROCESSES,
     DenoiserContract,
@@ -284,6 +285,18 @@ def test_kappa_per_step_and_site(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_named_schedules(level):
+    process = toy_process("absorbing")
+    psi = remdm_cap(process.schedule, 4, eta=0.2)
+    options = {"weight": 2.0, "level": level}
+    kernel = ClassifierFreeKernel(process, *two_denoisers(process), psi=psi, **options)
+    assert np.array_equal(kernel.kappa, psi.kappa)
+    states = all_states(4, LENGTH)
+    expected = dense_rows(kernel, 2, states, 2.0, level)
+    torch.testing.assert_close(table(kernel, 2, states), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_posterior_mean_is_the_jump_to_data(level):
     kernel = guided("skewed", level=level)
     states = all_states(3, LENGTH)
@@ -457,6 +470,24 @@ def test_a_transformer_with_labels():
     torch.testing.assert_close(log_p, expected, rtol=0, atol=1e-5)
     assert (cached.num_calls, cached.rows_evaluated) == (1, 2)
     assert float((parts[0] - parts[1]).abs().max()) > 0.01
+
+
+def test_a_time_for_every_row():
+    """Chains on event times ask about rows at times of their own."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=4, num_states=5, max_length=3, dim=8, heads=2, depth=1, num_classes=2,
+        time_conditioning=True,
+    )  # fmt: skip
+    network = Transformer(config).eval().requires_grad_(False)
+    for tensor in network.parameters():
+        torch.nn.init.normal_(tensor, std=0.5)
+    both = Guided(Labelled(network, 0), Labelled(network, None), 2.0)
+    tokens, t = torch.full((4, 3), 4), torch.tensor([0.1, 0.4, 0.4, 0.9], dtype=torch.float64)
+    alone = torch.stack([both(row, float(time)) for row, time in zip(tokens, t, strict=True)])
+    torch.testing.assert_close(both(tokens, t), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(both.head(both.hidden(tokens, t)), alone, rtol=0, atol=1e-5)
+    assert float((alone[0] - alone[3]).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("level", LEVELS)
