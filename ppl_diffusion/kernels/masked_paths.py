@@ -85,8 +85,8 @@ def log_step_probs(schedule: Schedule, times: np.ndarray) -> Tensor:
     :param times: time grid, ``(T + 1,)``.
     """
     noise = np.asarray(schedule.log1m_alpha(times), dtype=np.float64)
-    gap = np.minimum(noise[1:] - noise[:-1], 0.0)
-    with np.errstate(divide="ignore"):  # a step without progress reveals nothing
+    with np.errstate(divide="ignore", invalid="ignore"):  # a repeated time reveals nothing
+        gap = np.where(noise[1:] < noise[:-1], noise[1:] - noise[:-1], 0.0)
         return torch.from_numpy(noise[:-1] + np.log(-np.expm1(gap)))
 
 
