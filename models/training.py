@@ -102,7 +102,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         program = _program(name, recipe, sequences, init)
-    return _run(program, recipe, sequences, Path(out), checkpoint, steps, seed, quiet)
+    run = _run(program, recipe, sequences, Path(out), checkpoint, steps, seed, quiet)
+    _record(run, recipe, seed=seed, init=init)
+    return run
 
 
 def _program(
@@ -143,7 +145,8 @@ def _run(
     with torch.random.fork_rng(devices=[]), quiet_lightning():
         trainer = _trainer(keeper, recipe, out, steps, quiet)
         trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
-    return _finish(out, recipe, keeper, trainer.global_step, seed)
+    best = load(out / PRIOR_FOLDER)
+    return TrainingRun(best, out, keeper.best, keeper.best_step, trainer.global_step)
 
 
 def _trainer(
@@ -173,18 +176,17 @@ def _trainer(
     )
 
 
-def _finish(out: Path, recipe: Recipe, keeper: KeepBest, steps: int, seed: int) -> TrainingRun:
+def _record(run: TrainingRun, recipe: Recipe, *, seed: int, init: str | Path | None) -> None:
     record: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
-        "steps": steps,
+        "steps": run.steps,
         "seed": seed,
-        "best_step": keeper.best_step,
-        "valid_bits_per_token": keeper.best if math.isfinite(keeper.best) else None,
+        "init": None if init is None else str(init),
+        "best_step": run.best_step,
+        "valid_bits_per_token": run.valid_bits if math.isfinite(run.valid_bits) else None,
     }
     text = json.dumps(record, indent=2, sort_keys=True)
-    (out / RUN_FILE).write_text(text + "\n", encoding="utf-8")
-    program = load(out / PRIOR_FOLDER)
-    return TrainingRun(program, out, keeper.best, keeper.best_step, steps)
+    (run.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _checkpoint(out: Path, *, resume: bool) -> Path | None:

@@ -1,6 +1,7 @@
 """Distillation: rounds, couplings, and what it does to the law of a chain of few steps."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -117,6 +118,7 @@ def test_distillation_pays_at_few_steps_and_costs_at_many(pairs, prior, tmp_path
     assert distance(student, 16) > distance(teacher, 16)
     # The last weights are kept, although the bound was best at the start.
     assert run.best_step == run.steps == 200
+    assert json.loads((tmp_path / "run.json").read_text())["init"] == str(prior)
 
 
 def test_a_resumed_distillation_equals_the_unbroken_one(pairs, prior, tmp_path, make_recipe):
