@@ -7,6 +7,11 @@ from ppl_diffusion.kernels.base import Kernel as Kernel
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
 from ppl_diffusion.kernels.confidence import ConfidenceKernel as ConfidenceKernel
+from ppl_diffusion.kernels.duality import DuoSchedule as DuoSchedule
+from ppl_diffusion.kernels.duality import coupled_states as coupled_states
+from ppl_diffusion.kernels.duality import diffusion_signal as diffusion_signal
+from ppl_diffusion.kernels.duality import diffusion_signal_prime as diffusion_signal_prime
+from ppl_diffusion.kernels.duality import log_diffusion_noise as log_diffusion_noise
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
@@ -31,3 +36,10 @@ from ppl_diffusion.kernels.schedules import Cosine as Cosine
 from ppl_diffusion.kernels.schedules import Linear as Linear
 from ppl_diffusion.kernels.schedules import LogLinear as LogLinear
 from ppl_diffusion.kernels.schedules import Schedule as Schedule
+from ppl_diffusion.kernels.topk import LatentMixture as LatentMixture
+from ppl_diffusion.kernels.topk import dense_latents as dense_latents
+from ppl_diffusion.kernels.topk import top_k_latents as top_k_latents
+from ppl_diffusion.kernels.uniform_nelbo import (
+    uniform_nelbo_from_hidden as uniform_nelbo_from_hidden,
+)
+from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_terms as uniform_nelbo_terms
