@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion._arrays import Array, array_namespace, to_float64
-from ppl_diffusion.kernels.base import Carry, clean_log_probs
+from ppl_diffusion.kernels.base import Carry, check_denoiser, clean_log_probs
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.mixture import posterior_to_cavity
 from ppl_diffusion.kernels.processes import Process
@@ -193,6 +193,8 @@ class ClassifierFreeKernel(InterpolatingKernel):
         # A pair of denoisers is a denoiser, which is why this room needs the one above.
         from ppl_diffusion.denoisers.conditional import Guided, Paired
 
+        for part in (conditional, unconditional):
+            check_denoiser(process, part)
         if self._tabulates:
             return Paired(conditional, unconditional)
         guided = Guided(conditional, unconditional, self.weight, mask_id=process.mask_id)

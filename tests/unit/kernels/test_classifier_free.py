@@ -386,6 +386,10 @@ def test_refusals():
         ClassifierFreeKernel(process, pair[0], posterior, weight=2.0, num_steps=2)
     with pytest.raises(CapabilityError, match="has vocab_size 3, the unconditional one 2"):
         Paired(pair[0], Rows([0.5, 0.5]))
+    for order in (1, -1):  # both parts are held against the process
+        mixed = [pair[0], two_denoisers(toy_process("skewed"))[1]][::order]
+        with pytest.raises(CapabilityError, match="the denoiser was built for"):
+            ClassifierFreeKernel(process, *mixed, weight=2.0, num_steps=2)
     with pytest.raises(ValueError, match="kappa < 0 can make a probability negative"):
         guided("absorbing", level="kernel", kappa=[-0.1, 1.0, 1.0])
     guided("absorbing", kappa=[-0.1, 1.0, 1.0])
