@@ -2,7 +2,12 @@
 
 from ppl_diffusion.denoisers.base import Denoiser as Denoiser
 from ppl_diffusion.denoisers.base import Kind as Kind
+from ppl_diffusion.denoisers.conditional import Guided as Guided
+from ppl_diffusion.denoisers.conditional import Labelled as Labelled
+from ppl_diffusion.denoisers.conditional import Paired as Paired
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
+from ppl_diffusion.denoisers.filters import Nucleus as Nucleus
+from ppl_diffusion.denoisers.filters import Temperature as Temperature
 from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission
