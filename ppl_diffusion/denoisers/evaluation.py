@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 from ppl_diffusion.denoisers.filters import forward_optional
-from ppl_diffusion.kernels.base import require_tensor
+from ppl_diffusion.kernels.base import require_rows
 from ppl_diffusion.kernels.prediction import prefers_head
 
 
@@ -124,7 +124,8 @@ class EvaluatedDenoiser:
         self.num_calls += len(chunks)
         ask = self.denoiser.hidden if self._sparse else self.denoiser  # type: ignore[attr-defined]
         outputs = [ask(chunk, time) for chunk, time in zip(chunks, times, strict=True)]
-        require_tensor(outputs[0], (*rows.shape, self.vocab_size))
+        for output, chunk in zip(outputs, chunks, strict=True):
+            require_rows(output, chunk, self.vocab_size)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def __repr__(self) -> str:

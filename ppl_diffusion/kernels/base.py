@@ -254,6 +254,7 @@ class Kernel(ABC):
         if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
             return DensePrediction(self.cavity_log_probs(tokens, k))
         hidden = self.denoiser.hidden(tokens, float(self.times[k]))  # type: ignore[attr-defined]
+        require_rows(hidden, tokens, self.process.vocab_size)
         return HeadPrediction(hidden, self._checked_head, self.process.vocab_size)
 
     def _checked_head(self, rows: Tensor) -> Tensor:
@@ -379,14 +380,27 @@ def in_float64(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> tuple[Te
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if it has the wrong shape.
     """
+    log_c = without_mask(log_c, shape, vocab_size).to(torch.float64)
+    return log_c, log_c.exp().sum(-1, keepdim=True)
+
+
+def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor:
+    """Return predictions over the clean tokens alone, in the dtype they come in.
+
+    :param log_c: what a denoiser returned for states of ``shape``.
+    :param shape: shape of the states.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: ``(*shape, V)``.
+    :raises TypeError: if the output is no tensor.
+    :raises ValueError: if it has the wrong shape.
+    """
     expected = (*shape, vocab_size)
     require_tensor(log_c, expected)
     if tuple(log_c.shape) == (*shape, vocab_size + 1):
         log_c = torch.log_softmax(log_c[..., :vocab_size], -1)
     if tuple(log_c.shape) != expected:
         raise ValueError(f"the denoiser returned shape {tuple(log_c.shape)}, expected {expected}.")
-    log_c = log_c.to(torch.float64)
-    return log_c, log_c.exp().sum(-1, keepdim=True)
+    return log_c
 
 
 def require_normalised(deviation: Tensor) -> None:
@@ -400,6 +414,22 @@ def require_normalised(deviation: Tensor) -> None:
             "the denoiser returned NaN or unnormalised log-probabilities; "
             "apply log_softmax over the clean vocabulary."
         )
+
+
+def require_rows(output: object, states: Tensor, vocab_size: int) -> None:
+    """Refuse an output that is not one row per position, before it is indexed or reshaped.
+
+    :param output: what a denoiser returned, log-probabilities or hidden states.
+    :param states: what it was shown, ``(*batch, L)``.
+    :param vocab_size: number of clean tokens ``V``, for the message.
+    :raises TypeError: if it is not a torch tensor.
+    :raises ValueError: if its shape is not ``(*batch, L, anything)``.
+    """
+    expected = (*states.shape, vocab_size)
+    require_tensor(output, expected)
+    shape = tuple(output.shape)  # type: ignore[attr-defined]
+    if shape[:-1] != tuple(states.shape):
+        raise ValueError(f"the denoiser returned shape {shape}, expected {expected}.")
 
 
 def require_tensor(log_probs: object, expected: tuple[int, ...]) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ppl_diffusion.kernels.base import (
     clean_log_probs,
-    in_float64,
     require_normalised,
-    require_tensor,
+    require_rows,
+    without_mask,
 )
-from ppl_diffusion.kernels.noise import draw_categorical
+from ppl_diffusion.kernels.noise import draw_normalised
 from ppl_diffusion.kernels.prediction import has_head
 
 if TYPE_CHECKING:
@@ -166,11 +166,11 @@ def decode(
         with torch.set_grad_enabled(probe and index == 0):
             rows = predict_at(denoiser, state[:size], plan.times[:size, index], sites)
         hidden_gradient = hidden_gradient or rows.requires_grad
-        rows, total = in_float64(rows.detach(), sites.shape, vocab_size)
-        drawn = draw_categorical(rows, noise[sites])
+        rows = without_mask(rows.detach(), sites.shape, vocab_size)
+        drawn, total = draw_normalised(rows, noise[sites])
         # Not in place: a denoiser may have kept the state it was shown.
         state = state.flatten().index_put((sites,), drawn).reshape(state.shape)
-        picked = rows.gather(-1, drawn[:, None])[:, 0] - total[:, 0].log()
+        picked = rows.gather(-1, drawn[:, None])[:, 0] - total.log()
         log_c = log_c.index_put((sites,), picked)
         worst = torch.maximum(worst, (total - 1).abs().amax())
     require_normalised(worst)
@@ -199,6 +199,8 @@ def score(
     :param max_rows: rows per network call.
     :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
     """
+    if not len(states):  # a network need not take empty batches
+        return torch.zeros(0, dtype=torch.float64, device=states.device)
     parts = []
     chunks = (x.split(max_rows) for x in (states, times, reveals, answers))
     for z, t, chosen, x in zip(*chunks, strict=True):
@@ -206,7 +208,7 @@ def score(
         rows = clean_log_probs(predict_at(denoiser, z, t, sites), sites.shape, vocab_size)
         site = rows.gather(-1, x.flatten()[sites][:, None])[:, 0]
         parts.append(site.new_zeros(len(z)).index_add(0, sites // z.shape[1], site))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(parts)
 
 
 def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor) -> Tensor:
@@ -221,13 +223,9 @@ def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor)
     t = 1.0 if denoiser.time_free else times
     if has_head(denoiser):
         hidden = denoiser.hidden(tokens, t)  # type: ignore[attr-defined]
+        require_rows(hidden, tokens, denoiser.vocab_size)
         head: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
         return head
     output = denoiser(tokens, t)
-    require_tensor(output, tokens.shape)
-    if output.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"the denoiser returned shape {tuple(output.shape)} for states of shape "
-            f"{tuple(tokens.shape)}; it must add one dimension, the vocabulary."
-        )
+    require_rows(output, tokens, denoiser.vocab_size)
     return output.flatten(0, 1)[sites]
