@@ -113,6 +113,31 @@ def test_bound_of_one_exact_token_is_its_code_length(family):
     assert (error < 0.1).all()
 
 
+class Constant:
+    """The cavity of a single token: there are no others to tell anything."""
+
+    kind, time_free = "cavity", True
+
+    def __init__(self, law):
+        self.vocab_size, self.law = len(law), law
+
+    def __call__(self, tokens, t):
+        return self.law.log().expand(*tokens.shape, -1)
+
+
+@pytest.mark.parametrize("family", [MaskedDiffusion, UniformDiffusion])
+def test_loss_of_one_exact_token_is_its_code_length(family):
+    """As above for the loss, whose times are others; false alarm 4e-4 (4 s.e., three means)."""
+    law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    program = family(Constant(law), vocabulary="abc", length=1)
+    for token in range(3):
+        rows = torch.full((4_000, 1), token)
+        losses = torch.stack([program.loss(rows) for _ in range(25)])
+        error = float(losses.std()) / 5
+        assert abs(float(losses.mean() + law[token].log())) < 4 * error
+        assert error < 0.02
+
+
 @pytest.mark.parametrize("family", [MaskedDiffusion, UniformDiffusion])
 def test_bound_lies_above_the_entropy_and_loss_agrees(family):
     """Exact denoiser of a Markov chain: E[bound] >= entropy, and loss estimates the same mean.
