@@ -17,6 +17,7 @@ from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import InterpolatingKernel, Linear, Uniform, nelbo_terms
 from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.kernels.schedules import Schedule
 from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden
 
@@ -124,14 +125,29 @@ class DiffusionProgram(ABC):
         rows = ["".join(self.vocabulary[i] for i in row) for row in ids.reshape(-1, self.length)]
         return rows[0] if ids.ndim == 1 else rows
 
-    def chain(self, num_steps: int = 64, *, kappa: float = 1.0) -> ReverseChain:
+    def chain(
+        self,
+        num_steps: int | None = None,
+        *,
+        kappa: float = 1.0,
+        psi: PsiSchedule | None = None,
+        prompt: Tensor | None = None,
+    ) -> ReverseChain:
         """Return the law of the reverse path, event shape ``(num_steps + 1, L)``.
 
-        :param num_steps: number ``T`` of reverse steps.
+        Other kernels (first hitting, guidance, ...) are built around :attr:`process` and
+        :attr:`denoiser`, or by name with :func:`~ppl_diffusion.models.make_chain`.
+
+        :param num_steps: number ``T`` of reverse steps, 64 unless ``psi`` says otherwise.
         :param kappa: Psi parameter of the kernel; 1 is ancestral sampling.
+        :param psi: or a Psi schedule, with its own number of steps.
+        :param prompt: int64 ``(L,)``, tokens that are there from the start, -1 elsewhere.
         """
-        kernel = InterpolatingKernel(self.process, self.denoiser, num_steps=num_steps, kappa=kappa)
-        return ReverseChain(kernel, self.length)
+        steps = 64 if num_steps is None and psi is None else num_steps
+        kernel = InterpolatingKernel(
+            self.process, self.denoiser, num_steps=steps, kappa=kappa, psi=psi
+        )
+        return ReverseChain(kernel, self.length, prompt=prompt)
 
     def __call__(self, num_steps: int = 64) -> Tensor:
         """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``.
