@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ppl_diffusion.distributions import ReverseChain, TokenStep
-from ppl_diffusion.kernels import Absorbing, Uniform
+from ppl_diffusion.distributions import RevealStep, ReverseChain, StateStep, TokenStep
+from ppl_diffusion.kernels import Absorbing, ExtrapolatedKernel, OrderedKernel, Uniform
+from ppl_diffusion.kernels.prediction import HeadPrediction
 from ppl_diffusion.testing import DistributionContract, toy_chain
 
 
@@ -72,6 +73,104 @@ class TestStepWithBroadcastArguments(DistributionContract):
     def make_distribution(self):
         tokens = torch.randint(3, (2, 1, 2))
         return TokenStep(Uniform(3), tokens, torch.randn(3, 2, 3).log_softmax(-1), 0.2, 0.6)
+
+
+def ordered_chain(length=2, prompt=None, vocab_size=3, **options):
+    masked = toy_chain("absorbing", vocab_size=vocab_size, length=length).kernel
+    kernel = OrderedKernel(masked.process, masked.denoiser, length=length, **options)
+    return ReverseChain(kernel, length, prompt=prompt)
+
+
+class TestFirstHitting(DistributionContract):
+    def make_distribution(self):
+        return ordered_chain()
+
+
+class TestBlocks(DistributionContract):
+    def make_distribution(self):
+        return ordered_chain(3, vocab_size=2, group_size=2, block=2)
+
+
+class TestPromptedOrder(DistributionContract):
+    batch_shape = (2, 1)
+
+    def make_distribution(self):
+        return ordered_chain(prompt=torch.tensor([-1, 1])).expand(self.batch_shape)
+
+
+class TestFirstHittingMarginal(DistributionContract):
+    def make_distribution(self):
+        return ordered_chain(3).marginal()
+
+
+class TestExtrapolatedChain(DistributionContract):
+    def make_distribution(self):
+        masked = toy_chain("absorbing").kernel
+        return ReverseChain(ExtrapolatedKernel(masked.process, masked.denoiser, num_steps=2), 2)
+
+
+class TestRevealStep(DistributionContract):
+    batch_shape = (2, 1)
+
+    def make_distribution(self):
+        tokens = torch.tensor([[[3, 3, 1]], [[0, 3, 3]]])
+        log_probs = torch.randn(2, 1, 3, 3).log_softmax(-1)
+        return RevealStep(tokens, log_probs, torch.tensor([True, True, False]), 1)
+
+
+class TestRevealStepOfKnownOrder(DistributionContract):
+    batch_shape = (2,)
+
+    def make_distribution(self):
+        tokens, fixed = torch.tensor([3, 3, 1]), torch.tensor([True, False, False])
+        log_probs, order = torch.randn(3, 3).log_softmax(-1), torch.rand(2, 3)
+        eligible = torch.ones(2, 3, dtype=torch.bool)
+        return RevealStep(tokens, log_probs.expand(2, 3, 3), eligible, 2, order=order, fixed=fixed)
+
+
+class TestStateStep(DistributionContract):
+    batch_shape = (2, 1)
+
+    def make_distribution(self):
+        return StateStep(torch.randn(2, 1, 3, 4), tokens=torch.tensor([3, 0, 1]))
+
+
+class TestStateStepWithFixedPositions(DistributionContract):
+    def make_distribution(self):
+        fixed = torch.tensor([False, True, False])
+        return StateStep(torch.randn(3, 4), tokens=torch.tensor([3, 0, 1]), fixed=fixed)
+
+
+def hidden_prediction(*batch, sites=3):
+    """Return a prediction of three tokens that is kept as hidden states."""
+    hidden = torch.randn(*batch, sites, 3, dtype=torch.float64)
+    return HeadPrediction(hidden, lambda rows: rows.log_softmax(-1), 3)
+
+
+class TestSparseMaskedStep(DistributionContract):
+    batch_shape = (2, 1)
+
+    def make_distribution(self):
+        tokens = torch.tensor([[[3, 3, 1]], [[0, 3, 3]]])
+        kappa = torch.tensor([1.0, 0.9, 0.5], dtype=torch.float64)
+        return TokenStep(Absorbing(3), tokens, hidden_prediction(2, 1), 0.2, 0.6, kappa)
+
+
+class TestSparseUniformStep(DistributionContract):
+    batch_shape = (2,)
+
+    def make_distribution(self):
+        fixed = torch.tensor([False, True, False])
+        tokens = torch.tensor([2, 0, 1])
+        return TokenStep(Uniform(3), tokens, hidden_prediction(2), 0.2, 0.6, 0.7, fixed=fixed)
+
+
+class TestSparseRevealStep(DistributionContract):
+    batch_shape = (2, 1)
+
+    def make_distribution(self):
+        tokens = torch.tensor([[[3, 3, 1]], [[0, 3, 3]]])
+        return RevealStep(tokens, hidden_prediction(2, 1), torch.ones(3).bool(), 1)
 
 
 class Forgetful(ReverseChain):
