@@ -28,6 +28,7 @@ class RevealStep(StepDistribution):
     :param count: how many are revealed.
     :param order: float64 ``(*batch, L)`` or None: the highest are revealed, with certainty.
     :param fixed: bool ``(*batch, L)`` or None: positions that keep their token.
+    :raises ValueError: if the prediction is for another number of sites.
     """
 
     def __init__(
@@ -43,6 +44,10 @@ class RevealStep(StepDistribution):
     ) -> None:
         batch = torch.broadcast_shapes(tokens.shape[:-1], log_probs.shape[:-2])
         length, size = tokens.shape[-1], log_probs.shape[-1]
+        if log_probs.shape[-2] != length:
+            raise ValueError(
+                f"RevealStep: log_probs of shape {tuple(log_probs.shape)} do not fit {length} sites."
+            )
         self.num_states, self.count = size + 1, count
         self.tokens = tokens.expand(*batch, length)
         self.prediction = as_prediction(log_probs).expand(batch)
@@ -79,13 +84,13 @@ class RevealStep(StepDistribution):
         tokens, value = torch.broadcast_tensors(self.tokens, value)
         size = self.num_states - 1
         changed = value != tokens
-        legal = (~changed | (self.eligible & (value < size))).all(-1)
+        legal = (~changed | (self.eligible & (value >= 0) & (value < size))).all(-1)
         legal = legal & (changed.sum(-1) == self.num_revealed)
         if self.order is not None:
             legal = legal & (changed == self._first(self.order).expand_as(changed)).all(-1)
         where = changed & legal[..., None]
         prediction = self.prediction.expand(value.shape[:-1])
-        c = prediction.probabilities(value.clamp_max(size - 1)[..., None], where)[..., 0]
+        c = prediction.probabilities(value.clamp(0, size - 1)[..., None], where)[..., 0]
         possible = c > 0
         site = torch.where(possible, torch.where(possible, c, 1.0).log(), -torch.inf)
         log_p = torch.where(where, site, 0.0).sum(-1) + self._log_subset()
@@ -145,3 +150,21 @@ class RevealStep(StepDistribution):
         super(RevealStep, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    @classmethod
+    def infer_shapes(
+        cls,
+        tokens: Sequence[int] = (),
+        log_probs: Sequence[int] = (),
+        eligible: object = (),
+        count: object = (),
+        order: object = (),
+        fixed: object = (),
+    ) -> tuple[torch.Size, torch.Size]:
+        """Return ``(batch_shape, event_shape)`` from the shapes of the arguments.
+
+        :param tokens: shape of ``tokens``.
+        :param log_probs: shape of ``log_probs``.
+        """
+        batch = torch.broadcast_shapes(tuple(tokens)[:-1], tuple(log_probs)[:-2])
+        return torch.Size(batch), torch.Size(tuple(tokens)[-1:])
