@@ -127,7 +127,8 @@ class Curriculum(Objective):
         ids, weights, z = self._latents(rows, duo.mu(t))
         hidden = self.network.hidden_mixture(ids, weights, own)
         alpha, slope = duo.alpha(t), duo.alpha_prime(t)
-        terms = uniform_nelbo_from_hidden(hidden, self.network.head, rows, z, alpha, slope)
+        head = self.network.vocabulary  # the bound normalises what it gets
+        terms = uniform_nelbo_from_hidden(hidden, head, rows, z, alpha, slope)
         return terms.sum(-1).mean()
 
     def _latents(self, rows: Tensor, mu: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -206,7 +206,8 @@ class DiffusionProgram(ABC):
         if isinstance(self.process, Uniform) and isinstance(network, Transformer):
             # The same numbers without a table of all logits.
             hidden, slope = network.hidden(z, t[:, 0]), schedule.alpha_prime(t)
-            return uniform_nelbo_from_hidden(hidden, network.head, x0, z, schedule.alpha(t), slope)
+            head = network.vocabulary  # the bound normalises what it gets
+            return uniform_nelbo_from_hidden(hidden, head, x0, z, schedule.alpha(t), slope)
         terms: Tensor = nelbo_terms(self.process, x0, z, network(z, t[:, 0]), t)
         return terms
 
