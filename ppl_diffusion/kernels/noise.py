@@ -123,36 +123,61 @@ def _draw_torch(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     if moved.numel() == 0:
         return moved.new_empty(shape, dtype=torch.int64)
     rows = math.prod(lead)
-    drawn = _draw_rows(log_c.reshape(rows, -1), moved.reshape(rows, -1).contiguous())
+    drawn, _ = _draw_rows(log_c.reshape(rows, -1), moved.reshape(rows, -1).contiguous())
     return drawn.reshape(moved.shape).permute([order.index(d) for d in range(len(shape))])
 
 
-def _draw_rows(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Draw chunk by chunk, in one buffer that stays in cache."""
+def draw_normalised(
+    log_c: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one class from each row of a prediction, and return what the rows sum to.
+
+    One pass over the vocabulary for the draw and for the check. Rows of a large vocabulary in
+    float32 keep float32, all the precision they have, up to the sums of the blocks; these, and the
+    classes of the chosen block, are added in float64, so rare classes lose nothing. Torch only.
+
+    :param log_c: log-probabilities that should be normalised, ``(n, V)``.
+    :param uniforms: numbers in ``[0, 1)``, float64 ``(n,)``.
+    :returns: int64 ids ``(n,)`` and float64 totals ``(n,)``.
+    """
+    exact = log_c.shape[-1] <= 4 * BLOCK
+    dtype = torch.float64 if exact else torch.promote_types(log_c.dtype, torch.float32)
+    drawn, total = _draw_rows(log_c.detach(), uniforms[:, None].contiguous(), dtype)
+    return drawn[:, 0], total
+
+
+def _draw_rows(
+    log_c: torch.Tensor, u: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw chunk by chunk, in one buffer that stays in cache; return the totals of the rows too."""
     rows, size = log_c.shape
     width = size if size <= 4 * BLOCK else size + -size % BLOCK
     room = 32 * CHUNK if log_c.is_cuda else CHUNK  # there, few large launches
     step = max(1, min(rows, room // (width + u.shape[1])))
-    buffer = log_c.new_empty((step, width), dtype=torch.float64)
-    drawn = torch.empty_like(u, dtype=torch.int64)
+    buffer = log_c.new_empty((step, width), dtype=dtype)
+    drawn, total = torch.empty_like(u, dtype=torch.int64), u.new_empty(rows)
+    buffer[:, size:] = 0.0
     for start in range(0, rows, step):
-        logs = log_c[start : start + step]
+        part = slice(start, start + step)
+        logs = log_c[part].to(dtype)
         p = buffer[: len(logs)]
-        p[:, :size] = logs
-        p[:, size:] = -math.inf
-        drawn[start : start + step] = _draw_chunk(p.exp_(), u[start : start + step])
-    return drawn.clamp_max(size - 1)  # a row without mass would end in the padding
+        torch.exp(logs, out=p[:, :size])
+        drawn[part], total[part] = _draw_chunk(p, u[part])
+    return drawn.clamp_max(size - 1), total  # a row without mass would end in the padding
 
 
-def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if p.shape[1] <= 4 * BLOCK * u.shape[1]:  # blocks pay where a row has few draws
-        return _search(p, u)[0]
+        index, cdf = _search(p, u)
+        return index, cdf[:, -1]
     blocks = p.view(len(p), -1, BLOCK)
-    block, edges = _search(blocks.sum(-1), u)
-    before = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), 0.0)
+    sums = blocks.sum(-1).to(torch.float64)  # a sum with a dtype would copy the whole buffer
+    block, edges = _search(sums, u)
+    before = (edges - sums).gather(1, block)
     picked = blocks.gather(1, block[..., None].expand(*block.shape, BLOCK)).flatten(0, 1)
     rest = (u * edges[:, -1:] - before).clamp_min(0).reshape(-1, 1)
-    return block * BLOCK + _search(picked, rest, relative=False)[0].view_as(block)
+    index = _search(picked, rest, relative=False)[0].view_as(block)
+    return block * BLOCK + index, edges[:, -1]
 
 
 def _search(
@@ -164,7 +189,7 @@ def _search(
     :param point: where the draws fall, ``(*rows, draws)``.
     :param relative: whether points are fractions of the total, or sums themselves.
     """
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1, dtype=torch.float64)
     total = cdf[..., -1:]
     target = point * total if relative else point
     # u * total may round up to the total, behind which there is no class.

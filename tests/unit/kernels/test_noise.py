@@ -1,5 +1,7 @@
 """Uniforms and categorical draws: exact inversion, no class without mass, no lattice."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,12 @@ import pytest
 import torch
 
 from ppl_diffusion.kernels import noise
-from ppl_diffusion.kernels.noise import draw_categorical, jax_uniforms, uniforms
+from ppl_diffusion.kernels.noise import (
+    draw_categorical,
+    draw_normalised,
+    jax_uniforms,
+    uniforms,
+)
 from ppl_diffusion.testing import chi_square_p_value
 
 LAST = 1 - 2.0**-53
@@ -224,3 +231,38 @@ def test_uniforms_may_be_float32():
     log_c = torch.randn(50, 2000)
     u = torch.rand(50)
     assert torch.equal(draw_categorical(log_c, u), draw_categorical(log_c, u.double()))
+
+
+@pytest.mark.parametrize("size", [5, 5000])
+def test_one_pass_draws_and_adds_up(size):
+    generator = torch.Generator().manual_seed(0)
+    log_c = torch.log_softmax(4 * torch.randn(64, size, generator=generator), -1)
+    u = uniforms((64,), generator=generator)
+    drawn, total = draw_normalised(log_c, u)
+    exact = log_c.double().exp()
+    # In float32 an edge of the distribution function may move by a few rounding errors.
+    after = exact.cumsum(-1).gather(-1, drawn[:, None])[:, 0]
+    before = after - exact.gather(-1, drawn[:, None])[:, 0]
+    assert bool(((before - 1e-6 < u * total) & (u * total < after + 1e-6)).all())
+    torch.testing.assert_close(total, exact.sum(-1), rtol=0, atol=1e-6)
+    assert float((total - 1).abs().max()) > 0
+    if size == 5:
+        assert torch.equal(drawn, draw_categorical(log_c, u))
+
+
+def test_one_pass_shows_what_is_no_distribution():
+    log_c = torch.full((3, 2000), -math.log(2000))
+    log_c[1] -= 1.0
+    log_c[2, 7] = math.nan
+    total = draw_normalised(log_c, torch.full((3,), 0.5, dtype=torch.float64))[1]
+    assert float(total[1]) == pytest.approx(math.exp(-1), rel=1e-5)
+    assert float(total[0]) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(float(total[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_never_draws_the_impossible(dtype):
+    log_c = torch.full((4, 2000), -math.inf, dtype=dtype)
+    log_c[:, [300, 1500]] = math.log(0.5)
+    u = torch.tensor([0.0, 0.5, 0.25, 1 - 2**-53], dtype=torch.float64)
+    assert draw_normalised(log_c, u)[0].tolist() == [300, 1500, 300, 1500]
