@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, overload
 
@@ -12,7 +12,9 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.conditional import Labelled
 from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import InterpolatingKernel, Linear, Uniform, nelbo_terms
@@ -157,7 +159,23 @@ class DiffusionProgram(ABC):
         chain = self.chain(num_steps)
         return chain.x0(pyro.sample("path", chain))
 
-    def loss(self, batch: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def labelled(self, label: int | None) -> Labelled:
+        """Return the denoiser of one class, or of none, for guidance without a classifier.
+
+        :param label: a class ``0..num_classes-1``, or None for the unconditional prior.
+        :raises CapabilityError: if the network knows no classes.
+        :raises ValueError: if it does not know this one.
+        """
+        return Labelled(self.denoiser, label)
+
+    def loss(
+        self,
+        batch: Tensor,
+        *,
+        labels: Tensor | None = None,
+        label_dropout: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Estimate the mean continuous-time NELBO of a batch, one time per row.
 
         The times are stratified over the batch (low discrepancy: MDLM, arXiv 2406.07524, section
@@ -166,13 +184,29 @@ class DiffusionProgram(ABC):
         variance of the gradient on text. (A masked loss is flat in time: plain times are best.)
 
         :param batch: clean tokens, int64 ``(n, L)``.
+        :param labels: classes of the rows, int64 ``(n,)``, for a network with ``num_classes``.
+        :param label_dropout: share of the labels that are withheld, so that one network learns the
+            conditional and the unconditional prior (Ho and Salimans 2022, arXiv 2207.12598).
         :param generator: source of the times and of the noise.
         :returns: nats per sequence, a differentiable float64 scalar.
         """
+        if labels is not None:
+            withheld = torch.rand(labels.shape, generator=generator) < label_dropout
+            labels = torch.where(withheld, self._null_label, labels)
         roots = stratified_times(batch, generator=generator)
         if self.process.absorbing:
-            return self._terms(batch, roots, generator).mean()
-        return (2.0 * roots * self._terms(batch, roots.square(), generator)).mean()
+            return self._terms(batch, roots, generator, labels).mean()
+        return (2.0 * roots * self._terms(batch, roots.square(), generator, labels)).mean()
+
+    @property
+    def _null_label(self) -> int:
+        classes = getattr(self.denoiser, "num_classes", 0)
+        if not classes:
+            raise CapabilityError(
+                f"{self.name}: labels were given, but the network knows no classes; build it with "
+                "num_classes."
+            )
+        return int(classes)
 
     @torch.no_grad()
     def bound_terms(
@@ -195,20 +229,26 @@ class DiffusionProgram(ABC):
         terms = [self._terms(x0, root.square(), generator) for root in roots]
         return 2.0 * roots * torch.stack(terms)
 
-    def _terms(self, x0: Tensor, times: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _terms(
+        self,
+        x0: Tensor,
+        times: Tensor,
+        generator: torch.Generator | None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         t = times[:, None]
         uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
         z = self.process.corrupt(x0, self.process.schedule.alpha(t), uniforms[0], uniforms[1])
-        return self._bound_at(x0, z, t).sum(-1)
+        return self._bound_at(x0, z, t, {} if labels is None else {"label": labels}).sum(-1)
 
-    def _bound_at(self, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    def _bound_at(self, x0: Tensor, z: Tensor, t: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         network, schedule = self.denoiser, self.process.schedule
         if isinstance(self.process, Uniform) and isinstance(network, Transformer):
             # The same numbers without a table of all logits.
-            hidden, slope = network.hidden(z, t[:, 0]), schedule.alpha_prime(t)
+            hidden, slope = network.hidden(z, t[:, 0], **given), schedule.alpha_prime(t)
             head = network.vocabulary  # the bound normalises what it gets
             return uniform_nelbo_from_hidden(hidden, head, x0, z, schedule.alpha(t), slope)
-        terms: Tensor = nelbo_terms(self.process, x0, z, network(z, t[:, 0]), t)
+        terms: Tensor = nelbo_terms(self.process, x0, z, network(z, t[:, 0], **given), t)
         return terms
 
     def save(self, directory: str | Path) -> None:

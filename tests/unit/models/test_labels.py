@@ -1,0 +1,64 @@
+"""A prior that learnt classes serves guidance without a classifier."""
+
+import pytest
+import torch
+
+from ppl_diffusion import CapabilityError
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import ClassifierFreeKernel
+from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion, load
+
+STEPS = 250
+SHAPE = {"dim": 16, "depth": 1, "heads": 2, "dropout": 0.0, "num_classes": 2}
+
+
+def rows(count, generator):
+    """Class 0 holds mostly a, class 1 mostly b, over sequences of two letters."""
+    labels = torch.randint(2, (count,), generator=generator)
+    own = torch.rand((count, 2), generator=generator) < 0.75
+    return torch.where(own, labels[:, None], 1 - labels[:, None]), labels
+
+
+@pytest.fixture(scope="module", params=[MaskedDiffusion, UniformDiffusion])
+def trained(request, tmp_path_factory):
+    torch.manual_seed(0)
+    time = {"time_conditioning": request.param is UniformDiffusion}
+    program = request.param.build("ab", 2, name="classes", **SHAPE, **time)
+    network = program.denoiser.train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        batch, labels = rows(128, generator)
+        optimizer.zero_grad()
+        program.loss(batch, labels=labels, generator=generator).backward()
+        optimizer.step()
+        schedule.step()
+    folder = tmp_path_factory.mktemp("prior")
+    program.save(folder)
+    return load(folder)
+
+
+def share_of_b(program, weight, label=1):
+    kernel = ClassifierFreeKernel(
+        program.process, program.labelled(label), program.labelled(None), weight=weight, num_steps=8
+    )
+    chain = ReverseChain(kernel, program.length)
+    return float(chain.marginal().log_prob(torch.tensor([1, 1])).exp())
+
+
+def test_weights_move_from_no_class_to_the_class_and_beyond(trained):
+    """The data have .3125 at weight 0 and .5625 at weight 1; training is short."""
+    none, own, beyond = (share_of_b(trained, weight) for weight in (0.0, 1.0, 3.0))
+    assert none == pytest.approx(0.3125, abs=0.08)
+    assert own == pytest.approx(0.5625, abs=0.08)
+    assert own + 0.1 < beyond < 1
+    assert share_of_b(trained, 1.0, label=0) < none
+
+
+def test_networks_without_classes_say_so():
+    plain = MaskedDiffusion.build("ab", 2, dim=8, depth=1, heads=2)
+    with pytest.raises(CapabilityError, match="build it with num_classes"):
+        plain.loss(torch.zeros(3, 2, dtype=torch.int64), labels=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises((CapabilityError, ValueError), match="class"):
+        plain.labelled(0)
