@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from ppl_diffusion._errors import IntractableLogProb
 from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
+from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.step import MAX_ENUMERATE
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Kernel
@@ -270,13 +271,17 @@ def _has_own_mixture(kernel: Kernel) -> bool:
     return isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov
 
 
-def _bridge(step: TokenStep, known: Tensor, *, last: bool) -> TokenStep:
+def _bridge(
+    step: TokenStep | RevealStep, known: Tensor, *, last: bool
+) -> TokenStep | RevealStep:
     """Return the step with the denoiser replaced by the known answer, where that is enough.
 
-    With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again later.
+    A step that reveals so many positions never hides one again, so that it always is. With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again later.
     Up to the last step half of the predictions are then the model's own, so that the proposal can
     go wherever the model goes.
     """
+    if isinstance(step, RevealStep):
+        return step.with_log_probs(known)
     log_probs = known
     if not last and step.corrects and bool((step.process.prior == 0).any()):
         log_probs = torch.logaddexp(known, step.log_probs.to(known.dtype)) - math.log(2.0)
