@@ -66,7 +66,7 @@ class FeynmanKac:
         function ``(carry, k) -> log h (R, N)``, or a twist object.
     :param proposal: None moves by the chain itself; a kernel, or a :class:`Proposal`.
     :param twist_every: evaluate the twist at every so many steps only (exact by telescoping).
-    :raises CapabilityError: if a proposal is used with a kernel that has no density.
+    :raises CapabilityError: if a proposal, or the kernel it is used with, has no density.
     :raises ValueError: if a proposal kernel has another time grid or other states.
     """
 
@@ -92,6 +92,11 @@ class FeynmanKac:
             raise CapabilityError(
                 f"a proposal needs a kernel with a density, this one is {SAMPLE_ONLY}; "
                 "use proposal=None."
+            )
+        if isinstance(proposal, Kernel) and proposal.capability == SAMPLE_ONLY:
+            raise CapabilityError(
+                f"a proposal needs a density, but {type(proposal).__name__} is {SAMPLE_ONLY}; "
+                "propose by a kernel with a density."
             )
         self.chain = chain
         self.potential = (
