@@ -117,7 +117,7 @@ class ReverseChain(TorchDistribution):
                 step = kernel.step(carry, k, fixed=self.fixed)
             tokens = step.sample(generator=generator)
             increment = step.log_prob(tokens)
-            hidden = hidden or getattr(step, "wants_gradient", False)
+            hidden = hidden or (probe and getattr(step, "wants_gradient", False))
             probe = probe and not kernel.asks_denoiser(carry["tokens"], k)
             log_p = log_p + increment.detach()
             carry = kernel.advance(carry, tokens, k, step=step)

@@ -89,11 +89,12 @@ class TokenStep(StepDistribution):
             self._validate_sample(value)
         value = check_value(self, value)
         tokens, value = torch.broadcast_tensors(self.tokens, value)
-        prediction = self.prediction.expand(value.shape[:-1])
         if self._sparse:
+            prediction = self.prediction.expand(value.shape[:-1])
             site = sparse_log_prob(self.process, tokens, value, prediction, self._levels)
         else:
-            site = mixture_log_prob(self.process, tokens, value, prediction.dense(), *self._levels)
+            log_c = self.log_probs.expand(*value.shape, -1)
+            site = mixture_log_prob(self.process, tokens, value, log_c, *self._levels)
         if self.fixed is not None:
             kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
             site = torch.where(self.fixed, kept, site)
@@ -106,11 +107,11 @@ class TokenStep(StepDistribution):
         :param u_token: likewise: which token.
         """
         tokens, (a, b, kappa) = self.tokens.expand_as(u_move), self._levels
-        prediction = self.prediction.expand(u_move.shape[:-1])
         if self._sparse:
+            prediction = self.prediction.expand(u_move.shape[:-1])
             moved = sparse_draw(self.process, tokens, prediction, (a, b, kappa), u_move, u_token)
         else:
-            log_c = prediction.dense()
+            log_c = self.log_probs.expand(*u_move.shape, -1)
             moved = mixture_sample(self.process, tokens, log_c, a, b, u_move, u_token, kappa)
         return moved if self.fixed is None else torch.where(self.fixed, tokens, moved)
 

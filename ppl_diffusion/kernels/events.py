@@ -21,6 +21,7 @@ from ppl_diffusion.kernels.base import (
     clean_log_probs,
     require_normalised,
     require_rows,
+    require_tensor,
     without_mask,
 )
 from ppl_diffusion.kernels.noise import draw_normalised
@@ -224,8 +225,9 @@ def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor)
     if has_head(denoiser):
         hidden = denoiser.hidden(tokens, t)  # type: ignore[attr-defined]
         require_rows(hidden, tokens, denoiser.vocab_size)
-        head: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
-        return head
+        rows: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
+        require_tensor(rows, (*sites.shape, denoiser.vocab_size))
+        return rows
     output = denoiser(tokens, t)
     require_rows(output, tokens, denoiser.vocab_size)
     return output.flatten(0, 1)[sites]
