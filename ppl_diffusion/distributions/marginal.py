@@ -188,6 +188,7 @@ class ChainMarginal(TorchDistribution):
 
     def _step_kl(self, x0: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
+        assert isinstance(kernel, InterpolatingKernel)
         uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
         a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
         z = kernel.process.corrupt(x0, a, uniforms[0], uniforms[1])
@@ -271,14 +272,13 @@ def _has_own_mixture(kernel: Kernel) -> bool:
     return isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov
 
 
-def _bridge(
-    step: TokenStep | RevealStep, known: Tensor, *, last: bool
-) -> TokenStep | RevealStep:
+def _bridge(step: TokenStep | RevealStep, known: Tensor, *, last: bool) -> TokenStep | RevealStep:
     """Return the step with the denoiser replaced by the known answer, where that is enough.
 
-    A step that reveals so many positions never hides one again, so that it always is. With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again later.
-    Up to the last step half of the predictions are then the model's own, so that the proposal can
-    go wherever the model goes.
+    A step that reveals so many positions never hides one again: there it always is. With
+    ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again later. Up to
+    the last step half of the predictions are then the model's own, so that the proposal can go
+    wherever the model goes.
     """
     if isinstance(step, RevealStep):
         return step.with_log_probs(known)

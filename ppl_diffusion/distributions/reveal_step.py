@@ -46,7 +46,8 @@ class RevealStep(StepDistribution):
         length, size = tokens.shape[-1], log_probs.shape[-1]
         if log_probs.shape[-2] != length:
             raise ValueError(
-                f"RevealStep: log_probs of shape {tuple(log_probs.shape)} do not fit {length} sites."
+                f"RevealStep: log_probs of shape {tuple(log_probs.shape)} are not for {length} "
+                "sites; predict every position of tokens."
             )
         self.num_states, self.count = size + 1, count
         self.tokens = tokens.expand(*batch, length)
