@@ -6,7 +6,13 @@ import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser, Transformer, TransformerConfig
 from ppl_diffusion.distributions import ReverseChain, TokenStep
-from ppl_diffusion.kernels import Absorbing, Interpolating, InterpolatingKernel, Uniform
+from ppl_diffusion.kernels import (
+    Absorbing,
+    Interpolating,
+    InterpolatingKernel,
+    Uniform,
+    three_way,
+)
 from ppl_diffusion.kernels import prediction as room
 from ppl_diffusion.kernels.prediction import (
     DensePrediction,
@@ -109,6 +115,19 @@ def test_uniforms_at_the_edges():
                 noise = (torch.full((6, L), u, dtype=torch.float64) for u in (move, token))
                 move_u, token_u = noise
                 assert torch.equal(sparse.draw(move_u, token_u), dense.draw(move_u, token_u))
+
+
+def test_round_off_keeps_no_mask_at_the_clean_end():
+    """At ``b = 1`` the weights may sum to less than the largest uniform; nothing may stay."""
+    edge = torch.full((6, L), float(np.nextafter(1.0, 0.0)), dtype=torch.float64)
+    short = 0
+    for a in np.linspace(0.01, 0.99, 50):
+        for kappa in (1.0, 0.7, 0.3):
+            sparse, _, _ = pair(PROCESSES["absorbing"], kappa, levels=(float(a), 1.0))
+            assert int(sparse.draw(edge, edge).max()) < V
+            weight = torch.tensor([0.0], dtype=torch.float64), torch.tensor([1.0]).double()
+            short += float(three_way(float(a), 1.0, kappa, *weight)[1]) <= float(edge[0, 0])
+    assert short > 0  # otherwise no uniform is large enough to tell
 
 
 @each_process
