@@ -135,9 +135,9 @@ class ClassifierKernel(Kernel):
         tokens = carry["tokens"]
         table = _dense(self.kernel.step(carry, k, fixed=fixed))
         if self.scale:
+            states = tokens.expand(table.shape[:-1]).reshape(-1, tokens.shape[-1])
             rows = table.reshape(-1, *table.shape[-2:])
-            tilted = self._tilted(tokens.expand(table.shape[:-1]).flatten(0, -2), rows, k)
-            table = tilted.reshape(table.shape)
+            table = self._tilted(states, rows, k).reshape(table.shape)
         return StateStep(table, tokens=tokens, fixed=fixed)
 
     def start_carry(self, tokens: Tensor) -> Carry:

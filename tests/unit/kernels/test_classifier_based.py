@@ -2,13 +2,16 @@
 
 import math
 
+import pyro
 import pytest
 import torch
+from pyro import poutine
 from torch.nn import functional as F
 
 from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.handlers import steer, unroll
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel
 from ppl_diffusion.testing import PROCESSES, KernelContract, all_states, state_matrix, toy_chain
@@ -322,6 +325,29 @@ def test_prompts_stay():
     path = chain.sample((50,), generator=torch.Generator().manual_seed(0))
     assert bool((path[..., 0] == 2).all())
     assert bool(torch.isfinite(chain.log_prob(path)).all())
+
+
+@pytest.mark.parametrize("prompt", [None, torch.tensor([2, -1])])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_one_path_needs_no_batch(name, mode, prompt):
+    """A single path is drawn, scored, unrolled and steered with the numbers of a batch of one."""
+
+    def program(chain):
+        return pyro.sample("path", chain)
+
+    chain = ReverseChain(guided(name, mode=mode, kappa=0.9), LENGTH, prompt=prompt)
+    states = all_states(chain.kernel.process.num_states, LENGTH)
+    rows = torch.stack([table(chain.kernel, 1, state) for state in states])
+    torch.testing.assert_close(rows, table(chain.kernel, 1, states), rtol=0, atol=1e-12)
+    path = chain.sample()
+    assert path.shape == chain.event_shape
+    torch.testing.assert_close(chain.log_prob(path.clone()), chain.log_prob(path[None].clone())[0])
+    written = poutine.trace(unroll(program)).get_trace(chain)
+    drawn = written.nodes["path"]["value"].clone()
+    torch.testing.assert_close(written.log_prob_sum(), chain.log_prob(drawn))
+    drawn = steer(program, potential=lambda x0: x0.sum(-1).double(), num_particles=3)(chain)
+    torch.testing.assert_close(chain.log_prob(drawn.clone()), chain.log_prob(drawn[None])[0])
 
 
 def test_another_denoiser_and_the_same_law():
