@@ -142,7 +142,7 @@ class Paired:
 
     def _filter(self, which: int, log_probs: Tensor) -> Tensor:
         for layer in peel(self._parts[which])[1]:
-            log_probs = layer.filter_output(log_probs)
+            log_probs = layer.filter_output(log_probs, log_probs.shape[:-1])
         return log_probs
 
     def _clean(self, log_probs: Tensor) -> Tensor:
