@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks._references import Reference, find_reference, mean_entropy
 from benchmarks._report import Row, table, write
-from benchmarks.samplers import Stopwatch
+from benchmarks._stopwatch import Stopwatch
 from ppl_diffusion import models
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.distributions import ReverseChain

@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks._dense_baseline import DenseCost, DenseSampler, dense_cost
 from benchmarks._report import Row, run, table
 from benchmarks._sampler_profile import measure_profile
+from benchmarks._stopwatch import Stopwatch
 from benchmarks.memory import in_own_process, peak_gb
 from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
 from ppl_diffusion.distributions import ReverseChain
@@ -92,44 +93,6 @@ def backbone(vocab_size: int, length: int, *, dim: int = 128, depth: int = 2) ->
     network = Transformer(config).eval().requires_grad_(False)
     torch.nn.init.normal_(network.vocabulary.weight, std=0.3)  # fresh ones predict nothing
     return network
-
-
-class Stopwatch:
-    """A transformer with a clock around each of its halves.
-
-    :param network: what is timed.
-
-    :ivar seconds: time spent inside.
-    :ivar calls: calls of :meth:`hidden`.
-    :ivar rows: rows these saw.
-    :ivar head_rows: positions whose vocabulary was computed.
-    """
-
-    def __init__(self, network: Transformer) -> None:
-        self.network, self.kind, self.time_free = network, network.kind, network.time_free
-        self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
-        self.seconds, self.calls, self.rows, self.head_rows = 0.0, 0, 0, 0
-
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return the network's output."""
-        return self.head(self.hidden(tokens, t))
-
-    def hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
-        """Return hidden states, see :meth:`Transformer.hidden`."""
-        started = time.perf_counter()
-        output = self.network.hidden(tokens, t)
-        self.seconds += time.perf_counter() - started
-        self.calls += 1
-        self.rows += tokens[..., 0].numel()
-        return output
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return log-probabilities, see :meth:`Transformer.head`."""
-        started = time.perf_counter()
-        output = self.network.head(hidden)
-        self.seconds += time.perf_counter() - started
-        self.head_rows += hidden[..., 0].numel()
-        return output
 
 
 @dataclass(frozen=True)
@@ -309,7 +272,8 @@ def plan(quick: bool) -> list[Setting]:
 def _small(batch: int, quick: bool) -> list[Setting]:
     """Return the lines of one batch size at ``V = 5``, ``L = 200``."""
     steps = {1: 1024, 16: 64, 256: 8}[batch]
-    coarse = Setting(5, 200, 64, batch, repeats=1 if batch == 256 else 3, dense_steps=steps)
+    once = batch == 256 or (quick and batch > 1)
+    coarse = Setting(5, 200, 64, batch, repeats=1 if once else 3, dense_steps=steps)
     if quick and batch == 256:
         return [coarse]
     alone = replace(coarse, dense_steps=0, repeats=1 if quick else coarse.repeats)
