@@ -86,6 +86,7 @@ class Paired:
 
     :ivar output_size: ``2 V``: both rows of log-probabilities, the conditional ones first.
     :ivar network_rows: network rows that one state costs.
+    :ivar excludes_tokens: whether a filter of either may exclude tokens that its network allows.
     """
 
     def __init__(self, conditional: Denoiser, unconditional: Denoiser) -> None:
@@ -96,6 +97,7 @@ class Paired:
         self.kind: Kind = conditional.kind
         self.time_free: bool = conditional.time_free and unconditional.time_free
         self.network_rows = sum(getattr(part, "network_rows", 1) for part in self._parts)
+        self.excludes_tokens = any(getattr(p, "excludes_tokens", False) for p in self._parts)
         if all(hasattr(part, "parameters") for part in self._parts):
             vars(self)["parameters"] = self._all_parameters
         for part in self._parts:

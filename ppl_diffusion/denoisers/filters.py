@@ -7,7 +7,8 @@ head at a few positions still can. Filters compose; the innermost acts first. A 
 always a distribution, so what the network returned is checked before, by the rules of the kernels.
 
 Filtered and unfiltered denoisers have different supports: as the proposal of an unfiltered chain a
-nucleus misses mass, and no weight brings it back (the target must carry the same filter).
+nucleus misses mass, and no weight brings it back (the target must carry the same filter). Such a
+denoiser says so by ``excludes_tokens``, so that proposals can be checked.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Filter(ABC):
     :param denoiser: what to filter; a ``"posterior"`` denoiser is filtered before kernels convert
         it.
     :raises CapabilityError: if the denoiser returns more than one distribution per position.
+
+    :ivar excludes_tokens: whether tokens may be excluded that the network allows.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -47,6 +50,7 @@ class Filter(ABC):
         self.vocab_size: int = denoiser.vocab_size
         self.kind: Kind = denoiser.kind
         self.time_free: bool = denoiser.time_free
+        self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
         forward_parameters(self, denoiser)
         forward_optional(self, denoiser, "process", "network_rows")
         if has_sparse_head(denoiser):
@@ -154,6 +158,7 @@ class Nucleus(Filter):
             raise ValueError(f"Nucleus: p must lie in (0, 1], got {p}.")
         super().__init__(denoiser)
         self.p, self.keep_crossing = float(p), keep_crossing
+        self.excludes_tokens = self.excludes_tokens or self.p < 1
 
     @property
     def change(self) -> str | None:

@@ -327,6 +327,16 @@ def test_parameters_of_both():
     assert not hasattr(Paired(Labelled(network, 0), Plain()), "parameters")
 
 
+def test_excluded_tokens_are_announced():
+    """Those of the filters; what the supports of two networks have in common is not known."""
+    network = ToyNetwork(toy_process("uniform"))
+    plain, cut = Labelled(network, 0), Nucleus(Labelled(network, None), 0.9)
+    for pair in (lambda *parts: Guided(*parts, 2.0), Paired):
+        assert not pair(plain, plain).excludes_tokens
+        assert pair(plain, cut).excludes_tokens
+        assert pair(cut, plain).excludes_tokens
+
+
 def test_refused_labels():
     network = ToyNetwork(toy_process("uniform"))
     with pytest.raises(ValueError, match=r"label must lie in 0..1, or be None for no label, got 3"):

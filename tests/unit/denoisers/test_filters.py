@@ -279,6 +279,18 @@ def test_what_the_wrapped_denoiser_has_is_forwarded():
         InterpolatingKernel(toy_process("skewed"), exact, num_steps=2)
 
 
+def test_excluded_tokens_are_announced():
+    """By a nucleus, through whatever is around it; a temperature excludes nothing."""
+    rows = torch.tensor([0.2, 0.8]).log()
+    for inert in (Temperature(Fixed(rows), 0.5), Nucleus(Fixed(rows), 1.0)):
+        assert not inert.excludes_tokens
+        assert not EvaluatedDenoiser(inert).excludes_tokens
+    cut = Nucleus(Fixed(rows), 0.9)
+    for wrapper in (cut, Temperature(cut, 0.5), Nucleus(cut, 1.0), EvaluatedDenoiser(cut)):
+        assert wrapper.excludes_tokens
+    assert Temperature(EvaluatedDenoiser(cut), 0.5).excludes_tokens
+
+
 def test_gradients_pass_inside_and_stop_outside():
     rows = torch.tensor([[0.6, 0.3, 0.1]]).log().requires_grad_()
     out = Nucleus(Fixed(rows), 0.8)(torch.zeros(1, 1, dtype=torch.int64), 0.5)[0, 0]
