@@ -277,8 +277,10 @@ def _num_classes(network: Any) -> int:
 
 
 def _check_label(label: int | None, num_classes: int) -> int:
-    value = num_classes if label is None else operator.index(label)
-    if not 0 <= value <= num_classes:
+    if label is None:
+        return num_classes
+    value = operator.index(label)
+    if not 0 <= value < num_classes:
         raise ValueError(
             f"Labelled: label must lie in 0..{num_classes - 1}, or be None for no label, "
             f"got {label}."

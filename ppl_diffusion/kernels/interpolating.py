@@ -88,7 +88,8 @@ class InterpolatingKernel(Kernel):
         """Psi corrections, besides what the denoiser changes."""
         if self.ancestral:
             return super().changes
-        return (*super().changes, f"Psi corrections{self._repr_options()}")
+        own = f"Psi corrections{InterpolatingKernel._repr_options(self)}"
+        return (*super().changes, own)
 
     @property
     def mixes(self) -> bool:
