@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ class Fit(lightning.LightningModule):
     :param recipe: the optimisation.
     :param steps: length of the run, in optimiser steps.
     :param seed: seed of everything random.
+    :param origin: what the run began with, as JSON knows it; kept in its checkpoints.
+
+    :ivar saved: whether a checkpoint was written.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Fit(lightning.LightningModule):
         *,
         steps: int,
         seed: int,
+        origin: Mapping[str, Any],
     ) -> None:
         super().__init__()
         if not isinstance(program.denoiser, Transformer):
@@ -58,6 +64,8 @@ class Fit(lightning.LightningModule):
         self._context = _Context(program, sequences, recipe, steps, seed)
         self.valid_bits = math.nan
         self._valid_terms: list[Tensor] = []
+        self._origin = json.dumps(dict(origin))
+        self.saved = False
 
     @property
     def objective(self) -> Objective:
@@ -110,8 +118,10 @@ class Fit(lightning.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the objective must remember."""
+        """Add what the objective must remember, and what the run began with."""
         checkpoint["objective"] = self.objective.state_dict()
+        checkpoint["origin"] = self._origin
+        self.saved = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give it back to the objective."""

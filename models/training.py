@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,12 @@ from ppl_diffusion.models.recipes import Recipe, find_recipe
 if TYPE_CHECKING:
     import lightning
 
-    from ppl_diffusion.models.fitting import KeepBest
+    from ppl_diffusion.models.fitting import Fit, KeepBest
 
 PRIOR_FOLDER = "prior"
 CHECKPOINT = "last.ckpt"
 RUN_FILE = "run.json"
+_OF_DATA = ("vocab_size", "num_states", "max_length")
 
 
 class TrainingDiverged(RuntimeError):
@@ -83,18 +85,22 @@ def train(
     :param data: the folder that holds ``dna/`` and ``text/``; by default ``PPL_DIFFUSION_DATA``.
     :param steps: optimiser steps; those of the recipe if None.
     :param seed: seed of the weights, the batches and the noise.
-    :param resume: go on from ``last.ckpt`` in ``out``.
+    :param resume: go on from ``last.ckpt`` in ``out``, with the recipe, ``seed`` and ``init`` that
+        the run began with; ``steps`` may be others.
     :param quiet: no progress bar.
     :param objective: what a step minimises, one of
         :data:`~ppl_diffusion.models.recipes.OBJECTIVES`; that of the recipe if None.
     :param init: the prior to start from, a shipped name or a folder. By default training starts
-        anew, and distillation from the shipped prior ``name``.
+        anew, and distillation from the shipped prior ``name``. The shape of its network stands in
+        place of that of the recipe, also in ``run.json``.
     :param recipe: a recipe of one's own.
     :param sequences: data of one's own.
-    :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong.
+    :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, or the
+        checkpoint is damaged or of another run.
     :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
     :raises ModuleNotFoundError: if Lightning is not installed.
     :raises TrainingDiverged: if the validation bound was never finite.
+    :raises KeyboardInterrupt: if Ctrl-C ended the run; the text says whether it can be resumed.
     """
     recipe = recipe or find_recipe(name)
     recipe = recipe.with_objective(objective or recipe.objective)
@@ -107,7 +113,12 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         program = _program(name, recipe, sequences, init)
-    run = _run(program, recipe, sequences, Path(out), checkpoint, steps, seed, quiet)
+    if init is not None:
+        recipe = dataclasses.replace(recipe, shape=_shape(program))
+    origin = _origin(recipe, program, seed=seed, init=init)
+    if checkpoint is not None:
+        _check_same_run(checkpoint, origin, steps)
+    run = _run(program, recipe, sequences, Path(out), checkpoint, steps, seed, quiet, origin)
     _record(run, recipe, seed=seed, init=init)
     return run
 
@@ -141,15 +152,16 @@ def _run(
     steps: int,
     seed: int,
     quiet: bool,
+    origin: dict[str, Any],
 ) -> TrainingRun:
     fitting = _fitting()
     # A run shorter than one validation period must still be validated, and thus kept, at its end.
     recipe = dataclasses.replace(recipe, validate_every=min(recipe.validate_every, steps))
-    fit = fitting.Fit(program, sequences, recipe, steps=steps, seed=seed)
+    fit = fitting.Fit(program, sequences, recipe, steps=steps, seed=seed, origin=origin)
     keeper = fitting.KeepBest(out / PRIOR_FOLDER)
     with torch.random.fork_rng(devices=[]), quiet_lightning():
         trainer = _trainer(keeper, recipe, out, steps, quiet)
-        trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
+        _fit(trainer, fit, checkpoint)
     if not math.isfinite(keeper.best):
         raise TrainingDiverged(
             f"train: the validation bound was never finite in {trainer.global_step} steps, so no "
@@ -157,6 +169,24 @@ def _run(
         )
     best = load(out / PRIOR_FOLDER)
     return TrainingRun(best, out, keeper.best, keeper.best_step, trainer.global_step)
+
+
+def _fit(trainer: lightning.Trainer, fit: Fit, checkpoint: Path | None) -> None:
+    handler = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    try:
+        trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        # Lightning turns Ctrl-C into an exit, and leaves the process deaf to the next one.
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt(_interruption(fit, checkpoint)) from None
+
+
+def _interruption(fit: Fit, checkpoint: Path | None) -> str:
+    if fit.saved or checkpoint is not None:
+        return "Training was interrupted; go on with --resume."
+    return "Training was interrupted before its first checkpoint: there is nothing to resume."
 
 
 def _trainer(
@@ -184,6 +214,56 @@ def _trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+
+
+def _shape(program: DiffusionProgram) -> dict[str, Any]:
+    """Return the shape of a network as a recipe would give it, without what the data decide."""
+    assert isinstance(program.denoiser, Transformer)
+    entries = dataclasses.asdict(program.denoiser.config)
+    return {key: value for key, value in entries.items() if key not in _OF_DATA}
+
+
+def _origin(
+    recipe: Recipe, program: DiffusionProgram, *, seed: int, init: str | Path | None
+) -> dict[str, Any]:
+    """Return what a resumed run must have in common with its beginning, as JSON reads it."""
+    entries = {
+        "seed": seed,
+        "init": None if init is None else str(init),
+        "vocabulary": list(program.vocabulary),
+        "length": program.length,
+        **dataclasses.asdict(recipe),
+    }
+    del entries["steps"]
+    origin: dict[str, Any] = json.loads(json.dumps(entries))
+    return origin
+
+
+def _check_same_run(checkpoint: Path, origin: dict[str, Any], steps: int) -> None:
+    found, done = _read_checkpoint(checkpoint)
+    for key, wanted in origin.items():
+        # NaN is not equal to itself, its text is.
+        if json.dumps(found.get(key)) != json.dumps(wanted):
+            raise ValueError(
+                f"train: the run in {str(checkpoint.parent)!r} began with {key} {found.get(key)!r},"
+                f" not {wanted!r}; resume it with that, or train without --resume."
+            )
+    if steps < done:
+        raise ValueError(
+            f"train: the run in {str(checkpoint.parent)!r} has done {done} steps, more than the "
+            f"{steps} asked for; ask for {done} or more, or train without --resume."
+        )
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], int]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return json.loads(content["origin"]), int(content["global_step"])
+    except Exception as error:  # what damage raises depends on where it is
+        raise ValueError(
+            f"train: {str(path)!r} is damaged or no checkpoint of a training run "
+            f"({type(error).__name__}); train without --resume."
+        ) from error
 
 
 def _record(run: TrainingRun, recipe: Recipe, *, seed: int, init: str | Path | None) -> None:

@@ -5,13 +5,15 @@ import dataclasses
 import gzip
 import json
 import math
+import re
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.models import load
+from ppl_diffusion.models import MaskedDiffusion, load
 from ppl_diffusion.models.datasets import (
     Sequences,
     load_sequences,
@@ -40,6 +42,10 @@ TOY = Recipe(
 
 @pytest.fixture
 def toy():
+    return make_toy()
+
+
+def make_toy():
     """Sequences that repeat one letter: one token tells all others."""
     rows = torch.arange(4)[:, None].expand(4, LENGTH).repeat(16, 1)
     return Sequences(
@@ -330,3 +336,76 @@ def test_a_diverged_run_is_no_run(toy, tmp_path, objective):
     with pytest.raises(TrainingDiverged):
         train("toy", **{**options, "out": tmp_path / "fresh"})
     assert not (tmp_path / "fresh" / "run.json").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Folder of a run of ten steps."""
+    out = tmp_path_factory.mktemp("begun")
+    run(make_toy(), out, steps=10, seed=1)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"seed": 0}, "began with seed 1, not 0; resume it with that"),
+        ({"init": "OTHER"}, "began with init None, not '"),
+        ({"recipe": dataclasses.replace(TOY, batch_size=8)}, "began with batch_size 32, not 8"),
+        ({"recipe": dataclasses.replace(TOY, family="uniform")}, "began with family 'masked'"),
+        ({"recipe": dataclasses.replace(TOY, shape={"dim": 32})}, "began with shape {'dim': 16,"),
+        ({"steps": 9}, "has done 10 steps, more than the 9 asked for"),
+    ],
+)
+def test_only_the_same_run_is_resumed(begun, toy, tmp_path, options, sentence):
+    if "init" in options:
+        MaskedDiffusion.build("ACGT", LENGTH, **TOY.shape).save(tmp_path)
+        options = {"init": tmp_path}
+    fixed = {"recipe": TOY, "sequences": toy, "out": begun, "quiet": True, "resume": True}
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train("toy", **fixed | {"steps": 10, "seed": 1} | options)
+    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_may_be_resumed_to_no_effect(begun, toy):
+    record = (begun / "run.json").read_text()
+    assert run(toy, begun, steps=10, seed=1, resume=True).steps == 10
+    assert (begun / "run.json").read_text() == record
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"x" * 99, lambda b: b[: len(b) // 2], lambda b: b""])
+def test_a_damaged_checkpoint_is_one_sentence(begun, toy, tmp_path, damage):
+    (tmp_path / "last.ckpt").write_bytes(damage((begun / "last.ckpt").read_bytes()))
+    with pytest.raises(ValueError, match=r"last\.ckpt' is damaged or no checkpoint"):
+        run(toy, tmp_path, steps=10, seed=1, resume=True)
+
+
+@pytest.mark.parametrize(("at", "sentence"), [(3, "nothing to resume"), (7, "go on with --resume")])
+def test_ctrl_c_says_whether_the_run_can_be_resumed(toy, tmp_path, monkeypatch, at, sentence):
+    """A checkpoint of an earlier run does not count."""
+    from ppl_diffusion.models.fitting import Fit
+
+    run(toy, tmp_path, steps=5)
+    plain, handler = Fit.training_step, signal.getsignal(signal.SIGINT)
+
+    def stopped(self, *args):
+        if self.global_step == at:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    monkeypatch.setattr(Fit, "training_step", stopped)
+    with pytest.raises(KeyboardInterrupt, match=sentence):
+        run(toy, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_shape_recorded_is_that_of_the_network(toy, tmp_path):
+    shape = {"dim": 8, "depth": 1, "heads": 2, "dropout": 0.0, "stem_width": 1}
+    MaskedDiffusion.build("ACGT", LENGTH, **shape).save(tmp_path / "small")
+    run(toy, tmp_path / "run", steps=1, init=tmp_path / "small")
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["shape"]
+    assert recorded.items() >= shape.items()
+    assert load(tmp_path / "run" / "prior").denoiser.config.dim == 8
+    # A recipe with that shape builds the network that was trained.
+    assert MaskedDiffusion.build("ACGT", LENGTH, **recorded).denoiser.config.dim == 8
