@@ -32,6 +32,9 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Kernel, first_hitting, psi
 
 WALL_GOAL, ABOVE_GOAL = 10.0, 0.05
+DIM, DEPTH = 128, 3
+"""Size of the backbone; with a larger one everything but the network weighs less."""
+
 MEGABYTE = 1e-3
 """In GB: less than the system resolves."""
 
@@ -80,7 +83,7 @@ class Setting:
         return f"v{self.vocab_size}_l{self.length}_n{self.num_steps}{batch}"
 
 
-def backbone(vocab_size: int, length: int, *, dim: int = 128, depth: int = 2) -> Transformer:
+def backbone(vocab_size: int, length: int, *, dim: int = DIM, depth: int = DEPTH) -> Transformer:
     """Return the random network that every row uses.
 
     :param vocab_size: number of clean tokens ``V``.
@@ -208,6 +211,7 @@ def _coordinates(setting: Setting) -> dict[str, object]:
         "length": setting.length,
         "num_steps": setting.num_steps,
         "batch": setting.batch,
+        "backbone": f"{DEPTH} x {DIM}",
         "threads": torch.get_num_threads(),
     }
 
@@ -271,14 +275,14 @@ def plan(quick: bool) -> list[Setting]:
 
 def _small(batch: int, quick: bool) -> list[Setting]:
     """Return the lines of one batch size at ``V = 5``, ``L = 200``."""
-    steps = {1: 1024, 16: 64, 256: 8}[batch]
+    steps = {1: 1024, 16: 64, 256: 4 if quick else 8}[batch]
     once = batch == 256 or (quick and batch > 1)
     coarse = Setting(5, 200, 64, batch, repeats=1 if once else 3, dense_steps=steps)
     if quick and batch == 256:
         return [coarse]
     alone = replace(coarse, dense_steps=0, repeats=1 if quick else coarse.repeats)
-    others = [replace(alone, method="first hitting"), replace(alone, method="psi")]
-    return [coarse, replace(coarse, num_steps=1024), *others]
+    others = [replace(alone, method="psi"), replace(alone, method="first hitting")]
+    return [coarse, replace(coarse, num_steps=1024), *others[: 1 if quick and batch > 1 else 2]]
 
 
 def measure(quick: bool, console: Console) -> list[Row]:
@@ -318,7 +322,7 @@ def print_tables(rows: list[Row], console: Console) -> None:
 
 def _print_ratios(ratios: list[Row], memories: list[Row], console: Console) -> None:
     made = table(
-        f"Ancestral sampling against dense float64 tables, {torch.get_num_threads()} thread(s)",
+        f"Ancestral sampling against dense float64 tables, {_machine()}",
         ["V, L, B, N", "ours s", "dense s", "timed", "ratio", "goal", "calls", "dense calls"],
         "timed: dense steps timed; fewer than N means that 'dense s' is scaled up from them, with\n"
         "the network calls that its cache saves counted on the whole trajectory",
@@ -337,7 +341,7 @@ def _print_ratios(ratios: list[Row], memories: list[Row], console: Console) -> N
 
 def _print_above(rows: list[Row], console: Console) -> None:
     made = table(
-        f"Our samplers and their network, {torch.get_num_threads()} thread(s)",
+        f"Our samplers and their network, {_machine()}",
         ["V, L, B, N", "method", "s", "above network (min-max)", "goal", "calls", "head rows"],
         "above network: time outside the network over time inside it, median of the runs;\n"
         f"head rows: positions whose vocabulary was computed; psi: ReMDM-cap, eta {ETA:g}",
@@ -350,6 +354,10 @@ def _print_above(rows: list[Row], console: Console) -> None:
             _where(row), c["method"], f"{c['seconds']:.2f}", span, _verdict(row, "<="), *counts
         )
     console.print(made)
+
+
+def _machine() -> str:
+    return f"backbone {DEPTH} x {DIM}, {torch.get_num_threads()} thread(s)"
 
 
 def _calls(c: dict[str, object]) -> tuple[str, str]:
