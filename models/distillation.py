@@ -47,8 +47,8 @@ class Distillation(Objective):
     :param steps: optimiser steps of the whole run, dealt out to the rounds in equal parts.
     :param rounds: how many rounds there are.
     :param first_delta: the step of the first round; doubled for each of the others.
-    :raises ValueError: if the process is not uniform, or the last step would exceed the time there
-        is.
+    :raises ValueError: if the process is not uniform, the number of rounds is none, or the last
+        step would exceed the time there is.
     """
 
     best_is_kept: ClassVar[bool] = False
@@ -62,6 +62,8 @@ class Distillation(Objective):
         first_delta: float = 1.0 / 512.0,
     ) -> None:
         super().__init__(program, steps=steps)
+        if not isinstance(rounds, int) or isinstance(rounds, bool):
+            raise ValueError(f"distillation: rounds must be an integer from 1 up, got {rounds!r}.")
         if not (rounds >= 1 and first_delta > 0.0 and first_delta * 2.0 ** (rounds - 1) <= 1.0):
             raise ValueError(
                 f"distillation: {rounds} rounds from delta {first_delta:.3g} end outside (0, 1]; "

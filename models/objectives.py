@@ -6,6 +6,7 @@ Sahoo et al. 2025 (Duo, arXiv:2506.10892) and 2026 (arXiv:2602.21185); distillat
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -89,7 +90,8 @@ class Curriculum(Objective):
     :param top_k: how many entries of the latent are drawn beside the clean token's; None for all
         ``V``, which is also what happens where ``V`` is at most ``top_k + 1``.
     :param alphas: lowest and highest signal level at which soft inputs are drawn.
-    :raises ValueError: if the process is not uniform or the share is not one.
+    :raises ValueError: if the process is not uniform, the share is not one, or ``tau`` or ``top_k``
+        is not positive.
     """
 
     def __init__(
@@ -105,6 +107,10 @@ class Curriculum(Objective):
         super().__init__(program, steps=steps)
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"curriculum: share must lie in [0, 1], got {share}.")
+        if not 0.0 < tau < math.inf:
+            raise ValueError(f"curriculum: tau must be a positive number, got {tau}.")
+        if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+            raise ValueError(f"curriculum: top_k must be an integer from 1 up, or None: {top_k!r}.")
         self.network = uniform_network(program, "curriculum")
         self.share, self.tau = share, tau
         few = top_k is not None and top_k + 1 < program.denoiser.vocab_size

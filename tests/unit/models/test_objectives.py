@@ -116,6 +116,14 @@ def test_wrong_requests_are_refused(letters, tmp_path, make_recipe, make_program
         Curriculum(make_program(), steps=10, share=1.5)
     with pytest.raises(ValueError, match="0 < low < high < 1"):
         Curriculum(make_program(), steps=10, alphas=(0.9, 0.1))
+    for tau in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="tau must be a positive number"):
+            Curriculum(make_program(), steps=10, tau=tau)
+    for top_k in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="top_k must be an integer from 1 up"):
+            Curriculum(make_program(), steps=10, top_k=top_k)
+    with pytest.raises(ValueError, match=r"rounds must be an integer from 1 up, got 1\.5"):
+        Distillation(make_program(), steps=10, rounds=1.5)
     with pytest.raises(ValueError, match=r"11 rounds from delta 0\.00195 end outside"):
         Distillation(make_program(), steps=10, rounds=11)
 
