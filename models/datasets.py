@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
+from ppl_diffusion.models.recipes import Recipe
 
 BASES = "ACGT"
 _YEAST = "dna/yeast_promoters_80bp.npz"
@@ -66,9 +67,70 @@ def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
     :param name: a key of :data:`READERS`.
     :param folder: the folder that holds ``dna/`` and ``text/``; by default the environment variable
         ``PPL_DIFFUSION_DATA``.
+    :raises ValueError: if there is no data set of that name.
     :raises FileNotFoundError: if the folder is not given or lacks the file.
     """
+    if name not in READERS:
+        raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(READERS)}.")
     return READERS[name](folder)
+
+
+def check_sequences(sequences: Sequences, recipe: Recipe) -> None:
+    """Refuse data that a recipe cannot be followed with.
+
+    :param sequences: the data.
+    :param recipe: what is to be done with them.
+    :raises ValueError: if rows are absent, of unlike lengths, no int64 ids or no clean tokens; if
+        related rows are asked for and absent, or their weights no weights; or if ``both_strands``
+        is asked of other than four letters.
+    """
+    for part in ("train", "valid", "test", "related"):
+        if len(getattr(sequences, part)):
+            _check_rows(sequences, part)
+        elif part in ("train", "valid"):
+            raise ValueError(f"Sequences: {part} holds no rows; training needs at least one.")
+    if min(recipe.shares) < 1.0:
+        _check_related(sequences, recipe)
+    if recipe.both_strands and len(sequences.vocabulary) != len(BASES):
+        raise ValueError(
+            f"Recipe: both_strands needs the four letters {BASES}, but the vocabulary is "
+            f"{sequences.vocabulary!r}; set it to False."
+        )
+
+
+def _check_rows(sequences: Sequences, part: str) -> None:
+    rows, size = getattr(sequences, part), len(sequences.vocabulary)
+    if rows.dtype != torch.int64 or rows.ndim != 2:
+        raise ValueError(
+            f"Sequences: {part} must hold token ids, int64 (n, L), but is {rows.dtype} "
+            f"{tuple(rows.shape)}; convert it."
+        )
+    if rows.shape[1] != sequences.length:
+        raise ValueError(
+            f"Sequences: rows of {part} have {rows.shape[1]} tokens, those of train "
+            f"{sequences.length}; cut or pad them."
+        )
+    low, high = (int(end) for end in rows.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"Sequences: {part} holds the id {low if low < 0 else high}, but those of the "
+            f"{size} letters {sequences.vocabulary!r} are 0 to {size - 1}; drop or recode its row."
+        )
+
+
+def _check_related(sequences: Sequences, recipe: Recipe) -> None:
+    rows, weights = sequences.related, sequences.related_weights
+    if not len(rows):
+        raise ValueError(
+            f"Recipe: shares {tuple(recipe.shares)} draw related rows, but the data have none; set "
+            "shares=(1.0, 1.0)."
+        )
+    positive = bool((weights >= 0).all() and weights.isfinite().all() and weights.sum() > 0)
+    if weights.shape != rows.shape[:1] or not positive:
+        raise ValueError(
+            f"Sequences: related_weights must be {len(rows)} finite numbers from 0 up, one per "
+            "related row and not all 0; mend them."
+        )
 
 
 def yeast_promoters(folder: str | Path | None = None) -> Sequences:

@@ -26,6 +26,7 @@ _OBJECTIVES: dict[str, type[Objective]] = {
     "curriculum": Curriculum,
     "distillation": Distillation,
 }
+_SEEDS = 2**63  # torch takes no larger seeds
 _VALID_SEED = 20_240_607
 _BITS = 1.0 / math.log(2.0)
 
@@ -75,7 +76,7 @@ class Fit(lightning.LightningModule):
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""
         context = self._context
-        torch.manual_seed(context.seed * 1_000_003 + self.global_step)
+        torch.manual_seed((context.seed * 1_000_003 + self.global_step) % _SEEDS)
         rows = context.draw(self.global_step)
         loss = self.objective.loss(rows, self.global_step) * _BITS / rows.shape[-1]
         self.log("train_bits", loss, prog_bar=True)
@@ -105,7 +106,7 @@ class Fit(lightning.LightningModule):
             lr=recipe.learning_rate,
             betas=(0.9, 0.98),
         )
-        warmup = min(recipe.warmup, max(1, steps // 10))
+        warmup = max(1, min(recipe.warmup, steps // 10))
 
         def factor(step: int) -> float:
             progress = min(step / steps, 1.0) if recipe.decay == "cosine" else 0.0

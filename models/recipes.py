@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+FamilyName = Literal["masked", "uniform"]
 ObjectiveName = Literal["nelbo", "curriculum", "distillation"]
+DecayName = Literal["cosine", "none"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+_NAMES = {"family": FamilyName, "objective": ObjectiveName, "decay": DecayName}
+_LOWEST = {"steps": 1, "batch_size": 1, "warmup": 0, "validate_every": 1, "valid_times": 1}
 _DISTILLATION_RATE = 0.2  # learning rate of distillation over that of training, as Duo has it
+
+
+def _one_of(names: Any) -> str:
+    return f"one of {', '.join(get_args(names))}"
+
+
+def _counts(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,10 @@ class Recipe:
     :param decay: what the learning rate does after the warm-up: fall to zero as a cosine, or stay.
     :param markov_order: order of the Markov chain that the prior is compared with.
     :param quoted_baseline: bits per token of that chain as quoted, NaN if there is no such figure.
+    :raises ValueError: if a name is unknown or a number out of its range.
     """
 
-    family: Literal["masked", "uniform"]
+    family: FamilyName
     dataset: str
     shape: dict[str, Any] = field(default_factory=dict)
     steps: int = 4000
@@ -59,9 +73,28 @@ class Recipe:
     valid_rows: int | None = None
     objective: ObjectiveName = "nelbo"
     options: dict[str, Any] = field(default_factory=dict)
-    decay: Literal["cosine", "none"] = "cosine"
+    decay: DecayName = "cosine"
     markov_order: int = 2
     quoted_baseline: float = float("nan")
+
+    def __post_init__(self) -> None:
+        for field_, names in _NAMES.items():
+            self._require(field_, getattr(self, field_) in get_args(names), _one_of(names))
+        for field_, low in _LOWEST.items():
+            self._require(field_, _counts(getattr(self, field_), low), f"an integer from {low} up")
+        some = self.valid_rows is None or _counts(self.valid_rows, 1)
+        self._require("valid_rows", some, "an integer from 1 up, or None for all")
+        for field_ in ("learning_rate", "weight_decay"):
+            value = getattr(self, field_)
+            self._require(field_, math.isfinite(value) and value >= 0.0, "a number from 0 up")
+        for field_ in ("switch", "ema_decay"):
+            self._require(field_, 0.0 <= getattr(self, field_) <= 1.0, "a number in [0, 1]")
+        shares = len(self.shares) == 2 and all(0.0 <= share <= 1.0 for share in self.shares)
+        self._require("shares", shares, "two numbers in [0, 1]")
+
+    def _require(self, field_: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"Recipe: {field_} is {getattr(self, field_)!r}; give {wanted}.")
 
     def with_objective(self, objective: str) -> Recipe:
         """Return the recipe for another objective.

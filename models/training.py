@@ -25,7 +25,7 @@ import torch
 
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models._quiet import quiet_lightning
-from ppl_diffusion.models.datasets import Sequences, load_sequences
+from ppl_diffusion.models.datasets import Sequences, check_sequences, load_sequences
 from ppl_diffusion.models.library import FAMILIES, load
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PRIOR_FOLDER = "prior"
 CHECKPOINT = "last.ckpt"
 RUN_FILE = "run.json"
+_SEEDS = 2**63  # torch takes no larger seeds
 _OF_DATA = ("vocab_size", "num_states", "max_length")
 
 
@@ -95,8 +96,8 @@ def train(
         place of that of the recipe, also in ``run.json``.
     :param recipe: a recipe of one's own.
     :param sequences: data of one's own.
-    :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, or the
-        checkpoint is damaged or of another run.
+    :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, the
+        data do not suit the recipe, or the checkpoint is damaged or of another run.
     :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
     :raises ModuleNotFoundError: if Lightning is not installed.
     :raises TrainingDiverged: if the validation bound was never finite.
@@ -109,9 +110,10 @@ def train(
         raise ValueError(f"train: {steps} steps is not a run; give 1 or more.")
     checkpoint = _checkpoint(Path(out), resume=resume)
     sequences = sequences or load_sequences(recipe.dataset, data)
+    check_sequences(sequences, recipe)
     init = name if init is None and recipe.objective == "distillation" else init
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % _SEEDS)
         program = _program(name, recipe, sequences, init)
     if init is not None:
         recipe = dataclasses.replace(recipe, shape=_shape(program))
