@@ -263,8 +263,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], int]:
         return json.loads(content["origin"]), int(content["global_step"])
     except Exception as error:  # what damage raises depends on where it is
         raise ValueError(
-            f"train: {str(path)!r} is damaged or no checkpoint of a training run "
-            f"({type(error).__name__}); train without --resume."
+            f"train: {str(path)!r} is damaged or no checkpoint of a training run; train without "
+            "--resume."
         ) from error
 
 
