@@ -19,8 +19,8 @@ class Denoiser(Protocol):
     ``time_free`` promises that the output does not depend on ``t``, so that it may be reused
     while no token changed.
 
-    Optional attributes are read where they exist: ``hidden``, ``head`` and ``hidden_size`` (a sparse
-    vocabulary head), ``changes`` (phrases that say how it departs from its network),
+    Optional attributes are read where they exist: ``hidden``, ``head`` and ``hidden_size`` (a
+    sparse vocabulary head), ``changes`` (phrases that say how it departs from its network),
     ``excludes_tokens`` (it cuts off what the network allows) and ``network_rows`` (rows that one
     state costs).
 
