@@ -9,6 +9,7 @@ of as many real sequences from the other half.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from scipy.special import rel_entr
 
 from ppl_diffusion.models.datasets import Sequences, load_sequences
 
@@ -24,7 +26,7 @@ FILE = Path(__file__).with_name("reference_kmers.json")
 ORDERS = {"yeast": 4, "tinyshakespeare": 3}
 """Letters of a word in each data set."""
 
-SIZES = (8, 16, 32)
+SIZES = (8, 24, 48, 96)
 """Numbers of sequences with a noise floor."""
 
 _DRAWS = 200
@@ -55,13 +57,23 @@ class Reference:
     entropy: float
     floors: Mapping[int, tuple[float, float]]
 
-    def divergence(self, texts: Sequence[str]) -> float:
+    def divergence(self, texts: Sequence[str]) -> tuple[float, float]:
         """Return the Jensen-Shannon divergence of word frequencies to held-out text, nats.
 
-        :param texts: sequences; the mean over both halves of the held-out text is taken.
+        :param texts: independent sequences, at least two.
+        :returns: the mean over both halves of the held-out text, and its standard error, by
+            leaving out one sequence at a time (jackknife).
         """
-        found = words(texts, self.order)
-        return float(np.mean([jensen_shannon(found, half) for half in self.halves]))
+        found = [Counter(_cut(text, self.order)) for text in texts]
+        keys = sorted(set().union(*self.halves, *found))
+        counts = np.array([[row[key] for key in keys] for row in found], dtype=np.float64)
+        halves = [np.array([half.get(key, 0.0) for key in keys]) for half in self.halves]
+        whole = counts.sum(0)
+        value, without = (
+            np.mean([jensen_shannon(c / c.sum(-1, keepdims=True), half) for half in halves], 0)
+            for c in (whole, whole - counts)
+        )
+        return float(value), float(np.std(without) * math.sqrt(len(texts) - 1))
 
 
 def words(
@@ -73,30 +85,28 @@ def words(
     :param order: letters of a word.
     :param weights: how much each sequence counts.
     """
-    counts: Counter[str] = Counter()
-    for index, text in enumerate(texts):
-        weight = 1.0 if weights is None else weights[index]
-        for start in range(len(text) - order + 1):
-            counts[text[start : start + order]] += weight  # type: ignore[assignment]
+    counts: dict[str, float] = {}
+    for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
+        for word in _cut(text, order):
+            counts[word] = counts.get(word, 0.0) + weight
     total = sum(counts.values())
     return {word: count / total for word, count in sorted(counts.items())}
 
 
-def jensen_shannon(p: Mapping[str, float], q: Mapping[str, float]) -> float:
-    """Return the Jensen-Shannon divergence of two laws over words, nats.
+def _cut(text: str, order: int) -> list[str]:
+    return [text[start : start + order] for start in range(len(text) - order + 1)]
 
-    :param p: frequencies.
-    :param q: frequencies.
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Return the Jensen-Shannon divergence of two laws, nats.
+
+    :param p: frequencies, ``(..., n)``.
+    :param q: frequencies, ``(n,)``.
+    :returns: ``(...)``.
     """
-    keys = sorted(p.keys() | q.keys())
-    a, b = (np.array([law.get(key, 0.0) for key in keys]) for law in (p, q))
-    middle = (a + b) / 2
-    return float(_relative_entropy(a, middle) + _relative_entropy(b, middle)) / 2
-
-
-def _relative_entropy(p: np.ndarray, q: np.ndarray) -> float:
-    present = p > 0
-    return float(np.sum(p[present] * np.log(p[present] / q[present])))
+    middle = (p + q) / 2
+    found: np.ndarray = (rel_entr(p, middle) + rel_entr(q, middle)).sum(-1) / 2
+    return found
 
 
 def mean_entropy(texts: Sequence[str], weights: Sequence[float] | None = None) -> float:
@@ -239,10 +249,13 @@ def _floor(
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the divergence of real sequences."""
     rng = np.random.default_rng(0)
-    found = [
-        jensen_shannon(words(halves[k % 2].draw(count, rng), order), laws[1 - k % 2])
-        for k in range(_DRAWS)
-    ]
+    keys = sorted(laws[0].keys() | laws[1].keys())
+    tables = [np.array([law.get(key, 0.0) for key in keys]) for law in laws]
+    found = []
+    for k in range(_DRAWS):
+        drawn = words(halves[k % 2].draw(count, rng), order)
+        p = np.array([drawn.get(key, 0.0) for key in keys])
+        found.append(jensen_shannon(p, tables[1 - k % 2]))
     return float(np.mean(found)), float(np.std(found))
 
 
