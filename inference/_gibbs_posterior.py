@@ -20,14 +20,14 @@ class GibbsPosterior:
     :param x0: clean sequences, int64 ``(C, S, *plates, L)``.
     :param samples: values of the program's other sites, each ``(C, S, ...)``.
     :param compact_path: paths in a small integer type ``(C, S, *plates, T + 1, L)``, or None.
-    :param log_density: log-density of everything that is not the chain, given the chain, ``(C, S)``.
+    :param log_density: log-density of everything but the chain, given the chain, ``(C, S)``.
     :param log_evidence: log-evidence of each sweep's conditional SMC given the latents, ``(C, S)``;
         too large on average.
     :param ess: effective sample size of each sweep after each step, ``(C, S, T)``.
     :param updated: whether each state of the path changed in the sweep, bool ``(C, S, T + 1)``: the
         lineage of the draws, renewed or kept.
     :param accept: accepted path moves of each kind, ``(C, S, moves)``.
-    :param step_size: of NUTS, ``(C,)``; empty without latents.
+    :param step_size: of NUTS; NaN without latents.
     :param num_divergences: divergent transitions after warm-up, over all chains.
     :param num_evaluations: network rows evaluated, warm-up included.
     :param num_potential_calls: sequences the program was asked about, warm-up included.
@@ -44,7 +44,7 @@ class GibbsPosterior:
     ess: Tensor
     updated: Tensor
     accept: Tensor
-    step_size: Tensor
+    step_size: float
     num_divergences: int
     num_evaluations: int
     num_potential_calls: int
@@ -131,6 +131,7 @@ class GibbsPosterior:
             "num_evaluations": self.num_evaluations,
             "num_potential_calls": self.num_potential_calls,
             "num_divergences": self.num_divergences,
+            "step_size": self.step_size,
         }
         return {n: arviz_data._attribute(v) for n, v in {**self.settings, **facts}.items()}
 

@@ -16,6 +16,7 @@ estimate of the evidence. Several chains and ArviZ's diagnostics say whether the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +169,9 @@ class ParticleGibbs:
 
 
 class GibbsSampler:
-    """The two kernels of a program at given arguments; :meth:`sweep` leaves its posterior invariant.
+    """The two kernels of a program at given arguments.
+
+    :meth:`sweep` leaves the posterior invariant.
 
     :param options: the inference program.
     :param args: arguments of the program.
@@ -188,7 +191,7 @@ class GibbsSampler:
         for move in options.moves:
             move.check(self.site.chain)
         self.num_evaluations = self.num_potential_calls = 0
-        self._nuts: list[_Latents] = []
+        self._nuts: _Latents | None = None
 
     def start(self) -> GibbsState:
         """Return latents drawn from their prior, and paths drawn by SMC given them."""
@@ -235,23 +238,22 @@ class GibbsSampler:
         """Return the state after NUTS transitions of the continuous latents, given the paths."""
         if not self.program.latents:
             return state
-        if not self._nuts:
-            self._nuts = [_Latents(self, state, c) for c in range(len(state.path))]
-        drawn = [kernel.update(state, c) for c, kernel in enumerate(self._nuts)]
-        stacked = {n: torch.stack([values[n] for values in drawn]) for n in state.latents}
-        return replace(state, latents=stacked)
+        if self._nuts is None:
+            self._nuts = _Latents(self, state)
+        return replace(state, latents=self._nuts.update(state))
 
     @property
     def target(self) -> str:
         """The law that every sweep leaves invariant, in words."""
-        latents = f" and the latents {', '.join(self.program.latents)}" if self._has_latents else ""
+        names = ", ".join(self.program.latents)
+        latents = f" and the latents {names}" if names else ""
         chain = self.site.chain
         changes = "".join(f", {change}" for change in chain.kernel.changes)
         clamped = ", clamped" if self.site.clamp else ""
         return (
             f"the posterior of {self.program.name} over the {chain.num_steps}-step reverse chain "
-            f"{self.site.name!r}{clamped}{changes}{latents}: the invariant law of the Markov chain, "
-            "whose draws are correlated"
+            f"{self.site.name!r}{clamped}{changes}{latents}: the invariant law of the Markov "
+            "chain, whose draws are correlated"
         )
 
     def collect(
@@ -282,18 +284,14 @@ class GibbsSampler:
             ess=torch.stack([state.ess for state in draws], 1),
             updated=updated.flatten(2, -2).any(2) if updated.ndim > 3 else updated,
             accept=torch.stack([state.accept for state in draws], 1),
-            step_size=torch.tensor([nuts.kernel.step_size for nuts in self._nuts]),
-            num_divergences=sum(nuts.num_divergences for nuts in self._nuts),
+            step_size=math.nan if self._nuts is None else float(self._nuts.kernel.step_size),
+            num_divergences=0 if self._nuts is None else self._nuts.num_divergences,
             num_evaluations=self.num_evaluations,
             num_potential_calls=self.num_potential_calls,
             target=self.target,
             settings={**settings, "num_steps": self.site.chain.num_steps},
             seconds=seconds,
         )
-
-    @property
-    def _has_latents(self) -> bool:
-        return bool(self.program.latents)
 
     @property
     def _model(self) -> FeynmanKac:
@@ -341,9 +339,7 @@ class GibbsSampler:
         self.num_evaluations += model.num_evaluations
         return state.path[:, 0], torch.stack(accepted, -1)
 
-    def _sites(
-        self, x0: Tensor, latents: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _sites(self, x0: Tensor, latents: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the values of all sites but the chain, and the density given the chain."""
         shape = x0.shape[:2]
         flat, density = x0.flatten(0, 1), []
@@ -363,31 +359,37 @@ class GibbsSampler:
 
 
 class _Latents:
-    """NUTS on the continuous latents of one chain, given its path."""
+    """NUTS on the continuous latents of all chains, given their paths; one adaptation for all."""
 
-    def __init__(self, sampler: GibbsSampler, state: GibbsState, c: int) -> None:
-        program, options = sampler.program, sampler.options
-        self.site, self.given = sampler.site, state.path[c]
-        self.num_transitions = options.num_transitions
+    def __init__(self, sampler: GibbsSampler, state: GibbsState) -> None:
+        program, options, site = sampler.program, sampler.options, sampler.site
+        self.num_transitions, self.given = options.num_transitions, state.path[0]
 
         def model(*args: Any, **kwargs: Any) -> None:
-            with _GivenChain(self.site.name, as_path(self.given[..., -1, :], self.site)):
+            with _GivenChain(site.name, as_path(self.given[..., -1, :], site)):
                 program.model(*args, **kwargs)
 
         self.kernel = NUTS(model, **{"max_tree_depth": 6, **options.nuts})
-        warmup = options.num_warmup * options.num_transitions
+        warmup = options.num_warmup * options.num_transitions * len(state.path)
         with poutine.block():
             self.kernel.setup(warmup, *program.args, **program.kwargs)
 
-    def update(self, state: GibbsState, c: int) -> dict[str, Tensor]:
-        """Return latents after the transitions, starting from those of chain ``c``."""
-        self.given, transforms = state.path[c], self.kernel.transforms
-        params = {n: transforms[n](value[c]) for n, value in state.latents.items()}
-        self.kernel.clear_cache()  # it holds the energy given the last path
+    def update(self, state: GibbsState) -> dict[str, Tensor]:
+        """Return the latents of all chains after their transitions, each ``(C, ...)``."""
+        drawn = []
+        for c, path in enumerate(state.path):
+            self.given = path
+            drawn.append(self._transitions({n: v[c] for n, v in state.latents.items()}))
+        return {name: torch.stack([values[name] for values in drawn]) for name in state.latents}
+
+    def _transitions(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        transforms = self.kernel.transforms
+        params = {name: transforms[name](value) for name, value in latents.items()}
+        self.kernel.clear_cache()  # it holds the energy given another path
         with poutine.block():
             for _ in range(self.num_transitions):
                 params = self.kernel.sample(params)
-        return {n: transforms[n].inv(value).detach() for n, value in params.items()}
+        return {name: transforms[name].inv(value).detach() for name, value in params.items()}
 
     @property
     def num_divergences(self) -> int:

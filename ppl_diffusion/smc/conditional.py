@@ -8,8 +8,8 @@ particles from two on (Andrieu, Doucet and Holenstein 2010, JRSS-B 72, Algorithm
 Two details decide. The other ancestors are independent draws in no particular order: sorted ones
 are not exchangeable with slot 0 once that is overwritten, and the kernel then has another law. And
 the retained particle is weighed like any other, against its own parent. If the retained path is a
-draw of the target, ``E[1 / Z_hat] = 1 / Z``, so that a plain and a conditional run bracket ``log Z``
-(Grosse, Ghahramani and Adams 2015, arXiv:1511.02543).
+draw of the target, ``E[1 / Z_hat] = 1 / Z``, so that a plain and a conditional run bracket
+``log Z`` (Grosse, Ghahramani and Adams 2015, arXiv:1511.02543).
 """
 
 from __future__ import annotations
@@ -249,7 +249,9 @@ class EvidenceBounds:
     @property
     def gap_error(self) -> float:
         """Standard error of :attr:`gap`."""
-        return float((self.upper.var() / len(self.upper) + self.lower.var() / len(self.lower)) ** 0.5)
+        return float(
+            (self.upper.var() / len(self.upper) + self.lower.var() / len(self.lower)) ** 0.5
+        )
 
     def __repr__(self) -> str:
         low, high = float(self.lower.mean()), float(self.upper.mean())
@@ -268,7 +270,7 @@ def two_sided_evidence(
     """Bracket ``log Z`` by as many plain as conditional runs, of one resampling scheme.
 
     :param fk: the model.
-    :param exact_paths: independent draws of ``p(path) G(x0) / Z``, int64 ``(R, *plates, T + 1, L)``.
+    :param exact_paths: independent draws of ``p(path) G(x0) / Z``, ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
     :param generator: source of randomness.

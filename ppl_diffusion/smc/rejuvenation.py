@@ -190,15 +190,24 @@ class OrderRefresh(PathMove):
 
     def check(self, chain: ReverseChain) -> None:
         """Refuse chains whose reveals are not random, or not independent of the network."""
-        kernel = chain.kernel
-        random_order = type(kernel) is OrderedKernel or (
-            type(kernel) is InterpolatingKernel and kernel.process.absorbing and kernel.ancestral
-        )
-        if not random_order or kernel.capability == SAMPLE_ONLY:
+        if not self.fits(chain):
             raise CapabilityError(
                 "OrderRefresh: the order of reveals must be random and independent of the network, "
-                f"with a density, which {kernel!r} does not promise; use SuffixRefresh."
+                f"with a density, which {chain.kernel!r} does not promise; use SuffixRefresh."
             )
+
+    @staticmethod
+    def fits(chain: ReverseChain) -> bool:
+        """Return whether this move is right for a chain.
+
+        :param chain: the chain.
+        """
+        kernel = chain.kernel
+        if type(kernel) is OrderedKernel:
+            return kernel.capability != SAMPLE_ONLY
+        # A subclass may let the network decide what is revealed.
+        plain = type(kernel) is InterpolatingKernel
+        return plain and kernel.process.absorbing and kernel.ancestral  # type: ignore[attr-defined]
 
     def __call__(
         self,
