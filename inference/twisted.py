@@ -102,7 +102,7 @@ class TwistedSampler:
         num_runs: int = 1,
         twist: TwistLike | Literal["exhaustive"] = "argmax",
         proposal: ProposalLike | None = None,
-        surprise: bool = True,
+        surprise: bool = False,
         top: int | None = None,
         kappa: float | None = None,
         cache: bool = True,
