@@ -169,5 +169,6 @@ def is_plain_mixture(kernel: Kernel) -> bool:
 
     :param kernel: the kernel.
     """
-    mixture = isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov
-    return mixture and kernel.ancestral and kernel.capability == FACTORISED
+    if not isinstance(kernel, InterpolatingKernel) or kernel.capability != FACTORISED:
+        return False
+    return kernel.mixes and kernel.markov and kernel.ancestral
