@@ -129,24 +129,21 @@ def free_ancestors(self, uniforms, weights):
     return Multinomial()._ancestors(uniforms, weights)
 
 
-SORTED = {2: 5000, 4: 8000, 8: 15_000}  # replicates it takes to see the defect
-
-
-@pytest.mark.parametrize(
-    "num_particles",
-    [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("num_particles", [2, 4, 8])
 def test_sorted_ancestors_are_not_invariant(monkeypatch, num_particles):
     """The failing twin: sorted draws of which slot 0 is overwritten (C9)."""
-    case = (toy_chain(vocab_size=2, length=4, num_steps=4), "argmax", None)
-    options = {"sweeps": 5, "runs": SORTED[num_particles], "scale": 2.5, "ess_threshold": 2.0}
+    # With two slots the defect needs unequal weights, with many it is largest without look-ahead.
+    twist = "argmax" if num_particles == 2 else None
+    case = (toy_chain(vocab_size=2, length=4, num_steps=4), twist, None)
+    options = {"sweeps": 5, "runs": 6000, "scale": 2.5, "ess_threshold": 2.0}
     law, path, *_ = sweep_from_exact_draws(case, num_particles, **options)
     right = compare_x0(law, path)
     monkeypatch.setattr(ConditionalMultinomial, "_ancestors", sorted_ancestors)
     wrong = compare_x0(law, sweep_from_exact_draws(case, num_particles, **options)[1])
     print(f"N={num_particles}: TV {right[0]:.4f}, sorted {wrong[0]:.4f}")
     assert right[1] > LEVEL
-    assert wrong[1] < 0.1 * LEVEL
+    assert wrong[1] < 1e-3 * LEVEL
+    assert wrong[0] > 2 * right[0]
 
 
 def test_wrong_parent_of_slot_zero_is_not_invariant(monkeypatch):
@@ -164,7 +161,9 @@ def compare_x0(law, path):
     probs = torch.bincount(exact, law.probs, minlength=size ** len(powers))
     counts = torch.bincount(seen, minlength=len(probs)).double()
     distance = float((probs - counts / len(path)).abs().sum() / 2)
-    return distance, chi_square_p_value(counts, probs)
+    rare = probs * len(path) < 5  # too few for Pearson's test
+    cells = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, probs)]
+    return distance, chi_square_p_value(*cells)
 
 
 # ------------------------------------------------------------------------------------------------
