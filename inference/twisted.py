@@ -13,10 +13,14 @@ what the network says about the child, so that the weight is what the reveal was
     log w = log sum_u D_l(u) exp W(u) - log h(x) + [log h(x') - W(v)]
 
 Chains that move many sites at a time (uniform noise, parallel unmasking) use the completions twice
-(*reweighted look-ahead*: no further calls): with ``e_j`` their potentials over the mean, each site
-moves by the mixture ``(kappa K_l + sum_j e_j K_l(. | x0 = guess_j)) / (kappa + J)``. Twists may
-also be learned, and moves may follow the gradient of a potential that accepts soft sequences
-(twisted diffusion sampler: Wu et al. 2023, arXiv:2306.17775). Whatever is proposed is paid for by
+(*reweighted look-ahead*: no further calls): with ``e_j`` their potentials over the mean, the
+prediction of token ``v`` at site ``l`` is multiplied by what the completions that have it pay::
+
+    (kappa + sum_j e_j 1[guess_jl = v]) / (kappa + sum_j 1[guess_jl = v])
+
+(counting them below, too, makes equal potentials leave the model alone). Twists may also be
+learned, and moves may follow the gradient of a potential that accepts soft sequences (twisted
+diffusion sampler: Wu et al. 2023, arXiv:2306.17775). Whatever is proposed is paid for by
 ``log K - log q`` and whatever is looked ahead telescopes; the last step asks the potential itself.
 """
 
@@ -33,8 +37,7 @@ from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.distributions.reveal_step import RevealStep
-from ppl_diffusion.distributions.token_step import TokenStep
-from ppl_diffusion.handlers.twist import GradientProposal, mean_prediction, tiltable
+from ppl_diffusion.handlers.twist import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference._lookahead import (
     ExhaustiveLookahead,
     FillLookahead,
@@ -45,14 +48,21 @@ from ppl_diffusion.inference._lookahead import (
 )
 from ppl_diffusion.inference._task import Task, as_task, seeded
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry
-from ppl_diffusion.kernels.mixture import posterior_to_cavity
 from ppl_diffusion.kernels.noise import draw_categorical, uniforms
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential
 from ppl_diffusion.smc.engine import Progress, smc_loop
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, Proposal, per_particle, take_particles
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
-from ppl_diffusion.smc.twists import FILL_UNIFORMS, CallableTwist, FillTwist, TwistLike, as_twist
+from ppl_diffusion.smc.twists import (
+    FILL_UNIFORMS,
+    ArgmaxFill,
+    CallableTwist,
+    FillTwist,
+    PersistentFill,
+    TwistLike,
+    as_twist,
+)
 
 GUESS, LOG_H = "guess", "log_h"
 
@@ -69,6 +79,7 @@ class TwistedSampler:
     :param twist: how particles look ahead: ``"argmax"``, ``"persistent"``, ``"sample"``, a fill
         twist such as ``PersistentFill(16)``, ``"exhaustive"`` (every completion, tiny problems), or
         a function ``(carry, k) -> log h (R, N)`` of ``carry["tokens"]``, for instance learned.
+        By default 16 persistent completions where they are reweighted, the argmax elsewhere.
     :param proposal: ``"clamped"`` (kernels that reveal a given number of positions; the default
         there), ``"reweighted"`` (any kernel; the default elsewhere), or a
         :class:`~ppl_diffusion.smc.Proposal` such as
@@ -77,8 +88,8 @@ class TwistedSampler:
         (clamped proposals; the others always do).
     :param top: children asked about per site, the likeliest first; the others share the score of
         the guess as it is. None for all.
-    :param kappa: weight of the model's own step in the reweighted proposal, in completions; their
-        number by default. Small values trust few completions too much.
+    :param kappa: how many completions of average potential the reweighted proposal adds to those
+        it has of each token; small values trust few completions too much.
     :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
     :param resampler: resampling scheme.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
@@ -100,11 +111,11 @@ class TwistedSampler:
         *,
         num_particles: int = 256,
         num_runs: int = 1,
-        twist: TwistLike | Literal["exhaustive"] = "argmax",
+        twist: TwistLike | Literal["auto", "exhaustive"] = "auto",
         proposal: ProposalLike | None = None,
         surprise: bool = False,
         top: int | None = None,
-        kappa: float | None = None,
+        kappa: float = 1.0,
         cache: bool = True,
         resampler: str | Resampler = "systematic",
         ess_threshold: float = 0.5,
@@ -119,12 +130,12 @@ class TwistedSampler:
             )
         if top is not None and top < 1:
             raise ValueError(f"TwistedSampler: top must be >= 1 or None, got {top}.")
-        if kappa is not None and not 0 < kappa < float("inf"):
+        if not 0 < kappa < float("inf"):
             raise ValueError(f"TwistedSampler: kappa must be positive and finite, got {kappa}.")
         self.target, self.potential = target, potential
         self.num_particles, self.num_runs = num_particles, num_runs
-        self.twist = "exhaustive" if twist == "exhaustive" else as_twist(twist)
-        if self.twist is None:
+        self.twist = twist if twist == "auto" or twist == "exhaustive" else as_twist(twist)
+        if twist is None:
             raise ValueError(
                 "TwistedSampler: twist=None looks at nothing; use FeynmanKac with a proposal."
             )
@@ -200,18 +211,21 @@ class TwistedEngine:
         self._check_kernel()
         self.denoiser = EvaluatedDenoiser(self.kernel.denoiser, max_rows=options.max_rows)
         self.kernel = self.kernel.with_denoiser(self.denoiser)
-        self.fill = options.twist if isinstance(options.twist, FillTwist) else None
+        self.twist = options.twist
+        if self.twist == "auto":
+            self.twist = PersistentFill(16) if self.proposal == "reweighted" else ArgmaxFill()
+        self.fill = self.twist if isinstance(self.twist, FillTwist) else None
         evaluated = EvaluatedPotential if options.cache else UncachedPotential
         self.potential = evaluated(task.potential)
+        self._gradients_before = _gradients(self.proposal)
         self.lookahead = self._lookahead()
         self._check_lookahead()
 
     def _lookahead(self) -> Lookahead:
-        twist = self.options.twist
         if self.fill is not None:
             return FillLookahead(self.fill, self.potential)
-        if isinstance(twist, CallableTwist):
-            return StateLookahead(twist)
+        if isinstance(self.twist, CallableTwist):
+            return StateLookahead(self.twist)
         return ExhaustiveLookahead(
             self.potential, self.kernel.process.vocab_size, self.chain.length
         )
@@ -259,8 +273,7 @@ class TwistedEngine:
     @property
     def num_potential_calls(self) -> int:
         """Sequences the potential was asked about or differentiated at so far."""
-        extra = self.proposal.num_calls if isinstance(self.proposal, GradientProposal) else 0
-        return self.potential.num_calls + extra
+        return self.potential.num_calls + _gradients(self.proposal) - self._gradients_before
 
     def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
         """Return the noisiest states; their twist is constant."""
@@ -279,7 +292,7 @@ class TwistedEngine:
         if isinstance(step, RevealStep) and not bool(step.eligible.any()):
             return self.kernel.advance(carry, step.tokens, k, step=step), 0.0
         if self.proposal == "clamped":
-            return self._clamped(step, carry, k, generator)  # type: ignore[arg-type]
+            return self._clamped(step, carry, k, generator)
         proposal = self._proposal_of(step, carry, k, generator)
         tokens = proposal.sample() if generator is None else proposal.sample(generator=generator)
         moved = self.kernel.advance(carry, tokens, k, step=step)
@@ -333,30 +346,25 @@ class TwistedEngine:
 
     def _proposal_of(
         self,
-        step: RevealStep | TokenStep,
+        step: Step,
         carry: Carry,
         k: int,
         generator: torch.Generator | None,
     ) -> Any:
         if isinstance(self.proposal, str):
             return self._reweighted(step, self._guess(carry, k, generator))
-        return self.proposal(step, carry, k)  # type: ignore[arg-type]
+        return self.proposal(step, carry, k)
 
-    def _reweighted(self, step: RevealStep | TokenStep, guess: Tensor) -> RevealStep | TokenStep:
-        """Mix the prediction with the completions in proportion to their potentials."""
+    def _reweighted(self, step: Step, guess: Tensor) -> Step:
+        """Tilt the prediction by what completions with each token pay, over what all of them do."""
         assert isinstance(self.lookahead, FillLookahead)
-        share = torch.softmax(self.lookahead.values(guess), -1)  # e_j / J
-        size = step.log_probs.shape[-1]
-        found = torch.zeros((*guess.shape[:-2], guess.shape[-1], size), dtype=torch.float64)
-        weight = share[..., None, :].expand(*found.shape[:-1], -1)
-        found = found.scatter_add(-1, guess.mT, weight)
-        kappa = self.options.kappa or guess.shape[-2]
-        trust = guess.shape[-2] / (kappa + guess.shape[-2])
-        mixed = (1 - trust) * mean_prediction(step).exp() + trust * found
-        if isinstance(step, TokenStep):
-            mixed_log = posterior_to_cavity(step.process, step.tokens, mixed.log(), step.alpha_t)
-            return step.with_log_probs(mixed_log)
-        return step.with_log_probs(mixed.log())
+        pay = torch.softmax(self.lookahead.values(guess), -1) * guess.shape[-2]  # e_j, mean one
+        zero = torch.zeros((*guess.shape[:-2], *step.log_probs.shape[-2:]), dtype=torch.float64)
+        found, one = guess.mT, torch.ones_like(pay)
+        paid, count = (
+            zero.scatter_add(-1, found, x[..., None, :].expand(found.shape)) for x in (pay, one)
+        )
+        return tilted(step, torch.log((self.options.kappa + paid) / (self.options.kappa + count)))
 
     # Looking ahead.
 
@@ -395,6 +403,10 @@ class TwistedEngine:
 
 def _default_proposal(capability: str) -> Literal["clamped", "reweighted"]:
     return "clamped" if capability == ORDERED else "reweighted"
+
+
+def _gradients(proposal: ProposalLike) -> int:
+    return proposal.num_calls if isinstance(proposal, GradientProposal) else 0
 
 
 def _sites(step: RevealStep, u_order: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ def mean_prediction(step: Step) -> Tensor:
     """
     log_c = step.log_probs.to(torch.float64)
     if isinstance(step, TokenStep):
-        return log_posterior_mean(step.process, step.tokens, log_c, step.alpha_t)  # type: ignore[arg-type,no-any-return]
+        return log_posterior_mean(step.process, step.tokens, log_c, step.alpha_t)
     known = step.tokens[..., None] == torch.arange(log_c.shape[-1])
     masked = (step.tokens == log_c.shape[-1])[..., None]
     return torch.where(masked, log_c, torch.where(known, 0.0, -torch.inf).to(log_c.dtype))

@@ -5,7 +5,9 @@ runs: false-alarm rate 6e-5 each for a normal mean, below 2 % for the file, once
 seeds. Closed forms are held to round-off.
 """
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +124,7 @@ def test_resampling_never_moves_the_evidence(options, resampler, threshold):
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "skewed"])
 @pytest.mark.parametrize("twist", FILLS[:3], ids=str)
-@pytest.mark.parametrize("kappa", [None, 0.3])
+@pytest.mark.parametrize("kappa", [1.0, 0.1])
 def test_reweighted_lookahead_is_unbiased_on_every_process(name, twist, kappa):
     check(timed_chain(name), GOAL, twist=twist, kappa=kappa)
 
@@ -220,8 +222,9 @@ def test_independent_sites_and_an_additive_potential(twist):
 @pytest.mark.parametrize("proposal", ["clamped", "reweighted"])
 def test_without_a_potential_nothing_is_weighed(proposal):
     flat = Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="flat")
+    chain = ordered_chain() if proposal == "clamped" else timed_chain("uniform")
     sampler = TwistedSampler(
-        ordered_chain(),
+        chain,
         flat,
         num_particles=8,
         num_runs=4,
@@ -230,9 +233,8 @@ def test_without_a_potential_nothing_is_weighed(proposal):
         ess_threshold=0.0,
     )
     posterior = sampler.run(seed=1)
-    if proposal == "clamped":  # q = D exactly; the mixture with completions pays for being one
-        torch.testing.assert_close(posterior.log_weights, torch.full((4, 8), -math.log(8)).double())
-    check(ordered_chain(), flat, twist=PersistentFill(3), proposal=proposal)
+    torch.testing.assert_close(posterior.log_weights, torch.full((4, 8), -math.log(8)).double())
+    torch.testing.assert_close(posterior.log_evidence, torch.zeros(4).double())
 
 
 @pytest.mark.parametrize("top", [1, 2])
@@ -297,6 +299,44 @@ def test_prompts_and_blocks(group_size):
         check(chain, GOAL, twist=PersistentFill(2), surprise=True)
 
 
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_prompts_of_chains_with_a_clock(name):
+    prompt = torch.tensor([-1, 2, -1])
+    check(toy_chain(name, length=LENGTH, prompt=prompt), GOAL, twist=PersistentFill(4))
+
+
+def test_mean_log_evidence_lies_below_and_rises():
+    """Jensen; the means are a dozen standard errors apart."""
+    chain = ordered_chain()
+    means = [
+        TwistedSampler(chain, GOAL, num_particles=size, num_runs=600, store_path=False)
+        .run(seed=1)
+        .log_evidence.mean()
+        for size in (2, 8, 32)
+    ]
+    assert means[0] < means[1] < means[2] < math.log(evidence(chain, GOAL))
+
+
+def test_one_weighted_draw_per_run_has_the_declared_law():
+    """Chi-square over 27 sequences, 400 runs; false alarm 1e-3. Few particles fall short of it."""
+    chain = ordered_chain()
+    states, law = x0_law(chain)
+    exact = law * GOAL(states).exp()
+    distances = []
+    for size in (1, 8, 256):
+        sampler = TwistedSampler(
+            chain, GOAL, num_particles=size, num_runs=400, twist=PersistentFill(2)
+        )
+        generator = torch.Generator().manual_seed(2)
+        draws = sampler.run(seed=2).resample(1, generator=generator, pooled=False)["x0"][:, 0]
+        code = (draws * SIZE ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)
+        counts = torch.bincount(code, minlength=SIZE**LENGTH)
+        distances.append(total_variation(counts / 400, exact / exact.sum()))
+    assert chi_square_p_value(counts, exact / exact.sum()) > 1e-3
+    assert distances[0] > distances[1] + 0.05
+    assert distances[1] > distances[2] - 0.03  # the floor of 400 draws is about .10
+
+
 def test_plates_multiply_evidences():
     chain = ordered_chain()
     plated = chain.expand((2,))
@@ -307,6 +347,41 @@ def test_plates_multiply_evidences():
         posterior = sampler.run(seed=1)
         assert posterior.x0.shape == (300, 16, 2, LENGTH)
         assert abs(z_score(posterior.log_evidence.exp(), evidence(chain, GOAL) ** 2)) < 4
+
+
+def benchmark_problem():
+    """B0 of the accuracy benchmark: five sites of a Markov chain, a pair and an end potential."""
+    text = (Path(__file__).parents[2] / "benchmarks" / "problems.json").read_text()
+    entry = json.loads(text)["B0"]
+    initial, transition = (torch.tensor(entry[n]).double() for n in ("initial", "transition"))
+    pair = torch.zeros(3, 3).double()
+    pair[tuple(entry["pair"])] = entry["pair_weight"]
+    process, length = Absorbing(3), entry["length"]
+    denoiser = MarkovDenoiser(initial, transition, process)
+    chain = ReverseChain(OrderedKernel(process, denoiser, length=length), length)
+
+    def log_potential(x0):
+        ends = entry["ends_weight"] * (x0[..., 0] == x0[..., -1])
+        return pair[x0[..., :-1], x0[..., 1:]].sum(-1) + ends
+
+    return chain, Potential(log_potential), entry["log_z"]
+
+
+@pytest.mark.parametrize(
+    ("twist", "surprise", "goal"),
+    [("exhaustive", True, 0.14), (PersistentFill(4), False, 0.36)],
+    ids=["all completions", "four completions"],
+)
+def test_the_evidence_of_the_benchmark_problem_with_eight_particles(twist, surprise, goal):
+    """40 network rows: RMSE of log Z .129 and .336 over 3000 runs; bootstrap moves have .74.
+
+    The standard error of 1000 runs is about 3 %: false alarm below 1e-2 each, once, at this seed.
+    """
+    chain, potential, log_z = benchmark_problem()
+    options = {"num_particles": 8, "num_runs": 1000, "store_path": False}
+    sampler = TwistedSampler(chain, potential, twist=twist, surprise=surprise, **options)
+    errors = sampler.run(seed=1).log_evidence - log_z
+    assert errors.square().mean().sqrt() < goal
 
 
 # Failing twins: each known defect must be seen by the test above that it would break.

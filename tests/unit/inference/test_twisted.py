@@ -151,12 +151,17 @@ def test_a_program_is_sampled_as_its_chain_would_be():
 
 
 def test_defaults_follow_the_kernel():
-    assert sample(toy_chain(length=LENGTH)).settings["proposal"] == "reweighted"
-    assert sample().settings["proposal"] == "clamped"
+    def chosen(settings):
+        return settings["proposal"], settings["twist"], settings["num_fills"]
+
+    timed = sample(toy_chain(length=LENGTH), twist="auto").settings
+    assert chosen(timed) == ("reweighted", "persistent", 16)
+    assert chosen(sample(twist="auto").settings) == ("clamped", "argmax", 1)
     gradient = GradientProposal(lambda soft: soft[..., 0].sum(-1))
     found = sample(proposal=gradient)
     assert found.settings["proposal"] == "GradientProposal"
     assert 0 < gradient.num_calls < found.num_potential_calls
+    assert sample(proposal=gradient).num_potential_calls == found.num_potential_calls
 
 
 def test_fresh_completions_are_warned_about():
@@ -177,7 +182,7 @@ def test_impossible_options_say_why():
     for kappa in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="kappa must be positive and finite"):
             TwistedSampler(chain, GOAL, kappa=kappa)
-    with pytest.raises(ValueError, match="reweights completions.*'exhaustive'"):
+    with pytest.raises(ValueError, match=r"reweights completions.*'exhaustive'"):
         sample(twist="exhaustive", proposal="reweighted")
     with pytest.raises(CapabilityError, match="InterpolatingKernel does not choose"):
         sample(toy_chain(length=LENGTH), proposal="clamped")
