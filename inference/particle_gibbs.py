@@ -23,20 +23,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import NUTS
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError, ParticleCollapse
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._gibbs_blocks import (
+    GivenLatents,
+    LatentKernel,
+    PerChainPotential,
+    as_path,
+)
 from ppl_diffusion.inference._gibbs_posterior import GibbsPosterior
 from ppl_diffusion.inference._program import ChainSite, Program, is_chain, sample_sites
 from ppl_diffusion.inference._task import PotentialLike, seeded
 from ppl_diffusion.potentials import factor
-from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, conditional_smc
 from ppl_diffusion.smc.engine import smc_loop
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, FeynmanKac
@@ -191,7 +193,7 @@ class GibbsSampler:
         for move in options.moves:
             move.check(self.site.chain)
         self.num_evaluations = self.num_potential_calls = 0
-        self._nuts: _Latents | None = None
+        self._nuts: LatentKernel | None = None
 
     def start(self) -> GibbsState:
         """Return latents drawn from their prior, and paths drawn by SMC given them."""
@@ -239,8 +241,8 @@ class GibbsSampler:
         if not self.program.latents:
             return state
         if self._nuts is None:
-            self._nuts = _Latents(self, state)
-        return replace(state, latents=self._nuts.update(state))
+            self._nuts = LatentKernel(self.program, self.site, self.options, state.path)
+        return replace(state, latents=self._nuts.update(state.path, state.latents))
 
     @property
     def target(self) -> str:
@@ -302,7 +304,7 @@ class GibbsSampler:
         self.program.model(*self.program.args, **self.program.kwargs)
 
     def _potential(self, latents: Mapping[str, Tensor]) -> EvaluatedPotential:
-        return _PerRunPotential(_GivenLatents(self.program, self.site, latents))
+        return PerChainPotential(GivenLatents(self.program, self.site, latents))
 
     def _first_paths(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Draw one path per chain by plain SMC given its latents."""
@@ -329,7 +331,18 @@ class GibbsSampler:
     def _move(self, path: Tensor, potential: EvaluatedPotential) -> tuple[Tensor, Tensor]:
         if not self.options.moves:
             return path, torch.zeros(len(path), 0, dtype=torch.float64)
-        model = PathModel(self.site.chain, potential, max_rows=self.options.max_rows)
+        clamp = self.site.clamp
+
+        def log_potential(x0: Tensor) -> Tensor:  # moves by the bare chain do not know the clamp
+            value = potential(x0)
+            if clamp is None:
+                return value
+            held = clamp.holds(x0)
+            return value.masked_fill(
+                ~(held.flatten(2).all(-1) if held.ndim > 2 else held), -math.inf
+            )
+
+        model = PathModel(self.site.chain, log_potential, max_rows=self.options.max_rows)
         accepted = []
         with torch.no_grad():
             state = model.state(path[:, None])
@@ -356,100 +369,6 @@ class GibbsSampler:
                     parts.setdefault(name, []).append(value)
         sites = {n: torch.cat(v).reshape(*shape, *v[0].shape[1:]) for n, v in parts.items()}
         return sites, torch.cat(density).reshape(shape)
-
-
-class _Latents:
-    """NUTS on the continuous latents of all chains, given their paths; one adaptation for all."""
-
-    def __init__(self, sampler: GibbsSampler, state: GibbsState) -> None:
-        program, options, site = sampler.program, sampler.options, sampler.site
-        self.num_transitions, self.given = options.num_transitions, state.path[0]
-
-        def model(*args: Any, **kwargs: Any) -> None:
-            with _GivenChain(site.name, as_path(self.given[..., -1, :], site)):
-                program.model(*args, **kwargs)
-
-        self.kernel = NUTS(model, **{"max_tree_depth": 6, **options.nuts})
-        warmup = options.num_warmup * options.num_transitions * len(state.path)
-        with poutine.block():
-            self.kernel.setup(warmup, *program.args, **program.kwargs)
-
-    def update(self, state: GibbsState) -> dict[str, Tensor]:
-        """Return the latents of all chains after their transitions, each ``(C, ...)``."""
-        drawn = []
-        for c, path in enumerate(state.path):
-            self.given = path
-            drawn.append(self._transitions({n: v[c] for n, v in state.latents.items()}))
-        return {name: torch.stack([values[name] for values in drawn]) for name in state.latents}
-
-    def _transitions(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        transforms = self.kernel.transforms
-        params = {name: transforms[name](value) for name, value in latents.items()}
-        self.kernel.clear_cache()  # it holds the energy given another path
-        with poutine.block():
-            for _ in range(self.num_transitions):
-                params = self.kernel.sample(params)
-        return {name: transforms[name].inv(value).detach() for name, value in params.items()}
-
-    @property
-    def num_divergences(self) -> int:
-        """Divergent transitions after the warm-up."""
-        return len(self.kernel._divergences)
-
-
-class _GivenChain(Messenger):
-    """Set the chain's path and take its density, which no latent enters, out of the program."""
-
-    def __init__(self, name: str, path: Tensor) -> None:
-        super().__init__()
-        self.name, self.path = name, path
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.name:
-            msg["value"], msg["is_observed"] = self.path, True
-            msg["fn"] = dist.Delta(self.path, event_dim=2)
-
-
-class _GivenLatents(AbstractPotential):
-    """The program's density of rows that hold a clean sequence and the number of its chain."""
-
-    name = "the program given its latents"
-
-    def __init__(self, program: Program, site: ChainSite, latents: Mapping[str, Tensor]) -> None:
-        self.program, self.site, self.latents = program, site, latents
-
-    def log_potential(self, x0: Tensor) -> Tensor:
-        return self._density(x0, lookahead=False)
-
-    def lookahead(self, x0: Tensor) -> Tensor:
-        return self._density(x0, lookahead=True)
-
-    def _density(self, rows: Tensor, *, lookahead: bool) -> Tensor:
-        chain, run = self.site.chain, rows[:, -1]
-        x0 = rows[:, :-1].reshape(len(rows), *chain.batch_shape, chain.length)
-        given = {name: value[run] for name, value in self.latents.items()}
-        values = {self.site.name: as_path(x0, self.site), **given}
-        return self.program.evaluate(values, len(rows)).log_density(lookahead=lookahead)
-
-
-class _PerRunPotential(EvaluatedPotential):
-    """A potential of sequences and of the chain they belong to: the latents differ by chain."""
-
-    def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
-        rows = x0.flatten(2 if final else 3)  # plates belong to the particle
-        run = torch.arange(len(rows)).reshape(-1, *[1] * (rows.ndim - 1))
-        rows = torch.cat([rows, run.expand(*rows.shape[:-1], 1)], -1)
-        return super()._evaluate(rows, final=final)
-
-
-def as_path(x0: Tensor, site: ChainSite) -> Tensor:
-    """Return clean sequences repeated as if each were a whole path, ``(*batch, T + 1, L)``.
-
-    :param x0: int64 ``(*batch, L)``.
-    :param site: the chain site.
-    """
-    shape = (*x0.shape[:-1], site.chain.num_steps + 1, x0.shape[-1])
-    return x0[..., None, :].expand(shape)
 
 
 def _as_program(
