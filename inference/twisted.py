@@ -2,13 +2,13 @@
 
 A bootstrap particle moves first and is weighed afterwards; most of its variance comes from moves
 that were never going to pay. Here a particle completes its sequence (the *guess*), asks the
-potential about the guess with each token in turn at the site that is revealed next, and moves by
+potential about the guess with each token in turn at the site that is revealed next, and moves by::
 
     q(v) ∝ D_l(v) exp W(v),     W(v) = log-mean-exp_j log G(guess_j with site l := v)
 
 (*clamped look-ahead*: one network row per step, ``V`` potential calls per completion). The twist
 of the child is either ``W(v)`` itself or, with ``surprise=True``, the look-ahead made anew from
-what the network says about the child, so that the weight is what the reveal was a surprise by:
+what the network says about the child, so that the weight is what the reveal was a surprise by::
 
     log w = log sum_u D_l(u) exp W(u) - log h(x) + [log h(x') - W(v)]
 
@@ -127,6 +127,11 @@ class TwistedSampler:
             raise ValueError(
                 f"TwistedSampler: unknown proposal {proposal!r}; choose 'clamped', 'reweighted', "
                 "None for the kernel's own, or give a proposal."
+            )
+        if not (proposal is None or isinstance(proposal, str) or callable(proposal)):
+            raise TypeError(
+                "TwistedSampler: a proposal is a name or a function (step, carry, k) -> "
+                f"distribution, got {type(proposal).__name__}."
             )
         if top is not None and top < 1:
             raise ValueError(f"TwistedSampler: top must be >= 1 or None, got {top}.")
@@ -288,12 +293,16 @@ class TwistedEngine:
         self, carry: Carry, k: int, generator: torch.Generator | None
     ) -> tuple[Carry, Tensor | float]:
         """Return the carry after step ``k``, with its twist, and ``log K - log q``, ``(R, N)``."""
-        step = tiltable(self.kernel.step(carry, k, fixed=self.chain.fixed))
+        step: Any = self.kernel.step(carry, k, fixed=self.chain.fixed)
         if isinstance(step, RevealStep) and not bool(step.eligible.any()):
             return self.kernel.advance(carry, step.tokens, k, step=step), 0.0
         if self.proposal == "clamped":
             return self._clamped(step, carry, k, generator)
-        proposal = self._proposal_of(step, carry, k, generator)
+        proposal: Any = (
+            self._reweighted(tiltable(step), self._guess(carry, k, generator))
+            if isinstance(self.proposal, str)
+            else self.proposal(step, carry, k)
+        )
         tokens = proposal.sample() if generator is None else proposal.sample(generator=generator)
         moved = self.kernel.advance(carry, tokens, k, step=step)
         log_ratio = per_particle(step.log_prob(tokens) - proposal.log_prob(tokens))
@@ -342,24 +351,13 @@ class TwistedEngine:
         rest = self.lookahead.score(guess, k)[..., None, None].expand(log_d.shape)
         return rest.scatter(-1, scored, values)
 
-    # Proposals of whole steps.
-
-    def _proposal_of(
-        self,
-        step: Step,
-        carry: Carry,
-        k: int,
-        generator: torch.Generator | None,
-    ) -> Any:
-        if isinstance(self.proposal, str):
-            return self._reweighted(step, self._guess(carry, k, generator))
-        return self.proposal(step, carry, k)
+    # Reweighted look-ahead.
 
     def _reweighted(self, step: Step, guess: Tensor) -> Step:
         """Tilt the prediction by what completions with each token pay, over what all of them do."""
         assert isinstance(self.lookahead, FillLookahead)
         pay = torch.softmax(self.lookahead.values(guess), -1) * guess.shape[-2]  # e_j, mean one
-        zero = torch.zeros((*guess.shape[:-2], *step.log_probs.shape[-2:]), dtype=torch.float64)
+        zero = pay.new_zeros((*guess.shape[:-2], *step.log_probs.shape[-2:]))
         found, one = guess.mT, torch.ones_like(pay)
         paid, count = (
             zero.scatter_add(-1, found, x[..., None, :].expand(found.shape)) for x in (pay, one)

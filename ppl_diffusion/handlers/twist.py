@@ -306,6 +306,7 @@ def twist(
     ``q ∝ p exp(psi)`` and carries the weight ``prod p / q``. Any finite ``psi`` is valid and a bad
     one only adds variance. Around a :func:`~ppl_diffusion.handlers.steer`-ed program
     (``twist(steer(model, ...), ...)``, twist outside) the particles of every run move by the twist.
+    :class:`ppl_diffusion.inference.SMC` keeps the target and moves its particles its own way.
 
     :param fn: a program to wrap; without it, use ``twist`` as a context manager. Wrap the
         program for ``pyro.infer.Importance``, which blocks all handlers outside of it.

@@ -21,6 +21,7 @@ from ppl_diffusion.handlers import (
     steer,
     twist,
 )
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.testing.oracles import ExactChain, z_score
 from ppl_diffusion.testing.toys import CountingDenoiser, toy_chain, toy_potential
@@ -141,6 +142,13 @@ def test_clamped_tokens_stay_clamped(steered, clamp_inside):
     x0 = exact.states[exact.clean]
     z = float((exact.x0_law() * GOAL(x0).exp())[x0[:, 0] == 1].sum())
     assert abs(z_score(weights, z)) < 4
+
+
+def test_inference_programs_keep_the_target():
+    chain = toy_chain()
+    smc = SMC(twist(program, logits=LOGITS["adversarial"]), num_particles=16, num_runs=200)
+    z_hat = smc.run(chain, seed=1).log_evidence.exp()
+    assert abs(z_score(z_hat, ExactChain.of(chain).evidence(GOAL))) < 4
 
 
 def test_scoring_a_given_path_is_the_models_business():

@@ -173,6 +173,8 @@ def test_impossible_options_say_why():
     chain = ordered_chain()
     with pytest.raises(ValueError, match="unknown proposal 'best'"):
         TwistedSampler(chain, GOAL, proposal="best")
+    with pytest.raises(TypeError, match=r"a proposal is a name or a function .*, got int"):
+        TwistedSampler(chain, GOAL, proposal=3)
     with pytest.raises(ValueError, match="unknown twist 'best'"):
         TwistedSampler(chain, GOAL, twist="best")
     with pytest.raises(ValueError, match="twist=None looks at nothing"):
