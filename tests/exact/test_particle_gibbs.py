@@ -123,8 +123,8 @@ def test_whole_sweeps_are_invariant():
 
 def test_latents_given_a_stale_path_are_not_invariant(monkeypatch):
     """The failing twin of the sweep: NUTS still sees the path of another chain."""
-    law, state = exact_draws(150)
-    sampler = sampler_at(num_runs=150)
+    law, state = exact_draws(220)
+    sampler = sampler_at(num_runs=220)
     shifted = GibbsState(
         state.path.roll(1, 0),
         **{k: getattr(state, k) for k in ("latents", "log_evidence", "ess", "accept")},
@@ -132,7 +132,7 @@ def test_latents_given_a_stale_path_are_not_invariant(monkeypatch):
     for _ in range(2):
         shifted = sampler.update_latents(shifted)
     state = state_of(state.path, shifted.latents["offset"])
-    assert p_values(law, state)[1] < 1e-3 * LEVEL
+    assert p_values(law, state)[1] < 0.1 * LEVEL
 
 
 def test_long_run_finds_the_posterior():
