@@ -15,6 +15,7 @@ import torch
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal
+from ppl_diffusion.handlers.twist import mean_prediction, tilted
 from ppl_diffusion.inference import twisted
 from ppl_diffusion.inference.twisted import TwistedSampler
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, OrderedKernel
@@ -127,6 +128,35 @@ def test_resampling_never_moves_the_evidence(options, resampler, threshold):
 @pytest.mark.parametrize("kappa", [1.0, 0.1])
 def test_reweighted_lookahead_is_unbiased_on_every_process(name, twist, kappa):
     check(timed_chain(name), GOAL, twist=twist, kappa=kappa)
+
+
+class _Mixes(twisted.TwistedEngine):
+    """Divides by the expected number of completions with a token instead of counting them."""
+
+    def _reweighted(self, step, guess):
+        pay = torch.softmax(self.lookahead.values(guess), -1)
+        paid = torch.zeros((*guess.shape[:-2], *step.log_probs.shape[-2:]), dtype=torch.float64)
+        paid = paid.scatter_add(-1, guess.mT, pay[..., None, :].expand(guess.mT.shape))
+        mean = mean_prediction(step).exp()
+        mixed = (mean + paid) / 2  # kappa as large as the number of completions
+        psi = torch.where(mean > 0, mixed / mean.clamp_min(1e-300), 1.0).log()
+        return tilted(step, psi)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_counting_completions_beats_expecting_them(name, monkeypatch):
+    """Both are exact; the first leaves the model alone where potentials are equal.
+
+    RMSE of log Z here .55 against .65 and .60 against .71, standard errors 3 %: false alarm 1e-2.
+    """
+    chain = timed_chain(name)
+    options = {"runs": 1000, "twist": PersistentFill(4)}
+    log_z = [check(chain, GOAL, **options).log_evidence]
+    monkeypatch.setattr(twisted, "TwistedEngine", _Mixes)
+    log_z.append(check(chain, GOAL, **options).log_evidence)
+    exact = math.log(evidence(chain, GOAL))
+    counted, expected = ((z - exact).square().mean().sqrt() for z in log_z)
+    assert counted < 0.95 * expected
 
 
 def test_reweighted_lookahead_on_reveals_several_at_a_time():
