@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -12,7 +13,11 @@ from pyro.infer import NUTS
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppl_diffusion.inference._program import ChainSite, Program
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._program import ChainSite, Program, is_chain, sample_sites
+from ppl_diffusion.inference._task import PotentialLike
+from ppl_diffusion.potentials import factor
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential
 
@@ -134,3 +139,64 @@ def as_path(x0: Tensor, site: ChainSite) -> Tensor:
     """
     shape = (*x0.shape[:-1], site.chain.num_steps + 1, x0.shape[-1])
     return x0[..., None, :].expand(shape)
+
+
+def as_program(
+    target: ReverseChain | Callable[..., Any], potential: PotentialLike | None
+) -> Callable[..., Any]:
+    """Return the program itself, or one around a bare chain and its potential.
+
+    :param target: a program or a reverse chain.
+    :param potential: ``log G`` of a bare chain, None for a program.
+    :raises TypeError: if a bare chain comes without a potential.
+    :raises ValueError: if a program comes with one.
+    """
+    if not isinstance(target, ReverseChain):
+        if potential is not None:
+            raise ValueError(
+                "ParticleGibbs: a program is its own potential; write the potential into it with "
+                "ppl_diffusion.potentials.factor."
+            )
+        return target
+    if potential is None:
+        raise TypeError(
+            "ParticleGibbs: a bare chain needs a potential; pass one, such as "
+            "Reward(dock, temperature=0.1)."
+        )
+    chain, known = target, potential
+
+    def bare_chain() -> None:
+        path = pyro.sample("path", chain)
+        factor("potential", known, chain.x0(path))
+
+    return bare_chain
+
+
+def only_chain(program: Program) -> ChainSite:
+    """Return the one chain site of a program.
+
+    :param program: the program.
+    :raises CapabilityError: if it has several.
+    """
+    if len(program.chains) > 1:
+        names = ", ".join(site.name for site in program.chains)
+        raise CapabilityError(
+            f"ParticleGibbs: {program.name} has several chain sites ({names}); "
+            "use ppl_diffusion.inference.SMC."
+        )
+    return program.chains[0]
+
+
+def require_continuous(program: Program) -> None:
+    """Refuse latents that NUTS cannot move.
+
+    :param program: the program.
+    :raises CapabilityError: if one of them is discrete.
+    """
+    for site in sample_sites(program.trace({})):
+        latent = not site["is_observed"] and not is_chain(site)
+        if latent and getattr(site["fn"].support, "is_discrete", False):
+            raise CapabilityError(
+                f"ParticleGibbs: the latent {site['name']!r} of {program.name} is discrete, which "
+                "NUTS cannot move; sum it out, or use ppl_diffusion.inference.SMC."
+            )

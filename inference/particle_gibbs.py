@@ -22,23 +22,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError, ParticleCollapse
+from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._gibbs_blocks import (
     GivenLatents,
     LatentKernel,
     PerChainPotential,
     as_path,
+    as_program,
+    only_chain,
+    require_continuous,
 )
 from ppl_diffusion.inference._gibbs_posterior import GibbsPosterior
-from ppl_diffusion.inference._program import ChainSite, Program, is_chain, sample_sites
+from ppl_diffusion.inference._program import Program
 from ppl_diffusion.inference._task import PotentialLike, seeded
-from ppl_diffusion.potentials import factor
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, conditional_smc
 from ppl_diffusion.smc.engine import smc_loop
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, FeynmanKac
@@ -116,7 +117,7 @@ class ParticleGibbs:
         vectorize_particles: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.model = _as_program(target, potential)
+        self.model = as_program(target, potential)
         self.num_particles, self.num_runs = num_particles, num_runs
         self.num_samples, self.num_warmup = num_samples, num_warmup
         self.num_transitions, self.ess_threshold = num_transitions, ess_threshold
@@ -186,8 +187,8 @@ class GibbsSampler:
         self.options = options
         vectorize = options.vectorize_particles
         self.program = Program(options.model, args, kwargs, vectorize=vectorize)
-        self.site = _only_chain(self.program)
-        _require_continuous(self.program)
+        self.site = only_chain(self.program)
+        require_continuous(self.program)
         # Every latent is given here, also those whose law depends on the sequence.
         self.program.carried, self.program.redrawn = self.program.latents, []
         for move in options.moves:
@@ -369,50 +370,6 @@ class GibbsSampler:
                     parts.setdefault(name, []).append(value)
         sites = {n: torch.cat(v).reshape(*shape, *v[0].shape[1:]) for n, v in parts.items()}
         return sites, torch.cat(density).reshape(shape)
-
-
-def _as_program(
-    target: ReverseChain | Callable[..., Any], potential: PotentialLike | None
-) -> Callable[..., Any]:
-    if not isinstance(target, ReverseChain):
-        if potential is not None:
-            raise ValueError(
-                "ParticleGibbs: a program is its own potential; write the potential into it with "
-                "ppl_diffusion.potentials.factor."
-            )
-        return target
-    if potential is None:
-        raise TypeError(
-            "ParticleGibbs: a bare chain needs a potential; pass one, such as "
-            "Reward(dock, temperature=0.1)."
-        )
-    chain, known = target, potential
-
-    def bare_chain() -> None:
-        path = pyro.sample("path", chain)
-        factor("potential", known, chain.x0(path))
-
-    return bare_chain
-
-
-def _only_chain(program: Program) -> ChainSite:
-    if len(program.chains) > 1:
-        names = ", ".join(site.name for site in program.chains)
-        raise CapabilityError(
-            f"ParticleGibbs: {program.name} has several chain sites ({names}); "
-            "use ppl_diffusion.inference.SMC."
-        )
-    return program.chains[0]
-
-
-def _require_continuous(program: Program) -> None:
-    for site in sample_sites(program.trace({})):
-        latent = not site["is_observed"] and not is_chain(site)
-        if latent and getattr(site["fn"].support, "is_discrete", False):
-            raise CapabilityError(
-                f"ParticleGibbs: the latent {site['name']!r} of {program.name} is discrete, which "
-                "NUTS cannot move; sum it out, or use ppl_diffusion.inference.SMC."
-            )
 
 
 def _check_counts(particles: int, runs: int, samples: int, warmup: int, transitions: int) -> None:
