@@ -103,7 +103,8 @@ class CFG(Product):
         unconditional: ReverseChain | Composition,
         weight: float,
     ) -> None:
-        super().__init__(Power(conditional, weight), Power(unconditional, 1 - weight))
+        parts = ((conditional, weight), (unconditional, 1 - weight))
+        super().__init__(*(Power(base, b) for base, b in parts if b != 0))
 
 
 class Tilt(Composition):
