@@ -36,7 +36,6 @@ class ExpertEngine(ABC):
     :param max_rows: largest number of rows sent to a network at once.
     """
 
-    target_law: str
     exact = True
 
     def __init__(
@@ -60,6 +59,11 @@ class ExpertEngine(ABC):
         if key not in self._denoisers:
             self._denoisers[key] = EvaluatedDenoiser(kernel.denoiser, max_rows=max_rows)
         return kernel.with_denoiser(self._denoisers[key])
+
+    @property
+    @abstractmethod
+    def target_law(self) -> str:
+        """What is sampled, in words; ``{law}`` stands for the product of the experts."""
 
     @abstractmethod
     def move(

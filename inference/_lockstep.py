@@ -171,7 +171,7 @@ class LockstepEngine(ExpertEngine):
         return self.kernel.group_size
 
     @property
-    def target_law(self) -> str:  # type: ignore[override]
+    def target_law(self) -> str:
         """The declared law of the path, in words; ``{law}`` stands for the product."""
         sites = "one site" if self.group_size == 1 else f"{self.group_size} sites"
         return (

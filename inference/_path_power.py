@@ -91,7 +91,7 @@ class PathPowerEngine(_GridEngine):
     """
 
     @property
-    def target_law(self) -> str:  # type: ignore[override]
+    def target_law(self) -> str:
         """The declared law of the path, in words; ``{law}`` stands for the product."""
         return (
             f"m(x_T)^{self.order:g} * the product over {self.num_steps} steps of {{law}} of the "
@@ -148,7 +148,7 @@ class RateEngine(_GridEngine):
             )
 
     @property
-    def target_law(self) -> str:  # type: ignore[override]
+    def target_law(self) -> str:
         """What is aimed at, in words; ``{law}`` stands for the product."""
         return (
             f"approximately {{law}}: Euler steps of the rate form, whose law and weights are right "

@@ -349,6 +349,17 @@ def test_blocks_and_wrong_denoisers_have_the_declared_target(group):
     assert abs(z_score(post.log_evidence.exp() / ideal, 1.0)) > 2 * MAX_Z
 
 
+@pytest.mark.parametrize("clamp", [False, True])
+def test_tilted_blocks_have_the_declared_target(clamp):
+    """Several sites per step, each with its own look-ahead, scored together at the child."""
+    _, wrong = perturbed_chain()
+    law = lockstep_law([wrong.kernel.denoiser], [2.0], 2, 4, 2)
+    law = law * GOAL(all_states(2, 4)).exp()
+    for twist in ("argmax", "persistent"):
+        options = {"twist": twist, "clamp": clamp, "group_size": 2}
+        check(Tilt(Power(wrong, 2.0), GOAL), law, num_particles=8, **options)
+
+
 def test_order_inconsistency_tells_a_wrong_denoiser():
     right, wrong = perturbed_chain()
     x0 = all_states(2, 4)
