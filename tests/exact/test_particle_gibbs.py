@@ -175,7 +175,7 @@ def replicate(seed, num_sweeps, num_particles=3):
     offset = torch.stack([s.latents["offset"][0] for s in states])
     tokens = torch.stack([statistic(s.path[0, -1]) for s in states])
     return (
-        int((offset < state.latents["offset"]).sum()),
+        tied_rank(offset, state.latents["offset"]),  # NUTS may stay where it is
         tied_rank(tokens, statistic(state.path[0, -1])),
         weighted_rank(y, state, num_particles),
     )
