@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._lookahead import UncachedPotential
 from ppl_diffusion.inference._task import Task, as_task, seeded
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.kernels.noise import draw_categorical, uniforms
@@ -58,6 +59,7 @@ class SoftValueGuidance:
         resampling, no evidence, ``exact=False``.
     :param proposal: where children are drawn from: None is the chain itself; a kernel, or a
         proposal with a density.
+    :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
     :param resampler: resampling scheme.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``; 0 keeps
         lineages independent.
@@ -84,6 +86,7 @@ class SoftValueGuidance:
         value: TwistLike = "argmax",
         weighted: bool = True,
         proposal: Proposal | Kernel | None = None,
+        cache: bool = True,
         resampler: str | Resampler = "systematic",
         ess_threshold: float = 0.5,
         store_path: bool = True,
@@ -100,6 +103,7 @@ class SoftValueGuidance:
                 "SoftValueGuidance: value=None promises nothing to choose by; use "
                 "ImportanceSampling, or a value."
             )
+        self.cache = cache
         self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
 
@@ -145,6 +149,7 @@ class SoftValueGuidance:
             "value": engine.bound.model.settings["twist"],
             "weighted": self.weighted,
             "proposal": engine.bound.model.settings["proposal"],
+            "cache": self.cache,
             "resampler": self.resampler.name,
             "ess_threshold": self.ess_threshold if self.weighted else 0.0,
         }
@@ -163,6 +168,8 @@ class SoftValueEngine:
         self.task, self.options = task, options
         model = FeynmanKac(task.chain, task.potential, options.value, options.proposal)
         self.bound = model.bind(max_rows=options.max_rows)
+        if not options.cache:
+            self.bound.potential = UncachedPotential(task.potential)
         self.num_steps = task.chain.num_steps
 
     @property
@@ -207,7 +214,7 @@ class SoftValueEngine:
     def _children(
         self, carry: Carry, k: int, generator: torch.Generator | None
     ) -> tuple[Carry, Tensor, Tensor]:
-        """Return all children side by side, ``log K - log M`` and the value, each ``(R, N * M)``."""
+        """Return all children side by side, ``log K - log M`` and values, each ``(R, N * M)``."""
         runs, lineages = carry[LOG_H].shape
         family = torch.arange(lineages).repeat_interleave(self.options.num_children)
         repeated = self.gather(carry, family.expand(runs, -1))

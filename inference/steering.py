@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._lookahead import UncachedPotential
 from ppl_diffusion.inference._task import Task, as_task, seeded
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential
@@ -58,6 +59,7 @@ class FKSteering:
         such as ``PersistentFill(16)``, or a function ``(carry, k) -> log h (R, N)``, such as a
         trained :class:`~ppl_diffusion.inference.value_network.LearnedValue`.
     :param proposal: None moves by the chain itself; a kernel, or a proposal with a density.
+    :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
     :param resampler: resampling scheme.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
     :param store_path: keep the states of all steps.
@@ -84,6 +86,7 @@ class FKSteering:
         interval: tuple[int, int] | None = None,
         twist: TwistLike = "argmax",
         proposal: Proposal | Kernel | None = None,
+        cache: bool = True,
         resampler: str | Resampler = "systematic",
         ess_threshold: float = 0.5,
         store_path: bool = True,
@@ -102,6 +105,7 @@ class FKSteering:
             raise ValueError(
                 "FKSteering: twist=None scores nothing; use ImportanceSampling, or a twist."
             )
+        self.cache = cache
         self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
 
@@ -132,7 +136,7 @@ class FKSteering:
                 progress=self.progress,
             )
             return task.posterior(
-                replace(trace, log_potential=engine.log_potential(trace.carry)),
+                replace(trace, log_potential=engine.log_g),
                 num_evaluations=engine.bound.num_evaluations,
                 num_potential_calls=engine.bound.num_potential_calls,
                 settings={**self._settings(engine), "seed": seed},
@@ -149,6 +153,7 @@ class FKSteering:
             "scored_steps": engine.scored,
             "twist": engine.bound.model.settings["twist"],
             "proposal": engine.bound.model.settings["proposal"],
+            "cache": self.cache,
             "resampler": self.resampler.name,
             "ess_threshold": self.ess_threshold,
         }
@@ -162,7 +167,11 @@ class SteeringEngine:
 
     :param task: chain and potential.
     :param options: the program's options.
+
+    :ivar log_g: ``log G(x0)`` of the final states, once there are any.
     """
+
+    log_g: Tensor
 
     def __init__(self, task: Task, options: FKSteering) -> None:
         self.task, self.rule = task, _RULES[options.kind]
@@ -170,6 +179,8 @@ class SteeringEngine:
         self.kind = options.kind
         model = FeynmanKac(task.chain, task.potential, options.twist, options.proposal)
         self.bound = model.bind(max_rows=options.max_rows)
+        if not options.cache:
+            self.bound.potential = UncachedPotential(task.potential)
         self.num_steps = task.chain.num_steps
         self.scored = _scored_steps(self.num_steps, options.every, options.interval)
 
@@ -216,20 +227,13 @@ class SteeringEngine:
         if k < self.num_steps:
             log_h: Tensor = carry[LOG_H]
             return log_h
-        log_g = self.log_potential(carry)
+        log_g = self.bound.log_twist(carry, k, generator)
+        assert log_g is not None
+        self.log_g = log_g
         if not self.published:
             return log_g
         running: Tensor = carry[RUNNING]
         return torch.maximum(running, log_g) if self.kind == "max" else running + log_g
-
-    def log_potential(self, carry: Carry) -> Tensor:
-        """Return ``log G(x0)`` of the final states, float64 ``(R, N)``.
-
-        :param carry: the final carry.
-        """
-        value = self.bound.log_twist(carry, self.num_steps, None)
-        assert value is not None
-        return value
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors."""

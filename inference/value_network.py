@@ -10,8 +10,7 @@ is learned (``y = G(x0) / c`` with ``c`` the mean of ``G``, ``f`` the network's 
                                          underrates what is uncertain (Jensen)
 
 A learned value is a twist or a guide: wrong ones cost variance and never move a weighted target.
-How good one is, is the variance of its increments along posterior paths
-(:func:`bellman_residuals`), which is zero for the true one.
+How good one is, :func:`bellman_residuals` says: a true value is the mean of its children's.
 """
 
 from __future__ import annotations
@@ -19,17 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._task import Task, as_task, seeded
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle
 from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.twists import Carry
+from ppl_diffusion.smc.twists import CallableTwist, Carry, log_mean_exp
 
 Loss = Literal["poisson", "itakura", "mean"]
 
@@ -58,7 +59,7 @@ class ValueNetwork(nn.Module):
         sizes = [length * embedding + 2, *[width] * depth]
         hidden = [
             layer
-            for before, after in zip(sizes, sizes[1:], strict=False)
+            for before, after in pairwise(sizes)
             for layer in (nn.Linear(before, after), nn.SiLU())
         ]
         self.body = nn.Sequential(*hidden, nn.Linear(sizes[-1], 1))
@@ -180,28 +181,70 @@ def fit_value(
 
 
 def bellman_residuals(
-    value: Callable[[Carry, int], Tensor], posterior: ParticlePosterior
+    value: Callable[[Carry, int], Tensor],
+    posterior: ParticlePosterior,
+    target: ReverseChain | Callable[..., Any],
+    potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    num_children: int = 64,
+    seed: int | None = None,
 ) -> Tensor:
-    """Return how much the increments of a value vary along posterior paths, step by step.
+    """Return how far a value is from the mean of its children's, along posterior paths.
 
-    The increment of the true value is ``log h_(k+1)(x') - log h_k(x)``, whose exponential has mean
-    one under the chain; along posterior paths its variance is zero at the steps that decide
-    nothing. What is left over the true value's own is what twisting by it costs in weights.
+    The residual of a state is ``log mean_j h_(k+1)(c_j) - log h_k(x_k)`` over children of the
+    chain: zero for the true value and infinitely many children. Its variance over posterior
+    states is what twisting by the value costs in log-weight at that step.
 
     :param value: ``(carry, k) -> log h (R, N)``.
     :param posterior: a result with stored paths.
+    :param target: what it was sampled from: a chain whose steps depend on the tokens alone, or a
+        program with such a chain.
+    :param potential: ``log G`` of a bare chain; None for a program.
+    :param args: arguments of the program.
+    :param kwargs: keyword arguments of the program.
+    :param num_children: children drawn of every state.
+    :param seed: seed of the children.
     :returns: weighted variances over all runs, float64 ``(T,)``.
     :raises ValueError: if no paths were stored.
+    :raises CapabilityError: if the chain remembers more than its tokens.
     """
     path = posterior.path
     if path is None:
         raise ValueError("bellman_residuals: the posterior stored no paths; set store_path=True.")
-    steps = [value({"tokens": state}, k) for k, state in enumerate(path[..., :-1, :].unbind(-2))]
-    log_h = torch.stack([*steps, posterior.log_potential], -1)
-    weight = posterior.pooled_log_weights.exp()[..., None]
-    increments = torch.where(weight > 0, log_h.diff(dim=-1), 0.0)
-    mean = (weight * increments).sum((0, 1))
-    return (weight * (increments - mean).square()).sum((0, 1))
+    with torch.no_grad(), seeded(seed):
+        task = as_task(target, potential, args, kwargs or {})
+        if not task.chain.kernel.markov:
+            raise CapabilityError(
+                f"bellman_residuals: a step of {type(task.chain.kernel).__name__} depends on more "
+                "than the tokens, which is not stored; use a chain whose kernel is Markov."
+            )
+        bound = FeynmanKac(task.chain, task.potential, CallableTwist(value)).bind()
+        states = path[..., :-1, :].unbind(-2)
+        found = [_residual(bound, state, k, num_children) for k, state in enumerate(states)]
+    return _weighted_variance(torch.stack(found, -1), posterior.pooled_log_weights.exp())
+
+
+def _residual(bound: BoundFeynmanKac, tokens: Tensor, k: int, num_children: int) -> Tensor:
+    runs, size = tokens.shape[:2]
+    family = torch.arange(size).repeat_interleave(num_children).expand(runs, -1)
+    carry = bound.model.chain.kernel.start_carry(tokens)
+    children, _ = bound.move(bound.gather(carry, family), k, None)
+    ahead, here = bound.log_twist(children, k + 1, None), bound.log_twist(carry, k, None)
+    assert ahead is not None
+    assert here is not None
+    return log_mean_exp(ahead.reshape(runs, size, num_children), -1) - here
+
+
+def _weighted_variance(values: Tensor, weights: Tensor) -> Tensor:
+    """Return variances over all particles, ``(T,)``; states whose children all died say nothing."""
+    known = values.isfinite() & (weights[..., None] > 0)
+    share = torch.where(known, weights[..., None], 0.0)
+    share = share / share.sum((0, 1))
+    values = torch.where(known, values, 0.0)
+    mean = (share * values).sum((0, 1))
+    return (share * (values - mean).square()).sum((0, 1))
 
 
 def _training_states(
