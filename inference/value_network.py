@@ -62,10 +62,11 @@ class ValueNetwork(nn.Module):
             for before, after in pairwise(sizes)
             for layer in (nn.Linear(before, after), nn.SiLU())
         ]
-        self.body = nn.Sequential(*hidden, nn.Linear(sizes[-1], 1))
+        last = nn.Linear(sizes[-1], 1)
+        self.body = nn.Sequential(*hidden, last)
         # The mean of G is taken out: a fresh network that says nothing is the constant value.
-        nn.init.zeros_(self.body[-1].weight)
-        nn.init.zeros_(self.body[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
         """Return the value up to the constant, ``(B,)``.
