@@ -17,7 +17,12 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.soft_value import SoftValueGuidance
 from ppl_diffusion.inference.steering import FKSteering
 from ppl_diffusion.inference.value_network import bellman_residuals, fit_value
-from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.kernels import (
+    Absorbing,
+    ConfidenceKernel,
+    ExtrapolatedKernel,
+    OrderedKernel,
+)
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import PersistentFill
 from ppl_diffusion.testing.dense import state_index
@@ -27,7 +32,7 @@ from ppl_diffusion.testing.oracles import (
     total_variation,
     z_score,
 )
-from ppl_diffusion.testing.toys import toy_chain, toy_potential
+from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
 ROOT = str(Path(__file__).parents[2])
 SIZE, LENGTH = 3, 3
@@ -84,6 +89,18 @@ def test_values_however_wrong_are_unbiased(scale):
 def test_children_of_a_proposal_are_unbiased():
     other = toy_chain(length=LENGTH, num_steps=4, sharpness=0.5, seed=3)
     check(num_children=3, proposal=other.kernel)
+
+
+@pytest.mark.parametrize("kernel", [ConfidenceKernel, ExtrapolatedKernel])
+def test_chains_that_remember_hand_it_to_their_children(kernel):
+    """Against plain draws, four joint standard errors."""
+    process = Absorbing(SIZE)
+    denoiser = TableDenoiser(random_joint(SIZE, LENGTH, sharpness=1.5), process)
+    chain = ReverseChain(kernel(process, denoiser, num_steps=4), LENGTH)
+    z_hat = guide(chain, num_children=3).log_evidence.exp()
+    plain = GOAL(chain.x0(chain.sample((20000,)))).exp()
+    error = (z_hat.var() / len(z_hat) + plain.var() / len(plain)).sqrt()
+    assert abs(float(z_hat.mean() - plain.mean())) < 4 * float(error)
 
 
 def test_plates_multiply():
