@@ -172,9 +172,9 @@ class _Context:
 class KeepBest(Callback):
     """Save the program whenever its validation bound improves.
 
-    Under objectives that do not lower the bound it is saved at every validation. Must stand before
-    the weight average in the list of callbacks, so that it runs while the averaged weights are in
-    place.
+    Under objectives that do not lower the bound it is saved at every validation. Weights without a
+    finite bound are never saved. Must stand before the weight average in the list of callbacks, so
+    that it runs while the averaged weights are in place.
 
     :param folder: where the best program goes.
     """
@@ -189,8 +189,8 @@ class KeepBest(Callback):
     ) -> None:
         """Compare and save."""
         assert isinstance(pl_module, Fit)
-        worse = not pl_module.valid_bits < self.best
-        if trainer.sanity_checking or (worse and pl_module.objective.best_is_kept):
+        kept = pl_module.valid_bits < self.best or not pl_module.objective.best_is_kept
+        if trainer.sanity_checking or not (kept and math.isfinite(pl_module.valid_bits)):
             return
         self.best, self.best_step = pl_module.valid_bits, trainer.global_step
         pl_module._context.program.save(self.folder)

@@ -29,7 +29,7 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
     shipped = WEIGHTS / str(name_or_dir)
     if str(name_or_dir) in names():
         return _read(shipped)
-    if Path(name_or_dir).is_dir():
+    if str(name_or_dir) and Path(name_or_dir).is_dir():
         return _read(Path(name_or_dir))
     raise ValueError(
         f"There is no prior {str(name_or_dir)!r}: give a folder or one of {', '.join(names())}."

@@ -191,12 +191,28 @@ class DiffusionProgram(ABC):
         :returns: nats per sequence, a differentiable float64 scalar.
         """
         if labels is not None:
+            self._check_labels(labels, len(batch), label_dropout)
             withheld = torch.rand(labels.shape, generator=generator) < label_dropout
             labels = torch.where(withheld, self._null_label, labels)
         roots = stratified_times(batch, generator=generator)
         if self.process.absorbing:
             return self._terms(batch, roots, generator, labels).mean()
         return (2.0 * roots * self._terms(batch, roots.square(), generator, labels)).mean()
+
+    def _check_labels(self, labels: Tensor, rows: int, dropout: float) -> None:
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"{self.name}: label_dropout must lie in [0, 1], got {dropout}.")
+        classes = self._null_label
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+        if (
+            not whole
+            or labels.shape != (rows,)
+            or not bool(((labels >= 0) & (labels < classes)).all())
+        ):
+            raise ValueError(
+                f"{self.name}: labels must be an integer tensor with one class in "
+                f"0..{classes - 1} for each of the {rows} rows."
+            )
 
     @property
     def _null_label(self) -> int:

@@ -118,7 +118,7 @@ RECIPES: dict[str, Recipe] = {
         dataset="tinyshakespeare",
         shape={"dim": 160, "depth": 4, "heads": 5, "stem_width": 7, "dropout": 0.0}
         | {"time_conditioning": True},
-        steps=9000,
+        steps=8000,
         batch_size=32,
         shares=(1.0, 1.0),
         valid_rows=128,

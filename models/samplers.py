@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.filters import Nucleus, Temperature
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.kernels import InterpolatingKernel, Kernel, OrderedKernel
+from ppl_diffusion.kernels import InterpolatingKernel, Kernel, OrderedKernel, Process, PsiSchedule
 from ppl_diffusion.kernels.confidence import ConfidenceKernel
 from ppl_diffusion.kernels.psi import parse_psi
 from ppl_diffusion.models.program import DiffusionProgram
@@ -26,7 +28,8 @@ DEFAULT_PSI = {True: "remdm-cap:0.02", False: "constant:0.95,t_on=0.5,t_off=0.1"
 class SamplerSettings:
     """What can be asked of a sampler; each refuses what it does not know.
 
-    :param num_steps: number of steps; None for the sampler's own.
+    :param num_steps: number of steps, for reveals in groups the largest allowed; None for the
+        sampler's own.
     :param kappa_schedule: a Psi schedule, as :func:`~ppl_diffusion.kernels.psi.parse_psi` reads it.
     :param block: positions per block, from left to right.
     :param filters: ``nucleus:P``, ``nucleus-drop:P`` or ``temperature:T``, applied in order.
@@ -99,10 +102,26 @@ def _ancestral(
 def _psi(
     program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
 ) -> InterpolatingKernel:
-    process = program.process
-    text = settings.kappa_schedule or DEFAULT_PSI[process.absorbing]
-    psi = parse_psi(text, process.schedule, settings.num_steps or DEFAULT_STEPS)
-    return InterpolatingKernel(process, denoiser, psi=psi.within(process))
+    process, text = program.process, settings.kappa_schedule
+    text = DEFAULT_PSI[process.absorbing] if text is None else text
+    psi = _parse_within(text, process, settings.num_steps or DEFAULT_STEPS)
+    return InterpolatingKernel(process, denoiser, psi=psi)
+
+
+def _parse_within(text: str, process: Process, num_steps: int) -> PsiSchedule:
+    """Read a schedule and lift the last steps of ReMDM's family to what a process allows.
+
+    :raises ValueError: if that would change how much the schedule corrects by more than 2 %.
+    """
+    asked = parse_psi(text, process.schedule, num_steps)
+    psi = asked.within(process)
+    if asked.expected_corrections - psi.expected_corrections > 0.02 * asked.expected_corrections:
+        k = int(np.argmax(psi.kappa - asked.kappa))
+        raise ValueError(
+            f"kappa schedule {text!r}: kappa = {asked.kappa[k]:.4g} at step {k} would make a "
+            f"probability negative, this process allows {psi.kappa[k]:.4g}; correct less."
+        )
+    return psi
 
 
 def _confidence(
@@ -111,7 +130,7 @@ def _confidence(
     process, steps = program.process, settings.num_steps or DEFAULT_STEPS
     if settings.kappa_schedule is None:
         return ConfidenceKernel(process, denoiser, num_steps=steps)
-    psi = parse_psi(settings.kappa_schedule, process.schedule, steps).within(process)
+    psi = _parse_within(settings.kappa_schedule, process, steps)
     return ConfidenceKernel(process, denoiser, psi=psi)
 
 
@@ -124,23 +143,35 @@ def _first_hitting(
 def _parallel(
     program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
 ) -> OrderedKernel:
-    size = _group_size(program.length, settings)
+    steps = settings.num_steps or DEFAULT_STEPS
+    size = _smallest_group(program.length, program.length, steps)
     return OrderedKernel(program.process, denoiser, length=program.length, group_size=size)
 
 
 def _semi_autoregressive(
     program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
 ) -> OrderedKernel:
-    block = settings.block or max(1, program.length // 8)
-    size = _group_size(program.length, settings) if settings.num_steps else 1
+    block = max(1, program.length // 8) if settings.block is None else settings.block
+    size = _smallest_group(program.length, min(block, program.length), settings.num_steps)
     return OrderedKernel(
         program.process, denoiser, length=program.length, group_size=size, block=block
     )
 
 
-def _group_size(length: int, settings: SamplerSettings) -> int:
-    """Return the reveals per step with which one block of all positions takes so many steps."""
-    return -(-length // (settings.num_steps or DEFAULT_STEPS))
+def _smallest_group(length: int, block: int, num_steps: int | None) -> int:
+    """Return the reveals per step with which all blocks take at most so many steps.
+
+    :raises ValueError: if there are more blocks than steps.
+    """
+    if num_steps is None:
+        return 1
+    sizes = [min(block, length - start) for start in range(0, length, block)]
+    if num_steps < len(sizes):
+        raise ValueError(
+            f"{len(sizes)} blocks of {block} positions need at least as many steps, got "
+            f"{num_steps}: give more --steps, or a larger --block."
+        )
+    return next(g for g in range(1, block + 1) if sum(-(-n // g) for n in sizes) <= num_steps)
 
 
 _OPTIONS = {"num_steps": "--steps", "kappa_schedule": "--kappa-schedule", "block": "--block"}

@@ -39,6 +39,10 @@ CHECKPOINT = "last.ckpt"
 RUN_FILE = "run.json"
 
 
+class TrainingDiverged(RuntimeError):
+    """A run whose validation bound was never finite has no weights worth keeping."""
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """What a training run left behind.
@@ -90,6 +94,7 @@ def train(
     :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong.
     :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
     :raises ModuleNotFoundError: if Lightning is not installed.
+    :raises TrainingDiverged: if the validation bound was never finite.
     """
     recipe = recipe or find_recipe(name)
     recipe = recipe.with_objective(objective or recipe.objective)
@@ -145,6 +150,11 @@ def _run(
     with torch.random.fork_rng(devices=[]), quiet_lightning():
         trainer = _trainer(keeper, recipe, out, steps, quiet)
         trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
+    if not math.isfinite(keeper.best):
+        raise TrainingDiverged(
+            f"train: the validation bound was never finite in {trainer.global_step} steps, so no "
+            f"prior was written to {str(out)!r}; lower the learning rate, or check the data."
+        )
     best = load(out / PRIOR_FOLDER)
     return TrainingRun(best, out, keeper.best, keeper.best_step, trainer.global_step)
 

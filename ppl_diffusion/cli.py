@@ -73,7 +73,11 @@ def sample(
     ] = "ancestral",
     steps: Annotated[
         int | None,
-        typer.Option(help="Steps of the chain, 64 by default; first-hitting has its own."),
+        typer.Option(
+            help="Steps of the chain, 64 by default; at most so many for parallel, and for "
+            "semi-autoregressive, which reveals one position per step by default; first-hitting "
+            "takes one step per position."
+        ),
     ] = None,
     kappa_schedule: Annotated[
         str | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ppl_diffusion._cli.complain import NoAnswer, Stopped
 from ppl_diffusion._cli.tables import design_tables, progress_bar, table
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import InputError, Job, at_least, user_input
@@ -140,25 +141,32 @@ def train_prior(
     :param resume: go on from the checkpoint in ``out``.
     :param quiet: print nothing.
     :raises InputError: if a name, a number, the data or the place is wrong.
+    :raises NoAnswer: if the run diverged.
+    :raises Stopped: if Ctrl-C ended it.
     """
-    from ppl_diffusion.models.training import train
+    from ppl_diffusion.models.training import TrainingDiverged, train
 
     at_least("steps", 1 if steps is None else steps, 1)
     at_least("seed", seed, 0)
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
-    with user_input():
-        run = train(
-            name,
-            data=data,
-            out=out,
-            steps=steps,
-            objective=objective,
-            init=init,
-            seed=seed,
-            resume=resume,
-            quiet=quiet,
-        )
+    try:
+        with user_input():
+            run = train(
+                name,
+                data=data,
+                out=out,
+                steps=steps,
+                objective=objective,
+                init=init,
+                seed=seed,
+                resume=resume,
+                quiet=quiet,
+            )
+    except TrainingDiverged as error:
+        raise NoAnswer(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error
     if not quiet:
         rows = [
             ["best validation bound (bits per token, <=)", run.valid_bits],

@@ -15,6 +15,17 @@ STOPPED = 130
 DEBUG = "PPL_DIFFUSION_DEBUG"
 
 
+class NoAnswer(Exception):
+    """A run ended without an answer through no fault of the command line; the text says why."""
+
+
+class Stopped(Exception):
+    """A command was stopped by Ctrl-C; the text says what is left of it.
+
+    The command line's own library swallows a ``KeyboardInterrupt`` together with its text.
+    """
+
+
 def exit_code(command: Callable[[], object]) -> int:
     """Run a command and turn what it raises into a sentence and an exit code.
 
@@ -28,7 +39,9 @@ def exit_code(command: Callable[[], object]) -> int:
     if os.environ.get(DEBUG):
         return _code(command())
     try:
-        return _code(command())
+        code = _code(command())
+        # What the command line's library makes of a KeyboardInterrupt.
+        return complain("Stopped: no run folder was written.", code) if code == STOPPED else code
     except BrokenPipeError:
         # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,10 +51,12 @@ def exit_code(command: Callable[[], object]) -> int:
     except OSError as error:
         return complain(f"{error.strerror or error}: {error.filename}", USAGE)
     except (typer.Abort, KeyboardInterrupt):
-        return complain("Stopped: no run folder was written; train goes on with --resume.", STOPPED)
+        return complain("Stopped: no run folder was written.", STOPPED)
+    except Stopped as error:
+        return complain(error, STOPPED)
     except PotentialError as error:
         return complain(error, USAGE)
-    except ParticleCollapse as error:
+    except (ParticleCollapse, NoAnswer) as error:
         return complain(error, FAILED)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):

@@ -19,6 +19,11 @@ class Denoiser(Protocol):
     ``time_free`` promises that the output does not depend on ``t``, so that it may be reused
     while no token changed.
 
+    Optional attributes are read where they exist: ``hidden``, ``head`` and ``hidden_size`` (a sparse
+    vocabulary head), ``changes`` (phrases that say how it departs from its network),
+    ``excludes_tokens`` (it cuts off what the network allows) and ``network_rows`` (rows that one
+    state costs).
+
     A denoiser may have a method ``parameters()``, as every ``torch.nn.Module`` has: the tensors its
     output depends on, whose gradients and in-place updates then invalidate what was remembered.
     """

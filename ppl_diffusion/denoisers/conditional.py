@@ -19,6 +19,7 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
+from ppl_diffusion.kernels.base import clean_log_probs, require_rows
 from ppl_diffusion.kernels.classifier_free import guided_log_probs
 
 
@@ -77,12 +78,15 @@ class Labelled:
 class Paired:
     """A conditional and an unconditional denoiser asked at the same states.
 
+    What they return is checked before the two are put together, by the rules of the kernels.
+
     :param conditional: ``log p(x0 | x_t, y)``.
     :param unconditional: ``log p(x0 | x_t)``, of the same kind and vocabulary.
     :raises CapabilityError: if the two do not fit together.
 
     :ivar output_size: ``2 V``: both rows of log-probabilities, the conditional ones first.
     :ivar network_rows: network rows that one state costs.
+    :ivar excludes_tokens: whether a filter of either may exclude tokens that its network allows.
     """
 
     def __init__(self, conditional: Denoiser, unconditional: Denoiser) -> None:
@@ -93,6 +97,7 @@ class Paired:
         self.kind: Kind = conditional.kind
         self.time_free: bool = conditional.time_free and unconditional.time_free
         self.network_rows = sum(getattr(part, "network_rows", 1) for part in self._parts)
+        self.excludes_tokens = any(getattr(p, "excludes_tokens", False) for p in self._parts)
         if all(hasattr(part, "parameters") for part in self._parts):
             vars(self)["parameters"] = self._all_parameters
         for part in self._parts:
@@ -104,18 +109,24 @@ class Paired:
         return tuple(dict.fromkeys(c for part in self._parts for c in getattr(part, "changes", ())))
 
     def predict(self, tokens: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Return the conditional and the unconditional log-probabilities, ``(*batch, L, V)`` each.
+        """Return the conditional and the unconditional log-probabilities.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
+        :returns: float64 ``(*batch, L, V)`` each, normalised.
+        :raises TypeError: if a denoiser returns no tensor.
+        :raises ValueError: if one returns the wrong shape, NaN or unnormalised rows.
         """
         if (network := self._shared_network) is None:
-            first, second = (part(tokens, t) for part in self._parts)
-        else:
-            both = torch.stack([tokens, tokens])
-            outputs = network(both, t, label=self._labels(both)).unbind()
-            first, second = (self._filter(i, output) for i, output in enumerate(outputs))
-        return self._clean(first), self._clean(second)
+            first, second = (
+                clean_log_probs(part(tokens, t), tokens.shape, self.vocab_size)
+                for part in self._parts
+            )
+            return first, second
+        both = torch.stack([tokens, tokens])
+        output = network(both, t, label=self._labels(both))
+        rows = clean_log_probs(output, both.shape, self.vocab_size).unbind()
+        return self._filter(0, rows[0]), self._filter(1, rows[1])
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return both predictions side by side, shape ``(*batch, L, 2 V)``.
@@ -142,13 +153,8 @@ class Paired:
 
     def _filter(self, which: int, log_probs: Tensor) -> Tensor:
         for layer in peel(self._parts[which])[1]:
-            log_probs = layer.filter_output(log_probs)
+            log_probs = layer.filter_output(log_probs, log_probs.shape[:-1])
         return log_probs
-
-    def _clean(self, log_probs: Tensor) -> Tensor:
-        size = self.vocab_size
-        with_mask = log_probs.shape[-1] == size + 1
-        return torch.log_softmax(log_probs[..., :size], -1) if with_mask else log_probs
 
     def _all_parameters(self) -> list[Tensor]:
         return [*self.conditional.parameters(), *self.unconditional.parameters()]  # type: ignore[attr-defined]
@@ -199,26 +205,37 @@ class Guided(Paired):
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
-        :raises ValueError: if the two predictions of a position have no token in common.
+        :raises TypeError: if a denoiser returns no tensor.
+        :raises ValueError: if one misbehaves, or the two predictions of a position have no token in
+            common.
         """
         log_c = guided_log_probs(*self.predict(tokens, t), self.weight)
         return require_common_support(log_c, self._unread(tokens))
 
     def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
         """Return both hidden states, and a last column that says where nobody reads the head."""
-        if (network := self._shared_network) is None:
-            parts = [part.hidden(tokens, t) for part in self._parts]
-        else:
-            both = torch.stack([tokens, tokens])
-            parts = list(network.hidden(both, t, label=self._labels(both)).unbind())
+        parts = self._hidden_parts(tokens, t)
         unread = self._unread(tokens)
         flag = torch.zeros_like(tokens) if unread is None else unread
         return torch.cat([*parts, flag[..., None].to(parts[0].dtype)], -1)
 
+    def _hidden_parts(self, tokens: Tensor, t: float | Tensor) -> list[Tensor]:
+        if (network := self._shared_network) is None:
+            parts = [part.hidden(tokens, t) for part in self._parts]
+            for hidden in parts:
+                require_rows(hidden, tokens, self.vocab_size)
+            return parts
+        both = torch.stack([tokens, tokens])
+        hidden = network.hidden(both, t, label=self._labels(both))
+        require_rows(hidden, both, self.vocab_size)
+        return list(hidden.unbind())
+
     def _head(self, hidden: Tensor) -> Tensor:
         *rows, flag = hidden.split(self._split, -1)
-        parts = zip(self._parts, rows, strict=True)
-        first, second = (self._clean(part.head(row)) for part, row in parts)
+        first, second = (
+            clean_log_probs(part.head(row), row.shape[:-1], self.vocab_size)
+            for part, row in zip(self._parts, rows, strict=True)
+        )
         log_c = guided_log_probs(first, second, self.weight)
         return require_common_support(log_c, flag[..., 0] > 0)
 
@@ -260,8 +277,10 @@ def _num_classes(network: Any) -> int:
 
 
 def _check_label(label: int | None, num_classes: int) -> int:
-    value = num_classes if label is None else operator.index(label)
-    if not 0 <= value <= num_classes:
+    if label is None:
+        return num_classes
+    value = operator.index(label)
+    if not 0 <= value < num_classes:
         raise ValueError(
             f"Labelled: label must lie in 0..{num_classes - 1}, or be None for no label, "
             f"got {label}."

@@ -52,7 +52,9 @@ class EvaluatedDenoiser:
         self._memory: tuple[float, RowTable] | None = None
         self._last: tuple[Tensor, int, float, Tensor] | None = None
         forward_parameters(self, denoiser)
-        forward_optional(self, denoiser, "changes", "output_size", "network_rows")
+        forward_optional(
+            self, denoiser, "changes", "excludes_tokens", "output_size", "network_rows"
+        )
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.

@@ -3,16 +3,19 @@
 A filter changes what a chain samples from, so it changes the *model*: a chain around a filtered
 denoiser has the filtered law as its own, exactly scored, and says so in its ``changes``. It works
 on single rows of log-probabilities, after the vocabulary head, so a denoiser that can evaluate its
-head at a few positions still can. Filters compose; the innermost acts first.
+head at a few positions still can. Filters compose; the innermost acts first. A filtered row is
+always a distribution, so what the network returned is checked before, by the rules of the kernels.
 
 Filtered and unfiltered denoisers have different supports: as the proposal of an unfiltered chain a
-nucleus misses mass, and no weight brings it back (the target must carry the same filter).
+nucleus misses mass, and no weight brings it back (the target must carry the same filter). Such a
+denoiser says so by ``excludes_tokens``, so that proposals can be checked.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from torch.nn import functional as F
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.kernels.base import clean_log_probs
 
 
 class Filter(ABC):
@@ -31,6 +35,8 @@ class Filter(ABC):
     :param denoiser: what to filter; a ``"posterior"`` denoiser is filtered before kernels convert
         it.
     :raises CapabilityError: if the denoiser returns more than one distribution per position.
+
+    :ivar excludes_tokens: whether tokens may be excluded that the network allows.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -44,6 +50,7 @@ class Filter(ABC):
         self.vocab_size: int = denoiser.vocab_size
         self.kind: Kind = denoiser.kind
         self.time_free: bool = denoiser.time_free
+        self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
         forward_parameters(self, denoiser)
         forward_optional(self, denoiser, "process", "network_rows")
         if has_sparse_head(denoiser):
@@ -63,32 +70,38 @@ class Filter(ABC):
 
     @abstractmethod
     def filter_rows(self, log_probs: Tensor) -> Tensor:
-        """Filter rows of log-probabilities; NaN stays NaN.
+        """Filter rows of log-probabilities.
 
-        :param log_probs: log-probabilities of clean tokens, ``(..., V)``.
+        :param log_probs: normalised log-probabilities of clean tokens, float64 ``(..., V)``.
         :returns: normalised log-probabilities, float64, same shape.
         """
 
-    def filter_output(self, log_probs: Tensor) -> Tensor:
-        """Filter what a denoiser returned, which may hold a last column for the mask.
+    def filter_output(self, log_probs: Tensor, shape: Sequence[int]) -> Tensor:
+        """Check what a denoiser returned, and filter it.
 
-        :param log_probs: ``(..., V)`` or ``(..., V + 1)``.
-        :returns: ``(..., V)``; the same tensor where the filter does nothing.
+        :param log_probs: ``(*shape, V)``, or ``(*shape, V + 1)`` with a last column for the mask.
+        :param shape: shape of the states, ``(*batch, L)``, or of gathered rows, ``(n,)``.
+        :returns: ``(*shape, V)``; the same tensor, unchecked, where the filter does nothing.
+        :raises TypeError: if the output is no tensor.
+        :raises ValueError: if it has the wrong shape, is NaN or is not normalised.
         """
         if self.change is None:
             return log_probs
-        return self.filter_rows(log_probs[..., : self.vocab_size])
+        return self.filter_rows(clean_log_probs(log_probs, shape, self.vocab_size))
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return filtered log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
+        :raises TypeError: if the wrapped denoiser returns no tensor.
+        :raises ValueError: if it returns the wrong shape, NaN or unnormalised rows.
         """
-        return self.filter_output(self.denoiser(tokens, t))
+        return self.filter_output(self.denoiser(tokens, t), tokens.shape)
 
     def _filtered_head(self, hidden: Tensor) -> Tensor:
-        return self.filter_output(self.denoiser.head(hidden))  # type: ignore[attr-defined]
+        rows = self.denoiser.head(hidden)  # type: ignore[attr-defined]
+        return self.filter_output(rows, hidden.shape[:-1])
 
 
 class Temperature(Filter):
@@ -118,9 +131,9 @@ class Temperature(Filter):
 
         :param log_probs: ``(..., V)``.
         """
-        rows = log_probs.to(torch.float64)
         # The top goes to zero first: dividing it by a tiny temperature would overflow.
-        return torch.log_softmax((rows - rows.amax(-1, keepdim=True)) / self.temperature, -1)
+        below = log_probs - log_probs.amax(-1, keepdim=True)
+        return torch.log_softmax(below / self.temperature, -1)
 
     def __repr__(self) -> str:
         return f"Temperature({self.denoiser!r}, {self.temperature:g})"
@@ -145,6 +158,7 @@ class Nucleus(Filter):
             raise ValueError(f"Nucleus: p must lie in (0, 1], got {p}.")
         super().__init__(denoiser)
         self.p, self.keep_crossing = float(p), keep_crossing
+        self.excludes_tokens = self.excludes_tokens or self.p < 1
 
     @property
     def change(self) -> str | None:
@@ -156,11 +170,10 @@ class Nucleus(Filter):
 
         :param log_probs: ``(..., V)``.
         """
-        rows = log_probs.to(torch.float64)
-        ordered, order = rows.detach().sort(dim=-1, descending=True, stable=True)
+        ordered, order = log_probs.detach().sort(dim=-1, descending=True, stable=True)
         kept = self._kept(ordered.softmax(-1).cumsum(-1))
         inside = torch.zeros_like(kept).scatter(-1, order, kept)
-        return torch.log_softmax(rows.masked_fill(~inside, -torch.inf), -1)
+        return torch.log_softmax(log_probs.masked_fill(~inside, -torch.inf), -1)
 
     def _kept(self, mass: Tensor) -> Tensor:
         """Return which ranks stay, given the mass up to and including each."""

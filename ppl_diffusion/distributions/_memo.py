@@ -60,30 +60,24 @@ def recall(path: Tensor, kernel: Kernel, *, prompt: Tensor | None = None) -> Ten
     return memo.log_p
 
 
-def declared_parameters(kernel: Kernel) -> list[Tensor] | None:
-    """Return the tensors the denoiser says it reads, or None where it has no ``parameters()``.
-
-    :param kernel: the kernel around the denoiser.
-    """
-    # A kernel that reads more than its denoiser (a classifier) lists its tensors itself.
-    parameters = getattr(kernel, "parameters", None) or getattr(kernel.denoiser, "parameters", None)
-    return list(parameters()) if callable(parameters) else None
-
-
 def declares_gradient(kernel: Kernel) -> bool:
     """Return whether the denoiser is known to depend on a tensor that requires a gradient.
 
     :param kernel: the kernel around the denoiser.
     """
-    return any(p.requires_grad for p in declared_parameters(kernel) or [])
+    return any(p.requires_grad for p in kernel.declared_parameters() or [])
 
 
 def _versions(kernel: Kernel) -> _Versions:
-    parameters = declared_parameters(kernel) or []
+    parameters = kernel.declared_parameters() or []
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def _same_prompt(here: Tensor | None, there: Tensor | None) -> bool:
     if here is None or there is None:
         return here is there
-    return torch.equal(here, there)
+    # The prompt of an expanded chain is the same one, repeated.
+    try:
+        return bool((here == there).all())
+    except RuntimeError:
+        return False

@@ -78,6 +78,10 @@ class ChainMarginal(TorchDistribution):
                 "log_prob_bound (a lower bound) or log_prob_estimate (unbiased likelihood)."
             )
         self._require_markov("log_prob")
+        if self.chain.prompt is not None and self.chain.prompt.ndim > 1:
+            raise IntractableLogProb(
+                "log_prob: the exact marginal is computed for one prompt; build a chain for each."
+            )
         table = self._state_log_probs()
         clean = self._is_clean(value)
         powers = size ** torch.arange(self.chain.length - 1, -1, -1)
@@ -188,6 +192,7 @@ class ChainMarginal(TorchDistribution):
 
     def _step_kl(self, x0: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
+        assert isinstance(kernel, InterpolatingKernel)
         uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
         a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
         z = kernel.process.corrupt(x0, a, uniforms[0], uniforms[1])
@@ -271,18 +276,16 @@ def _has_own_mixture(kernel: Kernel) -> bool:
     return isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov
 
 
-def _bridge(
-    step: TokenStep | RevealStep, known: Tensor, *, last: bool
-) -> TokenStep | RevealStep:
+def _bridge(step: TokenStep | RevealStep, known: Tensor, *, last: bool) -> TokenStep | RevealStep:
     """Return the step with the denoiser replaced by the known answer, where that is enough.
 
-    A step that reveals so many positions never hides one again, so that it always is. With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again later.
-    Up to the last step half of the predictions are then the model's own, so that the proposal can
-    go wherever the model goes.
+    A step that reveals so many positions never hides one again: there it always is. Where the
+    model takes detours, half of the predictions up to the last step are its own, so that the
+    proposal can go wherever the model goes.
     """
     if isinstance(step, RevealStep):
         return step.with_log_probs(known)
     log_probs = known
-    if not last and step.corrects and bool((step.process.prior == 0).any()):
+    if not last and step.detours:
         log_probs = torch.logaddexp(known, step.log_probs.to(known.dtype)) - math.log(2.0)
     return step.with_log_probs(log_probs)

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppl_diffusion.distributions._shapes import check_expand, check_value
+from ppl_diffusion.distributions._shapes import (
+    check_expand,
+    check_normalised,
+    check_states,
+    check_value,
+)
 from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.kernels.prediction import Prediction, as_prediction
 
@@ -46,8 +51,11 @@ class RevealStep(StepDistribution):
         length, size = tokens.shape[-1], log_probs.shape[-1]
         if log_probs.shape[-2] != length:
             raise ValueError(
-                f"RevealStep: log_probs of shape {tuple(log_probs.shape)} do not fit {length} sites."
+                f"RevealStep: log_probs of shape {tuple(log_probs.shape)} are not for {length} "
+                "sites; predict every position of tokens."
             )
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"RevealStep: count must be a whole number >= 0, got {count!r}.")
         self.num_states, self.count = size + 1, count
         self.tokens = tokens.expand(*batch, length)
         self.prediction = as_prediction(log_probs).expand(batch)
@@ -56,6 +64,9 @@ class RevealStep(StepDistribution):
         self.eligible = (eligible if fixed is None else eligible & ~fixed).expand(*batch, length)
         self.order = None if order is None else order.expand(*batch, length)
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
+        if self._validate_args:
+            check_states(self)
+            check_normalised(self)
 
     @property
     def log_probs(self) -> Tensor:
@@ -123,7 +134,7 @@ class RevealStep(StepDistribution):
 
     def _first(self, order: Tensor) -> Tensor:
         """Return the ``count`` eligible positions of highest order, bool."""
-        key = torch.where(self.eligible, order, -1.0)
+        key = torch.where(self.eligible, order, -torch.inf)
         rank = key.argsort(-1, descending=True).argsort(-1)
         return self.eligible & (rank < self.count)
 

@@ -31,7 +31,8 @@ class ReverseChain(TorchDistribution):
 
     :param kernel: the reverse kernel.
     :param length: number ``L`` of positions.
-    :param prompt: int64 ``(L,)``: tokens present from the start, -1 where the chain is free.
+    :param prompt: int64 ``(L,)``, or ``(*batch, L)`` for a batch of chains with prompts of their
+        own: tokens present from the start, -1 where the chain is free.
         This defines the chain that is started from the prompt; to condition a chain on tokens
         of ``x0`` use :func:`ppl_diffusion.handlers.clamp`.
     :raises TypeError: if the length or the prompt is not of whole numbers.
@@ -50,9 +51,11 @@ class ReverseChain(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.kernel, self.length = kernel, whole_number(length, "ReverseChain: length")
+        kernel.check_length(self.length)
         self.prompt = None if prompt is None else _check_prompt(prompt, self.length, kernel)
+        batch_shape = torch.Size() if self.prompt is None else self.prompt.shape[:-1]
         event_shape = torch.Size((kernel.num_steps + 1, self.length))
-        super().__init__(torch.Size(), event_shape, validate_args=validate_args)
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     @property
     def num_steps(self) -> int:
@@ -61,7 +64,7 @@ class ReverseChain(TorchDistribution):
 
     @property
     def fixed(self) -> Tensor | None:
-        """Prompt positions, bool ``(L,)``, or None."""
+        """Prompt positions, bool ``(L,)`` or ``(*batch, L)``, or None."""
         return None if self.prompt is None else self.prompt >= 0
 
     @constraints.dependent_property(is_discrete=True, event_dim=2)
@@ -117,7 +120,7 @@ class ReverseChain(TorchDistribution):
                 step = kernel.step(carry, k, fixed=self.fixed)
             tokens = step.sample(generator=generator)
             increment = step.log_prob(tokens)
-            hidden = hidden or getattr(step, "wants_gradient", False)
+            hidden = hidden or (probe and getattr(step, "wants_gradient", False))
             probe = probe and not kernel.asks_denoiser(carry["tokens"], k)
             log_p = log_p + increment.detach()
             carry = kernel.advance(carry, tokens, k, step=step)
@@ -168,6 +171,8 @@ class ReverseChain(TorchDistribution):
         new = self._get_checked_instance(ReverseChain, _instance)
         shape = check_expand(self.batch_shape, batch_shape)
         new.kernel, new.length, new.prompt = self.kernel, self.length, self.prompt
+        if new.prompt is not None and new.prompt.ndim > 1:
+            new.prompt = new.prompt.expand(*shape, -1)
         super(ReverseChain, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -176,7 +181,7 @@ class ReverseChain(TorchDistribution):
     def infer_shapes(
         cls, kernel: object = (), length: object = (), prompt: object = ()
     ) -> tuple[torch.Size, torch.Size]:
-        """Return ``(batch_shape, event_shape)``.
+        """Return ``(batch_shape, event_shape)``; a batch of prompts must be a tensor.
 
         The event shape is a property of the kernel object and of the number ``length``, not of
         any array's shape, so both must be passed themselves.
@@ -190,7 +195,8 @@ class ReverseChain(TorchDistribution):
                 "ReverseChain.infer_shapes needs the kernel and the length themselves; "
                 "the shape of a path does not follow from array shapes."
             )
-        return torch.Size(), torch.Size((kernel.num_steps + 1, length))
+        batch = prompt.shape[:-1] if isinstance(prompt, Tensor) else torch.Size()
+        return batch, torch.Size((kernel.num_steps + 1, length))
 
     def __repr__(self) -> str:
         shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
@@ -202,9 +208,10 @@ def _check_prompt(prompt: Tensor, length: int, kernel: Kernel) -> Tensor:
     if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise TypeError(f"ReverseChain: prompt must hold integer ids, got {prompt.dtype}.")
     prompt = prompt.to(torch.int64)
-    if tuple(prompt.shape) != (length,):
+    if prompt.ndim == 0 or prompt.shape[-1] != length or prompt.numel() == 0:
         raise ValueError(
-            f"ReverseChain: prompt must have shape ({length},), got {tuple(prompt.shape)}."
+            f"ReverseChain: prompt must have shape ({length},) or (*batch, {length}), "
+            f"got {tuple(prompt.shape)}."
         )
     if int(prompt.max()) >= kernel.process.vocab_size or int(prompt.min()) < -1:
         raise ValueError("ReverseChain: prompt must hold clean token ids, and -1 where it is free.")

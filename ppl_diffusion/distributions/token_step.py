@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from ppl_diffusion.distributions._shapes import check_expand, check_value
+from ppl_diffusion.distributions._shapes import (
+    check_expand,
+    check_normalised,
+    check_states,
+    check_value,
+)
 from ppl_diffusion.distributions._sparse import sparse_draw, sparse_log_prob
 from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.kernels.kappa_rules import kappa_room
 from ppl_diffusion.kernels.mixture import mixture_log_prob, mixture_sample, site_weights
 from ppl_diffusion.kernels.prediction import HeadPrediction, Prediction, as_prediction
 from ppl_diffusion.kernels.processes import Process
@@ -31,6 +38,8 @@ class TokenStep(StepDistribution):
     :param kappa: Psi parameter, 1 is ancestral; a number, or one per site, broadcastable to
         ``(*batch, L)``.
     :param fixed: bool ``(*batch, L)`` or None.
+    :raises ValueError: if shapes or levels do not fit, and while arguments are validated if a token
+        is no state, ``kappa`` leaves no distribution, or ``log_probs`` is a table that is none.
     """
 
     def __init__(
@@ -63,6 +72,19 @@ class TokenStep(StepDistribution):
         self.kappa = kappa.expand(*batch, length) if isinstance(kappa, Tensor) else kappa
         self.fixed = None if fixed is None else fixed.expand(*batch, length)
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
+        if self._validate_args:
+            self._check_kappa()
+            check_states(self)
+            check_normalised(self)
+
+    def _check_kappa(self) -> None:
+        lowest, highest = (f(torch.as_tensor(self.kappa)).item() for f in (torch.min, torch.max))
+        room = kappa_room(self.process, np.array([self.alpha_t, self.alpha_s]))[0]
+        if not (min(room, 0.0) - 1e-12 <= lowest and highest <= 1):
+            raise ValueError(
+                f"TokenStep: kappa must be at most 1 and here at least {min(room, 0.0):.4g}, got "
+                f"{lowest:.4g} to {highest:.4g}."
+            )
 
     @property
     def log_probs(self) -> Tensor:
@@ -79,6 +101,17 @@ class TokenStep(StepDistribution):
         """Whether some site may be noised again (``kappa < 1``)."""
         return bool(torch.any(torch.as_tensor(self.kappa) < 1))
 
+    @property
+    def detours(self) -> bool:
+        """Whether the model may go where the bridge to a known clean sequence cannot follow.
+
+        With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again
+        later; with ``kappa < 0`` a known token may forbid staying where the model may stay.
+        """
+        kappa = torch.as_tensor(self.kappa)
+        holes = bool((self.process.prior == 0).any())
+        return bool(torch.any(kappa < (1 if holes else 0)))
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of a next state.
 
@@ -89,11 +122,12 @@ class TokenStep(StepDistribution):
             self._validate_sample(value)
         value = check_value(self, value)
         tokens, value = torch.broadcast_tensors(self.tokens, value)
-        prediction = self.prediction.expand(value.shape[:-1])
         if self._sparse:
+            prediction = self.prediction.expand(value.shape[:-1])
             site = sparse_log_prob(self.process, tokens, value, prediction, self._levels)
         else:
-            site = mixture_log_prob(self.process, tokens, value, prediction.dense(), *self._levels)
+            log_c = self.log_probs.expand(*value.shape, -1)
+            site = mixture_log_prob(self.process, tokens, value, log_c, *self._levels)
         if self.fixed is not None:
             kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
             site = torch.where(self.fixed, kept, site)
@@ -106,11 +140,11 @@ class TokenStep(StepDistribution):
         :param u_token: likewise: which token.
         """
         tokens, (a, b, kappa) = self.tokens.expand_as(u_move), self._levels
-        prediction = self.prediction.expand(u_move.shape[:-1])
         if self._sparse:
+            prediction = self.prediction.expand(u_move.shape[:-1])
             moved = sparse_draw(self.process, tokens, prediction, (a, b, kappa), u_move, u_token)
         else:
-            log_c = prediction.dense()
+            log_c = self.log_probs.expand(*u_move.shape, -1)
             moved = mixture_sample(self.process, tokens, log_c, a, b, u_move, u_token, kappa)
         return moved if self.fixed is None else torch.where(self.fixed, tokens, moved)
 
@@ -122,7 +156,9 @@ class TokenStep(StepDistribution):
     def _sparse(self) -> bool:
         # Below zero "stay" can be a negative weight, which only the table of a site can take.
         table = not self.process.absorbing and bool(torch.any(torch.as_tensor(self.kappa) < 0))
-        return isinstance(self.prediction, HeadPrediction) and not table
+        # A prior over tokens and something else needs c of both; the table knows how.
+        pure = self.process.absorbing or self.num_states == self.process.vocab_size
+        return isinstance(self.prediction, HeadPrediction) and pure and not table
 
     def with_log_probs(self, log_probs: Tensor) -> TokenStep:
         """Return the same step with another prediction of the clean tokens.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.distributions._memo import declared_parameters, remember
+from ppl_diffusion.distributions._memo import remember
 from ppl_diffusion.distributions._shapes import check_expand
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 
@@ -78,7 +78,7 @@ class ProposedChain(TorchDistribution):
         """
         shape = torch.Size((*sample_shape, *self.batch_shape))
         path, log_p, log_weight = self._propose(shape)
-        if declared_parameters(self.chain.kernel) is not None:  # else a gradient may hide there
+        if self.chain.kernel.declared_parameters() is not None:  # else a gradient may hide there
             remember(path, self.chain.kernel, log_p, prompt=self.chain.prompt)
         self.draw = Draw(path.clone(), log_p - log_weight, log_weight)
         return path

@@ -59,11 +59,11 @@ class ClampProposal:
                 f"{type(step).__name__} does not show; condition by a potential that is -inf "
                 "elsewhere."
             )
-        if step.corrects and bool((step.process.prior == 0).any()):
+        if step.detours:
             raise CapabilityError(
-                "clamp: a kernel with kappa < 1 over a prior with zeros (such as masks) can reach "
-                "the tokens by detours that the clamp cannot propose; use kappa = 1, or condition "
-                "by a potential that is -inf elsewhere."
+                "clamp: a kernel with kappa < 1 over a prior with zeros (such as masks), or with "
+                "kappa < 0, can reach the tokens by detours that the clamp cannot propose; use "
+                "kappa = 1, or condition by a potential that is -inf elsewhere."
             )
         self._require_agreeing_prompt(step)
         known = torch.nn.functional.one_hot(self.tokens, self.vocab_size).to(step.log_probs).log()

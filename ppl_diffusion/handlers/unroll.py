@@ -11,8 +11,9 @@ from pyro.distributions import Delta
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.reparam_messenger import ReparamMessenger
 
+from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.base import SAMPLE_ONLY, Carry
 
 
 class Unroll(Reparam):
@@ -29,6 +30,11 @@ class Unroll(Reparam):
         if not isinstance(chain, ReverseChain):
             kind = type(chain).__name__
             raise ValueError(f"unroll: site {name!r} is a {kind}, not a ReverseChain.")
+        if chain.kernel.capability == SAMPLE_ONLY:
+            raise CapabilityError(
+                f"unroll: the steps of {type(chain.kernel).__name__} ({SAMPLE_ONLY}) have no "
+                "density given the tokens; use a kernel that has one."
+            )
         given = None if msg["value"] is None else msg["value"].unbind(-2)
         kernel, fixed = chain.kernel, chain.fixed
         step: Any = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
@@ -39,10 +45,14 @@ class Unroll(Reparam):
                 step = kernel.step(carry, k - 1, fixed=fixed)
             value = None if given is None else given[k]
             states.append(pyro.sample(f"{name}_{k}", step, obs=value))
+            state = states[-1]
+            if not kernel.markov:  # what the carry remembers has all dimensions of the states
+                batch = torch.broadcast_shapes(state.shape[:-1], step.batch_shape)
+                state = state.expand(*batch, -1)
             carry = (
-                kernel.advance(carry, states[-1], k - 1, step=step)
+                kernel.advance(carry, state, k - 1, step=step)
                 if k > 0
-                else kernel.start_carry(states[-1])
+                else kernel.start_carry(state)
             )
         path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)

@@ -131,7 +131,8 @@ class Kernel(ABC):
 
         :param batch_shape: leading dimensions.
         :param length: number ``L`` of positions.
-        :param prompt: int64 ``(L,)``: tokens that are present from the start, -1 elsewhere.
+        :param prompt: int64, broadcastable to ``(*batch_shape, L)``: tokens that are present from
+            the start, -1 elsewhere.
         :param generator: source of randomness.
         :returns: ``{"tokens": int64 (*batch_shape, L)}``.
         """
@@ -238,7 +239,7 @@ class Kernel(ABC):
         """
         if self._revealed(tokens):
             return self._flat(tokens)
-        log_c = self.denoiser(tokens, float(self.times[k]))
+        log_c = self.denoiser(tokens, self.prediction_time(tokens, k))
         log_c = clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
         if self.denoiser.kind == "posterior":
             log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
@@ -253,13 +254,37 @@ class Kernel(ABC):
         bridge = self.process.absorbing or self.denoiser.kind == "cavity"
         if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
             return DensePrediction(self.cavity_log_probs(tokens, k))
-        hidden = self.denoiser.hidden(tokens, float(self.times[k]))  # type: ignore[attr-defined]
+        hidden = self.denoiser.hidden(tokens, self.prediction_time(tokens, k))  # type: ignore[attr-defined]
         require_rows(hidden, tokens, self.process.vocab_size)
         return HeadPrediction(hidden, self._checked_head, self.process.vocab_size)
 
     def _checked_head(self, rows: Tensor) -> Tensor:
         head = self.denoiser.head  # type: ignore[attr-defined]
         return clean_log_probs(head(rows), rows.shape[:-1], self.process.vocab_size)
+
+    def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
+        """Return the time at which step ``k`` asks the denoiser, a number or one per row.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: index into ``times``.
+        """
+        return float(self.times[k])
+
+    def check_length(self, length: int) -> None:
+        """Refuse a number of positions that the kernel cannot run; here any from one will do.
+
+        :param length: number ``L`` of positions.
+        :raises ValueError: if the kernel was built for another one.
+        """
+        whole_number(length, f"{type(self).__name__}: length")
+
+    def declared_parameters(self) -> list[Tensor] | None:
+        """Return the tensors that the law reads, or None where that is not known.
+
+        They are those of the denoiser's ``parameters()``; a kernel that reads more overrides this.
+        """
+        parameters = getattr(self.denoiser, "parameters", None)
+        return list(parameters()) if callable(parameters) else None
 
     def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
         """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
@@ -332,7 +357,10 @@ def check_denoiser(process: Process, denoiser: Denoiser) -> None:
         raise CapabilityError(
             f"denoiser.kind must be 'cavity' or 'posterior', got {kind!r}; set it on the denoiser."
         )
-    size = getattr(denoiser, "vocab_size", process.vocab_size)
+    for name in ("vocab_size", "time_free"):
+        if not hasattr(denoiser, name):
+            raise CapabilityError(f"the denoiser has no attribute {name}; set it on the denoiser.")
+    size = denoiser.vocab_size
     if size != process.vocab_size:
         raise CapabilityError(
             f"the denoiser has {size} clean tokens but the process has {process.vocab_size}; "

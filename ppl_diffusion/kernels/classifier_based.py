@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class ClassifierKernel(Kernel):
     sequence is asked about once per step (once per block of ``max_rows``), and only
     sites that can move are looked at: the masked ones of an ancestral masked chain.
 
+    A classifier with a method ``parameters()``, as modules have, says what it reads: a remembered
+    density of a path is forgotten when one of those tensors moves. For any other function gradients
+    are found, but in-place edits of what it reads are invisible to remembered densities.
+
     :param kernel: the kernel to guide; its step must be a product over sites.
     :param log_likelihood: log-likelihood of the observation given a noised state.
     :param scale: ``g >= 0``; 0 is unguided, 1 Bayes' rule, above 1 overshoots.
@@ -84,8 +88,6 @@ class ClassifierKernel(Kernel):
         self.scale, self.mode = float(scale), mode
         self.max_rows = whole_number(max_rows, "ClassifierKernel: max_rows")
         self.markov = kernel.markov
-        if all(hasattr(source, "parameters") for source in self._sources):
-            vars(self)["parameters"] = self._all_parameters
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -135,9 +137,9 @@ class ClassifierKernel(Kernel):
         tokens = carry["tokens"]
         table = _dense(self.kernel.step(carry, k, fixed=fixed))
         if self.scale:
+            states = tokens.expand(table.shape[:-1]).reshape(-1, tokens.shape[-1])
             rows = table.reshape(-1, *table.shape[-2:])
-            tilted = self._tilted(tokens.expand(table.shape[:-1]).flatten(0, -2), rows, k)
-            table = tilted.reshape(table.shape)
+            table = self._tilted(states, rows, k).reshape(table.shape)
         return StateStep(table, tokens=tokens, fixed=fixed)
 
     def start_carry(self, tokens: Tensor) -> Carry:
@@ -184,6 +186,23 @@ class ClassifierKernel(Kernel):
         """
         return self.kernel.asks_denoiser(tokens, k)
 
+    def check_length(self, length: int) -> None:
+        """Refuse a number of positions that the guided kernel cannot run.
+
+        :param length: number ``L`` of positions.
+        :raises ValueError: if that kernel was built for another one.
+        """
+        self.kernel.check_length(length)
+
+    def declared_parameters(self) -> list[Tensor] | None:
+        """Return the tensors of both networks, or None where one of them does not name its own.
+
+        A classifier names its tensors by a method ``parameters()``, as modules do.
+        """
+        inner = self.kernel.declared_parameters()
+        own = getattr(self.log_likelihood, "parameters", None)
+        return [*inner, *own()] if inner is not None and callable(own) else None
+
     def _tilted(self, tokens: Tensor, table: Tensor, k: int) -> Tensor:
         """Return the tilted table of rows of states, up to a constant per site, ``(B, L, S)``."""
         first, inverse = distinct_rows(tokens)
@@ -227,16 +246,13 @@ class ClassifierKernel(Kernel):
         return values
 
     def _gradient(self, tokens: Tensor, size: int, t: float) -> Tensor:
+        recording = torch.is_grad_enabled()
         # SMC runs without gradients; this one is part of the law.
         with torch.inference_mode(False), torch.enable_grad():
             states = F.one_hot(tokens, size).to(torch.get_default_dtype()).requires_grad_()
             values = self._checked(states, t)
-            if not values.requires_grad:
-                raise PotentialError(
-                    "ClassifierKernel: log_likelihood has no gradient in its one-hot input; make "
-                    "it differentiable or use mode='exact'."
-                )
-            (gradient,) = torch.autograd.grad(values.sum(), states)
+            keep = recording and _depends_on_others(values, states)
+            gradient = _input_gradient(values, states, keep)
         _require_finite(gradient, "the gradient of log_likelihood", t)
         return gradient.to(torch.float64)
 
@@ -256,14 +272,6 @@ class ClassifierKernel(Kernel):
         _require_finite(allowed, "log_likelihood", t)
         return values
 
-    @property
-    def _sources(self) -> tuple[Any, Any]:
-        return self.denoiser, self.log_likelihood
-
-    def _all_parameters(self) -> list[Tensor]:
-        """Return what the law of a step reads: the tensors of both networks."""
-        return [parameter for source in self._sources for parameter in source.parameters()]
-
     def _repr_options(self) -> str:
         return f", {self.kernel!r}, scale={self.scale:g}, mode={self.mode}"
 
@@ -272,6 +280,36 @@ def _movable(table: Tensor) -> Tensor:
     """Return which states compete at a site, bool ``(B, L, S)``: none where it cannot move."""
     possible = table > -torch.inf
     return possible & (possible.sum(-1, keepdim=True) > 1)
+
+
+def _input_gradient(values: Tensor, states: Tensor, keep: bool) -> Tensor:
+    """Return the gradient of each value in its own states, differentiable again if ``keep``."""
+    gradient: Tensor | None = None
+    if values.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            values.sum(), states, create_graph=keep, allow_unused=True
+        )
+    if gradient is None:
+        raise PotentialError(
+            "ClassifierKernel: log_likelihood has no gradient in its one-hot input; make it "
+            "differentiable or use mode='exact'."
+        )
+    return gradient
+
+
+def _depends_on_others(values: Tensor, states: Tensor) -> bool:
+    """Return whether a tensor other than the states wants a gradient of the values."""
+    nodes, seen = [values.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", states)  # of a node where gradients accumulate
+        if leaf is not states:
+            return True
+        nodes += [before for before, _ in node.next_functions]
+    return False
 
 
 def _require_possible(table: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion._arrays import Array, array_namespace, to_float64
-from ppl_diffusion.kernels.base import Carry, check_denoiser, clean_log_probs
+from ppl_diffusion.kernels.base import Carry, check_denoiser, clean_log_probs, require_tensor
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.mixture import posterior_to_cavity
 from ppl_diffusion.kernels.processes import Process
@@ -206,7 +206,8 @@ class ClassifierFreeKernel(InterpolatingKernel):
         if self._revealed(tokens):
             return self._flat(tokens), self._flat(tokens)
         size = self.process.vocab_size
-        both = self.denoiser(tokens, float(self.times[k]))
+        both = self.denoiser(tokens, self.prediction_time(tokens, k))
+        _require_pair(both, (*tokens.shape, 2 * size))
         first, second = (self._cavity(c, tokens, k) for c in both.split(size, -1))
         return first, second
 
@@ -252,6 +253,15 @@ class ClassifierFreeKernel(InterpolatingKernel):
 
     def _repr_options(self) -> str:
         return f"{super()._repr_options()}, weight={self.weight:g}, level={self.level}"
+
+
+def _require_pair(both: Tensor, expected: tuple[int, ...]) -> None:
+    require_tensor(both, expected)
+    if tuple(both.shape) != expected:
+        raise ValueError(
+            f"ClassifierFreeKernel: the denoiser returned shape {tuple(both.shape)}, expected "
+            f"{expected}; at level='kernel' it must be a Paired denoiser, or a wrapper of one."
+        )
 
 
 def _check_options(weight: float, level: Level) -> tuple[float, Level]:

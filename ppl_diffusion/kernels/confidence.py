@@ -75,6 +75,11 @@ class ConfidenceKernel(InterpolatingKernel):
                 process, denoiser, num_steps=num_steps, times=times, kappa=given, psi=psi
             )
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Remasking by confidence, besides what the denoiser changes."""
+        return (*super().changes, "uncertain tokens masked again")
+
     def init_carry(
         self,
         batch_shape: Sequence[int],

@@ -21,6 +21,7 @@ from ppl_diffusion.kernels.base import (
     clean_log_probs,
     require_normalised,
     require_rows,
+    require_tensor,
     without_mask,
 )
 from ppl_diffusion.kernels.noise import draw_normalised
@@ -158,22 +159,24 @@ def decode(
     :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
     """
     state = tokens[plan.rows]
+    order = torch.cat([state.new_zeros(0), *(sites for _, sites in plan.rounds)])
     noise = uniforms[plan.rows].flatten()
-    log_c = torch.zeros_like(noise)
-    worst = torch.zeros((), dtype=torch.float64, device=noise.device)
+    draws = noise[order].split([len(sites) for _, sites in plan.rounds])
+    log_p, totals = [noise.new_zeros(0)], [noise.new_zeros(0)]
     hidden_gradient = False
-    for index, (size, sites) in enumerate(plan.rounds):
+    for index, ((size, sites), u) in enumerate(zip(plan.rounds, draws, strict=True)):
         with torch.set_grad_enabled(probe and index == 0):
             rows = predict_at(denoiser, state[:size], plan.times[:size, index], sites)
         hidden_gradient = hidden_gradient or rows.requires_grad
         rows = without_mask(rows.detach(), sites.shape, vocab_size)
-        drawn, total = draw_normalised(rows, noise[sites])
+        drawn, total = draw_normalised(rows, u)
         # Not in place: a denoiser may have kept the state it was shown.
-        state = state.flatten().index_put((sites,), drawn).reshape(state.shape)
-        picked = rows.gather(-1, drawn[:, None])[:, 0] - total.log()
-        log_c = log_c.index_put((sites,), picked)
-        worst = torch.maximum(worst, (total - 1).abs().amax())
-    require_normalised(worst)
+        state = state.flatten().index_put((sites,), drawn).view(state.shape)
+        log_p.append(rows.gather(-1, drawn[:, None])[:, 0])
+        totals.append(total)
+    total = torch.cat(totals)
+    require_normalised((total - 1).abs().amax() if len(total) else total.sum())
+    log_c = torch.zeros_like(noise).index_put((order,), torch.cat(log_p) - total.log())
     home = plan.rows.argsort()
     return Decoded(state[home], log_c.reshape(state.shape)[home], hidden_gradient)
 
@@ -224,8 +227,9 @@ def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor)
     if has_head(denoiser):
         hidden = denoiser.hidden(tokens, t)  # type: ignore[attr-defined]
         require_rows(hidden, tokens, denoiser.vocab_size)
-        head: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
-        return head
+        rows: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
+        require_tensor(rows, (*sites.shape, denoiser.vocab_size))
+        return rows
     output = denoiser(tokens, t)
     require_rows(output, tokens, denoiser.vocab_size)
     return output.flatten(0, 1)[sites]

@@ -13,6 +13,7 @@ from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, time_grid
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
     draw_path,
+    flat_paths,
     log_step_probs,
     read_reveals,
     reveal_log_prob,
@@ -41,6 +42,7 @@ class InterpolatingKernel(Kernel):
         a distribution whatever the denoiser says.
     :param psi: or a named schedule, which brings its own grid and ``kappa``
         (:mod:`ppl_diffusion.kernels.psi`).
+    :raises TypeError: if ``psi`` is something else.
     :raises ValueError: if the grid or ``kappa`` is not usable, or not exactly one of
         ``num_steps``, ``times`` and ``psi`` is given.
     :raises CapabilityError: if the denoiser and the process disagree on the vocabulary, or the
@@ -80,6 +82,14 @@ class InterpolatingKernel(Kernel):
     def ancestral(self) -> bool:
         """Whether ``kappa`` is 1 throughout."""
         return bool(np.all(self.kappa == 1))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Psi corrections, besides what the denoiser changes."""
+        if self.ancestral:
+            return super().changes
+        own = f"Psi corrections{InterpolatingKernel._repr_options(self)}"
+        return (*super().changes, own)
 
     @property
     def mixes(self) -> bool:
@@ -150,10 +160,23 @@ class InterpolatingKernel(Kernel):
         """Score ancestral paths of the absorbing process by their reveals; None for others."""
         if not self._on_event_times:
             return None
-        rows = path.reshape(-1, *path.shape[-2:])
-        found = read_reveals(rows, self.process.vocab_size, prompt)
-        log_p = reveal_log_prob(self, rows, found) + self._log_prob_of_steps(found.step_of)
-        return log_p.reshape(path.shape[:-2])
+        rows, prompts = flat_paths(path, prompt)
+        found = read_reveals(rows, self.process.vocab_size, prompts)
+        times = torch.from_numpy(self.times)
+        log_p = reveal_log_prob(self, rows, found, lambda _, step: times[step])
+        return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
+
+    def check_length(self, length: int) -> None:
+        """Refuse a length for which there is another number of ``kappa`` per step.
+
+        :param length: number ``L`` of positions.
+        :raises ValueError: if ``kappa`` is ``(T, L')`` with another ``L'``.
+        """
+        if self.kappa.ndim == 2 and self.kappa.shape[1] not in (1, length):
+            raise ValueError(
+                f"{type(self).__name__}: kappa is for {self.kappa.shape[1]} sites, but the chain "
+                f"has {length}; give one per site, one per step, or one number."
+            )
 
     @property
     def _on_event_times(self) -> bool:
@@ -184,6 +207,10 @@ class InterpolatingKernel(Kernel):
 def _unpack(
     psi: PsiSchedule, process: Process, num_steps: Any, times: Any, kappa: Any
 ) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(psi, PsiSchedule):
+        raise TypeError(
+            f"InterpolatingKernel: psi must be a PsiSchedule, got {psi!r}; parse_psi reads text."
+        )
     if num_steps is not None or times is not None or not np.array_equal(kappa, 1.0):
         raise ValueError(
             "InterpolatingKernel: psi brings its own grid and kappa; leave out num_steps, times "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ def ancestral_steps(
 
     :param kernel: an absorbing kernel; its grid is used.
     :param shape: ``(*batch, L)``.
-    :param prompt: int64 ``(L,)`` or None.
+    :param prompt: int64, broadcastable to ``shape``, or None.
     :param levels: noise levels in ``[0, 1)``, shaped like ``shape``.
     :returns: int64 and float64, shaped like ``shape``.
     """
@@ -106,13 +106,13 @@ def read_reveals(path: Tensor, mask_id: int, prompt: Tensor | None) -> Reveals:
 
     :param path: int64 ``(B, T + 1, L)``.
     :param mask_id: id of the mask.
-    :param prompt: int64 ``(L,)`` or None.
+    :param prompt: int64 ``(B, L)`` or None.
     """
     masked, last = path == mask_id, path[:, -1]
     settled = torch.where(masked, True, path == last[:, None]).all(1)
     once = (masked[:, :-1] | ~masked[:, 1:]).all(1)
     clean = (last >= 0) & (last < mask_id)
-    prompt = torch.full_like(last[0], -1) if prompt is None else prompt
+    prompt = torch.full_like(last, -1) if prompt is None else prompt
     held = prompt >= 0
     begun = torch.where(held, path[:, 0] == prompt, masked[:, 0])
     # A path that ends in a mask is no path; its index must only stay in range.
@@ -121,14 +121,33 @@ def read_reveals(path: Tensor, mask_id: int, prompt: Tensor | None) -> Reveals:
     return Reveals((settled & once & clean & begun).all(-1), step_of)
 
 
-def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals) -> Tensor:
+def flat_paths(path: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return paths as rows, with the prompt of each row.
+
+    :param path: int64 ``(*batch, T + 1, L)``.
+    :param prompt: int64, broadcastable to ``(*batch, L)``, or None.
+    :returns: int64 ``(B, T + 1, L)`` and ``(B, L)``.
+    """
+    batch, size = path.shape[:-2], math.prod(path.shape[:-2])
+    rows = path.reshape(size, *path.shape[-2:])
+    if prompt is None:
+        return rows, None
+    return rows, prompt.expand(*batch, prompt.shape[-1]).reshape(size, -1)
+
+
+TimeOfStep = Callable[[Tensor, Tensor], Tensor]
+"""The time of a step ``(M,)`` of a path with reveals ``(M, L)``."""
+
+
+def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals, time_of: TimeOfStep) -> Tensor:
     """Return the summed log-probabilities of a path's reveals, ``-inf`` where it is no path.
 
     The denoiser sees one row per non-empty step of each path, in calls of bounded size.
 
-    :param kernel: an absorbing kernel whose step ``k`` predicts at ``times[k]``.
+    :param kernel: an absorbing kernel.
     :param path: int64 ``(B, T + 1, L)``.
     :param found: its reveals.
+    :param time_of: when the kernel makes a prediction.
     :returns: float64 ``(B,)``.
     """
     steps = torch.arange(kernel.num_steps, device=path.device)
@@ -138,7 +157,7 @@ def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals) -> Tensor:
         kernel.denoiser,
         kernel.process.vocab_size,
         path[row, step],
-        torch.from_numpy(kernel.times)[step],
+        time_of(found.step_of[row], step),
         reveals[row, step],
         path[row, -1],
         max_rows=max(len(path), _MIN_ROWS),

@@ -140,9 +140,13 @@ def draw_normalised(
     :param uniforms: numbers in ``[0, 1)``, float64 ``(n,)``.
     :returns: int64 ids ``(n,)`` and float64 totals ``(n,)``.
     """
-    exact = log_c.shape[-1] <= 4 * BLOCK
-    dtype = torch.float64 if exact else torch.promote_types(log_c.dtype, torch.float32)
-    drawn, total = _draw_rows(log_c.detach(), uniforms[:, None].contiguous(), dtype)
+    log_c, u = log_c.detach(), uniforms[:, None]
+    if log_c.shape[-1] <= 4 * BLOCK and log_c.numel() <= CHUNK:
+        index, cdf = _search(log_c.to(torch.float64).exp(), u)
+        return index[:, 0], cdf[:, -1]
+    small = log_c.shape[-1] <= 4 * BLOCK
+    dtype = torch.float64 if small else torch.promote_types(log_c.dtype, torch.float32)
+    drawn, total = _draw_rows(log_c, u.contiguous(), dtype)
     return drawn[:, 0], total
 
 
@@ -155,14 +159,13 @@ def _draw_rows(
     room = 32 * CHUNK if log_c.is_cuda else CHUNK  # there, few large launches
     step = max(1, min(rows, room // (width + u.shape[1])))
     buffer = log_c.new_empty((step, width), dtype=dtype)
-    drawn, total = torch.empty_like(u, dtype=torch.int64), u.new_empty(rows)
     buffer[:, size:] = 0.0
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        logs = log_c[part].to(dtype)
+    parts = []
+    for logs, draws in zip(log_c.split(step), u.split(step), strict=True):
         p = buffer[: len(logs)]
-        torch.exp(logs, out=p[:, :size])
-        drawn[part], total[part] = _draw_chunk(p, u[part])
+        torch.exp(logs.to(dtype), out=p[:, :size])
+        parts.append(_draw_chunk(p, draws))
+    drawn, total = (torch.cat(part) for part in zip(*parts, strict=True))
     return drawn.clamp_max(size - 1), total  # a row without mass would end in the padding
 
 
@@ -193,7 +196,7 @@ def _search(
     total = cdf[..., -1:]
     target = point * total if relative else point
     # u * total may round up to the total, behind which there is no class.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(target, torch.nextafter(total, total.new_zeros(())))
     index = torch.searchsorted(cdf, target, right=True).clamp_max(p.shape[-1] - 1)
     if p.is_cuda:  # parallel sums are not monotone to the last bit, see _invert
         classes = torch.arange(p.shape[-1], device=p.device)

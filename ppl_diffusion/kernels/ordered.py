@@ -27,7 +27,7 @@ from ppl_diffusion.kernels.base import (
     clean_log_probs,
 )
 from ppl_diffusion.kernels.events import reveal_ranks
-from ppl_diffusion.kernels.masked_paths import draw_path, read_reveals, reveal_log_prob
+from ppl_diffusion.kernels.masked_paths import draw_path, flat_paths, read_reveals, reveal_log_prob
 from ppl_diffusion.kernels.noise import uniforms
 from ppl_diffusion.kernels.processes import Process, whole_number
 
@@ -51,8 +51,9 @@ class OrderedKernel(Kernel):
     :param length: number ``L`` of positions.
     :param group_size: reveals per step; 1 is first hitting.
     :param block: positions per block, finished from left to right; None for one block.
-    :param clock: at which time a denoiser that is not time-free predicts: ``"mode"``, the most
-        likely time with that many masks (exact density), or ``"sampled"``, the times of the
+    :param clock: at which time a denoiser that is not time-free predicts: ``"mean"``, where
+        the next reveal out of ``n`` masks is expected, ``1 - alpha = n / (L + 1)`` (exact density;
+        a prompt counts as revealed), or ``"sampled"``, the times of the
         reveals themselves, drawn anew in every chain (the exact limit of ancestral sampling, but
         the density of the tokens alone is an intractable integral: ``SAMPLE_ONLY``). They are the
         same chain if the denoiser is time-free.
@@ -70,7 +71,7 @@ class OrderedKernel(Kernel):
         length: int,
         group_size: int = 1,
         block: int | None = None,
-        clock: Literal["mode", "sampled"] = "mode",
+        clock: Literal["mean", "sampled"] = "mean",
     ) -> None:
         owner = type(self).__name__
         if not process.absorbing:
@@ -78,8 +79,8 @@ class OrderedKernel(Kernel):
                 f"{owner}: only an absorbing process reveals positions one by one, which "
                 f"{process!r} does not; take a masked prior, or another sampler."
             )
-        if clock not in ("mode", "sampled"):
-            raise ValueError(f"{owner}: clock must be 'mode' or 'sampled', got {clock!r}.")
+        if clock not in ("mean", "sampled"):
+            raise ValueError(f"{owner}: clock must be 'mean' or 'sampled', got {clock!r}.")
         self.length = whole_number(length, f"{owner}: length")
         self.group_size = whole_number(group_size, f"{owner}: group_size")
         self.block = self.length if block is None else whole_number(block, f"{owner}: block")
@@ -89,9 +90,8 @@ class OrderedKernel(Kernel):
         groups = [-(-size // self.group_size) for size in sizes]
         self._block_of_step = np.repeat(np.arange(len(groups)), groups)
         self._first_step = np.concatenate([[0], np.cumsum(groups)[:-1]])
-        super().__init__(
-            process, denoiser, _mode_times(process, self.length, self._masked_before())
-        )
+        later = _mean_times(process, torch.from_numpy(self._masked_before()[1:]), self.length)
+        super().__init__(process, denoiser, np.concatenate([[1.0], later.numpy(), [0.0]]))
         self._declare()
 
     def with_denoiser(self, denoiser: Denoiser) -> Self:
@@ -123,7 +123,7 @@ class OrderedKernel(Kernel):
 
         :param tokens: int64 ``(*batch, L)``.
         """
-        self._check_length(tokens)
+        self.check_length(tokens.shape[-1])
         if not self._timed:
             return {"tokens": tokens}
         return {"tokens": tokens, LEVELS: uniforms(tokens.shape)}
@@ -154,7 +154,7 @@ class OrderedKernel(Kernel):
 
         self._check_step(k)
         tokens, order = carry["tokens"], carry.get(LEVELS)
-        self._check_length(tokens)
+        self.check_length(tokens.shape[-1])
         eligible = self._eligible(tokens, k)
         if not bool(eligible.any()):
             prediction: Tensor | Prediction = self._flat(tokens)
@@ -178,6 +178,19 @@ class OrderedKernel(Kernel):
         time = torch.as_tensor(self.process.schedule.time_from_log1m(level.log()))
         log_c = self.denoiser(tokens, time)
         return clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
+
+    def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
+        """Return the time at which a state is predicted: one per row if their masks differ.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: step index, which the time does not depend on.
+        """
+        if self.denoiser.time_free:
+            return float(self.times[k])
+        masks = (tokens == self.process.vocab_size).sum(-1)
+        times = _mean_times(self.process, masks, self.length)
+        same = masks.numel() > 0 and bool((masks == masks.flatten()[0]).all())
+        return float(times.flatten()[0]) if same else times
 
     def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
         """Return whether step ``k`` from these states costs a network call.
@@ -217,14 +230,14 @@ class OrderedKernel(Kernel):
         if self.capability == SAMPLE_ONLY:
             raise IntractableLogProb(
                 f"{type(self).__name__}: with clock='sampled' and a denoiser that uses the time, "
-                "the density of a path is an integral over reveal times; use clock='mode'."
+                "the density of a path is an integral over reveal times; use clock='mean'."
             )
-        self._check_length(path)
-        rows = path.reshape(-1, *path.shape[-2:])
-        found = read_reveals(rows, self.process.vocab_size, prompt)
-        found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompt))
-        log_p = reveal_log_prob(self, rows, found) + self._log_prob_of_order(prompt)
-        return log_p.reshape(path.shape[:-2])
+        self.check_length(path.shape[-1])
+        rows, prompts = flat_paths(path, prompt)
+        found = read_reveals(rows, self.process.vocab_size, prompts)
+        found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompts))
+        log_p = reveal_log_prob(self, rows, found, self._time_of_step)
+        return (log_p + self._log_prob_of_order(prompts)).reshape(path.shape[:-2])
 
     @property
     def _timed(self) -> bool:
@@ -233,6 +246,26 @@ class OrderedKernel(Kernel):
     @property
     def _block_of_site(self) -> Tensor:
         return torch.arange(self.length) // self.block
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Reveals in groups or blocks, besides what the denoiser changes."""
+        groups = f"{self.group_size} positions revealed from one prediction"
+        blocks = f"blocks of {self.block} positions from left to right"
+        own = ((groups, self.group_size > 1), (blocks, self.block < self.length))
+        return (*super().changes, *(phrase for phrase, applies in own if applies))
+
+    def check_length(self, length: int) -> None:
+        """Refuse a length that the kernel was not built for.
+
+        :param length: number ``L`` of positions.
+        :raises ValueError: if it is another one.
+        """
+        if length != self.length:
+            raise ValueError(
+                f"{type(self).__name__}: built for {self.length} positions, got {length}; build "
+                f"the kernel with length={length}."
+            )
 
     def _masked_before(self) -> np.ndarray:
         """Return how many positions are masked before each step of an unprompted chain."""
@@ -257,40 +290,40 @@ class OrderedKernel(Kernel):
         return torch.where(flat[1], step, -1).reshape(start.shape)
 
     def _times_of(self, levels: Tensor, step_of: Tensor) -> Tensor:
-        if not self._timed:
-            return torch.from_numpy(self.times)[step_of.clamp_min(0)]
-        # A group is predicted at the latest of these times, that of its first reveal.
-        return torch.as_tensor(self.process.schedule.time_from_log1m(levels.log()))
+        if self._timed:  # a group is predicted at the latest of these, that of its first reveal
+            return torch.as_tensor(self.process.schedule.time_from_log1m(levels.log()))
+        revealed = torch.zeros(*step_of.shape[:-1], self.num_steps, dtype=torch.int64)
+        revealed.scatter_add_(-1, step_of.clamp_min(0), (step_of >= 0).to(torch.int64))
+        masks = revealed.flip(-1).cumsum(-1).flip(-1)  # before each step
+        return _mean_times(self.process, masks.gather(-1, step_of.clamp_min(0)), self.length)
+
+    def _time_of_step(self, step_of: Tensor, step: Tensor) -> Tensor:
+        """Return the time of a step of a path whose reveals are known, float64 ``(M,)``."""
+        masks = (step_of >= step[:, None]).sum(-1)
+        return _mean_times(self.process, masks, self.length)
 
     def _group_sizes(self, prompt: Tensor | None) -> Tensor:
-        """Return the number of free positions before, and of reveals in, each step: ``(2, T)``."""
+        """Return the free positions before, and the reveals in, each step: ``(2, *batch, T)``."""
         free = torch.ones(self.length, dtype=torch.bool) if prompt is None else prompt < 0
-        per_block = torch.zeros(len(self._first_step), dtype=torch.int64)
-        per_block.index_add_(0, self._block_of_site, free.to(torch.int64))
+        per_block = torch.zeros(*free.shape[:-1], len(self._first_step), dtype=torch.int64)
+        per_block.index_add_(-1, self._block_of_site, free.to(torch.int64))
         block = torch.from_numpy(self._block_of_step)
         index = torch.arange(self.num_steps) - torch.from_numpy(self._first_step)[block]
-        left = (per_block[block] - index * self.group_size).clamp_min(0)
+        left = (per_block[..., block] - index * self.group_size).clamp_min(0)
         return torch.stack([left, left.clamp_max(self.group_size)])
 
-    def _log_prob_of_order(self, prompt: Tensor | None) -> float:
+    def _log_prob_of_order(self, prompt: Tensor | None) -> Tensor:
         n, m = self._group_sizes(prompt).to(torch.float64)
         subsets = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(n - m + 1)
-        return -float(subsets.sum())
+        return -subsets.sum(-1)
 
     def _legal_order(self, step_of: Tensor, prompt: Tensor | None) -> Tensor:
         """Return whether every step reveals as many positions of its block as it must."""
-        wanted = self._group_sizes(prompt)[1]
+        wanted = self._group_sizes(prompt)[1]  # (T,) or (B, T)
         steps = torch.arange(self.num_steps)
         counts = (step_of[:, None] == steps[:, None]).sum(-1)
         inside = torch.from_numpy(self._block_of_step)[step_of.clamp_min(0)] == self._block_of_site
         return (counts == wanted).all(-1) & (inside | (step_of < 0)).all(-1)
-
-    def _check_length(self, tokens: Tensor) -> None:
-        if tokens.shape[-1] != self.length:
-            raise ValueError(
-                f"{type(self).__name__}: built for {self.length} positions, got "
-                f"{tokens.shape[-1]}; build the kernel with length={tokens.shape[-1]}."
-            )
 
     def _repr_options(self) -> str:
         block = "" if self.block == self.length else f", block={self.block}"
@@ -302,7 +335,7 @@ def first_hitting(
     denoiser: Denoiser,
     *,
     length: int,
-    clock: Literal["mode", "sampled"] = "mode",
+    clock: Literal["mean", "sampled"] = "mean",
 ) -> OrderedKernel:
     """Return the chain that reveals one uniformly chosen position per step.
 
@@ -314,12 +347,10 @@ def first_hitting(
     return OrderedKernel(process, denoiser, length=length, clock=clock)
 
 
-def _mode_times(process: Process, length: int, masked: np.ndarray) -> np.ndarray:
-    """Return the most likely time of the reveal out of each number of masks, then 0.
+def _mean_times(process: Process, masks: Tensor, length: int) -> Tensor:
+    """Return the time at which the next of ``n`` masks is expected to be revealed, float64.
 
-    It is the mode ``(n - 1) / (L - 1)`` of the ``n``-th smallest of ``L`` uniforms.
+    There ``1 - alpha`` is ``n / (L + 1)``, the mean of the ``n``-th smallest of ``L`` uniforms.
     """
-    share = (masked - 1) / max(length - 1, 1) if length > 1 else np.ones(1)
-    with np.errstate(divide="ignore"):
-        times = np.asarray(process.schedule.time_from_log1m(np.log(share)), dtype=np.float64)
-    return np.concatenate([[1.0], times[1:], [0.0]])
+    level = (masks.to(torch.float64) / (length + 1)).log()
+    return torch.as_tensor(process.schedule.time_from_log1m(level), dtype=torch.float64)

@@ -138,8 +138,10 @@ class HeadPrediction(Prediction):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the hidden states require a gradient."""
-        return self.hidden.requires_grad
+        """Whether the hidden states, or one row out of the head, require a gradient."""
+        with torch.enable_grad():
+            row = self.head(self.hidden.flatten(0, -2)[:1])
+        return row.requires_grad
 
     @property
     def _rows(self) -> int:

@@ -75,8 +75,11 @@ class PsiSchedule:
                 f"PsiSchedule: {steps + 1} times need as many alphas and {steps} values of kappa, "
                 f"got {len(self.alphas)} and {self.kappa.shape}."
             )
-        if self.times[0] != 1 or self.times[-1] != 0 or np.any(np.diff(self.times) > 0):
-            raise ValueError("PsiSchedule: times must decrease from exactly 1 (noise) to 0.")
+        falls = np.all(np.diff(self.times) <= 0) and np.all(np.diff(self.alphas) >= 0)
+        if self.times[0] != 1 or self.times[-1] != 0 or not falls:
+            raise ValueError(
+                "PsiSchedule: times must decrease from exactly 1 (noise) to 0, and alphas rise."
+            )
         if not np.all(np.isfinite(self.kappa)) or self.kappa.max() > 1:
             raise ValueError(f"PsiSchedule {self.name}: kappa must be finite and at most 1.")
 
@@ -394,6 +397,8 @@ def _options(name: str, numbers: str) -> dict[str, float]:
         if key not in {parameter.name for parameter in known}:
             takes = ", ".join(parameter.name for parameter in known) or "no numbers"
             raise ValueError(f"kappa schedule {name!r} does not take {word!r}; it takes {takes}.")
+        if key in options:
+            raise ValueError(f"kappa schedule {name!r}: {key} is given twice.")
         options[key] = _number(name, key, value)
     _require(name, known, options)
     return options

@@ -29,6 +29,7 @@ from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
+from ppl_diffusion.smc.support import missing_support
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
     CallableTwist,
@@ -67,7 +68,8 @@ class FeynmanKac:
     :param proposal: None moves by the chain itself; a kernel, or a :class:`Proposal`.
     :param twist_every: evaluate the twist at every so many steps only (exact by telescoping).
     :raises CapabilityError: if a proposal, or the kernel it is used with, has no density.
-    :raises ValueError: if a proposal kernel has another time grid or other states.
+    :raises ValueError: if a proposal kernel has another time grid, other states, or visibly never
+        makes a move that the chain makes.
     """
 
     def __init__(
@@ -329,6 +331,12 @@ def _require_same_grid(model: Kernel, proposal: Kernel) -> None:
             f"FeynmanKac: the proposal kernel has {proposal.num_steps} steps and {states[1]} "
             f"states, the chain {model.num_steps} and {states[0]}; build both on one time grid "
             "and alphabet."
+        )
+    missing = missing_support(model, proposal)
+    if missing is not None:
+        raise ValueError(
+            f"FeynmanKac: the proposal {missing}; no weight makes up for what is never drawn, so "
+            "propose by a kernel that can go wherever the chain goes."
         )
 
 

@@ -213,11 +213,32 @@ def test_a_guided_proposal_without_its_weight_is_biased(which):
 
 
 def test_a_nucleus_as_proposal_loses_mass():
-    """Its support is smaller, so no weight brings back what it never proposes."""
+    """Its support is smaller, so no weight brings back what it never proposes.
+
+    The kernel is refused; a function that moves by it is not looked into, and shows why.
+    """
     problem = Problem("uniform")
     cut = problem.kernel(Nucleus(problem.unconditional, 0.6))
-    ratio = relative_evidence(problem, proposal=cut)
+    with pytest.raises(ValueError, match=r"nucleus|excludes"):
+        relative_evidence(problem, proposal=cut)
+    ratio = relative_evidence(problem, proposal=lambda step, carry, k: cut.step(carry, k))
     assert z_score(ratio, 1.0) < -2 * MAX_Z
+
+
+@pytest.mark.parametrize("guide", ["classifier-free", "classifier"])
+def test_a_guided_nucleus_is_refused_too(guide):
+    """Guidance hides no filter; around the target it is part of the law."""
+    problem = Problem("uniform")
+    filtered = [Nucleus(d, 0.6) for d in (problem.conditional, problem.unconditional)]
+    kernel = {
+        "classifier-free": ClassifierFreeKernel(
+            problem.process, *filtered, weight=2.0, **problem.grid
+        ),
+        "classifier": ClassifierKernel(problem.kernel(filtered[1]), problem.log_likelihood),
+    }[guide]
+    with pytest.raises(ValueError, match=r"nucleus|excludes"):
+        relative_evidence(problem, proposal=kernel)
+    FeynmanKac(ReverseChain(kernel, problem.length), problem.potential, proposal=kernel)
 
 
 @pytest.mark.parametrize("name", PROCESSES)

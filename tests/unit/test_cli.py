@@ -10,6 +10,7 @@ import torch
 
 from ppl_diffusion.cli import run
 from ppl_diffusion.models import MaskedDiffusion
+from ppl_diffusion.models.training import TrainingDiverged
 from ppl_diffusion.smc import ParticlePosterior
 
 LENGTH = 16
@@ -247,3 +248,32 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("PPL_DIFFUSION_DEBUG", "1")
     with pytest.raises(ValueError, match="There is no prior"):
         run(["sample", "nonsuch"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "sentence"),
+    [
+        (TrainingDiverged("never finite"), 1, "never finite"),
+        (KeyboardInterrupt("go on with --resume"), 130, "go on with --resume"),
+        (KeyboardInterrupt(), 130, "nothing was written to"),
+    ],
+)
+def test_training_that_ends_early_says_why(raised, code, sentence, tmp_path, monkeypatch, capsys):
+    def stub(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("ppl_diffusion.models.training.train", stub)
+    assert run(["train", "yeast-promoter", "--out", str(tmp_path / "run")]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("ppl-diffusion: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_in_any_command_is_one_sentence(monkeypatch, capsys):
+    def stub(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppl_diffusion._cli.commands.draw_samples", stub)
+    assert run(["sample", "tiny"]) == 130
+    assert capsys.readouterr().err == "ppl-diffusion: Stopped: no run folder was written.\n"

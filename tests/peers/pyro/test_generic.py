@@ -17,8 +17,14 @@ import pytest
 import torch
 from pyro.distributions.testing.gof import auto_goodness_of_fit
 
-from ppl_diffusion.distributions import ChainMarginal, ReverseChain, TokenStep
-from ppl_diffusion.kernels import Absorbing, Uniform
+from ppl_diffusion.distributions import (
+    ChainMarginal,
+    RevealStep,
+    ReverseChain,
+    StateStep,
+    TokenStep,
+)
+from ppl_diffusion.kernels import Absorbing, ExtrapolatedKernel, OrderedKernel, Uniform
 from ppl_diffusion.testing import PROCESSES, state_index, toy_chain, toy_process
 
 SOURCE = os.environ.get("PYRO_SOURCE")
@@ -58,6 +64,9 @@ fixtures, generic, pickling = upstream(
 MASK = 3
 KERNELS = {name: toy_chain(name, num_steps=2).kernel for name in PROCESSES}
 ONE_STEP = toy_chain("absorbing", num_steps=1).kernel
+TABLE = KERNELS["absorbing"].denoiser
+HITTING = OrderedKernel(Absorbing(MASK), TABLE, length=2)
+EXTRAPOLATED = ExtrapolatedKernel(Absorbing(MASK), TABLE, num_steps=2)
 PATH = [[MASK, MASK], [MASK, 1], [0, 1]]
 OTHER = [[MASK, MASK], [2, MASK], [2, 0]]
 
@@ -93,6 +102,27 @@ def step_example(process, tokens, test_data, kappa=1.0, seed=0):
     }
 
 
+def random_logits(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def reveal_example(tokens, eligible, count, test_data):
+    logits = random_logits(*torch.tensor(tokens).shape, MASK)
+    return {
+        "tokens": tokens,
+        "log_probs": logits.log_softmax(-1).tolist(),
+        "eligible": eligible,
+        "count": count,
+        "test_data": test_data,
+    }
+
+
+def state_example(tokens, test_data):
+    logits = random_logits(*torch.tensor(tokens).shape, MASK)
+    return {"log_probs": logits.tolist(), "tokens": tokens, "test_data": test_data}
+
+
 def support(size, length, batch=()):
     """Return the support as nested lists, each value repeated over the batch."""
     values = torch.tensor(list(itertools.product(range(size), repeat=length)))
@@ -107,6 +137,8 @@ CHAINS = fixtures.Fixture(
         {"kernel": KERNELS["uniform"], "length": 2, "test_data": [[[[0, 2], [1, 2], [1, 1]]]]},
         {"kernel": KERNELS["skewed"], "length": 2, "test_data": [[0, 2], [1, 2], [1, 1]]},
         {"kernel": ONE_STEP, "length": 2, "test_data": [[MASK, MASK], [0, 2]]},
+        {"kernel": HITTING, "length": 2, "test_data": [PATH, OTHER]},
+        {"kernel": EXTRAPOLATED, "length": 2, "test_data": [PATH, OTHER]},
     ],
     is_discrete=True,
     min_samples=1000,
@@ -145,9 +177,33 @@ STEPS = fixtures.Fixture(
     expected_support_non_vec=support(3, 2),
     expected_support=support(3, 2, (2, 1)),
 )
-CASES = [CHAINS, PROMPTED, MARGINALS, STEPS]
+REVEALS = fixtures.Fixture(
+    pyro_dist=RevealStep,
+    examples=[
+        reveal_example([MASK, MASK], [True, True], 1, [0, MASK]),
+        reveal_example([[MASK, 1, MASK]], [True, True, True], 2, [[0, 1, 2]]),
+        reveal_example([[[MASK, MASK]], [[1, MASK]]], [True, True], 1, [[[0, MASK]], [[1, 2]]]),
+    ],
+    is_discrete=True,
+    min_samples=1000,
+    expected_support_non_vec=support(MASK + 1, 2),
+    expected_support=support(MASK + 1, 2, (2, 1)),
+)
+TABLES = fixtures.Fixture(
+    pyro_dist=StateStep,
+    examples=[
+        state_example([0, 2], [1, 2]),
+        state_example([[0, 1, 2]], [[[0, 1, 0]], [[2, 2, 1]]]),
+        state_example([[[0, 2]], [[1, 1]]], [[[0, 2]], [[2, 1]]]),
+    ],
+    is_discrete=True,
+    min_samples=1000,
+    expected_support_non_vec=support(MASK, 2),
+    expected_support=support(MASK, 2, (2, 1)),
+)
+CASES = [CHAINS, PROMPTED, MARGINALS, STEPS, REVEALS, TABLES]
 # An event shape that is a property of a kernel *object* does not follow from argument shapes.
-STATIC_CASES = [PROMPTED, STEPS]
+STATIC_CASES = [PROMPTED, STEPS, REVEALS, TABLES]
 
 
 @pytest.fixture(autouse=True)
@@ -195,9 +251,11 @@ def test_infer_shapes(case):
     [
         (ReverseChain, [KERNELS["absorbing"], 2]),
         (ChainMarginal, [toy_chain("uniform")]),
+        (ReverseChain, [HITTING, 2]),
         (TokenStep, [Uniform(3), torch.tensor([0, 1]), torch.zeros(2, 3), 0.2, 0.6]),
+        (RevealStep, [torch.tensor([MASK, 1]), torch.zeros(2, 3), torch.ones(2).bool(), 1]),
     ],
-    ids=["ReverseChain", "ChainMarginal", "TokenStep"],
+    ids=["ReverseChain", "ChainMarginal", "FirstHitting", "TokenStep", "RevealStep"],
 )
 def test_pickle(monkeypatch, cls, arguments):
     monkeypatch.setitem(pickling.ARGS, cls, arguments)

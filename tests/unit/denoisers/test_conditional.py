@@ -205,6 +205,115 @@ def test_small_nuclei_of_visible_tokens_do_not_matter(level):
         assert bool((kernel.step({"tokens": tokens}, 1).sample()[..., :5] == tokens[..., :5]).all())
 
 
+def uniform_rows(shape, *, columns=0):
+    return torch.zeros(*shape[:-1], shape[-1] + columns).log_softmax(-1)
+
+
+WRONG = {
+    "probabilities": (lambda s: uniform_rows(s).exp(), ValueError, "NaN or unnormalised"),
+    "logits": (lambda s: torch.ones(s), ValueError, "NaN or unnormalised"),
+    "two columns more": (lambda s: uniform_rows(s, columns=2), ValueError, "returned shape"),
+    "a column less": (lambda s: uniform_rows(s, columns=-1), ValueError, "returned shape"),
+    "a dimension less": (lambda s: uniform_rows(s[1:]), ValueError, "returned shape"),
+    "numpy": (lambda s: uniform_rows(s).numpy(), TypeError, "returned ndarray, expected a torch"),
+    "nothing": (lambda s: None, TypeError, "returned NoneType, expected a torch"),
+}
+
+
+class Asked:
+    """A class-conditional network of two tokens that answers what it is told to."""
+
+    vocab_size, kind, time_free, num_classes = 2, "cavity", True, 2
+
+    def __init__(self, answer=uniform_rows):
+        self.answer = answer
+
+    def __call__(self, tokens, t, /, *, label=None):
+        return self.answer((*tokens.shape, 2))
+
+
+class AskedForRows(Asked):
+    """The same behind a vocabulary head."""
+
+    hidden_size = 1
+
+    def hidden(self, tokens, t, *, label=None):
+        return torch.zeros(*tokens.shape, 1)
+
+    def head(self, hidden):
+        return self.answer((*hidden.shape[:-1], 2))
+
+
+class AskedForHidden(AskedForRows):
+    """The same with what it is told to as hidden states."""
+
+    def hidden(self, tokens, t, *, label=None):
+        return self.answer((*tokens.shape, 1))
+
+    def head(self, hidden):
+        return uniform_rows((*hidden.shape[:-1], 2))
+
+
+def two_networks(network, answer):
+    return network(answer), network()
+
+
+def two_labels(network, answer):
+    both = network(answer)
+    return Labelled(both, 0), Labelled(both, None)
+
+
+def two_nuclei(network, answer):
+    return [Nucleus(part, 0.9) for part in two_labels(network, answer)]
+
+
+PAIRS = (two_networks, two_labels, two_nuclei)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("network", [Asked, AskedForRows])
+@pytest.mark.parametrize(("answer", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_networks_are_not_hidden(answer, error, message, network, pair, level, cached):
+    """Either part is checked with the sentences of the plain kernel before the two are mixed."""
+    parts = pair(network, answer)
+    for order in (1, -1):
+        kernel = ClassifierFreeKernel(
+            toy_process("absorbing", 2), *parts[::order], weight=2.0, level=level, num_steps=2
+        )
+        if cached:
+            kernel = kernel.with_denoiser(EvaluatedDenoiser(kernel.denoiser))
+        tokens = torch.full((4, 3), 2)
+        with pytest.raises(error, match=message):
+            kernel.step({"tokens": tokens}, 0)
+        if has_sparse_head(kernel.denoiser):
+            with pytest.raises(error, match=message):
+                kernel.denoiser.head(kernel.denoiser.hidden(tokens, 0.5))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("which", ["a dimension less", "numpy", "nothing"])
+def test_wrong_hidden_states(which, pair):
+    answer, error, message = WRONG[which]
+    with pytest.raises(error, match=message):
+        Guided(*pair(AskedForHidden, answer), 2.0).hidden(torch.zeros(4, 3, dtype=torch.int64), 0.5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("network", [Asked, AskedForRows])
+def test_a_column_for_the_mask_is_allowed(network, pair, level):
+    parts = pair(network, lambda s: uniform_rows(s, columns=1))
+    process = toy_process("uniform", 2)
+    kernel = ClassifierFreeKernel(process, *parts, weight=2.0, level=level, num_steps=2)
+    rows = kernel.cavity_log_probs(torch.zeros(4, 3, dtype=torch.int64), 0).exp()
+    torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
+    if has_sparse_head(kernel.denoiser):
+        rows = kernel.denoiser.head(kernel.denoiser.hidden(torch.zeros(4, 3).long(), 0.5)).exp()
+        torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
+
+
 class Plain:
     """A denoiser without parameters or classes."""
 
@@ -216,6 +325,16 @@ def test_parameters_of_both():
     both = Paired(Labelled(network, 0), Labelled(network, None))
     assert len(both.parameters()) == 6
     assert not hasattr(Paired(Labelled(network, 0), Plain()), "parameters")
+
+
+def test_excluded_tokens_are_announced():
+    """Those of the filters; what the supports of two networks have in common is not known."""
+    network = ToyNetwork(toy_process("uniform"))
+    plain, cut = Labelled(network, 0), Nucleus(Labelled(network, None), 0.9)
+    for pair in (lambda *parts: Guided(*parts, 2.0), Paired):
+        assert not pair(plain, plain).excludes_tokens
+        assert pair(plain, cut).excludes_tokens
+        assert pair(cut, plain).excludes_tokens
 
 
 def test_refused_labels():

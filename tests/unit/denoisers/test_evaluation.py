@@ -5,6 +5,9 @@ import torch
 
 from ppl_diffusion._rows import RowTable, distinct_rows, hash_rows
 from ppl_diffusion.denoisers import EvaluatedDenoiser
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
+from ppl_diffusion.kernels.prediction import prefers_head
 from ppl_diffusion.testing import DenoiserContract, counted, toy_markov_chain
 
 
@@ -144,3 +147,141 @@ def test_row_table():
 def test_hashes_of_small_differences_differ():
     rows = torch.cartesian_prod(*[torch.arange(4)] * 6)
     assert len(hash_rows(rows).unique()) == len(rows)
+
+
+# sparse heads
+
+
+class Sparse:
+    """Two hidden numbers per position, five tokens; counts rows on both sides of the head."""
+
+    vocab_size, kind, hidden_size = 5, "cavity", 2
+
+    def __init__(self, *, time_free=True):
+        self.time_free = time_free
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+        self.weight = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        self.rows = self.head_rows = 0
+
+    def hidden(self, tokens, t):
+        self.rows += tokens[..., 0].numel()
+        time = torch.as_tensor(0.0 if self.time_free else t, dtype=torch.float64)
+        scale = 2 - time.expand(tokens.shape[:-1])
+        return self.embedding[tokens.roll(1, -1)] * scale[..., None, None]
+
+    def head(self, rows):
+        self.head_rows += rows[..., 0].numel()
+        return (rows @ self.weight).log_softmax(-1)
+
+    def __call__(self, tokens, t):
+        return self.head(self.hidden(tokens, t))
+
+
+class TestEvaluatedHead(DenoiserContract):
+    def make_process(self):
+        return Absorbing(5)
+
+    def make_denoiser(self, process):
+        return EvaluatedDenoiser(Sparse(), max_rows=3)
+
+
+class TestEvaluatedHeadInTime(DenoiserContract):
+    def make_process(self):
+        return Uniform(5)
+
+    def make_denoiser(self, process):
+        return EvaluatedDenoiser(Sparse(time_free=False))
+
+
+def test_hidden_states_of_distinct_rows_are_evaluated_once():
+    network = Sparse()
+    denoiser = EvaluatedDenoiser(network)
+    assert prefers_head(denoiser)
+    tokens = torch.randint(6, (4, 5)).repeat(10, 1)[torch.randperm(40)].reshape(5, 8, 5)
+    hidden = denoiser.hidden(tokens, 0.5)
+    unique = len(tokens.flatten(0, 1).unique(dim=0))
+    assert network.rows == denoiser.rows_evaluated == unique
+    assert denoiser.rows_requested == 40
+    assert network.head_rows == 0  # the vocabulary waits for who asks
+    assert torch.equal(hidden, Sparse().hidden(tokens, 0.5))
+    torch.testing.assert_close(denoiser(tokens, 0.5), Sparse()(tokens, 0.5))
+
+
+@pytest.mark.usefixtures("_no_grad")
+@pytest.mark.parametrize("time_free", [True, False])
+def test_hidden_states_are_reused(time_free):
+    network = Sparse(time_free=time_free)
+    denoiser, fresh = EvaluatedDenoiser(network), Sparse(time_free=time_free)
+    tokens = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    denoiser.hidden(tokens[:100], 0.5)
+    torch.testing.assert_close(
+        denoiser.hidden(tokens[50:150], 0.5), fresh.hidden(tokens[50:150], 0.5)
+    )
+    assert network.rows == 150
+    here, there = denoiser.hidden(tokens[50:150], 0.2), fresh.hidden(tokens[50:150], 0.2)
+    torch.testing.assert_close(here, there)
+    assert network.rows == (150 if time_free else 250)
+    dense = denoiser(tokens[50:150], 0.2)
+    assert network.rows == (150 if time_free else 250)
+    torch.testing.assert_close(dense, fresh(tokens[50:150], 0.2))
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_the_very_same_tensor_is_not_even_compared():
+    network = Sparse(time_free=False)
+    denoiser = EvaluatedDenoiser(network)
+    tokens = torch.randint(6, (7, 3))
+    first = denoiser.hidden(tokens, 0.5)
+    assert denoiser.hidden(tokens, 0.5) is first
+    tokens[:, 0] = (tokens[:, 0] + 1) % 6
+    edited = denoiser.hidden(tokens, 0.5)
+    torch.testing.assert_close(edited, Sparse(time_free=False).hidden(tokens, 0.5))
+    assert not torch.equal(edited, first)
+
+
+def test_rows_with_times_of_their_own():
+    """Neither merged nor remembered: the same state at another time is another row."""
+    network = Sparse(time_free=False)
+    denoiser = EvaluatedDenoiser(network, max_rows=3)
+    tokens, t = torch.zeros(7, 4).long(), torch.linspace(0, 1, 7, dtype=torch.float64)
+    out = denoiser(tokens, t)
+    assert network.rows == 7
+    assert denoiser.num_calls == 3
+    for row in range(7):
+        alone = Sparse(time_free=False)(tokens[row], float(t[row]))
+        torch.testing.assert_close(out[row], alone)
+    still = Sparse()
+    assert EvaluatedDenoiser(still)(tokens, t).shape == (7, 4, 5)
+    assert still.rows == 1
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_chains_around_an_evaluated_head():
+    """Reveals at times of their own, a head only where somebody asks, and honest counters."""
+    network = Sparse(time_free=False)
+    denoiser = EvaluatedDenoiser(network)
+    kernel = InterpolatingKernel(Absorbing(5), denoiser, num_steps=4)
+    chain = ReverseChain(kernel, 6)
+    path = chain.sample((20,))
+    moved = int((path[:, 1:] != path[:, :-1]).any(-1).sum())
+    assert network.rows == denoiser.rows_evaluated == denoiser.rows_requested == moved
+    bare = ReverseChain(kernel.with_denoiser(Sparse(time_free=False)), 6)
+    torch.testing.assert_close(chain.log_prob(path.clone()), bare.log_prob(path.clone()))
+
+
+def test_small_vocabularies_keep_their_table():
+    network = Sparse()
+    network.hidden_size = 5
+    denoiser = EvaluatedDenoiser(network)
+    assert not prefers_head(denoiser)
+    assert not hasattr(denoiser, "hidden")
+    assert denoiser(torch.zeros(2, 3).long(), 0.5).shape == (2, 3, 5)
+
+
+def test_rows_of_a_network_that_runs_twice_count_twice():
+    network = Sparse()
+    network.network_rows = 2
+    denoiser = EvaluatedDenoiser(network)
+    denoiser(torch.zeros(4, 3).long(), 0.5)
+    assert (denoiser.rows_requested, denoiser.rows_evaluated, denoiser.num_calls) == (8, 2, 1)

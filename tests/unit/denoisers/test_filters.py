@@ -9,7 +9,8 @@ from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser, Transformer, TransformerConfig
 from ppl_diffusion.denoisers.conditional import Paired
 from ppl_diffusion.denoisers.filters import Nucleus, Temperature, has_sparse_head, peel
-from ppl_diffusion.kernels import InterpolatingKernel, Uniform
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.testing import DenoiserContract, random_joint, toy_chain, toy_process
 
 NAN = math.nan
@@ -129,6 +130,75 @@ def test_nan_is_not_hidden(wrapper, row):
         kernel.cavity_log_probs(torch.zeros(2, dtype=torch.int64), 0)
 
 
+class Asked:
+    """A denoiser of two tokens that answers what it is told to."""
+
+    vocab_size, kind, time_free = 2, "cavity", True
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, tokens, t, /):
+        return self.answer((*tokens.shape, 2))
+
+
+class AskedForRows(Asked):
+    """The same behind a vocabulary head: its answers are those of gathered rows."""
+
+    hidden_size = 1
+
+    def hidden(self, tokens, t):
+        return torch.zeros(*tokens.shape, 1)
+
+    def head(self, hidden):
+        return self.answer((*hidden.shape[:-1], 2))
+
+
+def uniform_rows(shape, *, columns=0):
+    return torch.zeros(*shape[:-1], shape[-1] + columns).log_softmax(-1)
+
+
+WRONG = {
+    "probabilities": (lambda s: uniform_rows(s).exp(), ValueError, "NaN or unnormalised"),
+    "logits": (lambda s: torch.ones(s), ValueError, "NaN or unnormalised"),
+    "two columns more": (lambda s: uniform_rows(s, columns=2), ValueError, "returned shape"),
+    "a column less": (lambda s: uniform_rows(s, columns=-1), ValueError, "returned shape"),
+    "a dimension less": (lambda s: uniform_rows(s[1:]), ValueError, "returned shape"),
+    "numpy": (lambda s: uniform_rows(s).numpy(), TypeError, "returned ndarray, expected a torch"),
+    "nothing": (lambda s: None, TypeError, "returned NoneType, expected a torch"),
+}
+WRAPPERS = {
+    "plain": lambda d: d,
+    "temperature": lambda d: Temperature(d, 0.5),
+    "nucleus": lambda d: Nucleus(d, 0.7),
+    "both": lambda d: Temperature(Nucleus(d, 0.7), 0.5),
+    "inert inside": lambda d: Nucleus(Temperature(d, 1.0), 0.7),
+    "cached inside": lambda d: Nucleus(EvaluatedDenoiser(d), 0.7),
+    "cached outside": lambda d: EvaluatedDenoiser(Nucleus(d, 0.7)),
+}
+
+
+@pytest.mark.parametrize("network", [Asked, AskedForRows])
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(("answer", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_networks_are_not_hidden(network, wrapper, answer, error, message):
+    """The kernel's own sentences, which normalised or sliced rows would never cause."""
+    for process in (Uniform(2), Absorbing(2)):
+        kernel = InterpolatingKernel(process, wrapper(network(answer)), num_steps=2)
+        with pytest.raises(error, match=message):
+            ReverseChain(kernel, 3).sample((4,))
+
+
+@pytest.mark.parametrize("network", [Asked, AskedForRows])
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_column_for_the_mask_is_allowed(network, wrapper):
+    for columns in (0, 1):
+        denoiser = wrapper(network(lambda s, more=columns: uniform_rows(s, columns=more)))
+        kernel = InterpolatingKernel(Uniform(2), denoiser, num_steps=2)
+        rows = kernel.predict(torch.zeros(4, 3, dtype=torch.int64), 0).dense().exp()
+        torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
 def test_temperature_is_a_power(temperature):
     probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -138,7 +208,7 @@ def test_temperature_is_a_power(temperature):
 
 
 def test_temperature_near_zero_is_the_argmax():
-    rows = torch.tensor([-30.5, -30.0, -30.0], dtype=torch.float32)
+    rows = torch.tensor([-30.5, -30.0, -30.0], dtype=torch.float32).log_softmax(-1)
     here = Temperature(Fixed(rows), 1e-308)(torch.zeros(1, dtype=torch.int64), 0.5)[0].exp()
     assert here.tolist() == [0, 0.5, 0.5]
 
@@ -207,6 +277,18 @@ def test_what_the_wrapped_denoiser_has_is_forwarded():
     exact = Temperature(table(toy_process("uniform")), 0.5)
     with pytest.raises(CapabilityError, match="was built for"):
         InterpolatingKernel(toy_process("skewed"), exact, num_steps=2)
+
+
+def test_excluded_tokens_are_announced():
+    """By a nucleus, through whatever is around it; a temperature excludes nothing."""
+    rows = torch.tensor([0.2, 0.8]).log()
+    for inert in (Temperature(Fixed(rows), 0.5), Nucleus(Fixed(rows), 1.0)):
+        assert not inert.excludes_tokens
+        assert not EvaluatedDenoiser(inert).excludes_tokens
+    cut = Nucleus(Fixed(rows), 0.9)
+    for wrapper in (cut, Temperature(cut, 0.5), Nucleus(cut, 1.0), EvaluatedDenoiser(cut)):
+        assert wrapper.excludes_tokens
+    assert Temperature(EvaluatedDenoiser(cut), 0.5).excludes_tokens
 
 
 def test_gradients_pass_inside_and_stop_outside():

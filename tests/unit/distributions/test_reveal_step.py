@@ -189,7 +189,7 @@ def test_with_log_probs_keeps_the_rest():
 
 
 def test_bad_shapes():
-    with pytest.raises(ValueError, match=r"log_probs of shape \(5, 3\) do not fit 4 sites"):
+    with pytest.raises(ValueError, match=r"log_probs of shape \(5, 3\) are not for 4 sites"):
         RevealStep(TOKENS, table(sites=5), ELIGIBLE, 1)
 
 

@@ -108,5 +108,25 @@ def test_bad_shapes():
 def test_long_sequences_are_not_enumerated():
     with pytest.raises(NotImplementedError, match=r"3\*\*30 values"):
         TokenStep(
-            Uniform(3), torch.zeros(30).long(), torch.zeros(30, 3), 0.3, 0.7
+            Uniform(3), torch.zeros(30).long(), torch.zeros(30, 3).log_softmax(-1), 0.3, 0.7
         ).enumerate_support()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kappa": 2.0}, "kappa must be at most 1"),
+        ({"kappa": torch.nan}, "kappa must be at most 1"),
+        ({"kappa": -9.0}, "kappa must be at most 1"),
+        ({"log_probs": torch.zeros(2, 3)}, "log_probs must hold normalised"),
+        ({"log_probs": torch.full((2, 3), torch.nan)}, "log_probs must hold normalised"),
+        ({"tokens": torch.tensor([0, 7])}, r"tokens must be states 0\.\.2, got 0\.\.7"),
+    ],
+)
+def test_arguments_are_validated_where_validation_is_on(change, text):
+    flat = torch.zeros(2, 3).log_softmax(-1)
+    given = {"tokens": torch.tensor([0, 1]), "log_probs": flat, "kappa": 1.0, **change}
+    tokens, log_probs, kappa = given.values()
+    with pytest.raises(ValueError, match=text):
+        TokenStep(Uniform(3), tokens, log_probs, 0.3, 0.7, kappa)
+    TokenStep(Uniform(3), tokens, log_probs, 0.3, 0.7, kappa, validate_args=False)

@@ -2,13 +2,16 @@
 
 import math
 
+import pyro
 import pytest
 import torch
+from pyro import poutine
 from torch.nn import functional as F
 
 from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.handlers import steer, unroll
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel
 from ppl_diffusion.testing import PROCESSES, KernelContract, all_states, state_matrix, toy_chain
@@ -149,7 +152,7 @@ def test_scale_zero_is_the_plain_chain_and_asks_nothing(mode):
     idle = ClassifierKernel(kernel, never, scale=0.0, mode=mode)
     states = all_states(4, LENGTH)
     torch.testing.assert_close(table(idle, 1, states), table(kernel, 1, states), rtol=0, atol=1e-14)
-    assert idle.changes == ()
+    assert idle.changes == kernel.changes
 
 
 def count(name="absorbing", *, tokens, k=1, fixed=None, kappa=1.0, length=3, **options):
@@ -294,6 +297,10 @@ def test_bad_answers(answer, message):
     ("answer", "message"),
     [
         (lambda s, t: torch.zeros(len(s)), "no gradient in its one-hot input"),
+        (
+            lambda s, t: s.argmax(-1).sum(-1) * torch.ones((), requires_grad=True),
+            "no gradient in its one-hot input",
+        ),
         (lambda s, t: s.sum((1, 2)) - math.inf, "log_likelihood is -inf"),
         (lambda s, t: (s[:, 0, 1]).sqrt(), "the gradient of log_likelihood is inf"),
     ],
@@ -322,6 +329,36 @@ def test_prompts_stay():
     path = chain.sample((50,), generator=torch.Generator().manual_seed(0))
     assert bool((path[..., 0] == 2).all())
     assert bool(torch.isfinite(chain.log_prob(path)).all())
+
+
+@pytest.mark.parametrize("prompt", [None, torch.tensor([2, -1])])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_one_path_needs_no_batch(name, mode, prompt):
+    """A single path is drawn, scored, unrolled and steered with the numbers of a batch of one."""
+
+    def program(chain):
+        return pyro.sample("path", chain)
+
+    chain = ReverseChain(guided(name, mode=mode, kappa=0.9), LENGTH, prompt=prompt)
+    states = all_states(chain.kernel.process.num_states, LENGTH)
+    rows = torch.stack([table(chain.kernel, 1, state) for state in states])
+    torch.testing.assert_close(rows, table(chain.kernel, 1, states), rtol=0, atol=1e-12)
+    path = chain.sample()
+    assert path.shape == chain.event_shape
+    torch.testing.assert_close(chain.log_prob(path.clone()), chain.log_prob(path[None].clone())[0])
+    written = poutine.trace(unroll(program)).get_trace(chain)
+    drawn = written.nodes["path"]["value"].clone()
+    torch.testing.assert_close(written.log_prob_sum(), chain.log_prob(drawn))
+    drawn = steer(program, potential=lambda x0: x0.sum(-1).double(), num_particles=3)(chain)
+    torch.testing.assert_close(chain.log_prob(drawn.clone()), chain.log_prob(drawn[None])[0])
+
+
+def test_the_length_of_the_guided_kernel():
+    """Psi parameters for three sites fit no chain of two, guided or not."""
+    kernel = guided("uniform", length=3, kappa=torch.full((3, 3), 0.9).numpy())
+    with pytest.raises(ValueError, match="kappa is for 3 sites, but the chain has 2"):
+        ReverseChain(kernel, 2)
 
 
 def test_another_denoiser_and_the_same_law():
@@ -356,11 +393,17 @@ def test_what_changed_is_said():
 
 
 def test_parameters_of_both_networks():
+    """Of every classifier where a guided kernel is guided again; one that is silent hides all."""
     kernel = base_kernel("uniform")
-    network = torch.nn.Linear(LENGTH * SIZE, 1)
-    own = len(list(kernel.denoiser.parameters()))
-    assert len(ClassifierKernel(kernel, network).parameters()) == own + 2
-    assert not hasattr(guided("uniform"), "parameters")
+    networks = [torch.nn.Linear(LENGTH * SIZE, 1) for _ in range(2)]
+    once = ClassifierKernel(kernel, networks[0])
+    tensors = [*kernel.denoiser.parameters(), *networks[0].parameters()]
+    assert [id(p) for p in once.declared_parameters()] == [id(p) for p in tensors]
+    twice = ClassifierKernel(once, networks[1])
+    assert len(twice.declared_parameters()) == len(tensors) + 2
+    plain = guided("uniform")
+    assert plain.declared_parameters() is None
+    assert ClassifierKernel(plain, networks[0]).declared_parameters() is None
 
 
 class Weighted(torch.nn.Module):
@@ -385,6 +428,48 @@ def test_a_trained_classifier_is_read_again():
         assert float((chain.log_prob(path) - before).abs().max()) > 0.1
     chain.log_prob(path).sum().backward()
     assert float(classifier.weight.grad.abs()) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_a_gradient_of_a_plain_function_is_found(name, mode):
+    """A function cannot name its tensors, so that its densities are not remembered under steer.
+
+    The gradient itself is held against a central difference.
+    """
+    kernel = base_kernel(name)
+    weight = torch.linspace(0.2, 1.0, LENGTH * kernel.process.num_states, requires_grad=True)
+
+    def classifier(states, t):
+        if not states.is_floating_point():
+            states = F.one_hot(states, kernel.process.num_states).float()
+        return -((states.flatten(1) @ weight) ** 2)
+
+    chain = ReverseChain(ClassifierKernel(kernel, classifier, mode=mode), LENGTH)
+
+    def program():
+        with pyro.plate("paths", 3):
+            return pyro.sample("path", chain)
+
+    drawn = steer(program, potential=lambda x0: x0.sum(-1).double(), num_particles=2)()
+    for path in (drawn, chain.sample((3,)), drawn.clone()):
+        log_p = chain.log_prob(path)
+        assert log_p.requires_grad
+        (gradient,) = torch.autograd.grad(log_p.sum(), weight)
+        ends = []
+        for move in (-0.01, 0.02, -0.01):  # there and back again
+            with torch.no_grad():
+                weight[1] += move
+                ends.append(float(chain.log_prob(path.clone()).sum()))
+        assert float(gradient[1]) == pytest.approx((ends[1] - ends[0]) / 0.02, abs=1e-3)
+        assert abs(float(gradient[1])) > 0.01
+
+
+def test_no_gradient_out_of_nothing():
+    """Fixed weights leave no trace, though the gradient of such a classifier reads the states."""
+    for mode in MODES:
+        kernel = guided("uniform", mode=mode)
+        assert not kernel.step({"tokens": all_states(SIZE, LENGTH)}, 1).wants_gradient
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -114,7 +114,7 @@ def test_ends_are_the_plain_chains_bit_for_bit(name, level):
             assert torch.equal(here.log_prob(states[:, None]), there.log_prob(states[:, None]))
             noise = [torch.rand(states.shape, dtype=torch.float64) for _ in range(2)]
             assert torch.equal(here.draw(*noise), there.draw(*noise))
-        assert kernel.changes == ()
+        assert kernel.changes == plain.changes
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -342,6 +342,14 @@ def test_a_filter_around_the_guided_prediction():
     assert kernel.changes == ("classifier-free guidance 2 of the denoiser", "nucleus 0.7")
     states = all_states(3, LENGTH)
     assert bool((kernel.cavity_log_probs(states, 1) == -math.inf).any())
+
+
+def test_one_prediction_is_no_pair():
+    """At the kernel level the denoiser holds both, and another one cannot take its place."""
+    kernel = guided("uniform", level="kernel")
+    alone = kernel.with_denoiser(two_denoisers(kernel.process)[0])
+    with pytest.raises(ValueError, match=r"returned shape \(4, 2, 3\), expected \(4, 2, 6\)"):
+        alone.step({"tokens": torch.zeros(4, LENGTH, dtype=torch.int64)}, 0)
 
 
 def test_what_changed_is_said_once():

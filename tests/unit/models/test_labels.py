@@ -62,3 +62,22 @@ def test_networks_without_classes_say_so():
         plain.loss(torch.zeros(3, 2, dtype=torch.int64), labels=torch.zeros(3, dtype=torch.int64))
     with pytest.raises((CapabilityError, ValueError), match="class"):
         plain.labelled(0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "dropout"),
+    [
+        (torch.zeros(2, dtype=torch.int64), 0.1),
+        (torch.zeros(3), 0.1),
+        (torch.tensor([0, 1, 2]), 0.1),
+        (torch.zeros(3, dtype=torch.int64), float("nan")),
+        (torch.zeros(3, dtype=torch.int64), 2.0),
+    ],
+)
+def test_labels_are_one_class_per_row(labels, dropout):
+    program = MaskedDiffusion.build("ab", 2, dim=8, depth=1, heads=2, num_classes=2)
+    rows = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"one class in 0\.\.1|label_dropout must lie"):
+        program.loss(rows, labels=labels, label_dropout=dropout)
+    with pytest.raises(ValueError, match=r"label must lie in 0\.\.1"):
+        program.labelled(2)

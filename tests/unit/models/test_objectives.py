@@ -24,7 +24,7 @@ def test_the_fused_bound_is_the_dense_one(make_program, draw_rows):
     t = torch.rand(50, 1, dtype=torch.float64)
     z = torch.randint(6, rows.shape)
     dense = nelbo_terms(program.process, rows, z, program.denoiser(z, t[:, 0]), t)
-    torch.testing.assert_close(program._bound_at(rows, z, t), dense, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(program._bound_at(rows, z, t, {}), dense, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"top_k": None}, {"share": 1.0, "tau": 0.1}])

@@ -64,6 +64,16 @@ def test_psi_brings_its_schedule():
     torch.testing.assert_close(ExactChain.of(same).x0_law(), ExactChain.of(plain).x0_law())
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_groups_take_at_most_the_steps_asked_for(steps):
+    parallel = make_chain(program(), "parallel", SamplerSettings(steps))
+    assert parallel.num_steps <= steps
+    if steps > 1:
+        blocks = make_chain(program(), "semi-autoregressive", SamplerSettings(steps, block=2))
+        assert blocks.num_steps <= steps
+    assert make_chain(program(), "semi-autoregressive").num_steps == LENGTH
+
+
 def test_uniform_priors_run_ancestral_and_psi_only():
     uniform = program(UniformDiffusion, "uniform")
     for name in ("ancestral", "psi"):
@@ -81,6 +91,10 @@ def test_uniform_priors_run_ancestral_and_psi_only():
         ("ancestral", {"kappa_schedule": "dfm"}, "takes no --kappa-schedule"),
         ("parallel", {"block": 2}, "takes no --block"),
         ("psi", {"kappa_schedule": "dfm:x"}, "must be a number"),
+        ("psi", {"kappa_schedule": ""}, "unknown kappa schedule ''"),
+        ("psi", {"kappa_schedule": "constant:-5"}, "would make a probability negative"),
+        ("confidence", {"kappa_schedule": "constant:-5"}, "would make a probability negative"),
+        ("semi-autoregressive", {"num_steps": 2, "block": 1}, "3 blocks of 1 positions need"),
         ("ancestral", {"filters": ["top:1"]}, "There is no filter 'top:1'"),
         ("ancestral", {"filters": ["nucleus"]}, "needs a number: write nucleus:0.9"),
         ("ancestral", {"filters": ["nucleus:2"]}, r"p must lie in \(0, 1\]"),

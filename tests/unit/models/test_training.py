@@ -20,7 +20,7 @@ from ppl_diffusion.models.datasets import (
 from ppl_diffusion.models.evaluate import _error, _noise, evaluate, print_evaluation, write_card
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
 from ppl_diffusion.models.recipes import RECIPES, Recipe, find_recipe
-from ppl_diffusion.models.training import train
+from ppl_diffusion.models.training import TrainingDiverged, train
 
 LENGTH = 8
 TOY = Recipe(
@@ -312,3 +312,21 @@ def test_a_run_shorter_than_a_validation_period_keeps_what_it_trained(tmp_path, 
         "toy", out=tmp_path, recipe=recipe, sequences=toy, quiet=True, steps=5, resume=True
     )
     assert longer.steps == 5
+
+
+@pytest.mark.parametrize("objective", ["nelbo", "distillation"])
+def test_a_diverged_run_is_no_run(toy, tmp_path, objective):
+    """The folder holds an earlier prior, which must stay what it is and not be handed back."""
+    recipe = dataclasses.replace(TOY, family="uniform", shape={**TOY.shape, "dropout": 0.0})
+    options = {"recipe": recipe, "sequences": toy, "quiet": True, "out": tmp_path, "steps": 5}
+    train("toy", **options)
+    before = (tmp_path / "prior" / "model.safetensors").read_bytes()
+    hot = dataclasses.replace(recipe, learning_rate=1e30)
+    hot = dataclasses.replace(hot, objective=objective)
+    options |= {"recipe": hot, "init": tmp_path / "prior"}
+    with pytest.raises(TrainingDiverged, match=r"bound was never finite.*lower the learning rate"):
+        train("toy", **options)
+    assert (tmp_path / "prior" / "model.safetensors").read_bytes() == before
+    with pytest.raises(TrainingDiverged):
+        train("toy", **{**options, "out": tmp_path / "fresh"})
+    assert not (tmp_path / "fresh" / "run.json").exists()
