@@ -1,0 +1,57 @@
+"""Results of methods that sample no declared law: no weight, evidence or exactness they lack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.smc.posterior import ParticlePosterior
+
+NO_EVIDENCE = (
+    "log_evidence is 0 (-inf in a run without any candidate of G > 0) and estimates nothing"
+)
+
+
+def reweighted(posterior: ParticlePosterior, log_weights: Tensor, target: str) -> ParticlePosterior:
+    """Return a result with weights that are exact for nothing, and no evidence.
+
+    :param posterior: the result.
+    :param log_weights: the new weights, normalised in each living run, ``(R, N)``.
+    :param target: what the draws are, in words.
+    """
+    nothing = torch.where(posterior.alive, 0.0, -torch.inf).to(torch.float64)
+    return replace(
+        posterior,
+        log_weights=log_weights,
+        log_evidence=nothing,
+        log_evidence_steps=nothing[:, None].expand_as(posterior.log_evidence_steps).clone(),
+        evidence_variance=torch.full_like(posterior.evidence_variance, torch.nan),
+        exact=False,
+        target=f"{target}; {NO_EVIDENCE}",
+    )
+
+
+def best_only(posterior: ParticlePosterior, keep: int, target: str) -> ParticlePosterior:
+    """Return a result whose weight lies, equally, on the best particles of each run.
+
+    :param posterior: the result.
+    :param keep: particles kept per run.
+    :param target: what the draws are, in words.
+    """
+    log_g = torch.where(posterior.log_weights == -torch.inf, -torch.inf, posterior.log_potential)
+    best, index = log_g.topk(min(keep, log_g.shape[1]), -1)
+    kept = (best > -torch.inf).sum(-1, keepdim=True).clamp_min(1)
+    level = torch.where(best > -torch.inf, -kept.to(torch.float64).log(), -torch.inf)
+    weights = torch.full_like(log_g, -torch.inf).scatter(-1, index, level)
+    return reweighted(posterior, weights, target)
+
+
+def equal_weights(posterior: ParticlePosterior, target: str) -> ParticlePosterior:
+    """Return a result whose particles count alike, but for those the potential forbids.
+
+    :param posterior: the result.
+    :param target: what the draws are, in words.
+    """
+    return best_only(posterior, posterior.num_particles, target)

@@ -1,0 +1,142 @@
+"""The result of particle Gibbs: chains of correlated, equally weighted draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion.diagnostics import _arviz as arviz_data
+
+
+@dataclass(frozen=True, eq=False)
+class GibbsPosterior:
+    """``C`` Markov chains of ``S`` draws, after warm-up; immutable.
+
+    :param x0: clean sequences, int64 ``(C, S, *plates, L)``.
+    :param samples: values of the program's other sites, each ``(C, S, ...)``.
+    :param compact_path: paths in a small integer type ``(C, S, *plates, T + 1, L)``, or None.
+    :param log_density: log-density of everything but the chain, given the chain, ``(C, S)``.
+    :param log_evidence: log-evidence of each sweep's conditional SMC given the latents, ``(C, S)``;
+        too large on average.
+    :param ess: effective sample size of each sweep after each step, ``(C, S, T)``.
+    :param updated: whether each state of the path changed in the sweep, bool ``(C, S, T + 1)``: the
+        lineage of the draws, renewed or kept.
+    :param accept: accepted path moves of each kind, ``(C, S, moves)``.
+    :param step_size: of NUTS; NaN without latents.
+    :param num_divergences: divergent transitions after warm-up, over all chains.
+    :param num_evaluations: network rows evaluated, warm-up included.
+    :param num_potential_calls: sequences the program was asked about, warm-up included.
+    :param target: the invariant law, in words.
+    :param settings: what was chosen, in JSON types.
+    :param seconds: wall time.
+    """
+
+    x0: Tensor
+    samples: Mapping[str, Tensor]
+    compact_path: Tensor | None
+    log_density: Tensor
+    log_evidence: Tensor
+    ess: Tensor
+    updated: Tensor
+    accept: Tensor
+    step_size: float
+    num_divergences: int
+    num_evaluations: int
+    num_potential_calls: int
+    target: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = float("nan")
+
+    exact = True
+    """The target is invariant; how far the chains are from it is for diagnostics to say."""
+
+    @property
+    def num_runs(self) -> int:
+        """Number ``C`` of Markov chains."""
+        return self.x0.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """Number ``S`` of draws per chain."""
+        return self.x0.shape[1]
+
+    @property
+    def path(self) -> Tensor | None:
+        """Whole paths, int64 ``(C, S, *plates, T + 1, L)``, or None if they were not stored."""
+        return None if self.compact_path is None else self.compact_path.to(torch.int64)
+
+    @property
+    def update_rate(self) -> Tensor:
+        """Share of sweeps that changed each state of the path, float64 ``(T + 1,)``.
+
+        Near zero for the noisy states it says that lineages coalesce before they get there: use
+        more particles, or moves that mask again.
+        """
+        return self.updated.to(torch.float64).mean((0, 1))
+
+    def expectation(self, fn: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Return the mean of a function over the draws of each chain, float64 ``(C, ...)``.
+
+        :param fn: of the dict of site values, ``x0`` included, each ``(C, S, ...)``.
+        """
+        return fn({"x0": self.x0, **self.samples}).to(torch.float64).mean(1)
+
+    def to_arviz(self) -> Any:
+        """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x), chains and draws as such.
+
+        ``sample_stats`` holds the log-density, the smallest ESS of each conditional SMC and how
+        much of the path each sweep changed.
+        """
+        chains = np.arange(self.num_runs)
+        names = arviz_data._stored_names(self.samples)
+        variables = {"x0": self._variable("x0", self.x0)}
+        variables |= {names[n]: self._variable(names[n], v) for n, v in self.samples.items()}
+        groups = {
+            "posterior": arviz_data._dataset(variables, chains),
+            "sample_stats": arviz_data._dataset(self._statistics(), chains),
+        }
+        return arviz_data._container(groups, self._attributes())
+
+    def _variable(self, name: str, value: Tensor) -> tuple[tuple[str, ...], Any]:
+        plates, array = self.x0.ndim - 3, value.detach().numpy()
+        inner = [f"{name}_dim_{i}" for i in range(array.ndim - 2)]
+        if array.dtype.kind in "iu" and array.shape == tuple(self.x0.shape):
+            inner = [*(f"plate_{i}" for i in range(plates)), "position"]
+        return ("chain", "draw", *inner), arviz_data._storable(array, tuple(inner))
+
+    def _statistics(self) -> dict[str, tuple[tuple[str, ...], Any]]:
+        columns = {
+            "lp": self.log_density,
+            "conditional_log_evidence": self.log_evidence,
+            "smallest_ess": self.ess.amin(-1),
+            "path_updated": self.updated.to(torch.float64).mean(-1),
+        }
+        statistics: dict[str, tuple[tuple[str, ...], Any]] = {
+            name: (("chain", "draw"), value.numpy()) for name, value in columns.items()
+        }
+        if self.accept.shape[-1]:
+            statistics["accepted"] = (("chain", "draw", "path_move"), self.accept.numpy())
+        return statistics
+
+    def _attributes(self) -> dict[str, Any]:
+        facts = {
+            "inference_library": "ppl_diffusion",
+            "target": self.target,
+            "exact": self.exact,
+            "num_evaluations": self.num_evaluations,
+            "num_potential_calls": self.num_potential_calls,
+            "num_divergences": self.num_divergences,
+            "step_size": self.step_size,
+        }
+        return {n: arviz_data._attribute(v) for n, v in {**self.settings, **facts}.items()}
+
+    def __repr__(self) -> str:
+        return (
+            f"GibbsPosterior({self.num_runs} chains x {self.num_samples} draws, "
+            f"{self.num_divergences} divergences)"
+        )

@@ -1,0 +1,326 @@
+"""Learned values: a small network for ``log E[G(x0) | x_k]``, fitted to paths of the chain.
+
+Draw paths, rate their ends, and regress on states along the way. What is regressed decides what
+is learned (``y = G(x0) / c`` with ``c`` the mean of ``G``, ``f`` the network's output)::
+
+    poisson   exp(f) - y f               optimum  exp(f) = E[y | x]: the soft value
+    itakura   y exp(-f) + f              the same; weighs relative errors, so that rare heights
+                                         do not drown the rest
+    mean      (f - log G)^2              optimum  f = E[log G | x]: the published regression, which
+                                         underrates what is uncertain (Jensen)
+
+A learned value is a twist or a guide: wrong ones cost variance and never move a weighted target.
+How good one is, :func:`bellman_residuals` says: a true value is the mean of its children's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._task import Task, as_task, seeded
+from ppl_diffusion.potentials.base import AbstractPotential
+from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle
+from ppl_diffusion.smc.posterior import ParticlePosterior
+from ppl_diffusion.smc.twists import CallableTwist, Carry, log_mean_exp
+
+Loss = Literal["poisson", "itakura", "mean"]
+
+PATHS_AT_ONCE = 512
+"""Paths drawn together, of which only a few states each are kept."""
+
+LARGEST_STEP = 10.0
+"""Gradients are scaled down to this norm: one enormous potential must not undo the training."""
+
+
+class ValueNetwork(nn.Module):
+    """A multilayer perceptron on embedded tokens and the time.
+
+    :param num_states: number ``S`` of states of a site, the mask included.
+    :param length: number ``L`` of positions.
+    :param width: units of the hidden layers.
+    :param depth: hidden layers.
+    :param embedding: numbers per token.
+    """
+
+    def __init__(
+        self, num_states: int, length: int, *, width: int = 128, depth: int = 2, embedding: int = 8
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(num_states, embedding)
+        sizes = [length * embedding + 2, *[width] * depth]
+        hidden = [
+            layer
+            for before, after in pairwise(sizes)
+            for layer in (nn.Linear(before, after), nn.SiLU())
+        ]
+        last = nn.Linear(sizes[-1], 1)
+        self.body = nn.Sequential(*hidden, last)
+        # The mean of G is taken out: a fresh network that says nothing is the constant value.
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """Return the value up to the constant, ``(B,)``.
+
+        :param tokens: states, int64 ``(B, L)``.
+        :param t: times in ``[0, 1]``, ``(B,)``.
+        """
+        time = torch.stack([t, t.square()], -1)
+        features = torch.cat([self.embed(tokens).flatten(1), time.to(self.embed.weight.dtype)], -1)
+        value: Tensor = self.body(features)[:, 0]
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedValue:
+    """A trained value: a function ``(carry, k) -> log h (R, N)`` for twists and guidance.
+
+    :param network: the network.
+    :param times: the chain's time grid, ``(T + 1,)``.
+    :param offset: what is added to the network's output.
+    :param losses: the loss at every update, ``(num_updates,)``.
+    :param num_evaluations: network rows of the denoiser that the training paths cost.
+    :param num_potential_calls: sequences the potential was asked about.
+    """
+
+    network: ValueNetwork
+    times: Tensor
+    offset: float
+    losses: Tensor
+    num_evaluations: int
+    num_potential_calls: int
+
+    def __call__(self, carry: Carry, k: int) -> Tensor:
+        """Return ``log h_k``, float64 ``(R, N)``; plates are added up.
+
+        :param carry: ``carry["tokens"]`` holds the states, ``(R, N, *plates, L)``.
+        :param k: steps taken.
+        """
+        return per_particle(self.log_value(carry["tokens"], k))
+
+    def log_value(self, tokens: Tensor, k: int) -> Tensor:
+        """Return the value of states, float64 ``(*batch,)``.
+
+        :param tokens: int64 ``(*batch, L)``.
+        :param k: steps taken.
+        """
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        with torch.no_grad():
+            value = self.network(rows, self.times[k].expand(len(rows)))
+        return (value.to(torch.float64) + self.offset).reshape(tokens.shape[:-1])
+
+
+def fit_value(
+    target: ReverseChain | Callable[..., Any],
+    potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss = "poisson",
+    num_paths: int = 4096,
+    states_per_path: int = 8,
+    num_updates: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 3e-3,
+    width: int = 128,
+    depth: int = 2,
+    max_rows: int | None = 4096,
+    seed: int | None = None,
+) -> LearnedValue:
+    """Fit a value network to paths of the chain itself.
+
+    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param potential: ``log G`` of a bare chain; None for a program.
+    :param args: arguments of the program.
+    :param kwargs: keyword arguments of the program.
+    :param loss: what is regressed: ``"poisson"``, ``"itakura"`` or ``"mean"``.
+    :param num_paths: paths drawn; each costs ``T`` network rows and one potential call.
+    :param states_per_path: states kept of each path. They share one end, so that more of them
+        teach less than more paths.
+    :param num_updates: steps of Adam, with a learning rate that falls to zero.
+    :param batch_size: states per update.
+    :param learning_rate: the rate at the start.
+    :param width: units of the hidden layers.
+    :param depth: hidden layers.
+    :param max_rows: largest number of rows sent to the denoiser at once.
+    :param seed: seed of the training; the global random state is left alone if it is given.
+    :raises ValueError: if a number or the loss is not usable, or no path has a potential above
+        ``-inf``.
+    """
+    if loss not in _LOSSES:
+        raise ValueError(f"fit_value: unknown loss={loss!r}; choose one of {', '.join(_LOSSES)}.")
+    counts = (num_paths, states_per_path, num_updates, batch_size)
+    if min(counts) < 1:
+        raise ValueError(f"fit_value: numbers of paths, states and updates must be >= 1: {counts}.")
+    with seeded(seed):
+        task = as_task(target, potential, args, kwargs or {})
+        bound = FeynmanKac(task.chain, task.potential, None).bind(max_rows=max_rows)
+        tokens, k, log_g = _training_states(task, bound, num_paths, states_per_path, loss)
+        offset = _offset(log_g, loss)
+        times = torch.as_tensor(task.chain.kernel.times)
+        states = task.chain.kernel.process.num_states
+        network = ValueNetwork(states, task.chain.length, width=width, depth=depth)
+        data = (tokens, times[k], (log_g - offset).to(torch.float32))
+        losses = _train(network, data, _LOSSES[loss], num_updates, batch_size, learning_rate)
+    return LearnedValue(
+        network.requires_grad_(False).eval(),
+        times,
+        offset,
+        losses,
+        bound.num_evaluations,
+        bound.num_potential_calls,
+    )
+
+
+def bellman_residuals(
+    value: Callable[[Carry, int], Tensor],
+    posterior: ParticlePosterior,
+    target: ReverseChain | Callable[..., Any],
+    potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    num_children: int = 64,
+    seed: int | None = None,
+) -> Tensor:
+    """Return how far a value is from the mean of its children's, along posterior paths.
+
+    The residual of a state is ``log mean_j h_(k+1)(c_j) - log h_k(x_k)`` over children of the
+    chain: zero for the true value and infinitely many children. Its variance over posterior
+    states is what twisting by the value costs in log-weight at that step.
+
+    :param value: ``(carry, k) -> log h (R, N)``.
+    :param posterior: a result with stored paths.
+    :param target: what it was sampled from: a chain whose steps depend on the tokens alone, or a
+        program with such a chain.
+    :param potential: ``log G`` of a bare chain; None for a program.
+    :param args: arguments of the program.
+    :param kwargs: keyword arguments of the program.
+    :param num_children: children drawn of every state.
+    :param seed: seed of the children.
+    :returns: weighted variances over all runs, float64 ``(T,)``.
+    :raises ValueError: if no paths were stored.
+    :raises CapabilityError: if the chain remembers more than its tokens.
+    """
+    path = posterior.path
+    if path is None:
+        raise ValueError("bellman_residuals: the posterior stored no paths; set store_path=True.")
+    with torch.no_grad(), seeded(seed):
+        task = as_task(target, potential, args, kwargs or {})
+        if not task.chain.kernel.markov:
+            raise CapabilityError(
+                f"bellman_residuals: a step of {type(task.chain.kernel).__name__} depends on more "
+                "than the tokens, which is not stored; use a chain whose kernel is Markov."
+            )
+        bound = FeynmanKac(task.chain, task.potential, CallableTwist(value)).bind()
+        states = path[..., :-1, :].unbind(-2)
+        found = [_residual(bound, state, k, num_children) for k, state in enumerate(states)]
+    return _weighted_variance(torch.stack(found, -1), posterior.pooled_log_weights.exp())
+
+
+def _residual(bound: BoundFeynmanKac, tokens: Tensor, k: int, num_children: int) -> Tensor:
+    runs, size = tokens.shape[:2]
+    family = torch.arange(size).repeat_interleave(num_children).expand(runs, -1)
+    carry = bound.model.chain.kernel.start_carry(tokens)
+    children, _ = bound.move(bound.gather(carry, family), k, None)
+    ahead, here = bound.log_twist(children, k + 1, None), bound.log_twist(carry, k, None)
+    assert ahead is not None
+    assert here is not None
+    return log_mean_exp(ahead.reshape(runs, size, num_children), -1) - here
+
+
+def _weighted_variance(values: Tensor, weights: Tensor) -> Tensor:
+    """Return variances over all particles, ``(T,)``; states whose children all died say nothing."""
+    known = values.isfinite() & (weights[..., None] > 0)
+    share = torch.where(known, weights[..., None], 0.0)
+    share = share / share.sum((0, 1))
+    values = torch.where(known, values, 0.0)
+    mean = (share * values).sum((0, 1))
+    return (share * (values - mean).square()).sum((0, 1))
+
+
+def _training_states(
+    task: Task, bound: BoundFeynmanKac, num_paths: int, states_per_path: int, loss: Loss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states, int64 ``(B, L)``, their steps, and ``log G`` of where their paths ended."""
+    chain = ReverseChain(
+        task.chain.kernel.with_denoiser(bound.denoiser), task.chain.length, prompt=task.chain.prompt
+    )
+    found = []
+    for size in _parts(num_paths, PATHS_AT_ONCE):
+        path = chain.sample((size,))
+        # A mean regression needs numbers: what is forbidden gets the look-ahead's penalty.
+        log_g = (bound.potential.lookahead if loss == "mean" else bound.potential)(path[:, -1])
+        k = torch.randint(chain.num_steps, (size, states_per_path))
+        states = path.gather(1, k[..., None].expand(*k.shape, chain.length))
+        found.append((states.flatten(0, 1), k.flatten(), log_g.repeat_interleave(states_per_path)))
+    tokens, steps, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return tokens, steps, values
+
+
+def _offset(log_g: Tensor, loss: Loss) -> float:
+    """Return the log of the mean of ``G``, or the mean of its log."""
+    offset = log_g.mean() if loss == "mean" else torch.logsumexp(log_g, 0) - math.log(len(log_g))
+    if not bool(torch.isfinite(offset)):
+        raise ValueError(
+            "fit_value: no path of the chain ended where the potential is above -inf, so there is "
+            "nothing to learn from; draw more paths, or relax the constraint."
+        )
+    return float(offset)
+
+
+def _train(
+    network: ValueNetwork,
+    data: tuple[Tensor, Tensor, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    num_updates: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Tensor:
+    tokens, times, log_y = data
+    losses = torch.empty(num_updates)
+    with torch.enable_grad():
+        optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
+        for update in range(num_updates):
+            rows = torch.randint(len(tokens), (min(batch_size, len(tokens)),))
+            value = loss(network(tokens[rows], times[rows]), log_y[rows]).mean()
+            optimiser.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), LARGEST_STEP)
+            optimiser.step()
+            schedule.step()
+            losses[update] = value.detach()
+    return losses
+
+
+def _poisson(f: Tensor, log_y: Tensor) -> Tensor:
+    return f.exp() - log_y.exp() * f
+
+
+def _itakura(f: Tensor, log_y: Tensor) -> Tensor:
+    return (log_y - f).exp() + f
+
+
+def _mean(f: Tensor, log_y: Tensor) -> Tensor:
+    return (f - log_y).square()
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "poisson": _poisson,
+    "itakura": _itakura,
+    "mean": _mean,
+}
+
+
+def _parts(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
