@@ -13,6 +13,9 @@ from ppl_diffusion.kernels.duality import diffusion_signal as diffusion_signal
 from ppl_diffusion.kernels.duality import diffusion_signal_prime as diffusion_signal_prime
 from ppl_diffusion.kernels.duality import log_diffusion_noise as log_diffusion_noise
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
+from ppl_diffusion.kernels.gaussian_rates import RewardTilt as RewardTilt
+from ppl_diffusion.kernels.gaussian_rates import corrected_drift as corrected_drift
+from ppl_diffusion.kernels.gaussian_rates import weight_rate as weight_rate
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
 from ppl_diffusion.kernels.mixture import gather_clean as gather_clean
@@ -26,6 +29,8 @@ from ppl_diffusion.kernels.nelbo import step_kl as step_kl
 from ppl_diffusion.kernels.noise import jax_uniforms as jax_uniforms
 from ppl_diffusion.kernels.ordered import OrderedKernel as OrderedKernel
 from ppl_diffusion.kernels.ordered import first_hitting as first_hitting
+from ppl_diffusion.kernels.path_power import jump_rates as jump_rates
+from ppl_diffusion.kernels.path_power import log_path_factor as log_path_factor
 from ppl_diffusion.kernels.prediction import Prediction as Prediction
 from ppl_diffusion.kernels.processes import Absorbing as Absorbing
 from ppl_diffusion.kernels.processes import Interpolating as Interpolating

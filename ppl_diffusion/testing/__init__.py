@@ -24,6 +24,7 @@ from ppl_diffusion.testing.oracles import ExactChain as ExactChain
 from ppl_diffusion.testing.oracles import chi_square_p_value as chi_square_p_value
 from ppl_diffusion.testing.oracles import total_variation as total_variation
 from ppl_diffusion.testing.oracles import z_score as z_score
+from ppl_diffusion.testing.path_laws import PathLaw as PathLaw
 from ppl_diffusion.testing.potential_contract import PotentialContract as PotentialContract
 from ppl_diffusion.testing.precision import trunc_probs as trunc_probs
 from ppl_diffusion.testing.resampler_contract import ResamplerContract as ResamplerContract
