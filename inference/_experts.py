@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
-from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._chain_program import TaskEngine
+from ppl_diffusion.inference._compositions import Composition
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels import FACTORISED, InterpolatingKernel, Kernel, log_posterior_mean
 from ppl_diffusion.kernels.path_power import log_product
-from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle, take_particles
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
@@ -25,32 +26,32 @@ from ppl_diffusion.smc.twists import (
 )
 
 
-class ExpertEngine(ABC):
+class ExpertEngine(TaskEngine):
     """Several chains with exponents as one bound model (see :func:`ppl_diffusion.smc.smc_loop`).
 
-    :param chains: one chain per expert, all of one shape.
+    :param task: what was asked for.
+    :param composition: the chains with their exponents, and the potential.
     :param kernels: the kernel each expert is run with.
-    :param exponents: ``b_m``, as many.
-    :param potential: ``log G``, or None.
     :param twist: look-ahead, or None.
     :param max_rows: largest number of rows sent to a network at once.
     """
 
-    exact = True
-
     def __init__(
         self,
-        chains: Sequence[ReverseChain],
+        task: Task,
+        composition: Composition,
         kernels: Sequence[Kernel],
-        exponents: Sequence[float],
-        potential: AbstractPotential | None,
+        *,
         twist: Twist | None,
         max_rows: int | None,
     ) -> None:
-        self.chain, self.exponents, self.twist = chains[0], tuple(exponents), twist
+        super().__init__(task)
+        self.composition, self.twist = composition, twist
+        self.chain, self.exponents = composition.chains[0], composition.exponents
         self._denoisers: dict[int, EvaluatedDenoiser] = {}
         self.kernels = [self._evaluated(kernel, max_rows) for kernel in kernels]
         self.kernel = self.kernels[0]
+        potential = composition.potential
         self.potential = None if potential is None else EvaluatedPotential(potential)
 
     def _evaluated(self, kernel: Kernel, max_rows: int | None) -> Kernel:
@@ -65,16 +66,25 @@ class ExpertEngine(ABC):
     def target_law(self) -> str:
         """What is sampled, in words; ``{law}`` stands for the product of the experts."""
 
-    @abstractmethod
-    def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
-        """Return the carry after step ``k`` and ``log (path factor / proposal)``, ``(R, N)``."""
+    @property
+    def target(self) -> str:
+        """The law of the weighted particles, in words."""
+        law, potential = self.target_law.format(law=self.composition.law), self.potential
+        tilt = "" if potential is None else f", times G(x0) with log G = {potential.potential.name}"
+        changes = "; ".join(c for chain in self.composition.chains for c in chain.kernel.changes)
+        under = f", under {changes}" if changes else ""
+        ending = "normalised; log_evidence estimates the log of its normalising constant"
+        return f"{law}{tilt}{under}, {ending}"
 
     @property
     def num_steps(self) -> int:
         """Number of steps."""
         return self.kernel.num_steps
+
+    @property
+    def times(self) -> Any:
+        """The times between the moves, ``(num_steps + 1,)``."""
+        return self.kernel.times
 
     @property
     def num_evaluations(self) -> int:

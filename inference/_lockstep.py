@@ -19,7 +19,9 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.distributions.reveal_step import RevealStep
+from ppl_diffusion.inference._compositions import Composition
 from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture, normalised
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels import SAMPLE_ONLY, OrderedKernel, draw_categorical
 from ppl_diffusion.kernels.noise import uniforms
 from ppl_diffusion.kernels.path_power import log_product
@@ -140,27 +142,28 @@ def as_site_rule(rule: str | SiteRule) -> SiteRule:
 class LockstepEngine(ExpertEngine):
     """Masked experts that reveal the same positions of a particle at the same time.
 
-    :param chains: one masked chain per expert.
+    :param task: what was asked for.
+    :param composition: masked chains with their exponents, and the potential.
     :param rule: which positions are revealed next.
     :param group_size: reveals per step; None takes as many as keep the number of steps.
     :param clamp: look ahead from every token a position may get, not only from the drawn one.
-    :param options: ``exponents``, ``potential``, ``twist`` and ``max_rows`` of
-        :class:`ExpertEngine`.
+    :param options: ``twist`` and ``max_rows`` of :class:`ExpertEngine`.
     :raises CapabilityError: if a chain is no plain masked chain.
     """
 
     def __init__(
         self,
-        chains: Sequence[ReverseChain],
+        task: Task,
+        composition: Composition,
         *,
         rule: SiteRule,
         group_size: int | None = None,
         clamp: bool = False,
         **options: Any,
     ) -> None:
-        group_size, block = _reveals(chains, group_size)
-        kernels = [_ordered(chain, group_size, block) for chain in chains]
-        super().__init__(chains, kernels, **options)
+        group_size, block = _reveals(composition.chains, group_size)
+        kernels = [_ordered(chain, group_size, block) for chain in composition.chains]
+        super().__init__(task, composition, kernels, **options)
         self.rule = rule
         self.clamp = clamp and self.potential is not None and isinstance(self.twist, FillTwist)
 

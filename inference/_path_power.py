@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._compositions import Composition
 from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels import draw_categorical
 from ppl_diffusion.kernels.noise import uniforms
 from ppl_diffusion.kernels.path_power import (
@@ -34,8 +35,8 @@ from ppl_diffusion.smc.twists import Carry
 class _GridEngine(ExpertEngine):
     """Experts on one time grid."""
 
-    def __init__(self, chains: Sequence[ReverseChain], **options: Any) -> None:
-        kernels = [chain.kernel for chain in chains]
+    def __init__(self, task: Task, composition: Composition, **options: Any) -> None:
+        kernels = [chain.kernel for chain in composition.chains]
         for kernel in kernels:
             if not is_plain_mixture(kernel):
                 raise CapabilityError(
@@ -47,7 +48,7 @@ class _GridEngine(ExpertEngine):
                     "Corrector: the chains have different time grids or schedules; build them "
                     "with one process and one number of steps."
                 )
-        super().__init__(chains, kernels, **options)
+        super().__init__(task, composition, kernels, **options)
 
     @property
     def order(self) -> float:
@@ -83,9 +84,9 @@ class _GridEngine(ExpertEngine):
 class PathPowerEngine(_GridEngine):
     """The path-power target of a finite chain, exactly (Bayes' rule in every step).
 
-    :param chains: one ancestral chain per expert, on one time grid.
-    :param options: ``exponents``, ``potential``, ``twist`` and ``max_rows`` of
-        :class:`ExpertEngine`.
+    :param task: what was asked for.
+    :param composition: ancestral chains on one time grid with their exponents, and the potential.
+    :param options: ``twist`` and ``max_rows`` of :class:`ExpertEngine`.
     :raises CapabilityError: if a chain is not an ancestral chain on a time grid.
     :raises ValueError: if the time grids differ.
     """
@@ -130,17 +131,17 @@ class RateEngine(_GridEngine):
     Rates and weight rates are taken in the middle of a step. What is still masked at the end is
     revealed at once and weighted as in lockstep.
 
-    :param chains: one ancestral chain per expert, on one time grid.
-    :param options: ``exponents``, ``potential``, ``twist`` and ``max_rows`` of
-        :class:`ExpertEngine`.
+    :param task: what was asked for.
+    :param composition: ancestral chains on one time grid with their exponents, and the potential.
+    :param options: ``twist`` and ``max_rows`` of :class:`ExpertEngine`.
     :raises CapabilityError: if a chain is not an ancestral chain on a time grid.
     :raises ValueError: if the time grids differ, or the exponents do not add up to more than 0.
     """
 
     exact = False
 
-    def __init__(self, chains: Sequence[ReverseChain], **options: Any) -> None:
-        super().__init__(chains, **options)
+    def __init__(self, task: Task, composition: Composition, **options: Any) -> None:
+        super().__init__(task, composition, **options)
         if self.order <= 0:
             raise ValueError(
                 f"Corrector: method='rates' needs exponents with a positive sum, got {self.order}; "

@@ -15,7 +15,6 @@ return ``exact=False``, put their weight on what they keep, and estimate no evid
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,14 +25,15 @@ from torch import Tensor
 from ppl_diffusion._rows import hash_rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._biased import best_only, equal_weights
-from ppl_diffusion.inference._task import Task, as_task, seeded
+from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.inference.twisted import ProposalLike, TwistedSampler
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.smc.engine import Progress, smc_loop
+from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, Proposal
 from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import TwistLike, as_twist
 
 SCORE = "beam/score"
@@ -42,7 +42,7 @@ Target = ReverseChain | Callable[..., Any]
 PotentialLike = AbstractPotential | Callable[[Tensor], Tensor] | None
 
 
-class ImportanceSampling:
+class ImportanceSampling(ChainProgram):
     """Draws of the chain, or of a proposal, weighed by the potential at the end.
 
     :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
@@ -73,50 +73,32 @@ class ImportanceSampling:
         max_rows: int | None = 4096,
         progress: Progress | None = None,
     ) -> None:
-        self.target, self.potential, self.proposal = target, potential, proposal
-        self.num_particles, self.num_runs = num_particles, num_runs
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            ess_threshold=0.0,
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
+        )
+        self.proposal = proposal
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Sample ``p(path) G(x0) / Z`` by weighing draws once, at the end.
+    def bind(self, task: Task) -> DrawEngine:
+        """Return the engine of one run.
 
-        :param args: arguments of the program.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: the weighted draws, exact for the finite chain.
-        :raises PotentialError: if the potential returns NaN or ``+inf``.
+        :param task: chain and potential.
         """
-        return self._weighed(args, kwargs, seed)
+        model = FeynmanKac(task.chain, task.potential, None, self.proposal)
+        return DrawEngine(task, model.bind(max_rows=self.max_rows))
 
-    def _weighed(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int | None
-    ) -> ParticlePosterior:
-        started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
-            task = as_task(self.target, self.potential, args, kwargs)
-            model = FeynmanKac(task.chain, task.potential, None, self.proposal)
-            bound = model.bind(max_rows=self.max_rows)
-            trace = smc_loop(
-                bound,
-                model.num_steps,
-                self.num_particles,
-                self.num_runs,
-                as_resampler("systematic"),
-                0.0,
-                None,
-                record="tokens" if self.store_path else None,
-                progress=self.progress,
-            )
-            return task.posterior(
-                trace,
-                num_evaluations=bound.num_evaluations,
-                num_potential_calls=bound.num_potential_calls,
-                settings={**self._settings(model), "seed": seed},
-                seconds=time.perf_counter() - started,
-            )
+    def settings(self, engine: DrawEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
 
-    def _settings(self, model: FeynmanKac) -> dict[str, Any]:
-        return {"method": self.method, "proposal": model.settings["proposal"]}
+        :param engine: the engine of the run.
+        """
+        return {"method": self.method, "proposal": engine.bound.model.settings["proposal"]}
 
 
 class BestOfN(ImportanceSampling):
@@ -141,22 +123,22 @@ class BestOfN(ImportanceSampling):
         super().__init__(target, potential, **options)
         self.keep = _check_keep("BestOfN", keep)
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Draw, rate and keep.
+    def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
+        """Return all draws, with the weight on the best; ``exact=False``.
 
-        :param args: arguments of the program.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: all draws, with the weight on the best; ``exact=False``.
-        :raises PotentialError: if the potential returns NaN or ``+inf``.
+        :param posterior: the weighted draws.
+        :param trace: the run behind them.
         """
-        posterior = self._weighed(args, kwargs, seed)
         kept = "the best" if self.keep == 1 else f"the best {self.keep}"
         drawn = f"{self.num_particles} draws of the {posterior.num_steps}-step chain"
         return best_only(posterior, self.keep, f"{kept} of {drawn} by log G, no tilt of the chain")
 
-    def _settings(self, model: FeynmanKac) -> dict[str, Any]:
-        return {**super()._settings(model), "keep": self.keep}
+    def settings(self, engine: DrawEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
+        return {**super().settings(engine), "keep": self.keep}
 
 
 class GuidedLineages:
@@ -229,7 +211,7 @@ class GuidedLineages:
         return equal_weights(posterior, target)
 
 
-class BeamSearch:
+class BeamSearch(ChainProgram):
     """Beam search: the best of all children survive, and nobody else.
 
     A run holds ``N`` candidates: the ``N / M`` best of the last step with ``M`` children each,
@@ -272,51 +254,48 @@ class BeamSearch:
                 f"BeamSearch: num_children must divide num_particles, got {num_children} and "
                 f"{num_particles}."
             )
-        self.target, self.potential, self.twist = target, potential, as_twist(twist)
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            resampler=KeepBest(num_children),
+            ess_threshold=2.0,  # an effective sample size is below twice the particles: always
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
+        )
+        self.twist = as_twist(twist)
         if self.twist is None:
             raise ValueError("BeamSearch: twist=None rates nothing; use BestOfN, or a twist.")
-        self.num_particles, self.num_runs = num_particles, num_runs
         self.num_children, self.keep = num_children, _check_keep("BeamSearch", keep)
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Search.
+    def bind(self, task: Task) -> BeamEngine:
+        """Return the engine of one run.
 
-        :param args: arguments of the program.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: all final candidates, with the weight on the best; ``exact=False``.
-        :raises PotentialError: if the potential returns NaN or ``+inf``.
+        :param task: chain and potential.
         """
-        started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
-            task = as_task(self.target, self.potential, args, kwargs)
-            engine = BeamEngine(task, self)
-            trace = smc_loop(
-                engine,
-                task.chain.num_steps,
-                self.num_particles,
-                self.num_runs,
-                KeepBest(self.num_children),
-                2.0,  # an effective sample size is below twice the number of particles: always
-                None,
-                record="tokens" if self.store_path else None,
-                progress=self.progress,
-            )
-            posterior = task.posterior(
-                trace,
-                num_evaluations=engine.bound.num_evaluations,
-                num_potential_calls=engine.bound.num_potential_calls,
-                settings={**self._settings(), "seed": seed},
-                seconds=time.perf_counter() - started,
-            )
+        model = FeynmanKac(task.chain, task.potential, self.twist)
+        return BeamEngine(task, model.bind(max_rows=self.max_rows))
+
+    def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
+        """Return all final candidates, with the weight on the best; ``exact=False``.
+
+        :param posterior: the candidates.
+        :param trace: the run behind them.
+        """
         survivors = self.num_particles // self.num_children
         steps = f"{posterior.num_steps} steps of {survivors} survivors"
         kept = "best" if self.keep == 1 else f"best {self.keep}"
-        target = f"the {kept} by log G after {steps} with {self.num_children} children each, no law"
+        children = f"{self.num_children} children each"
+        target = f"the {kept} by log G after {steps} with {children}, no law"
         return best_only(posterior, self.keep, target)
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self, engine: BeamEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
         assert self.twist is not None
         return {
             "method": "beam",
@@ -326,18 +305,51 @@ class BeamSearch:
         }
 
 
-class BeamEngine:
+class DrawEngine(TaskEngine):
+    """A bound Feynman-Kac model of a task, as it is.
+
+    :param task: chain and potential.
+    :param bound: the model.
+    """
+
+    def __init__(self, task: Task, bound: BoundFeynmanKac) -> None:
+        super().__init__(task)
+        self.bound = bound
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far."""
+        return self.bound.num_evaluations
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Sequences the potential was asked about so far."""
+        return self.bound.num_potential_calls
+
+    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
+        """Return the noisiest states."""
+        return self.bound.init(runs, particles, generator)
+
+    def move(
+        self, carry: Carry, k: int, generator: torch.Generator | None
+    ) -> tuple[Carry, Tensor | float]:
+        """Move by the chain, or the proposal."""
+        return self.bound.move(carry, k, generator)
+
+    def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
+        """Return the look-ahead, the potential at the end."""
+        return self.bound.log_twist(carry, k, generator)
+
+    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
+        """Return the carry of the chosen ancestors."""
+        return self.bound.gather(carry, ancestors)
+
+
+class BeamEngine(DrawEngine):
     """A beam search during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The loop's weights are the candidates' own ratings: what a parent was rated is given back.
-
-    :param task: chain and potential.
-    :param options: the search's options.
     """
-
-    def __init__(self, task: Task, options: BeamSearch) -> None:
-        model = FeynmanKac(task.chain, task.potential, options.twist)
-        self.bound: BoundFeynmanKac = model.bind(max_rows=options.max_rows)
 
     def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
         """Return the noisiest states, which nobody rates."""
@@ -359,10 +371,6 @@ class BeamEngine:
         """Return the rating of each candidate."""
         score: Tensor = carry[SCORE]
         return score
-
-    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
-        """Return the carry of the chosen ancestors."""
-        return self.bound.gather(carry, ancestors)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ chains the factors of when a position is revealed cancel, and only reveals are b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._chain_program import ChainProgram
 from ppl_diffusion.inference._compositions import CFG as CFG
 from ppl_diffusion.inference._compositions import Composition as Composition
 from ppl_diffusion.inference._compositions import Power as Power
@@ -32,20 +32,19 @@ from ppl_diffusion.inference._lockstep import LockstepEngine, SiteRule, as_site_
 from ppl_diffusion.inference._path_power import PathPowerEngine, RateEngine
 from ppl_diffusion.inference._task import Task, as_task
 from ppl_diffusion.kernels import OrderedKernel
-from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.smc.engine import Progress, smc_loop
-from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.potentials.base import AbstractPotential, Potential
+from ppl_diffusion.smc.engine import Progress
+from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import FillTwist, TwistLike, as_twist
 
 Method = Literal["auto", "lockstep", "path", "rates"]
 
 
-class Corrector:
+class Corrector(ChainProgram):
     """Sample from a composition of chains, with its log normalising constant.
 
     :param target: a composition, a chain (then give a potential or ``compose``), or a Pyro program
-        with exactly one chain site and no other latents.
+        with chain sites.
     :param potential: ``log G``, on top of what the composition holds.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -98,10 +97,19 @@ class Corrector:
             raise ValueError(
                 f"Corrector: method is {method!r}; choose 'auto', 'lockstep', 'path' or 'rates'."
             )
-        self.target, self.potential, self.compose = target, potential, compose
-        self.num_particles, self.num_runs = num_particles, num_runs
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            resampler=resampler,
+            ess_threshold=ess_threshold,
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
+        )
         self.method, self.rule, self.group_size = method, as_site_rule(sites), group_size
-        self.twist, self.clamp = as_twist(twist), clamp
+        self.twist, self.clamp, self.compose = as_twist(twist), clamp, compose
         if clamp and not isinstance(self.twist, FillTwist):
             raise ValueError("Corrector: clamp=True needs a twist by completions, e.g. 'argmax'.")
         if compose is not None and isinstance(target, Composition):
@@ -109,98 +117,62 @@ class Corrector:
                 "Corrector: compose changes a chain, but the target is a composition already; "
                 "leave it out."
             )
-        self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Sample the composition.
+    def task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
+        """Return the chain, and the potential on top of the composition.
 
         :param args: arguments of the program, where the target is one.
-        :param seed: seed of this run; the global random state is left alone if it is given.
         :param kwargs: keyword arguments of the program.
-        :returns: the weighted particles; ``exp(log_evidence)`` is unbiased for the normalising
-            constant of ``target`` where ``exact``.
         """
-        started = time.perf_counter()
-        composition, task = self._composition(args, kwargs)
-        with torch.no_grad():
-            engine = self._engine(composition)
-            generator = None if seed is None else torch.Generator().manual_seed(seed)
-            trace = smc_loop(
-                engine,
-                engine.num_steps,
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                self.ess_threshold,
-                generator,
-                record="tokens" if self.store_path else None,
-                progress=self.progress,
-            )
-        tokens = trace.carry["tokens"]
-        return ParticlePosterior(
-            x0=tokens,
-            times=torch.as_tensor(engine.kernel.times),
-            samples={"x0": tokens} if task is None else task.samples(tokens),
-            num_evaluations=engine.num_evaluations,
-            num_potential_calls=engine.num_potential_calls,
-            exact=engine.exact,
-            target=_target(composition, engine),
-            settings={**self._settings(engine, composition), "seed": seed},
-            seconds=time.perf_counter() - started,
-            is_program=task is not None and task.is_program,
-            **trace.posterior_fields(),
-        )
-
-    def _composition(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Composition, Task | None]:
-        """Return the composition, and the task where the target is not one already."""
-        target, potential = self.target, self.potential
+        target = self.target
         if isinstance(target, Composition):
             if args or kwargs:
                 raise TypeError("Corrector.run: a composition takes no arguments of a program.")
-            return target if potential is None else Tilt(target, potential), None
-        if isinstance(target, ReverseChain) and potential is None and self.compose is not None:
-            return _composed(self.compose(target)), None
-        task = as_task(target, potential, args, kwargs)
-        base = task.chain if self.compose is None else self.compose(task.chain)
-        return Tilt(base, task.potential), task
+            target = target.chains[0]
+        composed = isinstance(self.target, Composition) or self.compose is not None
+        if isinstance(target, ReverseChain) and self.potential is None and composed:
+            return as_task(target, _NOTHING)
+        return as_task(target, self.potential, args, kwargs)
 
-    def _engine(self, composition: Composition) -> ExpertEngine:
-        common: dict[str, Any] = {
-            "exponents": composition.exponents,
-            "potential": composition.potential,
-            "twist": self.twist,
-            "max_rows": self.max_rows,
-        }
-        chains = composition.chains
-        if self._method(chains[0]) == "lockstep":
-            size, clamp = self.group_size, self.clamp
-            return LockstepEngine(chains, rule=self.rule, group_size=size, clamp=clamp, **common)
+    def bind(self, task: Task) -> ExpertEngine:
+        """Return the engine of one run.
+
+        :param task: the chain, and the potential on top of the composition.
+        """
+        base = self.target if isinstance(self.target, Composition) else task.chain
+        composed = _composed(base if self.compose is None else self.compose(task.chain))
+        if task.potential is not _NOTHING:
+            composed = Tilt(composed, task.potential)
+        options: dict[str, Any] = {"twist": self.twist, "max_rows": self.max_rows}
+        if self._method(task.chain) == "lockstep":
+            options |= {"rule": self.rule, "group_size": self.group_size, "clamp": self.clamp}
+            return LockstepEngine(task, composed, **options)
         if self.clamp or self.group_size is not None or self.rule.name != "random":
             raise ValueError(
                 "Corrector: sites, group_size and clamp belong to lockstep reveals of masked "
                 "chains; leave them out, or use method='lockstep'."
             )
-        if self.method == "rates":
-            return RateEngine(chains, **common)
-        return PathPowerEngine(chains, **common)
+        engine = RateEngine if self.method == "rates" else PathPowerEngine
+        return engine(task, composed, **options)
 
     def _method(self, chain: ReverseChain) -> str:
         masked = isinstance(chain.kernel, OrderedKernel) or chain.kernel.process.absorbing
         automatic = "lockstep" if masked else "path"
         return automatic if self.method == "auto" else self.method
 
-    def _settings(self, engine: ExpertEngine, composition: Composition) -> dict[str, Any]:
+    def settings(self, engine: ExpertEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
         return {
-            "method": self._method(composition.chains[0]),
-            "exponents": list(composition.exponents),
+            "method": "corrector",
+            "form": self._method(engine.chain),
+            "exponents": list(engine.exponents),
             **engine.settings,
             "twist": None if self.twist is None else self.twist.name,
             "resampler": self.resampler.name,
             "ess_threshold": self.ess_threshold,
-            "num_steps": engine.num_steps,
         }
 
 
@@ -229,13 +201,12 @@ def order_inconsistency(
         return kernel.path_log_prob(path).std(-1)
 
 
-def _target(composition: Composition, engine: ExpertEngine) -> str:
-    law, potential = engine.target_law.format(law=composition.law), composition.potential
-    tilt = "" if potential is None else f", times G(x0) with log G = {potential.name}"
-    changes = "; ".join(c for chain in composition.chains for c in chain.kernel.changes)
-    under = f", under {changes}" if changes else ""
-    ending = "normalised; log_evidence estimates the log of its normalising constant"
-    return f"{law}{tilt}{under}, {ending}"
+def _zero(x0: Tensor) -> Tensor:
+    return torch.zeros(x0.shape[:-1], dtype=torch.float64)
+
+
+_NOTHING = Potential(_zero, name="0")
+"""Stands for no potential."""
 
 
 def _composed(base: ReverseChain | Composition) -> Composition:

@@ -19,30 +19,28 @@ independent, each with an evidence of its own. All children are one flat batch.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._lookahead import UncachedPotential
-from ppl_diffusion.inference._task import Task, as_task, seeded
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.kernels.noise import draw_categorical, uniforms
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.smc.engine import Progress, smc_loop
+from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
-from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import TwistLike, as_twist, log_mean_exp
 
 LOG_H = "soft_value/log_h"
 
 
-class SoftValueGuidance:
+class SoftValueGuidance(ChainProgram):
     """Posterior sampling by choosing among children.
 
     :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
@@ -94,54 +92,37 @@ class SoftValueGuidance:
         progress: Progress | None = None,
     ) -> None:
         _check_selection(num_children, alpha, weighted)
-        self.target, self.potential = target, potential
-        self.num_particles, self.num_runs = num_particles, num_runs
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            resampler=resampler,
+            ess_threshold=ess_threshold if weighted else 0.0,
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
+        )
         self.num_children, self.alpha, self.weighted = num_children, float(alpha), weighted
-        self.value, self.proposal = as_twist(value), proposal
+        self.value, self.proposal, self.cache = as_twist(value), proposal, cache
         if self.value is None:
             raise ValueError(
                 "SoftValueGuidance: value=None promises nothing to choose by; use "
                 "ImportanceSampling, or a value."
             )
-        self.cache = cache
-        self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Sample ``p(path) G(x0) / Z``, or (unweighted) what the selection gives.
+    def bind(self, task: Task) -> SoftValueEngine:
+        """Return the engine of one run.
 
-        :param args: arguments of the program.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: the particles; exact for the finite chain if weighted.
-        :raises PotentialError: if the potential returns NaN or ``+inf``.
+        :param task: chain and potential.
         """
-        started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
-            task = as_task(self.target, self.potential, args, kwargs)
-            engine = SoftValueEngine(task, self)
-            trace = smc_loop(
-                engine,
-                task.chain.num_steps,
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                self.ess_threshold if self.weighted else 0.0,
-                None,
-                record="tokens" if self.store_path else None,
-                progress=self.progress,
-            )
-            return task.posterior(
-                replace(trace, log_potential=trace.carry[LOG_H]),
-                num_evaluations=engine.bound.num_evaluations,
-                num_potential_calls=engine.bound.num_potential_calls,
-                settings={**self._settings(engine), "seed": seed},
-                seconds=time.perf_counter() - started,
-                target=engine.target,
-                exact=self.weighted,
-            )
+        return SoftValueEngine(task, self)
 
-    def _settings(self, engine: SoftValueEngine) -> dict[str, Any]:
+    def settings(self, engine: SoftValueEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
         return {
             "method": "soft-value",
             "num_children": self.num_children,
@@ -151,11 +132,11 @@ class SoftValueGuidance:
             "proposal": engine.bound.model.settings["proposal"],
             "cache": self.cache,
             "resampler": self.resampler.name,
-            "ess_threshold": self.ess_threshold if self.weighted else 0.0,
+            "ess_threshold": self.ess_threshold,
         }
 
 
-class SoftValueEngine:
+class SoftValueEngine(TaskEngine):
     """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The carry holds, besides the tokens, the value of each lineage's last chosen child.
@@ -165,12 +146,22 @@ class SoftValueEngine:
     """
 
     def __init__(self, task: Task, options: SoftValueGuidance) -> None:
-        self.task, self.options = task, options
+        super().__init__(task)
+        self.options, self.exact = options, options.weighted
         model = FeynmanKac(task.chain, task.potential, options.value, options.proposal)
         self.bound = model.bind(max_rows=options.max_rows)
         if not options.cache:
             self.bound.potential = UncachedPotential(task.potential)
-        self.num_steps = task.chain.num_steps
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far."""
+        return self.bound.num_evaluations
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Sequences the potential was asked about so far."""
+        return self.bound.num_potential_calls
 
     @property
     def target(self) -> str:
@@ -251,6 +242,11 @@ class SoftValueEngine:
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors."""
         return self.bound.gather(carry, ancestors)
+
+    def log_potential(self, trace: SMCTrace) -> Tensor:
+        """Return ``log G(x0)``, the value of the last chosen child."""
+        log_h: Tensor = trace.carry[LOG_H]
+        return log_h
 
 
 def _check_selection(num_children: int, alpha: float, weighted: bool) -> None:

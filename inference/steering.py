@@ -17,23 +17,21 @@ its result says so.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._lookahead import UncachedPotential
-from ppl_diffusion.inference._task import Task, as_task, seeded
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.smc.engine import Progress, smc_loop
+from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
-from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import TwistLike, as_twist
 
 Kind = Literal["difference", "max", "sum", "add"]
@@ -42,7 +40,7 @@ Closing = Literal["exact", "published"]
 RUNNING, LOG_H = "steering/running", "steering/log_h"
 
 
-class FKSteering:
+class FKSteering(ChainProgram):
     """Posterior sampling by Feynman-Kac steering.
 
     :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
@@ -96,56 +94,38 @@ class FKSteering:
         _check_choice("kind", kind, tuple(_RULES))
         _check_choice("closing", closing, ("exact", "published"))
         _check_schedule(every, interval)
-        self.target, self.potential = target, potential
-        self.num_particles, self.num_runs = num_particles, num_runs
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            resampler=resampler,
+            ess_threshold=ess_threshold,
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
+        )
         self.kind, self.closing = kind, closing
         self.every, self.interval = every, interval
-        self.twist, self.proposal = as_twist(twist), proposal
+        self.twist, self.proposal, self.cache = as_twist(twist), proposal, cache
         if self.twist is None:
             raise ValueError(
                 "FKSteering: twist=None scores nothing; use ImportanceSampling, or a twist."
             )
-        self.cache = cache
-        self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Sample ``p(path) G(x0) / Z``.
+    def bind(self, task: Task) -> SteeringEngine:
+        """Return the engine of one run.
 
-        :param args: arguments of the program.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: the weighted particles; exact for the finite chain unless the closing is the
-            published one.
+        :param task: chain and potential.
         :raises ValueError: if the interval holds no step of the chain.
-        :raises PotentialError: if the potential returns NaN or ``+inf``.
         """
-        started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
-            task = as_task(self.target, self.potential, args, kwargs)
-            engine = SteeringEngine(task, self)
-            trace = smc_loop(
-                engine,
-                task.chain.num_steps,
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                self.ess_threshold,
-                None,
-                record="tokens" if self.store_path else None,
-                progress=self.progress,
-            )
-            return task.posterior(
-                replace(trace, log_potential=engine.log_g),
-                num_evaluations=engine.bound.num_evaluations,
-                num_potential_calls=engine.bound.num_potential_calls,
-                settings={**self._settings(engine), "seed": seed},
-                seconds=time.perf_counter() - started,
-                target=engine.target,
-                exact=engine.exact,
-            )
+        return SteeringEngine(task, self)
 
-    def _settings(self, engine: SteeringEngine) -> dict[str, Any]:
+    def settings(self, engine: SteeringEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
         return {
             "method": "steering",
             "kind": self.kind,
@@ -159,7 +139,7 @@ class FKSteering:
         }
 
 
-class SteeringEngine:
+class SteeringEngine(TaskEngine):
     """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The carry holds, besides the tokens, the running maximum or sum of each particle's scores and
@@ -174,20 +154,26 @@ class SteeringEngine:
     log_g: Tensor
 
     def __init__(self, task: Task, options: FKSteering) -> None:
-        self.task, self.rule = task, _RULES[options.kind]
+        super().__init__(task)
+        self.rule = _RULES[options.kind]
         self.published = options.closing == "published" and options.kind in ("max", "sum")
+        self.exact = not self.published
         self.kind = options.kind
         model = FeynmanKac(task.chain, task.potential, options.twist, options.proposal)
         self.bound = model.bind(max_rows=options.max_rows)
         if not options.cache:
             self.bound.potential = UncachedPotential(task.potential)
-        self.num_steps = task.chain.num_steps
         self.scored = _scored_steps(self.num_steps, options.every, options.interval)
 
     @property
-    def exact(self) -> bool:
-        """Whether the weights are exact for ``p(path) G(x0)``."""
-        return not self.published
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far."""
+        return self.bound.num_evaluations
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Sequences the potential was asked about so far."""
+        return self.bound.num_potential_calls
 
     @property
     def target(self) -> str:
@@ -238,6 +224,10 @@ class SteeringEngine:
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors."""
         return self.bound.gather(carry, ancestors)
+
+    def log_potential(self, trace: SMCTrace) -> Tensor:
+        """Return ``log G(x0)``, which a published closing is not."""
+        return self.log_g
 
 
 # (running value, log prod G_j, score) -> (running value, log prod G_j), each (R, N).

@@ -14,7 +14,6 @@ resamples ``N/P`` particles and keeps all ``P`` states of the moves of each.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._task import PotentialLike, Task, as_task, seeded
-from ppl_diffusion.smc.engine import Progress, smc_loop
+from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
+from ppl_diffusion.inference._task import PotentialLike, Task
+from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, take_particles
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.rejuvenation import (
@@ -37,7 +37,7 @@ from ppl_diffusion.smc.rejuvenation import (
     WasteFree,
     tilt,
 )
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import Carry
 from ppl_diffusion.smc.weights import Weights
 
@@ -46,7 +46,7 @@ MAX_STAGES = 200
 _BISECTIONS = 60
 
 
-class Tempering:
+class Tempering(ChainProgram):
     """Posterior sampling by tempered SMC over whole paths.
 
     :param target: a reverse chain (with a potential), or a Pyro program with one chain site and no
@@ -85,66 +85,66 @@ class Tempering:
         max_rows: int | None = 4096,
         progress: Progress | None = None,
     ) -> None:
-        self.target, self.potential = target, potential
-        self.num_particles, self.num_runs = num_particles, num_runs
+        scheme = resampler if waste_free is None else WasteFree(waste_free)
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            resampler=scheme,
+            ess_threshold=2.0,  # moves are made for equally weighted particles: always resample
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
+        )
         self.moves, self.num_sweeps = moves, num_sweeps
         self.powers = None if powers is None else _check_powers(powers)
-        self.waste_free = waste_free
-        self.resampler = as_resampler(resampler) if waste_free is None else WasteFree(waste_free)
+        self.waste_free, self.ess_share = waste_free, ess_threshold
         self.resampler.num_uniforms(num_particles)
         if not 0 < ess_threshold < 1 or num_sweeps < 1:
             raise ValueError(
                 "Tempering: ess_threshold must lie between 0 and 1 and num_sweeps be >= 1, got "
                 f"{ess_threshold} and {num_sweeps}."
             )
-        self.ess_threshold, self.store_path = ess_threshold, store_path
-        self.max_rows, self.progress = max_rows, progress
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Sample the tilted law.
+    @property
+    def record(self) -> None:
+        """Nothing: the carry holds whole paths."""
+        return None
 
-        :param args: arguments of the program, if the target is one.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: the weighted particles; its steps are the stages, its times ``1 - b``.
+    def bind(self, task: Task) -> TemperedEngine:
+        """Return the engine of one run, with its ladder.
+
+        :param task: chain and potential.
         :raises CapabilityError: if a move is wrong for the chain.
         :raises ValueError: if the pilot finds no ladder.
         """
-        started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
-            task = as_task(self.target, self.potential, args, kwargs)
-            engine = TemperedEngine(task, self)
-            engine.powers = self.powers or engine.find_powers(self.ess_threshold)
-            stages = len(engine.powers) - 1
-            trace = smc_loop(
-                engine,
-                stages,
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                2.0,  # moves are made for equally weighted particles: resample at every stage
-                None,
-                progress=self.progress,
-            )
-        posterior = task.posterior(
-            trace,
-            num_evaluations=engine.model.num_evaluations,
-            num_potential_calls=engine.potential.num_calls,
-            settings={**self._settings(engine), "seed": seed},
-            seconds=time.perf_counter() - started,
-        )
-        path = trace.carry["path"] if self.store_path else None
-        if self.waste_free is not None:  # states of one chain are no offspring of resampling
-            posterior = replace(
-                posterior, evidence_variance=torch.full_like(posterior.log_evidence, torch.nan)
-            )
-        times = 1.0 - torch.tensor(engine.powers, dtype=torch.float64)
-        return replace(posterior, compact_path=path, times=times)
+        engine = TemperedEngine(task, self)
+        engine.powers = self.powers or engine.find_powers(self.ess_share)
+        return engine
 
-    def _settings(self, engine: TemperedEngine) -> dict[str, Any]:
+    def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
+        """Return the particles with their paths; the steps are the stages, the times ``1 - b``.
+
+        :param posterior: the weighted particles.
+        :param trace: the run behind them.
+        """
+        path = trace.carry["path"] if self.store_path else None
+        if self.waste_free is None:
+            return replace(posterior, compact_path=path)
+        # States of one chain are no offspring of resampling.
+        unknown = torch.full_like(posterior.log_evidence, torch.nan)
+        return replace(posterior, compact_path=path, evidence_variance=unknown)
+
+    def settings(self, engine: TemperedEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
         return {
+            "method": "tempering",
             "resampler": self.resampler.name,
-            "ess_threshold": self.ess_threshold,
+            "ess_threshold": self.ess_share,
             "moves": [move.name for move in engine.moves],
             "num_sweeps": self.num_sweeps,
             "waste_free": self.waste_free,
@@ -152,7 +152,7 @@ class Tempering:
         }
 
 
-class TemperedEngine:
+class TemperedEngine(TaskEngine):
     """Whole paths under growing powers of the potential (see :func:`ppl_diffusion.smc.smc_loop`).
 
     :param task: the chain and the potential.
@@ -160,6 +160,7 @@ class TemperedEngine:
     """
 
     def __init__(self, task: Task, options: Tempering) -> None:
+        super().__init__(task)
         self.potential = EvaluatedPotential(task.potential)
         self.model = PathModel(task.chain, self.potential, max_rows=options.max_rows)
         self.options, self.powers = options, [0.0, 1.0]
@@ -168,6 +169,26 @@ class TemperedEngine:
             move.check(task.chain)
         mask = task.chain.kernel.process.num_states
         self._kind = torch.uint8 if mask <= 256 else torch.int32
+
+    @property
+    def num_steps(self) -> int:
+        """Stages of the ladder."""
+        return len(self.powers) - 1
+
+    @property
+    def times(self) -> Tensor:
+        """``1 - b`` of the stages."""
+        return 1.0 - torch.tensor(self.powers, dtype=torch.float64)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far."""
+        return self.model.num_evaluations
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Distinct sequences the potential was asked about so far."""
+        return self.potential.num_calls
 
     def init(self, runs: int, particles: int, generator: Any) -> Carry:
         """Draw whole paths from the chain."""

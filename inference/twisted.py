@@ -26,7 +26,6 @@ diffusion sampler: Wu et al. 2023, arXiv:2306.17775). Whatever is proposed is pa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.handlers.twist import GradientProposal, Step, tiltable, tilted
+from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._lookahead import (
     ExhaustiveLookahead,
     FillLookahead,
@@ -46,14 +46,13 @@ from ppl_diffusion.inference._lookahead import (
     UncachedPotential,
     with_sites,
 )
-from ppl_diffusion.inference._task import Task, as_task, seeded
+from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry
 from ppl_diffusion.kernels.noise import draw_categorical, uniforms
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential
-from ppl_diffusion.smc.engine import Progress, smc_loop
+from ppl_diffusion.smc.engine import Progress
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, Proposal, per_particle, take_particles
-from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
     ArgmaxFill,
@@ -69,7 +68,7 @@ GUESS, LOG_H = "guess", "log_h"
 ProposalLike = Literal["clamped", "reweighted"] | Proposal
 
 
-class TwistedSampler:
+class TwistedSampler(ChainProgram):
     """Posterior sampling by twisted sequential Monte Carlo.
 
     :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
@@ -137,55 +136,37 @@ class TwistedSampler:
             raise ValueError(f"TwistedSampler: top must be >= 1 or None, got {top}.")
         if not 0 < kappa < float("inf"):
             raise ValueError(f"TwistedSampler: kappa must be positive and finite, got {kappa}.")
-        self.target, self.potential = target, potential
-        self.num_particles, self.num_runs = num_particles, num_runs
-        self.twist = twist if twist == "auto" or twist == "exhaustive" else as_twist(twist)
         if twist is None:
             raise ValueError(
                 "TwistedSampler: twist=None looks at nothing; use FeynmanKac with a proposal."
             )
-        self.proposal, self.surprise, self.top, self.kappa = proposal, surprise, top, kappa
-        self.cache, self.resampler, self.ess_threshold = (
-            cache,
-            as_resampler(resampler),
-            ess_threshold,
+        super().__init__(
+            target,
+            potential,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            resampler=resampler,
+            ess_threshold=ess_threshold,
+            store_path=store_path,
+            max_rows=max_rows,
+            progress=progress,
         )
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
+        self.twist = twist if twist == "auto" or twist == "exhaustive" else as_twist(twist)
+        self.proposal, self.surprise, self.top, self.kappa = proposal, surprise, top, kappa
+        self.cache = cache
 
-    def run(self, *args: Any, seed: int | None = None, **kwargs: Any) -> ParticlePosterior:
-        """Sample ``p(path) G(x0) / Z``.
+    def bind(self, task: Task) -> TwistedEngine:
+        """Return the engine of one run.
 
-        :param args: arguments of the program.
-        :param seed: seed of this run; the global random state is left alone if it is given.
-        :param kwargs: keyword arguments of the program.
-        :returns: the weighted particles; exact for the finite chain whatever the options are.
-        :raises CapabilityError: if the kernel has no density, or not the steps a proposal needs.
-        :raises PotentialError: if the potential returns NaN, ``+inf``, or an infinite look-ahead.
+        :param task: chain and potential.
         """
-        started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
-            task = as_task(self.target, self.potential, args, kwargs)
-            engine = TwistedEngine(task, self)
-            trace = smc_loop(
-                engine,
-                task.chain.num_steps,
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                self.ess_threshold,
-                None,
-                record="tokens" if self.store_path else None,
-                progress=self.progress,
-            )
-            return task.posterior(
-                trace,
-                num_evaluations=engine.num_evaluations,
-                num_potential_calls=engine.num_potential_calls,
-                settings={**self._settings(engine), "seed": seed},
-                seconds=time.perf_counter() - started,
-            )
+        return TwistedEngine(task, self)
 
-    def _settings(self, engine: TwistedEngine) -> dict[str, Any]:
+    def settings(self, engine: TwistedEngine) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param engine: the engine of the run.
+        """
         return {
             "method": "twisted",
             "twist": engine.lookahead.name,
@@ -200,7 +181,7 @@ class TwistedSampler:
         }
 
 
-class TwistedEngine:
+class TwistedEngine(TaskEngine):
     """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The carry holds, besides the tokens, the guess of each particle and ``log h`` of its state,
@@ -211,6 +192,7 @@ class TwistedEngine:
     """
 
     def __init__(self, task: Task, options: TwistedSampler) -> None:
+        super().__init__(task)
         self.chain, self.kernel, self.options = task.chain, task.chain.kernel, options
         self.proposal = options.proposal or _default_proposal(self.kernel.capability)
         self._check_kernel()

@@ -180,8 +180,9 @@ class SampledConfidence(LockstepEngine):
 
 def run_engine(kind, chain, beta, num_particles, num_runs):
     """Return the law of one draw, and the spread of ``log Z_hat``."""
-    options = {"exponents": [beta], "potential": None, "twist": None, "max_rows": None}
-    engine = kind([chain], rule=RandomSites(), **options)
+    program = Corrector(Power(chain, beta))
+    task = program.task((), {})
+    engine = kind(task, program.target, rule=RandomSites(), twist=None, max_rows=None)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         trace = smc_loop(

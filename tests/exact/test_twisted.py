@@ -17,6 +17,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal
 from ppl_diffusion.handlers.twist import mean_prediction, tilted
 from ppl_diffusion.inference import twisted
+from ppl_diffusion.inference._task import as_task, seeded
 from ppl_diffusion.inference.twisted import TwistedSampler
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential
@@ -280,8 +281,8 @@ def test_persistent_noise_never_decides_what_is_revealed():
     """
     flat = Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="flat")
     sampler = TwistedSampler(ordered_chain(), flat, twist=PersistentFill(1), ess_threshold=0.0)
-    with torch.no_grad(), twisted.seeded(5):
-        engine = twisted.TwistedEngine(twisted.as_task(ordered_chain(), flat), sampler)
+    with torch.no_grad(), seeded(5):
+        engine = twisted.TwistedEngine(as_task(ordered_chain(), flat), sampler)
         carry = engine.init(1, 6000, None)
         for k in range(LENGTH):
             carry, _ = engine.move(carry, k, None)

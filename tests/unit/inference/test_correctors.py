@@ -154,7 +154,7 @@ def test_the_result_says_what_it_is():
     assert "a uniformly random order, one site per step" in post.target
     assert "log G = toy" in post.target
     assert post.settings["exponents"] == [2.0, -1.0]
-    assert (post.settings["method"], post.settings["sites"]) == ("lockstep", "random")
+    assert (post.settings["form"], post.settings["sites"]) == ("lockstep", "random")
     assert post.path.shape == (2, 8, 3, 2)
     assert post.num_potential_calls > 0
     path = Corrector(Power(a, 2.0), method="path").run(seed=0)
