@@ -1,4 +1,4 @@
-"""The Python of the README runs, block after block."""
+"""The Python of the README and of the page on programs runs, block after block."""
 
 import re
 from pathlib import Path
@@ -8,17 +8,29 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def run_blocks(page):
+    """Run the Python of a page and return its names."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    return names
 
 
 def test_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
-    names: dict[str, object] = {}
-    assert BLOCKS
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), names)
+    names = run_blocks("README.md")
     assert torch.isfinite(names["posterior"].log_evidence).all()
+
+
+def test_the_page_on_programs_runs():
+    names = run_blocks("docs/programs.md")
+    assert not names["published"].exact
+    assert names["twisted"].target == names["steered"].target == names["guided"].target
 
 
 def test_the_readme_names_the_test_command():
