@@ -1,0 +1,282 @@
+"""Pilot runs: what they show, and how costs and errors are carried over to a larger run.
+
+Costs grow more slowly than the number of particles, since equal rows are paid once; the growth seen
+between pilots of several sizes is continued. Errors are continued by a log-normal law: if the
+evidence estimate of ``n`` particles has the relative variance ``C / n`` and is about log-normal,
+then ``var log Z_hat = log(1 + C / n) = v`` and ``E log Z_hat = log Z - v / 2``. On hard problems
+this is much closer to what happens than ``v`` falling as ``1 / n``; it is an approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.inference._check_meters import Cost
+from ppl_diffusion.smc.posterior import ParticlePosterior
+
+MAX_SHORTFALL = 300.0
+"""Nats; beyond it a shortfall says "nothing was found" and ``exp`` would overflow."""
+
+SURE = 3.0
+"""Standard errors of the log-evidence; few runs show their own spread badly."""
+
+ENOUGH_DRAWS = 30
+"""ESS below which weights of independent draws say too little about their own tail."""
+
+RECENT = 3
+"""Pilots that the variance is read from: the largest ones."""
+
+NEARLY_LINEAR = 0.9
+"""Growth exponent above which sharing is taken to stay as it is."""
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What one pilot run showed.
+
+    :param num_particles: particles per run.
+    :param log_evidence: of each run, float64 ``(R,)``.
+    :param draw_variance: relative variance of the weight of one particle, over all runs.
+    :param step_variance: the same, summed over the stretches between resampling, mean over runs.
+    :param ess: ESS over number of particles after each step, mean over living runs, ``(T,)``.
+    :param mean_log_potential: weighted mean of ``log G``; NaN if every run died.
+    :param log_potential: ``log G`` of every particle, float64 ``(R * N,)``.
+    :param cost: what it cost.
+    :param busy: seconds of it that network and potential took; grows with the size.
+    """
+
+    num_particles: int
+    log_evidence: Tensor
+    draw_variance: float
+    step_variance: float
+    ess: tuple[float, ...]
+    mean_log_potential: float
+    log_potential: Tensor
+    cost: Cost
+    busy: float
+
+    @classmethod
+    def of(cls, posterior: ParticlePosterior, busy: float) -> Pilot:
+        """Read a result.
+
+        :param posterior: the result of a pilot run.
+        :param busy: seconds of it that network and potential took.
+        """
+        alive = posterior.alive
+        trace = posterior.ess[alive].mean(0) / posterior.num_particles
+        return cls(
+            num_particles=posterior.num_particles,
+            log_evidence=posterior.log_evidence,
+            draw_variance=_draw_variance(posterior),
+            step_variance=_step_variance(posterior),
+            ess=tuple(trace.tolist()) if bool(alive.any()) else (0.0,) * posterior.num_steps,
+            mean_log_potential=_mean_log_potential(posterior),
+            log_potential=posterior.log_potential.flatten(),
+            cost=Cost(posterior.num_evaluations, posterior.num_potential_calls, posterior.seconds),
+            busy=busy,
+        )
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of the pilot."""
+        return len(self.log_evidence)
+
+    @property
+    def size(self) -> int:
+        """Particles of all runs."""
+        return self.num_runs * self.num_particles
+
+    @property
+    def pooled(self) -> float:
+        """Log of the mean evidence."""
+        return float(torch.logsumexp(self.log_evidence, 0)) - math.log(self.num_runs)
+
+    @property
+    def dead(self) -> bool:
+        """Whether no particle of any run survived."""
+        return self.pooled == -math.inf
+
+    @property
+    def ess_fraction(self) -> float:
+        """ESS over the particles of all runs, which are weighted by their evidence."""
+        return 1 / (1 + self.draw_variance)
+
+    @property
+    def weight_variance(self) -> float:
+        """Relative variance of the weight of an independent draw.
+
+        Few draws miss the tail of their weights; then these are taken to be log-normal, too.
+        """
+        finite = self.log_potential[self.log_potential > -math.inf]
+        if self.size * self.ess_fraction >= ENOUGH_DRAWS or len(finite) < 2:
+            return self.draw_variance
+        spread = math.exp(min(float(finite.var()), MAX_SHORTFALL))
+        return max(self.draw_variance, spread * self.size / len(finite) - 1)
+
+    @property
+    def run_variance(self) -> float:
+        """Relative variance of one run's evidence, as its spread over runs shows it."""
+        if self.dead or self.num_runs < 2:
+            return math.inf
+        if bool((self.log_evidence > -math.inf).all()):
+            return math.expm1(min(float(self.log_evidence.var()), MAX_SHORTFALL))
+        return float((self.log_evidence - self.pooled).exp().var())
+
+
+def _draw_variance(posterior: ParticlePosterior) -> float:
+    """Return ``n / ESS - 1`` of all particles, every run weighted by its evidence."""
+    if not bool(posterior.alive.any()):
+        return math.inf
+    squares = float(posterior.pooled_log_weights.exp().square().sum())
+    return max(0.0, squares * posterior.log_weights.numel() - 1)
+
+
+def _step_variance(posterior: ParticlePosterior) -> float:
+    """Return the sum of ``N / ESS - 1`` where weights are used up: when resampled, and at the end.
+
+    If particles forgot their past at every resampling this would be the variance of the evidence.
+    """
+    ends = posterior.resampled.clone()
+    ends[:, -1] = True
+    ends, ess = ends[posterior.alive], posterior.ess[posterior.alive]
+    terms = torch.where(ends, posterior.num_particles / ess - 1, 0.0)
+    return max(0.0, float(terms.sum(-1).mean())) if len(terms) else math.inf
+
+
+def _mean_log_potential(posterior: ParticlePosterior) -> float:
+    if not bool(posterior.alive.any()):
+        return math.nan
+    weights = posterior.pooled_log_weights.exp()
+    return float(torch.where(weights > 0, weights * posterior.log_potential, 0.0).sum())
+
+
+@dataclass
+class Record:
+    """The pilots of one program, smallest first.
+
+    :param independent: whether particles never meet, so that single weights show the variance.
+    """
+
+    independent: bool
+    pilots: list[Pilot] = field(default_factory=list)
+
+    @property
+    def last(self) -> Pilot:
+        """The largest pilot."""
+        return self.pilots[-1]
+
+    @property
+    def spent(self) -> Cost:
+        """What all pilots cost."""
+        return sum((pilot.cost for pilot in self.pilots), Cost())
+
+    @property
+    def num_spare_runs(self) -> int:
+        """Degrees of freedom of the variance between runs."""
+        return sum(pilot.num_runs - 1 for pilot in self.pilots[-RECENT:])
+
+    @property
+    def variance_seen(self) -> float:
+        """Relative variance of the evidence times the number of particles, as pilots show it.
+
+        Few runs may agree by chance; their own weights then give a lower bound.
+        """
+        if self.independent:
+            return self.last.weight_variance
+        parts = [(p.num_runs - 1, p.num_particles * p.run_variance) for p in self.pilots[-RECENT:]]
+        between_runs = sum(d * c for d, c in parts) / max(self.num_spare_runs, 1)
+        return max(between_runs, self.last.step_variance)
+
+    @property
+    def evidence_range(self) -> tuple[float, float]:
+        """Between what the log-evidence very likely lies, if the runs show their own spread."""
+        last = self.last
+        if last.dead:
+            return -math.inf, -math.inf
+        error = math.sqrt(math.log1p(self.variance_seen / last.size))
+        return last.pooled - SURE * error, last.pooled + SURE * error
+
+    def variance(self, evidence_floor: float) -> float:
+        """Return ``C``: the relative variance of the evidence times the number of particles.
+
+        A log-normal estimate falls short of the truth by half its variance. One that falls further
+        short of what another program has found has a variance that its own runs do not show.
+
+        :param evidence_floor: lower bound of the log-evidence from all programs.
+        """
+        if self.last.dead:
+            return math.inf
+        short = min(max(evidence_floor - self.evidence_range[1], 0.0), MAX_SHORTFALL)
+        return max(self.variance_seen, self.last.size * math.expm1(2 * short))
+
+    def cost(self, size: float) -> Cost:
+        """Return the cost of a run of so many particles.
+
+        :param size: particles of all runs.
+        """
+        sizes = [pilot.size for pilot in self.pilots]
+        costs = [pilot.cost for pilot in self.pilots]
+        rows = grown(list(zip(sizes, [c.rows for c in costs], strict=True)), size)
+        calls = grown(list(zip(sizes, [c.calls for c in costs], strict=True)), size)
+        return Cost(rows, calls, self._seconds(size))
+
+    def _seconds(self, size: float) -> float:
+        """Continue the time along the line through the last two pilots.
+
+        Its slope is at most the time that network and potential took per particle.
+        """
+        last = self.last
+        slope = last.busy / last.size
+        if len(self.pilots) > 1:
+            before = self.pilots[-2]
+            seen = (last.cost.seconds - before.cost.seconds) / (last.size - before.size)
+            slope = min(max(seen, slope / 4), slope)
+        return max(last.cost.seconds + slope * (size - last.size), 0.0)
+
+
+def grown(points: Sequence[tuple[int, float]], size: float) -> float:
+    """Continue a cost that grows with the number of particles, never faster than in proportion.
+
+    On a log-log scale the slope seen last is continued; if the slopes were falling (few states,
+    shared by ever more particles) it keeps falling at that rate.
+
+    :param points: sizes and costs, ascending.
+    :param size: where the cost is wanted.
+    """
+    (first, low), (last, high) = points[0], points[-1]
+    if high <= 0:
+        return 0.0
+    if len(points) == 1 or last == first or low <= 0:
+        return high * size / last
+    x = math.log(size / last)
+    whole = _slope(points[0], points[-1])
+    if whole > NEARLY_LINEAR or len(points) < 3 or x <= 0:
+        return high * math.exp(whole * x)
+    middle = points[len(points) // 2]
+    before, after = _slope(points[0], middle), _slope(middle, points[-1])
+    rate = max(0.0, math.log(max(before, 1e-3) / max(after, 1e-3)))
+    rate /= math.log(last / first) / 2  # between the middles of the two stretches
+    slope = after * math.exp(-rate * math.log(last / middle[0]) / 2)  # at the last point
+    reach = x if rate * x < 1e-6 else (1 - math.exp(-rate * x)) / rate
+    return high * math.exp(slope * reach)
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return min(1.0, max(0.0, math.log(b[1] / a[1]) / math.log(b[0] / a[0])))
+
+
+def evidence_error(variance: float, size: float) -> float:
+    """Return the root mean square error of the pooled log-evidence under the log-normal law.
+
+    :param variance: ``C``, see :meth:`Record.variance`.
+    :param size: particles of all runs.
+    """
+    if size <= 0 or not math.isfinite(variance):
+        return math.inf
+    v = math.log1p(variance / size)
+    return math.sqrt(v + v * v / 4)
