@@ -67,6 +67,13 @@ class TaskEngine(ABC):
     def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
         """Return the states at the start, tokens ``(R, N, *plates, L)``."""
 
+    def started(self, carry: Carry) -> Carry:
+        """Return the carry of the start, each particle with its own draw of other latents.
+
+        :param carry: what :meth:`init` returned.
+        """
+        return {**carry, "tokens": self.task.started(carry["tokens"])}
+
     @abstractmethod
     def move(
         self, carry: Carry, k: int, generator: torch.Generator | None
@@ -84,6 +91,21 @@ class TaskEngine(ABC):
     def log_potential(self, trace: SMCTrace) -> Tensor:
         """Return ``log G(x0)`` of the final particles, ``(R, N)``."""
         return trace.log_potential
+
+    def paths(self, trace: SMCTrace) -> Tensor | None:
+        """Return the paths of the final particles where the carry holds them, or None."""
+        return None
+
+
+class _Started:
+    """An engine whose particles have all of the program with them from the start."""
+
+    def __init__(self, engine: TaskEngine) -> None:
+        self.engine = engine
+        self.move, self.log_twist, self.gather = engine.move, engine.log_twist, engine.gather
+
+    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
+        return self.engine.started(self.engine.init(runs, particles, generator))
 
 
 class ChainProgram(ABC):
@@ -148,7 +170,7 @@ class ChainProgram(ABC):
             task = self.task(args, kwargs)
             engine = self.bind(task)
             trace = smc_loop(
-                engine,
+                _Started(engine),
                 engine.num_steps,
                 self.num_particles,
                 self.num_runs,
@@ -160,6 +182,7 @@ class ChainProgram(ABC):
             )
             posterior = task.posterior(
                 replace(trace, log_potential=engine.log_potential(trace)),
+                path=engine.paths(trace),
                 num_evaluations=engine.num_evaluations,
                 num_potential_calls=engine.num_potential_calls,
                 settings={**self.settings(engine), "num_steps": engine.num_steps, "seed": seed},
@@ -180,7 +203,9 @@ class ChainProgram(ABC):
         :param args: arguments of the program.
         :param kwargs: keyword arguments of the program.
         """
-        return as_task(self.target, self.potential, args, kwargs)
+        particles = self.num_runs * self.num_particles
+        # Twice: a pilot run may start as many again.
+        return as_task(self.target, self.potential, args, kwargs, max_particles=2 * particles)
 
     def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
         """Return the result as the method means it.

@@ -46,6 +46,7 @@ class ExpertEngine(TaskEngine):
         max_rows: int | None,
     ) -> None:
         super().__init__(task)
+        task.refuse_twist("Corrector")
         self.composition, self.twist = composition, twist
         self.chain, self.exponents = composition.chains[0], composition.exponents
         self._denoisers: dict[int, EvaluatedDenoiser] = {}

@@ -267,7 +267,8 @@ def _own_reveals(chain: ReverseChain) -> tuple[int, int]:
     if isinstance(kernel, OrderedKernel) and kernel.capability != SAMPLE_ONLY:
         return kernel.group_size, kernel.block
     if is_plain_mixture(kernel) and kernel.process.absorbing:
-        return -(-length // kernel.num_steps), length
+        free = length if chain.prompt is None else int((chain.prompt < 0).sum(-1).max())
+        return max(1, -(-free // kernel.num_steps)), length
     raise CapabilityError(
         f"Corrector: lockstep reveals need a masked chain at kappa=1 whose law is its denoiser's, "
         f"which {kernel!r} is not; use InterpolatingKernel or OrderedKernel (clock='mode'), or "

@@ -25,8 +25,10 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal, Steering
 from ppl_diffusion.handlers._site import ProposedChain
 from ppl_diffusion.handlers.steer import as_steering
+from ppl_diffusion.handlers.twist import joined
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.potentials.factor import PotentialFactor
+from ppl_diffusion.smc.feynman_kac import Proposal
 
 PARTICLE_PLATE = "_ppl_diffusion_particles"
 NUM_PROBES = 4
@@ -41,12 +43,19 @@ class ChainSite:
     :param chain: its distribution, with the program's own plates as batch shape.
     :param clamp: tokens it is conditioned on, or None.
     :param steering: its ``infer={"steer": ...}`` hint, or None.
+    :param twist: the proposal of a :func:`~ppl_diffusion.handlers.twist`, or None.
     """
 
     name: str
     chain: ReverseChain
     clamp: ClampProposal | None
     steering: Steering | None
+    twist: Proposal | None = None
+
+    @property
+    def proposal(self) -> Proposal | None:
+        """How the site wants to be moved: by its twist, with the clamped tokens held."""
+        return joined(self.twist, self.clamp)
 
 
 class _GivenSites(Messenger):
@@ -376,6 +385,7 @@ def _chain_site(site: dict[str, Any]) -> ChainSite:
         _chain_of(site),
         getattr(site["fn"], "clamp", None),
         None if steering is None else as_steering(steering),
+        getattr(site["fn"], "twist", None),
     )
 
 

@@ -45,7 +45,7 @@ PotentialLike = AbstractPotential | Callable[[Tensor], Tensor] | None
 class ImportanceSampling(ChainProgram):
     """Draws of the chain, or of a proposal, weighed by the potential at the end.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: draws ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -90,7 +90,8 @@ class ImportanceSampling(ChainProgram):
 
         :param task: chain and potential.
         """
-        model = FeynmanKac(task.chain, task.potential, None, self.proposal)
+        proposal = task.proposal(type(self).__name__, self.proposal)
+        model = FeynmanKac(task.chain, task.potential, None, proposal)
         return DrawEngine(task, model.bind(max_rows=self.max_rows))
 
     def settings(self, engine: DrawEngine) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class ImportanceSampling(ChainProgram):
 class BestOfN(ImportanceSampling):
     """The best of ``N`` draws of the chain.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param keep: how many of the ``N = num_particles`` draws of each run are kept.
     :param options: the other options of :class:`ImportanceSampling`.
@@ -144,7 +145,7 @@ class BestOfN(ImportanceSampling):
 class GuidedLineages:
     """Particles that move by a guided proposal and never meet.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: lineages ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -218,7 +219,7 @@ class BeamSearch(ChainProgram):
     drawn from the chain and rated by the potential of their completion. Equal candidates count
     once. As a choice of ancestors it runs on the engine of the other methods.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: candidates ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -275,6 +276,7 @@ class BeamSearch(ChainProgram):
 
         :param task: chain and potential.
         """
+        task.refuse_twist("BeamSearch")
         model = FeynmanKac(task.chain, task.potential, self.twist)
         return BeamEngine(task, model.bind(max_rows=self.max_rows))
 

@@ -171,7 +171,7 @@ class ProgramEngine:
         self._rows = EvaluatedPotential(_RowPotential(self))
 
     def _bind(self, site: ChainSite) -> BoundFeynmanKac:
-        model = FeynmanKac(site.chain, _no_potential, twist=self.fill, proposal=site.clamp)
+        model = FeynmanKac(site.chain, _no_potential, twist=self.fill, proposal=site.proposal)
         return model.bind(max_rows=self.options.max_rows)
 
     @property

@@ -43,7 +43,7 @@ LOG_H = "soft_value/log_h"
 class SoftValueGuidance(ChainProgram):
     """Posterior sampling by choosing among children.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain (a reward over its temperature); None for a program.
     :param num_particles: lineages ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -148,7 +148,8 @@ class SoftValueEngine(TaskEngine):
     def __init__(self, task: Task, options: SoftValueGuidance) -> None:
         super().__init__(task)
         self.options, self.exact = options, options.weighted
-        model = FeynmanKac(task.chain, task.potential, options.value, options.proposal)
+        proposal = task.proposal("SoftValueGuidance", options.proposal)
+        model = FeynmanKac(task.chain, task.potential, options.value, proposal)
         self.bound = model.bind(max_rows=options.max_rows)
         if not options.cache:
             self.bound.potential = UncachedPotential(task.potential)

@@ -43,7 +43,7 @@ RUNNING, LOG_H = "steering/running", "steering/log_h"
 class FKSteering(ChainProgram):
     """Posterior sampling by Feynman-Kac steering.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain (a reward over its temperature); None for a program.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -159,7 +159,8 @@ class SteeringEngine(TaskEngine):
         self.published = options.closing == "published" and options.kind in ("max", "sum")
         self.exact = not self.published
         self.kind = options.kind
-        model = FeynmanKac(task.chain, task.potential, options.twist, options.proposal)
+        proposal = task.proposal("FKSteering", options.proposal)
+        model = FeynmanKac(task.chain, task.potential, options.twist, proposal)
         self.bound = model.bind(max_rows=options.max_rows)
         if not options.cache:
             self.bound.potential = UncachedPotential(task.potential)

@@ -49,8 +49,7 @@ _BISECTIONS = 60
 class Tempering(ChainProgram):
     """Posterior sampling by tempered SMC over whole paths.
 
-    :param target: a reverse chain (with a potential), or a Pyro program with one chain site and no
-        other latent.
+    :param target: a reverse chain (with a potential), or a Pyro program.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -124,17 +123,16 @@ class Tempering(ChainProgram):
         return engine
 
     def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
-        """Return the particles with their paths; the steps are the stages, the times ``1 - b``.
+        """Return the particles; the steps are the stages, the times ``1 - b``.
 
         :param posterior: the weighted particles.
         :param trace: the run behind them.
         """
-        path = trace.carry["path"] if self.store_path else None
         if self.waste_free is None:
-            return replace(posterior, compact_path=path)
+            return posterior
         # States of one chain are no offspring of resampling.
         unknown = torch.full_like(posterior.log_evidence, torch.nan)
-        return replace(posterior, compact_path=path, evidence_variance=unknown)
+        return replace(posterior, evidence_variance=unknown)
 
     def settings(self, engine: TemperedEngine) -> dict[str, Any]:
         """Return what was chosen, in JSON types.
@@ -161,6 +159,7 @@ class TemperedEngine(TaskEngine):
 
     def __init__(self, task: Task, options: Tempering) -> None:
         super().__init__(task)
+        task.refuse_twist("Tempering")
         self.potential = EvaluatedPotential(task.potential)
         self.model = PathModel(task.chain, self.potential, max_rows=options.max_rows)
         self.options, self.powers = options, [0.0, 1.0]
@@ -193,7 +192,15 @@ class TemperedEngine(TaskEngine):
     def init(self, runs: int, particles: int, generator: Any) -> Carry:
         """Draw whole paths from the chain."""
         path = self.model.chain.sample((runs, particles), generator=generator)
-        return self._carry(self.model.state(path))
+        return self._carry(self.model.state(self.task.started(path)))
+
+    def started(self, carry: Carry) -> Carry:
+        """Return the carry as it is: what is drawn at the start is in the paths already."""
+        return carry
+
+    def paths(self, trace: SMCTrace) -> Tensor | None:
+        """Return the paths of the final particles, where they are wanted."""
+        return trace.carry["path"] if self.options.store_path else None
 
     def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]:
         """Move by kernels that leave the target of stage ``k`` invariant."""

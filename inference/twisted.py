@@ -71,7 +71,7 @@ ProposalLike = Literal["clamped", "reweighted"] | Proposal
 class TwistedSampler(ChainProgram):
     """Posterior sampling by twisted sequential Monte Carlo.
 
-    :param target: a reverse chain, or a Pyro program with one chain site and no other latent.
+    :param target: a reverse chain, or a Pyro program.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -194,7 +194,8 @@ class TwistedEngine(TaskEngine):
     def __init__(self, task: Task, options: TwistedSampler) -> None:
         super().__init__(task)
         self.chain, self.kernel, self.options = task.chain, task.chain.kernel, options
-        self.proposal = options.proposal or _default_proposal(self.kernel.capability)
+        given = task.proposal("TwistedSampler", options.proposal)
+        self.proposal = given or _default_proposal(self.kernel.capability)
         self._check_kernel()
         self.denoiser = EvaluatedDenoiser(self.kernel.denoiser, max_rows=options.max_rows)
         self.kernel = self.kernel.with_denoiser(self.denoiser)

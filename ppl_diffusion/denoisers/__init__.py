@@ -8,6 +8,7 @@ from ppl_diffusion.denoisers.conditional import Paired as Paired
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
 from ppl_diffusion.denoisers.filters import Nucleus as Nucleus
 from ppl_diffusion.denoisers.filters import Temperature as Temperature
+from ppl_diffusion.denoisers.joint import JointDenoiser as JointDenoiser
 from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission

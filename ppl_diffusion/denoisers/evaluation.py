@@ -42,6 +42,8 @@ class EvaluatedDenoiser:
         self.kind: Kind = denoiser.kind
         self.time_free: bool = denoiser.time_free
         self._network_rows: int = getattr(denoiser, "network_rows", 1)
+        # A denoiser made of several knows better than its caller what a row cost.
+        self._is_counter = hasattr(denoiser, "rows_evaluated")
         self.rows_requested = self.rows_evaluated = self.num_calls = 0
         # With a large vocabulary hidden states are what is deduplicated and kept.
         self._sparse = prefers_head(denoiser)
@@ -122,13 +124,20 @@ class EvaluatedDenoiser:
         size = len(rows) if self.max_rows is None else self.max_rows
         chunks = rows.split(max(size, 1))
         times = t.split(max(size, 1)) if isinstance(t, Tensor) else [t] * len(chunks)
-        self.rows_evaluated += len(rows) * self._network_rows
         self.num_calls += len(chunks)
+        before = self._counted_inside
         ask = self.denoiser.hidden if self._sparse else self.denoiser  # type: ignore[attr-defined]
         outputs = [ask(chunk, time) for chunk, time in zip(chunks, times, strict=True)]
+        inside = self._counted_inside - before
+        self.rows_evaluated += inside if self._is_counter else len(rows) * self._network_rows
         for output, chunk in zip(outputs, chunks, strict=True):
             require_rows(output, chunk, self.vocab_size)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @property
+    def _counted_inside(self) -> int:
+        """Network rows that the wrapped denoiser has counted itself."""
+        return getattr(self.denoiser, "rows_evaluated", 0)
 
     def __repr__(self) -> str:
         rows = f"{self.rows_evaluated} of {self.rows_requested} rows"

@@ -153,18 +153,21 @@ class SteerMessenger(Messenger):
         self._met = 0
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if msg["is_observed"] or not isinstance(fn, ReverseChain | ClampedChain):
+        fn, twisted = msg["fn"], hasattr(msg["fn"], "with_steering")
+        if msg["is_observed"] or not (twisted or isinstance(fn, ReverseChain | ClampedChain)):
             return
         steering = msg["infer"].get("steer", self.steering)
         if steering is None:
             return
         self._met += 1
         steering = as_steering(steering)
-        clamp = fn.clamp if isinstance(fn, ClampedChain) else None
-        chain = fn.chain if isinstance(fn, ClampedChain) else fn
         msg["infer"]["steer"] = steering
-        msg["fn"] = SteeredChain(chain, steering, clamp)
+        if twisted:
+            msg["fn"] = fn.with_steering(steering)
+        elif isinstance(fn, ClampedChain):
+            msg["fn"] = SteeredChain(fn.chain, steering, fn.clamp)
+        else:
+            msg["fn"] = SteeredChain(fn, steering)
 
     def __exit__(self, *exc: Any) -> Any:
         met, self._met = self._met, 0

@@ -147,8 +147,15 @@ class _Both:
         return self.clamp(proposed, carry, k)
 
 
-def _joined(twist: Proposal, clamp: ClampProposal | None) -> Proposal:
-    return twist if clamp is None else _Both(twist, clamp)
+def joined(twist: Proposal | None, clamp: ClampProposal | None) -> Proposal | None:
+    """Return a twist with some tokens held, either of them alone, or None.
+
+    :param twist: how to move.
+    :param clamp: tokens to hold.
+    """
+    if twist is None or clamp is None:
+        return clamp if twist is None else twist
+    return _Both(twist, clamp)
 
 
 class TwistedChain(ProposedChain):
@@ -179,6 +186,13 @@ class TwistedChain(ProposedChain):
         merged = clamp if self.clamp is None else self.clamp.merge(clamp)
         return TwistedChain(self.chain, self.twist, merged)
 
+    def with_steering(self, steering: Steering) -> TwistedSteeredChain:
+        """Return the same site steered: the particles of every run move by the twist.
+
+        :param steering: how it is steered.
+        """
+        return TwistedSteeredChain(self.chain, steering, self.clamp, self.twist)
+
     def _with_chain(self, chain: ReverseChain) -> Self:
         return type(self)(chain, self.twist, self.clamp)
 
@@ -189,7 +203,8 @@ class TwistedChain(ProposedChain):
         return torch.where(self.clamp.holds(self.x0(path)), log_p, -torch.inf)
 
     def _propose(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        chain, kernel, twist = self.chain, self.chain.kernel, _joined(self.twist, self.clamp)
+        chain, kernel, twist = self.chain, self.chain.kernel, joined(self.twist, self.clamp)
+        assert twist is not None
         with torch.no_grad():
             carry = kernel.init_carry(shape, chain.length, prompt=chain.prompt)
             log_p = kernel.prior_log_prob(carry["tokens"], chain.prompt)
@@ -240,7 +255,7 @@ class TwistedSteeredChain(SteeredChain):
     def _run(self, runs: int) -> SMCTrace:
         how, chain = self.steering, self.chain
         alone = ReverseChain(chain.kernel, chain.length, prompt=chain.prompt)
-        proposal = _joined(self.twist, self.clamp)
+        proposal = joined(self.twist, self.clamp)
         fk = FeynmanKac(alone, how.potential, twist=how.twist, proposal=proposal)
         with torch.no_grad():
             return smc_loop(
@@ -271,6 +286,11 @@ class TwistMessenger(Messenger):
         fn, twist = msg["fn"], self.proposal
         if msg["is_observed"] or not (self.sites is None or msg["name"] in self.sites):
             return
+        if isinstance(fn, TwistedChain | TwistedSteeredChain):
+            raise CapabilityError(
+                f"twist: the site {msg['name']!r} is twisted already, and a particle moves one "
+                "way only; join both into one proposal."
+            )
         if isinstance(fn, ReverseChain):
             msg["fn"] = TwistedChain(fn, twist)
         elif isinstance(fn, ClampedChain):
@@ -304,9 +324,10 @@ def twist(
 
     The joint density of the program is unchanged: a site is drawn step by step from
     ``q ∝ p exp(psi)`` and carries the weight ``prod p / q``. Any finite ``psi`` is valid and a bad
-    one only adds variance. Around a :func:`~ppl_diffusion.handlers.steer`-ed program
-    (``twist(steer(model, ...), ...)``, twist outside) the particles of every run move by the twist.
-    :class:`ppl_diffusion.inference.SMC` keeps the target and moves its particles its own way.
+    one only adds variance. With a :func:`~ppl_diffusion.handlers.steer` around it or inside of it
+    the particles of every run move by the twist. So do those of
+    :class:`ppl_diffusion.inference.SMC`, and of the programs with a ``proposal`` where the program
+    has no other chain and no other latent; programs that move their own way refuse a twist.
 
     :param fn: a program to wrap; without it, use ``twist`` as a context manager. Wrap the
         program for ``pyro.infer.Importance``, which blocks all handlers outside of it.
@@ -314,7 +335,8 @@ def twist(
     :param proposal: or a proposal, such as :class:`GradientProposal`.
     :param sites: names of the chain sites (all by default).
     :raises TypeError: if not exactly one of ``logits`` and ``proposal`` is given.
-    :raises CapabilityError: if the steps of a chain have no density or show no prediction.
+    :raises CapabilityError: if the steps of a chain have no density or show no prediction, or a
+        site is twisted already.
     :raises ValueError: if no chain site is met.
 
     Example::
