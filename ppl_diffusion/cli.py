@@ -8,7 +8,8 @@ import typer
 
 from ppl_diffusion import __version__
 from ppl_diffusion._cli.complain import exit_code
-from ppl_diffusion.design.question import Job, Question, Search
+from ppl_diffusion.design.question import Job, Question
+from ppl_diffusion.design.search import Search
 
 app = typer.Typer(
     add_completion=False,
@@ -154,18 +155,75 @@ def design(
         list[str] | None,
         typer.Option(metavar="POS:BASES", help="Fixed bases, counted from 0. Repeatable."),
     ] = None,
-    twist: Annotated[
-        str, typer.Option(help="Look-ahead: argmax, persistent, sample or none.")
-    ] = "persistent",
-    resampler: Annotated[
+    method: Annotated[
         str,
         typer.Option(
-            help="multinomial, residual, stratified, systematic, ssp or killing.",
+            help="smc, soft-value (choose among children), steering (score now and then), twisted "
+            "(ask the potential before each move), corrector (tilted powers of the prior) or "
+            "best-of-n (an optimiser: no weights, no evidence).",
         ),
-    ] = "systematic",
+    ] = "smc",
+    children: Annotated[
+        int | None, typer.Option(help="soft-value: children per lineage and step, 4 by default.")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="soft-value: temperature of the choice among children, 1 by default; 0 takes the "
+            "best, with --unweighted only."
+        ),
+    ] = None,
+    unweighted: Annotated[
+        bool,
+        typer.Option(
+            "--unweighted",
+            help="soft-value: the published selection, which nothing pays for: equal weights, no "
+            "evidence, not exact.",
+        ),
+    ] = False,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="steering: difference (the default), max, sum or add."),
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option(help="steering: score at every so many steps, 1 by default.")
+    ] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BETA",
+            help="corrector: the target is prior^BETA times the potentials, 1 by default.",
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="best-of-n: draws kept of each run, 1 by default.")
+    ] = None,
+    twist: Annotated[
+        str | None,
+        typer.Option(
+            help="Look-ahead: argmax, persistent, sample or none. By default persistent for smc, "
+            "argmax for the others. On masked priors twisted and corrector ask about every base "
+            "before it is revealed, several at a time if --steps is less than the length; on "
+            "uniform priors twisted reweights persistent completions."
+        ),
+    ] = None,
+    fills: Annotated[
+        int | None,
+        typer.Option(
+            help="Completions per particle of a persistent or sample look-ahead, 4 by default "
+            "(16 for twisted on uniform priors)."
+        ),
+    ] = None,
+    resampler: Annotated[
+        str | None,
+        typer.Option(
+            help="multinomial, residual, stratified, systematic (the default), ssp or killing.",
+        ),
+    ] = None,
     ess_threshold: Annotated[
-        float, typer.Option(help="Resample below this share of effective particles.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Resample below this share of effective particles, 0.5 by default."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
@@ -187,9 +245,18 @@ def design(
         num_runs=runs,
         num_steps=steps,
         seed=seed,
+        method=method,
         twist=twist,
+        fills=fills,
         resampler=resampler,
         ess_threshold=ess_threshold,
+        children=children,
+        alpha=alpha,
+        weighted=False if unweighted else None,
+        kind=kind,
+        every=every,
+        power=power,
+        keep=keep,
     )
     place = out or Path("runs") / Path(name).name
     run_design(Job(name, question, search), place, replace=force, quiet=quiet)

@@ -13,8 +13,9 @@ import torch
 
 from ppl_diffusion._cli.complain import NoAnswer, Stopped
 from ppl_diffusion._cli.tables import design_tables, progress_bar, table
+from ppl_diffusion.design.checks import InputError, at_least, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
-from ppl_diffusion.design.question import InputError, Job, at_least, user_input
+from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.report import fasta
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import typer
 
 from ppl_diffusion._errors import ParticleCollapse, PotentialError
-from ppl_diffusion.design.question import InputError
+from ppl_diffusion.design.checks import InputError
 
 USAGE = 2
 FAILED = 1

@@ -102,11 +102,10 @@ def _comparison(result: Result) -> None:
 def _cost(result: Result) -> None:
     summary = result.summary
     alive = len(summary["ess"]) - summary["num_dead_runs"]
+    pooled, error = summary["log_evidence_pooled"], summary["log_evidence_standard_error"]
     rows = [
-        [
-            "log evidence (nats)",
-            _with_error(summary["log_evidence_pooled"], summary["log_evidence_standard_error"]),
-        ],
+        ["method", summary["method"]],
+        ["log evidence (nats)", "none" if pooled is None else _with_error(pooled, error)],
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["distinct designs", summary["unique"]],

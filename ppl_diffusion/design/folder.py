@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ppl_diffusion.design.question import InputError
+from ppl_diffusion.design.checks import InputError
 
 MARKER = "summary.json"
 

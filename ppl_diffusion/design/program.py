@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.judging import Judges
-from ppl_diffusion.design.question import (
-    InputError,
-    Job,
-    MotifSpec,
-    Question,
-    Search,
-    clamp_pattern,
-    user_input,
-)
+from ppl_diffusion.design.question import Job, MotifSpec, Question, clamp_pattern
+from ppl_diffusion.design.search import with_defaults
 from ppl_diffusion.handlers.clamp import ClampProposal
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
 from ppl_diffusion.potentials import (
@@ -34,11 +28,8 @@ from ppl_diffusion.potentials import (
     find_motif,
     read_motifs,
 )
-from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
-from ppl_diffusion.smc.twists import TwistLike
 
 if TYPE_CHECKING:
-    from ppl_diffusion.design.run import Progress
     from ppl_diffusion.distributions import ReverseChain
 
 BASES = ["A", "C", "G", "T"]
@@ -51,12 +42,6 @@ DEFAULT_TEMPERATURE = 0.4
 HIGHEST_EXPRESSION = 17.0
 CAPPED = f"min(oracle, {HIGHEST_EXPRESSION:g})"
 """The top of the assay's scale: a prediction beyond it is extrapolation and earns nothing more."""
-TWIST_OF: dict[str, TwistLike] = {
-    "argmax": "argmax",
-    "persistent": "persistent",
-    "sample": "sample",
-    "none": None,
-}
 Potentials = dict[str, AbstractPotential]
 
 
@@ -81,37 +66,29 @@ class Target:
     designer: Oracle | None = None
     judge: Oracle | None = None
 
-    def infer(self, search: Search, progress: Progress | None = None) -> ParticlePosterior:
-        """Sample the target.
+    @property
+    def potential(self) -> AbstractPotential:
+        """What is added to the log-probability of the prior."""
+        if not self.potentials:
+            return Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="0")
+        return SumPotential(tuple(self.potentials.values()))
 
-        :param search: how hard to look.
-        :param progress: called with ``(steps done, steps in all)``.
-        """
-        clamp = None
-        if self.pattern is not None:
-            clamp = ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
-        model = FeynmanKac(
-            self.chain,
-            _total(self.potentials),
-            twist=TWIST_OF[search.twist],
-            proposal=clamp,
-        )
-        posterior = run_smc(
-            model,
-            search.num_particles,
-            search.num_runs,
-            resampler=search.resampler,
-            ess_threshold=search.ess_threshold,
-            generator=torch.Generator().manual_seed(search.seed),
-            progress=progress,
-        )
-        return dataclasses.replace(posterior, target=self._claim(model))
+    @property
+    def masked(self) -> bool:
+        """Whether the prior is masked."""
+        return self.chain.kernel.process.absorbing
 
-    def _claim(self, model: FeynmanKac) -> str:
+    @property
+    def num_fixed(self) -> int:
+        """Number of fixed bases."""
+        return 0 if self.pattern is None else int((self.pattern >= 0).sum())
+
+    @property
+    def clamp(self) -> ClampProposal | None:
+        """A proposal that holds the fixed bases, if there are any."""
         if self.pattern is None:
-            return model.target
-        fixed = int((self.pattern >= 0).sum())
-        return f"{model.target}; given {fixed} fixed bases, whose probability is part of it"
+            return None
+        return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Return sequences as text.
@@ -145,16 +122,12 @@ def build_target(job: Job) -> Target:
         potentials = _potentials(job.question, designer)
         _try_potentials(potentials, prior.length)
     pattern = _pattern(job.question, prior)
+    search = with_defaults(job.search, masked=prior.process.absorbing, fixed=pattern is not None)
+    job = dataclasses.replace(job, search=search)
     _require_something(job, potentials, pattern)
     _require_possible(job.question, pattern)
     chain = prior.chain(num_steps=job.search.num_steps)
     return Target(job, prior, chain, potentials, pattern, designer, judge)
-
-
-def _total(potentials: Mapping[str, AbstractPotential]) -> AbstractPotential:
-    if not potentials:
-        return Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="0")
-    return SumPotential(tuple(potentials.values()))
 
 
 def _oracles(prior: DiffusionProgram, question: Question) -> tuple[Oracle | None, Oracle | None]:

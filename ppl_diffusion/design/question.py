@@ -1,49 +1,15 @@
 """What a design run is asked for: the target, the search, and how their texts are read."""
 
-import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.design.checks import InputError, finite, positive
+from ppl_diffusion.design.search import Search
 
 IUPAC = "ACGTRYSWKMBDHVN"
-TWISTS = ("argmax", "persistent", "sample", "none")
-RESAMPLERS = ("multinomial", "residual", "stratified", "systematic", "ssp", "killing")
-
-
-class InputError(ValueError):
-    """An option, a file or a number cannot be used; the text is one sentence that says why."""
-
-
-MAX_COUNT = 10**7
-"""Largest number of particles, runs, steps or samples that is taken seriously."""
-MAX_SEED = 2**48 - 1
 MAX_MOTIF_WEIGHT = 1e6
-
-
-@contextmanager
-def user_input() -> Iterator[None]:
-    """Treat what the library raises in this block as the user's input being wrong.
-
-    :raises InputError: in place of ``ValueError``, ``KeyError``, ``OSError``, a missing capability
-        or optional library, with their text.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except (CapabilityError, ValueError, KeyError, OSError, ModuleNotFoundError) as error:
-        raise InputError(_text(error)) from error
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    return str(error)
 
 
 @dataclass(frozen=True)
@@ -87,9 +53,9 @@ class Question:
     fix: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
-        _finite("the observed expression", self.observe)
-        _positive("the standard deviation of the observation", self.sd)
-        _positive("the temperature of the reward", self.temperature)
+        finite("the observed expression", self.observe)
+        positive("the standard deviation of the observation", self.sd)
+        positive("the temperature of the reward", self.temperature)
         if self.observe is not None and self.temperature is not None:
             raise InputError(
                 "An observed expression and a reward temperature are two different questions: "
@@ -103,38 +69,6 @@ class Question:
     def uses_oracle(self) -> bool:
         """Whether the question is about expression."""
         return self.observe is not None or self.temperature is not None
-
-
-@dataclass(frozen=True)
-class Search:
-    """How hard to look: none of these changes the target.
-
-    :param num_particles: particles per run.
-    :param num_runs: independent runs, for the error bar of the evidence.
-    :param num_steps: steps of the reverse chain.
-    :param seed: seed of every random number.
-    :param twist: look-ahead of the potential at unfinished sequences, or ``"none"``.
-    :param resampler: resampling scheme.
-    :param ess_threshold: resample when the effective sample size falls below this share.
-    """
-
-    num_particles: int = 64
-    num_runs: int = 4
-    num_steps: int = 64
-    seed: int = 0
-    twist: str = "persistent"
-    resampler: str = "systematic"
-    ess_threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, low in (("num_particles", 2), ("num_runs", 1), ("num_steps", 1), ("seed", 0)):
-            at_least(name.replace("num_", "the number of "), getattr(self, name), low)
-        one_of("twist", self.twist, TWISTS)
-        one_of("resampler", self.resampler, RESAMPLERS)
-        if not 0.0 <= self.ess_threshold <= 1.0:
-            raise InputError(
-                f"The ESS threshold must be a share between 0 and 1, not {self.ess_threshold}."
-            )
 
 
 @dataclass(frozen=True)
@@ -156,8 +90,7 @@ class Job:
         asked["motifs"] = [
             {"file": m.path.name, "name": m.name, "weight": m.weight} for m in self.question.motifs
         ]
-        searched = {f.name: getattr(self.search, f.name) for f in fields(self.search)}
-        return {"prior": self.name, "question": asked, "search": searched}
+        return {"prior": self.name, "question": asked, "search": self.search.settings()}
 
 
 def parse_motif(text: str) -> MotifSpec:
@@ -233,21 +166,6 @@ def clamp_pattern(fix: tuple[tuple[int, str], ...], length: int) -> dict[int, st
     return pattern
 
 
-def at_least(what: str, value: int, low: int) -> None:
-    """:raises InputError: if ``value`` is below ``low`` or larger than anything that can be run."""
-    if value < low:
-        raise InputError(f"{what.capitalize()} must be at least {low}, not {value}.")
-    high = MAX_SEED if what == "seed" else MAX_COUNT
-    if value > high:
-        raise InputError(f"{what.capitalize()} must be at most {high}, not {value}.")
-
-
-def one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    """:raises InputError: if ``value`` is not a known word."""
-    if value not in known:
-        raise InputError(f"There is no {what} called {value!r}: choose one of {', '.join(known)}.")
-
-
 def _split_name(place: str) -> tuple[Path, str | None]:
     path, at, name = place.rpartition("@")
     if at and not Path(place).is_file():
@@ -267,17 +185,6 @@ def _only_letters(what: str, text: str, letters: str) -> None:
     if not text or wrong:
         found = "is empty" if not text else f"holds {', '.join(wrong)}"
         raise InputError(f"{what[0].upper()}{what[1:]} {found}: use only the letters {letters}.")
-
-
-def _finite(what: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
-        raise InputError(f"{what[0].upper()}{what[1:]} must be a finite number, not {value}.")
-
-
-def _positive(what: str, value: float | None) -> None:
-    _finite(what, value)
-    if value is not None and value <= 0:
-        raise InputError(f"{what[0].upper()}{what[1:]} must be above 0, not {value}.")
 
 
 def _check_gc(gc: tuple[float, float] | None) -> None:

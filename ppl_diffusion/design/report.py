@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion._errors import ParticleCollapse
+from ppl_diffusion.diagnostics._claims import estimates_evidence
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ppl_diffusion.design.judging import Columns
     from ppl_diffusion.design.ranking import Designs
     from ppl_diffusion.smc import ParticlePosterior
@@ -99,17 +102,41 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
             f"zero since step {int(posterior.died_at.max())}: make a run with more particles, a "
             "better twist or a weaker constraint."
         )
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from ppl_diffusion.diagnostics import plots
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in PLOTS:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        getattr(plots, f"plot_{name}")(posterior, ax=figure.subplots())
+        figure = new_figure(7, 4.5)
+        ax = figure.subplots()
+        if name == "evidence" and not estimates_evidence(posterior):
+            ax.set_axis_off()
+            note = no_evidence(str(posterior.settings["method"]))
+            ax.text(0.5, 0.5, note, ha="center", va="center", wrap=True)
+        else:
+            getattr(plots, f"plot_{name}")(posterior, ax=ax)
         figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure that no window ever shows.
+
+    :param width: in inches.
+    :param height: in inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def no_evidence(method: str) -> str:
+    """Say in a sentence why a result has no evidence.
+
+    :param method: the method's name.
+    """
+    return f"{method} declares no law here, so that there is no evidence to estimate."
 
 
 def _cell(value: float) -> str:

@@ -15,6 +15,7 @@ import torch
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.design.folder import MARKER, whole_folder
 from ppl_diffusion.design.judging import Columns, compare, standard_error
+from ppl_diffusion.design.methods import infer
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.ranking import Designs, rank_designs
@@ -23,9 +24,11 @@ from ppl_diffusion.design.report import (
     designs_csv,
     fasta,
     json_text,
+    no_evidence,
     save_netcdf,
     save_plots,
 )
+from ppl_diffusion.diagnostics._claims import estimates_evidence
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
     """
     started = time.perf_counter()
     job = target.job
-    posterior = target.infer(job.search, progress)
+    posterior = infer(target, job.search, progress)
     designs = rank_designs(posterior)
     judges = target.judges()
     columns = judges.columns(designs.tokens, _stream(job, _JUDGES))
@@ -89,14 +92,11 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
     :param job: what was asked.
     """
     weights = posterior.weights
-    pooled = posterior.pooled_log_evidence
     joint = posterior.pooled_log_weights.flatten()
     return {
         "prior": job.name,
-        "log_evidence": posterior.log_evidence.tolist(),
-        "log_evidence_pooled": pooled,
-        "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
-        "evidence_relative_variance": posterior.evidence_variance.tolist(),
+        "method": job.search.method,
+        **_evidence(posterior, job.search.method),
         "ess": (1.0 / (weights**2).sum(-1)).tolist(),
         "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
         "num_dead_runs": int((~posterior.alive).sum()),
@@ -109,6 +109,25 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "target": posterior.target,
         "seed": job.search.seed,
         "settings": job.settings(),
+    }
+
+
+def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
+    if not estimates_evidence(posterior):
+        nothing = [None] * posterior.num_runs
+        return {
+            "log_evidence": nothing,
+            "log_evidence_pooled": None,
+            "log_evidence_standard_error": None,
+            "evidence_relative_variance": nothing,
+            "evidence_note": no_evidence(method),
+        }
+    pooled = posterior.pooled_log_evidence
+    return {
+        "log_evidence": posterior.log_evidence.tolist(),
+        "log_evidence_pooled": pooled,
+        "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
+        "evidence_relative_variance": posterior.evidence_variance.tolist(),
     }
 
 

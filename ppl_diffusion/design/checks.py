@@ -1,0 +1,65 @@
+"""How bad input is told: one error, and the checks that raise it."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from ppl_diffusion._errors import CapabilityError
+
+MAX_COUNT = 10**7
+"""Largest number of particles, runs, steps or samples that is taken seriously."""
+MAX_SEED = 2**48 - 1
+
+
+class InputError(ValueError):
+    """An option, a file or a number cannot be used; the text is one sentence that says why."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Treat what the library raises in this block as the user's input being wrong.
+
+    :raises InputError: in place of ``ValueError``, ``KeyError``, ``OSError``, a missing capability
+        or optional library, with their text.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (CapabilityError, ValueError, KeyError, OSError, ModuleNotFoundError) as error:
+        raise InputError(_text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error)
+
+
+def at_least(what: str, value: int, low: int) -> None:
+    """:raises InputError: if ``value`` is below ``low`` or larger than anything that can be run."""
+    if value < low:
+        raise InputError(f"{what.capitalize()} must be at least {low}, not {value}.")
+    high = MAX_SEED if what == "seed" else MAX_COUNT
+    if value > high:
+        raise InputError(f"{what.capitalize()} must be at most {high}, not {value}.")
+
+
+def one_of(what: str, value: str, known: Iterable[str]) -> None:
+    """:raises InputError: if ``value`` is not a known word."""
+    words = tuple(known)
+    if value not in words:
+        raise InputError(f"There is no {what} called {value!r}: choose one of {', '.join(words)}.")
+
+
+def finite(what: str, value: float | None) -> None:
+    """:raises InputError: if ``value`` is a number that is not finite."""
+    if value is not None and not math.isfinite(value):
+        raise InputError(f"{what[0].upper()}{what[1:]} must be a finite number, not {value}.")
+
+
+def positive(what: str, value: float | None) -> None:
+    """:raises InputError: if ``value`` is a number that is not finite and above 0."""
+    finite(what, value)
+    if value is not None and value <= 0:
+        raise InputError(f"{what[0].upper()}{what[1:]} must be above 0, not {value}.")
