@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,24 +141,39 @@ def ask(
     if isinstance(target, Composition):
         return _of_composition(target, potential)
     try:
-        task = as_task(target, potential, args, kwargs)
+        chain = as_task(target, potential, args, kwargs).chain
     except CapabilityError:
         return _of_program(target, args, kwargs)
-    denoiser = MeteredDenoiser(task.chain.kernel.denoiser)
-    metered = MeteredPotential(task.potential)
-    kernel = task.chain.kernel.with_denoiser(denoiser)
-    chain = ReverseChain(kernel, task.chain.length, prompt=task.chain.prompt)
-    found = tuple(_of_chain(task.chain, soft_potential, few_calls))
-    return Question(
+    found = tuple(_of_chain(chain, soft_potential, few_calls))
+    question = Question(
         target=target,
         potential=potential,
         candidates=found,
-        pilot_target=chain,
-        pilot_potential=metered,
-        denoiser=denoiser,
-        metered=metered,
+        pilot_target=target,
+        pilot_potential=potential,
+        args=args,
+        kwargs=kwargs,
         best_of=BestOfN,
-        promise=_promise(task.chain, found, few_calls),
+        promise=_promise(chain, found, few_calls),
+    )
+    return _metered(question) if isinstance(target, ReverseChain) else question
+
+
+def _metered(question: Question) -> Question:
+    """Return a question about a bare chain with stopwatches in its pilots."""
+    task = as_task(question.target, question.potential)  # type: ignore[arg-type]
+    denoiser, potential = (
+        MeteredDenoiser(task.chain.kernel.denoiser),
+        MeteredPotential(task.potential),
+    )
+    kernel = task.chain.kernel.with_denoiser(denoiser)
+    chain = ReverseChain(kernel, task.chain.length, prompt=task.chain.prompt)
+    return replace(
+        question,
+        pilot_target=chain,
+        pilot_potential=potential,
+        denoiser=denoiser,
+        metered=potential,
     )
 
 

@@ -214,6 +214,14 @@ class Record:
         short = min(max(evidence_floor - self.evidence_range[1], 0.0), MAX_SHORTFALL)
         return max(self.variance_seen, self.last.size * math.expm1(2 * short))
 
+    @property
+    def scales(self) -> bool:
+        """Whether network rows were seen to grow about in proportion to the particles."""
+        points = [(pilot.size, pilot.cost.rows) for pilot in self.pilots]
+        return (
+            len(points) > 1 and points[0][1] > 0 and _slope(points[0], points[-1]) > NEARLY_LINEAR
+        )
+
     def cost(self, size: float) -> Cost:
         """Return the cost of a run of so many particles.
 

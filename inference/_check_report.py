@@ -12,15 +12,14 @@ from rich.table import Table
 from scipy import stats
 from torch import Tensor
 
+from ppl_diffusion.inference._check_budget import Plan, Verdict
 from ppl_diffusion.inference._check_candidates import BEST_OF_N, PLAIN, Candidate
 from ppl_diffusion.inference._check_meters import Cost
 from ppl_diffusion.inference._check_pilots import Record, evidence_error
 from ppl_diffusion.inference._check_search import (
     FEW,
     GOOD,
-    Plan,
     Search,
-    Verdict,
     percent,
 )
 
@@ -113,29 +112,35 @@ def _best_of_row(search: Search, verdict: Verdict) -> dict[str, Any] | None:
     own = _planned(BEST_OF_N, status, Plan(plan.size, 1, plan.cost))
     seen = _seen(search, plain, None, plan)
     if record is not None:
-        seen["mean_log_potential"] = expected_best(record.last.log_potential, plan.size)
+        seen["mean_log_potential"] = _expected_best(search, record, plan.size)
     return {**own, **seen, "why": "the best design and no law"}
+
+
+def _expected_best(search: Search, plain: Record, size: float) -> float:
+    """Return the expected best of so many draws, no better than what any pilot has seen."""
+    seen = [p.log_potential.max() for r in search.records.values() for p in r.pilots]
+    return min(expected_best(plain.last.log_potential, size), float(torch.stack(seen).max()))
 
 
 def expected_best(log_potential: Tensor, size: float) -> float:
     """Return the expected best ``log G`` of so many draws.
 
     Up to as many as there are it is a mean of order statistics, beyond it a normal tail (Blom
-    1958), which is wrong where the potential is bounded or heavy-tailed.
+    1958), which is too high where the potential is bounded.
 
     :param log_potential: ``log G`` of independent draws.
     :param size: number ``n``, not necessarily whole.
     """
     finite = log_potential[log_potential > -math.inf].sort().values
-    alive = len(finite) / max(len(log_potential), 1)
-    size = size * alive
-    if len(finite) < 2 or size < 1:
-        return float(finite.mean()) if len(finite) else -math.inf
+    if not len(finite):
+        return -math.inf
+    size = max(1.0, size * len(finite) / len(log_potential))
     if size <= len(finite):
         edges = (torch.arange(len(finite) + 1, dtype=torch.float64) / len(finite)) ** size
         return float((edges.diff() * finite).sum())
     top = float(stats.norm.ppf((size - 0.375) / (size + 0.25)))
-    return max(float(finite[-1]), float(finite.mean() + top * finite.std()))
+    spread = float(finite.std()) if len(finite) > 1 else 0.0
+    return max(float(finite[-1]), float(finite.mean()) + top * spread)
 
 
 def summary(search: Search, verdict: Verdict) -> tuple[float, float]:
@@ -152,7 +157,8 @@ def summary(search: Search, verdict: Verdict) -> tuple[float, float]:
     draws = search.plan(search.question.candidates[0]).size
     designs = max(1.0, record.last.ess_fraction * verdict.plan.size)
     best_of = max(1.0, draws / designs)
-    gain = record.last.mean_log_potential - expected_best(plain.last.log_potential, best_of)
+    best = _expected_best(search, plain, best_of)
+    gain = record.last.mean_log_potential - best if best > -math.inf else math.nan
     return gain, best_of
 
 
@@ -189,6 +195,12 @@ def _of_potential(search: Search) -> Iterator[str]:
 
 
 def _of_pilots(search: Search) -> Iterator[str]:
+    if search.records and all(record.last.dead for record in search.records.values()):
+        yield (
+            "every pilot died; a look-ahead that grades the way to G > 0, such as that of a "
+            "Constraint, would help"
+        )
+        return
     for candidate in search.tried:
         last = search.records[candidate.name].last
         if last.dead:
@@ -229,13 +241,12 @@ def _of_verdict(search: Search, verdict: Verdict) -> Iterator[str]:
         return
     variance = record.variance(search.evidence_floor)
     error = evidence_error(variance, verdict.plan.size)
-    if error > COARSE:
+    if COARSE < error < math.inf:
         v = 2 * (math.sqrt(1 + GOOD**2) - 1)  # v + v^2 / 4 = GOOD^2
         factor = variance / math.expm1(v) / verdict.plan.size
-        more = f"about {factor:.2g} times it" if math.isfinite(factor) else "much more of it"
         yield (
             f"the budget is small for this target: the predicted error of the log-evidence is "
-            f"{error:.2g} nats; for {GOOD:g} take {more}"
+            f"{error:.2g} nats; for {GOOD:g} take about {factor:.2g} times as much"
         )
     if verdict.plan.size < FEW:
         yield f"only {verdict.plan.size} trajectories are affordable"

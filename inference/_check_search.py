@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.inference._check_budget import Budget, CostOf, Plan, Verdict, largest
 from ppl_diffusion.inference._check_candidates import (
     BEST_OF_N,
     PLAIN,
-    Build,
     Candidate,
     Question,
 )
 from ppl_diffusion.inference._check_meters import Cost
-from ppl_diffusion.inference._check_pilots import Pilot, Record, evidence_error
-
-CostOf = Callable[[float], Cost]
+from ppl_diffusion.inference._check_pilots import (
+    MAX_SHORTFALL,
+    Pilot,
+    Record,
+    evidence_error,
+)
 
 FEW = 4
 """With fewer trajectories than this, weights mean nothing."""
@@ -32,11 +33,14 @@ SLACK = 1.25
 LEAST_PARTICLES = 8
 """Particles that a run of several has at least."""
 
+RACE_SHARE = 0.25
+"""Part of what is left of the pilots' share that a round of several programs may take."""
+
+FEW_SIZES = 4
+"""Pilots of a program from which on its costs can be continued."""
+
 RUNS = 4
 """Runs of a pilot."""
-
-FIRST_SHARE = 0.25
-"""Share of the budget that the first two pilots may take together."""
 
 GOOD = 0.5
 """Error of the log-evidence, in nats, that will do."""
@@ -44,94 +48,7 @@ GOOD = 0.5
 WORTH_STEERING = 16
 """Particles from which on a program that was not tried is trusted by rule."""
 
-PATIENCE = 120.0
-"""Seconds that pilots may take in all, whatever the budget is."""
-
 UNAFFORDABLE = "no pilot: too dear"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be spent.
-
-    :param limit: on pilots and run together, ``inf`` where there is none.
-    :param share: the pilots' share of it.
-    """
-
-    limit: Cost
-    share: float
-
-    @classmethod
-    def of(cls, rows: int | None, calls: int | None, seconds: float | None, share: float) -> Budget:
-        """Return a budget after checking it.
-
-        :param rows: network rows, None for any number.
-        :param calls: potential calls.
-        :param seconds: wall time.
-        :param share: the pilots' share.
-        :raises ValueError: if a number is not positive, or none is given.
-        """
-        given = {"num_evaluations": rows, "num_potential_calls": calls, "seconds": seconds}
-        if all(value is None for value in given.values()):
-            raise ValueError(
-                "check: nothing limits the run; give num_evaluations, num_potential_calls or "
-                "seconds."
-            )
-        for name, value in given.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"check: {name} must be positive and finite, got {value}.")
-        if not 0 < share <= 0.5:
-            raise ValueError(f"check: pilot_share must lie in (0, 0.5], got {share}.")
-        return cls(Cost(*(math.inf if v is None else float(v) for v in given.values())), share)
-
-    @property
-    def allowance(self) -> Cost:
-        """What the pilots may spend."""
-        return self._part(self.share)
-
-    @property
-    def most(self) -> Cost:
-        """What the first two pilots may spend."""
-        return self._part(max(self.share, FIRST_SHARE))
-
-    def _part(self, share: float) -> Cost:
-        own = self.limit.times(share)
-        return Cost(own.rows, own.calls, min(own.seconds, PATIENCE))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A size that a budget affords, and what it is predicted to cost.
-
-    :param num_particles: particles per run.
-    :param num_runs: runs.
-    :param cost: predicted cost.
-    """
-
-    num_particles: int
-    num_runs: int
-    cost: Cost
-
-    @property
-    def size(self) -> int:
-        """Particles of all runs."""
-        return self.num_particles * self.num_runs
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is recommended.
-
-    :param name: the program.
-    :param build: its builder.
-    :param plan: its size and predicted cost.
-    :param reason: why, in a sentence.
-    """
-
-    name: str
-    build: Build
-    plan: Plan
-    reason: str
 
 
 @dataclass
@@ -183,16 +100,13 @@ class Search:
         simplest = self.question.candidates[0]
         if self.bound(simplest).size < FEW:
             return self._too_little(simplest)
-        active = self._first_pilots()
-        while active:
-            total = sum(map(self._doubled, active), Cost())
-            if total.within(self.left.times(0.25) if len(active) > 1 else self.left):
-                active = [c for c in active if self._grow(c)]
-            elif len(active) > 1:
-                active = self._better_half(active)
-            else:
-                break
-        return self._choose() if self.records else self._untried(simplest)
+        self._race(self._first_pilots())
+        if not self.records:
+            return self._untried(simplest)
+        verdict = self._choose()
+        while self._grow_if_affordable(verdict.name):  # its costs are what must be right
+            verdict = self._choose()
+        return verdict
 
     # Pilots.
 
@@ -216,9 +130,35 @@ class Search:
             seconds += candidate.calls * potential.meter.seconds_per_row
         return Cost(candidate.rows, candidate.calls, seconds)
 
-    def _doubled(self, candidate: Candidate) -> Cost:
-        record = self.records[candidate.name]
+    def _race(self, active: list[Candidate]) -> None:
+        """Give the better half pilots of twice the size, again and again."""
+        while len(active) > 1:
+            total = sum((self._doubled(c.name) for c in active), Cost())
+            if total.within(self.left.times(RACE_SHARE)):
+                active = [c for c in active if self._grow(c)]
+            else:
+                ranked = sorted(active, key=self.error)
+                active = ranked[: len(active) // 2]
+
+    def _doubled(self, name: str) -> Cost:
+        record = self.records[name]
         return record.cost(2 * record.last.size)
+
+    def _grow_if_affordable(self, name: str) -> bool:
+        """Run a pilot of twice the size, unless it is too large or too dear.
+
+        Where few states are shared by ever more particles, costs cannot be continued from one or
+        two sizes: then the first few may take more.
+        """
+        record = self.records.get(name)
+        if record is None or 2 * record.last.size > self.max_particles:
+            return False
+        unclear = len(record.pilots) < FEW_SIZES and not record.scales
+        limit = self.budget.most - self.spent if unclear else self.left
+        if not self._doubled(name).within(limit):
+            return False
+        self._grow(next(c for c in self.tried if c.name == name))
+        return True
 
     def _grow(self, candidate: Candidate) -> bool:
         """Run a pilot of twice the size; return whether another one makes sense."""
@@ -237,11 +177,6 @@ class Search:
         busy = self.question.busy - before if self.question.metered else posterior.seconds
         record.pilots.append(Pilot.of(posterior, busy))
 
-    def _better_half(self, active: list[Candidate]) -> list[Candidate]:
-        ranked = sorted(active, key=lambda c: self.error(c))
-        kept = ranked[: len(active) // 2]
-        return [c for c in active if c in kept]
-
     # Predictions.
 
     def variance(self, candidate: Candidate) -> float:
@@ -249,7 +184,21 @@ class Search:
 
         :param candidate: a program with a pilot.
         """
-        return self.records[candidate.name].variance(self.evidence_floor)
+        record = self.records[candidate.name]
+        seen = record.variance(self.evidence_floor)
+        return max(seen, math.expm1(self.divergence)) if record.independent else seen
+
+    @property
+    def divergence(self) -> float:
+        """Relative entropy from chain to target, ``E[log G] - log Z``, as look-ahead has it.
+
+        Plain weighing needs ``exp`` of it many draws (Chatterjee and Diaconis 2018,
+        arXiv:1511.01437), and few draws cannot know it. Pilots mostly find too little of the
+        target, so that the largest value counts.
+        """
+        pilots = [p for r in self.records.values() if not r.independent for p in r.pilots]
+        known = (p.mean_log_potential - p.pooled for p in pilots if not p.dead)
+        return min(max(known, default=0.0), MAX_SHORTFALL)
 
     def error(self, candidate: Candidate) -> float:
         """Return the predicted error of the log-evidence, in nats.
@@ -272,7 +221,7 @@ class Search:
 
         :param candidate: a program.
         """
-        each, limit = Cost(candidate.rows, candidate.calls), self.budget.limit
+        each, limit = self._expected(candidate), self.budget.limit
         size = largest(lambda n: each.times(n).within(limit), self.max_particles)
         return self._plan(size, each.times)
 
@@ -334,9 +283,9 @@ class Search:
 
     def _all_died(self) -> Verdict:
         looking = [c for c in self.tried if c.name != PLAIN]
-        chosen = (looking or self.tried)[0]
         return self._verdict(
-            chosen, "every pilot of every program died; look-ahead is the better hope"
+            (looking or self.tried)[0],
+            "every pilot of every program died, and look-ahead is the better hope",
         )
 
     def _too_little(self, simplest: Candidate) -> Verdict:
@@ -363,15 +312,6 @@ class Search:
             f"the budget affords about {plan.size} trajectories and no pilot; nothing was tried, "
             "and so few particles gain little from look-ahead",
         )
-
-
-def largest(affordable: Callable[[int], bool], most: int) -> int:
-    """Return the largest number up to ``most`` that is affordable, 0 if none is.
-
-    :param affordable: a predicate that holds up to some number and not beyond.
-    :param most: the largest number tried.
-    """
-    return bisect.bisect_left(range(1, most + 1), True, key=lambda n: not affordable(n))
 
 
 def percent(share: float) -> str:

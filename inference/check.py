@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ppl_diffusion.inference._check_budget import Budget, Verdict
 from ppl_diffusion.inference._check_candidates import Question, Target, ask
 from ppl_diffusion.inference._check_meters import MeteredDenoiser, MeteredPotential
 from ppl_diffusion.inference._check_report import rows_of, summary, tables, warnings_of
-from ppl_diffusion.inference._check_search import Budget, Search, Verdict
+from ppl_diffusion.inference._check_search import Search
 from ppl_diffusion.inference._task import PotentialLike
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
@@ -186,8 +187,9 @@ def _report(
 
 
 def _milliseconds(timed: MeteredDenoiser | MeteredPotential | None) -> float:
-    known = timed is not None and timed.meter.rows > 0
-    return 1e3 * timed.meter.seconds_per_row if known else math.nan
+    if timed is None or not timed.meter.rows:
+        return math.nan
+    return 1e3 * timed.meter.seconds_per_row
 
 
 def _check_numbers(num_runs: int, pilot_particles: int, max_particles: int) -> None:
