@@ -188,6 +188,18 @@ def test_correctors_target_the_squared_prior(landscape):
         assert abs(errors["z_ratio"] - 1) > 9 * errors["z_ratio_se"], method.name
 
 
+def test_outcomes_keep_weights_and_draws_with_their_words(problem):
+    methods, code = module("_pbm_methods"), module("_problems").sequence_code
+    method = next(m for m in methods.METHODS if m.name == "importance")
+    outcome = methods.run_method(problem, method, 6, 20)
+    log_g = problem.log_g[outcome.codes]
+    torch.testing.assert_close(outcome.weights, torch.softmax(log_g, -1))
+    torch.testing.assert_close(
+        outcome.means(problem.log_g), (torch.softmax(log_g, -1) * log_g).sum(-1)
+    )
+    assert bool((outcome.codes == code(outcome.draws, 4)[:, None]).any(-1).all())
+
+
 def test_problems_share_their_random_numbers(landscape):
     pbm, methods = module("pbm"), module("_pbm_methods")
     method = next(m for m in methods.METHODS if m.name == "importance")
