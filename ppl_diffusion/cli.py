@@ -317,5 +317,27 @@ def diagnose(
     diagnose_run(folder, plots=plots)
 
 
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN ...", help="Folders written by design.")
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw them: .png, .pdf or .svg.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the figures as JSON.")
+    ] = None,
+) -> None:
+    """Set runs side by side, as they are and at equal network evaluations.
+
+    Runs of different cost are brought to the budget of the cheapest by keeping whole independent
+    runs, never part of the particles of one. Evidences are comparable under one target letter.
+    """
+    from ppl_diffusion._cli.commands import compare_runs
+
+    compare_runs(folders, plot=plot, out=json)
+
+
 if __name__ == "__main__":
     main()

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ppl_diffusion._cli.complain import NoAnswer, Stopped
-from ppl_diffusion._cli.tables import design_tables, progress_bar, table
+from ppl_diffusion._cli.tables import comparison_tables, design_tables, progress_bar, table
 from ppl_diffusion.design.checks import InputError, at_least, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.report import fasta
+from ppl_diffusion.design.report import fasta, json_text, save_comparison
 
-if TYPE_CHECKING:
-    from ppl_diffusion.smc import ParticlePosterior
-
-PARTICLES = "particles"
+PLOT_KINDS = (".png", ".pdf", ".svg")
+OF_EVIDENCE = ("log_evidence", "log_evidence_se", "genealogical_sd", "log_evidence_per_run")
 
 
 def list_models() -> None:
@@ -107,8 +106,7 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
     from ppl_diffusion.design.run import design, write_run
 
     check_target(out, replace=replace)
-    if find_spec("matplotlib") is None:
-        raise InputError("A run folder has plots: install them with `pip install matplotlib`.")
+    require_matplotlib("A run folder has plots, drawn with Matplotlib")
     target = build_target(job)
     with progress_bar(f"design {job.name}", quiet=quiet) as advance:
         result = design(target, progress=advance)
@@ -186,10 +184,15 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     :raises InputError: if it holds no run.
     :raises ParticleCollapse: if plots are asked for of a run without a living particle.
     """
+    from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
+    from ppl_diffusion.diagnostics._claims import estimates_evidence
 
-    posterior = _load_particles(folder)
-    rows = [[key, _readable(value)] for key, value in summary(posterior).items()]
+    posterior = load_particles(folder)
+    figures = summary(posterior)
+    if not estimates_evidence(posterior):
+        figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
+    rows = [[key, _readable(value)] for key, value in figures.items()]
     table(f"Particles of {folder}", ["quantity", "value"], rows)
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
@@ -198,14 +201,45 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
         print(f"wrote {plots}")
 
 
-def _load_particles(folder: Path) -> ParticlePosterior:
-    from ppl_diffusion.smc import ParticlePosterior
+def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None) -> None:
+    """Print run folders side by side.
 
-    if not folder.is_dir():
-        raise InputError(f"There is no run folder {str(folder)!r}: give one written by design.")
-    inner = folder / PARTICLES
-    with user_input():
-        return ParticlePosterior.load(inner if inner.is_dir() else folder)
+    :param folders: folders written by ``design``, or by ``ParticlePosterior.save``.
+    :param plot: also draw them into this file.
+    :param out: also write the figures into this JSON file.
+    :raises InputError: if they cannot be compared, or a file cannot be written.
+    """
+    from ppl_diffusion.design.contenders import read_contenders
+    from ppl_diffusion.diagnostics.comparison import compare
+
+    for place in (plot, out):
+        if place is not None:
+            check_file(place)
+    if plot is not None:
+        _check_plot(plot)
+    comparison = compare(read_contenders(folders))
+    comparison_tables(comparison)
+    if out is not None:
+        write_whole(out, json_text(comparison.to_json()))
+        print(f"wrote {out}")
+    if plot is not None:
+        save_comparison(comparison, plot)
+        print(f"wrote {plot}")
+
+
+def _check_plot(path: Path) -> None:
+    require_matplotlib("A plot is drawn with Matplotlib")
+    if path.suffix.lower() not in PLOT_KINDS:
+        raise InputError(
+            f"The plot {str(path)!r} is no kind of picture: end its name in "
+            f"{' or '.join(PLOT_KINDS)}."
+        )
+
+
+def require_matplotlib(what: str) -> None:
+    """:raises InputError: if Matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError(f"{what}: install it with `pip install matplotlib`.")
 
 
 def _sequence_text(sequences: list[str], kind: str) -> str:

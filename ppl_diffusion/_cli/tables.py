@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ppl_diffusion.design.run import Result
+    from ppl_diffusion.diagnostics.comparison import Comparison
 
 Advance = Callable[..., None]
+_LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
 
 
 @contextmanager
@@ -115,6 +117,69 @@ def _cost(result: Result) -> None:
         ["exact", f"{'yes' if summary['exact'] else 'no'}: {summary['target']}"],
     ]
     table("Trust and cost", ["quantity", "value"], rows)
+
+
+def comparison_tables(comparison: Comparison) -> None:
+    """Print contenders side by side: as they are, at equal evaluations, and what to mind.
+
+    :param comparison: the contenders.
+    """
+    rows = comparison.rows
+    header = ["quantity", *(row["label"] for row in rows)]
+    as_they_are: dict[str, list[object]] = {
+        "method": [row["method"] for row in rows],
+        "exact": ["yes" if row["exact"] else "no" for row in rows],
+        "target": [row["target"] for row in rows],
+        "runs x particles": [f"{row['num_runs']} x {row['num_particles']}" for row in rows],
+        "dead runs": [row["num_dead_runs"] for row in rows],
+        "steps": [row["num_steps"] for row in rows],
+        "potential calls": [row["potential_calls"] for row in rows],
+        "seconds": [_known(row["seconds"]) for row in rows],
+        **_figures(rows),
+    }
+    table("Runs as they are", header, ([name, *cells] for name, cells in as_they_are.items()))
+    shares = [row["equal"] for row in rows]
+    kept = [_share(row) for row in rows]
+    equal: dict[str, list[object]] = {"runs kept": kept, **_figures(shares)}
+    title = f"At equal evaluations: {comparison.evaluations} network rows"
+    table(title, header, ([name, *cells] for name, cells in equal.items()))
+    for letter, target in comparison.targets.items():
+        print(f"{letter}: {target}")
+    for note in comparison.notes:
+        print(f"Note: {note}")
+
+
+def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
+    names = dict.fromkeys(name for part in parts for name in part["scores"])
+    return {
+        "network rows": [part["evaluations"] for part in parts],
+        "log evidence (nats)": [
+            _estimate(part["log_evidence"], part["log_evidence_se"]) for part in parts
+        ],
+        "effective sample size": [f"{part['ess']:.1f}" for part in parts],
+        "distinct designs": [part["unique"] for part in parts],
+        "Hamming distance of two draws": [_known(part["hamming"]) for part in parts],
+        **{_LABELS.get(name, _plain(name)): _score_cells(parts, name) for name in names},
+    }
+
+
+def _score_cells(parts: Sequence[Mapping[str, Any]], name: str) -> list[object]:
+    scores = [part["scores"].get(name, {"mean": None, "se": None}) for part in parts]
+    return [_estimate(score["mean"], score["se"]) for score in scores]
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    equal = row["equal"]
+    share = f"{equal['num_runs']} of {row['num_runs']}"
+    return f"{share}, scaled" if equal["how"] == "scaled" else share
+
+
+def _estimate(value: float | None, error: float | None) -> str:
+    return "n/a" if value is None else _with_error(value, math.nan if error is None else error)
+
+
+def _known(value: float | None) -> str:
+    return "n/a" if value is None else _cell(value)
 
 
 def _plain(name: str) -> str:

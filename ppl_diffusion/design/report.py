@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ppl_diffusion.design.judging import Columns
     from ppl_diffusion.design.ranking import Designs
+    from ppl_diffusion.diagnostics.comparison import Comparison
     from ppl_diffusion.smc import ParticlePosterior
 
 PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
@@ -115,6 +117,25 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
         else:
             getattr(plots, f"plot_{name}")(posterior, ax=ax)
         figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def save_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw a comparison into a file that appears whole or not at all.
+
+    :param comparison: contenders side by side.
+    :param path: the file; its ending says which kind of picture.
+    """
+    from ppl_diffusion.diagnostics import plot_comparison
+
+    figure = new_figure(12, 4.6)
+    plot_comparison(comparison, ax=figure.subplots())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(scratch, dpi=120)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float) -> Figure:

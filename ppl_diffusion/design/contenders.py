@@ -1,0 +1,138 @@
+"""Run folders as contenders of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ppl_diffusion.design.checks import InputError, user_input
+from ppl_diffusion.design.folder import MARKER
+from ppl_diffusion.design.program import BASES
+from ppl_diffusion.design.search import METHODS
+from ppl_diffusion.diagnostics.comparison import Contender
+
+if TYPE_CHECKING:
+    from ppl_diffusion.smc import ParticlePosterior
+
+PARTICLES = "particles"
+SCORES = ("expression_judge", "expression_design", "log_prob_bound", "gc")
+
+
+def read_contenders(folders: Sequence[Path]) -> list[Contender]:
+    """Read run folders to be compared.
+
+    :param folders: folders written by ``design``, or by ``ParticlePosterior.save``.
+    :returns: one contender per folder, called by its last name where that is unambiguous.
+    :raises InputError: if there are fewer than two, one is given twice, holds no run, is damaged,
+        or holds the same particles as another.
+    """
+    if len(folders) < 2:
+        raise InputError("One run has nothing to be compared with: give two or more run folders.")
+    places = Counter(folder.resolve() for folder in folders)
+    twice = next((folder for folder in folders if places[folder.resolve()] > 1), None)
+    if twice is not None:
+        raise InputError(f"The run folder {str(twice)!r} is given twice: give each once.")
+    names = Counter(folder.resolve().name for folder in folders)
+    contenders = [
+        _read(folder, folder.resolve().name if names[folder.resolve().name] == 1 else str(folder))
+        for folder in folders
+    ]
+    _require_different(contenders)
+    return contenders
+
+
+def load_particles(folder: Path) -> ParticlePosterior:
+    """Load the particles of a run folder.
+
+    :param folder: a folder written by ``design``, or by ``ParticlePosterior.save``.
+    :raises InputError: if it holds none.
+    """
+    from ppl_diffusion.smc import ParticlePosterior
+
+    if not folder.is_dir():
+        raise InputError(f"There is no run folder {str(folder)!r}: give one written by design.")
+    inner = folder / PARTICLES
+    with user_input():
+        return ParticlePosterior.load(inner if inner.is_dir() else folder)
+
+
+def _read(folder: Path, label: str) -> Contender:
+    posterior = load_particles(folder)
+    if not (folder / MARKER).is_file():
+        seconds = posterior.seconds if math.isfinite(posterior.seconds) else None
+        method = str(posterior.settings.get("method", "smc"))
+        law = {"steps": str(posterior.num_steps)}
+        return Contender(label, posterior, method=method, law=law, seconds=seconds)
+    try:
+        summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        settings = summary["settings"]
+        return Contender(
+            label,
+            posterior,
+            method=_method(settings["search"]),
+            law=_law(settings, posterior),
+            scores=_scores(folder, posterior),
+            seconds=summary["seconds"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(
+            f"The run folder {str(folder)!r} is damaged ({type(error).__name__}: {error}): write "
+            "it again with design."
+        ) from error
+
+
+def _method(search: Mapping[str, Any]) -> str:
+    """Name a method with the options that are not its own defaults."""
+    method = search.get("method", "smc")
+    usual = METHODS.get(method, {})
+    options = ("children", "alpha", "kind", "every", "power", "keep")
+    unusual = [f"{name} {search[name]}" for name in options if search.get(name) != usual.get(name)]
+    unweighted = ["unweighted"] if search.get("weighted") is False else []
+    return ", ".join([method, *unweighted, *unusual])
+
+
+def _law(settings: Mapping[str, Any], posterior: ParticlePosterior) -> dict[str, str]:
+    asked = dict(settings["question"])
+    if asked.get("observe") is None:
+        asked.pop("sd", None)
+    return {
+        "prior": str(settings["prior"]),
+        "question": json.dumps(asked, sort_keys=True),
+        "steps": str(posterior.num_steps),
+    }
+
+
+def _scores(folder: Path, posterior: ParticlePosterior) -> dict[str, NDArray[np.float64]]:
+    """Return what ``designs.csv`` says about each particle; NaN for those of weight zero."""
+    with (folder / "designs.csv").open(encoding="utf-8", newline="") as file:
+        table = {row["sequence"]: row for row in csv.DictReader(file)}
+    names = [name for name in SCORES if name in next(iter(table.values()))]
+    letters = np.array(BASES)[posterior.x0.numpy()]
+    sequences = ["".join(row) for row in letters.reshape(-1, letters.shape[-1])]
+    nothing = dict.fromkeys(names, "nan")
+    rows = [table.get(sequence, nothing) for sequence in sequences]
+    shape = tuple(posterior.log_weights.shape)
+    return {name: np.array([float(row[name]) for row in rows]).reshape(shape) for name in names}
+
+
+def _require_different(contenders: Sequence[Contender]) -> None:
+    for number, one in enumerate(contenders):
+        for other in contenders[:number]:
+            if _same(one.posterior, other.posterior):
+                raise InputError(
+                    f"The runs {other.label!r} and {one.label!r} hold the same particles, so that "
+                    "they would only seem to agree: give one of them."
+                )
+
+
+def _same(one: ParticlePosterior, other: ParticlePosterior) -> bool:
+    return torch.equal(one.x0, other.x0) and torch.equal(one.log_weights, other.log_weights)

@@ -1,0 +1,139 @@
+"""Plot of a comparison: evidence, a score against its cost, and effective sample size."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppl_diffusion.diagnostics._plot_data import PlotData
+from ppl_diffusion.diagnostics.comparison import LOG_POTENTIAL, Comparison
+from ppl_diffusion.diagnostics.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    _axes,
+    _legend_line,
+    _panels,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+
+
+def plot_comparison_data(comparison: Comparison, *, score: str | None = None) -> PlotData:
+    """Numbers of :func:`plot_comparison`; the second axis holds the run as it is and its share.
+
+    :param comparison: contenders side by side.
+    :param score: name of the score; by default the first that all have besides the potential.
+    :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``log_evidence_se``, ``score``,
+        ``score_se``, ``ess`` and ``evaluations`` ``(C, 2)``, NaN where there is none; ``name`` of
+        the score ``()``.
+    :raises ValueError: if not every contender has the score.
+    """
+    names = _common_scores(comparison)
+    name = _default_score(names) if score is None else score
+    if name not in names:
+        raise ValueError(
+            f"plot_comparison: not every result has the score {name!r}; choose of "
+            f"{', '.join(names)}."
+        )
+    pairs = [(row, row["equal"]) for row in comparison.rows]
+    data = {
+        key: np.array([[_number(part[key]) for part in pair] for pair in pairs])
+        for key in ("log_evidence", "log_evidence_se", "ess", "evaluations")
+    }
+    for key, part in (("score", "mean"), ("score_se", "se")):
+        data[key] = np.array([[_number(p["scores"][name][part]) for p in pair] for pair in pairs])
+    return {
+        "label": np.array([row["label"] for row in comparison.rows]),
+        "target": np.array([row["target"] for row in comparison.rows]),
+        "name": np.array(name),
+        **data,
+    }
+
+
+def plot_comparison(
+    comparison: Comparison, *, score: str | None = None, ax: "Axes | None" = None
+) -> "Axes":
+    """Evidence, a score against network rows, and effective sample size of several results.
+
+    Filled marks are the runs as they are, open ones the share that the common budget pays for;
+    bars are one standard error. Letters say which evidences have one target; a result without
+    evidence has no mark.
+
+    :param comparison: contenders side by side.
+    :param score: name of the score; by default the first that all have besides the potential.
+    :param ax: where to draw; the panels become its ``child_axes``.
+    :raises ImportError: if Matplotlib is not installed.
+    :raises ValueError: if not every contender has the score.
+    """
+    data = plot_comparison_data(comparison, score=score)
+    ax = _axes(ax, (12.0, 4.2))
+    evidence, against, size = _panels(
+        ax, (0.0, 0.0, 0.27, 1.0), (0.36, 0.0, 0.27, 1.0), (0.73, 0.0, 0.27, 1.0)
+    )
+    _by_contender(evidence, data, "log_evidence", "log evidence (nats)", letters=True)
+    _against_cost(against, data)
+    _by_contender(size, data, "ess", "effective sample size")
+    return ax
+
+
+def _by_contender(
+    ax: "Axes", data: PlotData, key: str, title: str, *, letters: bool = False
+) -> None:
+    errors = data.get(f"{key}_se", np.full_like(data[key], np.nan))
+    places = np.arange(len(data["label"]))
+    for part, shift in ((0, -0.12), (1, 0.12)):
+        for place in places:
+            value, error = data[key][place, part], errors[place, part]
+            _mark(ax, place + shift, value, error, place, part)
+    names = [
+        f"{label} ({target})" if letters else str(label)
+        for label, target in zip(data["label"], data["target"], strict=True)
+    ]
+    ax.set_xticks(places, names, rotation=30, ha="right")
+    ax.set(xlim=(-0.6, len(places) - 0.4), title=title)
+
+
+def _against_cost(ax: "Axes", data: PlotData) -> None:
+    for place, label in enumerate(data["label"]):
+        for part in (0, 1):
+            value, error = data["score"][place, part], data["score_se"][place, part]
+            _mark(ax, data["evaluations"][place, part], value, error, place, part)
+        _legend_line(ax, str(label), marker="o", ls="", color=_colour(place))
+    _legend_line(ax, "equal evaluations", marker="o", ls="", color=GREY, mfc="white")
+    title = str(data["name"]).replace("_", " ")
+    ax.set(xlabel="network rows", title=title)
+    ax.set_xlim(left=0)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize="small")
+
+
+def _mark(ax: "Axes", x: float, y: float, error: float, place: int, part: int) -> None:
+    style: dict[str, Any] = {"color": _colour(place), "marker": "o", "ms": 6, "capsize": 3}
+    face = _colour(place) if part == 0 else "white"
+    bar = error if np.isfinite(error) else None
+    if np.isfinite(y):
+        ax.errorbar(x, y, yerr=bar, mfc=face, ls="", **style)
+
+
+def _colour(place: int) -> str:
+    return _COLOURS[place % len(_COLOURS)]
+
+
+def _common_scores(comparison: Comparison) -> list[str]:
+    first = comparison.rows[0]["scores"]
+    return [name for name in first if all(name in row["scores"] for row in comparison.rows)]
+
+
+def _default_score(names: list[str]) -> str:
+    return next((name for name in names if name != LOG_POTENTIAL), LOG_POTENTIAL)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)

@@ -1,0 +1,268 @@
+"""Methods side by side: what runs found, how sure they are, and what it cost.
+
+Results cost different numbers of network rows, and more rows make every method look better. Beside
+the figures of each result as it is, :func:`compare` therefore gives those of as many of its *whole
+independent runs* as the cheapest contender pays for (within 5 %): the particles of one run share
+ancestors and weights, so that a part of them is the result of no method. Where not even one run
+fits, one is kept and its errors are scaled by the root of what it overspends.
+
+Evidences are comparable where the declared targets are one; rows say which of them share one.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from ppl_diffusion.diagnostics._arrays import across_run_sd, as_array, pooled_log_evidence
+from ppl_diffusion.diagnostics._claims import estimates_evidence
+
+if TYPE_CHECKING:
+    from ppl_diffusion.smc import ParticlePosterior
+
+LOG_POTENTIAL = "log_potential"
+
+WHOLE, SUBSAMPLED, SCALED = "whole", "subsampled", "scaled"
+TOLERANCE = 1.05
+"""How far above the budget still counts as within it: a run is not dropped for a per cent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """One result in a comparison.
+
+    :param label: what tables call it.
+    :param posterior: its particles.
+    :param method: name of the method.
+    :param law: what makes up its target, by name: prior, question, steps and declared law, say.
+    :param scores: further values of each particle, ``(R, N)``, by name.
+    :param seconds: wall time, or None where it is not known.
+    """
+
+    label: str
+    posterior: "ParticlePosterior"
+    method: str = "smc"
+    law: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    seconds: float | None = None
+
+    @property
+    def rows_per_run(self) -> float:
+        """Network rows of one run, on average: equal states are evaluated once over all runs."""
+        return self.posterior.num_evaluations / self.posterior.num_runs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders on common ground.
+
+    :param rows: one flat-keyed mapping per contender, of JSON types; what does not exist is None.
+        ``equal`` holds the figures of the runs that the budget pays for.
+    :param evaluations: the budget: network rows of the cheapest contender.
+    :param targets: the declared laws, by the letter rows call them.
+    :param notes: sentences that qualify the figures.
+    """
+
+    rows: list[dict[str, Any]]
+    evaluations: int
+    targets: dict[str, str]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything in JSON types."""
+        return {
+            "evaluations": self.evaluations,
+            "targets": self.targets,
+            "notes": self.notes,
+            "runs": self.rows,
+        }
+
+
+def compare(contenders: Sequence[Contender]) -> Comparison:
+    """Set results side by side, as they are and at equal network evaluations.
+
+    ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs; its error is the spread of
+    ``Z`` over *all* runs of the contender, divided by the root of the runs kept. Scores are means
+    under the pooled weights, with the standard error over runs. ``hamming`` is the expected number
+    of positions at which two draws differ.
+
+    :param contenders: at least two results.
+    :raises ValueError: if there are fewer than two, or two have one label.
+    """
+    labels = [contender.label for contender in contenders]
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(
+            f"compare: give at least two results with labels of their own, got {labels}."
+        )
+    budget = min(contender.posterior.num_evaluations for contender in contenders)
+    letters = _letters(contenders)
+    rows = [_row(contender, letters[_key(contender)], budget) for contender in contenders]
+    targets = {letter: dict(key).get("target", "") for key, letter in letters.items()}
+    return Comparison(rows, budget, targets, list(_notes(contenders, rows, letters)))
+
+
+# ----------------------------------------------------------------------------------------------
+# rows
+
+
+def _row(contender: Contender, letter: str, budget: int) -> dict[str, Any]:
+    posterior = contender.posterior
+    how, kept, overspent = _kept(contender, budget)
+    return {
+        "label": contender.label,
+        "method": contender.method,
+        "exact": posterior.exact,
+        "target": letter,
+        "num_particles": posterior.num_particles,
+        "num_steps": posterior.num_steps,
+        "num_dead_runs": int((~as_array(posterior.alive)).sum()),
+        "potential_calls": posterior.num_potential_calls,
+        "seconds": contender.seconds,
+        **_figures(contender, posterior.num_runs, 1.0),
+        "equal": {"how": how, **_figures(contender, kept, overspent)},
+    }
+
+
+def _kept(contender: Contender, budget: int) -> tuple[str, int, float]:
+    """Return how many whole runs a budget pays for, and how far one run alone overspends it."""
+    runs = contender.posterior.num_runs
+    affordable = int(TOLERANCE * budget / contender.rows_per_run)
+    if affordable >= runs:
+        return WHOLE, runs, 1.0
+    if affordable == 0:
+        return SCALED, 1, contender.rows_per_run / budget
+    return SUBSAMPLED, affordable, 1.0
+
+
+def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any]:
+    """Return the figures of the first runs, with errors scaled by the root of what they overspend.
+
+    Runs are independent and none was looked at, so that the first are as good as any.
+    """
+    posterior = contender.posterior
+    weights = _pooled_weights(posterior, kept)
+    scores = {LOG_POTENTIAL: as_array(posterior.log_potential), **contender.scores}
+    share = math.sqrt(overspent / kept)
+    return {
+        "num_runs": kept,
+        "evaluations": round(contender.rows_per_run * kept),
+        **_evidence(posterior, kept, share),
+        "ess": float(1 / (weights**2).sum()) if weights.any() else 0.0,
+        **_diversity(posterior, weights),
+        "scores": {
+            name: _score(posterior, values, weights, share) for name, values in scores.items()
+        },
+    }
+
+
+def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.float64]:
+    """Return weights over the first runs, each run in proportion to its evidence, ``(kept, N)``."""
+    log_w = as_array(posterior.log_weights)[:kept] + as_array(posterior.log_evidence)[:kept, None]
+    total = logsumexp(log_w)
+    return np.exp(log_w - total) if np.isfinite(total) else np.zeros_like(log_w)
+
+
+def _evidence(posterior: "ParticlePosterior", kept: int, share: float) -> dict[str, Any]:
+    if not estimates_evidence(posterior):
+        return {"log_evidence": None, "log_evidence_se": None}
+    log_evidence = as_array(posterior.log_evidence)
+    return {
+        "log_evidence": _number(pooled_log_evidence(log_evidence[:kept])),
+        "log_evidence_se": _number(across_run_sd(log_evidence) * share),
+    }
+
+
+def _diversity(posterior: "ParticlePosterior", weights: NDArray[np.float64]) -> dict[str, Any]:
+    held = weights > 0
+    if not held.any():
+        return {"unique": 0, "hamming": None}
+    tokens = as_array(posterior.x0.flatten(2))[: len(weights)][held]
+    kinds, index = np.unique(tokens, return_inverse=True)
+    is_kind = index.reshape(tokens.shape)[..., None] == np.arange(len(kinds))
+    mass = np.einsum("m,mlv->lv", weights[held], is_kind)
+    return {
+        "unique": len(np.unique(tokens, axis=0)),
+        "hamming": float((1.0 - (mass**2).sum(-1)).sum()),
+    }
+
+
+def _score(
+    posterior: "ParticlePosterior",
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    share: float,
+) -> dict[str, float | None]:
+    if not weights.any():
+        return {"mean": None, "se": None}
+    alive = as_array(posterior.alive)
+    per_run = _mean(as_array(posterior.weights)[alive], values[alive])
+    spread = per_run.std(ddof=1) if len(per_run) > 1 else math.nan
+    return {
+        "mean": _number(_mean(weights, values[: len(weights)]).sum()),
+        "se": _number(spread * share),
+    }
+
+
+def _mean(weights: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    # A particle of weight zero may have an infinite value, or none.
+    total: NDArray[np.float64] = (weights * np.where(weights > 0, values, 0.0)).sum(-1)
+    return total
+
+
+# ----------------------------------------------------------------------------------------------
+# what may be compared with what
+
+Law = tuple[tuple[str, str], ...]
+
+
+def _key(contender: Contender) -> Law:
+    return tuple({**contender.law, "target": contender.posterior.target}.items())
+
+
+def _letters(contenders: Iterable[Contender]) -> dict[Law, str]:
+    letters: dict[Law, str] = {}
+    for contender in contenders:
+        letters.setdefault(_key(contender), _letter(len(letters)))
+    return letters
+
+
+def _letter(number: int) -> str:
+    return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
+
+
+def _notes(
+    contenders: Sequence[Contender], rows: Sequence[Mapping[str, Any]], letters: Mapping[Law, str]
+) -> Iterable[str]:
+    claims = {
+        letters[_key(c)]: dict(_key(c)) for c in contenders if estimates_evidence(c.posterior)
+    }
+    if len(claims) > 1:
+        yield (
+            f"The targets {', '.join(claims)} differ in {_differences(list(claims.values()))}: "
+            "compare evidences of one letter only."
+        )
+    lawless = [c.label for c in contenders if not estimates_evidence(c.posterior)]
+    if lawless:
+        yield (
+            f"No law is declared for {', '.join(lawless)}: there is no evidence, and scores are "
+            "those of what was found, no posterior mean."
+        )
+    scaled = [str(row["label"]) for row in rows if row["equal"]["how"] == SCALED]
+    if scaled:
+        yield (
+            f"One run of {', '.join(scaled)} costs more than the budget: that run is kept whole "
+            "and its errors are scaled up as if it were the share that fits."
+        )
+
+
+def _differences(laws: Sequence[Mapping[str, str]]) -> str:
+    names = [name for name in laws[0] if len({law.get(name) for law in laws}) > 1]
+    return ", ".join(names) or "what is known of them"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,158 @@
+"""Results side by side, on posteriors made by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from ppl_diffusion.diagnostics import (
+    Contender,
+    compare,
+    plot_comparison,
+    plot_comparison_data,
+    summary,
+)
+
+
+def by_label(comparison):
+    return {row["label"]: row for row in comparison.rows}
+
+
+@pytest.fixture
+def pair(make_posterior):
+    """Return two results of four runs, 1200 and 480 network rows."""
+    cheap = replace(make_posterior(runs=4, seed=1), num_evaluations=480)
+    return make_posterior(runs=4), cheap
+
+
+def test_figures_as_they_are_are_those_of_the_summary(pair):
+    row = by_label(compare([Contender("a", pair[0]), Contender("b", pair[1])]))["a"]
+    facts = summary(pair[0])
+    for name in ("log_evidence", "log_evidence_se", "ess"):
+        assert row[name] == pytest.approx(facts[name])
+    assert row["unique"] == facts["num_unique_x0"]
+    assert row["evaluations"] == facts["num_evaluations"]
+
+
+def test_the_dearer_result_keeps_whole_runs(pair):
+    dear, cheap = pair
+    comparison = compare([Contender("dear", dear), Contender("cheap", cheap)])
+    rows = by_label(comparison)
+    assert comparison.evaluations == 480
+    assert rows["cheap"]["equal"]["how"] == "whole"
+    equal = rows["dear"]["equal"]
+    assert (equal["how"], equal["num_runs"], equal["evaluations"]) == ("subsampled", 1, 300)
+    # The first run alone, with the spread of all four as that of one.
+    assert equal["log_evidence"] == pytest.approx(float(dear.log_evidence[0]))
+    assert equal["log_evidence_se"] == pytest.approx(2 * rows["dear"]["log_evidence_se"])
+    weights = dear.weights[0]
+    assert equal["ess"] == pytest.approx(float(1 / (weights**2).sum()))
+    score = equal["scores"]["log_potential"]
+    assert score["mean"] == pytest.approx(float(weights @ dear.log_potential[0]))
+
+
+def test_a_run_is_not_dropped_for_a_few_per_cent(pair):
+    dear, cheap = pair
+    close = replace(dear, num_evaluations=500)  # 4 % above
+    rows = by_label(compare([Contender("close", close), Contender("cheap", cheap)]))
+    assert rows["close"]["equal"]["how"] == "whole"
+
+
+def test_a_run_above_the_budget_has_its_errors_scaled(pair):
+    dear, cheap = pair
+    tiny = replace(cheap, num_evaluations=75)  # a run of the other costs four times as much
+    rows = by_label(compare([Contender("dear", dear), Contender("tiny", tiny)]))
+    equal = rows["dear"]["equal"]
+    assert (equal["how"], equal["num_runs"]) == ("scaled", 1)
+    # sqrt(4) from four runs to one, sqrt(4) from one run to a quarter of it.
+    assert equal["log_evidence_se"] == pytest.approx(4 * rows["dear"]["log_evidence_se"])
+
+
+def test_scores_need_no_value_where_there_is_no_weight(make_posterior):
+    posterior = make_posterior(runs=2)
+    log_weights = posterior.log_weights.clone()
+    log_weights[:, 0] = -torch.inf
+    posterior = replace(posterior, log_weights=log_weights.log_softmax(-1))
+    values = np.ones((2, 40))
+    values[:, 0] = np.nan
+    one = Contender("one", posterior, scores={"judge": values})
+    row = compare([one, Contender("other", make_posterior(runs=2, seed=5))]).rows[0]
+    assert row["scores"]["judge"]["mean"] == pytest.approx(1.0)
+    assert row["scores"]["judge"]["se"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_hamming_distance_is_that_of_two_draws(make_posterior):
+    posterior = make_posterior(runs=1, particles=4, length=3)
+    x0 = torch.tensor([[[0, 1, 2], [0, 1, 3], [0, 0, 0], [3, 3, 3]]])
+    weights = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64)
+    posterior = replace(posterior, x0=x0, log_weights=weights.log())
+    row = compare([Contender("a", posterior), Contender("b", make_posterior())]).rows[0]
+    pairs = [
+        (float(weights[0, i] * weights[0, j]), int((x0[0, i] != x0[0, j]).sum()))
+        for i in range(4)
+        for j in range(4)
+    ]
+    assert row["hamming"] == pytest.approx(sum(w * d for w, d in pairs))
+    assert row["unique"] == 3
+
+
+def test_dead_runs_count_as_zero_evidence(make_posterior):
+    half = make_posterior(runs=2, dead=(1,))
+    dead = make_posterior(runs=2, dead=(0, 1))
+    rows = by_label(compare([Contender("half", half), Contender("dead", dead)]))
+    assert rows["half"]["num_dead_runs"] == 1
+    assert rows["half"]["log_evidence"] == pytest.approx(float(half.log_evidence[0]) - math.log(2))
+    assert rows["dead"]["log_evidence"] is None
+    assert rows["dead"]["ess"] == rows["dead"]["unique"] == 0
+    assert rows["dead"]["scores"]["log_potential"] == {"mean": None, "se": None}
+
+
+def test_letters_and_notes_say_what_is_comparable(make_posterior):
+    one, other = make_posterior(runs=2), make_posterior(runs=2, seed=1)
+    best = replace(other, exact=False, settings={"method": "best-of-n"}, target="the best")
+    law = {"prior": "yeast", "steps": "5"}
+    contenders = [
+        Contender("a", one, law=law),
+        Contender("b", other, law=law),
+        Contender("c", other, law={**law, "prior": "human"}),
+        Contender("d", best, method="best-of-n", law=law),
+    ]
+    comparison = compare(contenders)
+    assert [row["target"] for row in comparison.rows] == ["A", "A", "B", "C"]
+    assert by_label(comparison)["d"]["log_evidence"] is None
+    assert by_label(comparison)["d"]["equal"]["log_evidence"] is None
+    assert len(comparison.notes) == 2
+    assert "A, B differ in prior:" in comparison.notes[0]
+    assert "No law is declared for d" in comparison.notes[1]
+    assert compare(contenders[:2]).notes == []
+
+
+def test_labels_must_differ_and_be_two(make_posterior):
+    one = Contender("a", make_posterior())
+    for wrong in ([one], [one, one]):
+        with pytest.raises(ValueError, match="at least two results with labels of their own"):
+            compare(wrong)
+
+
+def test_plot_data_and_plot(pair):
+    judged = {"judge": np.ones((4, 40))}
+    best = replace(pair[1], settings={"method": "beam"}, exact=False)
+    comparison = compare(
+        [Contender("a", pair[0], scores=judged), Contender("b", best, scores=judged)]
+    )
+    data = plot_comparison_data(comparison)
+    assert str(data["name"]) == "judge"
+    assert data["evaluations"].tolist() == [[1200, 300], [480, 480]]
+    np.testing.assert_allclose(data["score"], 1.0)
+    assert np.isnan(data["log_evidence"][1]).all()
+    assert np.isfinite(data["log_evidence"][0]).all()
+    ax = plot_comparison(comparison, ax=Figure().subplots())
+    assert len(ax.child_axes) == 3
+    assert len(ax.child_axes[0].containers) == 2  # the beam has no evidence to mark
+    assert len(ax.child_axes[2].containers) == 4
+    assert str(plot_comparison_data(comparison, score="log_potential")["name"]) == "log_potential"
+    with pytest.raises(ValueError, match="not every result has the score 'docking'"):
+        plot_comparison_data(comparison, score="docking")
