@@ -297,12 +297,12 @@ class TwistedEngine(TaskEngine):
         self, step: RevealStep, carry: Carry, k: int, generator: torch.Generator | None
     ) -> tuple[Carry, Tensor]:
         u_order, u_token = uniforms((2, *step.tokens.shape), generator=generator)
-        sites, valid = _sites(step, u_order)
+        sites, valid = self._sites(step, u_order)
         guess = self._guess(carry, k, generator)
         log_d = step.log_probs.take_along_dim(sites[..., None], -2)  # (*B, m, V)
         ahead = self._ahead(step, guess, sites, log_d, k)
         log_q = _tilted(log_d, ahead)
-        chosen = draw_categorical(log_q, u_token.gather(-1, sites))[..., None]
+        chosen = self._draw(log_q, u_token.gather(-1, sites))[..., None]
         ratio = (log_d - log_q).gather(-1, chosen)[..., 0]
         log_ratio = per_particle(torch.where(valid, ratio, 0.0).sum(-1))
         kept = step.tokens.gather(-1, sites)
@@ -333,6 +333,17 @@ class TwistedEngine(TaskEngine):
             return torch.empty_like(values).scatter(-1, scored, values)
         rest = self.lookahead.score(guess, k)[..., None, None].expand(log_d.shape)
         return rest.scatter(-1, scored, values)
+
+    def _sites(self, step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the positions revealed next, int64 ``(*B, m)``, and which of them are any."""
+        key = torch.where(step.eligible, noise, -1.0)
+        sites = key.topk(min(step.count, key.shape[-1]), -1).indices
+        return sites, step.eligible.gather(-1, sites)
+
+    def _draw(self, log_q: Tensor, noise: Tensor) -> Tensor:
+        """Return the tokens they get, int64 ``(*B, m)``."""
+        tokens: Tensor = draw_categorical(log_q, noise)
+        return tokens
 
     # Reweighted look-ahead.
 
@@ -388,13 +399,6 @@ def _default_proposal(capability: str) -> Literal["clamped", "reweighted"]:
 
 def _gradients(proposal: ProposalLike) -> int:
     return proposal.num_calls if isinstance(proposal, GradientProposal) else 0
-
-
-def _sites(step: RevealStep, u_order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions revealed next, int64 ``(*B, m)``, and which of them are any."""
-    key = torch.where(step.eligible, u_order, -1.0)
-    sites = key.topk(min(step.count, key.shape[-1]), -1).indices
-    return sites, step.eligible.gather(-1, sites)
 
 
 def _tilted(log_d: Tensor, ahead: Tensor) -> Tensor:
