@@ -139,8 +139,10 @@ def comparison_tables(comparison: Comparison) -> None:
     }
     table("Runs as they are", header, ([name, *cells] for name, cells in as_they_are.items()))
     shares = [row["equal"] for row in rows]
-    kept = [_share(row) for row in rows]
-    equal: dict[str, list[object]] = {"runs kept": kept, **_figures(shares)}
+    equal: dict[str, list[object]] = {
+        "runs kept": [_share(row) for row in rows],
+        **_figures(shares),
+    }
     title = f"At equal evaluations: {comparison.evaluations} network rows"
     table(title, header, ([name, *cells] for name, cells in equal.items()))
     for letter, target in comparison.targets.items():

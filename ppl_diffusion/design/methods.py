@@ -93,13 +93,16 @@ def _steering(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
 
 
 def _twisted(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    if not target.masked:
-        chain, potential, proposal = target.chain, target.potential, "reweighted"
+    twist = _held_twist(target, asked)
+    if target.masked:
+        chain, potential = _ordered(target), _held_potential(target)
+        program = TwistedSampler(
+            chain, potential, proposal="clamped", twist=twist, **_common(asked)
+        )
     else:
-        chain, potential, proposal = _ordered(target), _held_potential(target), "clamped"
-    program = TwistedSampler(
-        chain, potential, proposal=proposal, twist=_held_twist(target, asked), **_common(asked)
-    )
+        program = TwistedSampler(
+            target.chain, target.potential, proposal="reweighted", twist=twist, **_common(asked)
+        )
     return _declared(program.run(seed=asked["seed"]), target)
 
 

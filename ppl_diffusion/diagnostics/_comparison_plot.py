@@ -88,7 +88,7 @@ def _by_contender(
     ax: "Axes", data: PlotData, key: str, title: str, *, letters: bool = False
 ) -> None:
     errors = data.get(f"{key}_se", np.full_like(data[key], np.nan))
-    places = np.arange(len(data["label"]))
+    places = range(len(data["label"]))
     for part, shift in ((0, -0.12), (1, 0.12)):
         for place in places:
             value, error = data[key][place, part], errors[place, part]
