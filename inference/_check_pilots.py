@@ -31,8 +31,11 @@ ENOUGH_DRAWS = 30
 RECENT = 3
 """Pilots that the variance is read from: the largest ones."""
 
+SHARED_STATES, SHARED_PARENTS = (0.8, 0.95), (0.5, 0.85)
+"""Growth exponents between which sharing is continued in part: of draws, of resampled particles."""
+
 NEARLY_LINEAR = 0.9
-"""Growth exponent above which sharing is taken to stay as it is."""
+"""Growth exponent above which costs are said to grow in proportion."""
 
 
 @dataclass(frozen=True)
@@ -216,22 +219,28 @@ class Record:
 
     @property
     def scales(self) -> bool:
-        """Whether network rows were seen to grow about in proportion to the particles."""
-        points = [(pilot.size, pilot.cost.rows) for pilot in self.pilots]
-        return (
-            len(points) > 1 and points[0][1] > 0 and _slope(points[0], points[-1]) > NEARLY_LINEAR
-        )
+        """Whether costs were seen to grow about in proportion to the particles."""
+        first, last = self.pilots[0], self.last
+        if len(self.pilots) < 2:
+            return False
+        growth = last.size / first.size
+        costs = ((p.cost.rows, p.cost.calls) for p in (first, last))
+        return all(high >= low * growth**NEARLY_LINEAR for low, high in zip(*costs, strict=True))
 
     def cost(self, size: float) -> Cost:
         """Return the cost of a run of so many particles.
 
         :param size: particles of all runs.
         """
-        sizes = [pilot.size for pilot in self.pilots]
-        costs = [pilot.cost for pilot in self.pilots]
-        rows = grown(list(zip(sizes, [c.rows for c in costs], strict=True)), size)
-        calls = grown(list(zip(sizes, [c.calls for c in costs], strict=True)), size)
-        return Cost(rows, calls, self._seconds(size))
+        believed = SHARED_STATES if self.independent else SHARED_PARENTS
+        rows = [(pilot.size, pilot.cost.rows) for pilot in self.pilots]
+        calls = [(pilot.size, pilot.cost.calls) for pilot in self.pilots]
+        return Cost(
+            grown(rows, size, believed=believed),
+            # Different states have the same guess, at any number of particles.
+            grown(calls, size, believed=believed, least_trust=0.0 if self.independent else 0.5),
+            self._seconds(size),
+        )
 
     def _seconds(self, size: float) -> float:
         """Continue the time along the line through the last two pilots.
@@ -247,35 +256,48 @@ class Record:
         return max(last.cost.seconds + slope * (size - last.size), 0.0)
 
 
-def grown(points: Sequence[tuple[int, float]], size: float) -> float:
+def grown(
+    points: Sequence[tuple[int, float]],
+    size: float,
+    *,
+    believed: tuple[float, float] = SHARED_STATES,
+    least_trust: float = 0.0,
+) -> float:
     """Continue a cost that grows with the number of particles, never faster than in proportion.
 
-    On a log-log scale the slope seen last is continued; if the slopes were falling (few states,
-    shared by ever more particles) it keeps falling at that rate.
+    Particles share what they ask: at first little, then ever more. For independent draws the law is
+    ``c(n) = A n / (1 + sqrt(n / n_0))**2``, through the first and the last point: in proportion far
+    below ``n_0`` and hardly beyond. It describes states of very different probability; for equally
+    likely ones it is too large, which errs on the side of the budget. Particles that were resampled
+    also share because there are few of them, which larger runs do not repeat: as long as the growth
+    is not far from proportional it is continued in proportion.
 
     :param points: sizes and costs, ascending.
     :param size: where the cost is wanted.
+    :param believed: growth exponents below which sharing is all continued, above which not at all.
+    :param least_trust: power of the law's sharing that is continued in any case.
     """
     (first, low), (last, high) = points[0], points[-1]
-    if high <= 0:
-        return 0.0
-    if len(points) == 1 or last == first or low <= 0:
-        return high * size / last
-    x = math.log(size / last)
-    whole = _slope(points[0], points[-1])
-    if whole > NEARLY_LINEAR or len(points) < 3 or x <= 0:
-        return high * math.exp(whole * x)
-    middle = points[len(points) // 2]
-    before, after = _slope(points[0], middle), _slope(middle, points[-1])
-    rate = max(0.0, math.log(max(before, 1e-3) / max(after, 1e-3)))
-    rate /= math.log(last / first) / 2  # between the middles of the two stretches
-    slope = after * math.exp(-rate * math.log(last / middle[0]) / 2)  # at the last point
-    reach = x if rate * x < 1e-6 else (1 - math.exp(-rate * x)) / rate
-    return high * math.exp(slope * reach)
+    proportional = high * size / last
+    if low <= 0 or high <= 0 or last == first:
+        return proportional
+    share = min(1.0, high * first / (low * last))
+    if len(points) == 2:
+        share = math.sqrt(share)  # two noisy points: half of the sharing may be chance
+    low, high = believed
+    exponent = 1 + math.log(share) / math.log(last / first)
+    trust = min(1.0, max(least_trust, (high - exponent) / (high - low)))
+    return proportional * _shared(first, last, share, size) ** trust
 
 
-def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
-    return min(1.0, max(0.0, math.log(b[1] / a[1]) / math.log(b[0] / a[0])))
+def _shared(first: float, last: float, share: float, size: float) -> float:
+    """Return ``c(n) / n`` over that of the last point, if it fell by ``share`` since the first."""
+    root = math.sqrt(share)
+    room = root * math.sqrt(last) - math.sqrt(first)
+    if room <= 0:  # no growth at all
+        return last / size
+    u = (1 - root) / room  # 1 / sqrt(n_0)
+    return ((1 + u * math.sqrt(last)) / (1 + u * math.sqrt(size))) ** 2
 
 
 def evidence_error(variance: float, size: float) -> float:

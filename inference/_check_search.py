@@ -27,8 +27,11 @@ FEW = 4
 ENOUGH = 0.5
 """ESS of importance sampling, as a fraction of its draws, above which nothing else is needed."""
 
-SLACK = 1.25
-"""A simpler program may have this many times the error of the best one."""
+SLACK = 1.5
+"""A more promising program may have this many times the error of the best: pilots are noisy."""
+
+NOISE = 0.01
+"""Difference between log-evidences, in nats, that means nothing."""
 
 LEAST_PARTICLES = 8
 """Particles that a run of several has at least."""
@@ -246,7 +249,8 @@ class Search:
             return unseen
         if best == math.inf:
             return self._all_died()
-        chosen = next(c for c in self.tried if errors[c.name] <= SLACK * best)
+        ranked = [c for c in self.question.in_order_of_promise if c.name in errors]
+        chosen = next(c for c in ranked if errors[c.name] <= SLACK * best)
         least = "the smallest" if errors[chosen.name] == best else "nearly the smallest"
         return self._verdict(
             chosen,
@@ -259,7 +263,7 @@ class Search:
 
         :param plain: pilots of importance sampling.
         """
-        found_all = plain.evidence_range[1] >= self.evidence_floor
+        found_all = plain.evidence_range[1] >= self.evidence_floor - NOISE
         return found_all and 1 / (1 + plain.last.weight_variance) >= ENOUGH
 
     def _unseen(self) -> Verdict | None:

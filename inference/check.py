@@ -5,9 +5,9 @@ all that is needed where many draws of the chain do well; look-ahead pays where 
 handful of trajectories nothing beats keeping the best. Which of these a problem is shows in small
 pilot runs. They are given a share of the budget, the more promising half of the programs going on
 to pilots of twice the size for as long as the share lasts (successive halving: Jamieson and
-Talwalkar 2016, arXiv:1502.07943). Every program is then judged by the error of the log-evidence it
-is predicted to have after what is left of the budget is spent, and the simplest one that is about
-as good as the best is recommended. Predictions are continued from pilots, and approximate.
+Talwalkar 2016, arXiv:1502.07943). Every program is then judged by the error of the log-evidence
+predicted for what is left of the budget. Of those about as good as the best, the one that is known
+to suit such a target is recommended. Predictions are continued from pilots, and approximate.
 """
 
 from __future__ import annotations

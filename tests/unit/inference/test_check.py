@@ -1,0 +1,359 @@
+"""The dry run: what it recommends, what its predictions are worth, what it refuses."""
+
+import time
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.denoisers import MarkovDenoiser
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference import Check, Power, Tilt, check
+from ppl_diffusion.inference._check_pilots import evidence_error, grown
+from ppl_diffusion.inference._check_report import expected_best
+from ppl_diffusion.inference.baselines import BestOfN, ImportanceSampling
+from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.potentials import Constraint, Potential, factor
+from ppl_diffusion.testing.toys import toy_markov_chain
+
+SIZE = 3
+
+
+def ordered_chain(length=5):
+    """A masked Markov chain that reveals one position per step."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(SIZE + 1, SIZE, generator=generator, dtype=torch.float64)
+    probs, process = torch.softmax(logits, -1), Absorbing(SIZE)
+    denoiser = MarkovDenoiser(probs[0], probs[1:], process)
+    return ReverseChain(OrderedKernel(process, denoiser, length=length), length)
+
+
+def steep(x0):
+    """Rewards the pair (0, 1): rare under the chain, common under the target."""
+    pairs = (x0[..., :-1] == 0) & (x0[..., 1:] == 1)
+    return 3.0 * pairs.sum(-1)
+
+
+def flat(x0):
+    return torch.zeros(x0.shape[:-1])
+
+
+def rewarded(x0):
+    """The pairs (0, 1), and equal ends: what guesses of single sites do not show."""
+    pairs = (x0[..., :-1] == 0) & (x0[..., 1:] == 1)
+    return 2.0 * pairs.sum(-1) + 1.5 * (x0[..., 0] == x0[..., -1])
+
+
+LONG = ordered_chain(12)  # 3**12 sequences: rows are hardly shared
+
+
+# What is recommended.
+
+
+def test_a_flat_potential_needs_no_steering():
+    found = check(ordered_chain(), flat, seed=0)
+    assert found.recommended == "importance-sampling"
+    assert isinstance(found.program, ImportanceSampling)
+    assert any(text.startswith("Steering is not needed: the ESS") for text in found.warnings)
+    assert "The potential is the same on all" in " ".join(found.warnings)
+
+
+def test_a_mild_potential_needs_no_steering():
+    found = check(ordered_chain(), lambda x0: 0.2 * (x0 == 1).sum(-1), seed=0)
+    assert found.recommended == "importance-sampling"
+    assert found.row("importance-sampling")["ess"] > 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_steep_cheap_potential_is_looked_at_from_every_child(seed):
+    found = check(ordered_chain(), rewarded, seed=seed)
+    assert found.recommended.startswith("clamped-")
+    assert "small V" in found.reason
+    assert found.row(found.recommended)["error"] < found.row("importance-sampling")["error"] / 2
+
+
+def test_a_chain_that_chooses_no_position_is_never_clamped():
+    for process in ("uniform", "absorbing"):
+        chain = toy_markov_chain(process, num_steps=6)
+        names = [row["name"] for row in check(chain, steep, num_evaluations=2000, seed=0).rows]
+        assert "reweighted" in names
+        assert not any(name.startswith("clamped") for name in names)
+
+
+def test_few_potential_calls_go_to_strided_steering_or_plain_draws():
+    found = check(LONG, steep, num_evaluations=50_000, num_potential_calls=400, seed=0)
+    cheap = ("steering-strided", "steering-argmax", "importance-sampling")
+    assert found.recommended in cheap
+    assert found.row(found.recommended)["potential_calls"] <= 400
+    assert found.row("clamped-persistent")["status"] == "no pilot: too dear"
+
+
+def test_a_hard_constraint_is_steered_and_its_share_told():
+    never_two = Constraint(lambda x0: (x0 != 2).sum(-1).to(torch.float64), name="all two")
+    found = check(ordered_chain(4), never_two, num_evaluations=4000, seed=0)
+    assert found.recommended != "importance-sampling"
+    assert any("-inf on" in text and "draws of the chain" in text for text in found.warnings)
+    posterior = found.program.run(seed=1)
+    assert bool((posterior.resample(50)["x0"] == 2).all())
+
+
+def test_a_target_that_nothing_finds_is_told_so():
+    nowhere = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf), name="nowhere")
+    found = check(ordered_chain(), nowhere, num_evaluations=3000, seed=0)
+    assert "every pilot of every program died" in found.reason
+    assert any(text.startswith("Every pilot died; a look-ahead") for text in found.warnings)
+    assert found.gain != found.gain
+
+
+@pytest.mark.parametrize(("rows", "size"), [(30, 2), (3, 1)])
+def test_a_handful_of_trajectories_is_for_best_of_n(rows, size):
+    found = check(LONG, steep, num_evaluations=rows, seed=0)
+    assert found.recommended == "best-of-n"
+    assert isinstance(found.program, BestOfN)
+    assert found.program.num_particles == size
+    assert found.pilot_cost["network_rows"] == 0
+    assert any(text.startswith("The budget is too small for pilots") for text in found.warnings)
+
+
+def test_without_a_pilot_plain_draws_are_recommended_and_the_costs_are_bounds():
+    found = check(LONG, steep, num_evaluations=12 * 10, seed=0)
+    assert (found.recommended, found.program.num_particles) == ("importance-sampling", 10)
+    assert found.program.run(seed=0).num_evaluations <= found.rows[0]["network_rows"] == 120
+
+
+def test_an_unaffordable_look_ahead_is_recommended_by_rule():
+    found = check(LONG, steep, num_evaluations=12 * 100, num_potential_calls=220, seed=0)
+    assert found.row("importance-sampling")["status"] == "tried"
+    assert found.recommended == "steering-strided"
+    assert "no pilot of it was affordable" in found.reason
+
+
+def test_compositions_go_to_correctors():
+    chain = ordered_chain()
+    plain = check(Power(chain, 2.0), num_evaluations=2000, seed=0)
+    assert [row["name"] for row in plain.rows] == ["corrector"]
+    tilted = check(Tilt(Power(chain, 2.0), Potential(steep)), num_evaluations=2000, seed=0)
+    assert {row["name"] for row in tilted.rows} == {"corrector", "corrector-clamped"}
+    assert tilted.run(seed=1).exact
+
+
+def test_a_differentiable_potential_may_follow_its_gradient():
+    weights = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    chain = ordered_chain(8)
+    found = check(
+        chain,
+        lambda x0: weights[x0].sum(-1),
+        num_evaluations=5000,
+        soft_potential=lambda x: (x * weights).sum((-1, -2)),
+        seed=0,
+    )
+    row = found.row("gradient")
+    assert row["status"] in ("tried", "recommended")
+    assert row["error"] < found.row("importance-sampling")["error"]
+
+
+# What its predictions are worth.
+
+
+CASES = {
+    "long": (lambda: LONG, steep, {"num_evaluations": 12_000}),
+    "calls": (lambda: LONG, steep, {"num_evaluations": 20_000, "num_potential_calls": 3000}),
+    "uniform": (
+        lambda: toy_markov_chain("uniform", length=10, num_steps=10),
+        steep,
+        {"num_evaluations": 6000},
+    ),
+    "flat": (lambda: LONG, flat, {"num_evaluations": 6000}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_costs_are_predicted_and_the_budget_is_kept(case):
+    """Where states are shared by nearly all particles, predictions are too large instead."""
+    make, potential, budget = CASES[case]
+    found = check(make(), potential, **budget, seed=3)
+    posterior, row = found.program.run(seed=1), found.row(found.recommended)
+    assert posterior.num_evaluations == pytest.approx(row["network_rows"], rel=0.25)
+    assert posterior.num_potential_calls == pytest.approx(row["potential_calls"], rel=0.25)
+    spent = found.pilot_cost
+    assert spent["network_rows"] + posterior.num_evaluations <= 1.1 * budget["num_evaluations"]
+    calls = budget.get("num_potential_calls", float("inf"))
+    assert spent["potential_calls"] + posterior.num_potential_calls <= 1.1 * calls
+
+
+def test_pilots_keep_to_their_share():
+    for share in (0.05, 0.2):
+        spent = check(LONG, flat, num_evaluations=40_000, pilot_share=share, seed=0).pilot_cost
+        assert spent["network_rows"] <= 1.1 * share * 40_000
+
+
+def test_what_pilots_cost_is_what_they_counted():
+    calls = 0
+
+    def potential(x0):
+        nonlocal calls
+        calls += len(x0)
+        return steep(x0)
+
+    spent = check(LONG, potential, num_evaluations=6000, seed=0).pilot_cost
+    assert spent["potential_calls"] == calls
+
+
+def test_the_predicted_error_is_that_of_many_runs():
+    """The error has a pilot's uncertainty: a factor of three either way, over 200 runs."""
+    found = check(
+        ordered_chain(), rewarded, num_evaluations=5000, max_particles=64, num_runs=1, seed=0
+    )
+    row, program = found.row(found.recommended), found.program
+    program.num_runs, program.store_path = 200, False
+    log_z = program.run(seed=1).log_evidence
+    truth = torch.logsumexp(log_z, 0) - torch.tensor(200.0).log()
+    error = float((log_z - truth).square().mean().sqrt())
+    assert row["error"] / 3 < error < 3 * row["error"]
+    assert row["error_low"] < row["error"] < row["error_high"]
+
+
+def test_costs_are_continued_from_their_growth():
+    linear = [(16, 160.0), (32, 318.0), (64, 640.0)]
+    assert grown(linear, 640) == pytest.approx(6400, rel=0.05)
+    # Draws from 500 equally likely states: the number of different ones.
+    shared = [(n, 500 * (1 - (1 - 1 / 500) ** n)) for n in (16, 32, 64, 128, 256, 512)]
+    assert 500 < grown(shared, 4096) < 1200  # from 320 of them; in proportion it would be 2560
+    # The same from states of very different probability.
+    probs = torch.arange(1, 2001, dtype=torch.float64).reciprocal()
+    probs = probs / probs.sum()
+    uneven = [(n, float((1 - (1 - probs) ** n).sum())) for n in (16, 32, 64, 128, 256, 4096)]
+    assert grown(uneven[:5], 4096) == pytest.approx(uneven[5][1], rel=0.25)
+    assert grown(shared[:1], 32) == 2 * shared[0][1]
+    assert grown([(16, 0.0)], 32) == 0
+
+
+def test_errors_follow_the_log_normal_law():
+    """If Z_hat = Z exp(s z - s**2 / 2) then the error is sqrt(s**2 + s**4 / 4)."""
+    s = 1.3
+    variance = torch.tensor(s**2).expm1()  # of one particle
+    assert evidence_error(float(variance), 1) == pytest.approx((s**2 + s**4 / 4) ** 0.5, rel=1e-6)
+    assert evidence_error(float("inf"), 10) == float("inf")
+
+
+def test_the_expected_best_of_n():
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0, -torch.inf], dtype=torch.float64)
+    assert expected_best(values[:4], 1) == 1.5
+    assert expected_best(values[:4], 2) == pytest.approx((0 + 3 * 1 + 5 * 2 + 7 * 3) / 16)
+    assert expected_best(values, 1.25) == 1.5  # a fifth of the draws is wasted
+    assert expected_best(values[4:], 8) == -torch.inf
+    draws = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert expected_best(draws, 10) == pytest.approx(1.539, abs=0.1)
+    assert expected_best(draws[:100], 10_000) == pytest.approx(3.85, abs=0.6)
+
+
+# What it accepts and refuses.
+
+
+def test_a_program_is_checked_with_its_arguments():
+    chain = ordered_chain()
+
+    def model(scale, y=None):
+        path = pyro.sample("path", chain)
+        factor("steep", scale * Potential(steep), chain.x0(path))
+        pyro.sample("y", dist.Normal((chain.x0(path) == 1).sum(-1).to(torch.float64), 1.0), obs=y)
+
+    found = check(model, None, 0.5, y=torch.tensor(3.0), num_evaluations=2000, seed=0)
+    posterior = found.run(seed=1)
+    assert posterior.is_program
+    again = found.program.run(0.5, y=torch.tensor(3.0), seed=1)
+    assert torch.equal(posterior.log_evidence, again.log_evidence)
+
+
+def test_a_program_with_latents_is_checked():
+    chain = ordered_chain()
+
+    def model():
+        gain = pyro.sample("gain", dist.LogNormal(0.0, 0.5))
+        path = pyro.sample("path", chain)
+        count = (chain.x0(path) == 1).sum(-1).to(torch.float64)
+        pyro.sample("y", dist.Normal(gain * count, 0.5), obs=torch.tensor(4.0))
+
+    found = check(model, num_evaluations=2000, seed=0)
+    assert found.run(seed=1).samples["gain"].ndim == 2
+
+
+def test_same_seed_same_answer_and_the_global_state_is_left_alone():
+    before = torch.get_rng_state()
+    first, second = (check(LONG, steep, num_evaluations=3000, seed=3) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.recommended == second.recommended
+    for one, other in zip(first.rows, second.rows, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_it_prints_what_it_found():
+    found = check(LONG, steep, num_evaluations=6000, seed=0)
+    assert isinstance(found, Check)
+    text = str(found)
+    for row in found.rows:
+        assert row["name"] in text
+    assert f"Use {found.recommended}: {found.reason}." in " ".join(text.split())
+    assert "approximate" in text
+    assert "per network row" in text
+    assert len(found.row(found.recommended)["ess_trace"]) == 12
+    with pytest.raises(KeyError, match="'beam' was no candidate"):
+        found.row("beam")
+
+
+def test_a_slow_potential_is_told():
+    def dock(x0):
+        time.sleep(0.11 * len(x0))
+        return flat(x0)
+
+    found = check(ordered_chain(2), dock, num_evaluations=None, num_potential_calls=70, seed=0)
+    assert found.ms_per_call > 100
+    assert any("s per call" in text for text in found.warnings)
+
+
+def test_pilots_have_patience_only_for_so_long(monkeypatch):
+    monkeypatch.setattr("ppl_diffusion.inference._check_budget.PATIENCE", 0.05)
+
+    def dock(x0):
+        time.sleep(0.01 * len(x0))
+        return steep(x0)
+
+    found = check(ordered_chain(4), dock, num_evaluations=10_000, seed=0)
+    assert sum(row["status"] in ("tried", "recommended") for row in found.rows) <= 2
+    assert found.pilot_cost["potential_calls"] < 40
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(float("nan"), "returned NaN or"), (float("inf"), "returned NaN or")],
+)
+def test_potentials_that_are_no_number_are_refused(value, text):
+    with pytest.raises(PotentialError, match=text):
+        check(ordered_chain(), lambda x0: torch.full(x0.shape[:-1], value), seed=0)
+
+
+def test_potentials_that_raise_are_named():
+    def oracle(x0):
+        raise KeyError("no such plasmid")
+
+    with pytest.raises(PotentialError, match="check: oracle raised KeyError"):
+        check(ordered_chain(), oracle, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_evaluations": None}, "nothing limits the run; give num_evaluations"),
+        ({"num_evaluations": 0}, "num_evaluations must be positive and finite, got 0"),
+        ({"seconds": -1.0}, "seconds must be positive and finite, got -1"),
+        ({"pilot_share": 0.9}, r"pilot_share must lie in \(0, 0.5\], got 0.9"),
+        ({"num_runs": 0}, "num_runs must be >= 1, got 0"),
+        ({"pilot_particles": 1}, "pilot_particles must be >= 2, got 1"),
+    ],
+    ids=str,
+)
+def test_unusable_numbers_are_refused(options, text):
+    with pytest.raises(ValueError, match=f"check: {text}"):
+        check(ordered_chain(), steep, **options)
