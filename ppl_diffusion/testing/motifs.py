@@ -5,12 +5,12 @@ The prior is a Markov chain along positions and ``log G(x)`` a weight times the 
 string-matching automaton (Knuth, Morris and Pratt 1977, SIAM J. Comput. 6), so prior, potential
 and automaton together are again a Markov chain, of ``V * m`` states for a motif of length ``m``.
 Messages along it give the normalising constant, the value of any partly masked sequence, posterior
-marginals and exact posterior draws, at a cost linear in the length.
+marginals and exact posterior draws, at a cost linear in the length, with or without a prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,13 +23,14 @@ from ppl_diffusion.potentials import Potential
 
 @dataclass(frozen=True, eq=False)
 class MotifProblem:
-    """The law ``P(x) exp(weight * occurrences) / Z`` over sequences of ``V`` tokens.
+    """The law ``P(x | prompt) exp(weight * occurrences) / Z`` over sequences of ``V`` tokens.
 
     :param initial: law of the first token, float64 ``(V,)``.
     :param transition: row-stochastic matrix, float64 ``(V, V)``.
     :param length: number ``L`` of positions.
     :param motif: the tokens of the motif.
     :param weight: log-potential of one occurrence, in nats.
+    :param prompt: tokens present from the start, int64 ``(L,)``, ``-1`` where free; None for none.
     """
 
     initial: Tensor
@@ -37,6 +38,7 @@ class MotifProblem:
     length: int
     motif: tuple[int, ...]
     weight: float
+    prompt: Tensor | None = None
 
     @classmethod
     def random(
@@ -63,6 +65,20 @@ class MotifProblem:
         probs = torch.softmax(sharpness * logits, -1)
         return cls(probs[0], probs[1:], length, motif, weight)
 
+    def with_gaps(self, num_gaps: int, gap_length: int, *, seed: int = 0) -> MotifProblem:
+        """Return the problem of filling gaps, at equal distances, in one prior draw.
+
+        :param num_gaps: how many gaps.
+        :param gap_length: positions of each.
+        :param seed: seed of the draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        x0 = replace(self, weight=0.0, prompt=None).draw(1, generator)[0]
+        period = self.length // num_gaps
+        site = torch.arange(self.length)
+        free = (site % period >= period - gap_length) & (site < num_gaps * period)
+        return replace(self, prompt=torch.where(free, -1, x0))
+
     @property
     def vocab_size(self) -> int:
         """Number ``V`` of tokens."""
@@ -72,12 +88,13 @@ class MotifProblem:
     def chain(self) -> ReverseChain:
         """The masked chain that reveals one position per step, with the exact denoiser.
 
-        The law of its clean sequences is the prior itself, so that its normalising constant is
-        :attr:`log_z`.
+        The law of its clean sequences is the prior itself given the prompt, so that its normalising
+        constant is :attr:`log_z`.
         """
         process = Absorbing(self.vocab_size)
         denoiser = MarkovDenoiser(self.initial, self.transition, process)
-        return ReverseChain(OrderedKernel(process, denoiser, length=self.length), self.length)
+        kernel = OrderedKernel(process, denoiser, length=self.length)
+        return ReverseChain(kernel, self.length, prompt=self.prompt)
 
     @property
     def potential(self) -> Potential:
@@ -94,28 +111,36 @@ class MotifProblem:
 
     @property
     def log_z(self) -> float:
-        """``log sum_x P(x) G(x)``."""
-        return float(self.log_value(self._masked(1))[0])
+        """``log sum_x P(x | prompt) G(x)``."""
+        return float(self.log_value(self.start)[0])
+
+    @property
+    def start(self) -> Tensor:
+        """The noisiest state: the prompt, and masks elsewhere, int64 ``(1, L)``."""
+        masked = torch.full((1, self.length), self.vocab_size)
+        return masked if self.prompt is None else torch.where(self.prompt < 0, masked, self.prompt)
 
     @property
     def mean_occurrences(self) -> float:
         """Posterior mean of :meth:`occurrences`: the derivative of ``log Z`` by the weight."""
         weight = torch.tensor(self.weight, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
-            log_z = self._messages(self._masked(1), weight)[1].sum()
+            log_z = self._messages(self.start, weight)[1].sum()
             (slope,) = torch.autograd.grad(log_z, weight)
         return float(slope)
 
     @property
     def marginals(self) -> Tensor:
         """Posterior law of the token at each position, float64 ``(L, V)``."""
-        messages, _ = self._messages(self._masked(1), self._weight)
-        law, laws = self._start(self._weight), []
-        for message in messages:
-            joint = law * message[0]
-            laws.append(joint.reshape(self.vocab_size, -1).sum(-1) / joint.sum())
-            law = (law / law.sum()) @ self._transfer(self._weight)
-        return torch.stack(laws)
+        messages, _ = self._messages(self.start, self._weight)
+        transfer = self._transfer(self._weight)
+        joint = self._start(self._weight) * messages[0][0]
+        laws = [joint / joint.sum()]
+        for message in messages[1:]:
+            ahead = transfer @ message[0]
+            moved = torch.where(ahead > 0, laws[-1] / ahead, 0.0) @ transfer * message[0]
+            laws.append(moved / moved.sum())
+        return torch.stack(laws).unflatten(-1, (self.vocab_size, -1)).sum(-1)
 
     def log_value(self, tokens: Tensor) -> Tensor:
         """Return ``log E[G(x0) | tokens]`` under the prior, float64 ``(*batch,)``.
@@ -136,7 +161,7 @@ class MotifProblem:
         :param num: how many.
         :param generator: source of randomness.
         """
-        messages, _ = self._messages(self._masked(1), self._weight)
+        messages, _ = self._messages(self.start, self._weight)
         transfer, tokens = self._transfer(self._weight), []
         law = self._start(self._weight).expand(num, -1)
         for message in messages:
@@ -146,24 +171,25 @@ class MotifProblem:
         return torch.stack(tokens, -1)
 
     def draw_paths(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return independent draws of whole paths of :attr:`chain`, int64 ``(num, L + 1, L)``.
+        """Return independent posterior draws of paths of :attr:`chain`, int64 ``(num, L + 1, L)``.
 
-        With the exact denoiser every order of reveals is as likely as any other.
+        With the exact denoiser every order of reveals is as likely as any other, whatever is
+        revealed.
 
         :param num: how many.
         :param generator: source of randomness.
         """
-        x0, length = self.draw(num, generator), self.length
-        rank = torch.rand(num, length, generator=generator, dtype=torch.float64).argsort(-1)
-        shown = rank[:, None] < torch.arange(length + 1)[:, None]
+        x0, shape = self.draw(num, generator), (num, self.length)
+        turn = torch.rand(shape, generator=generator, dtype=torch.float64)
+        turn = turn.masked_fill(self.start < self.vocab_size, -1.0)
+        rank = turn.argsort(-1).argsort(-1)[:, None]
+        known = (self.start < self.vocab_size).sum()
+        shown = rank < known + torch.arange(self.length + 1)[:, None]
         return torch.where(shown, x0[:, None], self.vocab_size)
 
     @property
     def _weight(self) -> Tensor:
         return torch.tensor(self.weight, dtype=torch.float64)
-
-    def _masked(self, num: int) -> Tensor:
-        return torch.full((num, self.length), self.vocab_size)
 
     def _start(self, weight: Tensor) -> Tensor:
         """Return the tilted law of the first joint state ``token * m + matched``, ``(V * m,)``."""

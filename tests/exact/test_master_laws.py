@@ -36,6 +36,6 @@ def test_renamed_tokens_leave_the_law(posed):
 
 def test_a_wrong_denoiser_has_the_evidence_of_its_own_chain(posed):
     """M18: the declared ``Z``, not the one of the data law."""
-    posterior = posed.run(32, 400)
+    posterior = posed.run(32, 600)
     assert abs(z_score(posed.ratio(posterior), 1.0)) < MAX_Z
     assert abs(z_score(posed.ideal().ratio(posterior), 1.0)) > 2 * MAX_Z
