@@ -116,6 +116,8 @@ class Program:
         self.nesting = max(map(_depth, sites))
         self.carried = self.latents  # until the probe knows better
         self.redrawn: list[str] = []
+        self.density_shapes: dict[str, torch.Size] = {}
+        """Shape of each scored site's log-density for one particle, once that is known."""
         self._probe()
 
     @property
@@ -198,6 +200,7 @@ class Program:
             "(particles, 1 for each plate a site is not in, ...)), or pass "
             "vectorize_particles=False"
         )
+        self.density_shapes = alone.density_shapes()
         try:
             together = self.evaluate(stacked, len(singles)).log_densities()
         except (CapabilityError, PotentialError):
@@ -266,7 +269,7 @@ class ProgramRun:
         :param name: site name.
         """
         site = self.traces[0].nodes[name]
-        return not site["is_observed"] or bool(site["infer"].get("_deterministic", False))
+        return not site["is_observed"] or _is_deterministic(site)
 
     def log_density(self, *, lookahead: bool = False) -> Tensor:
         """Return the log-density of observations and carried latents, float64 ``(size,)``.
@@ -292,16 +295,22 @@ class ProgramRun:
 
         :param lookahead: as in :meth:`log_density`.
         """
-        scored = [
-            s["name"]
-            for s in sample_sites(self.traces[0])
-            if not is_chain(s) and s["name"] not in self.program.redrawn
-        ]
-        return {name: self._site_log_density(name, lookahead) for name in scored}
+        return {name: self._site_log_density(name, lookahead) for name in self._scored()}
+
+    def density_shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of each scored site's log-density in the first trace."""
+        nodes = self.traces[0].nodes
+        return {name: _scored_log_prob(nodes[name], False).shape for name in self._scored()}
+
+    def _scored(self) -> list[str]:
+        redrawn = self.program.redrawn
+        sites = [s for s in sample_sites(self.traces[0]) if s["name"] not in redrawn]
+        return [s["name"] for s in sites if not is_chain(s) and not _is_deterministic(s)]
 
     def _site_log_density(self, name: str, lookahead: bool) -> Tensor:
         values = [_scored_log_prob(trace.nodes[name], lookahead) for trace in self.traces]
         if self._together:
+            _require_own_dimensions(values[0], self.program, name)
             value = _per_particle(values[0], self.size, self.program.nesting, name)
         else:
             value = torch.stack([v.to(torch.float64).sum() for v in values])
@@ -343,6 +352,24 @@ def _per_particle(value: Tensor, size: int, nesting: int, name: str) -> Tensor:
             f"particles and {nesting} plates"
         )
     return value.reshape(value.shape[0], -1).sum(-1).expand(size)
+
+
+def _is_deterministic(site: dict[str, Any]) -> bool:
+    return bool(site["infer"].get("_deterministic", False))
+
+
+def _require_own_dimensions(value: Tensor, program: Program, name: str) -> None:
+    """Refuse particles in the place of a plate, which would be summed over as its elements."""
+    if name not in program.density_shapes:
+        return
+    own = program.density_shapes[name]
+    found = value.shape[max(value.ndim - program.nesting, 0) :]
+    allowed = [*[1] * len(found), *own][-len(found) :] if found else []
+    if any(n not in (1, m) for n, m in zip(found, allowed, strict=True)):
+        raise ValueError(
+            f"site {name!r} has a log-density of shape {tuple(value.shape)} for several particles "
+            f"and {tuple(own)} for one: where it is in no plate, keep a dimension of size 1"
+        )
 
 
 def sample_sites(trace: Trace) -> list[dict[str, Any]]:

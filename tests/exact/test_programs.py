@@ -1,0 +1,233 @@
+"""Every program on every Pyro program: several chains, plates, other latents, by enumeration.
+
+All comparisons are 4 standard errors: false alarm 6e-5 each (two-sided).
+"""
+
+from functools import cache
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from ppl_diffusion.denoisers import TableDenoiser
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.handlers import clamp
+from ppl_diffusion.inference import (
+    SMC,
+    BeamSearch,
+    BestOfN,
+    Corrector,
+    FKSteering,
+    GuidedLineages,
+    ImportanceSampling,
+    SoftValueGuidance,
+    Tempering,
+    TwistedSampler,
+)
+from ppl_diffusion.inference._latents import CarriedLatents
+from ppl_diffusion.inference.steering import SteeringEngine
+from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.potentials import factor
+from ppl_diffusion.testing.oracles import ExactChain, z_score
+from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
+
+LEVELS = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+RATES = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+Y = torch.tensor(3.0, dtype=torch.float64)
+PAIR = toy_potential(3, 2, scale=1.5)
+
+
+def ordered_chain(vocab_size, length, seed):
+    process = Absorbing(vocab_size)
+    denoiser = TableDenoiser(random_joint(vocab_size, length, seed=seed), process)
+    return ReverseChain(OrderedKernel(process, denoiser, length=length), length)
+
+
+A, B = ordered_chain(3, 2, 0), ordered_chain(2, 2, 5)
+PLATED = toy_chain("uniform", num_steps=3, seed=2)
+MASKED = toy_chain(num_steps=3, seed=3)
+
+
+def zeros(x):
+    return (x == 0).sum(-1).double()
+
+
+# The three programs, each with its weighted table: probability, density, and what is averaged.
+
+
+def coupled():
+    """Two sites with different alphabets, which a factor brings together."""
+    x = pyro.deterministic("x", A.x0(pyro.sample("a", A)), event_dim=1)
+    z = pyro.deterministic("z", B.x0(pyro.sample("b", B)), event_dim=1)
+    pyro.factor("meet", -1.5 * (zeros(x) - zeros(z) - 1).square())
+
+
+def plated():
+    """A chain in a plate, with a factor of each element and one of both."""
+    with pyro.plate("element", 2):
+        x = PLATED.x0(pyro.sample("path", PLATED))
+        factor("each", PAIR, x)
+    x = pyro.deterministic("x", x, event_dim=2)
+    same = (x[..., :1, :] == x[..., 1:, :]).all(-1)  # keeps a dimension in place of the plate
+    pyro.factor("same", 1.5 * same.double())
+
+
+def assay():
+    """A categorical latent in front of an observation of the sequence."""
+    level = LEVELS[pyro.sample("level", dist.Categorical(RATES))]
+    x = pyro.deterministic("x", MASKED.x0(pyro.sample("path", MASKED)), event_dim=1)
+    pyro.sample("y", dist.Normal(level + zeros(x), 0.3), obs=Y)
+
+
+def every(*sizes):
+    return torch.cartesian_prod(*[torch.arange(size) for size in sizes])
+
+
+def chain_law(chain):
+    return ExactChain.of(chain).x0_law()
+
+
+@cache
+def coupled_table(lockstep):
+    x, z = every(3, 3), every(2, 2)
+    law = A.kernel.denoiser.joint.reshape(-1, 1) * B.kernel.denoiser.joint.reshape(1, -1)
+    density = -1.5 * (zeros(x)[:, None] - zeros(z) - 1).square()
+    return law, density.exp(), zeros(x)[:, None].expand(law.shape)
+
+
+@cache
+def plated_table(lockstep):
+    x, law = every(3, 3), chain_law(PLATED)
+    each = law * PAIR(x).exp()
+    same = torch.eye(len(x), dtype=torch.float64)
+    pairs = zeros(x)[:, None] + zeros(x)
+    return each[:, None] * each, (1.5 * same).exp(), pairs
+
+
+@cache
+def assay_table(lockstep):
+    x = every(3, 3)
+    law = MASKED.kernel.denoiser.joint.flatten() if lockstep else chain_law(MASKED)
+    density = dist.Normal(LEVELS + zeros(x)[:, None], 0.3).log_prob(Y)
+    return law[:, None] * RATES, density.exp(), LEVELS.expand(len(x), 3) * zeros(x)[:, None]
+
+
+PROGRAMS = {
+    "coupled": (coupled, coupled_table, lambda s: zeros(s["x"])),
+    "plated": (plated, plated_table, lambda s: zeros(s["x"]).sum(-1)),
+    "assay": (assay, assay_table, lambda s: LEVELS[s["level"]] * zeros(s["x"])),
+}
+SIZE = {"num_particles": 8, "num_runs": 250}
+METHODS = {
+    "importance": lambda model: ImportanceSampling(model, **SIZE),
+    "lineages": lambda model: GuidedLineages(model, **SIZE),
+    "steering": lambda model: FKSteering(model, **SIZE, ess_threshold=0.9),
+    "steering-max": lambda model: FKSteering(model, **SIZE, kind="max", twist="persistent"),
+    "soft-value": lambda model: SoftValueGuidance(model, **SIZE, num_children=3),
+    "twisted": lambda model: TwistedSampler(model, **SIZE, ess_threshold=0.9),
+    "reweighted": lambda model: TwistedSampler(model, **SIZE, proposal="reweighted"),
+    "corrector": lambda model: Corrector(model, **SIZE),
+    "corrector-twist": lambda model: Corrector(model, **SIZE, twist="persistent"),
+    "tempering": lambda model: Tempering(model, **SIZE),
+    "smc": lambda model: SMC(model, **SIZE),
+}
+UNWEIGHTED = {
+    "best": lambda model: BestOfN(model, num_particles=16, num_runs=4),
+    "beam": lambda model: BeamSearch(model, num_particles=16, num_runs=4),
+    "published": lambda model: SoftValueGuidance(model, num_particles=16, weighted=False),
+}
+
+
+def scores(posterior, name, *, lockstep=False):
+    """Return z-scores of the evidence, and of the evidence times an expectation (both unbiased)."""
+    _, table, value = PROGRAMS[name]
+    law, density, values = table(lockstep)
+    estimate = posterior.log_evidence.exp()
+    mean = posterior.expectation(value)
+    mean = torch.where(posterior.alive, mean, 0.0)
+    evidence = float((law * density).sum())
+    return (
+        z_score(estimate, evidence),
+        z_score(estimate * mean, float((law * density * values).sum())),
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_evidence_and_expectations(name, method):
+    posterior = METHODS[method](PROGRAMS[name][0]).run(seed=1)
+    z = scores(posterior, name, lockstep=method.startswith("corrector"))
+    assert max(map(abs, z)) < 4
+    assert posterior.exact
+    assert posterior.is_program
+    assert name in posterior.target
+    assert posterior.num_evaluations > 0
+    assert posterior.num_potential_calls > 0
+    assert posterior.ess.shape == (250, posterior.num_steps)
+    assert posterior.ancestors.shape == (posterior.num_steps, 250, 8)
+    assert posterior.x0.shape[:2] == (250, 8)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_methods_without_a_law_run_and_say_so(name):
+    for make in UNWEIGHTED.values():
+        posterior = make(PROGRAMS[name][0]).run(seed=2)
+        assert not posterior.exact
+        assert "log_evidence" in posterior.target
+        best = posterior.log_potential.max(-1).values
+        assert bool((best > -torch.inf).all())
+
+
+def test_a_latent_left_behind_by_its_particle_is_found_out(monkeypatch):
+    gather = SteeringEngine.gather
+
+    def labels_stay(self, carry, ancestors):
+        moved, size = gather(self, carry, ancestors), MASKED.length
+        tokens = torch.cat([moved["tokens"][..., :size], carry["tokens"][..., size:]], -1)
+        return {**moved, "tokens": tokens}
+
+    monkeypatch.setattr(SteeringEngine, "gather", labels_stay)
+    many = FKSteering(assay, num_particles=32, num_runs=400, ess_threshold=2.0)
+    assert max(map(abs, scores(many.run(seed=1), "assay"))) > 6
+
+
+def test_a_latent_whose_law_is_counted_twice_is_found_out(monkeypatch):
+    monkeypatch.setattr(CarriedLatents, "log_prob", lambda self, rows: torch.zeros(len(rows)))
+    z = scores(METHODS["steering"](assay).run(seed=1), "assay")
+    assert max(map(abs, z)) > 6
+
+
+def test_a_clamp_is_held_in_every_element_of_a_plate():
+    held = clamp(plated, tokens=torch.tensor([1, 0]), mask=torch.tensor([True, False]))
+    law, density, _ = plated_table(False)
+    one = (every(3, 3)[:, 0] == 1).double()
+    evidence = float((law * density * one[:, None] * one).sum())
+    for method in ("steering", "twisted", "corrector"):
+        posterior = METHODS[method](held).run(seed=3)
+        assert abs(z_score(posterior.log_evidence.exp(), evidence)) < 4
+        alive = posterior.log_weights > -torch.inf
+        assert bool((posterior.samples["x"][..., 0][alive] == 1).all())
+
+
+@pytest.mark.parametrize("process", ["absorbing", "uniform", "ordered"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "smc"])
+def test_bare_chains_with_plates(process, method):
+    alone = A if process == "ordered" else toy_chain(process, num_steps=3, seed=4)
+    make = METHODS[method]
+    law = chain_law(alone) if process == "uniform" else None
+    if law is None:
+        lockstep = process == "ordered" or method.startswith("corrector")
+        law = alone.kernel.denoiser.joint.flatten() if lockstep else chain_law(alone)
+    posterior = make_bare(make, alone.expand([2]), PAIR).run(seed=5)
+    assert posterior.x0.shape == (250, 8, 2, 2)
+    one = float((law * PAIR(every(3, 3)).exp()).sum())
+    assert abs(z_score(posterior.log_evidence.exp(), one**2)) < 4
+
+
+def make_bare(make, chain, potential):
+    """Return the same method on a bare chain with its potential."""
+    program = make(chain)
+    inner = getattr(program, "_sampler", program)
+    inner.potential = potential
+    return program
