@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Kernel, Process, Uniform
 
 DATA = Path(__file__).with_name("problems.json")
 
@@ -72,12 +72,29 @@ class Problem:
         pairs = self.pair[x0[..., :-1], x0[..., 1:]].sum(-1)
         return pairs + self.ends * (x0[..., 0] == x0[..., -1]).to(torch.float64)
 
+    def log_prior(self, x0: Tensor) -> Tensor:
+        """Return ``log P(x0)``, float64 ``(*batch,)``.
+
+        :param x0: int64 ``(*batch, L)``.
+        """
+        moves = self.transition.log()[x0[..., :-1], x0[..., 1:]]
+        return self.initial.log()[x0[..., 0]] + moves.sum(-1)
+
     def chain(self, num_steps: int) -> ReverseChain:
         """Return the masked reverse chain with the exact denoiser.
 
         :param num_steps: number ``T`` of equal time steps.
         """
-        process = Absorbing(self.vocab_size)
+        return self._chain(Absorbing(self.vocab_size), num_steps)
+
+    def uniform_chain(self, num_steps: int) -> ReverseChain:
+        """Return the reverse chain of uniform noise with the exact denoiser.
+
+        :param num_steps: number ``T`` of equal time steps.
+        """
+        return self._chain(Uniform(self.vocab_size), num_steps)
+
+    def _chain(self, process: Process, num_steps: int) -> ReverseChain:
         denoiser = MarkovDenoiser(self.initial, self.transition, process)
         kernel = InterpolatingKernel(process, denoiser, num_steps=num_steps)
         return ReverseChain(kernel, length=self.length)
@@ -88,6 +105,13 @@ class Problem:
         :param scale: the factor.
         """
         return replace(self, pair=self.pair * scale, ends=self.ends * scale)
+
+    def annealed(self, beta: float) -> Problem:
+        """Return the problem with ``P**beta``, not normalised, in place of ``P``.
+
+        :param beta: the power.
+        """
+        return replace(self, initial=self.initial**beta, transition=self.transition**beta)
 
     @cached_property
     def posterior(self) -> ExactPosterior:
@@ -142,11 +166,21 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 def _enumerated_posterior(problem: Problem) -> ExactPosterior:
     sequences = all_sequences(problem.vocab_size, problem.length)
-    prior = MarkovDenoiser(problem.initial, problem.transition, Absorbing(problem.vocab_size))
-    log_joint = prior.log_prob(sequences) + problem.log_potential(sequences)
+    log_joint = problem.log_prior(sequences) + problem.log_potential(sequences)
+    return tabulated(log_joint, problem.vocab_size, problem.length)
+
+
+def tabulated(log_joint: Tensor, vocab_size: int, length: int) -> ExactPosterior:
+    """Return everything about a law whose unnormalised table is known.
+
+    :param log_joint: ``(V ** L,)``, in the order of :func:`all_sequences`.
+    :param vocab_size: number ``V`` of tokens.
+    :param length: number ``L`` of positions.
+    """
+    sequences = all_sequences(vocab_size, length)
     log_z = torch.logsumexp(log_joint, 0)
     table = (log_joint - log_z).exp()
-    hits = torch.nn.functional.one_hot(sequences, problem.vocab_size).to(torch.float64)
+    hits = torch.nn.functional.one_hot(sequences, vocab_size).to(torch.float64)
     marginals = torch.einsum("s,slv->lv", table, hits)
 
     def draw(num: int, generator: torch.Generator) -> Tensor:
@@ -226,7 +260,7 @@ def _refinements(mask: int, length: int) -> tuple[Tensor, Tensor]:
     return chosen[..., 0], chosen[..., 1]
 
 
-def _reveal_probs(kernel: InterpolatingKernel) -> list[float]:
+def _reveal_probs(kernel: Kernel) -> list[float]:
     """Return the probability that a masked site is revealed in each step."""
     return [
         float((b - a) / (1 - a)) for a, b in zip(kernel.alphas, kernel.alphas[1:], strict=False)

@@ -109,32 +109,6 @@ def test_the_denoiser_of_a_problem_is_exact():
     torch.testing.assert_close(denoiser(state, 0.5)[hidden], table(state, 0.5)[hidden])
 
 
-def test_accuracy_rows():
-    accuracy = module("accuracy")
-    plan = accuracy.Plan("B0", 6, (4,), 30)
-    rows = [row.flat() for row in accuracy.measure_plan(plan)]
-    json.dumps(rows, allow_nan=False)
-    assert [row["method"] for row in rows[1:]] == [m.name for m in accuracy.METHODS]
-    for row in rows:
-        assert {"name", "value", "unit", "n", "problem", "tv"} <= row.keys()
-        assert 0 < row["tv"] < 1
-    for row in rows[1:]:
-        assert ("rmse_log_z" in row) == (row["method"] != "best-of-n")
-        assert 0 < row["evaluations"] <= 4 * 5
-        assert row["potential_calls"] >= 1
-    assert rows[-1]["potential_calls"] > rows[1]["potential_calls"]
-
-
-def test_exact_draws_set_the_floor():
-    accuracy = module("accuracy")
-    few, many = (accuracy.Reference(accuracy.Plan("B0", 4, (4,), n)).floor for n in (100, 10_000))
-    assert many < 0.2 * few
-    reference = accuracy.Reference(accuracy.Plan("B0", 4, (4,), 1))
-    sequences, joint = log_joint(reference.problem)
-    mean = torch.softmax(joint, 0) @ reference.problem.log_potential(sequences)
-    assert reference.mean_potential == pytest.approx(float(mean), abs=1e-6)
-
-
 def test_overhead_rows():
     overhead = module("overhead")
     chain = overhead.random_chain(2, dim=8, depth=1, heads=2)

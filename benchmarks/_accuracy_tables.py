@@ -1,0 +1,89 @@
+"""How the accuracy benchmark prints the rows of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+
+from benchmarks._report import Row, table, verdict
+
+LEGEND = (
+    "* weights exact for no declared law. floor: noise of TV in that row (for exact draws, of as "
+    "many as runs).\nRMSE, bias: of log Z against the declared target; ideal: against that of the "
+    "exact chain. gap: mean upper minus mean lower bound of log Z.\nrows, calls: network rows and "
+    "potential calls of one run. N: sequences moved per step, be they particles, children or "
+    "candidates.\nargmax, sample, persistent: Feynman-Kac steering by differences of that "
+    "look-ahead; max, sum: by its running maximum or sum."
+)
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print the rows of one case.
+
+    :param rows: those of :func:`measure_plan`.
+    :param console: where to.
+    """
+    exact, *others = rows
+    c, measured = exact.coordinates, [row for row in others if row.name == "accuracy"]
+    title = (
+        f"{c['problem']}, {c['setting']} ({c['kernel']}, {c['num_steps']} steps): log Z "
+        f"{c['log_z']:.3f} ideal, {c['log_z_declared']:.3f} declared; {exact.n:,} runs, TV of "
+        f"{c['tv_of']} to the {c['tv_to']} law"
+    )
+    columns = _columns(c, measured)
+    made = table(title, ["", *columns], _verdicts(others))
+    made.box, made.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+    for row in [exact, *measured]:
+        name = row.coordinates["method"] + ("" if row.coordinates["exact"] else " *")
+        made.add_row(name, *(cell(row.coordinates) for cell in columns.values()))
+    console.print(made)
+
+
+def _columns(c: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Callable[[Any], str]]:
+    """Return how each column reads its cell; those that would be empty or double are left out."""
+    apart = c["log_z"] != c["log_z_declared"]
+    tilted = c["mean_potential"] is not None
+    columns = {
+        "N": _cell("num_particles", "{}"),
+        "TV": _cell("tv", "{:.3f}"),
+        "floor": _cell("tv_floor", "{:.3f}"),
+        "TV ideal": _cell("tv_ideal", "{:.3f}") if apart and c["tv_to"] == "declared" else None,
+        "RMSE log Z": _error_cell,
+        "ideal": _cell("rmse_log_z_ideal", "{:.3f}") if apart else None,
+        "bias": _cell("bias_log_z", "{:+.3f}"),
+        "gap": _cell("gap_log_z", "{:.3f}"),
+        "mean r": _cell("mean_potential", "{:.2f}") if tilted else None,
+        "log P": _cell("mean_log_p", "{:.2f}"),
+        "rows": _cell("evaluations", "{:.0f}"),
+        "calls": _cell("potential_calls", "{:.0f}") if tilted else None,
+        "ms/run": _cell("seconds_per_run", "{:.2f}", 1e3),
+    }
+    return {name: cell for name, cell in columns.items() if cell is not None}
+
+
+def _cell(key: str, form: str, unit: float = 1) -> Callable[[Mapping[str, Any]], str]:
+    def read(c: Mapping[str, Any]) -> str:
+        value = c.get(key)
+        return "" if value is None or value != value else form.format(value * unit)
+
+    return read
+
+
+def _error_cell(c: Mapping[str, Any]) -> str:
+    if "rmse_log_z" not in c:
+        return ""
+    return f"{c['rmse_log_z']:.3f} ±{c['rmse_log_z_se']:.3f}"
+
+
+def _verdicts(rows: Sequence[Row]) -> str:
+    """Return a line for each goal."""
+    lines = []
+    for row in rows:
+        if row.goal is not None:
+            c = row.coordinates
+            what = f"{c['method']}, N = {c['num_particles']}: {row.name} {row.value:.3f}"
+            lines.append(f"{what} {verdict(row)}")
+    return "\n".join(lines)
