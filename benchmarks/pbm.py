@@ -52,16 +52,20 @@ mean of estimated over exact evidence. gap: two-sided bound of log Z with multin
 mean r: nats of log G. *: no declared target, no evidence. ESS: of draws of the prior. E: estimated
 ± standard error (exact). common: spread of the difference of the first E to the row above, over
 what it would be had the two rows not shared their random numbers.
+persistent: 16 completions with noise that travels with the particle.
 Where rows miss:
 - argmax: the background is nearly uniform, so that one completion, much the same for every state,
-  says little about log G; its errors enter the weights, and importance sampling does better.
-- published svdd: nothing pays for the choice of a child, so more children lead farther away.
+  says little about log G. Its errors enter the weights: the evidence is worse than that of
+  importance sampling, and so heavy-tailed that the mean Z^ of all runs hangs on a few of them.
+- published svdd: nothing pays for the choice of a child, so that with more children the positions
+  get farther from the posterior.
+- weighted svdd: four lineages, however many children; what their guesses get wrong stays.
 - best-of-n and beam: optimisers; no tilt of the prior has their law.
 - tempering: n / 7 particles, as every stage masks and reveals each again; too few to begin with.
-- persistent fills at PAX6 not PAX3: most of the posterior is in few words that the prior hardly
-  draws and a look-ahead finds late; the error falls as n grows.
-- common random numbers help where particles do not depend on the weight (importance), and little
-  where they choose and resample by it."""
+- persistent fills at PAX6 not PAX3: most of the posterior is in words that the prior hardly draws
+  and completions rarely hit; the error falls as n grows, and is larger at larger weights.
+- common random numbers help where particles do not depend on the weight (importance), and hardly
+  where they are chosen and resampled by it and the weights are this far apart."""
 
 
 @dataclass(frozen=True)
