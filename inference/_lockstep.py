@@ -271,6 +271,6 @@ def _own_reveals(chain: ReverseChain) -> tuple[int, int]:
         return max(1, -(-free // kernel.num_steps)), length
     raise CapabilityError(
         f"Corrector: lockstep reveals need a masked chain at kappa=1 whose law is its denoiser's, "
-        f"which {kernel!r} is not; use InterpolatingKernel or OrderedKernel (clock='mode'), or "
+        f"which {kernel!r} is not; use InterpolatingKernel or OrderedKernel (clock='mean'), or "
         "method='path' for other processes."
     )
