@@ -73,11 +73,11 @@ def plated():
     pyro.factor("same", 1.5 * same.double())
 
 
-def assay():
+def assay(error=0.7):
     """A categorical latent in front of an observation of the sequence."""
     level = LEVELS[pyro.sample("level", dist.Categorical(RATES))]
     x = pyro.deterministic("x", MASKED.x0(pyro.sample("path", MASKED)), event_dim=1)
-    pyro.sample("y", dist.Normal(level + zeros(x), 0.3), obs=Y)
+    pyro.sample("y", dist.Normal(level + zeros(x), error), obs=Y)
 
 
 def every(*sizes):
@@ -106,10 +106,10 @@ def plated_table(lockstep):
 
 
 @cache
-def assay_table(lockstep):
+def assay_table(lockstep, error=0.7):
     x = every(3, 3)
     law = MASKED.kernel.denoiser.joint.flatten() if lockstep else chain_law(MASKED)
-    density = dist.Normal(LEVELS + zeros(x)[:, None], 0.3).log_prob(Y)
+    density = dist.Normal(LEVELS + zeros(x)[:, None], error).log_prob(Y)
     return law[:, None] * RATES, density.exp(), LEVELS.expand(len(x), 3) * zeros(x)[:, None]
 
 
@@ -139,10 +139,10 @@ UNWEIGHTED = {
 }
 
 
-def scores(posterior, name, *, lockstep=False):
+def scores(posterior, name, *args, lockstep=False):
     """Return z-scores of the evidence, and of the evidence times an expectation (both unbiased)."""
     _, table, value = PROGRAMS[name]
-    law, density, values = table(lockstep)
+    law, density, values = table(lockstep, *args)
     estimate = posterior.log_evidence.exp()
     mean = posterior.expectation(value)
     mean = torch.where(posterior.alive, mean, 0.0)
@@ -189,7 +189,7 @@ def test_a_latent_left_behind_by_its_particle_is_found_out(monkeypatch):
 
     monkeypatch.setattr(SteeringEngine, "gather", labels_stay)
     many = FKSteering(assay, num_particles=32, num_runs=400, ess_threshold=2.0)
-    assert max(map(abs, scores(many.run(seed=1), "assay"))) > 6
+    assert max(map(abs, scores(many.run(0.3, seed=1), "assay", 0.3))) > 6
 
 
 def test_a_latent_whose_law_is_counted_twice_is_found_out(monkeypatch):
