@@ -32,6 +32,9 @@ COLLAPSED = 0.3
 COARSE = 1.0
 """Error of the log-evidence, in nats, from which on a budget is called small."""
 
+HOPELESS = 1000
+"""Multiple of the budget from which on no number is given."""
+
 SLOW = 0.1
 """Seconds per potential call from which on calls are what counts."""
 
@@ -205,7 +208,7 @@ def _of_pilots(search: Search) -> Iterator[str]:
         last = search.records[candidate.name].last
         if last.dead:
             yield f"the pilot of {candidate.name} died: all {last.size} particles have weight zero"
-        elif last.num_particles >= FEW and last.ess[-1] < COLLAPSED:
+        elif candidate.name != PLAIN and last.ess[-1] < COLLAPSED:
             ess = last.ess[-1] * last.num_particles
             yield (
                 f"the pilot of {candidate.name} collapsed: {ess:.1f} of {last.num_particles} "
@@ -216,37 +219,38 @@ def _of_pilots(search: Search) -> Iterator[str]:
 
 def _of_lookahead(search: Search) -> Iterator[str]:
     for kind in ("steering", "clamped", "smc"):
-        errors = {
-            c.name.removeprefix(f"{kind}-"): search.error(c)
-            for c in search.tried
-            if c.name.startswith(f"{kind}-")
-        }
-        argmax, persistent = errors.get("argmax", 0.0), errors.get("persistent", 0.0)
-        low, high = sorted((argmax, persistent))
-        if 0 < 2 * low < high:
-            better = "persistent" if persistent < argmax else "argmax"
+        tried = {c.name.removeprefix(f"{kind}-"): c for c in search.tried}
+        both = [tried[fill] for fill in ("argmax", "persistent") if fill in tried]
+        if len(both) < 2:
+            continue
+        better, worse = sorted(both, key=search.error)
+        most = interval(search, better, search.plan(better))[1]
+        least = interval(search, worse, search.plan(worse))[0]
+        if most < least:
             yield (
-                f"look-ahead of {kind} disagrees between argmax and persistent completions: "
-                f"predicted errors {argmax:.2g} and {persistent:.2g}; trust {better}"
+                f"look-ahead disagrees between completions: {better.name} has a predicted error "
+                f"of {search.error(better):.2g}, {worse.name} of {search.error(worse):.2g}; trust "
+                "the former"
             )
 
 
 def _of_verdict(search: Search, verdict: Verdict) -> Iterator[str]:
-    record = search.records.get(verdict.name)
-    if record is None:
+    candidate = next((c for c in search.tried if c.name == verdict.name), None)
+    if candidate is None:
         yield (
             f"the budget is too small for pilots: costs are upper bounds, and {verdict.name} was "
             "chosen by rule"
         )
         return
-    variance = record.variance(search.evidence_floor)
+    variance = search.variance(candidate)
     error = evidence_error(variance, verdict.plan.size)
     if COARSE < error < math.inf:
         v = 2 * (math.sqrt(1 + GOOD**2) - 1)  # v + v^2 / 4 = GOOD^2
         factor = variance / math.expm1(v) / verdict.plan.size
+        more = f"about {factor:.2g}" if factor < HOPELESS else f"more than {HOPELESS:g}"
         yield (
             f"the budget is small for this target: the predicted error of the log-evidence is "
-            f"{error:.2g} nats; for {GOOD:g} take about {factor:.2g} times as much"
+            f"{error:.2g} nats; for {GOOD:g} take {more} times as much, or a milder potential"
         )
     if verdict.plan.size < FEW:
         yield f"only {verdict.plan.size} trajectories are affordable"

@@ -229,6 +229,7 @@ class Search:
         return self._plan(size, each.times)
 
     def _plan(self, size: int, cost: CostOf) -> Plan:
+        size = max(size, 1)
         runs = max(1, min(self.num_runs, size // LEAST_PARTICLES))
         particles = size // runs
         return Plan(particles, runs, cost(particles * runs))
@@ -243,10 +244,10 @@ class Search:
                 f"the ESS of plain weighing is {percent(plain.last.ess_fraction)} of its draws, so "
                 "that look-ahead has little to gain",
             )
-        errors = {c.name: self.error(c) for c in self.tried}
-        best = min(errors.values())
         if (unseen := self._unseen()) is not None:
             return unseen
+        errors = {c.name: self.error(c) for c in self.tried}
+        best = min(errors.values())
         if best == math.inf:
             return self._all_died()
         ranked = [c for c in self.question.in_order_of_promise if c.name in errors]
@@ -264,7 +265,7 @@ class Search:
         :param plain: pilots of importance sampling.
         """
         found_all = plain.evidence_range[1] >= self.evidence_floor - NOISE
-        return found_all and 1 / (1 + plain.last.weight_variance) >= ENOUGH
+        return found_all and plain.last.surely_even(ENOUGH)
 
     def _unseen(self) -> Verdict | None:
         """Return the most promising look-ahead where none could be tried."""
@@ -297,8 +298,6 @@ class Search:
         if build is None:
             build, name = simplest.build, simplest.name
         plan = self.bound(simplest)
-        if plan.size < 1:
-            plan = Plan(1, 1, Cost(simplest.rows, simplest.calls))
         return Verdict(
             name,
             build,

@@ -123,7 +123,7 @@ def check(
     :param num_runs: runs of the recommended program: several, so that its error shows; fewer where
         a run would have less than 8 particles.
     :param pilot_share: share of every budget that goes into pilots; up to a quarter where less
-        would leave importance sampling alone in the race.
+        would leave importance sampling alone in the race, or costs in the dark.
     :param pilot_particles: particles per run of the first pilots.
     :param max_particles: largest recommended number of particles over all runs.
     :param soft_potential: the potential as a differentiable function of soft sequences, ``(B, L,
@@ -146,7 +146,8 @@ def check(
         potential,
         args,
         kwargs,
-        few_calls=num_potential_calls is not None,
+        few_calls=num_potential_calls is not None
+        and num_potential_calls < (num_evaluations or math.inf),
         soft_potential=soft_potential,
     )
     seed = int(torch.randint(2**31, ())) if seed is None else seed
