@@ -220,12 +220,12 @@ class Search:
         return self._plan(size, record.cost)
 
     def bound(self, candidate: Candidate) -> Plan:
-        """Return the largest run that the budget affords if no two rows coincide.
+        """Return the largest run that the rest of the budget affords if no two rows coincide.
 
         :param candidate: a program.
         """
-        each, limit = self._expected(candidate), self.budget.limit
-        size = largest(lambda n: each.times(n).within(limit), self.max_particles)
+        each, rest = self._expected(candidate), self.budget.limit - self.spent
+        size = largest(lambda n: each.times(n).within(rest), self.max_particles)
         return self._plan(size, each.times)
 
     def _plan(self, size: int, cost: CostOf) -> Plan:

@@ -129,6 +129,9 @@ def test_an_unaffordable_look_ahead_is_recommended_by_rule():
     assert found.row("importance-sampling")["status"] == "tried"
     assert found.recommended == "steering-strided"
     assert "no pilot of it was affordable" in found.reason
+    posterior = found.program.run(seed=1)
+    assert found.pilot_cost["network_rows"] + posterior.num_evaluations <= 12 * 100
+    assert found.pilot_cost["potential_calls"] + posterior.num_potential_calls <= 220
 
 
 def test_compositions_go_to_correctors():
@@ -306,7 +309,7 @@ def test_it_prints_what_it_found():
 
 def test_a_hopeless_budget_is_told():
     steeper = Potential(lambda x0: 5.0 * steep(x0))
-    found = check(ordered_chain(20), steeper, num_evaluations=1500, seed=0)
+    found = check(ordered_chain(20), steeper, num_evaluations=2500, seed=0)
     assert any("times as much, or a milder potential" in text for text in found.warnings)
 
 
