@@ -201,10 +201,11 @@ def design(
     twist: Annotated[
         str | None,
         typer.Option(
-            help="Look-ahead: argmax, persistent, sample or none. By default persistent for smc, "
-            "argmax for the others. On masked priors twisted and corrector ask about every base "
-            "before it is revealed, several at a time if --steps is less than the length; on "
-            "uniform priors twisted reweights persistent completions."
+            help="Look-ahead: argmax, persistent, sample or none; by default persistent for smc, "
+            "argmax for the others. On masked priors twisted and corrector reveal a given number "
+            "of bases per step (as many as end within --steps) and ask about each beforehand: at "
+            "equal network rows this beat reweighted completions, which twisted falls back on for "
+            "uniform priors.",
         ),
     ] = None,
     fills: Annotated[

@@ -110,7 +110,7 @@ def _against_cost(ax: "Axes", data: PlotData) -> None:
     _legend_line(ax, "equal evaluations", marker="o", ls="", color=GREY, mfc="white")
     title = str(data["name"]).replace("_", " ")
     ax.set(xlabel="network rows", title=title)
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.08 * data["evaluations"].max())
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize="small")
 
 

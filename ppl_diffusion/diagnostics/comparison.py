@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LOG_POTENTIAL = "log_potential"
 
 WHOLE, SUBSAMPLED, SCALED = "whole", "subsampled", "scaled"
+STEPS = "steps"
+"""The part of a law that is the method's own; the others are what was asked."""
 TOLERANCE = 1.05
 """How far above the budget still counts as within it: a run is not dropped for a per cent."""
 
@@ -245,6 +247,9 @@ def _notes(
             f"The targets {', '.join(claims)} differ in {_differences(list(claims.values()))}: "
             "compare evidences of one letter only."
         )
+    asked = [{name: c.law[name] for name in c.law if name != STEPS} for c in contenders]
+    if any(one != asked[0] for one in asked):
+        yield f"The results differ in {_differences(asked)}: a higher score of one proves nothing."
     lawless = [c.label for c in contenders if not estimates_evidence(c.posterior)]
     if lawless:
         yield (
@@ -260,8 +265,8 @@ def _notes(
 
 
 def _differences(laws: Sequence[Mapping[str, str]]) -> str:
-    names = [name for name in laws[0] if len({law.get(name) for law in laws}) > 1]
-    return ", ".join(names) or "what is known of them"
+    names = dict.fromkeys(name for law in laws for name in law)
+    return ", ".join(name for name in names if len({law.get(name) for law in laws}) > 1)
 
 
 def _number(value: Any) -> float | None:

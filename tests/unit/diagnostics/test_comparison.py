@@ -124,10 +124,14 @@ def test_letters_and_notes_say_what_is_comparable(make_posterior):
     assert [row["target"] for row in comparison.rows] == ["A", "A", "B", "C"]
     assert by_label(comparison)["d"]["log_evidence"] is None
     assert by_label(comparison)["d"]["equal"]["log_evidence"] is None
-    assert len(comparison.notes) == 2
+    assert len(comparison.notes) == 3
     assert "A, B differ in prior:" in comparison.notes[0]
-    assert "No law is declared for d" in comparison.notes[1]
+    assert "The results differ in prior:" in comparison.notes[1]
+    assert "No law is declared for d" in comparison.notes[2]
     assert compare(contenders[:2]).notes == []
+    longer = Contender("e", other, law={**law, "steps": "9"})
+    (note,) = compare([contenders[0], longer]).notes
+    assert "A, B differ in steps:" in note
 
 
 def test_labels_must_differ_and_be_two(make_posterior):
