@@ -105,7 +105,7 @@ PROGRAMS = {
     "uniform smc": smc,
     "uniform soft value": partial(SoftValueGuidance, num_children=3),
     "uniform reweighted": partial(TwistedSampler, twist=PersistentFill(3)),
-    "uniform path": Corrector,
+    "uniform annealed": annealed,
 }
 
 
@@ -177,13 +177,27 @@ def pose_problem(name, power=1.0, *, goal=None, wrap=Biased):
     goal = power * GENTLE.get(name, 1.0) * GOAL if goal is None else goal
     chain = (uniform_chain if name.startswith("uniform") else masked_chain)(wrap)
     law = PathLaw.of(chain, goal)
-    if name == "annealed":  # Pr(order) prod D^2 G, where the chain itself has Pr(order) prod D
-        log_g = goal(law.paths[:, -1])
-        log_p = law.probs.log() + law.log_z - log_g
+    return Posed(name, chain, goal, annealed_law(law, chain, goal) if "annealed" in name else law)
+
+
+def annealed_law(law, chain, goal):
+    """The declared path target at exponent 2, from the law of the chain's own paths.
+
+    Masks: ``Pr(order) prod D^2 G``, where the chain has ``Pr(order) prod D``. Uniform noise:
+    ``prod K^2 / q G`` with the forward kernel ``q`` of every step.
+    """
+    log_g = goal(law.paths[:, -1])
+    log_p = law.probs.log() + law.log_z - log_g
+    if chain.kernel.process.absorbing:
         log_gamma = 2 * log_p + math.lgamma(LENGTH + 1) + log_g
-        log_z = torch.logsumexp(log_gamma, 0)
-        law = PathLaw(law.paths, (log_gamma - log_z).exp(), float(log_z))
-    return Posed(name, chain, goal, law)
+    else:
+        alphas = torch.as_tensor(chain.kernel.alphas)
+        kept = (alphas[:-1] / alphas[1:])[:, None]
+        same = (law.paths[:, :-1] == law.paths[:, 1:]).double()
+        log_q = torch.log(kept * same + (1 - kept) / SIZE).sum((-2, -1))
+        log_gamma = 2 * log_p - log_q + log_g
+    log_z = torch.logsumexp(log_gamma, 0)
+    return PathLaw(law.paths, (log_gamma - log_z).exp(), float(log_z))
 
 
 POSED = {name: pose_problem(name) for name in PROGRAMS}

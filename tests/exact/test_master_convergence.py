@@ -18,7 +18,7 @@ def test_one_weighted_draw_per_run_has_the_declared_law(posed):
     counts = torch.bincount(state_index(drawn["x0"][:, 0], 2), minlength=16).double()
     law, rare = posed.x0_law, posed.x0_law < 5 / 200
     pooled = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, law)]
-    assert len(pooled[0]) > 5
+    assert len(pooled[0]) >= 4
     assert chi_square_p_value(*pooled) > LEVEL
 
 

@@ -1,7 +1,7 @@
 """M4, M14, M18: what every program owes on one exact problem, beyond the mean of its evidence.
 
 The problem and the programs are in ``conftest.py``. Evidences are held at four standard errors
-(false alarm 6e-5 per number), below 1 % for the file, once, at the fixed seeds.
+(false alarm 6e-5 per number), 5 % for the file, once, at the fixed seeds.
 """
 
 import pytest
@@ -13,13 +13,16 @@ MAX_Z = 4.0
 
 
 def test_mean_log_evidence_lies_below_and_rises(posed):
-    """M4, Jensen: the gap is several standard errors at two particles and gone at 32."""
-    means, errors = [], []
-    for particles in (2, 8, 32):
-        log_ratio = posed.ratio(posed.run(particles, 1000)).log()
+    """M4, Jensen, at a steep potential: below by four standard errors at two particles.
+
+    Neighbouring means are two to fifteen standard errors apart; most of the false alarms are here.
+    """
+    steep, means, errors = posed.again(power=2.0), [], []
+    for particles, runs in ((2, 1000), (16, 600), (128, 250)):
+        log_ratio = steep.ratio(steep.run(particles, runs)).log()
         means.append(float(log_ratio.mean()))
-        errors.append(float(log_ratio.std()) / 1000**0.5)
-    assert means[0] < means[1] < means[2] < 2 * errors[2]
+        errors.append(float(log_ratio.std()) / runs**0.5)
+    assert means[0] < means[1] < means[2] < MAX_Z * errors[2]
     assert means[0] < -MAX_Z * errors[0]
 
 
