@@ -83,11 +83,10 @@ def annealing(
     for beta in betas:
         case = partial(composed_case, "B2", f"p^{beta:g}", _power(beta), [six()])
         goals = ANNEALED_GOALS if beta == 2 else {}
-        yield Plan(
-            partial(case, None), (methods.LOCKSTEP,), (8, 32), num_runs, num_runs, goals=goals
-        )
+        lockstep, few = (methods.LOCKSTEP,), num_runs // 20
+        yield Plan(partial(case, None), lockstep, (8, 32), num_runs, num_runs, goals=goals)
         for steps, rows in grids.items():
-            yield Plan(partial(case, steps), rows, (8, 32), num_runs // 20, num_runs // 20)
+            yield Plan(partial(case, steps), rows, (8, 32), few, few, 300)
 
 
 def pairs(num_runs: int, grids: Sequence[int]) -> Iterator[Plan]:
@@ -102,7 +101,7 @@ def pairs(num_runs: int, grids: Sequence[int]) -> Iterator[Plan]:
         yield Plan(partial(case, None), (methods.LOCKSTEP,), (8, 32), num_runs, num_runs)
         for steps in grids:
             rows = (methods.PATH, methods.RATES)
-            yield Plan(partial(case, steps), rows, (8, 32), num_runs // 10, num_runs // 10)
+            yield Plan(partial(case, steps), rows, (8, 32), num_runs // 10, num_runs // 10, 300)
 
 
 def uniform_noise(num_runs: int, lengths: Sequence[int], steps: Sequence[int]) -> Iterator[Plan]:
@@ -135,17 +134,16 @@ def perturbed(num_runs: int, budgets: tuple[int, ...], *errors: dict[str, float]
 def full_plans() -> Iterator[Plan]:
     """Yield everything."""
     b0, b1 = partial(ordered_case, "B0"), partial(ordered_case, "B1")
-    yield Plan(partial(grid_case, "B0", 64), methods.ON_GRID, (8, 32), 1000, 1000, 300)
+    yield Plan(partial(grid_case, "B0", 64), methods.ON_GRID, (8, 32), 600, 600, 300)
     yield Plan(b0, methods.SHORT, (8, 32), 10_000, 3000, goals=SHORT_GOALS)
     yield Plan(partial(grid_case, "B1", 128), methods.ON_GRID, (16,), 300, 300)
-    yield Plan(partial(grid_case, "B1", 128), methods.ON_LONG_GRID, (64,), 300, 300)
     yield Plan(b1, methods.LONG, (16,), 300, 300, 100, goals=LONG_GOALS)
     yield Plan(b1, methods.LONG_BEST, (64,), 300, 300, 50, goals=LONG_GOALS)
     both, rates = (methods.PATH, methods.RATES), (methods.RATES,)
     yield from annealing(60_000, (2.0,), {6: (methods.PATH,), 24: both, 96: rates})
     yield from annealing(60_000, (0.5, 4.0), {24: both})
     yield from pairs(30_000, (24,))
-    yield from uniform_noise(6000, (3, 5, 8), (2, 8, 32))
+    yield from uniform_noise(3000, (3, 5, 8), (2, 8, 32))
     yield from perturbed(6000, (8, 32), {"noise": 0.5}, {"uniform": 0.1})
 
 

@@ -33,7 +33,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
         f"{c['log_z']:.3f} ideal, {c['log_z_declared']:.3f} declared; {exact.n:,} runs, TV of "
         f"{c['tv_of']} to the {c['tv_to']} law"
     )
-    columns = _columns(c, measured)
+    columns = _columns(c)
     made = table(title, ["", *columns], _verdicts(others))
     made.box, made.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
     for row in [exact, *measured]:
@@ -42,7 +42,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(made)
 
 
-def _columns(c: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Callable[[Any], str]]:
+def _columns(c: Mapping[str, Any]) -> dict[str, Callable[[Any], str]]:
     """Return how each column reads its cell; those that would be empty or double are left out."""
     apart = c["log_z"] != c["log_z_declared"]
     tilted = c["mean_potential"] is not None
@@ -85,5 +85,6 @@ def _verdicts(rows: Sequence[Row]) -> str:
         if row.goal is not None:
             c = row.coordinates
             what = f"{c['method']}, N = {c['num_particles']}: {row.name} {row.value:.3f}"
-            lines.append(f"{what} {verdict(row)}")
+            noise = c["tv_floor"] if row.name == "tv" else c["rmse_log_z_se"]
+            lines.append(f"{what} ±{noise:.3f} {verdict(row)}")
     return "\n".join(lines)
