@@ -2,8 +2,9 @@
 
 A latent whose law does not depend on the sequences is an auxiliary variable of the particle: with
 ``(x, latents)`` as the particle and ``p(latents)`` as what it starts from, the potential
-``G(x0, latents)`` is that of a plain chain on a larger space, and nothing else changes. Nothing moves such a latent again: resampling thins its values
-out, and a program with many of them is better served by particle Gibbs.
+``G(x0, latents)`` is that of a plain chain on a larger space, and nothing else changes. Nothing
+moves such a latent again: resampling thins its values out, and a program with many of them is
+better served by particle Gibbs.
 """
 
 from __future__ import annotations
