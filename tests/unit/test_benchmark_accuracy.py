@@ -193,6 +193,7 @@ HELD = {
     "surprise": ("ordered", lambda m: m.SURPRISE),
     "reweighted": ("uniform", lambda m: m.REWEIGHTED),
     "lockstep": (None, lambda m: m.LOCKSTEP),
+    "order": (None, lambda m: m.LOCKSTEP),
     "path": (3, lambda m: m.PATH),
 }
 
@@ -202,8 +203,10 @@ def bounds_of(kind, **changes):
     case = tilted_case(where) if isinstance(where, str) else composed(where)
     case = replace(case, **changes)
     method, generator = choose(module("_methods")), torch.Generator().manual_seed(0)
-    program = method.build(case, 8, 2000)
-    return case, module("_two_sided").two_sided(program, case, 2000, generator)
+    # The retained particle weighs most among few; an order of reveals shows among many.
+    size = 8 if kind in ("children", "order") else 2
+    program = method.build(case, size, 6000)
+    return case, module("_two_sided").two_sided(program, case, 6000, generator)
 
 
 @pytest.mark.parametrize("kind", HELD)
