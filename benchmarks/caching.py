@@ -7,7 +7,9 @@ seeds: that samples and evidences are the same is asserted, and ``rows_saved``, 
 
 A batch is one call of the potential's function, or of the network, with any number of rows. All
 children and all completions of a step are one batch: ``batches_per_step`` (without caches, which
-leave batches out) is the same for few and for many particles, children and completions.
+leave batches out) is the same for few and for many particles, children and completions. A step
+asks its network twice, to move and to look ahead, about the same rows: without resampled copies,
+caches would still save half of them.
 """
 
 from __future__ import annotations

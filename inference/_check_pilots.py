@@ -218,18 +218,25 @@ class Record:
         # An unbiased estimate exceeds the truth 100 times once in 100 runs at most (Markov).
         return last.pooled - min(SURE * error, math.log(100)), last.pooled + SURE * error
 
-    def variance(self, evidence_floor: float) -> float:
+    def variance(self, evidence_floor: float, divergence: float | None) -> float:
         """Return ``C``: the relative variance of the evidence times the number of particles.
 
         A log-normal estimate falls short of the truth by half its variance. One that falls further
         short of what another program has found has a variance that its own runs do not show.
+        Plain weighing needs ``exp`` of the divergence many draws (Chatterjee and Diaconis 2018,
+        arXiv:1511.01437), and ``exp`` of twice that if its weights are log-normal.
 
         :param evidence_floor: lower bound of the log-evidence from all programs.
+        :param divergence: relative entropy from the chain to the target, None if not known.
         """
         if self.last.dead:
             return math.inf
         short = min(max(evidence_floor - self.evidence_range[1], 0.0), MAX_SHORTFALL)
-        return max(self.variance_seen, self.last.size * math.expm1(2 * short))
+        missed = self.last.size * math.expm1(2 * short)
+        if not self.independent or divergence is None:
+            return max(self.variance_seen, missed)
+        tail = min(self.variance_seen, math.expm1(2 * divergence))
+        return max(self.last.draw_variance, math.expm1(divergence), tail, missed)
 
     @property
     def scales(self) -> bool:

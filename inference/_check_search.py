@@ -187,21 +187,17 @@ class Search:
 
         :param candidate: a program with a pilot.
         """
-        record = self.records[candidate.name]
-        seen = record.variance(self.evidence_floor)
-        return max(seen, math.expm1(self.divergence)) if record.independent else seen
+        return self.records[candidate.name].variance(self.evidence_floor, self.divergence)
 
     @property
-    def divergence(self) -> float:
+    def divergence(self) -> float | None:
         """Relative entropy from chain to target, ``E[log G] - log Z``, as look-ahead has it.
 
-        Plain weighing needs ``exp`` of it many draws (Chatterjee and Diaconis 2018,
-        arXiv:1511.01437), and few draws cannot know it. Pilots mostly find too little of the
-        target, so that the largest value counts.
+        Pilots mostly find too little of the target, so that the largest value counts.
         """
         pilots = [p for r in self.records.values() if not r.independent for p in r.pilots]
-        known = (p.mean_log_potential - p.pooled for p in pilots if not p.dead)
-        return min(max(known, default=0.0), MAX_SHORTFALL)
+        known = [p.mean_log_potential - p.pooled for p in pilots if not p.dead]
+        return min(max(0.0, *known), MAX_SHORTFALL) if known else None
 
     def error(self, candidate: Candidate) -> float:
         """Return the predicted error of the log-evidence, in nats.

@@ -11,7 +11,8 @@ from ppl_diffusion._errors import PotentialError
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import Check, Power, Tilt, check
-from ppl_diffusion.inference._check_pilots import evidence_error, grown
+from ppl_diffusion.inference._check_meters import Cost
+from ppl_diffusion.inference._check_pilots import Pilot, Record, evidence_error, grown
 from ppl_diffusion.inference._check_report import expected_best
 from ppl_diffusion.inference.baselines import BestOfN, ImportanceSampling
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
@@ -44,6 +45,11 @@ def rewarded(x0):
     """The pairs (0, 1), and equal ends: what guesses of single sites do not show."""
     pairs = (x0[..., :-1] == 0) & (x0[..., 1:] == 1)
     return 2.0 * pairs.sum(-1) + 1.5 * (x0[..., 0] == x0[..., -1])
+
+
+def counted(x0):
+    """Two nats for each token 2: far from the chain, one site at a time."""
+    return 2.0 * (x0 == 2).sum(-1)
 
 
 LONG = ordered_chain(12)  # 3**12 sequences: rows are hardly shared
@@ -219,6 +225,20 @@ def test_the_predicted_error_is_that_of_many_runs():
     assert row["error_low"] < row["error"] < row["error_high"]
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_few_draws_do_not_pass_for_many(seed):
+    """Sixteen draws of weights with a relative variance near 516; the exact one by enumeration."""
+    chain, length = ordered_chain(8), 8
+    sequences = torch.cartesian_prod(*[torch.arange(SIZE)] * length)
+    log_p, log_g = chain.kernel.denoiser.log_prob(sequences), counted(sequences)
+    log_z, log_z2 = (torch.logsumexp(log_p + power * log_g, 0) for power in (1, 2))
+    variance = float((log_z2 - 2 * log_z).expm1())
+    row = check(chain, counted, num_evaluations=5000, seed=seed).row("importance-sampling")
+    exact = evidence_error(variance, row["num_particles"] * row["num_runs"])
+    assert row["pilot_particles"] == 16
+    assert row["error"] > exact / 2
+
+
 def test_costs_are_continued_from_their_growth():
     linear = [(16, 160.0), (32, 318.0), (64, 640.0)]
     assert grown(linear, 640) == pytest.approx(6400, rel=0.05)
@@ -382,3 +402,42 @@ def test_completions_that_mean_nothing_are_told():
     told = [text for text in found.warnings if text.startswith("Look-ahead disagrees between")]
     assert len(told) == 1
     assert "trust the former" in told[0]
+
+
+def pilot(log_evidence, **changes):
+    """Four runs of eight particles, by hand."""
+    fields = {
+        "num_particles": 8,
+        "log_evidence": torch.tensor(log_evidence, dtype=torch.float64),
+        "draw_variance": 0.0,
+        "step_variance": 0.0,
+        "ess": (1.0,),
+        "mean_log_potential": 0.0,
+        "log_potential": torch.zeros(32, dtype=torch.float64),
+        "cost": Cost(320.0, 32.0, 1.0),
+        "busy": 0.5,
+    }
+    return Pilot(**{**fields, **changes})
+
+
+def test_a_variance_is_what_runs_show_or_what_they_miss():
+    spread = [0.0, 1.0, 2.0, 3.0]
+    seen = 8 * torch.tensor(spread, dtype=torch.float64).var().expm1()
+    record = Record(False, [pilot(spread)])
+    assert record.variance(-100.0, None) == pytest.approx(float(seen))
+    # Runs that agree, but fall five nats short of what another program found, miss something.
+    agreeing = Record(False, [pilot([0.0] * 4)])
+    assert agreeing.variance(-1.0, None) == 0.0
+    assert agreeing.variance(5.0, None) == pytest.approx(32 * torch.tensor(10.0).expm1().item())
+    assert Record(False, [pilot([-torch.inf] * 4)]).variance(-torch.inf, None) == torch.inf
+    # A dead run is a run, too: half of them found nothing.
+    half = Record(False, [pilot([0.0, 0.0, -torch.inf, -torch.inf])])
+    assert half.variance(-100.0, None) == pytest.approx(8 * 4 / 3)
+
+
+def test_independent_draws_know_the_divergence_of_others():
+    few = pilot([0.0] * 4, draw_variance=3.0)  # an ESS of eight
+    assert Record(True, [few]).variance(-1.0, None) == 3.0
+    assert Record(True, [few]).variance(-1.0, 2.0) == pytest.approx(
+        torch.tensor(2.0).expm1().item()
+    )
