@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._program import ChainSite, Program, is_chain, sample_sites
+from ppl_diffusion.inference._joint import Layout
+from ppl_diffusion.inference._program import Program, is_chain, sample_sites
 from ppl_diffusion.inference._task import PotentialLike
 from ppl_diffusion.potentials import factor
 from ppl_diffusion.potentials.base import AbstractPotential
@@ -25,22 +26,72 @@ if TYPE_CHECKING:
     from ppl_diffusion.inference.particle_gibbs import ParticleGibbs
 
 
+class TokenBlock:
+    """The token paths of a program: those of its chain site, or of all sites side by side.
+
+    :param program: the program.
+    :raises CapabilityError: if several sites cannot be run as one chain, or one of them is twisted.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.sites, several = program.chains, len(program.chains) > 1
+        owner = f"ParticleGibbs: {program.name}"
+        self.layout = Layout(self.sites, owner=owner) if several else None
+        self.chain = self.sites[0].chain if self.layout is None else self.layout.chain
+        self.clamp = self.sites[0].clamp if self.layout is None else self.layout.clamp
+        if several and any(site.twist is not None for site in self.sites):
+            raise CapabilityError(
+                f"{owner} has several chain sites, of which one is twisted; take the twist off, "
+                "or use ppl_diffusion.inference.SMC."
+            )
+        self.proposal = self.clamp if several else self.sites[0].proposal
+
+    @property
+    def names(self) -> str:
+        """The sites, to be named in a sentence."""
+        return ", ".join(repr(site.name) for site in self.sites)
+
+    def as_paths(self, x0: Tensor) -> dict[str, Tensor]:
+        """Return the clean sequences of every site, each repeated as if it were a whole path.
+
+        :param x0: int64 ``(*batch, L)``.
+        """
+        if self.layout is not None:
+            return self.layout.as_paths(x0)
+        return {self.sites[0].name: as_path(x0, self.sites[0].chain)}
+
+    def own_paths(self, path: Tensor) -> dict[str, Tensor]:
+        """Return the path of every site where there are several, nothing for one.
+
+        :param path: int64 ``(*batch, T + 1, L)``.
+        """
+        return {} if self.layout is None else self.layout.own_paths(path)
+
+    def shown(self, states: Tensor, *, whole_path: bool = False) -> Tensor:
+        """Return the states of the first site.
+
+        :param states: int64 ``(*batch, L)``, or whole paths.
+        :param whole_path: whether they are paths.
+        """
+        return states if self.layout is None else self.layout.first(states, whole_path=whole_path)
+
+
 class LatentKernel:
     """NUTS on the continuous latents of all chains, given their paths; one adaptation for all.
 
     :param program: the program with its arguments.
-    :param site: its chain site.
+    :param site: its token paths.
     :param options: the inference program.
     :param path: the chains' paths, int64 ``(C, *plates, T + 1, L)``.
     """
 
     def __init__(
-        self, program: Program, site: ChainSite, options: ParticleGibbs, path: Tensor
+        self, program: Program, site: TokenBlock, options: ParticleGibbs, path: Tensor
     ) -> None:
         self.num_transitions, self.given = options.num_transitions, path[0]
 
         def model(*args: Any, **kwargs: Any) -> None:
-            with GivenChain(site.name, as_path(self.given[..., -1, :], site)):
+            with GivenChains(site.as_paths(self.given[..., -1, :])):
                 program.model(*args, **kwargs)
 
         self.kernel = NUTS(model, **{"max_tree_depth": 6, **options.nuts})
@@ -75,34 +126,34 @@ class LatentKernel:
         return len(self.kernel._divergences)
 
 
-class GivenChain(Messenger):
-    """Set the chain's path and take its density, which no latent enters, out of the program.
+class GivenChains(Messenger):
+    """Set the chains' paths and take their density, which no latent enters, out of the program.
 
-    :param name: the chain site.
-    :param path: its value.
+    :param paths: values of the chain sites.
     """
 
-    def __init__(self, name: str, path: Tensor) -> None:
+    def __init__(self, paths: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.name, self.path = name, path
+        self.paths = paths
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.name:
-            msg["value"], msg["is_observed"] = self.path, True
-            msg["fn"] = dist.Delta(self.path, event_dim=2)
+        if msg["name"] in self.paths:
+            path = self.paths[msg["name"]]
+            msg["value"], msg["is_observed"] = path, True
+            msg["fn"] = dist.Delta(path, event_dim=2)
 
 
 class GivenLatents(AbstractPotential):
     """The program's density of rows that hold a clean sequence and the number of its chain.
 
     :param program: the program with its arguments.
-    :param site: its chain site.
+    :param site: its token paths.
     :param latents: values of all its other latents, each ``(C, ...)``.
     """
 
     name = "the program given its latents"
 
-    def __init__(self, program: Program, site: ChainSite, latents: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: Program, site: TokenBlock, latents: Mapping[str, Tensor]) -> None:
         self.program, self.site, self.latents = program, site, latents
 
     def log_potential(self, x0: Tensor) -> Tensor:
@@ -117,7 +168,7 @@ class GivenLatents(AbstractPotential):
         chain, run = self.site.chain, rows[:, -1]
         x0 = rows[:, :-1].reshape(len(rows), *chain.batch_shape, chain.length)
         given = {name: value[run] for name, value in self.latents.items()}
-        values = {self.site.name: as_path(x0, self.site), **given}
+        values = {**self.site.as_paths(x0), **given}
         return self.program.evaluate(values, len(rows)).log_density(lookahead=lookahead)
 
 
@@ -131,13 +182,13 @@ class PerChainPotential(EvaluatedPotential):
         return super()._evaluate(rows, final=final)
 
 
-def as_path(x0: Tensor, site: ChainSite) -> Tensor:
+def as_path(x0: Tensor, chain: ReverseChain) -> Tensor:
     """Return clean sequences repeated as if each were a whole path, ``(*batch, T + 1, L)``.
 
     :param x0: int64 ``(*batch, L)``.
-    :param site: the chain site.
+    :param chain: the chain.
     """
-    shape = (*x0.shape[:-1], site.chain.num_steps + 1, x0.shape[-1])
+    shape = (*x0.shape[:-1], chain.num_steps + 1, x0.shape[-1])
     return x0[..., None, :].expand(shape)
 
 
@@ -170,21 +221,6 @@ def as_program(
         factor("potential", known, chain.x0(path))
 
     return bare_chain
-
-
-def only_chain(program: Program) -> ChainSite:
-    """Return the one chain site of a program.
-
-    :param program: the program.
-    :raises CapabilityError: if it has several.
-    """
-    if len(program.chains) > 1:
-        names = ", ".join(site.name for site in program.chains)
-        raise CapabilityError(
-            f"ParticleGibbs: {program.name} has several chain sites ({names}); "
-            "use ppl_diffusion.inference.SMC."
-        )
-    return program.chains[0]
 
 
 def require_continuous(program: Program) -> None:

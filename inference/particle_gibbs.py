@@ -32,9 +32,8 @@ from ppl_diffusion.inference._gibbs_blocks import (
     GivenLatents,
     LatentKernel,
     PerChainPotential,
-    as_path,
+    TokenBlock,
     as_program,
-    only_chain,
     require_continuous,
 )
 from ppl_diffusion.inference._gibbs_posterior import GibbsPosterior
@@ -73,9 +72,9 @@ class GibbsState:
 class ParticleGibbs:
     """Posterior sampling by conditional SMC on token paths and NUTS on continuous latents.
 
-    :param target: a Pyro program with one :class:`ReverseChain` site, which it reads through
+    :param target: a Pyro program with :class:`ReverseChain` sites, which it reads through
         ``chain.x0(path)`` only, and any number of continuous latents whose support is fixed; or a
-        reverse chain, with a potential.
+        reverse chain, with a potential. Several sites move as one chain, side by side.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: particles ``N`` of each conditional SMC, at least 2.
     :param num_runs: Markov chains ``C``; their paths move side by side.
@@ -138,8 +137,8 @@ class ParticleGibbs:
         :param seed: seed of this run; the global random state is left alone if it is given.
         :param kwargs: keyword arguments of the program.
         :returns: equally weighted, correlated draws, ``(C, num_samples, ...)``.
-        :raises CapabilityError: if the program has several chain sites or discrete latents, or the
-            chain has no density.
+        :raises CapabilityError: if the program has discrete latents, or several chains that cannot
+            be run as one, or the chain has no density.
         :raises ParticleCollapse: if no starting path of positive probability is found.
         """
         started, total = time.perf_counter(), self.num_warmup + self.num_samples
@@ -187,7 +186,7 @@ class GibbsSampler:
         self.options = options
         vectorize = options.vectorize_particles
         self.program = Program(options.model, args, kwargs, vectorize=vectorize)
-        self.site = only_chain(self.program)
+        self.site = TokenBlock(self.program)
         require_continuous(self.program)
         # Every latent is given here, also those whose law depends on the sequence.
         self.program.carried, self.program.redrawn = self.program.latents, []
@@ -255,7 +254,7 @@ class GibbsSampler:
         clamped = ", clamped" if self.site.clamp else ""
         return (
             f"the posterior of {self.program.name} over the {chain.num_steps}-step reverse chain "
-            f"{self.site.name!r}{clamped}{changes}{latents}: the invariant law of the Markov "
+            f"{self.site.names}{clamped}{changes}{latents}: the invariant law of the Markov "
             "chain, whose draws are correlated"
         )
 
@@ -278,10 +277,11 @@ class GibbsSampler:
         latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
         samples, log_density = self._sites(path[..., -1, :], latents)
         kind = torch.uint8 if self.site.chain.kernel.process.num_states <= 256 else torch.int32
+        shown = self.site.shown(path, whole_path=True).to(kind)
         return GibbsPosterior(
-            x0=path[..., -1, :],
-            samples=samples,
-            compact_path=path.to(kind) if self.options.store_path else None,
+            x0=self.site.shown(path[..., -1, :]),
+            samples={**samples, **self.site.own_paths(path)},
+            compact_path=shown if self.options.store_path else None,
             log_density=log_density,
             log_evidence=torch.stack([state.log_evidence for state in draws], 1),
             ess=torch.stack([state.ess for state in draws], 1),
@@ -298,8 +298,8 @@ class GibbsSampler:
 
     @property
     def _model(self) -> FeynmanKac:
-        chain, clamp = self.site.chain, self.site.clamp
-        return FeynmanKac(chain, _unused_potential, twist=self.options.twist, proposal=clamp)
+        chain, proposal = self.site.chain, self.site.proposal
+        return FeynmanKac(chain, _unused_potential, twist=self.options.twist, proposal=proposal)
 
     def _prior_program(self) -> None:
         self.program.model(*self.program.args, **self.program.kwargs)
@@ -360,13 +360,13 @@ class GibbsSampler:
         parts: dict[str, list[Tensor]] = {}
         for rows in torch.arange(len(flat)).split(MAX_ROWS):
             given = {name: value.flatten(0, 1)[rows] for name, value in latents.items()}
-            paths = {self.site.name: as_path(flat[rows], self.site)}
+            paths = self.site.as_paths(flat[rows])
             with torch.no_grad():
                 run = self.program.evaluate({**paths, **given}, len(rows))
             density.append(run.log_density())
             for name in run.site_names:
                 value = run.value(name) if run.is_latent_or_deterministic(name) else None
-                if value is not None and name != self.site.name:
+                if value is not None and name not in paths:
                     parts.setdefault(name, []).append(value)
         sites = {n: torch.cat(v).reshape(*shape, *v[0].shape[1:]) for n, v in parts.items()}
         return sites, torch.cat(density).reshape(shape)

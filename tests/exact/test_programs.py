@@ -21,6 +21,7 @@ from ppl_diffusion.inference import (
     FKSteering,
     GuidedLineages,
     ImportanceSampling,
+    ParticleGibbs,
     SoftValueGuidance,
     Tempering,
     TwistedSampler,
@@ -177,6 +178,16 @@ def test_methods_without_a_law_run_and_say_so(name):
         assert "log_evidence" in posterior.target
         best = posterior.log_potential.max(-1).values
         assert bool((best > -torch.inf).all())
+
+
+@pytest.mark.parametrize("name", ["coupled", "plated"])
+def test_particle_gibbs_over_all_sequences(name):
+    program, table, value = PROGRAMS[name]
+    gibbs = ParticleGibbs(program, num_particles=8, num_runs=400, num_samples=2, num_warmup=6)
+    posterior = gibbs.run(seed=4)
+    law, density, values = table(False)
+    mean = float((law * density * values).sum() / (law * density).sum())
+    assert abs(z_score(value(posterior.samples).mean(1), mean)) < 4  # chains are independent
 
 
 def test_a_latent_left_behind_by_its_particle_is_found_out(monkeypatch):

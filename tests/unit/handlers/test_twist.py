@@ -21,7 +21,16 @@ from ppl_diffusion.handlers import (
     steer,
     twist,
 )
-from ppl_diffusion.inference import SMC
+from ppl_diffusion.inference import (
+    SMC,
+    BeamSearch,
+    Corrector,
+    FKSteering,
+    ImportanceSampling,
+    SoftValueGuidance,
+    Tempering,
+    TwistedSampler,
+)
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.testing.oracles import ExactChain, z_score
 from ppl_diffusion.testing.toys import CountingDenoiser, toy_chain, toy_potential
@@ -115,10 +124,16 @@ def test_log_weight_of_a_trace():
     assert abs(z_score(weights.exp(), ExactChain.of(chain).evidence(GOAL))) < 4
 
 
+@pytest.mark.parametrize("steer_inside", [False, True])
 @pytest.mark.parametrize("logits", ["whole", "adversarial"])
-def test_particles_of_a_steered_site_move_by_the_twist(logits):
+def test_particles_of_a_steered_site_move_by_the_twist(logits, steer_inside):
     chain = toy_chain()
-    both = twist(steer(program, potential=GOAL, num_particles=4), logits=LOGITS[logits])
+    how, psi = {"potential": GOAL, "num_particles": 4}, LOGITS[logits]
+    both = (
+        twist(steer(program, **how), logits=psi)
+        if steer_inside
+        else steer(twist(program, logits=psi), **how)
+    )
     weights = weights_of(both, chain, 2000)
     assert abs(z_score(weights, ExactChain.of(chain).evidence(GOAL))) < 4
     if logits == "whole":
@@ -144,11 +159,77 @@ def test_clamped_tokens_stay_clamped(steered, clamp_inside):
     assert abs(z_score(weights, z)) < 4
 
 
-def test_inference_programs_keep_the_target():
-    chain = toy_chain()
-    smc = SMC(twist(program, logits=LOGITS["adversarial"]), num_particles=16, num_runs=200)
-    z_hat = smc.run(chain, seed=1).log_evidence.exp()
+class Counted:
+    """Logits that count how often they are asked."""
+
+    def __init__(self, name):
+        self.logits, self.calls = LOGITS[name], 0
+
+    def __call__(self, carry, log_probs, k):
+        self.calls += 1
+        return self.logits(carry, log_probs, k)
+
+
+USERS = {
+    "smc": (SMC, {}),
+    "importance": (ImportanceSampling, {}),
+    "steering": (FKSteering, {}),
+    "soft-value": (SoftValueGuidance, {"num_children": 2}),
+    "twisted": (TwistedSampler, {"surprise": True}),
+}
+
+
+@pytest.mark.parametrize("logits", ["whole", "adversarial"])
+@pytest.mark.parametrize("user", USERS)
+def test_inference_programs_move_by_the_twist_and_keep_the_target(user, logits):
+    chain, counted = toy_chain(), Counted(logits)
+    kind, options = USERS[user]
+    method = kind(twist(program, logits=counted), num_particles=16, num_runs=200, **options)
+    for seed in (1, 2):
+        before = counted.calls
+        posterior = method.run(chain, seed=seed)
+        assert counted.calls - before >= chain.num_steps * 2
+    z_hat = posterior.log_evidence.exp()
     assert abs(z_score(z_hat, ExactChain.of(chain).evidence(GOAL))) < 4
+    if user != "smc":
+        assert posterior.settings["proposal"] == "LogitsProposal"
+
+
+def test_a_good_twist_helps_an_inference_program():
+    chain = toy_chain()
+    spread = {
+        name: ImportanceSampling(model, num_particles=8, num_runs=500)
+        .run(chain, seed=0)
+        .log_evidence.exp()
+        .var()
+        for name, model in (("plain", program), ("good", twist(program, logits=LOGITS["whole"])))
+    }
+    assert spread["good"] < spread["plain"]
+
+
+def test_methods_that_cannot_use_a_twist_refuse_it():
+    chain, twisted = toy_chain(), twist(program, logits=LOGITS["half"])
+    for kind in (BeamSearch, Corrector, Tempering):
+        with pytest.raises(CapabilityError, match=f"{kind.__name__} moves particles its own way"):
+            kind(twisted).run(chain)
+    with pytest.raises(CapabilityError, match="is twisted, and a proposal is given besides"):
+        FKSteering(twisted, proposal=LogitsProposal(LOGITS["half"])).run(chain)
+
+    def two(chain):
+        pyro.sample("other", chain)
+        program(chain)
+
+    with pytest.raises(CapabilityError, match="'path' is twisted, but it is not alone"):
+        FKSteering(twist(two, logits=LOGITS["half"], sites=["path"])).run(chain)
+
+
+@pytest.mark.parametrize(
+    "between", [lambda model: model, lambda model: steer(model, potential=GOAL)]
+)
+def test_a_site_is_twisted_once(between):
+    again = twist(between(twist(program, logits=LOGITS["half"])), logits=LOGITS["whole"])
+    with pytest.raises(CapabilityError, match="'path' is twisted already"):
+        again(toy_chain())
 
 
 def test_scoring_a_given_path_is_the_models_business():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ppl_diffusion._errors import CapabilityError, ParticleCollapse
-from ppl_diffusion.handlers import clamp
+from ppl_diffusion.handlers import clamp, twist
 from ppl_diffusion.inference.particle_gibbs import ParticleGibbs
 from ppl_diffusion.potentials import Potential, factor
 from ppl_diffusion.smc.rejuvenation import OrderRefresh, SuffixRefresh
@@ -103,6 +103,38 @@ def test_a_clamp_holds(moves):
     assert "clamped" in post.target
 
 
+def test_several_chains_and_latents():
+    narrow = toy_chain(vocab_size=2, length=3, num_steps=3)
+
+    def pair():
+        gain = pyro.sample("gain", dist.LogNormal(0.0, 0.5))
+        n = pyro.deterministic("n", CHAIN.x0(pyro.sample("a", CHAIN)).sum(-1).float())
+        with pyro.plate("two", 2):
+            z = narrow.x0(pyro.sample("b", narrow)).sum(-1)
+        pyro.sample("y", dist.Normal(gain * (n + z.sum(-1, keepdim=z.ndim > 1)), 0.5), obs=DATA)
+
+    post = ParticleGibbs(pair, moves=[SuffixRefresh(2)], **SHORT).run(seed=0)
+    assert post.x0.shape == (2, 3, 2)
+    assert post.path.shape == (2, 3, 4, 2)
+    shapes = {name: tuple(value.shape[2:]) for name, value in post.samples.items()}
+    assert shapes == {"gain": (), "n": (), "a": (4, 2), "b": (2, 4, 3)}
+    assert torch.equal(post.samples["a"][..., -1, :], post.x0)
+    assert "'a', 'b'" in post.target
+    assert bool(torch.isfinite(post.log_density).all())
+
+
+def test_a_twist_moves_the_particles():
+    calls = []
+
+    def logits(carry, log_probs, k):
+        calls.append(k)
+        return 0.5 * log_probs.clamp_min(-3.0)
+
+    post = ParticleGibbs(twist(assay, logits=logits), **SHORT).run(DATA, seed=0)
+    assert len(calls) >= 5 * 3  # every sweep, every step
+    assert post.exact
+
+
 def test_progress_is_told():
     seen = []
     options = {**SHORT, "progress": lambda done, total: seen.append((done, total))}
@@ -123,13 +155,19 @@ def test_discrete_latents_are_refused():
         ParticleGibbs(coin, **SHORT).run()
 
 
-def test_several_chains_are_refused():
+def test_several_chains_that_are_not_one_are_refused():
+    other = toy_chain(num_steps=2)
+
     def pair():
         pyro.sample("a", CHAIN)
-        pyro.sample("b", CHAIN)
+        pyro.sample("b", other)
 
-    with pytest.raises(CapabilityError, match=r"pair has several chain sites \(a, b\)"):
+    with pytest.raises(CapabilityError, match="'a', 'b' have different time grids"):
         ParticleGibbs(pair, **SHORT).run()
+    twisted = twist(pair, logits=lambda carry, log_probs, k: 0 * log_probs, sites=["b"])
+    other = CHAIN
+    with pytest.raises(CapabilityError, match="several chain sites, of which one is twisted"):
+        ParticleGibbs(twisted, **SHORT).run()
 
 
 def test_what_comes_with_what():
