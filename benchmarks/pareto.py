@@ -20,6 +20,7 @@ files is read.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -208,7 +209,8 @@ def main(
     if json_file is not None and not json_file.resolve().parent.is_dir():
         folder = json_file.resolve().parent
         raise typer.BadParameter(f"--json: the folder {folder} does not exist; make it first.")
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    wall, processor = time.perf_counter(), time.process_time()
 
     def save(rows: Sequence[Row]) -> None:
         if json_file is not None:
@@ -216,7 +218,12 @@ def main(
 
     rows = measure(QUICK if quick else FULL, console, save)
     plot([row.coordinates for row in rows], plot_file)
-    console.print(f"The plot is in {plot_file}.")
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    console.print(
+        f"The plot is in {plot_file}. This took {wall / 60:.1f} minutes, "
+        f"and {processor / 60:.1f} minutes of processor time.",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":
