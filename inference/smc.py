@@ -49,7 +49,8 @@ class SMC:
 
     :param model: a Pyro program with one or more :class:`ReverseChain` sites. It must broadcast
         over one more plate on the left. Other latents, plates, ``factor``, ``obs``,
-        :func:`~ppl_diffusion.handlers.clamp` and ``infer={"steer": Steering(...)}`` hints (whose
+        :func:`~ppl_diffusion.handlers.clamp`, :func:`~ppl_diffusion.handlers.twist` (which then
+        moves the particles of its sites) and ``infer={"steer": Steering(...)}`` hints (whose
         potential then serves as the look-ahead) are honoured.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.
@@ -127,7 +128,7 @@ class SMC:
         fields = {**trace.posterior_fields(), "compact_path": engine.first_path(trace.carry)}
         return ParticlePosterior(
             x0=trace.carry[_tokens(engine.sites[0])],
-            times=torch.as_tensor(engine.sites[0].chain.kernel.times),
+            times=engine.times,
             samples=engine.samples,
             num_evaluations=engine.num_evaluations,
             num_potential_calls=program.num_rows,
@@ -178,6 +179,13 @@ class ProgramEngine:
     def num_evaluations(self) -> int:
         """Network rows evaluated so far, over all chains."""
         return sum(bound.num_evaluations for bound in self.bound.values())
+
+    @property
+    def times(self) -> Tensor:
+        """The time grid of the (first) chain that moves at every common step."""
+        kernels = [site.chain.kernel for site in self.sites]
+        longest = next(kernel for kernel in kernels if kernel.num_steps == self.num_steps)
+        return torch.as_tensor(longest.times)
 
     @property
     def target(self) -> str:

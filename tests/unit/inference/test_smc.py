@@ -139,6 +139,8 @@ def test_plates_and_several_chains_of_different_lengths():
     shapes = {name: tuple(value.shape[2:]) for name, value in posterior.samples.items()}
     assert shapes == {"other": (3, 3), "path": (2, 5, 2), "shift": (2,), "mean": (2,)}
     assert "'other' (2 steps)" in posterior.target
+    assert posterior.times.shape == (5,)  # one more than the common steps
+    posterior.to_arviz()
 
 
 def test_hints_serve_as_look_ahead_and_only_that():
