@@ -7,7 +7,8 @@ pilot runs. They are given a share of the budget, the more promising half of the
 to pilots of twice the size for as long as the share lasts (successive halving: Jamieson and
 Talwalkar 2016, arXiv:1502.07943). Every program is then judged by the error of the log-evidence
 predicted for what is left of the budget. Of those about as good as the best, the one that is known
-to suit such a target is recommended. Predictions are continued from pilots, and approximate.
+to suit such a target is recommended. Predictions are continued from pilots, and approximate: costs
+come out too large, by up to a factor of two or three, where particles share most of their rows.
 """
 
 from __future__ import annotations
