@@ -189,7 +189,13 @@ class Layout:
 
         :param states: int64 ``(*batch, ..., L)``.
         :param labels: whole numbers, ``(*batch,)``.
+        :raises ValueError: if there are not enough digits for one of them.
         """
+        if int(labels.max()) >= self._base**self.num_labels:
+            raise ValueError(
+                f"{int(labels.max()) + 1} particles were started, but the row has labels for "
+                f"{self._base**self.num_labels}; read the program with a larger max_particles."
+            )
         powers = self._base ** torch.arange(self.num_labels)
         digits = labels[..., None] // powers % self._base
         extra = (1,) * (states.ndim - digits.ndim)

@@ -88,6 +88,14 @@ def test_prompts_stay_and_labels_tell_particles_apart():
     assert task.potential(started[..., -1, :]).shape == (3, 7)
 
 
+def test_more_particles_than_labels_are_refused():
+    task = as_task(pair, None, (toy_chain(), toy_chain()), max_particles=9)
+    states = task.chain.sample((1, 9))[..., -1, :]
+    task.started(states)
+    with pytest.raises(ValueError, match=r"18 particles were started, .* labels for 9"):
+        task.started(states)
+
+
 def test_latents_that_were_not_drawn_are_missed():
     task = as_task(pair, None, (toy_chain(), toy_chain()))
     with pytest.raises(CapabilityError, match=r"without the latents \(level\)"):

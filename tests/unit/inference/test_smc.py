@@ -143,6 +143,21 @@ def test_plates_and_several_chains_of_different_lengths():
     posterior.to_arviz()
 
 
+def test_particles_in_the_place_of_a_plate_are_refused():
+    chain = toy_chain(length=8, vocab_size=4)
+
+    def program():
+        with pyro.plate("two", 2):
+            x = chain.x0(pyro.sample("path", chain))
+        # Zero for nearly every guess, so that values alone would not show the mistake.
+        same = (x[..., 0, :] == x[..., 1, :]).all(-1).double()
+        pyro.factor("same", same)
+
+    with pytest.raises(ValueError, match=r"site 'same' .* keep a dimension of size 1"):
+        SMC(program, num_particles=4).run(seed=0)
+    SMC(program, num_particles=4, vectorize_particles=False).run(seed=0)
+
+
 def test_hints_serve_as_look_ahead_and_only_that():
     chain = toy_chain()
 
