@@ -119,7 +119,7 @@ PROGRAMS = {
     "plated": (plated, plated_table, lambda s: zeros(s["x"]).sum(-1)),
     "assay": (assay, assay_table, lambda s: LEVELS[s["level"]] * zeros(s["x"])),
 }
-SIZE = {"num_particles": 8, "num_runs": 250}
+SIZE = {"num_particles": 8, "num_runs": 160}
 METHODS = {
     "importance": lambda model: ImportanceSampling(model, **SIZE),
     "lineages": lambda model: GuidedLineages(model, **SIZE),
@@ -165,9 +165,9 @@ def test_evidence_and_expectations(name, method):
     assert name in posterior.target
     assert posterior.num_evaluations > 0
     assert posterior.num_potential_calls > 0
-    assert posterior.ess.shape == (250, posterior.num_steps)
-    assert posterior.ancestors.shape == (posterior.num_steps, 250, 8)
-    assert posterior.x0.shape[:2] == (250, 8)
+    assert posterior.ess.shape == (160, posterior.num_steps)
+    assert posterior.ancestors.shape == (posterior.num_steps, 160, 8)
+    assert posterior.x0.shape[:2] == (160, 8)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -183,7 +183,7 @@ def test_methods_without_a_law_run_and_say_so(name):
 @pytest.mark.parametrize("name", ["coupled", "plated"])
 def test_particle_gibbs_over_all_sequences(name):
     program, table, value = PROGRAMS[name]
-    gibbs = ParticleGibbs(program, num_particles=8, num_runs=400, num_samples=2, num_warmup=6)
+    gibbs = ParticleGibbs(program, num_particles=8, num_runs=150, num_samples=2, num_warmup=4)
     posterior = gibbs.run(seed=4)
     law, density, values = table(False)
     mean = float((law * density * values).sum() / (law * density).sum())
@@ -231,7 +231,7 @@ def test_bare_chains_with_plates(process, method):
         lockstep = process == "ordered" or method.startswith("corrector")
         law = alone.kernel.denoiser.joint.flatten() if lockstep else chain_law(alone)
     posterior = make_bare(make, alone.expand([2]), PAIR).run(seed=5)
-    assert posterior.x0.shape == (250, 8, 2, 2)
+    assert posterior.x0.shape == (160, 8, 2, 2)
     one = float((law * PAIR(every(3, 3)).exp()).sum())
     assert abs(z_score(posterior.log_evidence.exp(), one**2)) < 4
 
