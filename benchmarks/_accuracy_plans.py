@@ -57,8 +57,9 @@ SHORT_GOALS = {
     ("rmse_log_z", methods.SURPRISE.name, 32): 0.07,
 }
 LONG_GOALS = {
-    ("rmse_log_z", methods.CLAMPED_PERSISTENT.name, 16): 1.15,
-    ("rmse_log_z", methods.CLAMPED_PERSISTENT.name, 64): 0.55,
+    ("rmse_log_z", method.name, size): goal
+    for method in methods.CLAMPED_PERSISTENT
+    for size, goal in ((16, 1.15), (64, 0.55))
 }
 ANNEALED_GOALS = {("tv", methods.LOCKSTEP.name, 8): 0.03}
 
