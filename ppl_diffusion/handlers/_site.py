@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -28,6 +29,47 @@ class Draw(NamedTuple):
     path: Tensor
     log_q: Tensor
     log_weight: Tensor
+
+
+class SiteMessenger(Messenger):
+    """A handler that exchanges chain sites, and says so when it met none.
+
+    :param sites: names of the chain sites, or None for all.
+
+    :cvar handler: its name.
+    :cvar advice: what to do when no site was met.
+    """
+
+    handler: ClassVar[str]
+    advice: ClassVar[str] = "wrap the model itself where the inference blocks outer handlers"
+
+    def __init__(self, sites: Collection[str] | None = None) -> None:
+        super().__init__()
+        self.sites = sites
+        self._met = 0
+
+    @abstractmethod
+    def _exchanged(self, msg: Any) -> TorchDistribution | None:
+        """Return what takes the place of a site, None where the handler has no business."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or not (self.sites is None or msg["name"] in self.sites):
+            return
+        fn = self._exchanged(msg)
+        if fn is not None:
+            msg["fn"] = fn
+            self._met += 1
+
+    def __exit__(self, *exc: Any) -> Any:
+        met, self._met = self._met, 0
+        handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
+        if met == 0 and exc[0] is None:
+            wanted = "" if self.sites is None else f" named {sorted(self.sites)}"
+            raise ValueError(
+                f"{self.handler}: no reverse-chain site{wanted} was met; {self.advice}: "
+                f"Importance({self.handler}(model, ...))."
+            )
+        return handled
 
 
 class ProposedChain(TorchDistribution):

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection
 from typing import Any, Self
 
 import torch
-from pyro.poutine.messenger import Messenger
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.distributions.token_step import TokenStep
-from ppl_diffusion.handlers._site import ProposedChain
+from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.smc.feynman_kac import Carry
 
 
@@ -149,7 +149,7 @@ class ClampedChain(ProposedChain):
         return torch.stack(states, -2), log_p, log_weight
 
 
-class ClampMessenger(Messenger):
+class ClampMessenger(SiteMessenger):
     """The handler behind :func:`clamp`.
 
     :param tokens: int64 ``(L,)``.
@@ -157,35 +157,22 @@ class ClampMessenger(Messenger):
     :param sites: names of the chain sites, or None for all.
     """
 
-    def __init__(self, tokens: Tensor, mask: Tensor, sites: Collection[str] | None) -> None:
-        super().__init__()
-        self.tokens, self.mask, self.sites = tokens, mask, sites
-        self._met = 0
+    handler = "clamp"
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def __init__(self, tokens: Tensor, mask: Tensor, sites: Collection[str] | None) -> None:
+        super().__init__(sites)
+        self.tokens, self.mask = tokens, mask
+
+    def _exchanged(self, msg: Any) -> TorchDistribution | None:
         fn = msg["fn"]
-        if msg["is_observed"] or not (self.sites is None or msg["name"] in self.sites):
-            return
         if isinstance(fn, ReverseChain):
             clamp = ClampProposal(self.tokens, self.mask, fn.kernel.process.vocab_size)
-            msg["fn"] = ClampedChain(fn, clamp)
-        elif hasattr(fn, "with_clamp"):  # a site that is clamped or steered already
+            return ClampedChain(fn, clamp)
+        if hasattr(fn, "with_clamp"):  # a site that is clamped, steered or twisted already
             size = fn.chain.kernel.process.vocab_size
-            msg["fn"] = fn.with_clamp(ClampProposal(self.tokens, self.mask, size))
-        else:
-            return
-        self._met += 1
-
-    def __exit__(self, *exc: Any) -> Any:
-        met, self._met = self._met, 0
-        handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
-        if met == 0 and exc[0] is None:
-            wanted = "" if self.sites is None else f" named {sorted(self.sites)}"
-            raise ValueError(
-                f"clamp: no reverse-chain site{wanted} was met; wrap the model itself where the "
-                "inference blocks outer handlers: Importance(clamp(model, ...))."
-            )
-        return handled
+            clamped: TorchDistribution = fn.with_clamp(ClampProposal(self.tokens, self.mask, size))
+            return clamped
+        return None
 
 
 def clamp(

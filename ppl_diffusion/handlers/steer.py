@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from pyro.poutine.messenger import Messenger
+from pyro.distributions import TorchDistribution
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.handlers._site import ProposedChain
+from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.handlers.clamp import ClampedChain, ClampProposal
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
@@ -141,43 +141,35 @@ def _safe(log_weights: Tensor) -> Tensor:
     return torch.where(dead, 0.0, log_weights)
 
 
-class SteerMessenger(Messenger):
+class SteerMessenger(SiteMessenger):
     """The handler behind :func:`steer`.
 
     :param steering: for chain sites without a hint of their own; None leaves those alone.
     """
 
+    handler = "steer"
+    advice = (
+        "give a potential or a site hint, and wrap the model where inference blocks outer handlers"
+    )
+
     def __init__(self, steering: Steering | None) -> None:
         super().__init__()
         self.steering = steering
-        self._met = 0
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _exchanged(self, msg: Any) -> TorchDistribution | None:
         fn, twisted = msg["fn"], hasattr(msg["fn"], "with_steering")
-        if msg["is_observed"] or not (twisted or isinstance(fn, ReverseChain | ClampedChain)):
-            return
-        steering = msg["infer"].get("steer", self.steering)
-        if steering is None:
-            return
-        self._met += 1
-        steering = as_steering(steering)
-        msg["infer"]["steer"] = steering
+        if not (twisted or isinstance(fn, ReverseChain | ClampedChain)):
+            return None
+        hint = msg["infer"].get("steer", self.steering)
+        if hint is None:
+            return None
+        steering = msg["infer"]["steer"] = as_steering(hint)
         if twisted:
-            msg["fn"] = fn.with_steering(steering)
-        elif isinstance(fn, ClampedChain):
-            msg["fn"] = SteeredChain(fn.chain, steering, fn.clamp)
-        else:
-            msg["fn"] = SteeredChain(fn, steering)
-
-    def __exit__(self, *exc: Any) -> Any:
-        met, self._met = self._met, 0
-        handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
-        if met == 0 and exc[0] is None:
-            raise ValueError(
-                "steer: no reverse-chain site was met; give a potential or a site hint, and wrap "
-                "the model where inference blocks outer handlers: Importance(steer(model, ...))."
-            )
-        return handled
+            steered: TorchDistribution = fn.with_steering(steering)
+            return steered
+        if isinstance(fn, ClampedChain):
+            return SteeredChain(fn.chain, steering, fn.clamp)
+        return SteeredChain(fn, steering)
 
 
 def steer(

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
@@ -15,7 +14,7 @@ from ppl_diffusion._rows import distinct_rows
 from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.distributions.token_step import TokenStep
-from ppl_diffusion.handlers._site import ProposedChain
+from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.handlers.clamp import ClampedChain, ClampProposal
 from ppl_diffusion.handlers.steer import SteeredChain, Steering
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
@@ -270,47 +269,33 @@ class TwistedSteeredChain(SteeredChain):
             )
 
 
-class TwistMessenger(Messenger):
+class TwistMessenger(SiteMessenger):
     """The handler behind :func:`twist`.
 
     :param proposal: how to move.
     :param sites: names of the chain sites, or None for all.
     """
 
-    def __init__(self, proposal: Proposal, sites: Collection[str] | None) -> None:
-        super().__init__()
-        self.proposal, self.sites = proposal, sites
-        self._met = 0
+    handler = "twist"
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def __init__(self, proposal: Proposal, sites: Collection[str] | None) -> None:
+        super().__init__(sites)
+        self.proposal = proposal
+
+    def _exchanged(self, msg: Any) -> TorchDistribution | None:
         fn, twist = msg["fn"], self.proposal
-        if msg["is_observed"] or not (self.sites is None or msg["name"] in self.sites):
-            return
         if isinstance(fn, TwistedChain | TwistedSteeredChain):
             raise CapabilityError(
                 f"twist: the site {msg['name']!r} is twisted already, and a particle moves one "
                 "way only; join both into one proposal."
             )
         if isinstance(fn, ReverseChain):
-            msg["fn"] = TwistedChain(fn, twist)
-        elif isinstance(fn, ClampedChain):
-            msg["fn"] = TwistedChain(fn.chain, twist, fn.clamp)
-        elif isinstance(fn, SteeredChain):
-            msg["fn"] = TwistedSteeredChain(fn.chain, fn.steering, fn.clamp, twist)
-        else:
-            return
-        self._met += 1
-
-    def __exit__(self, *exc: Any) -> Any:
-        met, self._met = self._met, 0
-        handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
-        if met == 0 and exc[0] is None:
-            wanted = "" if self.sites is None else f" named {sorted(self.sites)}"
-            raise ValueError(
-                f"twist: no reverse-chain site{wanted} was met; wrap the model itself where the "
-                "inference blocks outer handlers: Importance(twist(model, ...))."
-            )
-        return handled
+            return TwistedChain(fn, twist)
+        if isinstance(fn, ClampedChain):
+            return TwistedChain(fn.chain, twist, fn.clamp)
+        if isinstance(fn, SteeredChain):
+            return TwistedSteeredChain(fn.chain, fn.steering, fn.clamp, twist)
+        return None
 
 
 def twist(
