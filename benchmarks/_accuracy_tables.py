@@ -13,10 +13,13 @@ from benchmarks._report import Row, table, verdict
 LEGEND = (
     "* weights exact for no declared law. floor: noise of TV in that row (for exact draws, of as "
     "many as runs).\nRMSE, bias: of log Z against the declared target; ideal: against that of the "
-    "exact chain. gap: mean upper minus mean lower bound of log Z.\nrows, calls: network rows and "
-    "potential calls of one run. N: sequences moved per step, be they particles, children or "
-    "candidates.\nargmax, sample, persistent: Feynman-Kac steering by differences of that "
-    "look-ahead; max, sum: by its running maximum or sum."
+    "exact chain. gap: mean upper minus mean lower bound of log Z.\nE r, log P: mean log-potential "
+    "and log-prior. rows, calls, ms: network rows, potential calls and milliseconds of one run.\n"
+    "N: sequences moved per step, be they particles, children or candidates.\n"
+    "argmax, sample, persistent: Feynman-Kac steering by differences of that look-ahead; max, sum: "
+    "by its running maximum or sum.\npath: on masked chains particles reveal different numbers of "
+    "positions, noise that lockstep avoids. rates: the published limit of many steps, wrong by as "
+    "much as its steps are coarse."
 )
 
 MISSES = {
@@ -43,7 +46,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     )
     columns = _columns(c)
     made = table(title, ["", *columns], _verdicts(others))
-    made.box, made.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+    made.box, made.padding = box.SIMPLE_HEAD, (0, 0)
     for row in [exact, *measured]:
         name = row.coordinates["method"] + ("" if row.coordinates["exact"] else " *")
         made.add_row(name, *(cell(row.coordinates) for cell in columns.values()))
@@ -63,11 +66,11 @@ def _columns(c: Mapping[str, Any]) -> dict[str, Callable[[Any], str]]:
         "ideal": _cell("rmse_log_z_ideal", "{:.3f}") if apart else None,
         "bias": _cell("bias_log_z", "{:+.3f}"),
         "gap": _cell("gap_log_z", "{:.3f}"),
-        "mean r": _cell("mean_potential", "{:.2f}") if tilted else None,
+        "E r": _cell("mean_potential", "{:.2f}") if tilted else None,
         "log P": _cell("mean_log_p", "{:.2f}"),
         "rows": _cell("evaluations", "{:.0f}"),
         "calls": _cell("potential_calls", "{:.0f}") if tilted else None,
-        "ms/run": _cell("seconds_per_run", "{:.2f}", 1e3),
+        "ms": _cell("seconds_per_run", "{:.2f}", 1e3),
     }
     return {name: cell for name, cell in columns.items() if cell is not None}
 
@@ -83,7 +86,7 @@ def _cell(key: str, form: str, unit: float = 1) -> Callable[[Mapping[str, Any]],
 def _error_cell(c: Mapping[str, Any]) -> str:
     if "rmse_log_z" not in c:
         return ""
-    return f"{c['rmse_log_z']:.3f} ±{c['rmse_log_z_se']:.3f}"
+    return f"{c['rmse_log_z']:.3f}±{c['rmse_log_z_se']:.3f}"
 
 
 def _verdicts(rows: Sequence[Row]) -> str:

@@ -280,8 +280,12 @@ def test_tables_fit_and_say_what_was_met():
     accuracy, tables = module("accuracy"), module("_accuracy_tables")
     goals = {("rmse_log_z", "argmax", 8): 1e-9}
     plan = plan_of(partial(module("_cases").grid_case, "B0", 3), "argmax", "beam", goals=goals)
-    console = Console(record=True, width=120)
-    tables.show(list(accuracy.measure_plan(plan)), console)
+    console, rows = Console(record=True, width=120), list(accuracy.measure_plan(plan))
+    widest = {"num_particles": 64, "potential_calls": 122527.0, "seconds_per_run": 1.77682}
+    widest |= {"mean_log_p": -42.75, "mean_potential": 13.85, "bias_log_z": -11.5}
+    widest |= {"method": "clamped-persistent-16", "evaluations": 2485.0, "gap_log_z": 19.412}
+    wide = replace(rows[1], coordinates={**rows[1].coordinates, **widest})
+    tables.show([*rows, wide], console)
     text = console.export_text()
     assert "…" not in text
     assert "TV ideal" in text  # a coarse grid declares another law
