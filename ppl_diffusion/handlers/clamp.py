@@ -10,6 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
@@ -45,21 +46,21 @@ class ClampProposal:
         self.tokens = torch.where(mask, tokens, 0).to(torch.int64)
         self.vocab_size = vocab_size
 
-    def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TokenStep:
+    def __call__(self, step: TorchDistribution, carry: Carry, k: int, /) -> TokenStep | RevealStep:
         """Return the clamped step (a :class:`~ppl_diffusion.smc.Proposal`).
 
-        :raises CapabilityError: if the step is no three-way mixture, or where the bridge could not
+        :raises CapabilityError: if the step shows no prediction, or where the bridge could not
             follow the model: with ``kappa < 1`` and states of prior probability zero, a wrong token
             may be revealed and masked again.
         :raises ValueError: if the chain's prompt holds another token at a clamped position.
         """
-        if not isinstance(step, TokenStep):
+        if not isinstance(step, TokenStep | RevealStep):
             raise CapabilityError(
                 f"clamp: it holds tokens by changing what the denoiser predicts, which a "
                 f"{type(step).__name__} does not show; condition by a potential that is -inf "
                 "elsewhere."
             )
-        if step.detours:
+        if isinstance(step, TokenStep) and step.detours:
             raise CapabilityError(
                 "clamp: a kernel with kappa < 1 over a prior with zeros (such as masks), or with "
                 "kappa < 0, can reach the tokens by detours that the clamp cannot propose; use "
@@ -70,7 +71,7 @@ class ClampProposal:
         log_probs = torch.where(self.mask[:, None], known, step.log_probs)
         return step.with_log_probs(log_probs)
 
-    def _require_agreeing_prompt(self, step: TokenStep) -> None:
+    def _require_agreeing_prompt(self, step: TokenStep | RevealStep) -> None:
         if step.fixed is None:
             return
         clash = step.fixed & self.mask & (step.tokens != self.tokens)
