@@ -152,7 +152,7 @@ def quick_plans() -> Iterator[Plan]:
     """Yield what is done within five minutes."""
     b0, b1 = partial(ordered_case, "B0"), partial(ordered_case, "B1")
     yield Plan(partial(grid_case, "B0", 64), methods.ON_GRID, (8,), 300, 300, 100)
-    yield Plan(b0, methods.SHORT, (8, 32), 1000, 400, 200, goals=SHORT_GOALS)
+    yield Plan(b0, methods.SHORT, (8, 32), 1500, 1500, 200, goals=SHORT_GOALS)
     yield Plan(b1, methods.LONG_FEW, (16,), 300, 300, 50, goals=LONG_GOALS)
     yield from annealing(30_000, (2.0,), {6: (methods.PATH,)})
     yield from pairs(6000, ())
