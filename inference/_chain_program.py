@@ -205,7 +205,14 @@ class ChainProgram(ABC):
         """
         particles = self.num_runs * self.num_particles
         # Twice: a pilot run may start as many again.
-        return as_task(self.target, self.potential, args, kwargs, max_particles=2 * particles)
+        return as_task(
+            self.target,
+            self.potential,
+            args,
+            kwargs,
+            max_particles=2 * particles,
+            owner=type(self).__name__,
+        )
 
     def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
         """Return the result as the method means it.

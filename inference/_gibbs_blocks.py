@@ -16,7 +16,8 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._joint import Layout
-from ppl_diffusion.inference._program import Program, is_chain, sample_sites
+from ppl_diffusion.inference._program import Program
+from ppl_diffusion.inference._sites import is_chain, sample_sites
 from ppl_diffusion.inference._task import PotentialLike
 from ppl_diffusion.potentials import factor
 from ppl_diffusion.potentials.base import AbstractPotential
@@ -229,7 +230,7 @@ def require_continuous(program: Program) -> None:
     :param program: the program.
     :raises CapabilityError: if one of them is discrete.
     """
-    for site in sample_sites(program.trace({})):
+    for site in sample_sites(program.trace({}), program.owner):
         latent = not site["is_observed"] and not is_chain(site)
         if latent and getattr(site["fn"].support, "is_discrete", False):
             raise CapabilityError(

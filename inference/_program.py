@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -17,45 +16,25 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.handlers import ClampProposal, Steering
-from ppl_diffusion.handlers._site import ProposedChain
-from ppl_diffusion.handlers.steer import as_steering
-from ppl_diffusion.handlers.twist import joined
+from ppl_diffusion.inference._sites import (
+    chain_site,
+    depth,
+    is_chain,
+    is_deterministic,
+    program_name,
+    same_chain,
+    sample_sites,
+)
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.potentials.factor import PotentialFactor
-from ppl_diffusion.smc.feynman_kac import Proposal
 
 PARTICLE_PLATE = "_ppl_diffusion_particles"
 NUM_PROBES = 4
 """How many random guesses a program is tried on before it is run."""
-
-
-@dataclass(frozen=True)
-class ChainSite:
-    """A reverse-chain site of a program.
-
-    :param name: site name.
-    :param chain: its distribution, with the program's own plates as batch shape.
-    :param clamp: tokens it is conditioned on, or None.
-    :param steering: its ``infer={"steer": ...}`` hint, or None.
-    :param twist: the proposal of a :func:`~ppl_diffusion.handlers.twist`, or None.
-    """
-
-    name: str
-    chain: ReverseChain
-    clamp: ClampProposal | None
-    steering: Steering | None
-    twist: Proposal | None = None
-
-    @property
-    def proposal(self) -> Proposal | None:
-        """How the site wants to be moved: by its twist, with the clamped tokens held."""
-        return joined(self.twist, self.clamp)
 
 
 class _GivenSites(Messenger):
@@ -88,8 +67,10 @@ class Program:
     :param kwargs: its keyword arguments.
     :param vectorize: evaluate all particles at once, as one more plate on the left, instead of one
         after the other.
+    :param owner: what errors call the method.
+    :param otherwise: what they advise for a program that does not broadcast.
     :raises ValueError: if it has no unobserved chain site, or does not broadcast over particles.
-    :raises CapabilityError: if it subsamples a plate.
+    :raises CapabilityError: if it subsamples a plate, or is random from run to run.
     """
 
     def __init__(
@@ -99,21 +80,24 @@ class Program:
         kwargs: Mapping[str, Any],
         *,
         vectorize: bool = True,
+        owner: str = "inference",
+        otherwise: str = "use ppl_diffusion.inference.SMC(..., vectorize_particles=False)",
     ) -> None:
         self.model, self.args, self.kwargs, self.vectorize = model, args, kwargs, vectorize
+        self.owner, self.otherwise = owner, otherwise
         self.num_rows = 0
         """Particles the program was evaluated for so far, trials included."""
-        sites = sample_sites(self.trace({}))
-        self.chains = [_chain_site(site) for site in sites if is_chain(site)]
+        sites = sample_sites(self.trace({}), owner)
+        self.chains = [chain_site(site) for site in sites if is_chain(site)]
         if not self.chains:
             raise ValueError(
-                f"SMC: {self.name} has no unobserved ReverseChain site; sample one as it is "
+                f"{owner}: {self.name} has no unobserved ReverseChain site; sample one as it is "
                 "(no to_event), for instance pyro.sample('path', prior.chain(num_steps=64))."
             )
         self.shapes = {s["name"]: torch.as_tensor(s["value"]).shape for s in sites}
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.latents = [s["name"] for s in sites if not s["is_observed"] and not is_chain(s)]
-        self.nesting = max(map(_depth, sites))
+        self.nesting = max(map(depth, sites))
         self.carried = self.latents  # until the probe knows better
         self.redrawn: list[str] = []
         self.density_shapes: dict[str, torch.Size] = {}
@@ -123,7 +107,7 @@ class Program:
     @property
     def name(self) -> str:
         """The program's name."""
-        return getattr(self.model, "__name__", type(self.model).__name__)
+        return program_name(self.model)
 
     def evaluate(self, values: Mapping[str, Tensor], size: int) -> ProgramRun:
         """Run the program for ``size`` particles with given site values.
@@ -162,11 +146,11 @@ class Program:
     def _require_same_chains(self, trace: Trace) -> None:
         for bound in getattr(self, "chains", []):
             site = trace.nodes.get(bound.name)
-            if site is None or not is_chain(site) or not _same_chain(site, bound):
+            if site is None or not is_chain(site) or not same_chain(site, bound):
                 raise CapabilityError(
-                    f"SMC: the chain at site {bound.name!r} of {self.name} is not the same on "
-                    "every run (it depends on another site, or is built around a new network); "
-                    "build it outside of the program, or use pyro.infer.Importance."
+                    f"{self.owner}: the chain at site {bound.name!r} of {self.name} is not the "
+                    "same on every run (it depends on another site, or is built around a new "
+                    "network); build it outside of the program, or use pyro.infer.Importance."
                 )
 
     def _probe(self) -> None:
@@ -197,8 +181,7 @@ class Program:
         alone = ProgramRun(self, singles, len(singles))
         advice = (
             "write it so that it broadcasts over one more plate on the left (values arrive as "
-            "(particles, 1 for each plate a site is not in, ...)), or pass "
-            "vectorize_particles=False"
+            f"(particles, 1 for each plate a site is not in, ...)), or {self.otherwise}"
         )
         self.density_shapes = alone.density_shapes()
         try:
@@ -207,13 +190,14 @@ class Program:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"SMC: {self.name} fails for several particles at once ({error}); {advice}."
+                f"{self.owner}: {self.name} fails for several particles at once ({error}); "
+                f"{advice}."
             ) from error
         for name, expected in alone.log_densities().items():
             if not torch.allclose(together[name], expected, rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError(
-                    f"SMC: site {name!r} of {self.name} has another density when several particles "
-                    f"are evaluated at once; {advice}."
+                    f"{self.owner}: site {name!r} of {self.name} has another density when several "
+                    f"particles are evaluated at once; {advice}."
                 )
 
 
@@ -233,18 +217,19 @@ class ProgramRun:
             self._require_same_latents(trace)
 
     def _require_same_latents(self, trace: Trace) -> None:
-        sites = [s for s in sample_sites(trace) if not s["is_observed"] and not is_chain(s)]
+        sites = sample_sites(trace, self.program.owner)
+        sites = [s for s in sites if not s["is_observed"] and not is_chain(s)]
         unknown = {s["name"] for s in sites} ^ set(self.program.latents)
         if unknown:
             raise CapabilityError(
-                f"SMC: the latent sites {sorted(unknown)} of {self.program.name} come and go "
-                "between runs; give the program the same sites on every run."
+                f"{self.program.owner}: the latent sites {sorted(unknown)} of {self.program.name} "
+                "come and go between runs; give the program the same sites on every run."
             )
 
     @property
     def site_names(self) -> list[str]:
         """Names of all sites with a value of their own, in program order."""
-        return [s["name"] for s in sample_sites(self.traces[0])]
+        return [s["name"] for s in sample_sites(self.traces[0], self.program.owner)]
 
     def value(self, name: str) -> Tensor | None:
         """Return a site's value for every particle, ``(size, *plates, *event)``.
@@ -269,7 +254,7 @@ class ProgramRun:
         :param name: site name.
         """
         site = self.traces[0].nodes[name]
-        return not site["is_observed"] or _is_deterministic(site)
+        return not site["is_observed"] or is_deterministic(site)
 
     def log_density(self, *, lookahead: bool = False) -> Tensor:
         """Return the log-density of observations and carried latents, float64 ``(size,)``.
@@ -303,9 +288,9 @@ class ProgramRun:
         return {name: _scored_log_prob(nodes[name], False).shape for name in self._scored()}
 
     def _scored(self) -> list[str]:
-        redrawn = self.program.redrawn
-        sites = [s for s in sample_sites(self.traces[0]) if s["name"] not in redrawn]
-        return [s["name"] for s in sites if not is_chain(s) and not _is_deterministic(s)]
+        redrawn, nodes = self.program.redrawn, self.traces[0].nodes
+        names = [name for name in self.site_names if name not in redrawn]
+        return [n for n in names if not is_chain(nodes[n]) and not is_deterministic(nodes[n])]
 
     def _site_log_density(self, name: str, lookahead: bool) -> Tensor:
         values = [_scored_log_prob(trace.nodes[name], lookahead) for trace in self.traces]
@@ -318,8 +303,9 @@ class ProgramRun:
             value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
         if bool((torch.isnan(value) | (value == torch.inf)).any()):
             raise PotentialError(
-                f"SMC: site {name!r} of {self.program.name} has log-density NaN or +inf for "
-                f"{int((~(value < torch.inf)).sum())} of {self.size} particles; check it."
+                f"{self.program.owner}: site {name!r} of {self.program.name} has log-density NaN "
+                f"or +inf for {int((~(value < torch.inf)).sum())} of {self.size} particles; check "
+                "it."
             )
         return value
 
@@ -354,10 +340,6 @@ def _per_particle(value: Tensor, size: int, nesting: int, name: str) -> Tensor:
     return value.reshape(value.shape[0], -1).sum(-1).expand(size)
 
 
-def _is_deterministic(site: dict[str, Any]) -> bool:
-    return bool(site["infer"].get("_deterministic", False))
-
-
 def _require_own_dimensions(value: Tensor, program: Program, name: str) -> None:
     """Refuse particles in the place of a plate, which would be summed over as its elements."""
     if name not in program.density_shapes:
@@ -370,62 +352,3 @@ def _require_own_dimensions(value: Tensor, program: Program, name: str) -> None:
             f"site {name!r} has a log-density of shape {tuple(value.shape)} for several particles "
             f"and {tuple(own)} for one: where it is in no plate, keep a dimension of size 1"
         )
-
-
-def sample_sites(trace: Trace) -> list[dict[str, Any]]:
-    """Return the sample sites of a trace, plates left out.
-
-    :param trace: a trace of the program.
-    :raises CapabilityError: if a plate is subsampled.
-    """
-    sites = []
-    for site in trace.nodes.values():
-        if site["type"] != "sample":
-            continue
-        if not site_is_subsample(site):
-            sites.append(site)
-        elif (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
-            raise CapabilityError(
-                f"SMC: plate {site['name']!r} is subsampled, which makes the potential random from "
-                "run to run; use the whole plate."
-            )
-    return sites
-
-
-def is_chain(site: dict[str, Any]) -> bool:
-    """Return whether a site is an unobserved reverse chain.
-
-    :param site: a site of a trace.
-    """
-    return isinstance(site["fn"], ReverseChain | ProposedChain) and not site["is_observed"]
-
-
-def _chain_of(site: dict[str, Any]) -> ReverseChain:
-    chain: ReverseChain = site["fn"].chain if isinstance(site["fn"], ProposedChain) else site["fn"]
-    return chain
-
-
-def _chain_site(site: dict[str, Any]) -> ChainSite:
-    steering = site["infer"].get("steer")
-    return ChainSite(
-        site["name"],
-        _chain_of(site),
-        getattr(site["fn"], "clamp", None),
-        None if steering is None else as_steering(steering),
-        getattr(site["fn"], "twist", None),
-    )
-
-
-def _same_chain(site: dict[str, Any], bound: ChainSite) -> bool:
-    chain, known = _chain_of(site), bound.chain
-    if chain.length != known.length or not chain.kernel.same_as(known.kernel):
-        return False
-    if chain.prompt is None or known.prompt is None:
-        return chain.prompt is known.prompt
-    return torch.equal(chain.prompt, known.prompt)
-
-
-def _depth(site: dict[str, Any]) -> int:
-    """Return how many batch dimensions a site uses, counted from the right."""
-    frames = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
-    return max([len(site["fn"].batch_shape), *frames])

@@ -181,6 +181,7 @@ def as_task(
     kwargs: Mapping[str, Any] | None = None,
     *,
     max_particles: int = MAX_PARTICLES,
+    owner: str = "inference",
 ) -> Task:
     """Read what is to be sampled.
 
@@ -192,13 +193,25 @@ def as_task(
     :param args: arguments of the program.
     :param kwargs: keyword arguments of the program.
     :param max_particles: particles, over all runs, that a program with latents may start.
+    :param owner: what errors call the method.
     :raises TypeError: if a bare chain comes without a potential or with arguments.
     :raises ValueError: if a program comes with a potential, or has no chain site.
     :raises CapabilityError: if the chains of a program cannot be run as one, or the law of a
         latent depends on the sequences.
     """
     if not isinstance(target, ReverseChain):
-        return _program_task(target, potential, args, kwargs or {}, max_particles)
+        if not callable(target):
+            raise TypeError(
+                f"{owner}: the target must be a ReverseChain or a Pyro program, got "
+                f"{type(target).__name__}."
+            )
+        if potential is not None:
+            raise ValueError(
+                f"{owner}: a program is its own potential; write the potential into it with "
+                "ppl_diffusion.potentials.factor."
+            )
+        program = Program(target, args, kwargs or {}, owner=owner)
+        return program_task(program, max_particles=max_particles)
     if potential is None:
         raise TypeError(
             "a bare chain needs a potential; pass one, such as Reward(dock, temperature=0.1)."
@@ -209,23 +222,14 @@ def as_task(
     return Task(target, known, known.name)
 
 
-def _program_task(
-    model: Callable[..., Any],
-    potential: PotentialLike | None,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    max_particles: int,
-) -> Task:
-    if not callable(model):
-        raise TypeError(
-            f"the target must be a ReverseChain or a Pyro program, got {type(model).__name__}."
-        )
-    if potential is not None:
-        raise ValueError(
-            "a program is its own potential; write the potential into it with "
-            "ppl_diffusion.potentials.factor."
-        )
-    known = ProgramPotential(Program(model, args, kwargs), max_particles=max_particles)
+def program_task(program: Program, *, max_particles: int = MAX_PARTICLES) -> Task:
+    """Return the task a program sets.
+
+    :param program: the program with its arguments.
+    :param max_particles: particles, over all runs, that it may start with latents of their own.
+    :raises CapabilityError: as :func:`as_task`.
+    """
+    known = ProgramPotential(program, max_particles=max_particles)
     return Task(known.layout.chain, known, known.name)
 
 

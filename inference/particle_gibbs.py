@@ -184,8 +184,14 @@ class GibbsSampler:
         self, options: ParticleGibbs, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self.options = options
-        vectorize = options.vectorize_particles
-        self.program = Program(options.model, args, kwargs, vectorize=vectorize)
+        self.program = Program(
+            options.model,
+            args,
+            kwargs,
+            vectorize=options.vectorize_particles,
+            owner="ParticleGibbs",
+            otherwise="pass vectorize_particles=False",
+        )
         self.site = TokenBlock(self.program)
         require_continuous(self.program)
         # Every latent is given here, also those whose law depends on the sequence.

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion.inference._program import ChainSite, Program, ProgramRun
+from ppl_diffusion.inference._program import Program, ProgramRun
+from ppl_diffusion.inference._sites import ChainSite
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
 from ppl_diffusion.smc.engine import Progress, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
@@ -113,7 +114,14 @@ class SMC:
         """
         started = time.perf_counter()
         with torch.no_grad(), _seeded(seed):
-            program = Program(self.model, args, kwargs, vectorize=self.vectorize_particles)
+            program = Program(
+                self.model,
+                args,
+                kwargs,
+                vectorize=self.vectorize_particles,
+                owner="SMC",
+                otherwise="pass vectorize_particles=False",
+            )
             engine = ProgramEngine(program, self)
             trace = smc_loop(
                 engine,
