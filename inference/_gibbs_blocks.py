@@ -61,6 +61,13 @@ class TokenBlock:
             return self.layout.as_paths(x0)
         return {self.sites[0].name: as_path(x0, self.sites[0].chain)}
 
+    def whole_paths(self, path: Tensor) -> dict[str, Tensor]:
+        """Return the path of every site.
+
+        :param path: int64 ``(*batch, T + 1, L)``.
+        """
+        return self.own_paths(path) or {self.sites[0].name: path}
+
     def own_paths(self, path: Tensor) -> dict[str, Tensor]:
         """Return the path of every site where there are several, nothing for one.
 

@@ -155,9 +155,11 @@ class Program:
 
     def _probe(self) -> None:
         """Sort the latents, and check that particles do not see each other."""
-        singles = [self.trace(self._random_paths())]
+        paths = self._random_paths()
+        singles = [self.trace(paths)]
         ProgramRun(self, singles, 1)  # the same latents as in the first run
         given = {name: singles[0].nodes[name]["value"] for name in self.latents}
+        self._require_repeatable(singles[0], self.trace({**paths, **given}))
         singles += [self.trace({**self._random_paths(), **given}) for _ in range(NUM_PROBES - 1)]
         for number, name in enumerate(self.latents):
             if len({_density_or_nan(trace, name) for trace in singles}) > 1:
@@ -165,6 +167,18 @@ class Program:
                 break
         if self.vectorize:
             self._require_broadcasting(singles)
+
+    def _require_repeatable(self, first: Trace, second: Trace) -> None:
+        """Refuse densities that are random given all values."""
+        for name in ProgramRun(self, [first], 1).density_names:
+            values = _density_or_nan(first, name), _density_or_nan(second, name)
+            bad = any(map(math.isnan, values))  # which is refused in other words
+            if not bad and not math.isclose(*values, rel_tol=1e-3, abs_tol=1e-4):
+                raise CapabilityError(
+                    f"{self.owner}: site {name!r} of {self.name} has another density when the "
+                    "program runs again on the same values; draw what is random in it as a "
+                    "pyro.sample site, and switch a network with dropout to eval()."
+                )
 
     def _random_paths(self) -> dict[str, Tensor]:
         return {
@@ -280,19 +294,36 @@ class ProgramRun:
 
         :param lookahead: as in :meth:`log_density`.
         """
-        return {name: self._site_log_density(name, lookahead) for name in self._scored()}
+        return {name: self.site_log_density(name, lookahead=lookahead) for name in self._scored()}
 
     def density_shapes(self) -> dict[str, torch.Size]:
         """Return the shape of each scored site's log-density in the first trace."""
         nodes = self.traces[0].nodes
         return {name: _scored_log_prob(nodes[name], False).shape for name in self._scored()}
 
-    def _scored(self) -> list[str]:
-        redrawn, nodes = self.program.redrawn, self.traces[0].nodes
-        names = [name for name in self.site_names if name not in redrawn]
-        return [n for n in names if not is_chain(nodes[n]) and not is_deterministic(nodes[n])]
+    @property
+    def density_names(self) -> list[str]:
+        """Names of all sites with a density, chains left out."""
+        nodes = self.traces[0].nodes
+        sites = [name for name in self.site_names if not is_chain(nodes[name])]
+        return [name for name in sites if not is_deterministic(nodes[name])]
 
-    def _site_log_density(self, name: str, lookahead: bool) -> Tensor:
+    @property
+    def deterministic_names(self) -> list[str]:
+        """Names of the deterministic sites."""
+        nodes = self.traces[0].nodes
+        return [name for name in self.site_names if is_deterministic(nodes[name])]
+
+    def _scored(self) -> list[str]:
+        return [name for name in self.density_names if name not in self.program.redrawn]
+
+    def site_log_density(self, name: str, *, lookahead: bool = False) -> Tensor:
+        """Return the log-density of one site, float64 ``(size,)``.
+
+        :param name: site name.
+        :param lookahead: as in :meth:`log_density`.
+        :raises PotentialError: if it is NaN or ``+inf``.
+        """
         values = [_scored_log_prob(trace.nodes[name], lookahead) for trace in self.traces]
         if self._together:
             _require_own_dimensions(values[0], self.program, name)

@@ -21,6 +21,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference._joint import Layout
 from ppl_diffusion.inference._latents import CarriedLatents
+from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program, ProgramRun
 from ppl_diffusion.inference.smc import _seeded as seeded  # one way of seeding for all programs
 from ppl_diffusion.kernels.base import Kernel
@@ -241,7 +242,7 @@ class ProgramPotential(AbstractPotential):
 
     :param program: the program with its arguments.
     :param max_particles: particles, over all runs, that may start with draws of their own.
-    :raises CapabilityError: if the program is no function of one row.
+    :raises CapabilityError: if the program is no function of one row, or reads whole paths.
     """
 
     def __init__(self, program: Program, *, max_particles: int = MAX_PARTICLES) -> None:
@@ -256,6 +257,7 @@ class ProgramPotential(AbstractPotential):
             if site.steering is not None
         }
         self._require_movable()
+        self._reading_paths = require_sequences_only(program)
 
     def _require_movable(self) -> None:
         twisted = [site.name for site in self.program.chains if site.twist is not None]
@@ -312,7 +314,7 @@ class ProgramPotential(AbstractPotential):
 
         :param x0: clean rows, int64 ``(R, N, L)``.
         :param path: whole paths, ``(R, N, T + 1, L)``; without them, or where they are not paths
-            of the program's own chains, the chain sites are left out.
+            of the program's own chains, the chain sites are left out, and what reads them.
         """
         rows, shape = x0.flatten(0, 1), x0.shape[:2]
         own = path is not None and path.shape[-2] == self.layout.chain.num_steps + 1
@@ -320,7 +322,8 @@ class ProgramPotential(AbstractPotential):
             run = self._evaluate(rows, self.layout.own_paths(path.flatten(0, 1)))
         else:
             run = self._evaluate(rows, self.layout.as_paths(rows))
-        skip = set() if own else {site.name for site in self.program.chains}
+        chains = {site.name for site in self.program.chains}
+        skip = frozenset() if own else self._reading_paths | chains
         kept = {}
         for name in run.site_names:
             value = run.value(name) if run.is_latent_or_deterministic(name) else None

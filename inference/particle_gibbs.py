@@ -37,6 +37,7 @@ from ppl_diffusion.inference._gibbs_blocks import (
     require_continuous,
 )
 from ppl_diffusion.inference._gibbs_posterior import GibbsPosterior
+from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program
 from ppl_diffusion.inference._task import PotentialLike, seeded
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, conditional_smc
@@ -137,8 +138,8 @@ class ParticleGibbs:
         :param seed: seed of this run; the global random state is left alone if it is given.
         :param kwargs: keyword arguments of the program.
         :returns: equally weighted, correlated draws, ``(C, num_samples, ...)``.
-        :raises CapabilityError: if the program has discrete latents, or several chains that cannot
-            be run as one, or the chain has no density.
+        :raises CapabilityError: if the program has discrete latents, reads whole paths, or has
+            several chains that cannot be run as one, or the chain has no density.
         :raises ParticleCollapse: if no starting path of positive probability is found.
         """
         started, total = time.perf_counter(), self.num_warmup + self.num_samples
@@ -194,6 +195,7 @@ class GibbsSampler:
         )
         self.site = TokenBlock(self.program)
         require_continuous(self.program)
+        require_sequences_only(self.program)
         # Every latent is given here, also those whose law depends on the sequence.
         self.program.carried, self.program.redrawn = self.program.latents, []
         for move in options.moves:
@@ -281,7 +283,7 @@ class GibbsSampler:
         """
         path = torch.stack([state.path for state in draws], 1)
         latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
-        samples, log_density = self._sites(path[..., -1, :], latents)
+        samples, log_density = self._sites(path, latents)
         kind = torch.uint8 if self.site.chain.kernel.process.num_states <= 256 else torch.int32
         shown = self.site.shown(path, whole_path=True).to(kind)
         return GibbsPosterior(
@@ -359,14 +361,16 @@ class GibbsSampler:
         self.num_evaluations += model.num_evaluations
         return state.path[:, 0], torch.stack(accepted, -1)
 
-    def _sites(self, x0: Tensor, latents: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def _sites(
+        self, path: Tensor, latents: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the values of all sites but the chain, and the density given the chain."""
-        shape = x0.shape[:2]
-        flat, density = x0.flatten(0, 1), []
+        shape = path.shape[:2]
+        flat, density = path.flatten(0, 1), []
         parts: dict[str, list[Tensor]] = {}
         for rows in torch.arange(len(flat)).split(MAX_ROWS):
             given = {name: value.flatten(0, 1)[rows] for name, value in latents.items()}
-            paths = self.site.as_paths(flat[rows])
+            paths = self.site.whole_paths(flat[rows])
             with torch.no_grad():
                 run = self.program.evaluate({**paths, **given}, len(rows))
             density.append(run.log_density())

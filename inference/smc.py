@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program, ProgramRun
 from ppl_diffusion.inference._sites import ChainSite
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
@@ -60,7 +61,7 @@ class SMC:
     :param twist: look-ahead: ``"argmax"``, ``"persistent"``, ``"sample"``, a fill twist, or None.
     :param twist_every: evaluate it at every so many steps only.
     :param store_path: hand the program whole paths at the end and keep them; otherwise it sees
-        the clean sequence repeated, which is enough where only ``chain.x0(path)`` is used.
+        the clean sequence repeated, and is refused if its density reads more of the path.
     :param max_rows: largest number of rows sent to a network at once.
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
@@ -110,6 +111,7 @@ class SMC:
         :param kwargs: keyword arguments of the program.
         :returns: the weighted particles; ``samples`` holds every site, ``(R, N, ...)``.
         :raises ValueError: if the program has no chain site, or does not broadcast.
+        :raises CapabilityError: if it is random from run to run, or reads paths that are not kept.
         :raises PotentialError: if a site's density is NaN or ``+inf``.
         """
         started = time.perf_counter()
@@ -166,6 +168,9 @@ class ProgramEngine:
 
     def __init__(self, program: Program, options: SMC) -> None:
         self.program, self.options = program, options
+        self._unkept = frozenset[str]()
+        if not options.store_path:
+            self._unkept = require_sequences_only(program) | {s.name for s in program.chains}
         self.sites = program.chains
         # Without look-ahead a first guess is still needed: other latents are drawn given it.
         self.fill = options.twist or ArgmaxFill()
@@ -333,10 +338,9 @@ class ProgramEngine:
         return carry[_path(site)].reshape(shape).to(torch.int64)
 
     def _keep_samples(self, run: ProgramRun, shape: torch.Size) -> None:
-        skip = set() if self.options.store_path else {site.name for site in self.sites}
         for name in run.site_names:
             value = run.value(name) if run.is_latent_or_deterministic(name) else None
-            if value is not None and name not in skip:
+            if value is not None and name not in self._unkept:
                 self.samples[name] = value.reshape(*shape, *value.shape[1:])
 
     def first_path(self, carry: Carry) -> Tensor | None:

@@ -7,10 +7,22 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.denoisers import TableDenoiser
+from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import clamp, steer, twist
-from ppl_diffusion.inference import SMC, FKSteering, ParticleGibbs, Tempering, TwistedSampler
+from ppl_diffusion.inference import (
+    SMC,
+    FKSteering,
+    ImportanceSampling,
+    ParticleGibbs,
+    Tempering,
+    TwistedSampler,
+)
 from ppl_diffusion.inference._program import Program
-from ppl_diffusion.testing.toys import toy_chain, toy_potential
+from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.testing.oracles import z_score
+from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
 GOAL = toy_potential(3, 2)
 
@@ -65,3 +77,107 @@ def test_errors_name_the_method_and_advise_what_it_has(method):
     if method not in (SMC, ParticleGibbs):
         advice = "or use ppl_diffusion.inference.SMC(..., vectorize_particles=False)."
     assert str(caught.value).endswith(advice)
+
+
+def ordered_chain(length=2):
+    process = Absorbing(3)
+    denoiser = TableDenoiser(random_joint(3, length, seed=0), process)
+    return ReverseChain(OrderedKernel(process, denoiser, length=length), length)
+
+
+def first_state(chain):
+    """Its density reads the state after the first step."""
+    path = pyro.sample("path", chain)
+    pyro.factor("f", (path[..., 1, :] == 1).sum(-1).double())
+
+
+def pair(first, second):
+    """The second of two chains is read before its end, by the law of a latent."""
+    pyro.factor("f", -first.x0(pyro.sample("a", first)).sum(-1).double())
+    masks = (pyro.sample("b", second)[..., 0, :] == 3).sum(-1).double()
+    pyro.sample("z", dist.Normal(masks, 1.0))
+
+
+TOKENS_ONLY = torch.arange(3).double()
+
+
+def fails_on_masks(chain):
+    path = pyro.sample("path", chain)
+    pyro.factor("f", TOKENS_ONLY[path].sum((-1, -2)) * 0)
+
+
+def shown(chain):
+    """Only a deterministic site reads the path."""
+    path = pyro.sample("path", chain)
+    x = pyro.deterministic("x", chain.x0(path), event_dim=1)
+    pyro.deterministic("revealed", (path != 3).double().sum(-1), event_dim=1)
+    pyro.factor("f", (x == 0).sum(-1).double())
+
+
+WITHOUT_PATHS = [
+    FKSteering,
+    TwistedSampler,
+    Tempering,
+    ImportanceSampling,
+    partial(SMC, store_path=False),
+    partial(SMC, store_path=False, vectorize_particles=False),
+    ParticleGibbs,
+]
+
+
+@pytest.mark.parametrize("method", WITHOUT_PATHS)
+def test_a_program_that_reads_the_path_is_refused(method):
+    name = getattr(method, "func", method).__name__
+    with pytest.raises(CapabilityError, match=f"{name}: first_state reads the path at site 'path'"):
+        method(first_state, num_particles=4).run(ordered_chain())
+    with pytest.raises(CapabilityError, match=r"fails_on_masks reads the path .* store_path=True"):
+        method(fails_on_masks, num_particles=4).run(ordered_chain())
+
+
+def test_the_refusal_names_the_chain_that_is_read():
+    with pytest.raises(CapabilityError, match="pair reads the path at site 'b'"):
+        SMC(pair, store_path=False, num_particles=4).run(ordered_chain(), ordered_chain(3))
+
+
+def test_whole_paths_are_read_where_they_are_kept():
+    """E[exp f] over the first reveal: each position first with probability one half."""
+    chain = ordered_chain()
+    law = random_joint(3, 2, seed=0)
+    ones = (law[1].sum() + law[:, 1].sum()) / 2
+    posterior = SMC(first_state, num_particles=64, num_runs=200).run(chain, seed=0)
+    evidence = float(1 + ones * (torch.e - 1))
+    assert abs(z_score(posterior.log_evidence.exp(), evidence)) < 4  # false alarm 6e-5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_trial_does_not_depend_on_luck(seed):
+    with pytest.raises(CapabilityError, match="reads the path"):
+        FKSteering(first_state, num_particles=4).run(ordered_chain(), seed=seed)
+
+
+@pytest.mark.parametrize("method", [SMC, FKSteering])
+def test_a_deterministic_site_needs_the_path_it_reads(method):
+    chain = ordered_chain()
+    kept = method(shown, num_particles=4).run(chain, seed=0).samples
+    assert set(kept) == {"path", "x", "revealed"}
+    assert bool((kept["revealed"] == torch.arange(3)).all())
+    without = method(shown, num_particles=4, store_path=False).run(chain, seed=0).samples
+    assert set(without) == {"x"}
+
+
+def test_particle_gibbs_shows_deterministic_sites_of_whole_paths():
+    options = {"num_particles": 4, "num_samples": 3, "num_warmup": 0, "num_runs": 2}
+    samples = ParticleGibbs(shown, **options).run(ordered_chain(), seed=0).samples
+    assert bool((samples["revealed"] == torch.arange(3)).all())
+
+
+def noisy(chain):
+    pyro.factor("f", chain.x0(pyro.sample("path", chain)).sum(-1) + torch.randn(()).double())
+
+
+@pytest.mark.parametrize("method", [*WITHOUT_PATHS, partial(SMC, vectorize_particles=False)])
+def test_a_program_that_is_random_given_its_values_is_refused(method):
+    with pytest.raises(
+        CapabilityError, match=r"site 'f' of noisy has another density when .* again"
+    ):
+        method(noisy, num_particles=4).run(toy_chain())
