@@ -24,8 +24,8 @@ LEGEND = (
 
 MISSES = {
     "clamped-persistent-16": (
-        "This goal is what one set of 300 runs of this method gave, within a tenth; twice as many "
-        "completions meet it at equal network rows."
+        "The goal lies at the edge of what this method gives, and sets of 300 runs fall on both "
+        "sides of it; twice as many completions meet it at equal network rows."
     ),
 }
 """Why a method may miss its goal."""
