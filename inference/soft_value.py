@@ -19,6 +19,7 @@ independent, each with an evidence of its own. All children are one flat batch.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,15 @@ from ppl_diffusion.smc.twists import TwistLike, as_twist, log_mean_exp
 
 LOG_H = "soft_value/log_h"
 
+LEAST_CHANCE = -36.0
+"""Log of the least probability that a uniform number in float64 can draw, about ``2**-52``."""
+
+LEAST_SHARE = math.log(1e-12)
+"""Log of the share of a family below which nobody would miss a child."""
+
+GREED = 2.0
+"""Nats by which the log of the particles there are must exceed that of those a step takes."""
+
 
 class SoftValueGuidance(ChainProgram):
     """Posterior sampling by choosing among children.
@@ -49,7 +59,10 @@ class SoftValueGuidance(ChainProgram):
     :param num_runs: independent runs ``R``, vectorised.
     :param num_children: children ``M`` drawn per lineage and step.
     :param alpha: temperature of the choice, in units of ``log G``: 1 chooses by the value itself,
-        0 takes the best child (ties at random; only without weights).
+        0 takes the best child (ties at random; only without weights). Below 1 it leaves behind
+        children that the target wants: where values differ by ``d`` it takes about
+        ``exp((1 / alpha - 1) d)`` particles for the weights to make up for that. Too few are
+        warned of; a child that no random number can choose any more makes ``exact=False``.
     :param value: the guess of the value: ``"argmax"``, ``"persistent"``, ``"sample"`` or a fill
         twist (posterior mean), or a function ``(carry, k) -> log h (R, N)``, such as a trained
         :class:`~ppl_diffusion.inference.value_network.LearnedValue` (Monte Carlo).
@@ -147,7 +160,7 @@ class SoftValueEngine(TaskEngine):
 
     def __init__(self, task: Task, options: SoftValueGuidance) -> None:
         super().__init__(task)
-        self.options, self.exact = options, options.weighted
+        self.options, self.exact, self._warned = options, options.weighted, False
         proposal = task.proposal("SoftValueGuidance", options.proposal)
         model = FeynmanKac(task.chain, task.potential, options.value, proposal)
         self.bound = model.bind(max_rows=options.max_rows)
@@ -167,9 +180,14 @@ class SoftValueEngine(TaskEngine):
     @property
     def target(self) -> str:
         """The law of the particles, in words."""
-        if self.options.weighted:
-            return self.task.target
         children, alpha = self.options.num_children, self.options.alpha
+        if self.exact:
+            return self.task.target
+        if self.options.weighted:
+            return (
+                f"approximately {self.task.target}; with alpha={alpha:g} some children were too "
+                "unlikely ever to be chosen, and no weight makes up for what is never drawn"
+            )
         rule = f"exp(value / {alpha:g})" if alpha else "the largest value"
         return (
             f"no declared law: one of {children} children was kept at each of {self.num_steps} "
@@ -191,7 +209,10 @@ class SoftValueEngine(TaskEngine):
         """Draw children, choose one of each family, and return what the choice costs."""
         first = torch.arange(carry[LOG_H].shape[1]) * self.options.num_children  # of each family
         children, log_ratio, log_h = self._children(carry, k, generator)
-        log_score = self._log_score((log_h + log_ratio).reshape(*carry[LOG_H].shape, -1))
+        gain = (log_h + log_ratio).reshape(*carry[LOG_H].shape, -1)
+        log_score = self._log_score(gain)
+        if self.options.weighted and self.options.alpha < 1:
+            self._check_greed(gain, log_score, k)
         chosen = self._choose(log_score, generator)
         index = first + chosen
         moved = {**self.gather(children, index), LOG_H: log_h.gather(1, index)}
@@ -214,6 +235,25 @@ class SoftValueEngine(TaskEngine):
         log_h = self.bound.log_twist(children, k + 1, generator)
         assert log_h is not None
         return children, torch.as_tensor(log_ratio).expand_as(log_h), log_h
+
+    def _check_greed(self, gain: Tensor, log_score: Tensor, k: int) -> None:
+        """Take exactness back, or warn, where the choice is greedier than weights can undo."""
+        alive = gain.amax(-1) > -torch.inf
+        log_share, log_chance = gain[alive].log_softmax(-1), log_score[alive].log_softmax(-1)
+        lost = (log_chance < LEAST_CHANCE) & (log_share > LEAST_SHARE)
+        self.exact = self.exact and not bool(lost.any())
+        # Importance sampling takes about exp(relative entropy) draws (Chatterjee, Diaconis 2018).
+        excess = torch.where(log_share > -torch.inf, log_share - log_chance, 0.0)
+        needed = _upper_decile((log_share.exp() * excess).sum(-1))
+        if self._warned or needed <= max(1.0, math.log(carried := gain.shape[1]) - GREED):
+            return
+        self._warned = True
+        warnings.warn(
+            f"SoftValueGuidance: alpha={self.options.alpha:g} chooses so greedily at step {k} that "
+            f"the weights take about exp({needed:.1f}) particles to undo it, not {carried}; raise "
+            "alpha or use weighted=False.",
+            stacklevel=2,
+        )
 
     def _log_score(self, gain: Tensor) -> Tensor:
         """Return the log of what children are chosen in proportion to, ``(R, N, M)``."""
@@ -248,6 +288,11 @@ class SoftValueEngine(TaskEngine):
         """Return ``log G(x0)``, the value of the last chosen child."""
         log_h: Tensor = trace.carry[LOG_H]
         return log_h
+
+
+def _upper_decile(values: Tensor) -> float:
+    """Return what a tenth of the values exceed; 0 where there are none."""
+    return float(values.sort().values[int(0.9 * len(values))]) if len(values) else 0.0
 
 
 def _check_selection(num_children: int, alpha: float, weighted: bool) -> None:

@@ -93,6 +93,27 @@ def test_enormous_potentials_and_cold_choices_stay_finite():
     assert bool(posterior.log_evidence.isfinite().all())
 
 
+def test_a_choice_that_no_number_can_draw_is_not_exact():
+    with pytest.warns(UserWarning, match="raise alpha"):
+        posterior = guide(alpha=0.05, num_children=8)
+    assert not posterior.exact
+    assert posterior.target.startswith("approximately p(path) * G(x0)")
+    assert "alpha=0.05" in posterior.target
+    assert guide(alpha=0.5, num_children=8).exact
+
+
+def test_children_that_nobody_would_miss_may_be_out_of_reach():
+    allowed = Constraint(lambda x0: (x0[..., 0] == x0[..., 1]).double(), name="differ")
+    assert guide(allowed, alpha=0.5).exact
+    assert guide(100.0 * GOAL).exact  # at alpha=1 what is never drawn has no weight either
+
+
+def test_weights_that_cannot_undo_the_choice_are_warned_of_once():
+    with pytest.warns(UserWarning, match="not 8; raise alpha or use weighted=False") as caught:
+        guide(5.0 * GOAL, alpha=0.2)
+    assert len(caught) == 1
+
+
 def test_a_prompt_stays():
     prompt = torch.tensor([-1, 2, -1, 0])
     posterior = guide(chain=toy_chain(length=4, num_steps=5, prompt=prompt))
