@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion._errors import CapabilityError, PotentialError
 
 FORBIDDEN_GUESS = -2.0
 """Default stand-in for ``-inf`` at an unfinished state (nats).
@@ -93,8 +93,19 @@ class Potential(AbstractPotential):
         self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return ``fn(x0)``."""
-        return self.fn(x0)
+        """Return ``fn(x0)``.
+
+        :raises PotentialError: if the function fails.
+        """
+        try:
+            return self.fn(x0)
+        except (PotentialError, CapabilityError):
+            raise
+        except Exception as error:
+            raise PotentialError(
+                f"{self.name} failed for sequences of shape {tuple(x0.shape)} "
+                f"({type(error).__name__}: {error}); make it take any batch of clean sequences."
+            ) from error
 
     def __repr__(self) -> str:
         return f"Potential({self.name})"
@@ -160,7 +171,12 @@ def check_log_potential(value: Tensor, x0: Tensor, name: str) -> Tensor:
     :param name: the potential's name, for the error text.
     :raises PotentialError: if a check fails.
     """
-    value = torch.as_tensor(value)
+    try:
+        value = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PotentialError(
+            f"{name} returned {type(value).__name__}; return a tensor with one number per sequence."
+        ) from error
     if value.shape != x0.shape[:-1]:
         raise PotentialError(
             f"{name} returned shape {tuple(value.shape)} for sequences of shape "

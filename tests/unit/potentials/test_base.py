@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials import Constraint, Potential, Reward
 from ppl_diffusion.testing.potential_contract import PotentialContract
 
@@ -100,3 +100,27 @@ def test_the_lookahead_of_a_sum_grades_each_term():
     x0 = torch.tensor([[0, 0, 2], [2, 1, 1]])
     assert total(x0).tolist() == [-math.inf, 1.0]
     assert total.lookahead(x0).tolist() == [-3.0, 1.0]
+
+
+def test_a_function_that_fails_is_named():
+    def broken(x0):
+        return x0.no_such_thing
+
+    def silent(x0):
+        return None
+
+    x0 = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(PotentialError, match=r"^broken failed .* \(2, 3\) \(AttributeError: .*\)"):
+        Potential(broken)(x0)
+    with pytest.raises(PotentialError, match=r"^silent returned NoneType; return a tensor"):
+        Potential(silent)(x0)
+    with pytest.raises(PotentialError, match=r"^silent returned NoneType"):
+        Potential(silent).lookahead(x0)
+
+
+def test_a_refusal_inside_of_a_potential_keeps_its_words():
+    def refusing(x0):
+        raise CapabilityError("not this chain")
+
+    with pytest.raises(CapabilityError, match=r"^not this chain$"):
+        Potential(refusing)(torch.zeros(2, 3, dtype=torch.int64))
