@@ -127,7 +127,7 @@ def _draws(
     posterior: "ParticlePosterior", runs: NDArray[np.int64], index: NDArray[np.int64]
 ) -> xr.Dataset:
     sites = {"x0": _with_dims("x0", posterior.x0, posterior)}
-    sites |= {k: v for k, v in _sites(posterior).items() if "state" not in v[0]}
+    sites |= {k: v for k, v in _sites(posterior).items() if not _is_path(v[1], posterior)}
     variables = {
         name: (("chain", "draw", *dims), _storable(_pick(values, runs, index), dims))
         for name, (dims, values) in sites.items()
@@ -190,7 +190,7 @@ def _history(
         return {}
     ancestors = np.moveaxis(as_array(posterior.ancestors), 0, 1).astype(np.int32)
     past: dict[str, Variable] = {"ancestor": (("chain", "step", "draw"), ancestors)}
-    sites = {k: v for k, v in _sites(posterior).items() if "state" in v[0]}
+    sites = {k: v for k, v in _sites(posterior).items() if _is_path(v[1], posterior)}
     if posterior.path is not None:
         sites = {"path": _with_dims("path", posterior.path, posterior)} | sites
     for name, (dims, values) in sites.items():
@@ -249,8 +249,25 @@ def _site_dims(name: str, values: NDArray[Any], posterior: "ParticlePosterior") 
         return (*plate_dims, "position")
     if values.dtype.kind in "iu" and shape == (*plates, posterior.num_steps + 1, length):
         return (*plate_dims, "state", "position")
+    if _is_path(values, posterior):  # a chain that moves at some of the steps has fewer states
+        return (*plate_dims, f"{name}_dim_0", "position")
     shared = plate_dims if shape[: len(plates)] == tuple(plates) else ()
     return shared + tuple(f"{name}_dim_{i}" for i in range(len(shape) - len(shared)))
+
+
+def _is_path(values: NDArray[Any], posterior: "ParticlePosterior") -> bool:
+    """Whether a site holds whole paths like that of ``x0``, which end in clean sequences."""
+    x0 = as_array(posterior.x0)
+    states = {posterior.num_steps + 1}
+    for site in map(as_array, posterior.samples.values()):
+        if site.shape[:-2] == x0.shape[:-1] and np.array_equal(site[..., -1, :], x0):
+            states.add(site.shape[-2])
+    return (
+        values.dtype.kind in "iu"
+        and values.ndim == x0.ndim + 1
+        and (*values.shape[:-2], values.shape[-1]) == x0.shape
+        and values.shape[-2] in states
+    )
 
 
 def _storable(values: NDArray[Any], dims: tuple[str, ...]) -> NDArray[Any]:
