@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._arguments import require_counts
 from ppl_diffusion.inference._task import PotentialLike, Task, as_task, seeded
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
@@ -135,6 +136,7 @@ class ChainProgram(ABC):
         max_rows: int | None = 4096,
         progress: Progress | None = None,
     ) -> None:
+        require_counts(type(self).__name__, num_particles, num_runs)
         self.target, self.potential = target, potential
         self.num_particles, self.num_runs = num_particles, num_runs
         self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold

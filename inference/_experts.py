@@ -75,7 +75,7 @@ class ExpertEngine(TaskEngine):
         changes = "; ".join(c for chain in self.composition.chains for c in chain.kernel.changes)
         under = f", under {changes}" if changes else ""
         ending = "normalised; log_evidence estimates the log of its normalising constant"
-        return f"{law}{tilt}{under}, {ending}"
+        return f"{law}{tilt}{self.task.held}{under}, {ending}"
 
     @property
     def num_steps(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._arguments import require_program
 from ppl_diffusion.inference._joint import Layout
 from ppl_diffusion.inference._program import Program
 from ppl_diffusion.inference._sites import is_chain, sample_sites
@@ -211,6 +212,7 @@ def as_program(
     :raises ValueError: if a program comes with one.
     """
     if not isinstance(target, ReverseChain):
+        require_program("ParticleGibbs", target)
         if potential is not None:
             raise ValueError(
                 "ParticleGibbs: a program is its own potential; write the potential into it with "

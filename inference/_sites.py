@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,21 @@ class ChainSite:
     def proposal(self) -> Proposal | None:
         """How the site wants to be moved: by its twist, with the clamped tokens held."""
         return joined(self.twist, self.clamp)
+
+
+def held_positions(chains: Sequence[tuple[ReverseChain, ClampProposal | None]]) -> list[str]:
+    """Say how many positions are clamped, and prompted, to be named in targets.
+
+    :param chains: chains with their clamps, or None.
+    """
+    size = clamped = prompted = 0
+    for chain, clamp in chains:
+        shape = (*chain.batch_shape, chain.length)
+        size += torch.Size(shape).numel()
+        clamped += 0 if clamp is None else int(clamp.mask.expand(shape).sum())
+        prompted += 0 if chain.fixed is None else int(chain.fixed.expand(shape).sum())
+    counts = {"clamped": clamped, "prompted": prompted}
+    return [f"{what} at {n} of {size} positions" for what, n in counts.items() if n]
 
 
 def program_name(model: Callable[..., Any]) -> str:

@@ -19,10 +19,12 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
+from ppl_diffusion.inference._arguments import require_program
 from ppl_diffusion.inference._joint import Layout
 from ppl_diffusion.inference._latents import CarriedLatents
 from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program, ProgramRun
+from ppl_diffusion.inference._sites import held_positions
 from ppl_diffusion.inference.smc import _seeded as seeded  # one way of seeding for all programs
 from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
@@ -65,10 +67,18 @@ class Task:
         under = f" under {changes}" if changes else ""
         what = self.potential.words if isinstance(self.potential, ProgramPotential) else ""
         return (
-            f"p(path) * G(x0) of the {self.chain.num_steps}-step reverse chain{what}{under}, "
-            f"normalised, with log G = {self.name}; log_evidence estimates the log of its "
+            f"p(path) * G(x0) of the {self.chain.num_steps}-step reverse chain{what}{self.held}"
+            f"{under}, normalised, with log G = {self.name}; log_evidence estimates the log of its "
             "normalising constant"
         )
+
+    @property
+    def held(self) -> str:
+        """The clamped and prompted positions, to follow the chain in a sentence."""
+        chains: list[tuple[ReverseChain, ClampProposal | None]] = [(self.chain, None)]
+        if isinstance(self.potential, ProgramPotential):
+            chains = [(site.chain, site.clamp) for site in self.potential.program.chains]
+        return "".join(f", {words}" for words in held_positions(chains))
 
     def proposal(self, owner: str, given: Any = None) -> Any:
         """Return what particles are proposed by: an option of the method, or the site's twist.
@@ -201,11 +211,7 @@ def as_task(
         latent depends on the sequences.
     """
     if not isinstance(target, ReverseChain):
-        if not callable(target):
-            raise TypeError(
-                f"{owner}: the target must be a ReverseChain or a Pyro program, got "
-                f"{type(target).__name__}."
-            )
+        require_program(owner, target)
         if potential is not None:
             raise ValueError(
                 f"{owner}: a program is its own potential; write the potential into it with "

@@ -132,7 +132,7 @@ class Corrector(ChainProgram):
         composed = isinstance(self.target, Composition) or self.compose is not None
         if isinstance(target, ReverseChain) and self.potential is None and composed:
             return as_task(target, _NOTHING)
-        return as_task(target, self.potential, args, kwargs)
+        return as_task(target, self.potential, args, kwargs, owner="Corrector")
 
     def bind(self, task: Task) -> ExpertEngine:
         """Return the engine of one run.

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._arguments import require_moves
 from ppl_diffusion.inference._gibbs_blocks import (
     GivenLatents,
     LatentKernel,
@@ -39,6 +41,7 @@ from ppl_diffusion.inference._gibbs_blocks import (
 from ppl_diffusion.inference._gibbs_posterior import GibbsPosterior
 from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program
+from ppl_diffusion.inference._sites import held_positions
 from ppl_diffusion.inference._task import PotentialLike, seeded
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, conditional_smc
 from ppl_diffusion.smc.engine import smc_loop
@@ -117,17 +120,18 @@ class ParticleGibbs:
         vectorize_particles: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        _check_counts(num_particles, num_runs, num_samples, num_warmup, num_transitions)
         self.model = as_program(target, potential)
         self.num_particles, self.num_runs = num_particles, num_runs
         self.num_samples, self.num_warmup = num_samples, num_warmup
         self.num_transitions, self.ess_threshold = num_transitions, ess_threshold
-        self.twist, self.moves, self.nuts = as_twist(twist), tuple(moves), dict(nuts or {})
+        self.moves = require_moves("ParticleGibbs", moves)
+        self.twist, self.nuts = as_twist(twist), dict(nuts or {})
         if self.twist is not None and not isinstance(self.twist, FillTwist):
             raise ValueError(
                 "ParticleGibbs: a program is looked ahead by completions; use 'argmax', "
                 "'persistent', a fill twist or None."
             )
-        _check_counts(num_particles, num_runs, num_samples, num_warmup, num_transitions)
         self.store_path, self.max_rows = store_path, max_rows
         self.vectorize_particles, self.progress = vectorize_particles, progress
 
@@ -259,10 +263,11 @@ class GibbsSampler:
         latents = f" and the latents {names}" if names else ""
         chain = self.site.chain
         changes = "".join(f", {change}" for change in chain.kernel.changes)
-        clamped = ", clamped" if self.site.clamp else ""
+        held = held_positions([(site.chain, site.clamp) for site in self.site.sites])
+        held_words = "".join(f", {words}" for words in held)
         return (
             f"the posterior of {self.program.name} over the {chain.num_steps}-step reverse chain "
-            f"{self.site.names}{clamped}{changes}{latents}: the invariant law of the Markov "
+            f"{self.site.names}{held_words}{changes}{latents}: the invariant law of the Markov "
             "chain, whose draws are correlated"
         )
 
@@ -383,11 +388,13 @@ class GibbsSampler:
 
 
 def _check_counts(particles: int, runs: int, samples: int, warmup: int, transitions: int) -> None:
-    if particles < 2 or runs < 1 or samples < 1 or warmup < 0 or transitions < 1:
+    counts = (particles, runs, samples, warmup, transitions)
+    whole = all(isinstance(count, Integral) for count in counts)
+    if not whole or particles < 2 or runs < 1 or samples < 1 or warmup < 0 or transitions < 1:
         raise ValueError(
             "ParticleGibbs: num_particles must be >= 2, num_runs, num_samples and num_transitions "
-            f">= 1 and num_warmup >= 0, got {particles}, {runs}, {samples}, {transitions} and "
-            f"{warmup}."
+            ">= 1 and num_warmup >= 0, all whole, got "
+            f"{particles}, {runs}, {samples}, {transitions} and {warmup}."
         )
 
 

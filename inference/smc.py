@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_diffusion.inference._arguments import require_counts, require_program
 from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program, ProgramRun
-from ppl_diffusion.inference._sites import ChainSite
+from ppl_diffusion.inference._sites import ChainSite, held_positions
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
 from ppl_diffusion.smc.engine import Progress, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
@@ -88,6 +89,8 @@ class SMC:
         vectorize_particles: bool = True,
         progress: Progress | None = None,
     ) -> None:
+        require_program("SMC", model)
+        require_counts("SMC", num_particles, num_runs)
         resolved = as_twist(twist)
         if resolved is not None and not isinstance(resolved, FillTwist):
             raise ValueError(
@@ -374,8 +377,8 @@ _LATENT_LOG_PROB = "latent_log_prob"
 
 
 def _described(site: ChainSite) -> list[str]:
-    clamped = ["clamped"] if site.clamp else []
-    return [f"{site.chain.num_steps} steps", *clamped, *site.chain.kernel.changes]
+    held = held_positions([(site.chain, site.clamp)])
+    return [f"{site.chain.num_steps} steps", *held, *site.chain.kernel.changes]
 
 
 def _tokens(site: ChainSite) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._arguments import require_moves
 from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._task import PotentialLike, Task
 from ppl_diffusion.smc.engine import Progress, SMCTrace
@@ -96,7 +97,8 @@ class Tempering(ChainProgram):
             max_rows=max_rows,
             progress=progress,
         )
-        self.moves, self.num_sweeps = moves, num_sweeps
+        self.moves = None if moves is None else require_moves("Tempering", moves)
+        self.num_sweeps = num_sweeps
         self.powers = None if powers is None else _check_powers(powers)
         self.waste_free, self.ess_share = waste_free, ess_threshold
         self.resampler.num_uniforms(num_particles)
@@ -163,7 +165,7 @@ class TemperedEngine(TaskEngine):
         self.potential = EvaluatedPotential(task.potential)
         self.model = PathModel(task.chain, self.potential, max_rows=options.max_rows)
         self.options, self.powers = options, [0.0, 1.0]
-        self.moves = default_moves(task.chain) if options.moves is None else tuple(options.moves)
+        self.moves = default_moves(task.chain) if options.moves is None else options.moves
         for move in self.moves:
             move.check(task.chain)
         mask = task.chain.kernel.process.num_states

@@ -13,6 +13,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import clamp, steer, twist
 from ppl_diffusion.inference import (
     SMC,
+    Corrector,
     FKSteering,
     ImportanceSampling,
     ParticleGibbs,
@@ -21,6 +22,7 @@ from ppl_diffusion.inference import (
 )
 from ppl_diffusion.inference._program import Program
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.smc.rejuvenation import SuffixRefresh
 from ppl_diffusion.testing.oracles import z_score
 from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
@@ -67,7 +69,9 @@ def test_an_object_goes_by_its_class():
     assert Program(Assay(), (toy_chain(),), {}).name == "Assay"
 
 
-@pytest.mark.parametrize("method", [SMC, FKSteering, TwistedSampler, Tempering, ParticleGibbs])
+@pytest.mark.parametrize(
+    "method", [SMC, FKSteering, TwistedSampler, Tempering, Corrector, ParticleGibbs]
+)
 def test_errors_name_the_method_and_advise_what_it_has(method):
     with pytest.raises(ValueError, match=f"^{method.__name__}: empty has no unobserved"):
         method(empty, num_particles=4).run()
@@ -181,3 +185,86 @@ def test_a_program_that_is_random_given_its_values_is_refused(method):
         CapabilityError, match=r"site 'f' of noisy has another density when .* again"
     ):
         method(noisy, num_particles=4).run(toy_chain())
+
+
+PROMPT = torch.tensor([-1, 2])
+
+
+@pytest.mark.parametrize(
+    "method", [SMC, FKSteering, TwistedSampler, Tempering, Corrector, ParticleGibbs]
+)
+def test_a_target_says_what_is_held(method):
+    options = {"num_samples": 1, "num_warmup": 0} if method is ParticleGibbs else {}
+
+    def target(program, chain):
+        return method(program, num_particles=4, **options).run(chain, seed=0).target
+
+    free, prompted = toy_chain(num_steps=2), toy_chain(num_steps=2, prompt=PROMPT)
+    assert "clamped" not in target(design, free)
+    assert "prompted" not in target(design, free)
+    assert "clamped at 1 of 2 positions" in target(held(design), free)
+    assert "prompted at 1 of 2 positions" in target(design, prompted)
+
+
+def test_a_target_counts_what_is_held_over_plates():
+    def program(chain):
+        with pyro.plate("three", 3):
+            x = chain.x0(pyro.sample("path", chain))
+            pyro.factor("f", (x == 0).sum(-1).double())
+
+    for method in (SMC, FKSteering):
+        posterior = method(held(program), num_particles=4).run(toy_chain(prompt=PROMPT), seed=0)
+        assert "clamped at 3 of 6 positions, prompted at 3 of 6" in posterior.target
+
+
+def test_a_bare_chain_says_what_it_was_prompted_with():
+    target = FKSteering(toy_chain(prompt=PROMPT), GOAL, num_particles=4).run(seed=0).target
+    assert "reverse chain, prompted at 1 of 2 positions, normalised" in target
+
+
+@pytest.mark.parametrize("method", [SMC, FKSteering, TwistedSampler, Tempering])
+def test_whole_paths_are_no_draws_of_a_posterior(method):
+    def program(chain):
+        with pyro.plate("two", 2):
+            x = pyro.deterministic("x", chain.x0(pyro.sample("tokens", chain)), event_dim=1)
+            pyro.factor("f", (x == 0).sum(-1).double())
+
+    data = method(program, num_particles=4).run(ordered_chain(), seed=0).to_arviz()
+    assert set(data["posterior"].data_vars) == {"x0", "x"}
+    shown = data["smc_history"]["tokens"]
+    assert shown.shape == (1, 4, 2, 3, 2)
+    assert shown.dims[2] == "plate_0"
+    assert shown.dims[-1] == "position"
+
+
+CHAIN_PROGRAMS = [FKSteering, TwistedSampler, Tempering, ImportanceSampling]
+
+
+@pytest.mark.parametrize("method", [SMC, *CHAIN_PROGRAMS, ParticleGibbs])
+@pytest.mark.parametrize("number", [-3, 0, 2.5])
+@pytest.mark.parametrize("name", ["num_particles", "num_runs"])
+def test_counts_are_checked_before_anything(method, number, name):
+    with pytest.raises(ValueError, match=rf"^{method.__name__}: .*{name}.*>= .* got .*{number}"):
+        method(design, **{name: number})
+
+
+@pytest.mark.parametrize("method", [*CHAIN_PROGRAMS, ParticleGibbs])
+def test_the_marginal_of_a_chain_is_no_chain(method):
+    with pytest.raises(TypeError, match=f"^{method.__name__}: .* ChainMarginal, .* pass the chain"):
+        method(toy_chain().marginal(), GOAL, num_particles=4).run()
+
+
+def test_smc_takes_programs_only():
+    with pytest.raises(TypeError, match=r"^SMC: .* got a bare ReverseChain; .*FKSteering"):
+        SMC(toy_chain())
+    with pytest.raises(TypeError, match=r"^SMC: .* got the distribution ChainMarginal"):
+        SMC(toy_chain().marginal())
+    with pytest.raises(TypeError, match=r"^SMC: .* got int"):
+        SMC(3)
+
+
+@pytest.mark.parametrize("method", [ParticleGibbs, Tempering])
+@pytest.mark.parametrize(("moves", "found"), [(["x"], "str"), (SuffixRefresh(1), "SuffixRefresh")])
+def test_moves_are_path_moves(method, moves, found):
+    with pytest.raises(TypeError, match=rf"^{method.__name__}: moves must be .* got {found}\.$"):
+        method(design, moves=moves)
