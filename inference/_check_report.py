@@ -237,6 +237,8 @@ def _of_lookahead(search: Search) -> Iterator[str]:
 def _of_verdict(search: Search, verdict: Verdict) -> Iterator[str]:
     candidate = next((c for c in search.tried if c.name == verdict.name), None)
     if candidate is None:
+        if verdict.plan.size == 1:
+            yield "nothing can be said about a target from one weighted draw; give a larger budget"
         yield (
             f"the budget is too small for pilots: costs are upper bounds, and {verdict.name} was "
             "chosen by rule"

@@ -290,16 +290,16 @@ class Search:
         )
 
     def _too_little(self, simplest: Candidate) -> Verdict:
-        build, name = self.question.best_of, BEST_OF_N
-        if build is None:
+        plan, build, name = self.bound(simplest), self.question.best_of, BEST_OF_N
+        if build is None or plan.size < 2:  # one draw is the best of nothing
             build, name = simplest.build, simplest.name
-        plan = self.bound(simplest)
+        drawn = "one trajectory" if plan.size == 1 else f"about {plan.size} trajectories"
         return Verdict(
             name,
             build,
             plan,
-            f"the budget affords about {plan.size} trajectories, fewer than the {FEW} that weights "
-            "need; nothing was tried",
+            f"the budget affords {drawn}, fewer than the {FEW} that weights need; nothing was "
+            "tried",
         )
 
     def _untried(self, simplest: Candidate) -> Verdict:

@@ -113,14 +113,20 @@ def test_a_target_that_nothing_finds_is_told_so():
     assert found.gain != found.gain
 
 
-@pytest.mark.parametrize(("rows", "size"), [(30, 2), (3, 1)])
-def test_a_handful_of_trajectories_is_for_best_of_n(rows, size):
-    found = check(LONG, steep, num_evaluations=rows, seed=0)
+def test_a_handful_of_trajectories_is_for_best_of_n():
+    found = check(LONG, steep, num_evaluations=30, seed=0)
     assert found.recommended == "best-of-n"
     assert isinstance(found.program, BestOfN)
-    assert found.program.num_particles == size
+    assert found.program.num_particles == 2
     assert found.pilot_cost["network_rows"] == 0
     assert any(text.startswith("The budget is too small for pilots") for text in found.warnings)
+
+
+def test_one_trajectory_is_a_plain_draw_about_which_nothing_can_be_said():
+    found = check(LONG, steep, num_evaluations=3, seed=0)
+    assert (found.recommended, found.program.num_particles) == ("importance-sampling", 1)
+    assert "affords one trajectory" in found.reason
+    assert any(text.startswith("Nothing can be said about") for text in found.warnings)
 
 
 def test_without_a_pilot_plain_draws_are_recommended_and_the_costs_are_bounds():
