@@ -252,7 +252,7 @@ class Search:
         return self._verdict(
             chosen,
             f"it has {least} predicted error of the log-evidence, {errors[chosen.name]:.2g} nats; "
-            f"at its best where {chosen.why}",
+            f"its usual case: {chosen.why}",
         )
 
     def plain_is_enough(self, plain: Record) -> bool:
