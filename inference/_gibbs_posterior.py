@@ -34,6 +34,7 @@ class GibbsPosterior:
     :param target: the invariant law, in words.
     :param settings: what was chosen, in JSON types.
     :param seconds: wall time.
+    :param is_program: whether the draws are those of a program (then functions get all sites).
     """
 
     x0: Tensor
@@ -51,6 +52,7 @@ class GibbsPosterior:
     target: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = float("nan")
+    is_program: bool = False
 
     exact = True
     """The target is invariant; how far the chains are from it is for diagnostics to say."""
@@ -79,12 +81,21 @@ class GibbsPosterior:
         """
         return self.updated.to(torch.float64).mean((0, 1))
 
-    def expectation(self, fn: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+    def expectation(self, fn: Callable[[Any], Tensor]) -> Tensor:
         """Return the mean of a function over the draws of each chain, float64 ``(C, ...)``.
 
-        :param fn: of the dict of site values, ``x0`` included, each ``(C, S, ...)``.
+        :param fn: of ``x0 (C, S, *plates, L)`` for a bare chain, of the dict of site values (each
+            ``(C, S, ...)``, with ``x0`` added) for a program; returns ``(C, S, ...)``.
+        :raises ValueError: if the function does not return one value per draw.
         """
-        return fn({"x0": self.x0, **self.samples}).to(torch.float64).mean(1)
+        draws = {"x0": self.x0, **self.samples} if self.is_program else self.x0
+        values = torch.as_tensor(fn(draws))
+        if values.shape[:2] != self.x0.shape[:2]:
+            raise ValueError(
+                f"expectation: the function returned shape {tuple(values.shape)}, expected it to "
+                f"start with (chains, draws) = {tuple(self.x0.shape[:2])}."
+            )
+        return values.to(torch.float64).mean(1)
 
     def to_arviz(self) -> Any:
         """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x), chains and draws as such.

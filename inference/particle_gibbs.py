@@ -122,6 +122,7 @@ class ParticleGibbs:
     ) -> None:
         _check_counts(num_particles, num_runs, num_samples, num_warmup, num_transitions)
         self.model = as_program(target, potential)
+        self.is_program = not isinstance(target, ReverseChain)
         self.num_particles, self.num_runs = num_particles, num_runs
         self.num_samples, self.num_warmup = num_samples, num_warmup
         self.num_transitions, self.ess_threshold = num_transitions, ess_threshold
@@ -307,6 +308,7 @@ class GibbsSampler:
             target=self.target,
             settings={**settings, "num_steps": self.site.chain.num_steps},
             seconds=seconds,
+            is_program=self.options.is_program,
         )
 
     @property

@@ -74,9 +74,21 @@ def test_a_bare_chain_with_its_potential():
     assert post.path is None
     assert post.samples == {}
     assert torch.allclose(post.log_density, toy_potential()(post.x0))
+    mean = post.expectation(lambda x0: x0[..., 0])
+    assert torch.equal(mean, post.x0[..., 0].double().mean(1))
+    with pytest.raises(ValueError, match=r"returned shape \(\), expected .* = \(2, 3\)"):
+        post.expectation(lambda x0: x0.sum())
+    assert np.isnan(post.step_size)
+
+
+def test_functions_get_all_sites_of_a_program_even_if_it_has_no_other():
+    def bare():
+        factor("goal", toy_potential(), CHAIN.x0(pyro.sample("path", CHAIN)))
+
+    post = ParticleGibbs(bare, **SHORT).run(seed=0)
+    assert post.samples == {}
     mean = post.expectation(lambda s: s["x0"][..., 0])
     assert torch.equal(mean, post.x0[..., 0].double().mean(1))
-    assert np.isnan(post.step_size)
 
 
 def test_plates_around_the_chain():
