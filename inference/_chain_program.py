@@ -112,7 +112,8 @@ class _Started:
 class ChainProgram(ABC):
     """An inference program over one chain and one potential.
 
-    :param target: a reverse chain, or a Pyro program.
+    :param target: a reverse chain, or a Pyro program, whose density may read its paths through
+        ``chain.x0(path)`` only.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, vectorised.

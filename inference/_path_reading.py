@@ -51,10 +51,13 @@ def _latent(run: ProgramRun, name: str) -> Tensor:
 
 def _clean_sequences(site: ChainSite) -> Tensor:
     """Return sequences that have, at every position, as many different tokens as can be."""
-    chain = site.chain
+    chain, number = site.chain, torch.arange(NUM_SEQUENCES)
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    order = torch.rand(*shape, size).argsort(-1)
-    tokens = order[..., torch.arange(NUM_SEQUENCES) % size].movedim(-1, 0)
+    if size <= NUM_SEQUENCES:
+        tokens = torch.rand(*shape, size).argsort(-1)[..., number % size]
+    else:  # orders of a large alphabet would not fit into memory
+        tokens = (torch.randint(size, shape)[..., None] + number) % size
+    tokens = tokens.movedim(-1, 0)
     return tokens if chain.prompt is None else torch.where(chain.prompt >= 0, chain.prompt, tokens)
 
 

@@ -19,14 +19,18 @@ from ppl_diffusion.inference import (
     ParticleGibbs,
     Tempering,
     TwistedSampler,
+    _task,
 )
+from ppl_diffusion.inference._path_reading import _clean_sequences, _histories
 from ppl_diffusion.inference._program import Program
+from ppl_diffusion.inference._sites import ChainSite
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.smc.rejuvenation import SuffixRefresh
 from ppl_diffusion.testing.oracles import z_score
-from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
+from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_markov_chain, toy_potential
 
 GOAL = toy_potential(3, 2)
+PROMPT = torch.tensor([-1, 2])
 
 
 def design(chain):
@@ -159,6 +163,33 @@ def test_the_trial_does_not_depend_on_luck(seed):
         FKSteering(first_state, num_particles=4).run(ordered_chain(), seed=seed)
 
 
+def test_the_trial_has_every_token_of_a_small_alphabet_and_many_of_a_large_one():
+    for size, distinct in ((3, 3), (8, 8), (50, 8)):
+        chain = toy_markov_chain(vocab_size=size, length=4)
+        clean = _clean_sequences(ChainSite("path", chain, None, None))
+        assert clean.shape == (8, 4)
+        assert all(len(set(column)) == distinct for column in clean.T.tolist())
+        assert bool(((clean >= 0) & (clean < size)).all())
+
+
+def test_the_trial_leaves_prompts_alone():
+    site = ChainSite("path", toy_chain(num_steps=3, prompt=PROMPT), None, None)
+    clean = _clean_sequences(site)
+    assert bool((clean[:, 1] == 2).all())
+    for path in _histories(clean, site):
+        assert path.shape == (8, 4, 2)
+        assert torch.equal(path[:, -1], clean)
+        assert bool((path[..., 1] == 2).all())
+        assert bool((path[:, 0, 0] == 3).all())
+
+
+def test_the_trial_changes_no_draw(monkeypatch):
+    run = FKSteering(shown, num_particles=4).run
+    posterior = run(ordered_chain(), seed=0)
+    monkeypatch.setattr(_task, "require_sequences_only", lambda program: frozenset())
+    assert torch.equal(posterior.x0, run(ordered_chain(), seed=0).x0)
+
+
 @pytest.mark.parametrize("method", [SMC, FKSteering])
 def test_a_deterministic_site_needs_the_path_it_reads(method):
     chain = ordered_chain()
@@ -185,9 +216,6 @@ def test_a_program_that_is_random_given_its_values_is_refused(method):
         CapabilityError, match=r"site 'f' of noisy has another density when .* again"
     ):
         method(noisy, num_particles=4).run(toy_chain())
-
-
-PROMPT = torch.tensor([-1, 2])
 
 
 @pytest.mark.parametrize(
