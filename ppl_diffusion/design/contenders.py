@@ -105,7 +105,7 @@ def _law(settings: Mapping[str, Any], posterior: ParticlePosterior) -> dict[str,
     if asked.get("observe") is None:
         asked.pop("sd", None)
     return {
-        "prior": str(settings["prior"]),
+        "prior": str(settings.get("prior_digest", settings["prior"])),
         "question": json.dumps(asked, sort_keys=True),
         "steps": str(posterior.num_steps),
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from ppl_diffusion.potentials import (
     ForbiddenMotif,
     GCContent,
     Likelihood,
+    Motif,
     Potential,
     Reward,
     SumPotential,
@@ -116,10 +118,13 @@ def build_target(job: Job) -> Target:
             f"Designs are made of the bases ACGT, but the prior {job.name!r} writes "
             f"{''.join(prior.vocabulary)}: choose a DNA prior."
         )
+    job = dataclasses.replace(job, prior_digest=_prior_digest(prior))
     designer, judge = _oracles(prior, job.question)
     job = _with_default_reward(job, designer)
     with user_input():
-        potentials = _potentials(job.question, designer)
+        motifs = [_motif(spec) for spec in job.question.motifs]
+        job = _with_digests(job, motifs)
+        potentials = _potentials(job.question, designer, motifs)
         _try_potentials(potentials, prior.length)
     pattern = _pattern(job.question, prior)
     search = with_defaults(job.search, masked=prior.process.absorbing, fixed=pattern is not None)
@@ -150,14 +155,46 @@ def _with_default_reward(job: Job, oracle: Oracle | None) -> Job:
     return dataclasses.replace(job, question=asked)
 
 
-def _potentials(question: Question, oracle: Oracle | None) -> Potentials:
+def _prior_digest(prior: DiffusionProgram) -> str:
+    """Tell priors apart by what they compute, wherever they lie."""
+    network = prior.denoiser
+    numbers = network.state_dict() if isinstance(network, torch.nn.Module) else {}
+    shape = getattr(network, "config", None)
+    return digest(f"{prior.family}, {prior.length}, {prior.vocabulary}, {shape}", numbers)
+
+
+def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
+    specs = tuple(
+        dataclasses.replace(
+            spec, digest=digest(repr(motif.sites), {"probabilities": motif.probabilities})
+        )
+        for spec, motif in zip(job.question.motifs, motifs, strict=True)
+    )
+    return dataclasses.replace(job, question=dataclasses.replace(job.question, motifs=specs))
+
+
+def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
+    """Return a short digest of a text and named tensors.
+
+    :param text: what else counts.
+    :param numbers: tensors by name; names, shapes, types and values count.
+    :returns: 12 hexadecimal digits of a SHA-256.
+    """
+    total = hashlib.sha256(text.encode())
+    for name, values in sorted(numbers.items()):
+        total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        total.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+def _potentials(question: Question, oracle: Oracle | None, motifs: Sequence[Motif]) -> Potentials:
     found: Potentials = {}
     if oracle is not None and question.observe is not None:
         found["expression"] = Likelihood(oracle, question.observe, question.sd, name="oracle")
     if oracle is not None and question.temperature is not None:
         found["expression"] = Reward(_capped(oracle), question.temperature, name=CAPPED)
-    for index, spec in enumerate(question.motifs):
-        found[f"motif_{index}"] = spec.weight * _motif(spec)
+    for index, (spec, matrix) in enumerate(zip(question.motifs, motifs, strict=True)):
+        found[f"motif_{index}"] = spec.weight * matrix.potential()
     if question.gc is not None:
         found["gc"] = GCContent(*question.gc)
     for motif in question.forbid:
@@ -169,16 +206,16 @@ def _capped(oracle: Oracle) -> Callable[[Tensor], Tensor]:
     return lambda tokens: oracle(tokens).clamp_max(HIGHEST_EXPRESSION)
 
 
-def _motif(spec: MotifSpec) -> AbstractPotential:
+def _motif(spec: MotifSpec) -> Motif:
     motifs = read_motifs(spec.path)
     if spec.name is not None:
-        return find_motif(motifs, spec.name).potential()
+        return find_motif(motifs, spec.name)
     if len(motifs) > 1:
         raise InputError(
             f"The motif file {str(spec.path)!r} holds {len(motifs)} matrices: choose one with "
             f"FILE@NAME, such as {spec.path.name}@{motifs[0].identifier}."
         )
-    return motifs[0].potential()
+    return motifs[0]
 
 
 def _try_potentials(potentials: Potentials, length: int) -> None:

@@ -19,11 +19,18 @@ class MotifSpec:
     :param path: file in MEME or JASPAR format, plain or gzipped.
     :param name: identifier or name of one matrix of the file; needed when the file holds several.
     :param weight: factor on the log-odds of the best hit, in nats per nat.
+    :param digest: of the matrix's numbers, once they are read: files of one name may differ.
     """
 
     path: Path
     name: str | None = None
     weight: float = 1.0
+    digest: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """:returns: everything that decides the potential, ready for JSON."""
+        known = {} if self.digest is None else {"digest": self.digest}
+        return {"file": self.path.name, "name": self.name, "weight": self.weight, **known}
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,20 @@ class Job:
     :param name: name of a shipped prior, or a folder that holds one.
     :param question: what is asked.
     :param search: how hard to look.
+    :param prior_digest: of the prior's numbers, once they are read: folders may change.
     """
 
     name: str
     question: Question = field(default_factory=Question)
     search: Search = field(default_factory=Search)
+    prior_digest: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """:returns: everything that decides the result, ready for JSON."""
         asked = {f.name: getattr(self.question, f.name) for f in fields(self.question)}
-        asked["motifs"] = [
-            {"file": m.path.name, "name": m.name, "weight": m.weight} for m in self.question.motifs
-        ]
-        return {"prior": self.name, "question": asked, "search": self.search.settings()}
+        asked["motifs"] = [motif.settings() for motif in self.question.motifs]
+        known = {} if self.prior_digest is None else {"prior_digest": self.prior_digest}
+        return {"prior": self.name, **known, "question": asked, "search": self.search.settings()}
 
 
 def parse_motif(text: str) -> MotifSpec:
