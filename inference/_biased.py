@@ -10,7 +10,7 @@ from torch import Tensor
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
 NO_EVIDENCE = (
-    "log_evidence is 0 (-inf in a run without any candidate of G > 0) and estimates nothing"
+    "log_evidence is NaN (-inf in a run without any candidate of G > 0): there is none to estimate"
 )
 
 
@@ -21,7 +21,7 @@ def reweighted(posterior: ParticlePosterior, log_weights: Tensor, target: str) -
     :param log_weights: the new weights, normalised in each living run, ``(R, N)``.
     :param target: what the draws are, in words.
     """
-    nothing = torch.where(posterior.alive, 0.0, -torch.inf).to(torch.float64)
+    nothing = torch.where(posterior.alive, torch.nan, -torch.inf).to(torch.float64)
     return replace(
         posterior,
         log_weights=log_weights,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference._biased import equal_weights
 from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._lookahead import UncachedPotential
 from ppl_diffusion.inference._task import Task
@@ -35,6 +36,7 @@ from ppl_diffusion.kernels.noise import draw_categorical, uniforms
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
+from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import TwistLike, as_twist, log_mean_exp
 
@@ -131,6 +133,14 @@ class SoftValueGuidance(ChainProgram):
         """
         return SoftValueEngine(task, self)
 
+    def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
+        """Return the lineages; without weights all count alike and there is no evidence.
+
+        :param posterior: the lineages.
+        :param trace: the run behind them.
+        """
+        return posterior if self.weighted else equal_weights(posterior, posterior.target)
+
     def settings(self, engine: SoftValueEngine) -> dict[str, Any]:
         """Return what was chosen, in JSON types.
 
@@ -194,8 +204,7 @@ class SoftValueEngine(TaskEngine):
             f"steps by {rule}, and nothing paid for it; equal weights, which for an exact value "
             "and ever more children come close to p(path) * "
             + (f"G(x0)**{1 / alpha:g}" if alpha else "1[G(x0) is largest]")
-            + f" with log G = {self.task.name}; log_evidence is the log share of lineages with "
-            "G > 0 and estimates no normalising constant"
+            + f" with log G = {self.task.name}"
         )
 
     def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:

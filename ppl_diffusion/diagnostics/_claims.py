@@ -11,8 +11,8 @@ SEARCHES = ("best-of-n", "beam")
 def estimates_evidence(posterior: "ParticlePosterior") -> bool:
     """Return whether ``log_evidence`` estimates a normalising constant.
 
-    Searches, and guidance that nothing pays for, sample no law that has one; what stands in their
-    ``log_evidence`` only pools their runs.
+    Searches, and guidance that nothing pays for, sample no law that has one; their
+    ``log_evidence`` is NaN.
 
     :param posterior: the result of a particle run.
     """

@@ -162,8 +162,13 @@ def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any
 
 
 def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.float64]:
-    """Return weights over the first runs, each run in proportion to its evidence, ``(kept, N)``."""
-    log_w = as_array(posterior.log_weights)[:kept] + as_array(posterior.log_evidence)[:kept, None]
+    """Return weights over the first runs, each run in proportion to its evidence, ``(kept, N)``.
+
+    Without an evidence to estimate (NaN) runs count alike.
+    """
+    log_evidence = as_array(posterior.log_evidence)[:kept, None]
+    log_w = as_array(posterior.log_weights)[:kept]
+    log_w = log_w + np.where(np.isnan(log_evidence), 0.0, log_evidence)
     total = logsumexp(log_w)
     return np.exp(log_w - total) if np.isfinite(total) else np.zeros_like(log_w)
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppl_diffusion.diagnostics._arrays import across_run_sd, as_array, genealogical_sd
+from ppl_diffusion.diagnostics._claims import estimates_evidence
 from ppl_diffusion.diagnostics._khat import khat
 from ppl_diffusion.smc.weights import Weights
 
@@ -70,6 +71,9 @@ def summary_table(posterior: "ParticlePosterior") -> "Table":
 
 
 def _evidence(posterior: "ParticlePosterior") -> dict[str, Any]:
+    if not estimates_evidence(posterior) and bool(posterior.alive.any()):
+        names = ("log_evidence", "log_evidence_se", "genealogical_sd")
+        return {**dict.fromkeys(names), "log_evidence_per_run": [None] * posterior.num_runs}
     log_evidence = as_array(posterior.log_evidence)
     error = across_run_sd(log_evidence) / np.sqrt(posterior.num_runs)
     tree = _number(genealogical_sd(log_evidence, as_array(posterior.evidence_variance)))
@@ -131,6 +135,8 @@ def _shape(facts: dict[str, Any]) -> str:
 
 
 def _evidence_text(facts: dict[str, Any]) -> str:
+    if facts["log_evidence"] is None and facts["num_dead_runs"] < facts["num_runs"]:
+        return "none to estimate: read the target"
     if facts["log_evidence"] is None:
         return "-inf (every run is dead)"
     error = facts["log_evidence_se"]

@@ -34,9 +34,10 @@ class ParticlePosterior:
     :param x0: clean sequences, int64 ``(R, N, *plates, L)`` (of the first chain site).
     :param log_weights: float64 ``(R, N)``, normalised in each run; all ``-inf`` in a dead run.
     :param log_evidence: float64 ``(R,)``; ``exp`` of it is unbiased for the normalising constant.
+        NaN where the method estimates none: such runs count alike; ``-inf`` in a dead run.
     :param log_evidence_steps: running value, float64 ``(R, T)``.
     :param evidence_variance: single-run relative variance of ``exp(log_evidence)``, ``(R,)``;
-        NaN where degenerate.
+        NaN where degenerate or unknown.
     :param ancestors: int64 ``(T, R, N)``: ``ancestors[k]`` is the parent, in the population after
         step ``k - 1``, of each particle of step ``k``.
     :param eve: root ancestor of each particle, int64 ``(R, N)``.
@@ -110,17 +111,22 @@ class ParticlePosterior:
 
     @property
     def pooled_log_evidence(self) -> float:
-        """Log of the mean of the runs' evidences, dead runs counting as zero (unbiased)."""
+        """Log of the mean of the runs' evidences, dead runs counting as zero (unbiased).
+
+        NaN where the method estimates none.
+        """
         return float(torch.logsumexp(self.log_evidence, 0)) - math.log(self.num_runs)
 
     @property
     def pooled_log_weights(self) -> Tensor:
         """Log-weights over all runs, each run weighted by its evidence, ``(R, N)``; sums to one.
 
+        Runs of a method that estimates no evidence count alike.
+
         :raises ParticleCollapse: if no run is alive.
         """
         self._require_alive()
-        log_w = self.log_weights + self.log_evidence[:, None]
+        log_w = self.log_weights + self.log_evidence.nan_to_num(0.0, -math.inf, -math.inf)[:, None]
         return log_w - torch.logsumexp(log_w.flatten(), 0)
 
     def expectation(self, fn: Callable[[Any], Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppl_diffusion._errors import ParticleCollapse
+from ppl_diffusion.diagnostics import summary, summary_table, to_arviz
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
 from ppl_diffusion.smc.posterior import ARRAYS_FILE, META_FILE
@@ -293,3 +294,38 @@ def test_degenerate_variance_is_nan():
 
 def test_repr():
     assert "4 runs x 32 particles, 4 steps" in repr(posterior())
+
+
+def without_evidence():
+    """One dead run among living ones of a method that estimates no evidence."""
+    post = half_dead()
+    unknown = torch.where(post.alive, torch.nan, -torch.inf).double()
+    steps = unknown[:, None].expand_as(post.log_evidence_steps).clone()
+    settings = {**post.settings, "method": "best-of-n"}
+    return dataclasses.replace(
+        post, log_evidence=unknown, log_evidence_steps=steps, settings=settings, exact=False
+    )
+
+
+def test_runs_without_evidence_count_alike():
+    post = without_evidence()
+    assert math.isnan(post.pooled_log_evidence)
+    shares = post.pooled_log_weights.exp().sum(-1)
+    torch.testing.assert_close(shares, torch.tensor([1, 0, 1, 1]).double() / 3)
+    generator = torch.Generator().manual_seed(0)
+    run = post.resample(3000, generator=generator)["index"] // post.num_particles
+    counts = torch.bincount(run, minlength=4)
+    assert bool(((counts - torch.tensor([1000, 0, 1000, 1000])).abs() <= 1).all())  # stratified
+
+
+def test_no_evidence_is_reported_as_none(tmp_path):
+    post = without_evidence()
+    figures = summary(post)
+    assert figures["log_evidence"] is None
+    assert figures["log_evidence_per_run"] == [None] * 4
+    assert figures["ess"] > 3
+    quantities = list(summary_table(post).columns[1].cells)
+    assert any("none to estimate" in str(cell) for cell in quantities)
+    assert "log_evidence=nan" in repr(post)
+    assert bool(np.isnan(to_arviz(post).smc["total_log_evidence"].values[[0, 2, 3]]).all())
+    assert_same_bits(post, ParticlePosterior.load(post.save(tmp_path)))
