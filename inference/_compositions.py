@@ -64,10 +64,16 @@ class Power(Composition):
 
     :param base: a chain or a composition, whose potential is scaled too.
     :param beta: above 1 sharpens, between 0 and 1 flattens.
+    :raises ValueError: if it is negative and the base has a potential.
     """
 
     def __init__(self, base: ReverseChain | Composition, beta: float) -> None:
         experts, potential = parts_of(base)
+        if potential is not None and beta < 0:
+            raise ValueError(
+                f"Power: beta={beta:g} divides by the potential {potential.name!r}, and 1 / G is "
+                "infinite where G = 0; take the power of the chains first, then Tilt."
+            )
         tilt = None if potential is None else potential * float(beta)
         super().__init__([(chain, b * float(beta)) for chain, b in experts], tilt)
 
@@ -80,6 +86,8 @@ class Product(Composition):
     """
 
     def __init__(self, *bases: ReverseChain | Composition) -> None:
+        if not bases:
+            raise ValueError("Product: there is nothing to multiply; give at least one chain.")
         parts = [parts_of(base) for base in bases]
         potentials = [potential for _, potential in parts if potential is not None]
         tilt = _sum(potentials) if potentials else None
@@ -95,6 +103,7 @@ class CFG(Product):
     :param conditional: chain (or composition) of ``P_y``.
     :param unconditional: chain (or composition) of ``P_0``.
     :param weight: 0 is unconditional, 1 conditional, above 1 overshoots.
+    :raises ValueError: if a law with a potential gets a negative exponent.
     """
 
     def __init__(
@@ -104,6 +113,13 @@ class CFG(Product):
         weight: float,
     ) -> None:
         parts = ((conditional, weight), (unconditional, 1 - weight))
+        for base, b in parts:
+            potential = parts_of(base)[1]
+            if b < 0 and potential is not None:
+                raise ValueError(
+                    f"CFG: weight={weight:g} divides by the potential {potential.name!r} of a "
+                    "Tilt, and 1 / G is infinite where G = 0; mix the chains first, then Tilt."
+                )
         super().__init__(*(Power(base, b) for base, b in parts if b != 0))
 
 

@@ -259,7 +259,8 @@ def _reveals(chains: Sequence[ReverseChain], group_size: int | None) -> tuple[in
             f"{sorted(blocks)}; build them with one number of steps and one block length, or give "
             "group_size."
         )
-    return sizes.pop() if group_size is None else group_size, blocks.pop()
+    size, block = sizes.pop() if group_size is None else group_size, blocks.pop()
+    return min(size, block), block  # no step reveals more than there is
 
 
 def _own_reveals(chain: ReverseChain) -> tuple[int, int]:

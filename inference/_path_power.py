@@ -20,7 +20,7 @@ from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.inference._compositions import Composition
 from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture
 from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels import draw_categorical
+from ppl_diffusion.kernels import OrderedKernel, draw_categorical
 from ppl_diffusion.kernels.noise import uniforms
 from ppl_diffusion.kernels.path_power import (
     jump_rates,
@@ -39,9 +39,11 @@ class _GridEngine(ExpertEngine):
         kernels = [chain.kernel for chain in composition.chains]
         for kernel in kernels:
             if not is_plain_mixture(kernel):
+                ordered = isinstance(kernel, OrderedKernel)
+                instead = "use method='lockstep'" if ordered else "build the chain with kappa=1"
                 raise CapabilityError(
                     f"Corrector: the path-power target needs InterpolatingKernel at kappa=1, got "
-                    f"{kernel!r}; use method='lockstep' for ordered masked chains."
+                    f"{kernel!r}; {instead}."
                 )
             if not np.array_equal(kernel.alphas, kernels[0].alphas):
                 raise ValueError(

@@ -37,6 +37,8 @@ from ppl_diffusion.smc.engine import Progress
 from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import FillTwist, TwistLike, as_twist
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 Method = Literal["auto", "lockstep", "path", "rates"]
 
 
@@ -50,7 +52,8 @@ class Corrector(ChainProgram):
     :param num_runs: independent runs ``R``, vectorised.
     :param method: ``"lockstep"`` (masked chains, the default there), ``"path"`` (chains on a time
         grid at ``kappa=1``, the default elsewhere), or ``"rates"``, the published continuous-time
-        form, whose result says ``exact=False``.
+        form, whose result says ``exact=False``. Lockstep reveals replace the moves of a masked
+        chain on a time grid, also where all exponents are 1; ``"path"`` keeps its own law.
     :param sites: which positions a lockstep reveals next: ``"random"``, ``"left-to-right"``,
         ``"confidence"``, ``"entropy"`` or a :class:`SiteRule`.
     :param group_size: reveals per lockstep; None keeps that of an ordered chain, and the number of
@@ -191,7 +194,9 @@ def order_inconsistency(
     :param seed: seed of the orders.
     :returns: standard deviations in nats, float64 ``(n,)``.
     :raises CapabilityError: if the process is not absorbing.
+    :raises ValueError: if the sequences are not of the chain, or there are fewer than two orders.
     """
+    _check_sequences(chain, x0, num_orders)
     kernel = OrderedKernel(chain.kernel.process, chain.kernel.denoiser, length=chain.length)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rank = torch.rand(len(x0), num_orders, chain.length, generator=generator).argsort(-1)
@@ -199,6 +204,21 @@ def order_inconsistency(
     path = torch.where(revealed, x0[:, None, None, :], kernel.process.vocab_size)
     with torch.no_grad():
         return kernel.path_log_prob(path).std(-1)
+
+
+def _check_sequences(chain: ReverseChain, x0: Tensor, num_orders: int) -> None:
+    size = chain.kernel.process.vocab_size
+    fits = x0.dtype in _WHOLE and x0.ndim == 2 and x0.shape[1] == chain.length
+    if not fits or bool(((x0 < 0) | (x0 >= size)).any()):
+        values = f" with values {x0.min()}..{x0.max()}" if x0.numel() else ""
+        raise ValueError(
+            f"order_inconsistency: x0 must hold tokens 0..{size - 1}, integers of shape (n, "
+            f"{chain.length}), got {x0.dtype} of shape {tuple(x0.shape)}{values}."
+        )
+    if num_orders < 2:
+        raise ValueError(
+            f"order_inconsistency: num_orders must be >= 2 to have a spread, got {num_orders}."
+        )
 
 
 def _zero(x0: Tensor) -> Tensor:

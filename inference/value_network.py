@@ -55,6 +55,7 @@ class ValueNetwork(nn.Module):
         self, num_states: int, length: int, *, width: int = 128, depth: int = 2, embedding: int = 8
     ) -> None:
         super().__init__()
+        self.length = length
         self.embed = nn.Embedding(num_states, embedding)
         sizes = [length * embedding + 2, *[width] * depth]
         hidden = [
@@ -112,11 +113,21 @@ class LearnedValue:
 
         :param tokens: int64 ``(*batch, L)``.
         :param k: steps taken.
+        :raises ValueError: if the chain is longer or has more steps than that of the training.
         """
+        self._require_same_chain(tokens.shape[-1], k)
         rows = tokens.reshape(-1, tokens.shape[-1])
         with torch.no_grad():
             value = self.network(rows, self.times[k].expand(len(rows)))
         return (value.to(torch.float64) + self.offset).reshape(tokens.shape[:-1])
+
+    def _require_same_chain(self, length: int, k: int) -> None:
+        steps = len(self.times) - 1
+        if length != self.network.length or k > steps:
+            raise ValueError(
+                f"LearnedValue: fitted to {steps} steps of length {self.network.length}, asked "
+                f"about length {length} after {k} steps; fit a value to the chain that is run."
+            )
 
 
 def fit_value(

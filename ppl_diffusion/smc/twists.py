@@ -130,7 +130,7 @@ class CallableTwist:
         if value.shape != shape:
             raise ValueError(
                 f"the twist returned shape {tuple(value.shape)} at step {k}, expected {shape}: "
-                "one number per run and particle."
+                "one number per run and state (particles, times their children if there are any)."
             )
         if not bool(torch.isfinite(value).all()):
             raise ValueError(

@@ -45,6 +45,51 @@ def test_compositions_multiply_exponents():
     assert repr(Tilt(Product(a, b), GOAL)) == "Tilt(p1 * p2 * exp(toy))"
 
 
+def test_what_cannot_be_multiplied_is_refused_by_name():
+    a, b = pair()
+    with pytest.raises(ValueError, match="Product: there is nothing to multiply"):
+        Product()
+    for weight in (2.0, -1.0):
+        bases = (Power(a, 2.0), Tilt(b, GOAL))
+        with pytest.raises(ValueError, match=f"CFG: weight={weight:g} divides .* 'toy' of a Tilt"):
+            CFG(*(bases if weight > 1 else bases[::-1]), weight)
+    assert CFG(Tilt(a, GOAL), b, 2.0).potential is not None
+    with pytest.raises(ValueError, match="Power: beta=-1 divides by the potential 'toy'"):
+        Power(Tilt(a, GOAL), -1.0)
+
+
+def test_no_step_declares_more_reveals_than_there_are_sites():
+    sharp = Power(toy_chain(length=3), 2.0)
+    posterior = Corrector(sharp, num_particles=4, group_size=99).run(seed=0)
+    assert "3 sites per step" in posterior.target
+    assert posterior.settings["group_size"] == 3
+
+
+@pytest.mark.parametrize(
+    "x0",
+    [
+        torch.tensor([[0, 3]]),
+        torch.tensor([[-1, 0]]),
+        torch.tensor([0, 1]),
+        torch.tensor([[0, 1, 2]]),
+        torch.tensor([[0.0, 1.0]]),
+    ],
+    ids=["mask", "negative", "vector", "length", "floats"],
+)
+def test_order_inconsistency_takes_sequences_of_the_chain(x0):
+    with pytest.raises(ValueError, match=r"must hold tokens 0..2, integers of shape \(n, 2\)"):
+        order_inconsistency(toy_chain(), x0)
+    with pytest.raises(ValueError, match="num_orders must be >= 2"):
+        order_inconsistency(toy_chain(), torch.tensor([[0, 1]]), num_orders=1)
+
+
+def test_a_chain_that_corrects_itself_is_not_sent_to_lockstep():
+    kernel = toy_chain("uniform").kernel
+    correcting = InterpolatingKernel(kernel.process, kernel.denoiser, num_steps=3, kappa=0.8)
+    with pytest.raises(CapabilityError, match="build the chain with kappa=1"):
+        Corrector(Power(ReverseChain(correcting, 2), 2.0), num_particles=4).run(seed=0)
+
+
 def test_equal_chains_are_merged_and_cancelled_ones_dropped():
     a, b = pair()
     again = ReverseChain(a.kernel, a.length)

@@ -229,3 +229,16 @@ def test_impossible_trainings_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         fit_value(CHAIN, **{"potential": GOAL, "seed": 0, **TINY, **options})
     assert message in str(error.value)
+
+
+def test_a_value_of_another_chain_says_which():
+    value = fit_value(CHAIN, GOAL, seed=0, **TINY)
+    with pytest.raises(ValueError, match="fitted to 5 steps of length 4, asked about length 3"):
+        guide(toy_potential(3, 3), chain=toy_chain(length=3, num_steps=5), value=value)
+    with pytest.raises(ValueError, match="asked about length 4 after 6 steps"):
+        guide(chain=toy_chain(length=4, num_steps=7), value=value)
+
+
+def test_a_value_of_another_shape_is_told_what_a_state_is():
+    with pytest.raises(ValueError, match=r"expected \(3, 32\): .*times their children"):
+        guide(value=lambda carry, k: torch.zeros(3, 8))
