@@ -103,8 +103,9 @@ class Potential(AbstractPotential):
             raise
         except Exception as error:
             raise PotentialError(
-                f"{self.name} failed for sequences of shape {tuple(x0.shape)} "
-                f"({type(error).__name__}: {error}); make it take any batch of clean sequences."
+                f"{self.name} raised {type(error).__name__} ({error}) when asked about "
+                f"{x0[..., 0].numel()} sequences of length {x0.shape[-1]}; a potential takes int64 "
+                "(*batch, L) and returns (*batch,)."
             ) from error
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Importance
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers import Steering, log_weight, steer
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.testing.oracles import ExactChain, z_score
@@ -187,7 +187,7 @@ def test_the_handler_stack_is_clean_after_an_error():
         raise RuntimeError("reward is down")
 
     chain = toy_chain()
-    with pytest.raises(RuntimeError, match="reward is down"):
+    with pytest.raises(PotentialError, match="reward is down"):
         poutine.trace(steer(program, potential=broken)).get_trace(chain)
     trace = poutine.trace(program).get_trace(chain)
     assert trace.nodes["path"]["fn"] is not None
