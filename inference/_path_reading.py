@@ -81,7 +81,8 @@ def _differences(
     """Return the deterministic sites whose values differ; refuse other densities."""
     try:
         run = program.evaluate(given, NUM_SEQUENCES)
-        same = all(_same(known, run, name) for name in known.density_names)
+        names = {*known.density_names, *run.density_names}
+        same = all(_same(known, run, name) for name in names)
     except Exception as error:  # whatever the program raises, it did not for the same sequences
         raise _refusal(program, site) from error
     if not same:

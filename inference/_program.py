@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -170,7 +170,7 @@ class Program:
 
     def _require_repeatable(self, first: Trace, second: Trace) -> None:
         """Refuse densities that are random given all values."""
-        for name in ProgramRun(self, [first], 1).density_names:
+        for name in ProgramRun(self, [first, second], 2).density_names:
             values = _density_or_nan(first, name), _density_or_nan(second, name)
             bad = any(map(math.isnan, values))  # which is refused in other words
             if not bad and not math.isclose(*values, rel_tol=1e-3, abs_tol=1e-4):
@@ -207,8 +207,10 @@ class Program:
                 f"{self.owner}: {self.name} fails for several particles at once ({error}); "
                 f"{advice}."
             ) from error
-        for name, expected in alone.log_densities().items():
-            if not torch.allclose(together[name], expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+        expected, absent = alone.log_densities(), torch.zeros(len(singles), dtype=torch.float64)
+        for name in together | expected:
+            values = together.get(name, absent), expected.get(name, absent)
+            if not torch.allclose(*values, rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError(
                     f"{self.owner}: site {name!r} of {self.name} has another density when several "
                     f"particles are evaluated at once; {advice}."
@@ -242,15 +244,26 @@ class ProgramRun:
 
     @property
     def site_names(self) -> list[str]:
-        """Names of all sites with a value of their own, in program order."""
-        return [s["name"] for s in sample_sites(self.traces[0], self.program.owner)]
+        """Names of all sites with a value of their own, in program order.
+
+        A site that some particles do not have is one of density one for them.
+        """
+        owner = self.program.owner
+        names = [s["name"] for trace in self.traces for s in sample_sites(trace, owner)]
+        return list(dict.fromkeys(names))
+
+    def _node(self, name: str) -> dict[str, Any]:
+        nodes = (trace.nodes[name] for trace in self.traces if name in trace.nodes)
+        return cast(dict[str, Any], next(nodes))
 
     def value(self, name: str) -> Tensor | None:
         """Return a site's value for every particle, ``(size, *plates, *event)``.
 
         :param name: site name.
-        :returns: None where the value is not a tensor of the expected size.
+        :returns: None where the value is not a tensor of the expected size, or not always there.
         """
+        if not all(name in trace.nodes for trace in self.traces):
+            return None
         values = [trace.nodes[name]["value"] for trace in self.traces]
         own = self.program.shapes.get(name)
         if own is None or not all(isinstance(value, Tensor) for value in values):
@@ -267,7 +280,7 @@ class ProgramRun:
 
         :param name: site name.
         """
-        site = self.traces[0].nodes[name]
+        site = self._node(name)
         return not site["is_observed"] or is_deterministic(site)
 
     def log_density(self, *, lookahead: bool = False) -> Tensor:
@@ -297,22 +310,19 @@ class ProgramRun:
         return {name: self.site_log_density(name, lookahead=lookahead) for name in self._scored()}
 
     def density_shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of each scored site's log-density in the first trace."""
-        nodes = self.traces[0].nodes
-        return {name: _scored_log_prob(nodes[name], False).shape for name in self._scored()}
+        """Return the shape of each scored site's log-density in the first trace that has it."""
+        return {name: _scored_log_prob(self._node(name), False).shape for name in self._scored()}
 
     @property
     def density_names(self) -> list[str]:
         """Names of all sites with a density, chains left out."""
-        nodes = self.traces[0].nodes
-        sites = [name for name in self.site_names if not is_chain(nodes[name])]
-        return [name for name in sites if not is_deterministic(nodes[name])]
+        sites = [name for name in self.site_names if not is_chain(self._node(name))]
+        return [name for name in sites if not is_deterministic(self._node(name))]
 
     @property
     def deterministic_names(self) -> list[str]:
         """Names of the deterministic sites."""
-        nodes = self.traces[0].nodes
-        return [name for name in self.site_names if is_deterministic(nodes[name])]
+        return [name for name in self.site_names if is_deterministic(self._node(name))]
 
     def _scored(self) -> list[str]:
         return [name for name in self.density_names if name not in self.program.redrawn]
@@ -324,7 +334,7 @@ class ProgramRun:
         :param lookahead: as in :meth:`log_density`.
         :raises PotentialError: if it is NaN or ``+inf``.
         """
-        values = [_scored_log_prob(trace.nodes[name], lookahead) for trace in self.traces]
+        values = [_scored_log_prob(trace.nodes.get(name), lookahead) for trace in self.traces]
         if self._together:
             _require_own_dimensions(values[0], self.program, name)
             value = _per_particle(values[0], self.size, self.program.nesting, name)
@@ -341,7 +351,9 @@ class ProgramRun:
         return value
 
 
-def _scored_log_prob(site: dict[str, Any], lookahead: bool) -> Tensor:
+def _scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:
+    if site is None:
+        return torch.zeros(())
     fn = site["fn"]
     if lookahead and isinstance(fn, PotentialFactor):
         log_p = fn.lookahead()
@@ -353,7 +365,7 @@ def _scored_log_prob(site: dict[str, Any], lookahead: bool) -> Tensor:
 def _density_or_nan(trace: Trace, name: str) -> float:
     """Return a site's log-density; a value out of its support must not end the probe."""
     try:
-        return round(float(_scored_log_prob(trace.nodes[name], False).sum()), 6)
+        return round(float(_scored_log_prob(trace.nodes.get(name), False).sum()), 6)
     except ValueError:
         return -math.inf
 
