@@ -119,10 +119,18 @@ class FeynmanKac:
         changes = "; ".join(self.chain.kernel.changes)
         under = f" under {changes}" if changes else ""
         return (
-            f"p(path) * G(x0) of the {self.num_steps}-step reverse chain{under}, normalised, "
-            "with log G = "
+            f"p(path) * G(x0) of the {self.num_steps}-step reverse chain{self._prompted}{under}, "
+            "normalised, with log G = "
             f"{self.potential.name}; log_evidence estimates the log of its normalising constant"
         )
+
+    @property
+    def _prompted(self) -> str:
+        fixed = self.chain.fixed
+        if fixed is None or not bool(fixed.any()):
+            return ""
+        fixed = fixed.expand(*self.chain.batch_shape, -1)
+        return f", prompted at {int(fixed.sum())} of {fixed.numel()} positions"
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from ppl_diffusion.inference._path_reading import _clean_sequences, _histories
 from ppl_diffusion.inference._program import Program
 from ppl_diffusion.inference._sites import ChainSite
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.smc import FeynmanKac
 from ppl_diffusion.smc.rejuvenation import SuffixRefresh
-from ppl_diffusion.testing.oracles import z_score
+from ppl_diffusion.testing.oracles import ExactChain, z_score
 from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_markov_chain, toy_potential
 
 GOAL = toy_potential(3, 2)
@@ -246,8 +247,11 @@ def test_a_target_counts_what_is_held_over_plates():
 
 
 def test_a_bare_chain_says_what_it_was_prompted_with():
-    target = FKSteering(toy_chain(prompt=PROMPT), GOAL, num_particles=4).run(seed=0).target
+    chain = toy_chain(prompt=PROMPT)
+    target = FKSteering(chain, GOAL, num_particles=4).run(seed=0).target
     assert "reverse chain, prompted at 1 of 2 positions, normalised" in target
+    assert FeynmanKac(chain, GOAL).target == target
+    assert FeynmanKac(toy_chain(), GOAL).target == FKSteering(toy_chain(), GOAL).run(seed=0).target
 
 
 @pytest.mark.parametrize("method", [SMC, FKSteering, TwistedSampler, Tempering])
@@ -296,3 +300,34 @@ def test_smc_takes_programs_only():
 def test_moves_are_path_moves(method, moves, found):
     with pytest.raises(TypeError, match=rf"^{method.__name__}: moves must be .* got {found}\.$"):
         method(design, moves=moves)
+
+
+def bonus(chain):
+    """A factor that only some sequences have."""
+    x = chain.x0(pyro.sample("path", chain))
+    pyro.deterministic("x", x, event_dim=1)
+    if bool((x == 0).all()):
+        pyro.factor("bonus", torch.tensor(2.0).double())
+        pyro.deterministic("special", x, event_dim=1)
+
+
+@pytest.mark.parametrize("store_path", [True, False])
+def test_sites_that_only_some_particles_have(store_path):
+    chain = toy_chain(num_steps=2)
+    program = SMC(
+        bonus, num_particles=8, num_runs=80, vectorize_particles=False, store_path=store_path
+    )
+    posterior = program.run(chain, seed=0)
+    assert "special" not in posterior.samples
+    value = ExactChain.of(chain).evidence(lambda x: 2.0 * (x == 0).all(-1).double())
+    assert abs(z_score(posterior.log_evidence.exp(), value)) < 4  # false alarm 6e-5
+
+
+def test_a_path_that_adds_a_site_is_read():
+    def program(chain):
+        path = pyro.sample("path", chain)
+        if bool((path == 3).any()):
+            pyro.factor("masked", torch.tensor(1.0).double())
+
+    with pytest.raises(CapabilityError, match="program reads the path"):
+        FKSteering(program, num_particles=4).run(ordered_chain())
