@@ -186,7 +186,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics._claims import estimates_evidence
+    from ppl_diffusion.diagnostics._claims import disagreement, estimates_evidence
 
     posterior = load_particles(folder)
     figures = summary(posterior)
@@ -194,6 +194,9 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
         figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
     rows = [[key, _readable(value)] for key, value in figures.items()]
     table(f"Particles of {folder}", ["quantity", "value"], rows)
+    note = disagreement(posterior.log_evidence) if estimates_evidence(posterior) else None
+    if note is not None:
+        print(f"Note: {note}")
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
 

@@ -108,6 +108,7 @@ def _cost(result: Result) -> None:
     rows = [
         ["method", summary["method"]],
         ["log evidence (nats)", "none" if pooled is None else _with_error(pooled, error)],
+        ["log evidence of single runs", _range(summary["log_evidence_range"])],
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["distinct designs", summary["unique"]],
@@ -117,6 +118,8 @@ def _cost(result: Result) -> None:
         ["exact", f"{'yes' if summary['exact'] else 'no'}: {summary['target']}"],
     ]
     table("Trust and cost", ["quantity", "value"], rows)
+    if "evidence_note" in summary:
+        print(f"Note: {summary['evidence_note']}")
 
 
 def comparison_tables(comparison: Comparison) -> None:
@@ -158,6 +161,7 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
         "log evidence (nats)": [
             _estimate(part["log_evidence"], part["log_evidence_se"]) for part in parts
         ],
+        "log evidence of single runs": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [f"{part['ess']:.1f}" for part in parts],
         "distinct designs": [part["unique"] for part in parts],
         "Hamming distance of two draws": [_known(part["hamming"]) for part in parts],
@@ -178,6 +182,10 @@ def _share(row: Mapping[str, Any]) -> str:
 
 def _estimate(value: float | None, error: float | None) -> str:
     return "n/a" if value is None else _with_error(value, math.nan if error is None else error)
+
+
+def _range(ends: Sequence[float] | None) -> str:
+    return "n/a" if ends is None else f"{_cell(ends[0])} to {_cell(ends[1])}"
 
 
 def _known(value: float | None) -> str:

@@ -28,7 +28,7 @@ from ppl_diffusion.design.report import (
     save_netcdf,
     save_plots,
 )
-from ppl_diffusion.diagnostics._claims import estimates_evidence
+from ppl_diffusion.diagnostics._claims import disagreement, estimates_evidence, evidence_range
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
@@ -100,7 +100,10 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "ess": (1.0 / (weights**2).sum(-1)).tolist(),
         "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
         "num_dead_runs": int((~posterior.alive).sum()),
-        "root_ancestors": [len(eve.unique()) for eve in posterior.eve],
+        "root_ancestors": [
+            len(eve[weight > 0].unique())
+            for eve, weight in zip(posterior.eve, weights, strict=True)
+        ],
         "unique": len(designs),
         "num_particles": posterior.num_runs * posterior.num_particles,
         "evaluations": posterior.num_evaluations,
@@ -119,15 +122,19 @@ def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
             "log_evidence": nothing,
             "log_evidence_pooled": None,
             "log_evidence_standard_error": None,
+            "log_evidence_range": None,
             "evidence_relative_variance": nothing,
             "evidence_note": no_evidence(method),
         }
     pooled = posterior.pooled_log_evidence
+    note = disagreement(posterior.log_evidence)
     return {
         "log_evidence": posterior.log_evidence.tolist(),
         "log_evidence_pooled": pooled,
         "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
+        "log_evidence_range": evidence_range(posterior.log_evidence),
         "evidence_relative_variance": posterior.evidence_variance.tolist(),
+        **({} if note is None else {"evidence_note": note}),
     }
 
 

@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from ppl_diffusion.diagnostics._arrays import across_run_sd, as_array, pooled_log_evidence
-from ppl_diffusion.diagnostics._claims import estimates_evidence
+from ppl_diffusion.diagnostics._claims import (
+    disagreement,
+    estimates_evidence,
+    evidence_range,
+)
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
@@ -175,11 +179,12 @@ def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.flo
 
 def _evidence(posterior: "ParticlePosterior", kept: int, share: float) -> dict[str, Any]:
     if not estimates_evidence(posterior):
-        return {"log_evidence": None, "log_evidence_se": None}
+        return {"log_evidence": None, "log_evidence_se": None, "log_evidence_range": None}
     log_evidence = as_array(posterior.log_evidence)
     return {
         "log_evidence": _number(pooled_log_evidence(log_evidence[:kept])),
         "log_evidence_se": _number(across_run_sd(log_evidence) * share),
+        "log_evidence_range": evidence_range(log_evidence[:kept]),
     }
 
 
@@ -255,6 +260,11 @@ def _notes(
     asked = [{name: c.law[name] for name in c.law if name != STEPS} for c in contenders]
     if any(one != asked[0] for one in asked):
         yield f"The results differ in {_differences(asked)}: a higher score of one proves nothing."
+    for contender in contenders:
+        if estimates_evidence(contender.posterior):
+            said = disagreement(contender.posterior.log_evidence)
+            if said is not None:
+                yield f"{contender.label}: {said}"
     lawless = [c.label for c in contenders if not estimates_evidence(c.posterior)]
     if lawless:
         yield (

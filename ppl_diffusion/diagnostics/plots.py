@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.diagnostics._claims import disagreement
 from ppl_diffusion.diagnostics._plot_data import (
     PlotData,
     mark_lineages,
@@ -63,7 +64,9 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
 
     The band is one standard deviation of a single run as seen across runs, the bar at the end
     the same quantity as seen in the family tree. They should agree; a wider band says that the
-    tree has collapsed and its estimate is too sure. A dead run's line stops where it died.
+    tree has collapsed and its estimate is too sure. A dead run's line stops where it died. The
+    grey band runs from the lowest to the highest run; where they disagree a line says that no
+    deviation is an error of their mean.
 
     :param posterior: the result of a particle run.
     :param ax: where to draw.
@@ -72,6 +75,7 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
     ax = _axes(ax)
     data = plot_evidence_data(posterior)
     step, pooled, spread = data["step"], _finite(data["pooled"]), data["across_run_sd"]
+    _range_of_runs(ax, data)
     for run in _finite(data["log_evidence"]):
         ax.plot(step, run, color=BLUE, alpha=_alpha(posterior), lw=0.9)
     _legend_line(ax, "one run", color=BLUE, lw=0.9)
@@ -90,6 +94,21 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
     ax.set(xlabel="reverse step", ylabel="log evidence (nats)")
     _legend_above(ax)
     return ax
+
+
+def _range_of_runs(ax: "Axes", data: PlotData) -> None:
+    runs = data["log_evidence"]
+    if len(runs) < 2:
+        return
+    living = np.isfinite(runs)
+    low = _finite(np.where(living, runs, np.inf).min(0))
+    high = _finite(np.where(living, runs, -np.inf).max(0))
+    style: dict[str, Any] = {"color": PALE, "alpha": 0.6, "lw": 0, "zorder": 0}
+    ax.fill_between(data["step"], low, high, label="lowest to highest run", **style)
+    if disagreement(runs[:, -1]) is not None:
+        apart = high[-1] - low[-1]
+        said = f"runs disagree by {apart:.1f} nats: the error of their mean is not known"
+        ax.text(0.02, 0.02, said, transform=ax.transAxes, color=VERMILLION, fontsize="small")
 
 
 def _genealogical_bar(ax: "Axes", data: PlotData) -> None:

@@ -73,3 +73,32 @@ def test_priors_are_told_apart_by_their_weights_not_their_path(prior, tmp_path):
     assert letters(folders, tmp_path) == ["A", "A", "B"]
     notes = compared(folders, tmp_path)["notes"]
     assert any("differ in prior:" in note for note in notes)
+
+
+def test_runs_that_disagree_are_told_wherever_their_evidence_stands(prior, tmp_path, capsys):
+    # Two particles that never look ahead, and a sharp reward: the best run is all there is.
+    motif = tmp_path / "m.meme"
+    longer = MATRIX.format(0.7, 0.1).replace("w= 2", "w= 6")
+    motif.write_text(longer + 4 * "0.1 0.1 0.7 0.1\n")
+    asked = ["--particles", "2", "--runs", "8", "--steps", "3", "--twist", "none"]
+    asked += ["--motif", f"{motif}@M1:40", "--out", str(tmp_path / "run")]
+    assert run(["design", prior, *asked]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lowest, highest = summary["log_evidence_range"]
+    assert highest - lowest > 2
+    said = f"runs disagree by {highest - lowest:.1f} nats"
+    assert said in summary["evidence_note"]
+    assert f"Note: {said}" in capsys.readouterr().out
+    assert run(["diagnose", str(tmp_path / "run")]) == 0
+    assert f"Note: {said}" in capsys.readouterr().out
+
+
+def test_roots_of_particles_without_weight_are_not_counted(prior, tmp_path, capsys):
+    asked = ["--particles", "16", "--runs", "2", "--steps", "2", "--twist", "none", "--quiet"]
+    asked += ["--ess-threshold", "0", "--gc", "0.4", "0.6", "--out", str(tmp_path / "run")]
+    assert run(["design", prior, *asked]) == 0
+    roots = json.loads((tmp_path / "run" / "summary.json").read_text())["root_ancestors"]
+    assert max(roots) < 16  # some particle misses the GC content
+    assert run(["diagnose", str(tmp_path / "run")]) == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "num_eves" in text]
+    assert ", ".join(map(str, roots)) in line

@@ -12,6 +12,7 @@ from ppl_diffusion.design.program import build_target
 from ppl_diffusion.design.question import Job, Question
 from ppl_diffusion.design.run import design
 from ppl_diffusion.design.search import Search
+from ppl_diffusion.diagnostics._claims import disagreement
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.smc import ParticlePosterior
 
@@ -111,7 +112,10 @@ def test_evidence_is_claimed_where_a_law_is_declared_and_nowhere_else(name, runs
         assert "no evidence" in summary["evidence_note"]
     else:
         assert summary["log_evidence"] == posterior.log_evidence.tolist()
-        assert "evidence_note" not in summary
+        assert summary.get("evidence_note") == disagreement(posterior.log_evidence)
+        lowest, highest = summary["log_evidence_range"]
+        assert lowest == min(summary["log_evidence"])
+        assert highest == max(summary["log_evidence"])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -195,6 +199,7 @@ def test_the_figures_are_those_of_the_folder(runs, tmp_path):
         assert row["log_evidence"] == pytest.approx(summary["log_evidence_pooled"])
         assert row["log_evidence_se"] == pytest.approx(summary["log_evidence_standard_error"])
         assert row["ess"] == pytest.approx(summary["ess_pooled"])
+        assert row["log_evidence_range"] == summary["log_evidence_range"]
         assert row["unique"] == summary["unique"]
         assert row["seconds"] == summary["seconds"]
         for name in ("log_prob_bound", "gc"):

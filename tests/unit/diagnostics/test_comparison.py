@@ -15,6 +15,7 @@ from ppl_diffusion.diagnostics import (
     plot_comparison_data,
     summary,
 )
+from ppl_diffusion.diagnostics._claims import disagreement
 
 
 def by_label(comparison):
@@ -111,7 +112,9 @@ def test_dead_runs_count_as_zero_evidence(make_posterior):
 
 
 def test_letters_and_notes_say_what_is_comparable(make_posterior):
-    one, other = make_posterior(runs=2), make_posterior(runs=2, seed=1)
+    level = torch.zeros(2, dtype=torch.float64)  # runs agree
+    one = replace(make_posterior(runs=2), log_evidence=level)
+    other = replace(make_posterior(runs=2, seed=1), log_evidence=level)
     best = replace(other, exact=False, settings={"method": "best-of-n"}, target="the best")
     law = {"prior": "yeast", "steps": "5"}
     contenders = [
@@ -132,6 +135,36 @@ def test_letters_and_notes_say_what_is_comparable(make_posterior):
     longer = Contender("e", other, law={**law, "steps": "9"})
     (note,) = compare([contenders[0], longer]).notes
     assert "A, B differ in steps:" in note
+
+
+@pytest.mark.parametrize(
+    ("log_evidence", "sentence"),
+    [
+        ([0.0, 0.3, 0.4, 0.1], None),
+        ([-1.0, -6.8, -5.0, -6.0], "runs disagree by 5.8 nats: "),
+        ([0.0, 1.9, 0.0, 0.0], "runs disagree by 1.9 nats: "),  # standard error .54
+        ([0.0, -math.inf, 0.1], "runs disagree by 0.1 nats (1 of 3 are dead): "),
+        ([0.5], None),
+        ([math.nan, math.nan], None),
+        ([-math.inf, -math.inf], None),
+    ],
+)
+def test_runs_that_disagree_have_no_known_error(log_evidence, sentence):
+    said = disagreement(torch.tensor(log_evidence))
+    assert (said is None) == (sentence is None)
+    assert said is None or said.startswith(sentence)
+
+
+def test_disagreement_is_noted_beside_the_range(make_posterior):
+    logs = torch.tensor([-1.0, -6.8, -5.0], dtype=torch.float64)
+    apart = Contender("apart", replace(make_posterior(), log_evidence=logs))
+    close = Contender("close", replace(make_posterior(seed=1), log_evidence=0.1 * logs.sign()))
+    comparison = compare([apart, close])
+    assert by_label(comparison)["apart"]["log_evidence_range"] == (-6.8, -1.0)
+    assert by_label(comparison)["apart"]["log_evidence_se"] < 1.0  # which hides it
+    notes = [note for note in comparison.notes if "disagree" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("apart: runs disagree by 5.8 nats")
 
 
 def test_labels_must_differ_and_be_two(make_posterior):

@@ -190,6 +190,21 @@ def test_plot_survives_dead_runs(make_posterior, name):
         getattr(diagnostics, name)(make_posterior(dead=dead)).figure.canvas.draw()
 
 
+def test_evidence_plot_spans_the_runs_and_says_when_they_disagree(make_posterior):
+    posterior = make_posterior()
+    steps = posterior.log_evidence_steps.clone()
+    ax = diagnostics.plot_evidence(posterior)
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(float(steps.min()))
+    assert band[:, 1].max() == pytest.approx(float(steps.max()))
+    assert not any("disagree" in text.get_text() for text in ax.texts)
+    steps[0] -= 5.8 + steps[0, -1] - steps[1, -1]
+    steps[2] = steps[1]
+    apart = replace(posterior, log_evidence_steps=steps, log_evidence=steps[:, -1])
+    (text,) = diagnostics.plot_evidence(apart).texts
+    assert "runs disagree by 5.8 nats" in text.get_text()
+
+
 def test_evidence_plot_shows_the_runs_the_band_and_the_bar(make_posterior):
     posterior = make_posterior()
     ax = diagnostics.plot_evidence(posterior)
@@ -197,6 +212,7 @@ def test_evidence_plot_shows_the_runs_the_band_and_the_bar(make_posterior):
         np.testing.assert_array_equal(line.get_ydata(), run)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == [
+        "lowest to highest run",
         "one run",
         "log of the mean over runs",
         "±1 sd across runs",
