@@ -15,10 +15,7 @@ from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.inference._program import Program, ProgramRun
-from ppl_diffusion.inference._sites import ChainSite
-
-NUM_SEQUENCES = 8
-"""Clean sequences a program is tried on."""
+from ppl_diffusion.inference._sites import NUM_TRIALS, ChainSite
 
 
 def require_sequences_only(program: Program) -> frozenset[str]:
@@ -31,9 +28,9 @@ def require_sequences_only(program: Program) -> frozenset[str]:
     :raises CapabilityError: if the density of a site, or whether the program runs at all, does.
     """
     with torch.random.fork_rng(devices=[]):  # a trial must not change what is drawn later
-        clean = {site.name: _clean_sequences(site) for site in program.chains}
-        repeated = {s.name: _repeated(clean[s.name], s) for s in program.chains}
-        known = program.evaluate(repeated, NUM_SEQUENCES)
+        clean = program.trials
+        repeated = {s.name: s.as_path(clean[s.name]) for s in program.chains}
+        known = program.evaluate(repeated, NUM_TRIALS)
         values = {name: _latent(known, name) for name in program.latents}
         reading: set[str] = set()
         for site in program.chains:
@@ -47,22 +44,6 @@ def _latent(run: ProgramRun, name: str) -> Tensor:
     value = run.value(name)
     assert value is not None  # latents are tensors
     return value
-
-
-def _clean_sequences(site: ChainSite) -> Tensor:
-    """Return sequences that have, at every position, as many different tokens as can be."""
-    chain, number = site.chain, torch.arange(NUM_SEQUENCES)
-    size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    if size <= NUM_SEQUENCES:
-        tokens = torch.rand(*shape, size).argsort(-1)[..., number % size]
-    else:  # orders of a large alphabet would not fit into memory
-        tokens = (torch.randint(size, shape)[..., None] + number) % size
-    tokens = tokens.movedim(-1, 0)
-    return tokens if chain.prompt is None else torch.where(chain.prompt >= 0, chain.prompt, tokens)
-
-
-def _repeated(clean: Tensor, site: ChainSite) -> Tensor:
-    return clean[..., None, :].expand(*clean.shape[:-1], site.chain.num_steps + 1, -1)
 
 
 def _histories(clean: Tensor, site: ChainSite) -> Iterator[Tensor]:
@@ -80,7 +61,7 @@ def _differences(
 ) -> set[str]:
     """Return the deterministic sites whose values differ; refuse other densities."""
     try:
-        run = program.evaluate(given, NUM_SEQUENCES)
+        run = program.evaluate(given, NUM_TRIALS)
         names = {*known.density_names, *run.density_names}
         same = all(_same(known, run, name) for name in names)
     except Exception as error:  # whatever the program raises, it did not for the same sequences

@@ -21,6 +21,7 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._sites import (
+    NUM_TRIALS,
     chain_site,
     depth,
     is_chain,
@@ -28,6 +29,7 @@ from ppl_diffusion.inference._sites import (
     program_name,
     same_chain,
     sample_sites,
+    trial_sequences,
 )
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.potentials.factor import PotentialFactor
@@ -100,6 +102,8 @@ class Program:
         self.nesting = max(map(depth, sites))
         self.carried = self.latents  # until the probe knows better
         self.redrawn: list[str] = []
+        self.trials: dict[str, Tensor] = {}
+        """Clean sequences of every chain site that the program is tried on."""
         self.density_shapes: dict[str, torch.Size] = {}
         """Shape of each scored site's log-density for one particle, once that is known."""
         self._probe()
@@ -161,12 +165,20 @@ class Program:
         given = {name: singles[0].nodes[name]["value"] for name in self.latents}
         self._require_repeatable(singles[0], self.trace({**paths, **given}))
         singles += [self.trace({**self._random_paths(), **given}) for _ in range(NUM_PROBES - 1)]
+        with torch.random.fork_rng(devices=[]):  # a trial must not change what is drawn later
+            self.trials = {site.name: trial_sequences(site) for site in self.chains}
+            singles += self._on_trials(given)
         for number, name in enumerate(self.latents):
             if len({_density_or_nan(trace, name) for trace in singles}) > 1:
                 self.carried, self.redrawn = self.latents[:number], self.latents[number:]
                 break
         if self.vectorize:
             self._require_broadcasting(singles)
+
+    def _on_trials(self, given: Mapping[str, Tensor]) -> list[Trace]:
+        paths = {site.name: site.as_path(self.trials[site.name]) for site in self.chains}
+        rows = [{name: path[i] for name, path in paths.items()} for i in range(NUM_TRIALS)]
+        return [self.trace({**row, **given}) for row in rows]
 
     def _require_repeatable(self, first: Trace, second: Trace) -> None:
         """Refuse densities that are random given all values."""

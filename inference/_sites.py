@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
@@ -19,6 +20,9 @@ from ppl_diffusion.handlers._site import ProposedChain
 from ppl_diffusion.handlers.steer import as_steering
 from ppl_diffusion.handlers.twist import joined
 from ppl_diffusion.smc.feynman_kac import Proposal
+
+NUM_TRIALS = 8
+"""Clean sequences a program is tried on before it is run."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,30 @@ class ChainSite:
     def proposal(self) -> Proposal | None:
         """How the site wants to be moved: by its twist, with the clamped tokens held."""
         return joined(self.twist, self.clamp)
+
+    def as_path(self, clean: Tensor) -> Tensor:
+        """Return clean sequences repeated as if each were a whole path.
+
+        :param clean: int64 ``(*batch, L)``.
+        """
+        return clean[..., None, :].expand(*clean.shape[:-1], self.chain.num_steps + 1, -1)
+
+
+def trial_sequences(site: ChainSite) -> Tensor:
+    """Return clean sequences to try a program on, int64 ``(NUM_TRIALS, *plates, L)``.
+
+    At every position they have as many different tokens as can be, so that little is left to luck.
+
+    :param site: the chain site.
+    """
+    chain, number = site.chain, torch.arange(NUM_TRIALS)
+    size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
+    if size <= NUM_TRIALS:
+        tokens = torch.rand(*shape, size).argsort(-1)[..., number % size]
+    else:  # orders of a large alphabet would not fit into memory
+        tokens = (torch.randint(size, shape)[..., None] + number) % size
+    tokens = tokens.movedim(-1, 0)
+    return tokens if chain.prompt is None else torch.where(chain.prompt >= 0, chain.prompt, tokens)
 
 
 def held_positions(chains: Sequence[tuple[ReverseChain, ClampProposal | None]]) -> list[str]:

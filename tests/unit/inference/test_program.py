@@ -21,9 +21,9 @@ from ppl_diffusion.inference import (
     TwistedSampler,
     _task,
 )
-from ppl_diffusion.inference._path_reading import _clean_sequences, _histories
+from ppl_diffusion.inference._path_reading import _histories
 from ppl_diffusion.inference._program import Program
-from ppl_diffusion.inference._sites import ChainSite
+from ppl_diffusion.inference._sites import ChainSite, trial_sequences
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.smc import FeynmanKac
 from ppl_diffusion.smc.rejuvenation import SuffixRefresh
@@ -167,7 +167,7 @@ def test_the_trial_does_not_depend_on_luck(seed):
 def test_the_trial_has_every_token_of_a_small_alphabet_and_many_of_a_large_one():
     for size, distinct in ((3, 3), (8, 8), (50, 8)):
         chain = toy_markov_chain(vocab_size=size, length=4)
-        clean = _clean_sequences(ChainSite("path", chain, None, None))
+        clean = trial_sequences(ChainSite("path", chain, None, None))
         assert clean.shape == (8, 4)
         assert all(len(set(column)) == distinct for column in clean.T.tolist())
         assert bool(((clean >= 0) & (clean < size)).all())
@@ -175,7 +175,7 @@ def test_the_trial_has_every_token_of_a_small_alphabet_and_many_of_a_large_one()
 
 def test_the_trial_leaves_prompts_alone():
     site = ChainSite("path", toy_chain(num_steps=3, prompt=PROMPT), None, None)
-    clean = _clean_sequences(site)
+    clean = trial_sequences(site)
     assert bool((clean[:, 1] == 2).all())
     for path in _histories(clean, site):
         assert path.shape == (8, 4, 2)
@@ -331,3 +331,26 @@ def test_a_path_that_adds_a_site_is_read():
 
     with pytest.raises(CapabilityError, match="program reads the path"):
         FKSteering(program, num_particles=4).run(ordered_chain())
+
+
+def late(chain):
+    """The law of the latent has other supports for other sequences."""
+    x = chain.x0(pyro.sample("path", chain))
+    z = pyro.sample("z", dist.Bernoulli((x == 0).double().mean(-1)))
+    pyro.factor("f", z.double())
+
+
+def branching(chain):
+    """It broadcasts only as long as all particles take the same branch."""
+    x = chain.x0(pyro.sample("path", chain))
+    if bool((x == 0).any()):
+        pyro.factor("f", torch.tensor(2.0).double())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_depends_on_the_sequence_is_found_without_luck(seed):
+    """Four random sequences of two positions out of three tokens look alike in one of 13 runs."""
+    torch.manual_seed(seed)
+    assert Program(late, (toy_chain(),), {}).redrawn == ["z"]
+    with pytest.raises(ValueError, match="several particles"):
+        Program(branching, (toy_chain(),), {})
