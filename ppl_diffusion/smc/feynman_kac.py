@@ -29,7 +29,7 @@ from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
-from ppl_diffusion.smc.support import missing_support
+from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
     CallableTwist,
@@ -49,7 +49,8 @@ class Proposal(Protocol):
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
         """Return the distribution to draw the next state from.
 
-        Its support must cover the model's wherever the potential allows the result.
+        Its support must cover the model's wherever the potential allows the result. A function
+        may know what that is and is not looked into; a kernel must cover all of the model's.
 
         :param step: the model's step (its denoiser output can be reused at no cost).
         :param carry: the carry before the move.
@@ -67,7 +68,8 @@ class FeynmanKac:
         function ``(carry, k) -> log h (R, N)``, or a twist object.
     :param proposal: None moves by the chain itself; a kernel, or a :class:`Proposal`.
     :param twist_every: evaluate the twist at every so many steps only (exact by telescoping).
-    :raises CapabilityError: if a proposal, or the kernel it is used with, has no density.
+    :raises CapabilityError: if a proposal, or the kernel it is used with, has no density; while
+        running, if a proposal kernel excludes a token that the chain predicts.
     :raises ValueError: if a proposal kernel has another time grid, other states, or visibly never
         makes a move that the chain makes.
     """
@@ -273,7 +275,15 @@ class _KernelProposal:
         return self._inside(self.kernel.start_carry(tokens))
 
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
-        return self.kernel.step(self._own(carry), k, fixed=self.fixed)
+        own = self.kernel.step(self._own(carry), k, fixed=self.fixed)
+        excluded = excluded_token(step, own)
+        if excluded is not None:
+            raise CapabilityError(
+                f"FeynmanKac: the proposal kernel gives {excluded} at step {k} no probability, the "
+                "chain does, and no weight makes up for what is never drawn; propose by a kernel "
+                "that can go wherever the chain goes."
+            )
+        return own
 
     def advance(self, carry: Carry, tokens: Tensor, k: int, step: TorchDistribution) -> Carry:
         return self._inside(self.kernel.advance(self._own(carry), tokens, k, step=step))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ppl_diffusion.distributions.reveal_step import RevealStep
+from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.mixture import three_way
 from ppl_diffusion.kernels.ordered import OrderedKernel
+from ppl_diffusion.kernels.prediction import DensePrediction
 
 _TINY = 1e-12
 
@@ -17,7 +23,7 @@ def missing_support(model: Kernel, proposal: Kernel) -> str | None:
 
     Checked are the alphabets, the moves of a site at every step (a Psi schedule may forbid a mask
     to wait, or a token to stay), the numbers of reveals, and filters that cut tokens off. What two
-    different networks exclude cannot be seen here.
+    different networks exclude shows only while they run, see :func:`excluded_token`.
 
     :param model: the kernel of the chain.
     :param proposal: the kernel that is to propose.
@@ -88,3 +94,40 @@ def _site_moves(kernel: InterpolatingKernel, k: int) -> dict[str, float]:
 
 def _lowest(kernel: InterpolatingKernel, k: int) -> float:
     return float(np.min(kernel.kappa[k]))
+
+
+def excluded_token(model: object, proposal: StepDistribution) -> str | None:
+    """Return which token a step of a proposal excludes and the model's step may draw, or None.
+
+    Only tables are compared: a sparse head is never asked for all of its tokens.
+
+    :param model: the step of the chain.
+    :param proposal: the step of the proposal, from the same states.
+    :returns: the token and its position, to follow "gives", or None.
+    """
+    if not isinstance(model, TokenStep | RevealStep) or type(model) is not type(proposal):
+        return None
+    assert isinstance(proposal, TokenStep | RevealStep)
+    steps = (model, proposal)
+    if not all(isinstance(step.prediction, DensePrediction) for step in steps):
+        return None
+    missing = (model.log_probs > -torch.inf) & (proposal.log_probs == -torch.inf)
+    if not bool(missing.any()):  # nearly always: the rest is dearer
+        return None
+    missing = missing & _drawable(model) & ~_drawable(proposal)
+    if not bool(missing.any()):
+        return None
+    position, token = missing.flatten(0, -3).any(0).nonzero()[0].tolist()
+    return f"token {token} at position {position}"
+
+
+def _drawable(step: TokenStep | RevealStep) -> Tensor:
+    """Return which clean tokens a step may put at each position, bool ``(*batch, L, V)``."""
+    size = step.log_probs.shape[-1]
+    if isinstance(step, TokenStep):
+        return step.dense_log_probs()[..., :size] > -torch.inf
+    shown = step.eligible
+    if step.order is not None:
+        rank = torch.where(shown, step.order, -torch.inf).argsort(-1, descending=True).argsort(-1)
+        shown = shown & (rank < step.count)
+    return shown[..., None] & (step.log_probs > -torch.inf)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ppl_diffusion import CapabilityError
 from ppl_diffusion.denoisers import Nucleus, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import (
@@ -97,3 +98,53 @@ def test_filters_and_alphabets():
     assert missing_support(cut, cut) is None
     other = toy_chain("uniform", vocab_size=3, num_steps=6).kernel
     assert "3 states and 3 tokens" in str(missing_support(model, other))
+
+
+def without_token_one(name, kind, prompt=None):
+    """A chain, and a kernel whose table never has token 1 at position 0."""
+    process = toy_process(name, 2)
+    joint = random_joint(2, 2)
+    cut = joint * torch.tensor([1.0, 0.0])[:, None]
+    denoisers = [TableDenoiser(table / table.sum(), process) for table in (joint, cut)]
+    if kind == "ordered":
+        kernels = [OrderedKernel(process, d, length=2) for d in denoisers]
+    else:
+        kernels = [InterpolatingKernel(process, d, num_steps=3, kappa=kind) for d in denoisers]
+    return ReverseChain(kernels[0], 2, prompt=prompt), kernels[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("absorbing", 1.0), ("absorbing", 0.5), ("absorbing", "ordered"), ("uniform", 1.0)],
+)
+def test_a_kernel_that_excludes_a_token_is_refused_when_it_shows(name, kind):
+    chain, proposal = without_token_one(name, kind)
+    with pytest.raises(CapabilityError, match=r"token 1 at position 0 at step \d"):
+        run_smc(FeynmanKac(chain, flat, twist=None, proposal=proposal), 8, 200)
+    swapped = FeynmanKac(ReverseChain(proposal, 2), flat, twist=None, proposal=chain.kernel)
+    generator = torch.Generator().manual_seed(0)
+    post = run_smc(swapped, 8, 2000, generator=generator)
+    assert abs(z_score(post.log_evidence.exp(), 1.0)) < 4  # 4 s.e.: fails by chance in 6e-5
+
+
+@pytest.mark.parametrize("kind", [1.0, "ordered"])
+def test_a_token_excluded_where_nothing_is_drawn_does_no_harm(kind):
+    chain, proposal = without_token_one("absorbing", kind, torch.tensor([0, -1]))
+    model = FeynmanKac(chain, flat, twist=None, proposal=proposal)
+    post = run_smc(model, 8, 200, generator=torch.Generator().manual_seed(0))
+    assert abs(z_score(post.log_evidence.exp(), 1.0)) < 4  # 4 s.e.: fails by chance in 6e-5
+
+
+def test_a_function_that_excludes_what_the_potential_forbids_is_taken():
+    chain, proposal = without_token_one("absorbing", "ordered")
+
+    def only_zero(x0):
+        return torch.where(x0[..., 0] == 0, 0.0, -torch.inf).double()
+
+    def move(step, carry, k):
+        return proposal.step(carry, k)
+
+    model = FeynmanKac(chain, only_zero, twist=None, proposal=move)
+    post = run_smc(model, 8, 20, generator=torch.Generator().manual_seed(0))
+    evidence = random_joint(2, 2)[0].sum().log()  # by the ideal proposal: no run differs
+    torch.testing.assert_close(post.log_evidence, evidence.expand(20))
