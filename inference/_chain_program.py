@@ -193,7 +193,9 @@ class ChainProgram(ABC):
                 target=engine.target,
                 exact=engine.exact,
             )
-        return self.finish(replace(posterior, times=torch.as_tensor(engine.times)), trace)
+        posterior = replace(posterior, times=torch.as_tensor(engine.times))
+        finished = self.finish(posterior, trace)
+        return replace(finished, target=task.named(finished.target))
 
     @property
     def record(self) -> str | None:

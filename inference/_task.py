@@ -80,6 +80,14 @@ class Task:
             chains = [(site.chain, site.clamp) for site in self.potential.program.chains]
         return "".join(f", {words}" for words in held_positions(chains))
 
+    def named(self, target: str) -> str:
+        """Return a target that says what is held, where it does not yet.
+
+        :param target: a law in words.
+        """
+        held = self.held
+        return target if held in target else f"{target}; the chain is{held.removeprefix(',')}"
+
     def proposal(self, owner: str, given: Any = None) -> Any:
         """Return what particles are proposed by: an option of the method, or the site's twist.
 

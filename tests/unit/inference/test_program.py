@@ -13,10 +13,13 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import clamp, steer, twist
 from ppl_diffusion.inference import (
     SMC,
+    BeamSearch,
+    BestOfN,
     Corrector,
     FKSteering,
     ImportanceSampling,
     ParticleGibbs,
+    SoftValueGuidance,
     Tempering,
     TwistedSampler,
     _task,
@@ -233,6 +236,19 @@ def test_a_target_says_what_is_held(method):
     assert "prompted" not in target(design, free)
     assert "clamped at 1 of 2 positions" in target(held(design), free)
     assert "prompted at 1 of 2 positions" in target(design, prompted)
+
+
+@pytest.mark.parametrize(
+    "method", [BestOfN, BeamSearch, partial(SoftValueGuidance, weighted=False)]
+)
+def test_results_without_a_law_say_what_is_held_too(method):
+    def target(program, chain):
+        return method(program, num_particles=80).run(chain, seed=0).target
+
+    free, prompted = toy_chain(num_steps=2), toy_chain(num_steps=2, prompt=PROMPT)
+    assert "the chain is" not in target(design, free)
+    both = target(held(design), prompted)
+    assert both.endswith("; the chain is clamped at 1 of 2 positions, prompted at 1 of 2 positions")
 
 
 def test_a_target_counts_what_is_held_over_plates():
