@@ -125,7 +125,9 @@ def design(
     observe: Annotated[
         float | None, typer.Option(help="Observed expression: Normal(oracle(x), SD).")
     ] = None,
-    sd: Annotated[float, typer.Option(help="Standard deviation of --observe.")] = 0.5,
+    sd: Annotated[
+        float | None, typer.Option(help="Standard deviation of --observe, 0.5 by default.")
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(

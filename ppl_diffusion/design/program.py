@@ -189,7 +189,7 @@ def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
 
 def _potentials(question: Question, oracle: Oracle | None, motifs: Sequence[Motif]) -> Potentials:
     found: Potentials = {}
-    if oracle is not None and question.observe is not None:
+    if oracle is not None and question.observe is not None and question.sd is not None:
         found["expression"] = Likelihood(oracle, question.observe, question.sd, name="oracle")
     if oracle is not None and question.temperature is not None:
         found["expression"] = Reward(_capped(oracle), question.temperature, name=CAPPED)

@@ -10,6 +10,7 @@ from ppl_diffusion.design.search import Search
 
 IUPAC = "ACGTRYSWKMBDHVN"
 MAX_MOTIF_WEIGHT = 1e6
+OBSERVATION_SD = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Question:
 
     :param observe: expression that was observed, in the units of the oracle; it enters as
         ``Normal(oracle(x), sd)``.
-    :param sd: standard deviation of that observation.
+    :param sd: standard deviation of that observation, 0.5 if nothing is said.
     :param temperature: temperature of the reward ``min(oracle(x), 17) / temperature``, in the
         units of the oracle; 17 is the top of the assay's scale.
     :param expression: whether a prior with an oracle is asked for high expression when neither
@@ -51,7 +52,7 @@ class Question:
     """
 
     observe: float | None = None
-    sd: float = 0.5
+    sd: float | None = None
     temperature: float | None = None
     expression: bool = True
     motifs: tuple[MotifSpec, ...] = ()
@@ -63,6 +64,13 @@ class Question:
         finite("the observed expression", self.observe)
         positive("the standard deviation of the observation", self.sd)
         positive("the temperature of the reward", self.temperature)
+        if self.sd is not None and self.observe is None:
+            raise InputError(
+                f"--sd {self.sd:g} is the deviation of an observation, and none is given: add "
+                "--observe, or drop --sd."
+            )
+        if self.observe is not None and self.sd is None:
+            object.__setattr__(self, "sd", OBSERVATION_SD)
         if self.observe is not None and self.temperature is not None:
             raise InputError(
                 "An observed expression and a reward temperature are two different questions: "

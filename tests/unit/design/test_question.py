@@ -106,3 +106,11 @@ def test_settings_name_files_without_their_folder(tmp_path):
     settings = job.settings()
     assert settings["question"]["motifs"] == [{"file": "m.meme", "name": None, "weight": 2.0}]
     assert str(tmp_path) not in str(settings)
+
+
+def test_a_deviation_belongs_to_an_observation():
+    assert Question(observe=13.0).sd == 0.5
+    assert Question(observe=13.0, sd=0.3).sd == 0.3
+    assert Question().sd is None
+    with pytest.raises(InputError, match="--sd 0.3 is the deviation of an observation"):
+        Question(sd=0.3)
