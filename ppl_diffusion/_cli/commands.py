@@ -220,7 +220,9 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
             check_file(place)
     if plot is not None:
         _check_plot(plot)
-    comparison = compare(read_contenders(folders))
+    contenders = read_contenders(folders)
+    with user_input():
+        comparison = compare(contenders)
     comparison_tables(comparison)
     if out is not None:
         write_whole(out, json_text(comparison.to_json()))

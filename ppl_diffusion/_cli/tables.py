@@ -144,6 +144,9 @@ def comparison_tables(comparison: Comparison) -> None:
     shares = [row["equal"] for row in rows]
     equal: dict[str, list[object]] = {
         "runs kept": [_share(row) for row in rows],
+        "rows kept, of the budget": [
+            f"{row['equal']['evaluations'] / comparison.evaluations:.0%}" for row in rows
+        ],
         **_figures(shares),
     }
     title = f"At equal evaluations: {comparison.evaluations} network rows"

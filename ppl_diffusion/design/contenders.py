@@ -18,7 +18,7 @@ from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.folder import MARKER
 from ppl_diffusion.design.program import BASES
 from ppl_diffusion.design.search import METHODS
-from ppl_diffusion.diagnostics.comparison import Contender
+from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
@@ -62,7 +62,29 @@ def load_particles(folder: Path) -> ParticlePosterior:
         raise InputError(f"There is no run folder {str(folder)!r}: give one written by design.")
     inner = folder / PARTICLES
     with user_input():
-        return ParticlePosterior.load(inner if inner.is_dir() else folder)
+        posterior = ParticlePosterior.load(inner if inner.is_dir() else folder)
+    _check_entries(folder, posterior)
+    return posterior
+
+
+def _check_entries(folder: Path, posterior: ParticlePosterior) -> None:
+    """Refuse entries of another type than :meth:`ParticlePosterior.save` writes."""
+    for name in ("num_evaluations", "num_potential_calls"):
+        value = getattr(posterior, name)
+        if type(value) is not int or value < 0:
+            raise _damaged(folder, f"{name} is {value!r}, no count")
+    if type(posterior.exact) is not bool:
+        raise _damaged(folder, f"exact is {posterior.exact!r}, neither true nor false")
+    if type(posterior.seconds) not in (int, float):
+        raise _damaged(folder, f"seconds is {posterior.seconds!r}, no number")
+    if not isinstance(posterior.target, str) or not isinstance(posterior.settings, dict):
+        raise _damaged(folder, "target is no text, or settings is no object")
+
+
+def _damaged(folder: Path, problem: str) -> InputError:
+    return InputError(
+        f"The run folder {str(folder)!r} is damaged ({problem}): write it again with design."
+    )
 
 
 def _read(folder: Path, label: str) -> Contender:
@@ -70,7 +92,7 @@ def _read(folder: Path, label: str) -> Contender:
     if not (folder / MARKER).is_file():
         seconds = posterior.seconds if math.isfinite(posterior.seconds) else None
         method = str(posterior.settings.get("method", "smc"))
-        law = {"steps": str(posterior.num_steps)}
+        law = {"prior": UNKNOWN, "question": UNKNOWN, "steps": str(posterior.num_steps)}
         return Contender(label, posterior, method=method, law=law, seconds=seconds)
     try:
         summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -81,13 +103,10 @@ def _read(folder: Path, label: str) -> Contender:
             method=_method(settings["search"]),
             law=_law(settings, posterior),
             scores=_scores(folder, posterior),
-            seconds=summary["seconds"],
+            seconds=None if summary["seconds"] is None else float(summary["seconds"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(
-            f"The run folder {str(folder)!r} is damaged ({type(error).__name__}: {error}): write "
-            "it again with design."
-        ) from error
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
 
 
 def _method(search: Mapping[str, Any]) -> str:
@@ -115,6 +134,8 @@ def _scores(folder: Path, posterior: ParticlePosterior) -> dict[str, NDArray[np.
     """Return what ``designs.csv`` says about each particle; NaN for those of weight zero."""
     with (folder / "designs.csv").open(encoding="utf-8", newline="") as file:
         table = {row["sequence"]: row for row in csv.DictReader(file)}
+    if not table:
+        raise ValueError("designs.csv holds no designs")
     names = [name for name in SCORES if name in next(iter(table.values()))]
     letters = np.array(BASES)[posterior.x0.numpy()]
     sequences = ["".join(row) for row in letters.reshape(-1, letters.shape[-1])]

@@ -62,7 +62,9 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
 def _smc(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
     model = FeynmanKac(target.chain, target.potential, twist=_twist(asked), proposal=target.clamp)
     generator = torch.Generator().manual_seed(asked["seed"])
-    return run_smc(model, generator=generator, **_common(asked))
+    posterior = run_smc(model, generator=generator, **_common(asked))
+    said = {"method": "smc", "seed": asked["seed"]}
+    return dataclasses.replace(posterior, settings={**posterior.settings, **said})
 
 
 def _soft_value(target: Target, asked: dict[str, Any]) -> ParticlePosterior:

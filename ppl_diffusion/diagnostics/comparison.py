@@ -2,9 +2,10 @@
 
 Results cost different numbers of network rows, and more rows make every method look better. Beside
 the figures of each result as it is, :func:`compare` therefore gives those of as many of its *whole
-independent runs* as the cheapest contender pays for (within 5 %): the particles of one run share
-ancestors and weights, so that a part of them is the result of no method. Where not even one run
-fits, one is kept and its errors are scaled by the root of what it overspends.
+independent runs* as come closest to the rows of the cheapest contender (at most 15 % above): the
+particles of one run share ancestors and weights, so that a part of them is the result of no method.
+Where not even one run fits, one is kept and its errors are scaled by the root of what it
+overspends. Notes name every contender that ends up 10 % or more off the budget.
 
 Evidences are comparable where the declared targets are one; rows say which of them share one.
 """
@@ -33,8 +34,12 @@ LOG_POTENTIAL = "log_potential"
 WHOLE, SUBSAMPLED, SCALED = "whole", "subsampled", "scaled"
 STEPS = "steps"
 """The part of a law that is the method's own; the others are what was asked."""
-TOLERANCE = 1.05
-"""How far above the budget still counts as within it: a run is not dropped for a per cent."""
+UNKNOWN = "unknown"
+"""What stands in a law for a part that nobody wrote down; it is no two results' common part."""
+TOLERANCE = 1.15
+"""How far above the budget runs may end to come closer to it."""
+OFF_BUDGET = 0.1
+"""The share of the budget by which kept rows may miss it without a note."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,18 +102,24 @@ def compare(contenders: Sequence[Contender]) -> Comparison:
     of positions at which two draws differ.
 
     :param contenders: at least two results.
-    :raises ValueError: if there are fewer than two, or two have one label.
+    :raises ValueError: if there are fewer than two, two have one label, or one cost no rows.
     """
     labels = [contender.label for contender in contenders]
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise ValueError(
             f"compare: give at least two results with labels of their own, got {labels}."
         )
+    free = [c.label for c in contenders if c.posterior.num_evaluations <= 0]
+    if free:
+        raise ValueError(
+            f"compare: {', '.join(free)} evaluated no network row, so that there is no cost to "
+            "make equal: leave it out."
+        )
     budget = min(contender.posterior.num_evaluations for contender in contenders)
     letters = _letters(contenders)
     rows = [_row(contender, letters[_key(contender)], budget) for contender in contenders]
     targets = {letter: dict(key).get("target", "") for key, letter in letters.items()}
-    return Comparison(rows, budget, targets, list(_notes(contenders, rows, letters)))
+    return Comparison(rows, budget, targets, list(_notes(contenders, rows, letters, budget)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -136,12 +147,15 @@ def _row(contender: Contender, letter: str, budget: int) -> dict[str, Any]:
 def _kept(contender: Contender, budget: int) -> tuple[str, int, float]:
     """Return how many whole runs a budget pays for, and how far one run alone overspends it."""
     runs = contender.posterior.num_runs
-    affordable = int(TOLERANCE * budget / contender.rows_per_run)
-    if affordable >= runs:
+    exact = budget / contender.rows_per_run
+    closest = math.floor(exact)
+    if closest + 1 <= TOLERANCE * exact and closest + 1 - exact < exact - closest:
+        closest += 1
+    if closest >= runs:
         return WHOLE, runs, 1.0
-    if affordable == 0:
-        return SCALED, 1, contender.rows_per_run / budget
-    return SUBSAMPLED, affordable, 1.0
+    if closest == 0:
+        return SCALED, 1, 1 / exact
+    return SUBSAMPLED, closest, 1.0
 
 
 def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any]:
@@ -247,19 +261,22 @@ def _letter(number: int) -> str:
 
 
 def _notes(
-    contenders: Sequence[Contender], rows: Sequence[Mapping[str, Any]], letters: Mapping[Law, str]
+    contenders: Sequence[Contender],
+    rows: Sequence[Mapping[str, Any]],
+    letters: Mapping[Law, str],
+    budget: int,
 ) -> Iterable[str]:
     claims = {
         letters[_key(c)]: dict(_key(c)) for c in contenders if estimates_evidence(c.posterior)
     }
     if len(claims) > 1:
         yield (
-            f"The targets {', '.join(claims)} differ in {_differences(list(claims.values()))}: "
+            f"The targets {', '.join(claims)} {_differences(list(claims.values()))}: "
             "compare evidences of one letter only."
         )
     asked = [{name: c.law[name] for name in c.law if name != STEPS} for c in contenders]
-    if any(one != asked[0] for one in asked):
-        yield f"The results differ in {_differences(asked)}: a higher score of one proves nothing."
+    if any(one != asked[0] or UNKNOWN in one.values() for one in asked):
+        yield f"The results {_differences(asked)}: a higher score of one proves nothing."
     for contender in contenders:
         if estimates_evidence(contender.posterior):
             said = disagreement(contender.posterior.log_evidence)
@@ -271,6 +288,7 @@ def _notes(
             f"No law is declared for {', '.join(lawless)}: there is no evidence, and scores are "
             "those of what was found, no posterior mean."
         )
+    yield from _off_budget(rows, budget)
     scaled = [str(row["label"]) for row in rows if row["equal"]["how"] == SCALED]
     if scaled:
         yield (
@@ -279,9 +297,27 @@ def _notes(
         )
 
 
+def _off_budget(rows: Sequence[Mapping[str, Any]], budget: int) -> Iterable[str]:
+    for row in rows:
+        equal = row["equal"]
+        share = equal["evaluations"] / budget
+        if equal["how"] != SCALED and abs(share - 1) > OFF_BUDGET:
+            yield (
+                f"{row['label']} kept {equal['evaluations']} rows where the budget is {budget} "
+                f"({share:.0%}): whole runs only."
+            )
+
+
 def _differences(laws: Sequence[Mapping[str, str]]) -> str:
+    """Say in what laws differ, and in what they may."""
     names = dict.fromkeys(name for law in laws for name in law)
-    return ", ".join(name for name in names if len({law.get(name) for law in laws}) > 1)
+    found = {name: {law.get(name) for law in laws} for name in names}
+    known = ", ".join(name for name in names if len(found[name] - {UNKNOWN}) > 1)
+    unknown = ", ".join(name for name in names if UNKNOWN in found[name])
+    if not unknown:
+        return f"differ in {known}"
+    doubt = f"{unknown}, unknown for some"
+    return f"differ in {known}, and perhaps in {doubt}" if known else f"may differ in {doubt}"
 
 
 def _number(value: Any) -> float | None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import xarray as xr
 
 from ppl_diffusion.cli import run
 from ppl_diffusion.models import MaskedDiffusion
@@ -102,3 +103,56 @@ def test_roots_of_particles_without_weight_are_not_counted(prior, tmp_path, caps
     assert run(["diagnose", str(tmp_path / "run")]) == 0
     (line,) = [text for text in capsys.readouterr().out.splitlines() if "num_eves" in text]
     assert ", ".join(map(str, roots)) in line
+
+
+def damage(folder, name, **entries):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "sentence"),
+    [
+        ("particles/particles.json", {"num_evaluations": 0}, "evaluated no network row"),
+        ("particles/particles.json", {"num_evaluations": None}, "num_evaluations is None"),
+        ("particles/particles.json", {"num_potential_calls": "2"}, "num_potential_calls is '2'"),
+        ("particles/particles.json", {"exact": "maybe"}, "exact is 'maybe'"),
+        ("particles/particles.json", {"seconds": "fast"}, "seconds is 'fast'"),
+        ("particles/particles.json", {"settings": None}, "settings is no object"),
+        ("summary.json", {"seconds": "fast"}, "could not convert string to float: 'fast'"),
+        ("designs.csv", None, "designs.csv holds no designs"),
+    ],
+)
+def test_damaged_folders_get_one_sentence(file, entries, sentence, runs, tmp_path, capsys):
+    broken = shutil.copytree(runs / "run1", tmp_path / "broken")
+    if entries is None:
+        text = (broken / file).read_text()
+        (broken / file).write_text(text.splitlines()[0] + "\n")
+    else:
+        damage(broken, file, **entries)
+    assert run(["compare", str(runs / "run2"), str(broken)]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert "broken" in error
+
+
+def test_a_deviation_without_an_observation_is_refused(prior, tmp_path, capsys):
+    asked = ["--gc", "0", "1", "--sd", "0.3", "--out", str(tmp_path / "run")]
+    assert run(["design", prior, *asked]) == 2
+    error = capsys.readouterr().err
+    assert "add --observe, or drop --sd" in error
+    assert error.count("\n") == 1
+
+
+def test_what_no_summary_says_is_unknown_not_different(runs, tmp_path):
+    bare = shutil.copytree(runs / "run2" / "particles", tmp_path / "bare")
+    first, second = compared([runs / "run1", bare], tmp_path)["notes"][:2]
+    assert first.startswith("The targets A, B may differ in prior, question, unknown for some: ")
+    assert second.startswith("The results may differ in prior, question, unknown for some: ")
+
+
+def test_smc_leaves_its_name_and_seed_in_the_arviz_file(runs):
+    with xr.open_datatree(runs / "run2" / "posterior.nc") as data:
+        assert (data.attrs["method"], data.attrs["seed"]) == ("smc", 2)

@@ -55,11 +55,27 @@ def test_the_dearer_result_keeps_whole_runs(pair):
     assert score["mean"] == pytest.approx(float(weights @ dear.log_potential[0]))
 
 
-def test_a_run_is_not_dropped_for_a_few_per_cent(pair):
-    dear, cheap = pair
-    close = replace(dear, num_evaluations=500)  # 4 % above
-    rows = by_label(compare([Contender("close", close), Contender("cheap", cheap)]))
-    assert rows["close"]["equal"]["how"] == "whole"
+@pytest.mark.parametrize(
+    ("runs", "rows", "kept", "how", "note"),
+    [
+        (2, 538, 2, "whole", "kept 538 rows where the budget is 480 (112%)"),
+        (2, 500, 2, "whole", None),
+        (2, 560, 1, "subsampled", "kept 280 rows where the budget is 480 (58%)"),
+        (4, 1000, 2, "subsampled", None),  # 250 a run
+        (4, 1120, 1, "subsampled", "kept 280 rows"),  # two would be 117 %
+        (4, 1040, 2, "subsampled", None),  # 260 a run: 108 %
+        (1, 900, 1, "scaled", None),
+    ],
+)
+def test_the_whole_runs_closest_to_the_budget_are_kept(
+    runs, rows, kept, how, note, make_posterior, pair
+):
+    result = replace(make_posterior(runs=runs, seed=3), num_evaluations=rows)
+    comparison = compare([Contender("result", result), Contender("cheap", pair[1])])
+    equal = by_label(comparison)["result"]["equal"]
+    assert (equal["num_runs"], equal["how"]) == (kept, how)
+    said = [text for text in comparison.notes if "whole runs only" in text]
+    assert [note in text for text in said] == ([] if note is None else [True])
 
 
 def test_a_run_above_the_budget_has_its_errors_scaled(pair):
