@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ppl_diffusion.diagnostics.comparison import Comparison
 
 Advance = Callable[..., None]
+_FRAME = 3
+"""Characters that the frame of a table adds to a column; there is one more at its end."""
 _LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
 
 
@@ -108,7 +110,7 @@ def _cost(result: Result) -> None:
     rows = [
         ["method", summary["method"]],
         ["log evidence (nats)", "none" if pooled is None else _with_error(pooled, error)],
-        ["log evidence of single runs", _range(summary["log_evidence_range"])],
+        ["log evidence per run", _range(summary["log_evidence_range"])],
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["distinct designs", summary["unique"]],
@@ -128,7 +130,7 @@ def comparison_tables(comparison: Comparison) -> None:
     :param comparison: the contenders.
     """
     rows = comparison.rows
-    header = ["quantity", *(row["label"] for row in rows)]
+    labels = [str(row["label"]) for row in rows]
     as_they_are: dict[str, list[object]] = {
         "method": [row["method"] for row in rows],
         "exact": ["yes" if row["exact"] else "no" for row in rows],
@@ -140,21 +142,39 @@ def comparison_tables(comparison: Comparison) -> None:
         "seconds": [_known(row["seconds"]) for row in rows],
         **_figures(rows),
     }
-    table("Runs as they are", header, ([name, *cells] for name, cells in as_they_are.items()))
+    _side_by_side("Runs as they are", labels, as_they_are)
     shares = [row["equal"] for row in rows]
     equal: dict[str, list[object]] = {
         "runs kept": [_share(row) for row in rows],
-        "rows kept, of the budget": [
+        "rows kept of budget": [
             f"{row['equal']['evaluations'] / comparison.evaluations:.0%}" for row in rows
         ],
         **_figures(shares),
     }
     title = f"At equal evaluations: {comparison.evaluations} network rows"
-    table(title, header, ([name, *cells] for name, cells in equal.items()))
+    _side_by_side(title, labels, equal)
     for letter, target in comparison.targets.items():
         print(f"{letter}: {target}")
     for note in comparison.notes:
         print(f"Note: {note}")
+
+
+def _side_by_side(title: str, labels: Sequence[str], rows: Mapping[str, list[object]]) -> None:
+    """Print one column per run, in as many tables as the terminal is too narrow for one."""
+    room = Console().width - max(map(len, rows)) - _FRAME - 1
+    widths = [
+        max(len(labels[at]), *(len(_cell(cells[at])) for cells in rows.values())) + _FRAME
+        for at in range(len(labels))
+    ]
+    start = 0
+    while start < len(labels):
+        end = start + 1
+        while end < len(labels) and sum(widths[start : end + 1]) <= room:
+            end += 1
+        of = "" if end - start == len(labels) else f" ({start + 1} to {end} of {len(labels)})"
+        body = [[name, *cells[start:end]] for name, cells in rows.items()]
+        table(f"{title}{of}", ["quantity", *labels[start:end]], body)
+        start = end
 
 
 def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
@@ -164,10 +184,10 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
         "log evidence (nats)": [
             _estimate(part["log_evidence"], part["log_evidence_se"]) for part in parts
         ],
-        "log evidence of single runs": [_range(part["log_evidence_range"]) for part in parts],
+        "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [f"{part['ess']:.1f}" for part in parts],
         "distinct designs": [part["unique"] for part in parts],
-        "Hamming distance of two draws": [_known(part["hamming"]) for part in parts],
+        "Hamming of two draws": [_known(part["hamming"]) for part in parts],
         **{_LABELS.get(name, _plain(name)): _score_cells(parts, name) for name in names},
     }
 

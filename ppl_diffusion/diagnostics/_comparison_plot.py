@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+_SHIFTS = (-0.12, 0.12)
+_MARKERS = "osD^vP*X<>"
+"""Colours come round after seven results, and markers move on: seventy look different."""
 
 
 def plot_comparison_data(comparison: Comparison, *, score: str | None = None) -> PlotData:
@@ -32,8 +35,8 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
     :param comparison: contenders side by side.
     :param score: name of the score; by default the first that all have besides the potential.
     :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``log_evidence_se``, ``score``,
-        ``score_se``, ``ess`` and ``evaluations`` ``(C, 2)``, NaN where there is none; ``name`` of
-        the score ``()``.
+        ``score_se``, ``ess`` and ``evaluations`` ``(C, 2)``, NaN where there is none;
+        ``log_evidence_range`` ``(C, 2, 2)``, lowest and highest run; ``name`` of the score ``()``.
     :raises ValueError: if not every contender has the score.
     """
     names = _common_scores(comparison)
@@ -48,6 +51,9 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
         key: np.array([[_number(part[key]) for part in pair] for pair in pairs])
         for key in ("log_evidence", "log_evidence_se", "ess", "evaluations")
     }
+    data["log_evidence_range"] = np.array(
+        [[part["log_evidence_range"] or (np.nan, np.nan) for part in pair] for pair in pairs]
+    )
     for key, part in (("score", "mean"), ("score_se", "se")):
         data[key] = np.array([[_number(p["scores"][name][part]) for p in pair] for pair in pairs])
     return {
@@ -64,8 +70,8 @@ def plot_comparison(
     """Evidence, a score against network rows, and effective sample size of several results.
 
     Filled marks are the runs as they are, open ones the share that the common budget pays for;
-    bars are one standard error. Letters say which evidences have one target; a result without
-    evidence has no mark.
+    bars are one standard error, and thin lines run from the lowest to the highest single run.
+    Letters say which evidences have one target; a result without evidence has no mark.
 
     :param comparison: contenders side by side.
     :param score: name of the score; by default the first that all have besides the potential.
@@ -79,6 +85,7 @@ def plot_comparison(
         ax, (0.0, 0.0, 0.27, 1.0), (0.36, 0.0, 0.27, 1.0), (0.73, 0.0, 0.27, 1.0)
     )
     _by_contender(evidence, data, "log_evidence", "log evidence (nats)", letters=True)
+    _ranges(evidence, data)
     _against_cost(against, data)
     _by_contender(size, data, "ess", "effective sample size")
     return ax
@@ -89,7 +96,7 @@ def _by_contender(
 ) -> None:
     errors = data.get(f"{key}_se", np.full_like(data[key], np.nan))
     places = range(len(data["label"]))
-    for part, shift in ((0, -0.12), (1, 0.12)):
+    for part, shift in enumerate(_SHIFTS):
         for place in places:
             value, error = data[key][place, part], errors[place, part]
             _mark(ax, place + shift, value, error, place, part)
@@ -101,29 +108,47 @@ def _by_contender(
     ax.set(xlim=(-0.6, len(places) - 0.4), title=title)
 
 
+def _ranges(ax: "Axes", data: PlotData) -> None:
+    """Draw how far apart single runs are; say why there is nothing where no result has any."""
+    if not np.isfinite(data["log_evidence"]).any():
+        ax.set_yticks([])
+        said = "no evidence: every run is dead,\nor no result declares a law"
+        ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center")
+    for place, parts in enumerate(data["log_evidence_range"]):
+        for (low, high), shift in zip(parts, _SHIFTS, strict=True):
+            if high > low:
+                ax.vlines(place + shift, low, high, color=_colour(place), lw=0.8, alpha=0.6)
+
+
 def _against_cost(ax: "Axes", data: PlotData) -> None:
     for place, label in enumerate(data["label"]):
         for part in (0, 1):
             value, error = data["score"][place, part], data["score_se"][place, part]
             _mark(ax, data["evaluations"][place, part], value, error, place, part)
-        _legend_line(ax, str(label), marker="o", ls="", color=_colour(place))
+        _legend_line(ax, str(label), marker=_marker(place), ls="", color=_colour(place))
     _legend_line(ax, "equal evaluations", marker="o", ls="", color=GREY, mfc="white")
     title = str(data["name"]).replace("_", " ")
     ax.set(xlabel="network rows", title=title)
     ax.set_xlim(0, 1.08 * data["evaluations"].max())
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize="small")
+    columns = 1 + len(data["label"]) // 6
+    where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
+    ax.legend(**where, ncols=columns, frameon=False, fontsize="small")
 
 
 def _mark(ax: "Axes", x: float, y: float, error: float, place: int, part: int) -> None:
-    style: dict[str, Any] = {"color": _colour(place), "marker": "o", "ms": 6, "capsize": 3}
+    style: dict[str, Any] = {"color": _colour(place), "ms": 6, "capsize": 3}
     face = _colour(place) if part == 0 else "white"
     bar = error if np.isfinite(error) else None
     if np.isfinite(y):
-        ax.errorbar(x, y, yerr=bar, mfc=face, ls="", **style)
+        ax.errorbar(x, y, yerr=bar, mfc=face, ls="", marker=_marker(place), **style)
 
 
 def _colour(place: int) -> str:
     return _COLOURS[place % len(_COLOURS)]
+
+
+def _marker(place: int) -> str:
+    return _MARKERS[place // len(_COLOURS) % len(_MARKERS)]
 
 
 def _common_scores(comparison: Comparison) -> list[str]:

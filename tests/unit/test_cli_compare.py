@@ -7,8 +7,13 @@ import pytest
 import torch
 import xarray as xr
 
+from ppl_diffusion._cli.tables import comparison_tables
 from ppl_diffusion.cli import run
+from ppl_diffusion.diagnostics import Contender, compare
 from ppl_diffusion.models import MaskedDiffusion
+from ppl_diffusion.potentials import Potential
+from ppl_diffusion.smc import FeynmanKac, run_smc
+from ppl_diffusion.testing import toy_markov_chain
 
 LENGTH = 12
 QUICK = ["--particles", "6", "--runs", "2", "--steps", "3", "--quiet"]
@@ -156,3 +161,26 @@ def test_what_no_summary_says_is_unknown_not_different(runs, tmp_path):
 def test_smc_leaves_its_name_and_seed_in_the_arviz_file(runs):
     with xr.open_datatree(runs / "run2" / "posterior.nc") as data:
         assert (data.attrs["method"], data.attrs["seed"]) == ("smc", 2)
+
+
+@pytest.mark.parametrize(("columns", "tables"), [(80, 3), (400, 1)])
+def test_many_runs_are_printed_whole_on_a_narrow_terminal(columns, tables, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    posteriors = [toy_posterior(seed) for seed in range(8)]
+    comparison = compare([Contender(f"run-{i}", one) for i, one in enumerate(posteriors)])
+    comparison_tables(comparison)
+    out = capsys.readouterr().out
+    assert out.count("│ runs kept ") == tables
+    lines = out.splitlines()
+    assert max(map(len, lines[: lines.index(next(s for s in lines if s[:2] == "A:"))])) <= columns
+    for row in comparison.rows:
+        assert any(row["label"] in line for line in lines)
+        value, error = row["log_evidence"], row["log_evidence_se"]
+        assert f"{value:.4g} ± {error:.4g}" in out
+        low, high = row["log_evidence_range"]
+        assert f"{low:.4g} to {high:.4g}" in out
+
+
+def toy_posterior(seed):
+    model = FeynmanKac(toy_markov_chain("uniform"), Potential(lambda x0: x0.sum(-1).double()))
+    return run_smc(model, 8, 2, generator=torch.Generator().manual_seed(seed))

@@ -112,5 +112,5 @@ def test_a_deviation_belongs_to_an_observation():
     assert Question(observe=13.0).sd == 0.5
     assert Question(observe=13.0, sd=0.3).sd == 0.3
     assert Question().sd is None
-    with pytest.raises(InputError, match="--sd 0.3 is the deviation of an observation"):
+    with pytest.raises(InputError, match=r"--sd 0\.3 is the deviation of an observation"):
         Question(sd=0.3)

@@ -190,6 +190,34 @@ def test_labels_must_differ_and_be_two(make_posterior):
             compare(wrong)
 
 
+def test_more_results_than_colours_still_look_different(make_posterior):
+    comparison = compare([Contender(f"r{i}", make_posterior(seed=i)) for i in range(9)])
+    ax = plot_comparison(comparison, ax=Figure().subplots())
+    marks = [
+        (container[0].get_color(), container[0].get_marker())
+        for container in ax.child_axes[2].containers
+    ]
+    assert len(marks) == 18
+    assert len(set(marks)) == 9
+
+
+def test_an_empty_panel_says_why_and_a_full_one_shows_single_runs(make_posterior):
+    lawful = [Contender(name, make_posterior(seed=seed)) for seed, name in enumerate("ab")]
+    lawless = [
+        replace(c, posterior=replace(c.posterior, settings={"method": "beam"})) for c in lawful
+    ]
+    panel = plot_comparison(compare(lawless), ax=Figure().subplots()).child_axes[0]
+    assert "no result declares a law" in panel.texts[0].get_text()
+    comparison = compare(lawful)
+    panel = plot_comparison(comparison, ax=Figure().subplots()).child_axes[0]
+    assert not panel.texts
+    runs = lawful[0].posterior.log_evidence
+    ends = plot_comparison_data(comparison)["log_evidence_range"][0, 0]
+    assert ends.tolist() == [float(runs.min()), float(runs.max())]
+    lines = [path.vertices[:, 1].tolist() for c in panel.collections for path in c.get_paths()]
+    assert ends.tolist() in lines
+
+
 def test_plot_data_and_plot(pair):
     judged = {"judge": np.ones((4, 40))}
     best = replace(pair[1], settings={"method": "beam"}, exact=False)
