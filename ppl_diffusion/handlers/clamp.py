@@ -14,6 +14,7 @@ from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
+from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.smc.feynman_kac import Carry
 
 
@@ -107,10 +108,16 @@ class ClampedChain(ProposedChain):
 
     :param chain: the chain.
     :param clamp: the clamp.
+    :raises CapabilityError: if the chain's steps have no density.
     :raises ValueError: if their lengths differ.
     """
 
     def __init__(self, chain: ReverseChain, clamp: ClampProposal) -> None:
+        if chain.kernel.capability == SAMPLE_ONLY:
+            raise CapabilityError(
+                f"clamp: forced tokens need a kernel with a density, {type(chain.kernel).__name__} "
+                f"is {SAMPLE_ONLY}; condition by a potential that is -inf elsewhere."
+            )
         if clamp.mask.shape[-1] != chain.length:
             raise ValueError(
                 f"clamp: the chain has {chain.length} positions, the clamp {clamp.mask.shape[-1]}."
