@@ -352,7 +352,9 @@ def test_what_a_sampled_clock_refuses(timed):
     ):
         pyro.sample("path", timed)
     with (
-        pytest.raises(CapabilityError, match="OrderedKernel is SAMPLE_ONLY; condition by a potential"),
+        pytest.raises(
+            CapabilityError, match="OrderedKernel is SAMPLE_ONLY; condition by a potential"
+        ),
         clamp(tokens=torch.zeros(3).long(), mask=mask),
     ):
         pyro.sample("path", timed)
