@@ -26,6 +26,7 @@ from ppl_diffusion.inference._path_reading import require_sequences_only
 from ppl_diffusion.inference._program import Program, ProgramRun
 from ppl_diffusion.inference._sites import held_positions
 from ppl_diffusion.inference.smc import _seeded as seeded  # one way of seeding for all programs
+from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
 from ppl_diffusion.smc.engine import SMCTrace
@@ -109,6 +110,19 @@ class Task:
                 f"{owner}: {self.name} is twisted, and a proposal is given besides; leave one out."
             )
         return given if own is None else own
+
+    def guided_proposal(self, owner: str, given: Any = None) -> Any:
+        """Return :meth:`proposal`, or where there is none a move that holds clamped tokens.
+
+        For methods that move by the chain unless they are told otherwise.
+
+        :param owner: what refusals call the method.
+        :param given: the option: a kernel, a proposal or None.
+        """
+        chosen = self.proposal(owner, given)
+        if chosen is not None or not isinstance(self.potential, ProgramPotential):
+            return chosen
+        return self.potential.hold()
 
     def refuse_twist(self, owner: str) -> None:
         """Refuse a program with a twisted site, for methods that move particles their own way.
@@ -205,9 +219,10 @@ def as_task(
     """Read what is to be sampled.
 
     :param target: a reverse chain, or a Pyro program. A :func:`~ppl_diffusion.handlers.clamp` on a
-        site becomes a hard constraint of the potential; the potential of an
-        ``infer={"steer": ...}`` hint serves as the look-ahead. With several sequences, or other
-        latents, the task's chain is that of the row: functions of the state see it whole.
+        site becomes a hard constraint of the potential, and methods that move by the chain hold
+        it; the potential of an ``infer={"steer": ...}`` hint serves as the look-ahead. With several
+        sequences, or other latents, the task's chain is that of the row: functions of the state
+        see it whole.
     :param potential: ``log G`` of a bare chain; None for a program, which is its own potential.
     :param args: arguments of the program.
     :param kwargs: keyword arguments of the program.
@@ -264,7 +279,7 @@ class ProgramPotential(AbstractPotential):
         num_rows = max_particles if self.latents.names else 0
         self.layout = Layout(program.chains, num_rows, program.name)
         self.name = f"the program {program.name}"
-        self._clamp = self.layout.clamp
+        self._clamp, self._holding = self.layout.clamp, False
         self._surrogates = {
             site.name: _as_potential(site.steering.potential)
             for site in program.chains
@@ -286,6 +301,18 @@ class ProgramPotential(AbstractPotential):
     def proposal(self) -> Proposal | None:
         """The twist of the one site, or None."""
         return self.program.chains[0].twist
+
+    def hold(self) -> ClampProposal | None:
+        """Return the proposal that holds the clamped tokens, and let guesses hold them from now on.
+
+        None where nothing is clamped, or tokens may be masked again, which a clamp cannot follow.
+        """
+        kernel = self.layout.chain.kernel
+        self._holding = self._clamp is not None and (
+            isinstance(kernel, OrderedKernel)
+            or (isinstance(kernel, InterpolatingKernel) and kernel.ancestral)
+        )
+        return self._clamp if self._holding else None
 
     @property
     def words(self) -> str:
@@ -319,8 +346,10 @@ class ProgramPotential(AbstractPotential):
     def lookahead(self, x0: Tensor) -> Tensor:
         """Return the program's (or its steering hints') finite look-ahead."""
         guess = self._surrogate if self._surrogates else self._density_of_guesses
-        value = self._where_legal(x0, guess, FORBIDDEN_GUESS)
         clamp = self._clamp
+        if clamp is not None and self._holding:
+            x0, clamp = torch.where(clamp.mask, clamp.tokens, x0), None
+        value = self._where_legal(x0, guess, FORBIDDEN_GUESS)
         return value if clamp is None else value + FORBIDDEN_GUESS * _mismatches(clamp, x0)
 
     def samples(self, x0: Tensor, path: Tensor | None = None) -> dict[str, Tensor]:

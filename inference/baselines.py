@@ -90,7 +90,7 @@ class ImportanceSampling(ChainProgram):
 
         :param task: chain and potential.
         """
-        proposal = task.proposal(type(self).__name__, self.proposal)
+        proposal = task.guided_proposal(type(self).__name__, self.proposal)
         model = FeynmanKac(task.chain, task.potential, None, proposal)
         return DrawEngine(task, model.bind(max_rows=self.max_rows))
 

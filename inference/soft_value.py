@@ -171,7 +171,7 @@ class SoftValueEngine(TaskEngine):
     def __init__(self, task: Task, options: SoftValueGuidance) -> None:
         super().__init__(task)
         self.options, self.exact, self._warned = options, options.weighted, False
-        proposal = task.proposal("SoftValueGuidance", options.proposal)
+        proposal = task.guided_proposal("SoftValueGuidance", options.proposal)
         model = FeynmanKac(task.chain, task.potential, options.value, proposal)
         self.bound = model.bind(max_rows=options.max_rows)
         if not options.cache:

@@ -159,7 +159,7 @@ class SteeringEngine(TaskEngine):
         self.published = options.closing == "published" and options.kind in ("max", "sum")
         self.exact = not self.published
         self.kind = options.kind
-        proposal = task.proposal("FKSteering", options.proposal)
+        proposal = task.guided_proposal("FKSteering", options.proposal)
         model = FeynmanKac(task.chain, task.potential, options.twist, proposal)
         self.bound = model.bind(max_rows=options.max_rows)
         if not options.cache:
