@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._arguments import require_counts
+from ppl_diffusion.inference._lookahead import UncachedPotential
 from ppl_diffusion.inference._task import PotentialLike, Task, as_task, seeded
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
+from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
 
@@ -107,6 +109,52 @@ class _Started:
 
     def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
         return self.engine.started(self.engine.init(runs, particles, generator))
+
+
+class BoundEngine(TaskEngine):
+    """A task moved and weighed by a bound Feynman-Kac model.
+
+    :param task: chain and potential.
+    :param model: the model.
+    :param max_rows: largest number of rows sent to the network at once.
+    :param cache: ask the potential once per distinct sequence.
+    """
+
+    def __init__(
+        self, task: Task, model: FeynmanKac, *, max_rows: int | None, cache: bool = True
+    ) -> None:
+        super().__init__(task)
+        self.bound = model.bind(max_rows=max_rows)
+        if not cache:
+            self.bound.potential = UncachedPotential(task.potential)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far."""
+        return self.bound.num_evaluations
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Sequences the potential was asked about so far."""
+        return self.bound.num_potential_calls
+
+    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
+        """Return the noisiest states."""
+        return self.bound.init(runs, particles, generator)
+
+    def move(
+        self, carry: Carry, k: int, generator: torch.Generator | None
+    ) -> tuple[Carry, Tensor | float]:
+        """Move by the chain, or the proposal."""
+        return self.bound.move(carry, k, generator)
+
+    def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
+        """Return the look-ahead, the potential at the end."""
+        return self.bound.log_twist(carry, k, generator)
+
+    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
+        """Return the carry of the chosen ancestors."""
+        return self.bound.gather(carry, ancestors)
 
 
 class ChainProgram(ABC):

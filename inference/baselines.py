@@ -25,13 +25,13 @@ from torch import Tensor
 from ppl_diffusion._rows import hash_rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._biased import best_only, equal_weights
-from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
+from ppl_diffusion.inference._chain_program import BoundEngine, ChainProgram
 from ppl_diffusion.inference._task import Task
 from ppl_diffusion.inference.twisted import ProposalLike, TwistedSampler
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.engine import Progress, SMCTrace
-from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, Proposal
+from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import TwistLike, as_twist
@@ -85,16 +85,16 @@ class ImportanceSampling(ChainProgram):
         )
         self.proposal = proposal
 
-    def bind(self, task: Task) -> DrawEngine:
+    def bind(self, task: Task) -> BoundEngine:
         """Return the engine of one run.
 
         :param task: chain and potential.
         """
         proposal = task.guided_proposal(type(self).__name__, self.proposal)
         model = FeynmanKac(task.chain, task.potential, None, proposal)
-        return DrawEngine(task, model.bind(max_rows=self.max_rows))
+        return BoundEngine(task, model, max_rows=self.max_rows)
 
-    def settings(self, engine: DrawEngine) -> dict[str, Any]:
+    def settings(self, engine: BoundEngine) -> dict[str, Any]:
         """Return what was chosen, in JSON types.
 
         :param engine: the engine of the run.
@@ -134,7 +134,7 @@ class BestOfN(ImportanceSampling):
         drawn = f"{self.num_particles} draws of the {posterior.num_steps}-step chain"
         return best_only(posterior, self.keep, f"{kept} of {drawn} by log G, no tilt of the chain")
 
-    def settings(self, engine: DrawEngine) -> dict[str, Any]:
+    def settings(self, engine: BoundEngine) -> dict[str, Any]:
         """Return what was chosen, in JSON types.
 
         :param engine: the engine of the run.
@@ -278,7 +278,7 @@ class BeamSearch(ChainProgram):
         """
         task.refuse_twist("BeamSearch")
         model = FeynmanKac(task.chain, task.potential, self.twist)
-        return BeamEngine(task, model.bind(max_rows=self.max_rows))
+        return BeamEngine(task, model, max_rows=self.max_rows)
 
     def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
         """Return all final candidates, with the weight on the best; ``exact=False``.
@@ -307,47 +307,7 @@ class BeamSearch(ChainProgram):
         }
 
 
-class DrawEngine(TaskEngine):
-    """A bound Feynman-Kac model of a task, as it is.
-
-    :param task: chain and potential.
-    :param bound: the model.
-    """
-
-    def __init__(self, task: Task, bound: BoundFeynmanKac) -> None:
-        super().__init__(task)
-        self.bound = bound
-
-    @property
-    def num_evaluations(self) -> int:
-        """Network rows evaluated so far."""
-        return self.bound.num_evaluations
-
-    @property
-    def num_potential_calls(self) -> int:
-        """Sequences the potential was asked about so far."""
-        return self.bound.num_potential_calls
-
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
-        """Return the noisiest states."""
-        return self.bound.init(runs, particles, generator)
-
-    def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
-        """Move by the chain, or the proposal."""
-        return self.bound.move(carry, k, generator)
-
-    def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
-        """Return the look-ahead, the potential at the end."""
-        return self.bound.log_twist(carry, k, generator)
-
-    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
-        """Return the carry of the chosen ancestors."""
-        return self.bound.gather(carry, ancestors)
-
-
-class BeamEngine(DrawEngine):
+class BeamEngine(BoundEngine):
     """A beam search during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The loop's weights are the candidates' own ratings: what a parent was rated is given back.

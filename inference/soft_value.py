@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._biased import equal_weights
-from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
-from ppl_diffusion.inference._lookahead import UncachedPotential
+from ppl_diffusion.inference._chain_program import BoundEngine, ChainProgram
 from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.kernels.noise import draw_categorical, uniforms
@@ -159,7 +158,7 @@ class SoftValueGuidance(ChainProgram):
         }
 
 
-class SoftValueEngine(TaskEngine):
+class SoftValueEngine(BoundEngine):
     """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The carry holds, besides the tokens, the value of each lineage's last chosen child.
@@ -169,23 +168,10 @@ class SoftValueEngine(TaskEngine):
     """
 
     def __init__(self, task: Task, options: SoftValueGuidance) -> None:
-        super().__init__(task)
         self.options, self.exact, self._warned = options, options.weighted, False
         proposal = task.guided_proposal("SoftValueGuidance", options.proposal)
         model = FeynmanKac(task.chain, task.potential, options.value, proposal)
-        self.bound = model.bind(max_rows=options.max_rows)
-        if not options.cache:
-            self.bound.potential = UncachedPotential(task.potential)
-
-    @property
-    def num_evaluations(self) -> int:
-        """Network rows evaluated so far."""
-        return self.bound.num_evaluations
-
-    @property
-    def num_potential_calls(self) -> int:
-        """Sequences the potential was asked about so far."""
-        return self.bound.num_potential_calls
+        super().__init__(task, model, max_rows=options.max_rows, cache=options.cache)
 
     @property
     def target(self) -> str:
@@ -288,10 +274,6 @@ class SoftValueEngine(TaskEngine):
         if k < self.num_steps:
             return None
         return torch.where(log_h == -torch.inf, log_h, 0.0)
-
-    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
-        """Return the carry of the chosen ancestors."""
-        return self.bound.gather(carry, ancestors)
 
     def log_potential(self, trace: SMCTrace) -> Tensor:
         """Return ``log G(x0)``, the value of the last chosen child."""

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
-from ppl_diffusion.inference._lookahead import UncachedPotential
+from ppl_diffusion.inference._chain_program import BoundEngine, ChainProgram
 from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential
@@ -139,7 +138,7 @@ class FKSteering(ChainProgram):
         }
 
 
-class SteeringEngine(TaskEngine):
+class SteeringEngine(BoundEngine):
     """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
 
     The carry holds, besides the tokens, the running maximum or sum of each particle's scores and
@@ -154,27 +153,14 @@ class SteeringEngine(TaskEngine):
     log_g: Tensor
 
     def __init__(self, task: Task, options: FKSteering) -> None:
-        super().__init__(task)
         self.rule = _RULES[options.kind]
         self.published = options.closing == "published" and options.kind in ("max", "sum")
         self.exact = not self.published
         self.kind = options.kind
         proposal = task.guided_proposal("FKSteering", options.proposal)
         model = FeynmanKac(task.chain, task.potential, options.twist, proposal)
-        self.bound = model.bind(max_rows=options.max_rows)
-        if not options.cache:
-            self.bound.potential = UncachedPotential(task.potential)
+        super().__init__(task, model, max_rows=options.max_rows, cache=options.cache)
         self.scored = _scored_steps(self.num_steps, options.every, options.interval)
-
-    @property
-    def num_evaluations(self) -> int:
-        """Network rows evaluated so far."""
-        return self.bound.num_evaluations
-
-    @property
-    def num_potential_calls(self) -> int:
-        """Sequences the potential was asked about so far."""
-        return self.bound.num_potential_calls
 
     @property
     def target(self) -> str:
@@ -221,10 +207,6 @@ class SteeringEngine(TaskEngine):
             return log_g
         running: Tensor = carry[RUNNING]
         return torch.maximum(running, log_g) if self.kind == "max" else running + log_g
-
-    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
-        """Return the carry of the chosen ancestors."""
-        return self.bound.gather(carry, ancestors)
 
     def log_potential(self, trace: SMCTrace) -> Tensor:
         """Return ``log G(x0)``, which a published closing is not."""
