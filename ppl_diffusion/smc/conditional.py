@@ -41,6 +41,12 @@ from ppl_diffusion.smc.resampling import Multinomial, Resampler
 from ppl_diffusion.smc.twists import Carry
 
 
+_CONDITIONAL = (
+    "conditional on a retained path, so that the weights are exact only where that path is a draw of "
+    "this law, and log_evidence is then an upper bound on average"
+)
+
+
 @dataclass(frozen=True)
 class ConditionalMultinomial(Resampler):
     """Slot 0 keeps itself; the others draw independently, in the order drawn (unsorted).
@@ -166,12 +172,7 @@ class ConditionalRun:
             samples={"x0": tokens},
             num_evaluations=self.engine.num_evaluations,
             num_potential_calls=self.engine.num_potential_calls,
-            exact=False,
-            target=(
-                f"{model.target}; conditional on a retained path, so that the weights are exact "
-                "only where that path is a draw of this law, and log_evidence is then an upper "
-                "bound on average"
-            ),
+            law=model.law.but(exact=False, why=_CONDITIONAL),
             settings={**model.settings, "resampler": ConditionalMultinomial.name},
             **self.trace.posterior_fields(),
         )
@@ -221,7 +222,7 @@ def conditional_smc(
             progress=progress,
         )
         slot = torch.multinomial(trace.weights.normalised, 1, generator=generator)[:, 0]
-    paths = trace.paths()
+    paths = trace.path()
     assert paths is not None  # the tokens were recorded
     path = paths[torch.arange(len(slot)), slot].to(torch.int64)
     return ConditionalRun(path, slot, trace, model)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -30,7 +31,11 @@ Progress = Callable[[int, int], None]
 
 
 class Engine(Protocol):
-    """What the SMC loop needs from a bound Feynman-Kac model."""
+    """What the SMC loop needs from a bound Feynman-Kac model.
+
+    An engine may have a method ``close(carry, generator, paths) -> (carry, log_twist)``, which then
+    takes the place of the last ``log_twist``; ``paths()`` gives the whole paths recorded so far.
+    """
 
     def init(self, runs: int, particles: int, generator: Any) -> Carry: ...
     def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]: ...
@@ -96,8 +101,7 @@ def run_smc(
         samples={"x0": tokens},
         num_evaluations=bound.num_evaluations,
         num_potential_calls=bound.num_potential_calls,
-        exact=True,
-        target=fk.target,
+        law=fk.law,
         settings=settings,
         seconds=time.perf_counter() - started,
         **trace.posterior_fields(),
@@ -120,11 +124,21 @@ class SMCTrace:
     resampled: Tensor
     ancestors: Tensor
     died_at: Tensor
-    history: list[Tensor] = field(default_factory=list)
+    history: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def paths(self) -> Tensor | None:
-        """Return the surviving paths in a compact integer type, ``(R, N, T + 1, ...)``, or None."""
-        return trace_back(self.history, self.ancestors) if self.history else None
+    def paths(self) -> dict[str, Tensor]:
+        """Return the surviving paths of what was recorded, in a compact integer type.
+
+        :returns: ``(R, N, ..., T + 1, L)`` each.
+        """
+        return _paths(self.history, self.ancestors)
+
+    def path(self, name: str = "tokens") -> Tensor | None:
+        """Return the surviving paths of one entry of the carry, or None if it was not recorded.
+
+        :param name: the entry.
+        """
+        return self.paths().get(name)
 
     def posterior_fields(self) -> dict[str, Any]:
         """Return the fields of a :class:`ParticlePosterior` that the loop knows."""
@@ -141,7 +155,7 @@ class SMCTrace:
             "resampled": self.resampled,
             "died_at": self.died_at,
             "log_potential": self.log_potential,
-            "compact_path": self.paths(),
+            "compact_path": self.path(),
         }
 
 
@@ -154,7 +168,7 @@ def smc_loop(
     ess_threshold: float,
     generator: torch.Generator | None,
     *,
-    record: str | None = None,
+    record: str | Callable[[Carry], dict[str, Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> SMCTrace:
     """Move, weigh, resample: the algorithm itself, over any bound model.
@@ -166,7 +180,8 @@ def smc_loop(
     :param resampler: resampling scheme.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
     :param generator: source of randomness.
-    :param record: name of the carry entry whose history is kept, or None.
+    :param record: name of the carry entry whose history is kept, a function that returns what is
+        kept of a carry by name, or None.
     :param progress: called after each step.
     """
     _check_settings(num_particles, num_runs, ess_threshold)
@@ -179,7 +194,11 @@ def smc_loop(
     log = _Log(record, carry)
     for k in range(num_steps):
         carry, log_ratio = engine.move(carry, k, generator)
-        ahead = engine.log_twist(carry, k + 1, generator)
+        if k + 1 == num_steps and hasattr(engine, "close"):
+            so_far = partial(log.paths, carry, parents)
+            carry, ahead = engine.close(carry, generator, so_far)
+        else:
+            ahead = engine.log_twist(carry, k + 1, generator)
         ahead = twist if ahead is None else ahead
         weights, twist = weights.add(log_ratio + ahead - twist), ahead
         _check_weights(weights, k)
@@ -199,9 +218,11 @@ def smc_loop(
 class _Log:
     """What each step leaves behind."""
 
-    def __init__(self, record: str | None, carry: Carry) -> None:
+    def __init__(
+        self, record: str | Callable[[Carry], dict[str, Tensor]] | None, carry: Carry
+    ) -> None:
         self.record = record
-        self.history = [] if record is None else [_compact(carry[record])]
+        self.history = [] if record is None else [self._kept(carry)]
         self.ancestors: list[Tensor] = []
         self.ess: list[Tensor] = []
         self.log_evidence: list[Tensor] = []
@@ -217,7 +238,20 @@ class _Log:
         self.alive.append(weights.alive)
         self.resampled.append(due)
         if self.record is not None:
-            self.history.append(_compact(carry[self.record]))
+            self.history.append(self._kept(carry))
+
+    def _kept(self, carry: Carry) -> dict[str, Tensor]:
+        assert self.record is not None
+        record = self.record
+        kept = {record: carry[record]} if isinstance(record, str) else record(carry)
+        return {name: _compact(tokens) for name, tokens in kept.items()}
+
+    def paths(self, carry: Carry, parents: Tensor) -> dict[str, Tensor]:
+        """Return the paths that end in a population whose step is not logged yet."""
+        if self.record is None:
+            return {}
+        ancestors = torch.stack([*self.ancestors, parents])
+        return _paths([*self.history, self._kept(carry)], ancestors)
 
     def trace(self, carry: Carry, weights: Weights, log_potential: Tensor) -> SMCTrace:
         steps_alive = torch.stack(self.alive, -1).sum(-1)
@@ -233,6 +267,11 @@ class _Log:
             died_at=torch.where(died, steps_alive, -1),
             history=self.history,
         )
+
+
+def _paths(history: list[dict[str, Tensor]], ancestors: Tensor) -> dict[str, Tensor]:
+    names = history[0] if history else {}
+    return {name: trace_back([kept[name] for kept in history], ancestors) for name in names}
 
 
 def _resample(resampler: Resampler, weights: Weights, generator: torch.Generator | None) -> Tensor:

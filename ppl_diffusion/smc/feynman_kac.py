@@ -12,7 +12,7 @@ twists are: skipping or spoiling them moves variance, never the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
+from ppl_diffusion.smc.law import Base, Law, Tilt
 from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
@@ -116,23 +117,14 @@ class FeynmanKac:
         return self.chain.num_steps
 
     @property
-    def target(self) -> str:
-        """The law the weighted particles are exact for, in words."""
-        changes = "; ".join(self.chain.kernel.changes)
-        under = f" under {changes}" if changes else ""
-        return (
-            f"p(path) * G(x0) of the {self.num_steps}-step reverse chain{self._prompted}{under}, "
-            "normalised, with log G = "
-            f"{self.potential.name}; log_evidence estimates the log of its normalising constant"
-        )
+    def law(self) -> Law:
+        """What weighted particles are exact for."""
+        return Law((Base.of(self.chain),), (Tilt(self.potential.name),))
 
     @property
-    def _prompted(self) -> str:
-        fixed = self.chain.fixed
-        if fixed is None or not bool(fixed.any()):
-            return ""
-        fixed = fixed.expand(*self.chain.batch_shape, -1)
-        return f", prompted at {int(fixed.sum())} of {fixed.numel()} positions"
+    def target(self) -> str:
+        """The law in words."""
+        return str(self.law)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -201,8 +193,26 @@ class BoundFeynmanKac:
         """Distinct sequences the potential was asked about so far."""
         return self.potential.num_calls
 
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
-        """Return the carry of the noisiest state, tokens ``(R, N, *plates, L)``."""
+    @property
+    def kernel(self) -> Kernel:
+        """The chain's kernel around the counted network."""
+        return self._kernel
+
+    def init(
+        self,
+        runs: int,
+        particles: int,
+        generator: torch.Generator | None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Carry:
+        """Return the carry of the noisiest state, tokens ``(R, N, *plates, L)``.
+
+        :param runs: runs ``R``.
+        :param particles: particles ``N``.
+        :param generator: source of randomness.
+        :param given: conditions of each particle, ``(R, N, *plates, *event)``; by default those of
+            the chain.
+        """
         chain, twist = self.model.chain, self.model.twist
         batch = (runs, particles, *chain.batch_shape)
         carry = self._kernel.init_carry(
@@ -369,9 +379,11 @@ def per_particle(values: Tensor) -> Tensor:
 def take_particles(value: Any, ancestors: Tensor) -> Any:
     """Gather along the particle dimension of an array ``(R, N, ...)``.
 
-    :param value: a tensor of the carry; anything else is passed through.
+    :param value: a tensor of the carry, or nested dicts of them; anything else is passed through.
     :param ancestors: int64 ``(R, N)``.
     """
+    if isinstance(value, Mapping):
+        return {name: take_particles(item, ancestors) for name, item in value.items()}
     if not isinstance(value, Tensor):
         return value
     runs = torch.arange(ancestors.shape[0], device=ancestors.device)[:, None]

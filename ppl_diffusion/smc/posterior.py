@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.smc.genealogy import genealogy_graph
+from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.resampling import Stratified
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 ARRAYS_FILE = "particles.safetensors"
 META_FILE = "particles.json"
-_FORMAT = 2
+_FORMAT = 3
 _SITE = "samples."
 
 
@@ -49,8 +50,7 @@ class ParticlePosterior:
     :param samples: values of the program's sites, each ``(R, N, ...)``.
     :param num_evaluations: network rows evaluated.
     :param num_potential_calls: sequences the potential (or the program) was asked about.
-    :param exact: whether the weights are exact for ``target``.
-    :param target: the law they are for, in words.
+    :param law: what the weights are exact for, or aim at.
     :param settings: what was chosen, in JSON types.
     :param seconds: wall time.
     :param compact_path: stored paths in a small integer type, or None.
@@ -72,12 +72,21 @@ class ParticlePosterior:
     samples: Mapping[str, Tensor]
     num_evaluations: int
     num_potential_calls: int
-    exact: bool
-    target: str
+    law: Law
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = math.nan
     compact_path: Tensor | None = None
     is_program: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether the weights are exact for :attr:`law`."""
+        return self.law.exact
+
+    @property
+    def target(self) -> str:
+        """The law in words."""
+        return str(self.law)
 
     @property
     def num_runs(self) -> int:
@@ -220,6 +229,8 @@ class ParticlePosterior:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 arrays[item.name] = value
+            elif item.name == "law":
+                meta["law"] = self.law.to_json()
             elif item.name not in ("samples", "compact_path"):
                 meta[item.name] = json_types(value)
         return {name: value.contiguous().clone() for name, value in arrays.items()}, meta
@@ -235,6 +246,7 @@ class ParticlePosterior:
         arrays, meta = _read(Path(directory))
         sites = {name: arrays.pop(f"{_SITE}{name}") for name in meta.pop("sites")}
         contents: dict[str, Any] = {**arrays, **meta, "samples": sites}
+        contents["law"] = _read_law(Path(directory), meta["law"])
         return cls(**contents)
 
     def _require_alive(self) -> None:
@@ -306,6 +318,13 @@ def _check_names(directory: Path, arrays: Mapping[str, Tensor], meta: Mapping[st
     kept = {name for name, is_array in names.items() if is_array and name != "compact_path"}
     sites = {f"{_SITE}{name}" for name in meta["sites"]}
     _compare(directory, ARRAYS_FILE, set(arrays) - {"compact_path"}, kept | sites)
+
+
+def _read_law(directory: Path, data: Any) -> Law:
+    try:
+        return Law.from_json(data)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _damaged(directory, f"'law' in {META_FILE} is no law ({error})") from error
 
 
 def _compare(directory: Path, file: str, found: set[str], expected: set[str]) -> None:

@@ -1,0 +1,120 @@
+"""Move by the chain, weigh by what completions promise: the particle filter everything is built on.
+
+Weights are ``log h_k`` of a look-ahead that telescopes away, and at the end the potential itself, so
+the target is ``p(path) G(x0)`` for every look-ahead. ``twist=None`` is the bootstrap filter proper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.kernels.base import Kernel
+from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
+from ppl_diffusion.programs.method import Method, Needs, held_proposal, register
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.sources import Source, State
+from ppl_diffusion.smc.feynman_kac import Proposal
+from ppl_diffusion.smc.twists import ArgmaxFill, CallableTwist, FillTwist, TwistLike, as_twist
+
+
+@dataclass(frozen=True)
+class LookingAhead(Method):
+    """What methods share that move by the chain, or a proposal, and look ahead by a twist.
+
+    :param twist: how states are rated: ``"argmax"``, ``"persistent"``, ``"sample"``, a fill twist
+        such as ``PersistentFill(16)``, or a function ``(carry, k) -> log h (R, N)`` of the carry of
+        the only chain, such as a trained :class:`~ppl_diffusion.inference.LearnedValue`.
+    :param proposal: None moves by the chain itself (by its twist, with its clamp); a kernel, or a
+        proposal with a density.
+    """
+
+    twist: TwistLike = "argmax"
+    proposal: Proposal | Kernel | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "twist", as_twist(self.twist))
+
+    @property
+    def fill(self) -> FillTwist:
+        """The twist, where it completes; without one a first guess is still needed."""
+        return self.twist if isinstance(self.twist, FillTwist) else ArgmaxFill()
+
+    def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
+        """Return the mover of a site by its chain, or the proposal.
+
+        :raises CapabilityError: if a proposal meets a twisted site, or several chains.
+        """
+        proposal: Any = self.proposal
+        if proposal is None:
+            proposal = held_proposal(site)
+        elif len(source.chains) > 1:
+            raise CapabilityError(
+                f"{type(self).__name__}: a proposal moves one chain, and there are several; twist "
+                "the sites (ppl_diffusion.handlers.twist), or propose by nothing."
+            )
+        elif site.twist is not None:
+            raise CapabilityError(
+                f"{type(self).__name__}: the site {site.name!r} is twisted, and a proposal is given "
+                "besides; leave one out."
+            )
+        return chain_mover(site, self.twist, proposal, max_rows=max_rows)
+
+    def rate(self, run: Bound, state: State, generator: torch.Generator | None) -> Tensor:
+        """Return ``log h`` of states, float64 ``(R, N)``.
+
+        :param run: the run.
+        :param state: the states.
+        :param generator: source of randomness.
+        """
+        if not isinstance(self.twist, CallableTwist):
+            return run.look(state, generator)
+        name = run.only.name
+        carry = state["sites"][name]
+        return self.twist(carry, state["done"][name], tuple(carry["tokens"].shape[:2]))
+
+    def prepare(self, run: Bound, resampler: Any) -> None:
+        """Refuse functions of one chain's state where there are several.
+
+        :raises CapabilityError: if there are.
+        """
+        if isinstance(self.twist, CallableTwist) and len(run.sites) > 1:
+            raise CapabilityError(
+                f"{type(self).__name__}: a twist given by a function sees the carry of one chain, "
+                "and there are several; look ahead by completions, such as 'persistent'."
+            )
+
+
+@register
+@dataclass(frozen=True)
+class Bootstrap(LookingAhead):
+    """Particles that move by the chain and are weighed by look-aheads.
+
+    :param twist: as in :class:`LookingAhead`; None looks at nothing until the end.
+    :param proposal: as in :class:`LookingAhead`.
+    :param twist_every: look ahead at every so many steps only.
+    :raises ValueError: if that is below one.
+    """
+
+    twist_every: int = 1
+
+    name: ClassVar[str] = "smc"
+    # Weights come from the program alone, which may read whole paths where they are kept.
+    needs: ClassVar[Needs] = Needs(clean_sequences=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.twist_every < 1:
+            raise ValueError(f"SMC: twist_every must be >= 1, got {self.twist_every}.")
+
+    def look(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Return the look-ahead where it is due."""
+        if self.twist is None or group % self.twist_every:
+            return None
+        return self.rate(run, state, generator)

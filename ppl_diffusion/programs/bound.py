@@ -1,0 +1,314 @@
+"""A source bound to one run: particles as dictionaries of named sites, and how they move.
+
+The state of the particles is nested: ``state["sites"][name]`` is the carry of a chain, a dict of
+arrays ``(R, N, *plates, ...)``; ``state["latents"][name]`` the value of another latent; ``log_r``
+the log-density that latents were drawn with. Methods put slots of their own beside them. The engine
+gathers all of it, so whatever a particle remembers it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels.base import Carry, Kernel
+from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.sources import ProgramSource, Source, State
+from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
+from ppl_diffusion.smc.twists import FillTwist, log_mean_exp
+
+
+class Mover(Protocol):
+    """How the particles of one chain site start, move, and are completed.
+
+    :class:`~ppl_diffusion.smc.feynman_kac.BoundFeynmanKac` is one.
+    """
+
+    @property
+    def kernel(self) -> Kernel: ...
+    @property
+    def num_evaluations(self) -> int: ...
+    def init(
+        self, runs: int, particles: int, generator: Any, given: Mapping[str, Tensor] | None = None
+    ) -> Carry: ...
+    def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]: ...
+    def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Any) -> Tensor: ...
+
+
+MakeMover = Callable[[ChainSite], Mover]
+
+
+@dataclass
+class Bound:
+    """What a method may ask about its particles during one run.
+
+    :param source: what is sampled.
+    :param movers: how the particles of each site move.
+    :param plan: who moves at each step.
+    :param fill: how unfinished sequences are completed.
+    :param shape: runs and particles ``(R, N)``.
+    """
+
+    source: Source
+    movers: Mapping[str, Mover]
+    plan: Plan
+    fill: FillTwist
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.sites = {site.name: site for site in self.source.chains}
+        program = self.source.program if isinstance(self.source, ProgramSource) else None
+        self.program = program
+        above = {n: set() if program is None else program.above(n) for n in self.sites}
+        self.stages = stages(above)
+        steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
+        self.steps = steps
+        self.groups: list[Group] = groups_of(self.plan, self.stages, steps)
+        self.openings = self._openings()
+        self.notes: dict[str, Any] = {}
+        """What a method wants to remember of the run itself."""
+        if isinstance(self.source, ProgramSource):
+            self.source.place = self.place
+
+    @property
+    def only(self) -> ChainSite:
+        """The only chain site."""
+        (site,) = self.source.chains
+        return site
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network rows evaluated so far, over all chains."""
+        return sum(mover.num_evaluations for mover in self.movers.values())
+
+    @property
+    def times(self) -> Tensor:
+        """The time grid of the chain that moves at every step, or the share of steps to go."""
+        total = len(self.groups)
+        for mover in self.movers.values():
+            if mover.kernel.num_steps == total:
+                return torch.as_tensor(mover.kernel.times)
+        return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+
+    # Opening: what is drawn before a chain can start.
+
+    def _openings(self) -> dict[int, list[str]]:
+        """Return the sites of each stage by the group before which they open."""
+        found, start = {}, 0
+        for sites in self.stages:
+            found[start] = list(sites)
+            moved = {site: self.steps[site] for site in sites}
+            while start < len(self.groups) and any(moved.values()):
+                for item in self.groups[start]:
+                    moved[item.site] -= 1
+                start += 1
+        return found
+
+    def start(self, generator: Any, latents: Mapping[str, Tensor] | None = None) -> State:
+        """Return the noisiest states, each with its draw of what comes before them.
+
+        :param generator: source of randomness.
+        :param latents: values of latents that are not to be drawn, each ``(R, N, ...)``.
+        """
+        zeros = torch.zeros(self.shape, dtype=torch.float64)
+        state: State = {"sites": {}, "latents": dict(latents or {}), "log_r": zeros}
+        state |= {"done": {}, "noisiest": {}}
+        return self.open(state, 0, generator)
+
+    def open(self, state: State, group: int, generator: Any) -> State:
+        """Return states in which the chains that start at a group have begun.
+
+        :param state: the states.
+        :param group: index of the group that is made next.
+        :param generator: source of randomness.
+        """
+        names = self.openings.get(group)
+        if names is None or all(name in state["sites"] for name in names):
+            return state
+        program = self.program
+        free = [n for n in names if program is None or not program.ancestors(n)]
+        state = self._begin(state, {name: None for name in free}, generator)
+        if program is None:
+            return state
+        finished = {n for n, k in state["done"].items() if k == self.steps[n]}
+        latents = [
+            n for n in program.carried if n not in state["latents"] and program.above(n) <= finished
+        ]
+        bound = [name for name in names if name not in free]
+        if not latents and not bound:
+            return state
+        return self._open_by_program(state, latents, bound, generator)
+
+    def _begin(
+        self, state: State, given: Mapping[str, Mapping[str, Tensor] | None], generator: Any
+    ) -> State:
+        begun = {n: self.movers[n].init(*self.shape, generator, g) for n, g in given.items()}
+        done = {**state["done"], **dict.fromkeys(begun, 0)}
+        noisiest = {**state["noisiest"], **{n: carry["tokens"] for n, carry in begun.items()}}
+        return {**state, "sites": {**state["sites"], **begun}, "done": done, "noisiest": noisiest}
+
+    def _open_by_program(
+        self, state: State, latents: list[str], bound: list[str], generator: Any
+    ) -> State:
+        """Run the program once: it draws its latents and computes the conditions of its chains."""
+        program = self.program
+        assert program is not None
+        size = torch.Size(self.shape).numel()
+        guess = {n: f[:, :, 0].flatten(0, 1) for n, f in self.guess(state, generator).items()}
+        values = {name: self.sites[name].as_path(clean) for name, clean in guess.items()}
+        values |= {name: value.flatten(0, 1) for name, value in state["latents"].items()}
+        run = program.evaluate(values, size, self.place)
+        drawn = {}
+        for name in latents:
+            value = run.value(name)
+            assert value is not None  # latents are tensors
+            drawn[name] = value.reshape(*self.shape, *value.shape[1:])
+        log_r = state["log_r"] + run.latent_log_density(latents).reshape(self.shape)
+        given = {
+            name: {c: x.reshape(*self.shape, *x.shape[1:]) for c, x in run.given(name).items()}
+            for name in bound
+        }
+        state = {**state, "latents": {**state["latents"], **drawn}, "log_r": log_r}
+        return self._begin(state, given, generator)
+
+    def place(self, name: str, chain: ReverseChain) -> Tensor:
+        """Return a guessed path of a chain that has not begun, under the condition it has here.
+
+        :param name: its site.
+        :param chain: its distribution in this evaluation of the program.
+        """
+        kernel = self.movers[name].kernel
+        carry = kernel.init_carry(
+            chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
+        )
+        return self.sites[name].as_path(kernel.posterior_mean(carry, 0).argmax(-1))
+
+    # Moving.
+
+    def step(self, state: State, item: Item, generator: Any) -> tuple[State, Tensor | float]:
+        """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0.
+
+        :param state: the states.
+        :param item: the move.
+        :param generator: source of randomness.
+        """
+        carry, ratio = self.movers[item.site].move(state["sites"][item.site], item.k, generator)
+        return self.moved(state, item, carry), ratio
+
+    def moved(self, state: State, item: Item, carry: Carry) -> State:
+        """Return states in which one site has another carry.
+
+        :param state: the states.
+        :param item: the move that was made.
+        :param carry: its carry after the move.
+        """
+        done = {**state["done"], item.site: item.k + 1}
+        return {**state, "sites": {**state["sites"], item.site: carry}, "done": done}
+
+    # Looking ahead.
+
+    def guess(self, state: State, generator: Any, fill: FillTwist | None = None) -> dict[str, Tensor]:
+        """Return completions of every site that has begun, ``(R, N, F, *plates, L)``.
+
+        :param state: the states.
+        :param generator: source of randomness.
+        :param fill: how they are completed.
+        """
+        twist, found = fill or self.fill, {}
+        for name, carry in state["sites"].items():
+            k = state["done"][name]
+            if k == self.steps[name]:  # finished: all completions are the sequence itself
+                tokens = carry["tokens"][:, :, None]
+                found[name] = tokens.expand(*tokens.shape[:2], twist.num_fills, *tokens.shape[3:])
+            else:
+                found[name] = self.movers[name].fills(twist, carry, k, generator)
+        return found
+
+    def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
+        """Return ``log h`` of states whose completions are known, float64 ``(R, N)``.
+
+        :param state: the states.
+        :param fills: their completions.
+        """
+        return per_particle(log_mean_exp(self.source.look(fills, state), 2))
+
+    def look(self, state: State, generator: Any) -> Tensor:
+        """Return ``log h`` of states by new completions, float64 ``(R, N)``.
+
+        :param state: the states.
+        :param generator: source of randomness.
+        """
+        return self.score(state, self.guess(state, generator))
+
+    def final(self, state: State, paths: Mapping[str, Tensor] | None = None) -> State:
+        """Return finished states that know ``log_g`` and the values of all sites (``values``).
+
+        :param state: the states.
+        :param paths: whole paths of every site, where they are kept.
+        """
+        log_g, values = self.source.final(state, paths)
+        return {**state, "log_g": log_g, "values": values}
+
+    # Paths.
+
+    def record(self, state: State) -> dict[str, Tensor]:
+        """Return what is kept of the states after every group.
+
+        :param state: the states.
+        """
+        return {name: self._tokens(state, name) for name in self.sites}
+
+    def _tokens(self, state: State, name: str) -> Tensor:
+        if name in state["sites"]:
+            tokens: Tensor = state["sites"][name]["tokens"]
+            return tokens
+        chain = self.sites[name].chain
+        return torch.zeros((*self.shape, *chain.batch_shape, chain.length), dtype=torch.uint8)
+
+    def own_paths(self, state: State, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the path of every chain, its own steps alone, ``(R, N, *plates, T + 1, L)``.
+
+        :param state: the final states.
+        :param recorded: states after every group, the start first.
+        """
+        found = {}
+        for name, path in recorded.items():
+            own = [g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)]
+            first = state["noisiest"][name].to(path.dtype)
+            found[name] = torch.cat([first[..., None, :], path[..., own, :]], -2)
+        return found
+
+    @staticmethod
+    def gather(state: State, ancestors: Tensor) -> State:
+        """Return the states of the chosen ancestors.
+
+        :param state: the states.
+        :param ancestors: int64 ``(R, N')``.
+        """
+        gathered: State = take_particles(state, ancestors)
+        return gathered
+
+
+def chain_mover(
+    site: ChainSite, fill: Any, proposal: Any = None, *, max_rows: int | None = 4096
+) -> BoundFeynmanKac:
+    """Return the mover of a site by its own chain, or by a proposal.
+
+    :param site: the site.
+    :param fill: the twist whose noise travels with the particles, or None.
+    :param proposal: how particles move; None is the chain itself.
+    :param max_rows: largest number of rows sent to the network at once.
+    """
+    return FeynmanKac(site.chain, _no_potential, twist=fill, proposal=proposal).bind(
+        max_rows=max_rows
+    )
+
+
+def _no_potential(x0: Tensor) -> Tensor:
+    return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)

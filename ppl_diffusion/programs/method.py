@@ -1,0 +1,299 @@
+"""What a method of inference is: how particles move, how they look ahead, and what pays for it.
+
+A method is a small frozen object whose fields are its options. Particles, runs, resampler, rows and
+seed belong to the runner (:class:`ppl_diffusion.inference.SMC`), which calls the hooks below. To add
+one, subclass :class:`Method`, override what differs, and register it::
+
+    @register
+    @dataclass(frozen=True)
+    class Halfway(Method):
+        "Look ahead once, in the middle."
+
+        name: ClassVar[str] = "halfway"
+
+        def look(self, run, state, group, generator):
+            return run.look(state, generator) if group == len(run.groups) // 2 else None
+
+The command line, ``check``, the documentation and the tests read the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
+from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
+from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
+from ppl_diffusion.programs.schedule import Item
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.sources import Source, State
+from ppl_diffusion.smc.engine import SMCTrace
+from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.posterior import ParticlePosterior
+from ppl_diffusion.smc.resampling import Resampler
+from ppl_diffusion.smc.twists import ArgmaxFill, FillTwist
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method cannot do without; compared with the program once, before anything runs.
+
+    :param density: every chain's kernel must have a density.
+    :param own_moves: it moves particles its own way, and has no use for a twisted site.
+    :param clean_sequences: densities must read paths through ``chain.x0(path)`` only.
+    :param one_chain: it takes programs with one chain site.
+    :param free_chains: no chain may depend on another chain's sequence.
+    """
+
+    density: bool = False
+    own_moves: bool = False
+    clean_sequences: bool = True
+    one_chain: bool = False
+    free_chains: bool = False
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way of steering particles; its fields are its options.
+
+    :cvar name: its name, in the registry and on the command line.
+    :cvar exact: whether its weights are exact for the law it declares, as it comes.
+    :cvar needs: what it cannot do without.
+    :cvar ess_threshold: share of the particles below which it resamples, if nothing else is said.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs()
+    ess_threshold: ClassVar[float] = 0.5
+
+    @property
+    def fill(self) -> FillTwist:
+        """How unfinished sequences are completed; also for the first draw of other latents."""
+        return ArgmaxFill()
+
+    def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
+        """Return how the particles of a site move: here by its chain, its twist and its clamp.
+
+        :param site: the site.
+        :param source: what is sampled.
+        :param max_rows: largest number of rows sent to the network at once.
+        """
+        proposal = held_proposal(site)
+        return chain_mover(site, self.fill, proposal, max_rows=max_rows)
+
+    def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
+        """Return how particles are resampled.
+
+        :param resampler: the scheme asked for.
+        :param ess_threshold: the threshold asked for.
+        """
+        return resampler, ess_threshold
+
+    def prepare(self, run: Bound, resampler: Resampler) -> None:
+        """Look at the run before it starts.
+
+        :param run: the run.
+        :param resampler: how particles are resampled.
+        """
+
+    def num_steps(self, run: Bound) -> int:
+        """Return the number of steps of the engine."""
+        return len(run.groups)
+
+    def times(self, run: Bound) -> Tensor:
+        """Return the times between the steps, float64 ``(num_steps + 1,)``."""
+        return run.times
+
+    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+        """Return the states at the start, with slots of the method's own.
+
+        :param run: the run.
+        :param state: the noisiest states.
+        :param generator: source of randomness.
+        """
+        return state
+
+    def move(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
+        """Return the states after a group of moves, and the log of what they are weighed by.
+
+        :param run: the run.
+        :param state: the states.
+        :param group: index of the group.
+        :param generator: source of randomness.
+        """
+        state, total = run.open(state, group, generator), 0.0
+        for item in run.groups[group]:
+            state, ratio = self.step(run, state, item, generator)
+            total = total + ratio  # type: ignore[assignment]
+        return state, total
+
+    def step(
+        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
+        """Return the states after one move of one site, and ``log K - log M``, ``(R, N)``.
+
+        :param run: the run.
+        :param state: the states.
+        :param item: the move.
+        :param generator: source of randomness.
+        """
+        return run.step(state, item, generator)
+
+    def look(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Return ``log h``, finite, ``(R, N)``; None keeps the last one.
+
+        :param run: the run.
+        :param state: the states.
+        :param group: groups made so far; not called when all are.
+        :param generator: source of randomness.
+        """
+        return None
+
+    def pay(self, run: Bound, state: State) -> Tensor:
+        """Return the log of what finished particles are weighed by in the end, ``(R, N)``.
+
+        :param run: the run.
+        :param state: finished states; ``state["log_g"]`` is the potential itself.
+        """
+        log_g: Tensor = state["log_g"]
+        return log_g
+
+    def law(self, run: Bound) -> Law:
+        """Return what weighted particles are exact for.
+
+        :param run: the run.
+        """
+        return run.source.law
+
+    def paths(self, run: Bound, trace: SMCTrace) -> dict[str, Tensor] | None:
+        """Return whole paths where the method keeps them itself, or None.
+
+        :param run: the run.
+        :param trace: what the run left behind.
+        """
+        return None
+
+    def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
+        """Return the result as the method means it.
+
+        :param posterior: the weighted particles.
+        """
+        return posterior
+
+    def settings(self, run: Bound) -> dict[str, Any]:
+        """Return what was chosen, in JSON types.
+
+        :param run: the run.
+        """
+        return {f.name: described(getattr(self, f.name)) for f in fields(self)}
+
+    def require(self, source: Source) -> None:
+        """Refuse a source that lacks what the method needs.
+
+        :param source: what is to be sampled.
+        :raises CapabilityError: if it does.
+        """
+        needs, owner, program = self.needs, type(self).__name__, getattr(source, "program", None)
+        for site in source.chains:
+            kernel = site.chain.kernel
+            if needs.density and kernel.capability == SAMPLE_ONLY:
+                raise CapabilityError(
+                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} is "
+                    f"{SAMPLE_ONLY}; use SMC without one."
+                )
+            if needs.own_moves and site.twist is not None:
+                raise CapabilityError(
+                    f"{owner} moves particles its own way and has no use for the twist of the "
+                    f"program {program.name}; take the twist off, or use another method."  # type: ignore[union-attr]
+                )
+        if program is None:
+            return
+        if needs.clean_sequences and program.reads:
+            raise CapabilityError(
+                f"{owner}: {program.name} reads the path at site {min(program.reads)!r}, not only "
+                "its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
+                "store_path=True."
+            )
+        if needs.one_chain and len(source.chains) > 1:
+            raise CapabilityError(
+                f"{owner}: {program.name} has several chain sites, and this moves one; use another "
+                "method, or run the chains apart."
+            )
+        if needs.free_chains:
+            for site in source.chains:
+                if program.above(site.name):
+                    raise CapabilityError(
+                        f"{owner}: the chain {site.name!r} of {program.name} depends on the "
+                        "sequence of another one, which is moved again here; use SMC."
+                    )
+
+
+def held_proposal(site: ChainSite) -> Any:
+    """Return how a site wants to be moved, with clamped tokens held where its kernel can.
+
+    :param site: the site.
+    """
+    return site.proposal if can_hold(site) else site.twist
+
+
+def can_hold(site: ChainSite) -> bool:
+    """Return whether clamped tokens can be held: not where they may be masked again on the way.
+
+    :param site: the site.
+    """
+    kernel = site.chain.kernel
+    if site.clamp is None:
+        return False
+    if isinstance(kernel, InterpolatingKernel):
+        return kernel.ancestral or bool((kernel.process.prior > 0).all() and kernel.kappa.min() >= 0)
+    return isinstance(kernel, OrderedKernel) or kernel.capability == ORDERED
+
+
+def described(value: Any) -> Any:
+    """Return an option in JSON types.
+
+    :param value: the option.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    return getattr(value, "name", type(value).__name__)
+
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by name: the only list there is."""
+
+AnyMethod = TypeVar("AnyMethod", bound=type[Method])
+
+
+def register(cls: AnyMethod) -> AnyMethod:
+    """Add a method to the registry.
+
+    :param cls: the class, with a ``name``, which can be made without arguments.
+    :raises ValueError: if the name is taken by another class.
+    """
+    known = METHODS.get(cls.name)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise ValueError(f"the method name {cls.name!r} is taken by {known.__name__}; choose another.")
+    METHODS[cls.name] = cls
+    return cls
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return all registered methods by name."""
+    return dict(METHODS)

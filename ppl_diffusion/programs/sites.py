@@ -1,0 +1,142 @@
+"""The sites of a Pyro program as inference sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.handlers import ClampProposal, Steering
+from ppl_diffusion.handlers.site import ProposedChain, as_steering, joined
+from ppl_diffusion.smc.feynman_kac import Proposal
+from ppl_diffusion.smc.law import Base
+
+
+@dataclass(frozen=True)
+class ChainSite:
+    """A reverse-chain site of a program.
+
+    :param name: site name.
+    :param chain: its distribution, with the program's own plates as batch shape.
+    :param clamp: tokens it is conditioned on, or None.
+    :param steering: its ``infer={"steer": ...}`` hint, or None.
+    :param twist: the proposal of a :func:`~ppl_diffusion.handlers.twist`, or None.
+    """
+
+    name: str
+    chain: ReverseChain
+    clamp: ClampProposal | None = None
+    steering: Steering | None = None
+    twist: Proposal | None = None
+
+    @property
+    def proposal(self) -> Proposal | None:
+        """How the site wants to be moved: by its twist, with the clamped tokens held."""
+        return joined(self.twist, self.clamp)
+
+    @property
+    def base(self) -> Base:
+        """What it adds to a law."""
+        clamp = None if self.clamp is None else (self.clamp.tokens, self.clamp.mask)
+        return Base.of(self.chain, self.name, clamp)
+
+    def as_path(self, clean: Tensor) -> Tensor:
+        """Return clean sequences repeated as if each were a whole path, ``(*batch, T + 1, L)``.
+
+        :param clean: int64 ``(*batch, L)``.
+        """
+        return clean[..., None, :].expand(*clean.shape[:-1], self.chain.num_steps + 1, -1)
+
+
+def program_name(model: Callable[..., Any]) -> str:
+    """Return the name of a program, that of the inner one where handlers are wrapped around it.
+
+    :param model: the program.
+    """
+    while isinstance(model, partial):
+        # Pyro binds a handler and the program it is called with as the arguments of one function.
+        bound = bool(model.args) and isinstance(model.args[0], Messenger)
+        model = model.args[1] if bound else model.func
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+def sample_sites(trace: Trace, owner: str) -> list[dict[str, Any]]:
+    """Return the sample sites of a trace, plates left out.
+
+    :param trace: a trace of the program.
+    :param owner: what refusals call the method.
+    :raises CapabilityError: if a plate is subsampled.
+    """
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    return [site for site in sites if not is_plate(site, owner)]
+
+
+def is_plate(site: dict[str, Any], owner: str) -> bool:
+    """Return whether a site is a plate's own, which is no value of the program.
+
+    :param site: a site of a trace.
+    :param owner: what refusals call the method.
+    :raises CapabilityError: if the plate is subsampled.
+    """
+    if not site_is_subsample(site):
+        return False
+    if (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
+        raise CapabilityError(
+            f"{owner}: plate {site['name']!r} is subsampled, which makes the potential random "
+            "from run to run; use the whole plate."
+        )
+    return True
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Return whether a site is a :func:`pyro.deterministic`.
+
+    :param site: a site of a trace.
+    """
+    return bool(site["infer"].get("_deterministic", False))
+
+
+def is_chain(site: dict[str, Any]) -> bool:
+    """Return whether a site is an unobserved reverse chain.
+
+    :param site: a site of a trace.
+    """
+    return isinstance(site["fn"], ReverseChain | ProposedChain) and not site["is_observed"]
+
+
+def chain_of(fn: ReverseChain | ProposedChain) -> ReverseChain:
+    """Return the chain below a site's distribution.
+
+    :param fn: the distribution.
+    """
+    chain: ReverseChain = fn.chain if isinstance(fn, ProposedChain) else fn
+    return chain
+
+
+def chain_site(site: dict[str, Any]) -> ChainSite:
+    """Return what a program says about one of its reverse chains.
+
+    :param site: a site of a trace.
+    """
+    fn, steering = site["fn"], site["infer"].get("steer")
+    steering = getattr(fn, "steering", None) if steering is None else as_steering(steering)
+    return ChainSite(
+        site["name"], chain_of(fn), getattr(fn, "clamp", None), steering, getattr(fn, "twist", None)
+    )
+
+
+def depth(site: dict[str, Any]) -> int:
+    """Return how many batch dimensions a site uses, counted from the right.
+
+    :param site: a site of a trace.
+    """
+    frames = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
+    return max([len(site["fn"].batch_shape), *frames])

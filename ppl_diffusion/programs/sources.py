@@ -1,0 +1,401 @@
+"""What weighs particles: a potential of one chain, or everything a program scores.
+
+Both answer the same three questions about a state: what do its completions promise, what would
+each child promise, and what is it worth at the end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion._errors import CapabilityError, PotentialError
+from ppl_diffusion._rows import RowTable, distinct_rows
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
+from ppl_diffusion.programs.reading import Place, Program, ProgramRun
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
+from ppl_diffusion.smc.law import Law, Tilt
+from ppl_diffusion.smc.twists import log_mean_exp
+
+MAX_ROWS = 4096
+"""Particles that a program is evaluated for at once."""
+
+Fills = Mapping[str, Tensor]
+"""Completions of every open site, int64 ``(R, N, F, *plates, L)``."""
+
+State = dict[str, Any]
+"""A particle's state: ``sites`` (the carry of each chain), ``latents``, ``log_r``, and slots."""
+
+PotentialLike = AbstractPotential | Callable[[Tensor], Tensor]
+
+
+class Source(ABC):
+    """What is sampled: its chains, and how states are weighed.
+
+    :ivar chains: the chain sites, in program order.
+    :ivar law: what weighted particles are exact for.
+    :ivar is_program: whether it is a Pyro program.
+    """
+
+    chains: list[ChainSite]
+    is_program: bool = False
+
+    @property
+    @abstractmethod
+    def law(self) -> Law:
+        """What weighted particles are exact for."""
+
+    @property
+    @abstractmethod
+    def num_calls(self) -> int:
+        """Sequences, or particles of a program, that were asked about so far."""
+
+    @abstractmethod
+    def look(self, fills: Fills, state: State) -> Tensor:
+        """Return what completions promise, float64 ``(R, N, F, *elements)``.
+
+        Elements are the plates of a bare chain, whose potentials multiply, and nothing for a
+        program, whose density is that of all of them.
+
+        :param fills: completions of every open site.
+        :param state: the states they complete.
+        """
+
+    @abstractmethod
+    def children(
+        self, fills: Fills, site: str, positions: Tensor, tokens: Tensor, state: State
+    ) -> Tensor:
+        """Return what completions promise with one position set, float64 ``(R, N, *plates, m, s)``.
+
+        :param fills: completions of every open site.
+        :param site: the site that is changed.
+        :param positions: int64 ``(R, N, *plates, m)``, each changed alone.
+        :param tokens: int64 ``(R, N, *plates, m, s)``, what each is set to.
+        :param state: the states.
+        """
+
+    @abstractmethod
+    def final(
+        self, state: State, paths: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``log G`` of finished states, float64 ``(R, N)``, and the values of all sites.
+
+        :param state: the states.
+        :param paths: whole paths of every site, ``(R, N, *plates, T + 1, L)``, where they are kept.
+        """
+
+
+class ChainSource(Source):
+    """One chain and one potential: a program of one site, which nobody has to read.
+
+    :param chain: the reverse chain.
+    :param potential: ``log G``.
+    :param cache: ask the potential once per distinct sequence.
+    """
+
+    def __init__(self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True) -> None:
+        self.chains = [ChainSite("x", chain)]
+        self.given = as_potential(potential)
+        self.potential = (EvaluatedPotential if cache else UncachedPotential)(self.given)
+
+    @property
+    def law(self) -> Law:
+        """``p(path) G(x0)``."""
+        return Law((self.chains[0].base,), (Tilt(self.given.name),))
+
+    @property
+    def num_calls(self) -> int:
+        """Sequences the potential was asked about."""
+        return self.potential.num_calls
+
+    def look(self, fills: Fills, state: State) -> Tensor:
+        """Ask the potential about every completion."""
+        return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
+
+    def children(
+        self, fills: Fills, site: str, positions: Tensor, tokens: Tensor, state: State
+    ) -> Tensor:
+        """Ask about all children's completions in one batch."""
+        each = fills["x"].movedim(2, -2)[..., None, None, :, :]
+        rows = with_sites(each, positions[..., None, None], tokens[..., None])
+        values = require_finite(self.potential.lookahead(rows), self.given.name)
+        return log_mean_exp(values, -1)
+
+    def ends(self, state: State, positions: Tensor, tokens: Tensor) -> Tensor:
+        """Return the potential itself of states with their last position set, ``(..., m, s)``.
+
+        :param state: states with one position left.
+        :param positions: int64 ``(R, N, *plates, 1)``.
+        :param tokens: int64 ``(R, N, *plates, 1, s)``.
+        """
+        unfinished = state["sites"]["x"]["tokens"]
+        return self.potential(
+            with_sites(unfinished[..., None, None, :], positions[..., None], tokens)
+        )
+
+    def final(
+        self, state: State, paths: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ask the potential about the clean sequences."""
+        x0 = state["sites"]["x"]["tokens"]
+        return per_particle(self.potential(x0)), {"x0": x0}
+
+
+class ProgramSource(Source):
+    """A program: its log-density of everything that is not a chain.
+
+    :param program: the program.
+    :param holding: chain sites whose clamped tokens particles and guesses hold.
+
+    :ivar place: gives chains that have not begun a path, guessed under their conditions.
+    """
+
+    is_program = True
+    place: Place | None = None
+
+    def __init__(self, program: Program, holding: set[str]) -> None:
+        self.program, self.chains = program, program.chains
+        self.holding = holding
+        self._surrogates = {
+            site.name: EvaluatedPotential(as_potential(site.steering.potential))
+            for site in program.chains
+            if site.steering is not None
+        }
+        self._memory: RowTable | None = None
+
+    @property
+    def law(self) -> Law:
+        """``p(path) G(x0)`` with everything the program scores as ``log G``."""
+        chains = tuple(site.base for site in self.chains)
+        latents = tuple(self.program.latents)
+        return Law(chains, (Tilt(f"the program {self.program.name}"),), latents)
+
+    @property
+    def num_calls(self) -> int:
+        """Particles the program was evaluated for, its reading included, and hints."""
+        hints = sum(surrogate.num_calls for surrogate in self._surrogates.values())
+        return self.program.num_rows + hints
+
+    def look(self, fills: Fills, state: State) -> Tensor:
+        """Score every completion as a guess; steering hints take the place of the program."""
+        if self._surrogates:
+            return self._surrogate(fills)
+        held, penalty = self._held(fills)
+        shape = next(iter(fills.values())).shape[:3]
+        latents = {n: _repeat(x, shape[2]).flatten(0, 2) for n, x in state["latents"].items()}
+        rows = {name: x.flatten(0, 2) for name, x in held.items()}
+        value = self._guessed(rows, latents).reshape(shape) + penalty
+        return value - state["log_r"][..., None] if latents else value
+
+    def children(
+        self, fills: Fills, site: str, positions: Tensor, tokens: Tensor, state: State
+    ) -> Tensor:
+        """Score the whole program with one position of one site set, all else at its guess."""
+        own = fills[site]  # (R, N, F, *plates, L)
+        runs, size, num_fills, *plates, length = own.shape
+        elements = torch.Size(plates).numel()
+        where = positions.reshape(runs, size, elements, -1)
+        values = tokens.reshape(runs, size, elements, where.shape[-1], -1)
+        offset = torch.arange(elements, device=own.device)[:, None] * length
+        flat = own.reshape(runs, size, 1, 1, 1, num_fills, elements * length)
+        changed = with_sites(flat, (where + offset)[..., None, None], values[..., None])
+        batch = changed.shape[2:5]  # (E, m, s)
+        family = batch.numel()
+        moved = {site: changed.reshape(runs, size * family, num_fills, *plates, length)}
+        parent = torch.arange(size, device=own.device).repeat_interleave(family)
+        others = {name: x[:, parent] for name, x in fills.items() if name != site}
+        repeated = {
+            "latents": {n: x[:, parent] for n, x in state["latents"].items()},
+            "log_r": state["log_r"][:, parent],
+        }
+        looked = self.look({name: moved.get(name, others.get(name)) for name in fills}, repeated)  # type: ignore[misc]
+        found = log_mean_exp(looked, 2).reshape(runs, size, *batch)
+        return found.reshape(*positions.shape, -1)
+
+    def final(
+        self, state: State, paths: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score the clean sequences, or whole paths where the program reads them."""
+        program = self.program
+        shape = state["log_r"].shape
+        latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
+        x0 = {s.name: state["sites"][s.name]["tokens"].flatten(0, 1) for s in self.chains}
+        whole = paths is not None and bool(program.reads | program.shows)
+        if whole:
+            assert paths is not None
+            rows = {name: path.flatten(0, 1) for name, path in paths.items()}
+        else:
+            rows = {site.name: site.as_path(x0[site.name]) for site in self.chains}
+        first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
+        known = {name: value[first] for name, value in (rows | latents).items()}
+        chunks = torch.arange(len(first)).split(MAX_ROWS)
+        parts = [self._finished(known, part, first[part], state) for part in chunks]
+        log_g = torch.cat([value for value, _ in parts])[inverse]
+        names = [n for n in parts[0][1] if all(n in values for _, values in parts)]
+        values = {n: torch.cat([v[n] for _, v in parts])[inverse] for n in names}
+        log_g = self._within_clamps(log_g, x0).reshape(shape)
+        log_g = log_g - state["log_r"] if latents else log_g
+        unread = program.shows if not whole else frozenset()
+        kept = {n: v.reshape(*shape, *v.shape[1:]) for n, v in values.items() if n not in unread}
+        return log_g, kept
+
+    def _finished(
+        self, known: Mapping[str, Tensor], part: Tensor, rows: Tensor, state: State
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        run = self.program.evaluate({n: v[part] for n, v in known.items()}, len(part))
+        self._require_same_conditions(run, rows, state)
+        log_g = run.log_density(list(state["latents"]))
+        return log_g, run.samples(leave_out=self.program.chain_names)
+
+    def _require_same_conditions(self, run: ProgramRun, rows: Tensor, state: State) -> None:
+        """Refuse particles that did not move under the condition the program gives them in the end.
+
+        It costs nothing, and finds a dependence that the reading of the program missed.
+        """
+        for site in self.chains:
+            carried = state["sites"][site.name].get("given") or {}
+            for name, value in run.given(site.name).items():
+                moved_by = carried[name].flatten(0, 1)[rows]
+                if not torch.equal(moved_by.to(value), value):
+                    raise CapabilityError(
+                        f"{self.program.owner}: particles of the chain {site.name!r} of "
+                        f"{self.program.name} moved under another {name!r} than the program gives "
+                        "them in the end; let it depend on finished values, through tensors."
+                    )
+
+    def _within_clamps(self, log_g: Tensor, x0: Mapping[str, Tensor]) -> Tensor:
+        for site in self.chains:
+            if site.clamp is not None:
+                held = site.clamp.holds(x0[site.name])
+                inside = held.flatten(1).all(-1) if held.ndim > 1 else held
+                log_g = log_g.masked_fill(~inside.to(log_g.device), -torch.inf)
+        return log_g
+
+    def _held(self, fills: Fills) -> tuple[dict[str, Tensor], Tensor | float]:
+        """Return guesses with clamped tokens held, or what those cost that do not hold them."""
+        held, penalty = dict(fills), 0.0
+        for site in self.chains:
+            clamp = site.clamp
+            if clamp is None or site.name not in held:
+                continue
+            guess = held[site.name]
+            if site.name in self.holding:
+                held[site.name] = torch.where(clamp.mask, clamp.tokens, guess)
+                continue
+            wrong = ((guess != clamp.tokens) & clamp.mask).flatten(3).sum(-1)
+            penalty = penalty + FORBIDDEN_GUESS * wrong.to(torch.float64)
+        return held, penalty
+
+    def _surrogate(self, fills: Fills) -> Tensor:
+        total: Tensor | float = 0.0
+        for name, surrogate in self._surrogates.items():
+            value = surrogate.lookahead(fills[name])  # (R, N, F, *plates)
+            total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
+        return torch.as_tensor(total)
+
+    def _guessed(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+        """Score guesses, each distinct one once where nothing is drawn anew with them."""
+        # What is drawn in place is fresh noise: equal rows are then no equal questions.
+        drawn = len(latents) < len(self.program.latents) or len(rows) < len(self.chains)
+        first, inverse = self._distinct(rows, latents, keep_all=drawn)
+        keys = None if drawn else self._keys(rows, latents)[first]
+        values = torch.empty(len(first), dtype=torch.float64)
+        new = torch.ones(len(first), dtype=torch.bool)
+        if keys is not None and self._memory is not None:
+            index = self._memory.find(keys)
+            values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
+        asked = first[new]
+        known = {site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows}
+        known |= latents
+        if len(asked):
+            parts = [self._ask(known, part, latents) for part in asked.split(MAX_ROWS)]
+            values[new] = torch.cat(parts)
+        if keys is not None:
+            self._memory = RowTable.build(keys, values)
+        return values[inverse]
+
+    def _ask(
+        self, known: Mapping[str, Tensor], part: Tensor, latents: Mapping[str, Tensor]
+    ) -> Tensor:
+        given = {name: value[part] for name, value in known.items()}
+        run = self.program.evaluate(given, len(part), self.place)
+        return run.log_density(list(latents), lookahead=True)
+
+    def _distinct(
+        self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool
+    ) -> tuple[Tensor, Tensor]:
+        if keep_all:
+            every = torch.arange(len(next(iter(rows.values()))))
+            return every, every
+        return distinct_rows(self._keys(rows, latents))
+
+    def _keys(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+        """Return the flat view that a cache needs: tokens, and latents by value."""
+        return torch.cat([bits(x) for x in [*rows.values(), *latents.values()]], -1)
+
+
+class UncachedPotential(EvaluatedPotential):
+    """A potential asked about every row it is shown: for comparison, and for random potentials."""
+
+    def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
+        ask: Callable[[Tensor], Tensor] = self.potential if final else self.potential.lookahead
+        rows = x0.reshape(-1, x0.shape[-1])
+        self.num_calls += len(rows)
+        return ask(rows).to(torch.float64).reshape(x0.shape[:-1])
+
+
+def bits(value: Tensor) -> Tensor:
+    """Return values as rows of whole numbers that are equal where they are, int64 ``(B, n)``.
+
+    :param value: ``(B, ...)`` of any real type.
+    """
+    flat = value.reshape(len(value), -1)
+    if not flat.is_floating_point():
+        return flat.to(torch.int64)
+    return flat.to(torch.float64).contiguous().view(torch.int64)
+
+
+def with_sites(x: Tensor, sites: Tensor, values: Tensor) -> Tensor:
+    """Return copies of sequences with one position set in each, int64 ``(*C, L)``.
+
+    :param x: sequences, broadcastable to ``(*C, L)``.
+    :param sites: int64, broadcastable to ``C``.
+    :param values: int64, broadcastable to ``C``.
+    """
+    shape = torch.broadcast_shapes(x.shape[:-1], sites.shape, values.shape)
+    index, value = (t.expand(shape)[..., None] for t in (sites, values))
+    return x.expand(*shape, x.shape[-1]).scatter(-1, index, value)
+
+
+def require_finite(value: Tensor, name: str) -> Tensor:
+    """Return look-aheads after checking that they are finite.
+
+    :param value: look-aheads.
+    :param name: the potential's name.
+    :raises PotentialError: if one is not.
+    """
+    if not bool(torch.isfinite(value).all()):
+        raise PotentialError(
+            f"the look-ahead of {name} is not finite for {int((~value.isfinite()).sum())} of "
+            f"{value.numel()} guesses, which would exclude tokens the target may need; return a "
+            "penalty instead of -inf."
+        )
+    return value
+
+
+def as_potential(potential: PotentialLike) -> AbstractPotential:
+    """Return a potential, made from a function where it is one.
+
+    :param potential: a potential, or a function ``x0 (*batch, L) -> log G (*batch,)``.
+    """
+    return potential if isinstance(potential, AbstractPotential) else Potential(potential)
+
+
+def _repeat(value: Tensor, num_fills: int) -> Tensor:
+    return value[:, :, None].expand(*value.shape[:2], num_fills, *value.shape[2:])

@@ -1,0 +1,202 @@
+"""What a result is exact for, as data: chains, tilts, what is held, what changes it.
+
+Two methods with one law are equal, which is what comparing their evidences takes; the sentence that
+people read is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.distributions.reverse_chain import ReverseChain
+
+NO_EVIDENCE = (
+    "log_evidence is NaN (-inf in a run without any candidate of G > 0): there is none to estimate"
+)
+_PARAMETERS_READ = 32
+"""Numbers of every parameter that the digest of a network looks at."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """One reverse chain of a law.
+
+    :param site: name of its site.
+    :param kernel: what moves it, in the kernel's own words.
+    :param steps: number ``T`` of reverse steps.
+    :param length: number ``L`` of positions.
+    :param plates: sizes of the plates it is in.
+    :param given: names of the conditions that its law depends on.
+    :param changes: what makes it another law than that of its network's own chain.
+    :param clamped: clamped positions, over all plates.
+    :param prompted: prompted positions, over all plates.
+    :param digest: of the network, and of the clamped and prompted tokens.
+    """
+
+    site: str
+    kernel: str
+    steps: int
+    length: int
+    plates: tuple[int, ...] = ()
+    given: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    clamped: int = 0
+    prompted: int = 0
+    digest: str = ""
+
+    @classmethod
+    def of(
+        cls, chain: ReverseChain, site: str = "x", clamp: tuple[Tensor, Tensor] | None = None
+    ) -> Base:
+        """Return what a chain adds to a law.
+
+        :param chain: the chain.
+        :param site: name of its site.
+        :param clamp: clamped tokens and where they are, both ``(L,)``, or None.
+        """
+        shape = (*chain.batch_shape, chain.length)
+        tokens, mask = (None, None) if clamp is None else clamp
+        held = [part for part in (tokens, mask, chain.prompt) if part is not None]
+        return cls(
+            site=site,
+            kernel=repr(chain.kernel),
+            steps=chain.num_steps,
+            length=chain.length,
+            plates=tuple(chain.batch_shape),
+            given=tuple(getattr(chain, "given", None) or ()),
+            changes=chain.kernel.changes,
+            clamped=0 if mask is None else int(mask.expand(shape).sum()),
+            prompted=0 if chain.fixed is None else int(chain.fixed.expand(shape).sum()),
+            digest=_digest([*(chain.kernel.declared_parameters() or []), *held]),
+        )
+
+    @property
+    def held(self) -> list[str]:
+        """The held positions, in phrases."""
+        size = torch.Size((*self.plates, self.length)).numel()
+        counts = {"clamped": self.clamped, "prompted": self.prompted}
+        return [f"{what} at {n} of {size} positions" for what, n in counts.items() if n]
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """A factor that a law is multiplied by.
+
+    :param of: the name of ``log G``: a potential, or a program.
+    :param factor: how ``G`` enters.
+    """
+
+    of: str
+    factor: str = "G(x0)"
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a result is exact for, or only aims at.
+
+    :param chains: the reverse chains.
+    :param tilts: what multiplies them.
+    :param latents: other latents that particles hold.
+    :param product: the chains' part of the density; ``"p(path)"`` is their own.
+    :param exact: whether weighted particles are exact for it.
+    :param why: why they are not, or what is special about it; words that belong to the law.
+    :param has_evidence: whether the result estimates its normalising constant.
+    """
+
+    chains: tuple[Base, ...]
+    tilts: tuple[Tilt, ...] = ()
+    latents: tuple[str, ...] = ()
+    product: str = "p(path)"
+    exact: bool = True
+    why: str = ""
+    has_evidence: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    def but(self, **changes: Any) -> Law:
+        """Return the law with some fields changed.
+
+        :param changes: new values of fields.
+        """
+        return replace(self, **changes)
+
+    @property
+    def base(self) -> tuple[Any, ...]:
+        """What two laws must share for their evidences to be compared on one axis."""
+        return self.chains, self.tilts, self.latents, self.product
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the law in JSON types; :meth:`from_json` gives back an equal one."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Law:
+        """Return the law that :meth:`to_json` wrote.
+
+        :param data: what was written.
+        :raises TypeError: if fields are missing or unknown.
+        """
+        given = dict(data)
+        chains = [Base(**_tuples(chain)) for chain in given.pop("chains")]
+        tilts = [Tilt(**tilt) for tilt in given.pop("tilts", ())]
+        return cls(chains=tuple(chains), tilts=tuple(tilts), **_tuples(given))
+
+    def __str__(self) -> str:
+        held = "".join(f", {words}" for words in self._held)
+        if not self.has_evidence:
+            where = f"; the chain is{held.removeprefix(',')}" if held else ""
+            return f"{self.why}; {NO_EVIDENCE}{where}"
+        tilt = "".join(f" * {factor}" for factor in dict.fromkeys(t.factor for t in self.tilts))
+        names = " + ".join(t.of for t in self.tilts)
+        given = f", with log G = {names}" if names else ""
+        latents = f", together with the latents {', '.join(self.latents)}" if self.latents else ""
+        why = f": {self.why}" if self.why else ""
+        notes = "".join(f", {note}" for note in self.notes)
+        return (
+            f"{'' if self.exact else 'approximately '}{self.product}{tilt} of "
+            f"{self._chains}{latents}{held}{self._under}, normalised{given}{notes}{why}; "
+            "log_evidence estimates the log of its normalising constant"
+        )
+
+    @property
+    def _held(self) -> list[str]:
+        return self.chains[0].held if len(self.chains) == 1 else []
+
+    @property
+    def _under(self) -> str:
+        changes = self.chains[0].changes if len(self.chains) == 1 else ()
+        return f" under {'; '.join(changes)}" if changes else ""
+
+    @property
+    def _chains(self) -> str:
+        if len(self.chains) == 1:
+            (chain,) = self.chains
+            given = f", given {', '.join(chain.given)}" if chain.given else ""
+            return f"the {chain.steps}-step reverse chain{given}"
+        return "the reverse chains " + ", ".join(map(_described, self.chains))
+
+
+def _described(chain: Base) -> str:
+    given = [f"given {', '.join(chain.given)}"] if chain.given else []
+    facts = [f"{chain.steps} steps", *given, *chain.held, *chain.changes]
+    return f"{chain.site!r} ({', '.join(facts)})"
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    """Return a short fingerprint of shapes and some of the numbers: cheap, and enough to differ."""
+    known = hashlib.sha1(usedforsecurity=False)
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // _PARAMETERS_READ)][:_PARAMETERS_READ]
+        known.update(f"{tuple(tensor.shape)} {some.double().tolist()}".encode())
+    return known.hexdigest()[:12] if tensors else ""
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return data in which lists, which JSON has, are tuples, which can be compared and hashed."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
