@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import JointDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference._sites import ChainSite
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Kernel, OrderedKernel, Process

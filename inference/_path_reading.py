@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference._program import Program, ProgramRun
 from ppl_diffusion.inference._sites import NUM_TRIALS, ChainSite
 

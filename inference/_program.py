@@ -18,8 +18,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.inference._sites import (
     NUM_TRIALS,
     chain_site,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference._arguments import require_program
 from ppl_diffusion.inference._joint import Layout
