@@ -15,12 +15,13 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._report import Row, table
-from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
+from ppl_diffusion.denoisers.config import TransformerConfig
+from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Process, Uniform, psi
 from ppl_diffusion.kernels.events import RevealPlan, decode
 from ppl_diffusion.kernels.masked_paths import ancestral_steps
-from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.processes.noise import uniforms
 
 HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 LENGTH, BATCHES = 200, (1, 16)

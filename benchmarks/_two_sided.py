@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks._cases import Case
-from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.inference import SiteRule
 from ppl_diffusion.inference._experts import ExpertEngine
 from ppl_diffusion.inference._lockstep import LockstepEngine
 from ppl_diffusion.inference.soft_value import SoftValueEngine
 from ppl_diffusion.inference.twisted import TwistedEngine
 from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.smc import EvidenceBounds, Multinomial, smc_loop
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMultinomial
 

@@ -4,7 +4,7 @@ Two losses at ``V = 50,257``, each forward and backward through a small head and
 a straightforward implementation in float32 written here:
 
 * ``uniform-nelbo``: the published bound on a dense log-softmax and a dense ``Y``, by autograd,
-  against :func:`~ppl_diffusion.kernels.uniform_nelbo.uniform_nelbo_from_hidden`;
+  against :func:`~ppl_diffusion.denoisers.uniform_nelbo.uniform_nelbo_from_hidden`;
 * ``curriculum``: the same after soft inputs, a Gaussian softmax over the whole vocabulary times the
   embedding, against the ``k`` largest entries of the same law.
 
@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 from benchmarks._report import Row, run, table, verdict
 from benchmarks.memory import in_own_process, peak_gb
-from ppl_diffusion.kernels.duality import DuoSchedule
-from ppl_diffusion.kernels.topk import LatentMixture, top_k_latents
-from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden, uniform_nelbo_terms
+from ppl_diffusion.denoisers.topk import LatentMixture, top_k_latents
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden, uniform_nelbo_terms
+from ppl_diffusion.processes.duality import DuoSchedule
 
 TAU, NUM_LARGEST = 1e-3, 3
 MEMORY_GOAL, GRADIENT_GOAL = 0.5, 1e-5

@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks._report import Row, run, table, verdict
 from ppl_diffusion import models
 from ppl_diffusion.denoisers import Denoiser
-from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
+from ppl_diffusion.denoisers.config import TransformerConfig
+from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.smc import FeynmanKac, run_smc

@@ -27,7 +27,8 @@ from benchmarks._report import Row, run, table
 from benchmarks._sampler_profile import measure_profile
 from benchmarks._stopwatch import Stopwatch
 from benchmarks.memory import in_own_process, peak_gb
-from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
+from ppl_diffusion.denoisers.config import TransformerConfig
+from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Kernel, first_hitting, psi
 

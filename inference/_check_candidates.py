@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import GradientProposal
 from ppl_diffusion.inference._check_meters import MeteredDenoiser, MeteredPotential
 from ppl_diffusion.inference._compositions import Composition

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ppl_diffusion._errors import PotentialError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 from ppl_diffusion.denoisers.filters import forward_optional
-from ppl_diffusion.kernels.prediction import has_head
+from ppl_diffusion.denoisers.prediction import has_head
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.base import AbstractPotential
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference._check_budget import Budget, CostOf, Plan, Verdict, largest
 from ppl_diffusion.inference._check_candidates import (
     BEST_OF_N,

@@ -13,8 +13,9 @@ from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.inference._chain_program import TaskEngine
 from ppl_diffusion.inference._compositions import Composition
 from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels import FACTORISED, InterpolatingKernel, Kernel, log_posterior_mean
+from ppl_diffusion.kernels import FACTORISED, InterpolatingKernel, Kernel
 from ppl_diffusion.kernels.path_power import log_product
+from ppl_diffusion.processes import log_posterior_mean
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle, take_particles
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,

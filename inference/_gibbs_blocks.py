@@ -13,8 +13,8 @@ from pyro.infer import NUTS
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference._arguments import require_program
 from ppl_diffusion.inference._joint import Layout
 from ppl_diffusion.inference._program import Program

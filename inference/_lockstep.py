@@ -16,16 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.distributions.reveal_step import RevealStep
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference._compositions import Composition
 from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture, normalised
 from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels import SAMPLE_ONLY, OrderedKernel, draw_categorical
-from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels import SAMPLE_ONLY, OrderedKernel
 from ppl_diffusion.kernels.path_power import log_product
-from ppl_diffusion.kernels.prediction import HeadPrediction, Prediction
+from ppl_diffusion.kernels.reveal_step import RevealStep
+from ppl_diffusion.processes import draw_categorical
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.twists import Carry, FillTwist, log_mean_exp
 

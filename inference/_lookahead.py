@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential
 from ppl_diffusion.smc.twists import CallableTwist, FillTwist, log_mean_exp

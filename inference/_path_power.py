@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference._compositions import Composition
 from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture
 from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels import OrderedKernel, draw_categorical
-from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.kernels.path_power import (
     jump_rates,
     log_forward_table,
     log_path_factor,
     log_product,
 )
+from ppl_diffusion.processes import draw_categorical
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.twists import Carry
 

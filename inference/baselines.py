@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion._rows import hash_rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference._biased import best_only, equal_weights
 from ppl_diffusion.inference._chain_program import BoundEngine, ChainProgram
@@ -30,6 +29,7 @@ from ppl_diffusion.inference._task import Task
 from ppl_diffusion.inference.twisted import ProposalLike, TwistedSampler
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.base import AbstractPotential
+from ppl_diffusion.rows import hash_rows
 from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
 from ppl_diffusion.smc.posterior import ParticlePosterior

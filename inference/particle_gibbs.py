@@ -27,8 +27,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.inference._arguments import require_moves
 from ppl_diffusion.inference._gibbs_blocks import (
     GivenLatents,

@@ -31,8 +31,8 @@ from ppl_diffusion.inference._biased import equal_weights
 from ppl_diffusion.inference._chain_program import BoundEngine, ChainProgram
 from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import Carry, Kernel
-from ppl_diffusion.kernels.noise import draw_categorical, uniforms
 from ppl_diffusion.potentials.base import AbstractPotential
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.smc.engine import Progress, SMCTrace
 from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
 from ppl_diffusion.smc.posterior import ParticlePosterior

@@ -32,10 +32,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.distributions.reveal_step import RevealStep
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers.twist import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._lookahead import (
@@ -48,8 +47,9 @@ from ppl_diffusion.inference._lookahead import (
 )
 from ppl_diffusion.inference._task import Task
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry
-from ppl_diffusion.kernels.noise import draw_categorical, uniforms
+from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.smc.engine import Progress
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, Proposal, per_particle, take_particles
 from ppl_diffusion.smc.resampling import Resampler

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference._task import Task, as_task, seeded
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle

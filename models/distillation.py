@@ -26,9 +26,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.duality import coupled_states, log_diffusion_noise
 from ppl_diffusion.models.objectives import Objective, uniform_network
 from ppl_diffusion.models.program import DiffusionProgram, stratified_times
+from ppl_diffusion.processes.duality import coupled_states, log_diffusion_noise
 
 # Nodes of the table of T(mu), over mu = exp(-g / 2): linear interpolation is good to 2e-5.
 _GAMMAS = (-6.0, 30.0, 4097)

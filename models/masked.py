@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ppl_diffusion.kernels import Absorbing
-from ppl_diffusion.kernels.schedules import Schedule
 from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.processes.schedules import Schedule
 
 
 class MaskedDiffusion(DiffusionProgram):

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ppl_diffusion.denoisers.topk import dense_latents, top_k_latents
 from ppl_diffusion.denoisers.transformer import Transformer
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.kernels import Uniform
-from ppl_diffusion.kernels.duality import DuoSchedule
-from ppl_diffusion.kernels.topk import dense_latents, top_k_latents
-from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.models.program import DiffusionProgram, stratified_times
+from ppl_diffusion.processes.duality import DuoSchedule
 
 _WIDE_GAMMAS = (-6.0, 30.0)  # at which T is one and zero for any vocabulary
 

@@ -12,16 +12,18 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.conditional import Labelled
-from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
+from ppl_diffusion.denoisers.config import TransformerConfig
+from ppl_diffusion.denoisers.transformer import Transformer
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.kernels import InterpolatingKernel, Linear, Uniform, nelbo_terms
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.kernels import InterpolatingKernel, Linear, Uniform
 from ppl_diffusion.kernels.psi import PsiSchedule
-from ppl_diffusion.kernels.schedules import Schedule
-from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden
+from ppl_diffusion.processes import nelbo_terms
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.schedules import Schedule
 
 PROGRAM_FILE = "program.json"
 # Keeps log(1 - alpha) and 1 / alpha finite at a cost far below the noise of any bound.
@@ -85,7 +87,7 @@ class DiffusionProgram(ABC):
         :param length: number of tokens.
         :param name: name of the prior.
         :param shape: further fields of
-            :class:`~ppl_diffusion.denoisers.transformer.TransformerConfig`.
+            :class:`~ppl_diffusion.denoisers.config.TransformerConfig`.
         """
         states = cls.make_process(len(vocabulary), Linear()).num_states
         config = TransformerConfig(len(vocabulary), states, length, **shape)

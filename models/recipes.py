@@ -33,7 +33,7 @@ class Recipe:
 
     :param family: ``"masked"`` or ``"uniform"``.
     :param dataset: a key of :data:`ppl_diffusion.models.datasets.READERS`.
-    :param shape: fields of :class:`~ppl_diffusion.denoisers.transformer.TransformerConfig`.
+    :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`.
     :param steps: optimiser steps.
     :param batch_size: sequences per step.
     :param learning_rate: peak of the cosine schedule (AdamW).

@@ -8,10 +8,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ppl_diffusion._errors import CapabilityError as CapabilityError
-from ppl_diffusion._errors import IntractableLogProb as IntractableLogProb
-from ppl_diffusion._errors import ParticleCollapse as ParticleCollapse
-from ppl_diffusion._errors import PotentialError as PotentialError
+from ppl_diffusion.errors import CapabilityError as CapabilityError
+from ppl_diffusion.errors import IntractableLogProb as IntractableLogProb
+from ppl_diffusion.errors import ParticleCollapse as ParticleCollapse
+from ppl_diffusion.errors import PotentialError as PotentialError
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "kernels",
     "models",
     "potentials",
+    "processes",
     "smc",
     "testing",
 ]
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ppl_diffusion import handlers as handlers
     from ppl_diffusion import kernels as kernels
     from ppl_diffusion import potentials as potentials
+    from ppl_diffusion import processes as processes
     from ppl_diffusion import smc as smc
     from ppl_diffusion import testing as testing
 

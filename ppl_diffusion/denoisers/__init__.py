@@ -5,6 +5,7 @@ from ppl_diffusion.denoisers.base import Kind as Kind
 from ppl_diffusion.denoisers.conditional import Guided as Guided
 from ppl_diffusion.denoisers.conditional import Labelled as Labelled
 from ppl_diffusion.denoisers.conditional import Paired as Paired
+from ppl_diffusion.denoisers.config import TransformerConfig as TransformerConfig
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
 from ppl_diffusion.denoisers.filters import Nucleus as Nucleus
 from ppl_diffusion.denoisers.filters import Temperature as Temperature
@@ -12,5 +13,12 @@ from ppl_diffusion.denoisers.joint import JointDenoiser as JointDenoiser
 from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission
+from ppl_diffusion.denoisers.prediction import Prediction as Prediction
+from ppl_diffusion.denoisers.topk import LatentMixture as LatentMixture
+from ppl_diffusion.denoisers.topk import dense_latents as dense_latents
+from ppl_diffusion.denoisers.topk import top_k_latents as top_k_latents
 from ppl_diffusion.denoisers.transformer import Transformer as Transformer
-from ppl_diffusion.denoisers.transformer import TransformerConfig as TransformerConfig
+from ppl_diffusion.denoisers.uniform_nelbo import (
+    uniform_nelbo_from_hidden as uniform_nelbo_from_hidden,
+)
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_terms as uniform_nelbo_terms

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from ppl_diffusion.denoisers.transformer import TransformerConfig
+from ppl_diffusion.denoisers.config import TransformerConfig
 
 _TIME_FEATURES = 64
 

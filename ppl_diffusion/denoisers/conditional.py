@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.checks import clean_log_probs, require_rows
 from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
-from ppl_diffusion.kernels.base import clean_log_probs, require_rows
-from ppl_diffusion.kernels.classifier_free import guided_log_probs
+from ppl_diffusion.denoisers.guidance import guided_log_probs
+from ppl_diffusion.errors import CapabilityError
 
 
 class Labelled:
@@ -169,7 +169,7 @@ class Guided(Paired):
     The exponents sum to one, so what turns a posterior into a cavity prediction is the same factor
     before and after: two ``"posterior"`` denoisers may be mixed as they are. A token that either
     prediction excludes is excluded, whatever the weight (see
-    :func:`~ppl_diffusion.kernels.classifier_free.guided_log_probs`).
+    :func:`~ppl_diffusion.denoisers.guidance.guided_log_probs`).
 
     :param conditional: ``log p(x0 | x_t, y)``.
     :param unconditional: ``log p(x0 | x_t)``.

@@ -9,11 +9,11 @@ reuses for every row it has just seen at the same time (at any time, if the deno
 import torch
 from torch import Tensor
 
-from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.filters import forward_optional
-from ppl_diffusion.kernels.base import require_rows
-from ppl_diffusion.kernels.prediction import prefers_head
+from ppl_diffusion.denoisers.prediction import prefers_head
+from ppl_diffusion.rows import RowTable, distinct_rows
 
 
 class EvaluatedDenoiser:

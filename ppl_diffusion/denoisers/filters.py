@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
-from ppl_diffusion.kernels.base import clean_log_probs
+from ppl_diffusion.denoisers.checks import clean_log_probs
+from ppl_diffusion.errors import CapabilityError
 
 
 class Filter(ABC):

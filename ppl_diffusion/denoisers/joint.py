@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind
+from ppl_diffusion.denoisers.checks import without_mask
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
-from ppl_diffusion.kernels.base import without_mask
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.processes.base import Process
 
 
 class _Group(NamedTuple):

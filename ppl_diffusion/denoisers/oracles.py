@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Kind
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.processes.base import Process
 
 
 class TableDenoiser:

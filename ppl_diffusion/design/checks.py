@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 
 MAX_COUNT = 10**7
 """Largest number of particles, runs, steps or samples that is taken seriously."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.diagnostics._claims import estimates_evidence
+from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

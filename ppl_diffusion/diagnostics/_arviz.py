@@ -32,9 +32,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.diagnostics._arrays import as_array, count_distinct, lineage_roots
 from ppl_diffusion.diagnostics._khat import khat
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.smc.posterior import json_types
 from ppl_diffusion.smc.resampling import Stratified
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -12,20 +12,35 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion._errors import IntractableLogProb
-from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
-from ppl_diffusion.distributions.reveal_step import RevealStep
-from ppl_diffusion.distributions.step import MAX_ENUMERATE
-from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.errors import IntractableLogProb
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Kernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
-from ppl_diffusion.kernels.nelbo import step_kl
-
-if TYPE_CHECKING:
-    from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.kernels.reveal_step import RevealStep
+from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
+from ppl_diffusion.kernels.step import MAX_ENUMERATE
+from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.processes.nelbo import step_kl
 
 MAX_STATES = 4096
 """Largest number of sequences over which the exact marginal is propagated."""
+
+
+class Chain(Protocol):
+    """What the marginal asks of a reverse chain; the chain makes the marginal, so not its class."""
+
+    kernel: Kernel
+    length: int
+    prompt: Tensor | None
+    batch_shape: torch.Size
+    event_shape: torch.Size
+
+    @property
+    def fixed(self) -> Tensor | None: ...
+    @property
+    def num_steps(self) -> int: ...
+    def x0(self, path: Tensor) -> Tensor: ...
+    def sample(self, sample_shape: Sequence[int] = ...) -> Tensor: ...
+    def expand(self, batch_shape: Sequence[int]) -> Self: ...
 
 
 class ChainMarginal(TorchDistribution):
@@ -42,7 +57,7 @@ class ChainMarginal(TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's class protocol)
     has_enumerate_support = True
 
-    def __init__(self, chain: ReverseChain, *, validate_args: bool | None = None) -> None:
+    def __init__(self, chain: Chain, *, validate_args: bool | None = None) -> None:
         self.chain = chain
         super().__init__(chain.batch_shape, chain.event_shape[1:], validate_args=validate_args)
 

@@ -9,12 +9,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion.distributions._memo import declares_gradient, recall, remember
-from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
 from ppl_diffusion.distributions.marginal import ChainMarginal
-from ppl_diffusion.distributions.step import MAX_ENUMERATE
+from ppl_diffusion.distributions.memo import declares_gradient, recall, remember
 from ppl_diffusion.kernels.base import Kernel, SampledPath
-from ppl_diffusion.kernels.processes import whole_number
+from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
+from ppl_diffusion.kernels.step import MAX_ENUMERATE
+from ppl_diffusion.processes.base import whole_number
 
 
 class ReverseChain(TorchDistribution):

@@ -12,10 +12,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.distributions._memo import remember
-from ppl_diffusion.distributions._shapes import check_expand
+from ppl_diffusion.distributions.memo import remember
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.kernels.shapes import check_expand
 
 
 class Draw(NamedTuple):

@@ -9,12 +9,12 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
+from ppl_diffusion.kernels.reveal_step import RevealStep
+from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.smc.feynman_kac import Carry
 
 

@@ -9,16 +9,16 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion._rows import distinct_rows
-from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.handlers.clamp import ClampedChain, ClampProposal
 from ppl_diffusion.handlers.steer import SteeredChain, Steering
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
-from ppl_diffusion.kernels.mixture import log_posterior_mean
+from ppl_diffusion.kernels.reveal_step import RevealStep
+from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.processes.mixture import log_posterior_mean
+from ppl_diffusion.rows import distinct_rows
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import Carry, FeynmanKac, Proposal
 from ppl_diffusion.smc.resampling import as_resampler

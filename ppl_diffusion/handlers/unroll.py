@@ -11,8 +11,8 @@ from pyro.distributions import Delta
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.reparam_messenger import ReparamMessenger
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import SAMPLE_ONLY, Carry
 
 

@@ -22,22 +22,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
-from ppl_diffusion._rows import distinct_rows
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel
-from ppl_diffusion.kernels.processes import whole_number
-
-if TYPE_CHECKING:
-    from pyro.distributions import TorchDistribution
-
-    from ppl_diffusion.denoisers.base import Denoiser
-    from ppl_diffusion.distributions.state_step import StateStep
+from ppl_diffusion.kernels.state_step import StateStep
+from ppl_diffusion.processes.base import whole_number
+from ppl_diffusion.rows import distinct_rows
 
 Mode = Literal["exact", "first-order"]
 LogLikelihood = Callable[[Tensor, float], Tensor]
@@ -132,8 +129,6 @@ class ClassifierKernel(Kernel):
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         :raises PotentialError: if the classifier misbehaves or excludes every state of a site.
         """
-        from ppl_diffusion.distributions.state_step import StateStep  # upward, as in the base
-
         tokens = carry["tokens"]
         table = _dense(self.kernel.step(carry, k, fixed=fixed))
         if self.scale:

@@ -21,52 +21,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion._arrays import Array, array_namespace, to_float64
-from ppl_diffusion.kernels.base import Carry, check_denoiser, clean_log_probs, require_tensor
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.checks import check_denoiser, clean_log_probs, require_tensor
+from ppl_diffusion.denoisers.conditional import Guided, Paired, require_common_support
+from ppl_diffusion.denoisers.guidance import guided_log_probs
+from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
-from ppl_diffusion.kernels.mixture import posterior_to_cavity
-from ppl_diffusion.kernels.processes import Process
 from ppl_diffusion.kernels.psi import PsiSchedule
-
-if TYPE_CHECKING:
-    from ppl_diffusion.denoisers.base import Denoiser
-    from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.kernels.state_step import StateStep
+from ppl_diffusion.kernels.step import StepDistribution
+from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.mixture import posterior_to_cavity
 
 Level = Literal["denoiser", "kernel"]
-
-
-def guided_log_probs(log_conditional: Array, log_unconditional: Array, weight: float) -> Array:
-    """Return ``log p_w`` with ``p_w ~ p_y**w p_0**(1 - w)``, normalised over the last axis.
-
-    What either law excludes is excluded, whatever the weight: ``0**w`` is taken as 0 for negative
-    ``w`` too, so the supports are intersected. The ends are exact: at ``w = 1`` the conditional
-    rows come back as they are, at ``w = 0`` the unconditional ones.
-
-    :param log_conditional: log-probabilities ``log p_y``, ``(..., n)``; NaN stays NaN.
-    :param log_unconditional: log-probabilities ``log p_0``, same shape.
-    :param weight: ``w``, any finite number.
-    :returns: float64 ``(..., n)``; all ``-inf`` where the two laws have nothing in common.
-    """
-    xp = array_namespace(log_conditional)
-    log_y, log_0 = to_float64(log_conditional), to_float64(log_unconditional)
-    if weight in (0, 1):
-        return log_y if weight == 1 else log_0
-    excluded = (log_y == -math.inf) | (log_0 == -math.inf)
-    zero = xp.zeros_like(log_y)
-    mixed = weight * xp.where(excluded, zero, log_y) + (1 - weight) * xp.where(
-        excluded, zero, log_0
-    )
-    mixed = xp.where(excluded, xp.full_like(zero, -math.inf), mixed)
-    top = xp.max(mixed, axis=-1, keepdims=True)
-    mixed = mixed - xp.where(top == -math.inf, xp.zeros_like(top), top)
-    total = xp.sum(xp.exp(mixed), axis=-1, keepdims=True)
-    return mixed - xp.log(xp.where(total == 0, xp.ones_like(total), total))
 
 
 class ClassifierFreeKernel(InterpolatingKernel):
@@ -144,8 +118,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
         """
         if not self._tabulates:
             return super().step(carry, k, fixed=fixed)
-        from ppl_diffusion.distributions.state_step import StateStep  # upward, as in the base
-
         self._check_step(k)
         tokens = carry["tokens"]
         cavities = self._cavities(tokens, k) if self._moves(k) else (self._flat(tokens),) * 2
@@ -190,9 +162,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
     def _combine(
         self, process: Process, conditional: Denoiser, unconditional: Denoiser
     ) -> Denoiser:
-        # A pair of denoisers is a denoiser, which is why this room needs the one above.
-        from ppl_diffusion.denoisers.conditional import Guided, Paired
-
         for part in (conditional, unconditional):
             check_denoiser(process, part)
         if self._tabulates:
@@ -226,8 +195,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
         fixed: Tensor | None,
     ) -> Tensor:
         """Return ``log G[q(. | z_t)]`` at signal level ``b``, ``(*batch, L, S)``."""
-        from ppl_diffusion.distributions.token_step import TokenStep  # upward, as in the base
-
         a = float(self.alphas[k])
         first, second = (
             TokenStep(self.process, tokens, c, a, b, fixed=fixed, validate_args=False)
@@ -236,8 +203,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
         return self._guide(first.dense_log_probs(), second.dense_log_probs(), None)
 
     def _guide(self, log_y: Tensor, log_0: Tensor, unread: Tensor | None) -> Tensor:
-        from ppl_diffusion.denoisers.conditional import require_common_support  # as in _combine
-
         return require_common_support(guided_log_probs(log_y, log_0, self.weight), unread)
 
     def _psi_table(self, bridge: Tensor, clean: Tensor, carry: Carry, k: int) -> Tensor:

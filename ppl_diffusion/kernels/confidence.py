@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import Carry, time_grid
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.kappa_rules import rescaled
-from ppl_diffusion.kernels.processes import Process
 from ppl_diffusion.kernels.psi import PsiSchedule
-
-if TYPE_CHECKING:
-    from pyro.distributions import TorchDistribution
-
-    from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.processes.base import Process
 
 CONFIDENCE = "confidence"
 """Key of the carry: the probability each token had when it was decoded, ``inf`` elsewhere."""

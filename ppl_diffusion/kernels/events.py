@@ -11,24 +11,22 @@ vocabulary is touched at the revealed positions alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.base import (
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.checks import (
     clean_log_probs,
     require_normalised,
     require_rows,
     require_tensor,
     without_mask,
 )
-from ppl_diffusion.kernels.noise import draw_normalised
-from ppl_diffusion.kernels.prediction import has_head
-
-if TYPE_CHECKING:
-    from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.prediction import has_head
+from ppl_diffusion.processes.noise import draw_normalised
 
 
 def grid_bins(levels: Tensor, alphas: np.ndarray) -> Tensor:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
-
-if TYPE_CHECKING:
-    from pyro.distributions import TorchDistribution
-
-    from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.kernels.token_step import TokenStep
 
 LAST, LEVEL = "last_prediction", "last_level"
 _MAX_CLIPPED = 0.1

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ppl_diffusion._arrays import Array, array_namespace
+from ppl_diffusion.arrays import Array, array_namespace
 
 
 class RewardTilt(NamedTuple):

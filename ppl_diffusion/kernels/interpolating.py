@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, time_grid
+from ppl_diffusion.kernels.kappa_rules import kappa_room
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
     draw_path,
@@ -18,13 +20,10 @@ from ppl_diffusion.kernels.masked_paths import (
     read_reveals,
     reveal_log_prob,
 )
-from ppl_diffusion.kernels.noise import uniforms
-from ppl_diffusion.kernels.processes import Process
-from ppl_diffusion.kernels.psi import PsiSchedule, kappa_room
-
-if TYPE_CHECKING:
-    from ppl_diffusion.denoisers.base import Denoiser
-    from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.kernels.psi import PsiSchedule
+from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.noise import uniforms
 
 _ROUND_OFF = 1e-12
 
@@ -117,9 +116,6 @@ class InterpolatingKernel(Kernel):
             enter the density (a prompt).
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         """
-        # The one upward import: a step *is* a distribution of the backend in use.
-        from ppl_diffusion.distributions.token_step import TokenStep
-
         self._check_step(k)
         tokens = carry["tokens"]
         return TokenStep(

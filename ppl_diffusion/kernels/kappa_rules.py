@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.processes.base import Process
 
 KappaRule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """``(a, b, t) -> kappa``: signal before and after each step, and the time it starts from."""

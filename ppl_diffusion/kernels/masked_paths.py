@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.kernels.events import RevealPlan, decode, grid_bins, score
-from ppl_diffusion.kernels.schedules import Schedule
+from ppl_diffusion.processes.schedules import Schedule
 
 _MIN_ROWS = 64
 

@@ -11,30 +11,22 @@ semi-autoregressive decoding (Arriola et al. 2025, arXiv:2503.09573).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError, IntractableLogProb
-from ppl_diffusion.kernels.base import (
-    ORDERED,
-    SAMPLE_ONLY,
-    Carry,
-    Kernel,
-    SampledPath,
-    clean_log_probs,
-)
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.checks import clean_log_probs
+from ppl_diffusion.denoisers.prediction import Prediction
+from ppl_diffusion.errors import CapabilityError, IntractableLogProb
+from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry, Kernel, SampledPath
 from ppl_diffusion.kernels.events import reveal_ranks
 from ppl_diffusion.kernels.masked_paths import draw_path, flat_paths, read_reveals, reveal_log_prob
-from ppl_diffusion.kernels.noise import uniforms
-from ppl_diffusion.kernels.processes import Process, whole_number
-
-if TYPE_CHECKING:
-    from ppl_diffusion.denoisers.base import Denoiser
-    from ppl_diffusion.distributions.reveal_step import RevealStep
-    from ppl_diffusion.kernels.prediction import Prediction
+from ppl_diffusion.kernels.reveal_step import RevealStep
+from ppl_diffusion.processes.base import Process, whole_number
+from ppl_diffusion.processes.noise import uniforms
 
 LEVELS = "levels"
 """Name of the carry entry with the noise level at which each position is revealed."""
@@ -150,8 +142,6 @@ class OrderedKernel(Kernel):
         :param fixed: bool ``(*batch, L)``, positions of a prompt.
         :raises ValueError: if ``k`` is no step, or the denoiser misbehaves.
         """
-        from ppl_diffusion.distributions.reveal_step import RevealStep  # upward, as in the base
-
         self._check_step(k)
         tokens, order = carry["tokens"], carry.get(LEVELS)
         self.check_length(tokens.shape[-1])

@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ppl_diffusion._arrays import Array, array_namespace, device_of, to_float64
-from ppl_diffusion.kernels.mixture import gather_clean
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.arrays import Array, array_namespace, device_of, to_float64
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.mixture import gather_clean
 
 
 def log_product(log_probs: Sequence[Array], exponents: Sequence[float]) -> Array:

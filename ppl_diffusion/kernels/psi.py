@@ -30,8 +30,8 @@ from ppl_diffusion.kernels.kappa_rules import (
     rescaled,
     rescaled_duo,
 )
-from ppl_diffusion.kernels.processes import Process, whole_number
-from ppl_diffusion.kernels.schedules import Schedule
+from ppl_diffusion.processes.base import Process, whole_number
+from ppl_diffusion.processes.schedules import Schedule
 
 __all__ = [
     "SCHEDULES",
@@ -40,7 +40,6 @@ __all__ = [
     "constant",
     "dfm_corrector",
     "forward_backward",
-    "kappa_room",
     "parse_psi",
     "predictor_corrector",
     "profile",

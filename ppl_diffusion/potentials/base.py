@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
+from ppl_diffusion.errors import CapabilityError, PotentialError
 
 FORBIDDEN_GUESS = -2.0
 """Default stand-in for ``-inf`` at an unfinished state (nats).

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.base import AbstractPotential, check_log_potential
 from ppl_diffusion.potentials.dna import (
     Vocabulary,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 
 Vocabulary = str | Sequence[str]
 """The letter of every token id, such as ``"ACGT"``."""

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import PotentialError
-from ppl_diffusion._rows import distinct_rows
+from ppl_diffusion.errors import PotentialError
+from ppl_diffusion.rows import distinct_rows
 
 OnError = Literal["raise", "reject"]
 RowFunction = Callable[[Tensor], Any]
@@ -39,7 +39,7 @@ class SequenceFunction:
     :param executor: where calls run (with a process pool, ``fn`` must be picklable).
     :param timeout: seconds without any call finishing after which the running ones are given up;
         needs an executor.
-    :param on_error: ``"raise"`` a :class:`~ppl_diffusion._errors.PotentialError`, or ``"reject"``:
+    :param on_error: ``"raise"`` a :class:`~ppl_diffusion.errors.PotentialError`, or ``"reject"``:
         a failed sequence is counted in :attr:`num_failures` and gets NaN here, now and later.
     :param cache_size: values remembered, the least recently used are dropped first.
     :param worst: the one infinite value that is legal, if any (the value of an impossible

@@ -12,8 +12,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal, Steering
 from ppl_diffusion.handlers.site import ProposedChain, as_steering, joined
 from ppl_diffusion.smc.feynman_kac import Proposal

@@ -22,11 +22,11 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion._arrays import Array, array_namespace
-from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.distributions.step import StepDistribution
-from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.arrays import Array, array_namespace
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
+from ppl_diffusion.kernels.step import StepDistribution
+from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,

@@ -21,15 +21,15 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.distributions.step import StepDistribution
-from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel
+from ppl_diffusion.kernels.step import StepDistribution
+from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
 from ppl_diffusion.smc.law import Base, Law, Tilt
+from ppl_diffusion.rows import RowTable, distinct_rows
 from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ppl_diffusion._errors import ParticleCollapse
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.smc.genealogy import genealogy_graph
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.resampling import Stratified

@@ -22,11 +22,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_diffusion._arrays import Array, array_namespace
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.smc.feynman_kac import _sample, per_particle

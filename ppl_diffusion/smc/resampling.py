@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from array_api_compat import is_torch_array
 
-from ppl_diffusion._arrays import Array, array_namespace, device_of, int64_of, to_float64
+from ppl_diffusion.arrays import Array, array_namespace, device_of, int64_of, to_float64
 from ppl_diffusion.smc.weights import Weights
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion.distributions.reveal_step import RevealStep
-from ppl_diffusion.distributions.step import StepDistribution
-from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.denoisers.prediction import DensePrediction
 from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
-from ppl_diffusion.kernels.mixture import three_way
 from ppl_diffusion.kernels.ordered import OrderedKernel
-from ppl_diffusion.kernels.prediction import DensePrediction
+from ppl_diffusion.kernels.reveal_step import RevealStep
+from ppl_diffusion.kernels.step import StepDistribution
+from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.processes.mixture import three_way
 
 _TINY = 1e-12
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.mixture import draw_categorical
+from ppl_diffusion.processes.noise import draw_categorical
 
 Carry = dict[str, Any]
 FILL_UNIFORMS = "fill_uniforms"

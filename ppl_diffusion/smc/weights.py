@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from ppl_diffusion._arrays import Array, array_namespace, to_float64
+from ppl_diffusion.arrays import Array, array_namespace, to_float64
 
 
 @dataclass(frozen=True)

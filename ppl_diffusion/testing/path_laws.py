@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppl_diffusion._rows import RowTable
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.rows import RowTable
 from ppl_diffusion.testing.dense import all_states
 from ppl_diffusion.testing.oracles import chi_square_p_value
 

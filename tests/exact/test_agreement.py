@@ -14,8 +14,9 @@ from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal
 from ppl_diffusion.inference import TwistedSampler
-from ppl_diffusion.kernels import Absorbing, OrderedKernel, mixture_sample
+from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Potential
+from ppl_diffusion.processes import mixture_sample
 from ppl_diffusion.smc import RESAMPLERS, FeynmanKac, PersistentFill, Weights, run_smc
 from ppl_diffusion.testing import (
     PROCESSES,

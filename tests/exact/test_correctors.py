@@ -26,9 +26,10 @@ from ppl_diffusion.inference.correctors import (
     Tilt,
     order_inconsistency,
 )
-from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, draw_categorical
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.kernels.path_power import log_product
 from ppl_diffusion.potentials import Potential
+from ppl_diffusion.processes import draw_categorical
 from ppl_diffusion.smc import RESAMPLERS, smc_loop
 from ppl_diffusion.testing import (
     PROCESSES,

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from ppl_diffusion._errors import IntractableLogProb
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ChainMarginal, ReverseChain
-from ppl_diffusion.kernels import Absorbing, Interpolating, InterpolatingKernel, psi, step_kl
+from ppl_diffusion.errors import IntractableLogProb
+from ppl_diffusion.kernels import Absorbing, Interpolating, InterpolatingKernel, psi
+from ppl_diffusion.processes import step_kl
 from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import (
     PROCESSES,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.kernels import Absorbing, mixture_sample
-from ppl_diffusion.kernels.noise import draw_categorical, uniforms
+from ppl_diffusion.kernels import Absorbing
+from ppl_diffusion.processes import mixture_sample
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.testing import chi_square_p_value
 from ppl_diffusion.testing.precision import JAX_FLOOR, TORCH_FLOOR, floored_race, trunc_probs
 

@@ -9,7 +9,8 @@ import torch
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
-from ppl_diffusion.kernels.psi import kappa_room, parse_psi
+from ppl_diffusion.kernels.kappa_rules import kappa_room
+from ppl_diffusion.kernels.psi import parse_psi
 from ppl_diffusion.testing import (
     PROCESSES,
     ExactChain,

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser, Transformer, TransformerConfig
 from ppl_diffusion.denoisers.conditional import Guided, Labelled, Paired
 from ppl_diffusion.denoisers.filters import Nucleus, Temperature, has_sparse_head
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel
 from ppl_diffusion.testing import (
     DenoiserContract,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ppl_diffusion._rows import RowTable, distinct_rows, hash_rows
 from ppl_diffusion.denoisers import EvaluatedDenoiser
+from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
-from ppl_diffusion.kernels.prediction import prefers_head
+from ppl_diffusion.rows import RowTable, distinct_rows, hash_rows
 from ppl_diffusion.testing import DenoiserContract, counted, toy_markov_chain
 
 
@@ -123,7 +123,7 @@ def test_distinct_rows_reconstruct():
 
 def test_hash_collisions_cost_time_not_correctness(monkeypatch):
     """Every row the same hash: answers are unchanged."""
-    monkeypatch.setattr("ppl_diffusion._rows.hash_rows", lambda rows: torch.zeros(len(rows)).long())
+    monkeypatch.setattr("ppl_diffusion.rows.hash_rows", lambda rows: torch.zeros(len(rows)).long())
     rows = torch.randint(3, (50, 4))
     first, inverse = distinct_rows(rows)
     assert torch.equal(rows[first][inverse], rows)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser, Transformer, TransformerConfig
 from ppl_diffusion.denoisers.conditional import Paired
 from ppl_diffusion.denoisers.filters import Nucleus, Temperature, has_sparse_head, peel
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.testing import DenoiserContract, random_joint, toy_chain, toy_process
 

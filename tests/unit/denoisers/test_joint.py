@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import EvaluatedDenoiser, JointDenoiser, TableDenoiser
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.testing import DenoiserContract
 from ppl_diffusion.testing.toys import CountingDenoiser, random_joint

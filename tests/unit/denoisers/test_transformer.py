@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers.base import Denoiser
-from ppl_diffusion.denoisers.transformer import Transformer, TransformerConfig
+from ppl_diffusion.denoisers.config import TransformerConfig
+from ppl_diffusion.denoisers.transformer import Transformer
 
 LENGTH = 10
 VARIANTS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.diagnostics import _arviz, khat, to_arviz
+from ppl_diffusion.errors import ParticleCollapse
 
 arviz = _arviz._import_arviz()
 ARVIZ_MAJOR = int(arviz.__version__.split(".")[0])

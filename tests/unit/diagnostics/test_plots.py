@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppl_diffusion import diagnostics
-from ppl_diffusion._errors import ParticleCollapse
+from ppl_diffusion.errors import ParticleCollapse
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ppl_diffusion.denoisers.prediction import HeadPrediction
 from ppl_diffusion.distributions import RevealStep, ReverseChain, StateStep, TokenStep
 from ppl_diffusion.kernels import Absorbing, ExtrapolatedKernel, OrderedKernel, Uniform
-from ppl_diffusion.kernels.prediction import HeadPrediction
 from ppl_diffusion.testing import DistributionContract, toy_chain
 
 

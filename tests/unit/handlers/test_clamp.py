@@ -8,8 +8,8 @@ import torch
 from pyro import poutine
 from pyro.infer import Importance
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal, clamp, log_weight, steer
 from ppl_diffusion.inference import SMC, FKSteering
 from ppl_diffusion.kernels import OrderedKernel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import clamp, steer
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.testing import toy_chain

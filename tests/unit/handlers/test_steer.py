@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Importance
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers import Steering, log_weight, steer
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.testing.oracles import ExactChain, z_score

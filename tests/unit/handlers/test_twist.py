@@ -11,8 +11,8 @@ import torch
 from pyro import poutine
 from pyro.infer import Importance
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import (
     GradientProposal,
     LogitsProposal,

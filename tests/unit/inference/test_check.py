@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion._errors import PotentialError
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.inference import Check, Power, Tilt, check
 from ppl_diffusion.inference._check_meters import Cost
 from ppl_diffusion.inference._check_pilots import Pilot, Record, evidence_error, grown

@@ -5,9 +5,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import Steering, clamp
 from ppl_diffusion.inference import FKSteering, ImportanceSampling
 from ppl_diffusion.inference._task import as_task

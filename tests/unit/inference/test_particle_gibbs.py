@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError, ParticleCollapse
+from ppl_diffusion.errors import CapabilityError, ParticleCollapse
 from ppl_diffusion.handlers import clamp, twist
 from ppl_diffusion.inference.particle_gibbs import ParticleGibbs
 from ppl_diffusion.potentials import Potential, factor

@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import clamp, steer, twist
 from ppl_diffusion.inference import (
     SMC,

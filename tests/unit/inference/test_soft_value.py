@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.soft_value import SoftValueGuidance
 from ppl_diffusion.inference.value_network import bellman_residuals, fit_value
 from ppl_diffusion.potentials import Constraint, Potential

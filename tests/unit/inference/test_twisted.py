@@ -4,9 +4,9 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal
 from ppl_diffusion.inference.twisted import TwistedSampler
 from ppl_diffusion.kernels import Absorbing, OrderedKernel

@@ -8,9 +8,9 @@ import torch
 from pyro import poutine
 from torch.nn import functional as F
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers import steer, unroll
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser
 from ppl_diffusion.denoisers.conditional import Paired
 from ppl_diffusion.denoisers.filters import Nucleus
+from ppl_diffusion.denoisers.guidance import guided_log_probs
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel
-from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel, guided_log_probs
+from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel
 from ppl_diffusion.kernels.psi import remdm_cap
 from ppl_diffusion.testing import (
     PROCESSES,

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import TableDenoiser
+from ppl_diffusion.denoisers.prediction import HeadPrediction
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import FACTORISED, Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.kernels.confidence import CONFIDENCE, ConfidenceKernel
-from ppl_diffusion.kernels.prediction import HeadPrediction
 from ppl_diffusion.kernels.psi import remdm_loop
 from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import (

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import Absorbing, Cosine, Interpolating, InterpolatingKernel, Uniform
 from ppl_diffusion.testing import KernelContract, counted, random_joint, toy_chain
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pyro import poutine
 
-from ppl_diffusion._errors import CapabilityError, IntractableLogProb
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError, IntractableLogProb
 from ppl_diffusion.handlers import clamp, steer, unroll
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import (

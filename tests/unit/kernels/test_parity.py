@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.kernels import (
-    Cosine,
-    Linear,
-    LogLinear,
+from ppl_diffusion.kernels import Cosine, Linear, LogLinear
+from ppl_diffusion.kernels.kappa_rules import kappa_room
+from ppl_diffusion.processes import (
     draw_categorical,
     log_posterior_mean,
     mixture_log_prob,
@@ -22,7 +21,6 @@ from ppl_diffusion.kernels import (
     posterior_to_cavity,
     step_kl,
 )
-from ppl_diffusion.kernels.psi import kappa_room
 from ppl_diffusion.smc import RESAMPLERS, Weights
 from ppl_diffusion.testing import PROCESSES, toy_process
 

@@ -14,7 +14,14 @@ from ppl_diffusion.kernels import (
     LogLinear,
     Uniform,
 )
-from ppl_diffusion.kernels.kappa_rules import backward, capped, constant_eta, fixed, rescaled
+from ppl_diffusion.kernels.kappa_rules import (
+    backward,
+    capped,
+    constant_eta,
+    fixed,
+    kappa_room,
+    rescaled,
+)
 from ppl_diffusion.kernels.psi import (
     SCHEDULES,
     PsiSchedule,
@@ -22,7 +29,6 @@ from ppl_diffusion.kernels.psi import (
     constant,
     dfm_corrector,
     forward_backward,
-    kappa_room,
     parse_psi,
     predictor_corrector,
     profile,

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion.kernels.duality import diffusion_signal
 from ppl_diffusion.models import UniformDiffusion, load
 from ppl_diffusion.models.distillation import Distillation, latent_levels
 from ppl_diffusion.models.training import train
+from ppl_diffusion.processes.duality import diffusion_signal
 from ppl_diffusion.testing.oracles import ExactChain, total_variation
 
 PAIRS = torch.full((3, 3), 0.005, dtype=torch.float64)

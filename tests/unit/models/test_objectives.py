@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from ppl_diffusion.kernels import nelbo_terms
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.models.distillation import Distillation
 from ppl_diffusion.models.objectives import Curriculum, Nelbo, duo_schedule
 from ppl_diffusion.models.program import stratified_times
 from ppl_diffusion.models.recipes import OBJECTIVES, RECIPES
 from ppl_diffusion.models.training import train
+from ppl_diffusion.processes import nelbo_terms
 
 
 @pytest.fixture

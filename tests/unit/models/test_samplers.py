@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.denoisers.filters import Nucleus, Temperature
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.models.masked import MaskedDiffusion
 from ppl_diffusion.models.samplers import SAMPLERS, SamplerSettings, filtered, make_chain
 from ppl_diffusion.models.uniform import UniformDiffusion

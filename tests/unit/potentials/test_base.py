@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials import Constraint, Potential, Reward
 from ppl_diffusion.testing.potential_contract import PotentialContract
 

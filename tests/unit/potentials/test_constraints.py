@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials import Constraint, ForbiddenMotif, GCContent, RequiredMotif
 from ppl_diffusion.potentials.dna import IUPAC, parse_iupac
 from ppl_diffusion.testing.potential_contract import PotentialContract

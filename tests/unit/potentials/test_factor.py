@@ -6,7 +6,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials import Potential, factor
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 

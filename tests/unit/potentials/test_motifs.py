@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 import torch
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials import (
     MotifMatrix,
     find_motif,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ppl_diffusion._errors import PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials import Likelihood, Reward, SequenceFunction
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.testing.potential_contract import PotentialContract

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion.denoisers import EvaluatedDenoiser
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import RESAMPLERS, CallableTwist, FeynmanKac, feynman_kac, run_smc

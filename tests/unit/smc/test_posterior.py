@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppl_diffusion._errors import ParticleCollapse
 from ppl_diffusion.diagnostics import summary, summary_table, to_arviz
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
 from ppl_diffusion.smc.posterior import ARRAYS_FILE, META_FILE

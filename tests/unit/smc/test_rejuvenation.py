@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.tempering import Tempering, default_moves, next_power
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.potentials import Potential

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_jax_namespace, is_torch_namespace
 
-from ppl_diffusion._arrays import Array, array_namespace, int64_of, to_float64
-from ppl_diffusion.kernels.processes import whole_number
-from ppl_diffusion.kernels.schedules import Schedule
+from ppl_diffusion.arrays import Array, array_namespace, int64_of, to_float64
+from ppl_diffusion.processes.base import whole_number
+from ppl_diffusion.processes.schedules import Schedule
 
 _NODES, _WIDTH = 128, 8.0
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.kernels import noise
-from ppl_diffusion.kernels.noise import (
-    draw_categorical,
-    draw_normalised,
-    jax_uniforms,
-    uniforms,
-)
+from ppl_diffusion.processes import noise
+from ppl_diffusion.processes.noise import draw_categorical, draw_normalised, jax_uniforms, uniforms
 from ppl_diffusion.testing import chi_square_p_value
 
 LAST = 1 - 2.0**-53

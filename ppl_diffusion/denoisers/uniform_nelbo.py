@@ -1,6 +1,6 @@
 """The bound of the uniform process on large vocabularies, without a second table of size ``V``.
 
-For ``pi = 1/V`` the integrand of :func:`~ppl_diffusion.kernels.nelbo_terms` needs only three
+For ``pi = 1/V`` the integrand of :func:`~ppl_diffusion.processes.nelbo_terms` needs only three
 numbers of a denoiser's row ``c``: with ``kappa = V a / (1 - a)`` and ``q_j = kappa c_j``, so that
 ``Y_j = V a c_j + 1 - a = (1 - a) (1 + q_j)``, these are ``q`` at the noised and at the clean token
 and ``G = sum_j log(1 + q_j)`` (Duo, Sahoo et al. 2025, arXiv:2506.10892, Eq. 17, divided by
@@ -35,7 +35,7 @@ def uniform_nelbo_terms(
 ) -> Tensor:
     """Return the integrand of the continuous-time NELBO of a uniform process, from logits.
 
-    Equal to :func:`~ppl_diffusion.kernels.nelbo_terms` with ``log_c = log_softmax(logits)``. No
+    Equal to :func:`~ppl_diffusion.processes.nelbo_terms` with ``log_c = log_softmax(logits)``. No
     table of size ``V`` is made besides the gradient of ``logits``.
 
     :param x0: clean tokens, int64 ``(*batch, L)``.

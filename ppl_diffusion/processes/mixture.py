@@ -17,7 +17,7 @@ revealed token of the absorbing process) ``c_z / D`` is cancelled analytically t
 A density is two gathers of ``c``; the vocabulary is touched only by the "denoiser" move.
 
 ``kappa`` may differ from site to site and may be negative while the sum stays a distribution
-(:func:`~ppl_diffusion.kernels.psi.kappa_room`); ``w_stay`` alone may then fall below zero.
+(:func:`~ppl_diffusion.kernels.kappa_rules.kappa_room`); ``w_stay`` alone may then fall below zero.
 All functions are pure array-API code: torch and ``jax.numpy`` arrays give the same numbers.
 """
 
@@ -25,26 +25,9 @@ import math
 
 from array_api_compat import is_torch_array
 
-from ppl_diffusion._arrays import (
-    Array,
-    array_namespace,
-    device_of,
-    float64_of,
-    to_float64,
-)
-from ppl_diffusion.kernels.noise import draw_categorical
-from ppl_diffusion.kernels.processes import Process
-
-__all__ = [
-    "draw_categorical",
-    "gather_clean",
-    "log_posterior_mean",
-    "mixture_log_prob",
-    "mixture_sample",
-    "posterior_to_cavity",
-    "site_weights",
-    "three_way",
-]
+from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, to_float64
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.noise import draw_categorical
 
 
 def three_way(

@@ -8,7 +8,7 @@ too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, s
 :func:`ppl_diffusion.testing.precision.trunc_probs` is the law). Hence, everywhere in this library:
 
 1. **The move first.** Stay, denoiser or prior is decided by one uniform against float64 weights
-   (:func:`~ppl_diffusion.kernels.mixture_sample`) or by event times; mask and tokens never meet
+   (:func:`~ppl_diffusion.processes.mixture_sample`) or by event times; mask and tokens never meet
    in one race.
 2. **Then one token from the unscaled prediction**, only where it is needed: one float64 uniform
    per row inverts the float64 distribution function (:func:`draw_categorical`). Nothing depends
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from array_api_compat import is_torch_array
 
-from ppl_diffusion._arrays import Array, array_namespace, float64_of, int64_of, to_float64
+from ppl_diffusion.arrays import Array, array_namespace, float64_of, int64_of, to_float64
 
 BLOCK = 256
 """Classes per block of the two-level search; smaller vocabularies are searched at once."""

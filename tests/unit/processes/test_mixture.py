@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.kernels import (
-    Absorbing,
-    Interpolating,
-    InterpolatingKernel,
-    Uniform,
+from ppl_diffusion.kernels import Absorbing, Interpolating, InterpolatingKernel, Uniform
+from ppl_diffusion.kernels.kappa_rules import kappa_room
+from ppl_diffusion.processes import (
     draw_categorical,
     log_posterior_mean,
     mixture_log_prob,
@@ -18,7 +16,6 @@ from ppl_diffusion.kernels import (
     posterior_to_cavity,
     three_way,
 )
-from ppl_diffusion.kernels.psi import kappa_room
 from ppl_diffusion.testing import (
     PROCESSES,
     chi_square_p_value,

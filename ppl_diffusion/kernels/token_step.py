@@ -9,18 +9,13 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from ppl_diffusion.distributions._shapes import (
-    check_expand,
-    check_normalised,
-    check_states,
-    check_value,
-)
-from ppl_diffusion.distributions._sparse import sparse_draw, sparse_log_prob
-from ppl_diffusion.distributions.step import StepDistribution
+from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction, as_prediction
+from ppl_diffusion.kernels._sparse import sparse_draw, sparse_log_prob
 from ppl_diffusion.kernels.kappa_rules import kappa_room
-from ppl_diffusion.kernels.mixture import mixture_log_prob, mixture_sample, site_weights
-from ppl_diffusion.kernels.prediction import HeadPrediction, Prediction, as_prediction
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.kernels.shapes import check_expand, check_value
+from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.mixture import mixture_log_prob, mixture_sample, site_weights
 
 
 class TokenStep(StepDistribution):
@@ -32,7 +27,7 @@ class TokenStep(StepDistribution):
     :param process: forward process.
     :param tokens: current states, int64 ``(*batch, L)``.
     :param log_probs: cavity log-probabilities of the denoiser, ``(*batch, L, V)``: a tensor, or a
-        :class:`~ppl_diffusion.kernels.Prediction` that is evaluated where it is needed.
+        :class:`~ppl_diffusion.denoisers.Prediction` that is evaluated where it is needed.
     :param alpha_t: signal level of the current state.
     :param alpha_s: signal level after the step, at least ``alpha_t``.
     :param kappa: Psi parameter, 1 is ancestral; a number, or one per site, broadcastable to
@@ -75,7 +70,7 @@ class TokenStep(StepDistribution):
         if self._validate_args:
             self._check_kappa()
             check_states(self)
-            check_normalised(self)
+            check_normalised(self, self.prediction)
 
     def _check_kappa(self) -> None:
         lowest, highest = (f(torch.as_tensor(self.kappa)).item() for f in (torch.min, torch.max))

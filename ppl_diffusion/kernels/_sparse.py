@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.mixture import three_way
-from ppl_diffusion.kernels.prediction import Prediction
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.denoisers.prediction import Prediction
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.mixture import three_way
 
 Levels = tuple[float, float, float | Tensor]
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.noise import draw_categorical
-
-if TYPE_CHECKING:
-    from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.processes.noise import draw_categorical
 
 CHUNK = 2**22
 """Log-probabilities held at once while the head runs on gathered rows (32 MB)."""

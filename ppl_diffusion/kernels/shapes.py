@@ -1,20 +1,12 @@
-"""Shape rules that every distribution of this room follows (Pyro's contract, enforced)."""
+"""Shape rules that steps and chains follow (Pyro's contract, enforced)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-
-from ppl_diffusion.kernels.prediction import DensePrediction
-
-if TYPE_CHECKING:
-    from ppl_diffusion.distributions.reveal_step import RevealStep
-    from ppl_diffusion.distributions.step import StepDistribution
-    from ppl_diffusion.distributions.token_step import TokenStep
 
 
 def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
@@ -75,34 +67,3 @@ def enumerated(
     batch = distribution.batch_shape
     values = grid.reshape(-1, *[1] * len(batch), *distribution.event_shape)
     return values.expand(-1, *batch, *distribution.event_shape) if expand else values
-
-
-def check_states(step: StepDistribution) -> None:
-    """Refuse current states that are none.
-
-    :param step: the distribution of the next state.
-    :raises ValueError: if a token is not one of its states.
-    """
-    tokens = step.tokens
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < step.num_states:
-        raise ValueError(
-            f"{type(step).__name__}: tokens must be states 0..{step.num_states - 1}, got "
-            f"{int(tokens.min())}..{int(tokens.max())}."
-        )
-
-
-def check_normalised(step: TokenStep | RevealStep) -> None:
-    """Refuse a table of predictions whose rows are no distributions.
-
-    :param step: a step made from predictions.
-    :raises ValueError: if a row of a table is NaN or does not sum to one within 1e-3.
-    """
-    prediction = step.prediction
-    if not isinstance(prediction, DensePrediction) or prediction.log_probs.numel() == 0:
-        return
-    total = prediction.log_probs.detach().to(torch.float64).exp().sum(-1)
-    if not bool(((total - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            f"{type(step).__name__}: log_probs must hold normalised log-probabilities, but a row "
-            "has another sum or a NaN; apply log_softmax."
-        )

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from ppl_diffusion._arrays import Array, array_namespace, to_float64
+from ppl_diffusion.arrays import Array, array_namespace, to_float64
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class LogLinear(Schedule):
 
     The published schedule leaves ``alpha(1) = eps`` although its chain starts from pure noise.
     Here the end is pinned, so the first reverse step carries the last ``eps`` of signal. The
-    continuous-time integrand of :func:`~ppl_diffusion.kernels.nelbo_terms` does not see that
-    jump; :func:`~ppl_diffusion.kernels.step_kl` from ``a = 0`` to ``b = eps`` is what it adds.
+    continuous-time integrand of :func:`~ppl_diffusion.processes.nelbo_terms` does not see that
+    jump; :func:`~ppl_diffusion.processes.step_kl` from ``a = 0`` to ``b = eps`` is what it adds.
 
     :param eps: signal level just before ``t = 1``, in ``[0, 1)``.
     """

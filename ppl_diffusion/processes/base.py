@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ppl_diffusion._arrays import Array, array_namespace, device_of, float64_of, int64_of
-from ppl_diffusion.kernels.schedules import Linear, Schedule
+from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, int64_of
+from ppl_diffusion.processes.schedules import Linear, Schedule
 
 
 class Process:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppl_diffusion.distributions._shapes import check_expand, check_value
-from ppl_diffusion.distributions.step import StepDistribution
-from ppl_diffusion.kernels.noise import draw_categorical
+from ppl_diffusion.kernels.shapes import check_expand, check_value
+from ppl_diffusion.kernels.step import StepDistribution
+from ppl_diffusion.processes.noise import draw_categorical
 
 
 class StateStep(StepDistribution):

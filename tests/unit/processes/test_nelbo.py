@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers import TableDenoiser
-from ppl_diffusion.kernels import Cosine, Linear, LogLinear, nelbo_terms, step_kl
+from ppl_diffusion.kernels import Cosine, Linear, LogLinear
+from ppl_diffusion.processes import nelbo_terms, step_kl
 from ppl_diffusion.testing import PROCESSES, random_joint, site_rows, toy_process
 
 SCHEDULES = [Linear(), LogLinear(eps=0.0), Cosine()]

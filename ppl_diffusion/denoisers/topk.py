@@ -14,8 +14,8 @@ argmax follows the uniform process at signal level ``diffusion_signal(mu, V)``.
 import math
 from typing import NamedTuple
 
-from ppl_diffusion._arrays import Array, array_namespace, device_of, int64_of, to_float64
-from ppl_diffusion.kernels.duality import (
+from ppl_diffusion.arrays import Array, array_namespace, device_of, int64_of, to_float64
+from ppl_diffusion.processes.duality import (
     require_two_tokens,
     skip_token,
     special_functions,

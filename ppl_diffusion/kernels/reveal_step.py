@@ -7,14 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppl_diffusion.distributions._shapes import (
-    check_expand,
-    check_normalised,
-    check_states,
-    check_value,
-)
-from ppl_diffusion.distributions.step import StepDistribution
-from ppl_diffusion.kernels.prediction import Prediction, as_prediction
+from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
+from ppl_diffusion.kernels.shapes import check_expand, check_value
+from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 
 
 class RevealStep(StepDistribution):
@@ -28,7 +23,7 @@ class RevealStep(StepDistribution):
 
     :param tokens: current states, int64 ``(*batch, L)``; the mask has id ``V``.
     :param log_probs: log-probabilities of clean tokens, ``(*batch, L, V)``, or a
-        :class:`~ppl_diffusion.kernels.Prediction`.
+        :class:`~ppl_diffusion.denoisers.Prediction`.
     :param eligible: bool ``(*batch, L)``: masked positions that may be revealed.
     :param count: how many are revealed.
     :param order: float64 ``(*batch, L)`` or None: the highest are revealed, with certainty.
@@ -66,7 +61,7 @@ class RevealStep(StepDistribution):
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
         if self._validate_args:
             check_states(self)
-            check_normalised(self)
+            check_normalised(self, self.prediction)
 
     @property
     def log_probs(self) -> Tensor:

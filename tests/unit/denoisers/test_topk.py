@@ -14,8 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ppl_diffusion.kernels.duality import diffusion_signal
-from ppl_diffusion.kernels.topk import (
+from ppl_diffusion.denoisers.topk import (
     _soft_weights,
     dense_latents,
     distinct_ranks,
@@ -24,7 +23,8 @@ from ppl_diffusion.kernels.topk import (
     log_mills,
     top_k_latents,
 )
-from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_terms
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_terms
+from ppl_diffusion.processes.duality import diffusion_signal
 
 ALPHA = 1e-7
 

@@ -11,8 +11,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion.distributions._shapes import enumerated
-from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.denoisers.prediction import DensePrediction, Prediction
+from ppl_diffusion.kernels.shapes import enumerated
+from ppl_diffusion.processes.noise import uniforms
 
 MAX_ENUMERATE = 2**16
 """Largest support that ``enumerate_support`` will build."""
@@ -80,3 +81,34 @@ class StepDistribution(TorchDistribution):
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
         return enumerated(self, self.num_states, expand, MAX_ENUMERATE)
+
+
+def check_states(step: StepDistribution) -> None:
+    """Refuse current states that are none.
+
+    :param step: the distribution of the next state.
+    :raises ValueError: if a token is not one of its states.
+    """
+    tokens = step.tokens
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < step.num_states:
+        raise ValueError(
+            f"{type(step).__name__}: tokens must be states 0..{step.num_states - 1}, got "
+            f"{int(tokens.min())}..{int(tokens.max())}."
+        )
+
+
+def check_normalised(step: StepDistribution, prediction: Prediction) -> None:
+    """Refuse a table of predictions whose rows are no distributions.
+
+    :param step: the step made from them, for the message.
+    :param prediction: what the denoiser said.
+    :raises ValueError: if a row of a table is NaN or does not sum to one within 1e-3.
+    """
+    if not isinstance(prediction, DensePrediction) or prediction.log_probs.numel() == 0:
+        return
+    total = prediction.log_probs.detach().to(torch.float64).exp().sum(-1)
+    if not bool(((total - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            f"{type(step).__name__}: log_probs must hold normalised log-probabilities, but a row "
+            "has another sum or a NaN; apply log_softmax."
+        )

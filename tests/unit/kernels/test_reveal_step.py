@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ppl_diffusion.denoisers.prediction import HeadPrediction
 from ppl_diffusion.distributions import RevealStep
-from ppl_diffusion.kernels.prediction import HeadPrediction
 from ppl_diffusion.testing import all_states, chi_square_p_value, state_index
 
 MASK = 3

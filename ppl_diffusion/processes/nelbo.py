@@ -5,9 +5,9 @@ MDLM's weighted cross-entropy (arXiv:2406.07524, Eq. 10) and with the uniform pr
 (arXiv:2412.10193, Eq. 14). ``step_kl`` is the same thing for one step of a finite chain.
 """
 
-from ppl_diffusion._arrays import Array, array_namespace, device_of, to_float64
-from ppl_diffusion.kernels.mixture import three_way
-from ppl_diffusion.kernels.processes import Process
+from ppl_diffusion.arrays import Array, array_namespace, device_of, to_float64
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.mixture import three_way
 
 
 def nelbo_terms(process: Process, x0: Array, z: Array, log_c: Array, t: Array) -> Array:

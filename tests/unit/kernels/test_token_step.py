@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ppl_diffusion.distributions import TokenStep
-from ppl_diffusion.kernels import Absorbing, Uniform, mixture_log_prob
+from ppl_diffusion.kernels import Absorbing, Uniform
+from ppl_diffusion.processes import mixture_log_prob
 
 
 def step(process=None, fixed=None, batch=(4,), **options):

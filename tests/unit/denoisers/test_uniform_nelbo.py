@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppl_diffusion.denoisers import TableDenoiser
-from ppl_diffusion.kernels import Linear, Uniform, nelbo_terms, uniform_nelbo
-from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden, uniform_nelbo_terms
+from ppl_diffusion.denoisers import TableDenoiser, uniform_nelbo
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden, uniform_nelbo_terms
+from ppl_diffusion.kernels import Linear, Uniform
+from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.testing import random_joint
 
 SIZES = [2, 5, 65, 1500]

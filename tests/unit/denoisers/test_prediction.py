@@ -5,22 +5,17 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser, Transformer, TransformerConfig
-from ppl_diffusion.distributions import ReverseChain, TokenStep
-from ppl_diffusion.kernels import (
-    Absorbing,
-    Interpolating,
-    InterpolatingKernel,
-    Uniform,
-    three_way,
-)
-from ppl_diffusion.kernels import prediction as room
-from ppl_diffusion.kernels.prediction import (
+from ppl_diffusion.denoisers import prediction as room
+from ppl_diffusion.denoisers.prediction import (
     DensePrediction,
     HeadPrediction,
     as_prediction,
     has_head,
     prefers_head,
 )
+from ppl_diffusion.distributions import ReverseChain, TokenStep
+from ppl_diffusion.kernels import Absorbing, Interpolating, InterpolatingKernel, Uniform
+from ppl_diffusion.processes import three_way
 
 V, L = 5, 4
 PROCESSES = {

@@ -13,8 +13,10 @@ import torch
 from scipy import stats
 
 from ppl_diffusion.denoisers import TableDenoiser
-from ppl_diffusion.kernels import Uniform, step_kl
-from ppl_diffusion.kernels.duality import (
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_terms
+from ppl_diffusion.kernels import Uniform
+from ppl_diffusion.processes import step_kl
+from ppl_diffusion.processes.duality import (
     DuoSchedule,
     coupled_states,
     diffusion_signal,
@@ -23,7 +25,6 @@ from ppl_diffusion.kernels.duality import (
     other_token,
     upper_normal,
 )
-from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_terms
 from ppl_diffusion.testing import random_joint
 
 ALPHA = 1e-7

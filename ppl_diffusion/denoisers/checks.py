@@ -1,0 +1,142 @@
+"""What a denoiser must be, and what it must return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.processes.base import Process
+
+
+def check_denoiser(process: Process, denoiser: Denoiser) -> None:
+    """Refuse a denoiser that cannot belong to a process.
+
+    :param process: forward process.
+    :param denoiser: the denoiser.
+    :raises CapabilityError: if kind, vocabulary or process do not fit.
+    """
+    kind = getattr(denoiser, "kind", None)
+    if kind not in ("cavity", "posterior"):
+        raise CapabilityError(
+            f"denoiser.kind must be 'cavity' or 'posterior', got {kind!r}; set it on the denoiser."
+        )
+    for name in ("vocab_size", "time_free"):
+        if not hasattr(denoiser, name):
+            raise CapabilityError(f"the denoiser has no attribute {name}; set it on the denoiser.")
+    size = denoiser.vocab_size
+    if size != process.vocab_size:
+        raise CapabilityError(
+            f"the denoiser has {size} clean tokens but the process has {process.vocab_size}; "
+            "build both with one vocabulary."
+        )
+    other = getattr(denoiser, "process", None)
+    if isinstance(other, Process) and not _same_noise(process, other, denoiser.time_free):
+        raise CapabilityError(
+            f"the denoiser was built for {other!r} but the kernel runs {process!r}; "
+            "build both with one process."
+        )
+
+
+def _same_noise(process: Process, other: Process, time_free: bool) -> bool:
+    """Return whether an exact denoiser of one process is right for the other."""
+    same_prior = np.array_equal(process.prior, other.prior)
+    return same_prior and (time_free or process.schedule == other.schedule)
+
+
+def clean_log_probs(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor:
+    """Drop mass on the mask (SUBS), insist on finite rows, and normalise them in float64.
+
+    :param log_c: what a denoiser returned for states of ``shape``, with or without a last column
+        for the mask.
+    :param shape: shape of the states, ``(*batch, L)``, or of gathered rows, ``(n,)``.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: float64 ``(*shape, V)``.
+    :raises TypeError: if the output is no tensor.
+    :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
+    """
+    log_c, total = in_float64(log_c, shape, vocab_size)
+    require_normalised((total.detach() - 1).abs().amax() if total.numel() else total.sum())
+    # float32 rows sum to one only almost: a path of many sites would lose that mass.
+    return log_c - total.log()
+
+
+def in_float64(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return predictions in float64, without a mask column, and the total of every row.
+
+    :param log_c: what a denoiser returned for states of ``shape``.
+    :param shape: shape of the states.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: ``(*shape, V)`` and ``(*shape, 1)``; totals are one up to round-off if the denoiser
+        is right, which :func:`require_normalised` checks.
+    :raises TypeError: if the output is no tensor.
+    :raises ValueError: if it has the wrong shape.
+    """
+    log_c = without_mask(log_c, shape, vocab_size).to(torch.float64)
+    return log_c, log_c.exp().sum(-1, keepdim=True)
+
+
+def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor:
+    """Return predictions over the clean tokens alone, in the dtype they come in.
+
+    :param log_c: what a denoiser returned for states of ``shape``.
+    :param shape: shape of the states.
+    :param vocab_size: number of clean tokens ``V``.
+    :returns: ``(*shape, V)``.
+    :raises TypeError: if the output is no tensor.
+    :raises ValueError: if it has the wrong shape.
+    """
+    expected = (*shape, vocab_size)
+    require_tensor(log_c, expected)
+    if tuple(log_c.shape) == (*shape, vocab_size + 1):
+        log_c = torch.log_softmax(log_c[..., :vocab_size], -1)
+    if tuple(log_c.shape) != expected:
+        raise ValueError(f"the denoiser returned shape {tuple(log_c.shape)}, expected {expected}.")
+    return log_c
+
+
+def require_normalised(deviation: Tensor) -> None:
+    """Refuse predictions that are not distributions.
+
+    :param deviation: largest deviation of a row's total from one, a scalar; NaN fails.
+    :raises ValueError: if it is 1e-3 or more, or NaN.
+    """
+    if not bool(deviation < 1e-3):
+        raise ValueError(
+            "the denoiser returned NaN or unnormalised log-probabilities; "
+            "apply log_softmax over the clean vocabulary."
+        )
+
+
+def require_rows(output: object, states: Tensor, vocab_size: int) -> None:
+    """Refuse an output that is not one row per position, before it is indexed or reshaped.
+
+    :param output: what a denoiser returned, log-probabilities or hidden states.
+    :param states: what it was shown, ``(*batch, L)``.
+    :param vocab_size: number of clean tokens ``V``, for the message.
+    :raises TypeError: if it is not a torch tensor.
+    :raises ValueError: if its shape is not ``(*batch, L, anything)``.
+    """
+    expected = (*states.shape, vocab_size)
+    require_tensor(output, expected)
+    shape = tuple(output.shape)  # type: ignore[attr-defined]
+    if shape[:-1] != tuple(states.shape):
+        raise ValueError(f"the denoiser returned shape {shape}, expected {expected}.")
+
+
+def require_tensor(log_probs: object, expected: tuple[int, ...]) -> None:
+    """Refuse what is no tensor, before an operation fails on it with an obscure message.
+
+    :param log_probs: what a denoiser returned.
+    :param expected: the shape to name in the message.
+    :raises TypeError: if it is not a torch tensor.
+    """
+    if not isinstance(log_probs, Tensor):
+        raise TypeError(
+            f"the denoiser returned {type(log_probs).__name__}, expected a torch tensor of "
+            f"log-probabilities of shape {expected}."
+        )
