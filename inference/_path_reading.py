@@ -49,7 +49,7 @@ def _latent(run: ProgramRun, name: str) -> Tensor:
 def _histories(clean: Tensor, site: ChainSite) -> Iterator[Tensor]:
     """Yield paths to the clean sequences: noise until the end, and noise that gives way."""
     chain = site.chain
-    noise = chain.kernel.init_carry(clean.shape[:-1], chain.length, prompt=chain.prompt)["tokens"]
+    noise = chain.start(clean.shape[:-1])["tokens"]
     step = torch.arange(chain.num_steps + 1)[:, None]
     for first in (chain.num_steps, 1, 1):
         when = torch.randint(first, chain.num_steps + 1, clean.shape)

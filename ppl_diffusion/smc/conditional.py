@@ -99,9 +99,10 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         """Return the noisiest states, slot 0 that of the retained path."""
         carry = super().init(runs, particles, generator)
         tokens = _hold(carry["tokens"], self.retained[..., 0, :])
-        carry = {**carry, **self._kernel.start_carry(tokens)}
+        given = self.model.chain.given
+        carry = {**carry, **self._kernel.start_carry(tokens, generator, given=given)}
         if isinstance(self._proposal, _KernelProposal):
-            carry |= self._proposal.start(tokens)
+            carry |= self._proposal.start(tokens, given)
         log_p = self._kernel.prior_log_prob(self.retained[..., 0, :], self.model.chain.prompt)
         _require(log_p > -math.inf, "starts from a state that the chain cannot start from")
         return carry
