@@ -113,7 +113,7 @@ def chain_target(
     states = all_states(kernel.process.num_states, chain.length)
 
     def rows(k: int, tokens: Tensor) -> Tensor:
-        step = kernel.step(kernel.start_carry(tokens), k)
+        step = kernel.step(kernel.start_carry(tokens, given=chain.given), k)
         found: Tensor = step.log_prob(states[:, None]).mT.exp()
         return found
 
@@ -177,7 +177,7 @@ def _site_factors(experts: Sequence[Expert], k: int, tokens: Tensor) -> Tensor:
     possible = forward > 0
     total = torch.where(forward > 0, forward, 1.0) ** (1 - order)
     for chain, exponent in experts:
-        cavity = chain.kernel.cavity_log_probs(tokens, k).exp()
+        cavity = chain.kernel.cavity_log_probs({"tokens": tokens}, k).exp()
         reverse = site_rows(kernel.process, tokens, cavity, a, b)
         possible = possible & (reverse > 0)
         total = total * torch.where(reverse > 0, reverse, 1.0) ** exponent

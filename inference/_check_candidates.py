@@ -167,7 +167,8 @@ def _metered(question: Question) -> Question:
         MeteredPotential(task.potential),
     )
     kernel = task.chain.kernel.with_denoiser(denoiser)
-    chain = ReverseChain(kernel, task.chain.length, prompt=task.chain.prompt)
+    known = {"prompt": task.chain.prompt, "given": task.chain.given}
+    chain = ReverseChain(kernel, task.chain.length, **known)
     return replace(
         question,
         pilot_target=chain,

@@ -131,19 +131,26 @@ class MeteredDenoiser:
         self.time_free: bool = denoiser.time_free
         forward_parameters(self, denoiser)
         forward_optional(
-            self, denoiser, "changes", "excludes_tokens", "output_size", "network_rows"
+            self,
+            denoiser,
+            "changes",
+            "conditions",
+            "excludes_tokens",
+            "output_size",
+            "network_rows",
         )
         if has_head(denoiser):
             forward_optional(self, denoiser, "head", "hidden_size")
             vars(self)["hidden"] = self._hidden
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return the denoiser's answer.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time.
         """
-        return self.meter(self.denoiser, tokens, t)
+        return self.meter(lambda *x: self.denoiser(*x, **given), tokens, t)
 
-    def _hidden(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        return self.meter(self.denoiser.hidden, tokens, t)  # type: ignore[attr-defined]
+    def _hidden(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
+        ask = self.denoiser.hidden  # type: ignore[attr-defined]
+        return self.meter(lambda *x: ask(*x, **given), tokens, t)

@@ -126,7 +126,7 @@ class ExpertEngine(TaskEngine):
         :param tokens: states, int64 ``(*batch, L)``.
         :param k: index into the time grid.
         """
-        return [kernel.cavity_log_probs(tokens, k) for kernel in self.kernels]
+        return [kernel.cavity_log_probs({"tokens": tokens}, k) for kernel in self.kernels]
 
     def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
         """Return what a look-ahead fills states with: the composed law of the clean tokens.

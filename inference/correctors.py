@@ -203,7 +203,7 @@ def order_inconsistency(
     revealed = rank[..., None, :] < torch.arange(chain.length + 1)[:, None]
     path = torch.where(revealed, x0[:, None, None, :], kernel.process.vocab_size)
     with torch.no_grad():
-        return kernel.path_log_prob(path).std(-1)
+        return kernel.path_log_prob(path, given=chain.given).std(-1)
 
 
 def _check_sequences(chain: ReverseChain, x0: Tensor, num_orders: int) -> None:

@@ -267,7 +267,7 @@ class TwistedEngine(TaskEngine):
         """Return the noisiest states; their twist is constant."""
         chain, batch = self.chain, (runs, particles, *self.chain.batch_shape)
         carry = self.kernel.init_carry(
-            batch, chain.length, prompt=chain.prompt, generator=generator
+            batch, chain.length, prompt=chain.prompt, generator=generator, given=chain.given
         )
         noise = None if self.fill is None else self.fill.init((*batch, chain.length), generator)
         return carry if noise is None else {**carry, FILL_UNIFORMS: noise}
@@ -368,7 +368,7 @@ class TwistedEngine(TaskEngine):
         tokens, noise = carry["tokens"], None
         if self.fill is not None:
             noise = self.fill.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return self.lookahead.guess(carry, self.kernel.posterior_mean(tokens, k), k, noise)
+        return self.lookahead.guess(carry, self.kernel.posterior_mean(carry, k), k, noise)
 
     def _look(self, moved: Carry, k: int, generator: torch.Generator | None) -> Carry:
         """Return the carry with a new guess and its score, except at the end."""

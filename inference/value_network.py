@@ -241,7 +241,8 @@ def bellman_residuals(
 def _residual(bound: BoundFeynmanKac, tokens: Tensor, k: int, num_children: int) -> Tensor:
     runs, size = tokens.shape[:2]
     family = torch.arange(size).repeat_interleave(num_children).expand(runs, -1)
-    carry = bound.model.chain.kernel.start_carry(tokens)
+    chain = bound.model.chain
+    carry = chain.kernel.start_carry(tokens, given=chain.given)
     children, _ = bound.move(bound.gather(carry, family), k, None)
     ahead, here = bound.log_twist(children, k + 1, None), bound.log_twist(carry, k, None)
     assert ahead is not None

@@ -1,5 +1,6 @@
 """What a denoiser is: a predictor of clean tokens from a noised sequence."""
 
+from collections.abc import Mapping
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -19,6 +20,11 @@ class Denoiser(Protocol):
     ``time_free`` promises that the output does not depend on ``t``, so that it may be reused
     while no token changed.
 
+    ``conditions`` (optional) names what the output depends on besides states and time, with the
+    number of event dimensions of each: ``{"label": 0, "vector": 1}``. The denoiser is then called
+    as ``denoiser(tokens, t, label=..., vector=...)``, each ``(*batch, *event)``, and so is its
+    ``hidden``.
+
     Optional attributes are read where they exist: ``hidden``, ``head`` and ``hidden_size`` (a
     sparse vocabulary head), ``changes`` (phrases that say how it departs from its network),
     ``excludes_tokens`` (it cuts off what the network allows) and ``network_rows`` (rows that one
@@ -32,13 +38,22 @@ class Denoiser(Protocol):
     kind: Kind
     time_free: bool
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``; the mask has id ``V``.
         :param t: time in ``[0, 1]``.
+        :param given: values of the conditions, if there are any.
         """
         ...
+
+
+def conditions_of(denoiser: Denoiser) -> Mapping[str, int]:
+    """Return what a denoiser reads besides states and time, name by name; mostly nothing.
+
+    :param denoiser: any denoiser.
+    """
+    return getattr(denoiser, "conditions", {})
 
 
 def forward_parameters(wrapper: Denoiser, denoiser: Denoiser) -> None:

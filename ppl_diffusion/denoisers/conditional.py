@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.base import Denoiser, Kind, conditions_of, forward_parameters
 from ppl_diffusion.denoisers.checks import clean_log_probs, require_rows
 from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
 from ppl_diffusion.denoisers.guidance import guided_log_probs
@@ -28,19 +29,21 @@ class Labelled:
 
     The network is called as ``network(tokens, t, label=label)``, and so is its ``hidden`` if it has
     one; ``label`` is int64 and broadcasts to the batch, where ``num_classes`` stands for "no label"
-    (the null class of label dropout). One label for all rows: a denoiser is a function of single
-    rows, which caches rely on; for several labels build several denoisers.
+    (the null class of label dropout). A label per row is a *condition*, which chains carry along
+    with their states: ``Labelled(network, "given")`` reads ``given={"label": ...}``.
 
     :param network: network with ``vocab_size``, ``kind``, ``time_free`` and a number of classes,
         ``num_classes`` or ``config.num_classes``.
-    :param label: the class, ``0..num_classes - 1``; None for no label.
+    :param label: the class, ``0..num_classes - 1``; None for no label, ``"given"`` for that of the
+        chain.
     :raises CapabilityError: if the network has no classes.
     :raises ValueError: if the label is none of its classes.
     """
 
-    def __init__(self, network: Any, label: int | None) -> None:
+    def __init__(self, network: Any, label: int | Literal["given"] | None) -> None:
         self.network, self.num_classes = network, _num_classes(network)
-        self.label = _check_label(label, self.num_classes)
+        self.label = label if label == "given" else _check_label(label, self.num_classes)
+        self.conditions: Mapping[str, int] = {"label": 0} if label == "given" else {}
         self.vocab_size: int = network.vocab_size
         self.kind: Kind = network.kind
         self.time_free: bool = network.time_free
@@ -55,19 +58,28 @@ class Labelled:
         """Whether the label is the null class."""
         return self.label == self.num_classes
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def labels(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the label that the network is given, a scalar or one per row.
+
+        :param tokens: states, int64 ``(*batch, L)``.
+        :param given: conditions of the chain.
+        """
+        if self.label == "given":
+            return given["label"]
+        return torch.tensor(self.label, device=tokens.device)
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return log-probabilities given the label, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
+        :param given: the label, where it is left to the chain.
         """
-        label = torch.tensor(self.label, device=tokens.device)
-        log_probs: Tensor = self.network(tokens, t, label=label)
+        log_probs: Tensor = self.network(tokens, t, label=self.labels(tokens, given))
         return log_probs
 
-    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
-        label = torch.tensor(self.label, device=tokens.device)
-        hidden: Tensor = self.network.hidden(tokens, t, label=label)
+    def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
+        hidden: Tensor = self.network.hidden(tokens, t, label=self.labels(tokens, given))
         return hidden
 
     def __repr__(self) -> str:
@@ -108,33 +120,35 @@ class Paired:
         """What the filters of the two do to their laws."""
         return tuple(dict.fromkeys(c for part in self._parts for c in getattr(part, "changes", ())))
 
-    def predict(self, tokens: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def conditions(self) -> Mapping[str, int]:
+        """What either of the two reads."""
+        return {n: dims for part in self._parts for n, dims in conditions_of(part).items()}
+
+    def predict(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the conditional and the unconditional log-probabilities.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
+        :param given: conditions; each part gets those that it reads.
         :returns: float64 ``(*batch, L, V)`` each, normalised.
         :raises TypeError: if a denoiser returns no tensor.
         :raises ValueError: if one returns the wrong shape, NaN or unnormalised rows.
         """
         if (network := self._shared_network) is None:
             first, second = (
-                clean_log_probs(part(tokens, t), tokens.shape, self.vocab_size)
+                clean_log_probs(part(tokens, t, **_own(part, given)), tokens.shape, self.vocab_size)
                 for part in self._parts
             )
             return first, second
         both = torch.stack([tokens, tokens])
-        output = network(both, t, label=self._labels(both))
+        output = network(both, t, label=self._labels(both, given))
         rows = clean_log_probs(output, both.shape, self.vocab_size).unbind()
         return self._filter(0, rows[0]), self._filter(1, rows[1])
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return both predictions side by side, shape ``(*batch, L, 2 V)``.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
-        """
-        return torch.cat(self.predict(tokens, t), -1)
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
+        """Return both predictions side by side, shape ``(*batch, L, 2 V)``."""
+        return torch.cat(self.predict(tokens, t, **given), -1)
 
     @property
     def _parts(self) -> tuple[Any, Any]:
@@ -147,9 +161,11 @@ class Paired:
         same = isinstance(first, Labelled) and isinstance(second, Labelled)
         return first.network if same and first.network is second.network else None  # type: ignore[attr-defined]
 
-    def _labels(self, both: Tensor) -> Tensor:
-        labels = [peel(part)[0].label for part in self._parts]  # type: ignore[attr-defined]
-        return torch.tensor(labels, device=both.device).reshape(2, *[1] * (both.ndim - 2))
+    def _labels(self, both: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        parts = [peel(part)[0] for part in self._parts]
+        labels = [part.labels(both, given) for part in parts]  # type: ignore[attr-defined]
+        stacked = torch.stack(torch.broadcast_tensors(*labels))
+        return stacked.reshape(2, *[1] * (both.ndim - 1 - stacked.ndim), *stacked.shape[1:])
 
     def _filter(self, which: int, log_probs: Tensor) -> Tensor:
         for layer in peel(self._parts[which])[1]:
@@ -200,33 +216,36 @@ class Guided(Paired):
         """What the filters and the guidance do to the law."""
         return (*super().changes, f"classifier-free guidance {self.weight:g} of the denoiser")
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return the guided log-probabilities, float64 ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
+        :param given: conditions.
         :raises TypeError: if a denoiser returns no tensor.
         :raises ValueError: if one misbehaves, or the two predictions of a position have no token in
             common.
         """
-        log_c = guided_log_probs(*self.predict(tokens, t), self.weight)
+        log_c = guided_log_probs(*self.predict(tokens, t, **given), self.weight)
         return require_common_support(log_c, self._unread(tokens))
 
-    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
         """Return both hidden states, and a last column that says where nobody reads the head."""
-        parts = self._hidden_parts(tokens, t)
+        parts = self._hidden_parts(tokens, t, given)
         unread = self._unread(tokens)
         flag = torch.zeros_like(tokens) if unread is None else unread
         return torch.cat([*parts, flag[..., None].to(parts[0].dtype)], -1)
 
-    def _hidden_parts(self, tokens: Tensor, t: float | Tensor) -> list[Tensor]:
+    def _hidden_parts(
+        self, tokens: Tensor, t: float | Tensor, given: Mapping[str, Tensor]
+    ) -> list[Tensor]:
         if (network := self._shared_network) is None:
-            parts = [part.hidden(tokens, t) for part in self._parts]
+            parts = [part.hidden(tokens, t, **_own(part, given)) for part in self._parts]
             for hidden in parts:
                 require_rows(hidden, tokens, self.vocab_size)
             return parts
         both = torch.stack([tokens, tokens])
-        hidden = network.hidden(both, t, label=self._labels(both))
+        hidden = network.hidden(both, t, label=self._labels(both, given))
         require_rows(hidden, both, self.vocab_size)
         return list(hidden.unbind())
 
@@ -264,6 +283,10 @@ def require_common_support(log_probs: Tensor, unread: Tensor | None = None) -> T
             "no state in common; soften their filters or use a weight of 0 or 1."
         )
     return log_probs.masked_fill(dead[..., None], -math.log(log_probs.shape[-1]))
+
+
+def _own(part: Denoiser, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: given[name] for name in conditions_of(part)}
 
 
 def _num_classes(network: Any) -> int:

@@ -6,6 +6,10 @@ reuses for every row it has just seen at the same time (at any time, if the deno
 ``time_free``). Costs are counted in network rows.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,10 +20,48 @@ from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.rows import RowTable, distinct_rows
 
 
+class _Rows(NamedTuple):
+    """States ``(B, L)`` with the conditions of each, ``(B, *event)``."""
+
+    tokens: Tensor
+    given: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, tokens: Tensor, given: dict[str, Tensor]) -> _Rows:
+        batch = tokens.ndim - 1
+        flat = {n: x.reshape(-1, *x.shape[batch:]) for n, x in given.items()}
+        return cls(tokens.reshape(-1, tokens.shape[-1]), flat)
+
+    @property
+    def key(self) -> Tensor:
+        """What the output depends on, as integers: never the tokens alone."""
+        parts = [_bits(x).reshape(len(self.tokens), -1) for x in self.given.values()]
+        return torch.cat([self.tokens, *parts], -1) if parts else self.tokens
+
+    def take(self, index: Tensor) -> _Rows:
+        return _Rows(self.tokens[index], {n: x[index] for n, x in self.given.items()})
+
+    def split(self, size: int) -> list[_Rows]:
+        names, columns = list(self.given), [x.split(size) for x in self.given.values()]
+        chunks = zip(self.tokens.split(size), *columns, strict=True)
+        return [_Rows(z, dict(zip(names, own, strict=True))) for z, *own in chunks]
+
+
+class _Last(NamedTuple):
+    """The last call; tensors are known by identity and version, which costs nothing to compare."""
+
+    tokens: Tensor
+    given: dict[str, Tensor]
+    versions: list[int]
+    t: float
+    output: Tensor
+
+
 class EvaluatedDenoiser:
     """A denoiser with row deduplication, reuse and counters.
 
-    Outputs are those of the wrapped denoiser; reuse is skipped while gradients are recorded.
+    Outputs are those of the wrapped denoiser; reuse is skipped while gradients are recorded. Rows
+    are the same where tokens *and* conditions are, bit by bit.
 
     :param denoiser: the denoiser to evaluate.
     :param reuse: keep the last call's outputs; switched off, only deduplication remains.
@@ -52,86 +94,101 @@ class EvaluatedDenoiser:
             vars(self)["hidden"] = self._hidden
             vars(self)["hidden_size"] = denoiser.hidden_size  # type: ignore[attr-defined]
         self._memory: tuple[float, RowTable] | None = None
-        self._last: tuple[Tensor, int, float, Tensor] | None = None
+        self._last: _Last | None = None
         forward_parameters(self, denoiser)
         forward_optional(
-            self, denoiser, "changes", "excludes_tokens", "output_size", "network_rows"
+            self,
+            denoiser,
+            "changes",
+            "conditions",
+            "excludes_tokens",
+            "output_size",
+            "network_rows",
         )
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``, a number or one per row; rows with times of their own are
             neither deduplicated nor reused, unless the denoiser is time-free.
+        :param given: conditions, ``(*batch, *event)``.
         """
-        output = self._hidden(tokens, t)
+        output = self._hidden(tokens, t, **given)
         return self.denoiser.head(output) if self._sparse else output  # type: ignore[attr-defined]
 
-    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
         """Return the hidden states where those are kept, the log-probabilities otherwise."""
-        rows = tokens.reshape(-1, tokens.shape[-1])
-        self.rows_requested += len(rows) * self._network_rows
+        rows = _Rows.of(tokens, given)
+        self.rows_requested += len(rows.tokens) * self._network_rows
         if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
             return self._evaluate(rows, t.expand(tokens.shape[:-1]).reshape(-1)).reshape(
                 *tokens.shape, -1
             )
         t = float(t if not isinstance(t, Tensor) else t.flatten()[0])
-        if (known := self._recall_last(tokens, t)) is not None:
+        if (known := self._recall_last(tokens, t, given)) is not None:
             return known
-        first, inverse = distinct_rows(rows)
-        values = self._values(rows[first], t)
+        key = rows.key
+        first, inverse = distinct_rows(key)
+        values = self._values(rows.take(first), key[first], t)
         output = values[inverse].reshape(*tokens.shape, -1)
         # An inference tensor can be edited without leaving a trace.
-        if self.reuse and not torch.is_grad_enabled() and not tokens.is_inference():
-            self._last = (tokens, tokens._version, t, output)
+        tensors = (tokens, *given.values())
+        traced = not any(x.is_inference() for x in tensors)
+        if self.reuse and not torch.is_grad_enabled() and traced:
+            self._last = _Last(tokens, given, [x._version for x in tensors], t, output)
         return output
 
-    def _recall_last(self, tokens: Tensor, t: float) -> Tensor | None:
-        """Return the last output where the very same tensor comes again (a twist, then a move)."""
-        if self._last is None or torch.is_grad_enabled() or tokens.is_inference():
+    def _recall_last(self, tokens: Tensor, t: float, given: dict[str, Tensor]) -> Tensor | None:
+        """Return the last output where the very same tensors come again (a twist, then a move)."""
+        last = self._last
+        if last is None or torch.is_grad_enabled() or last.tokens is not tokens:
             return None
-        last, version, time, output = self._last
-        same = last is tokens and version == tokens._version and (self.time_free or t == time)
-        return output if same else None
+        if given.keys() != last.given.keys() or not (self.time_free or t == last.t):
+            return None
+        same = all(x is last.given[name] for name, x in given.items())
+        unmoved = [x._version for x in (tokens, *last.given.values())] == last.versions
+        return last.output if same and unmoved else None
 
-    def _values(self, rows: Tensor, t: float) -> Tensor:
+    def _values(self, rows: _Rows, key: Tensor, t: float) -> Tensor:
         if torch.is_grad_enabled() or not self.reuse:
             return self._evaluate(rows, t)
-        known = self._recall(rows, t)
+        known = self._recall(key, t)
         values = self._evaluate(rows, t) if known is None else self._complete(rows, t, *known)
-        self._memory = (t, RowTable.build(rows, values))
+        self._memory = (t, RowTable.build(key, values))
         return values
 
-    def _recall(self, rows: Tensor, t: float) -> tuple[Tensor, Tensor] | None:
+    def _recall(self, key: Tensor, t: float) -> tuple[Tensor, Tensor] | None:
         """Return ``(index, remembered values)``, or None where nothing can be reused."""
         if self._memory is None or not (self.time_free or self._memory[0] == t):
             return None
         table = self._memory[1]
-        if table.rows.shape[-1] != rows.shape[-1]:
+        if table.rows.shape[-1] != key.shape[-1]:
             return None
-        index = table.find(rows)
+        index = table.find(key)
         return (index, table.values) if bool((index >= 0).any()) else None
 
-    def _complete(self, rows: Tensor, t: float, index: Tensor, remembered: Tensor) -> Tensor:
+    def _complete(self, rows: _Rows, t: float, index: Tensor, remembered: Tensor) -> Tensor:
         values = remembered[index.clamp_min(0)]
         new = index < 0
         if bool(new.any()):
-            values[new] = self._evaluate(rows[new], t)
+            values[new] = self._evaluate(rows.take(new), t)
         return values
 
-    def _evaluate(self, rows: Tensor, t: float | Tensor) -> Tensor:
-        size = len(rows) if self.max_rows is None else self.max_rows
-        chunks = rows.split(max(size, 1))
-        times = t.split(max(size, 1)) if isinstance(t, Tensor) else [t] * len(chunks)
+    def _evaluate(self, rows: _Rows, t: float | Tensor) -> Tensor:
+        count = len(rows.tokens)
+        size = max(count if self.max_rows is None else self.max_rows, 1)
+        chunks = rows.split(size)
+        times = t.split(size) if isinstance(t, Tensor) else [t] * len(chunks)
         self.num_calls += len(chunks)
         before = self._counted_inside
         ask = self.denoiser.hidden if self._sparse else self.denoiser  # type: ignore[attr-defined]
-        outputs = [ask(chunk, time) for chunk, time in zip(chunks, times, strict=True)]
+        pairs = zip(chunks, times, strict=True)
+        outputs = [ask(chunk.tokens, time, **chunk.given) for chunk, time in pairs]
         inside = self._counted_inside - before
-        self.rows_evaluated += inside if self._is_counter else len(rows) * self._network_rows
+        self.rows_evaluated += inside if self._is_counter else count * self._network_rows
         for output, chunk in zip(outputs, chunks, strict=True):
-            require_rows(output, chunk, self.vocab_size)
+            require_rows(output, chunk.tokens, self.vocab_size)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @property
@@ -142,3 +199,11 @@ class EvaluatedDenoiser:
     def __repr__(self) -> str:
         rows = f"{self.rows_evaluated} of {self.rows_requested} rows"
         return f"EvaluatedDenoiser({self.denoiser!r}, {rows})"
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return values as int64 that are equal where the values are the same bits."""
+    if values.is_floating_point():
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+        values = values.contiguous().view(whole)
+    return values.to(torch.int64)

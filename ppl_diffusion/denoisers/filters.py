@@ -52,7 +52,7 @@ class Filter(ABC):
         self.time_free: bool = denoiser.time_free
         self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
         forward_parameters(self, denoiser)
-        forward_optional(self, denoiser, "process", "network_rows")
+        forward_optional(self, denoiser, "process", "network_rows", "conditions")
         if has_sparse_head(denoiser):
             forward_optional(self, denoiser, "hidden", "hidden_size")
             vars(self)["head"] = self._filtered_head
@@ -89,15 +89,16 @@ class Filter(ABC):
             return log_probs
         return self.filter_rows(clean_log_probs(log_probs, shape, self.vocab_size))
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return filtered log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``.
         :param t: time in ``[0, 1]``.
+        :param given: conditions of the wrapped denoiser.
         :raises TypeError: if the wrapped denoiser returns no tensor.
         :raises ValueError: if it returns the wrong shape, NaN or unnormalised rows.
         """
-        return self.filter_output(self.denoiser(tokens, t), tokens.shape)
+        return self.filter_output(self.denoiser(tokens, t, **given), tokens.shape)
 
     def _filtered_head(self, hidden: Tensor) -> Tensor:
         rows = self.denoiser.head(hidden)  # type: ignore[attr-defined]

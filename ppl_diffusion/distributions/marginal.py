@@ -93,17 +93,33 @@ class ChainMarginal(TorchDistribution):
                 "log_prob_bound (a lower bound) or log_prob_estimate (unbiased likelihood)."
             )
         self._require_markov("log_prob")
+        given = self._one_condition()
         if self.chain.prompt is not None and self.chain.prompt.ndim > 1:
             raise IntractableLogProb(
                 "log_prob: the exact marginal is computed for one prompt; build a chain for each."
             )
-        table = self._state_log_probs()
+        table = self._state_log_probs(given)
         clean = self._is_clean(value)
         powers = size ** torch.arange(self.chain.length - 1, -1, -1)
         log_p = torch.where(
             clean, table[torch.where(clean, (value * powers).sum(-1), 0)], -torch.inf
         )
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    def _one_condition(self) -> dict[str, Tensor]:
+        """Return the condition that all chains of the batch share."""
+        chain, one = self.chain, {}
+        for name, value in chain.given.items():
+            rows = (
+                value.flatten(0, len(chain.batch_shape) - 1) if chain.batch_shape else value[None]
+            )
+            one[name] = rows[0]
+            if not bool((rows == rows[:1]).all()):
+                raise IntractableLogProb(
+                    f"log_prob: the exact marginal is computed for one value of {name!r}; build a "
+                    "chain for each."
+                )
+        return one
 
     def _require_markov(self, what: str) -> None:
         if not self.chain.kernel.markov or self.chain.kernel.capability == SAMPLE_ONLY:
@@ -128,7 +144,7 @@ class ChainMarginal(TorchDistribution):
                 "use log_prob on a tiny chain, or samples."
             )
 
-    def _state_log_probs(self) -> Tensor:
+    def _state_log_probs(self, given: dict[str, Tensor]) -> Tensor:
         """Return the log-law of the final state over all states, ``(S ** L,)``."""
         chain, kernel = self.chain, self.chain.kernel
         grid = torch.cartesian_prod(*[torch.arange(kernel.process.num_states)] * chain.length)
@@ -136,7 +152,8 @@ class ChainMarginal(TorchDistribution):
         law = kernel.prior_log_prob(states, chain.prompt).exp()
         for k in range(kernel.num_steps):
             reached = law > 0
-            step = kernel.step({"tokens": states[reached]}, k, fixed=chain.fixed)
+            carry = kernel.start_carry(states[reached], given=given)
+            step = kernel.step(carry, k, fixed=chain.fixed)
             moves = step.log_prob(states[:, None]).exp()  # (to, from)
             law = moves @ law[reached]
         return torch.log(law)
@@ -152,7 +169,10 @@ class ChainMarginal(TorchDistribution):
                 f"ChainMarginal: a value must hold clean token ids, 0..{last}, got "
                 f"{int(value.min())}..{int(value.max())}; a mask is no token of x0."
             )
-        return value
+        if not self.chain.given:
+            return value
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return value.expand(*batch, -1)  # one condition per row
 
     def log_prob_bound(
         self,
@@ -212,9 +232,10 @@ class ChainMarginal(TorchDistribution):
         a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
         z = kernel.process.corrupt(x0, a, uniforms[0], uniforms[1])
         z = z if chain.prompt is None else torch.where(chain.prompt >= 0, x0, z)
+        carry = kernel.start_carry(z, given=chain.given)
         with torch.no_grad():
-            log_c = kernel.cavity_log_probs(z, k)
-        site = step_kl(kernel.process, x0, z, log_c, a, b, kernel.site_kappa({"tokens": z}, k))
+            log_c = kernel.cavity_log_probs(carry, k)
+        site = step_kl(kernel.process, x0, z, log_c, a, b, kernel.site_kappa(carry, k))
         if chain.prompt is not None:
             broken = torch.where(x0 == chain.prompt, 0.0, torch.inf).to(site.dtype)
             site = torch.where(chain.prompt >= 0, broken, site)
@@ -249,9 +270,7 @@ class ChainMarginal(TorchDistribution):
     def _bridge_log_weight(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
         known = torch.nn.functional.one_hot(x0, kernel.process.vocab_size).to(torch.float64).log()
-        carry = kernel.init_carry(
-            x0.shape[:-1], chain.length, prompt=chain.prompt, generator=generator
-        )
+        carry = chain.start(x0.shape[:-1], generator)
         log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64)
         with torch.no_grad():
             for k in range(kernel.num_steps):

@@ -6,6 +6,7 @@ process does not take the network along, and forgets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ _Versions = tuple[tuple[int, int], ...]
 class _Memo(NamedTuple):
     kernel: Kernel
     prompt: Tensor | None
+    given: Mapping[str, Tensor]
     version: int
     parameters: _Versions
     log_p: Tensor
@@ -28,34 +30,56 @@ class _Memo(NamedTuple):
 _MEMOS = WeakTensorKeyDictionary()
 
 
-def remember(path: Tensor, kernel: Kernel, log_p: Tensor, *, prompt: Tensor | None = None) -> None:
+def remember(
+    path: Tensor,
+    kernel: Kernel,
+    log_p: Tensor,
+    *,
+    prompt: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
+) -> None:
     """Note a path's log-probability; not in inference mode, where edits leave no trace.
 
     :param path: the sampled path.
     :param kernel: the kernel it was sampled from.
     :param log_p: its log-probability.
     :param prompt: the prompt of the chain.
+    :param given: its conditions.
     """
     if not path.is_inference():
-        _MEMOS[path] = _Memo(kernel, prompt, path._version, _versions(kernel), log_p)
+        own = {name: value.detach().clone() for name, value in (given or {}).items()}
+        _MEMOS[path] = _Memo(kernel, prompt, own, path._version, _versions(kernel), log_p)
 
 
-def recall(path: Tensor, kernel: Kernel, *, prompt: Tensor | None = None) -> Tensor | None:
+def recall(
+    path: Tensor,
+    kernel: Kernel,
+    *,
+    prompt: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
+) -> Tensor | None:
     """Return the remembered log-probability where it is still valid, else None.
 
-    It is not where the path was edited, the kernel or the prompt is another one, a parameter of
-    the network moved, or a gradient is wanted (the memo was computed without one).
+    It is not where the path was edited, the kernel, the prompt or a condition is another one, a
+    parameter of the network moved, or a gradient is wanted (the memo was computed without one).
 
     :param path: a path.
     :param kernel: the kernel that is to score it.
     :param prompt: the prompt of the chain that is to score it.
+    :param given: its conditions.
     """
+    given = given or {}
     memo: _Memo | None = _MEMOS.get(path)
     if memo is None or not memo.kernel.same_as(kernel) or memo.version != path._version:
         return None
-    if not _same_prompt(memo.prompt, prompt) or memo.parameters != _versions(kernel):
+    if not _same(memo.prompt, prompt) or memo.parameters != _versions(kernel):
         return None
-    if torch.is_grad_enabled() and declares_gradient(kernel):
+    if memo.given.keys() != given.keys():
+        return None
+    if not all(_same(value, given[name]) for name, value in memo.given.items()):
+        return None
+    moving = declares_gradient(kernel) or any(value.requires_grad for value in given.values())
+    if torch.is_grad_enabled() and moving:
         return None
     return memo.log_p
 
@@ -73,10 +97,10 @@ def _versions(kernel: Kernel) -> _Versions:
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
 
 
-def _same_prompt(here: Tensor | None, there: Tensor | None) -> bool:
+def _same(here: Tensor | None, there: Tensor | None) -> bool:
     if here is None or there is None:
         return here is there
-    # The prompt of an expanded chain is the same one, repeated.
+    # What an expanded chain has is the same, repeated.
     try:
         return bool((here == there).all())
     except RuntimeError:

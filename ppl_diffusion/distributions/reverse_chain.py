@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -11,7 +12,7 @@ from torch.distributions import constraints
 
 from ppl_diffusion.distributions.marginal import ChainMarginal
 from ppl_diffusion.distributions.memo import declares_gradient, recall, remember
-from ppl_diffusion.kernels.base import Kernel, SampledPath
+from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, check_given
 from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
 from ppl_diffusion.kernels.step import MAX_ENUMERATE
 from ppl_diffusion.processes.base import whole_number
@@ -35,8 +36,10 @@ class ReverseChain(TorchDistribution):
         own: tokens present from the start, -1 where the chain is free.
         This defines the chain that is started from the prompt; to condition a chain on tokens
         of ``x0`` use :func:`ppl_diffusion.handlers.clamp`.
+    :param given: what the denoiser's ``conditions`` are, each ``(*batch, *event)``: the chain is a
+        conditional law, and its batch is the common one of prompt and conditions.
     :raises TypeError: if the length or the prompt is not of whole numbers.
-    :raises ValueError: if the length or the prompt does not fit.
+    :raises ValueError: if the length, the prompt or the conditions do not fit.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's class protocol)
@@ -48,14 +51,30 @@ class ReverseChain(TorchDistribution):
         length: int,
         *,
         prompt: Tensor | None = None,
+        given: Mapping[str, Any] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.kernel, self.length = kernel, whole_number(length, "ReverseChain: length")
         kernel.check_length(self.length)
         self.prompt = None if prompt is None else _check_prompt(prompt, self.length, kernel)
-        batch_shape = torch.Size() if self.prompt is None else self.prompt.shape[:-1]
+        self.given = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
+        check_given(kernel, self.given, "ReverseChain")
+        batch_shape = self._common_batch()
+        self.given = kernel.expand_given(self.given, batch_shape)
         event_shape = torch.Size((kernel.num_steps + 1, self.length))
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
+
+    def _common_batch(self) -> torch.Size:
+        shapes = [] if self.prompt is None else [self.prompt.shape[:-1]]
+        for name, value in self.given.items():
+            shapes.append(value.shape[: value.ndim - self.kernel.conditions[name]])
+        try:
+            return torch.Size(torch.broadcast_shapes(*shapes))
+        except RuntimeError as error:
+            raise ValueError(
+                f"ReverseChain: the batch shapes of prompt and conditions, "
+                f"{[tuple(shape) for shape in shapes]}, do not broadcast; give them one batch."
+            ) from error
 
     @property
     def num_steps(self) -> int:
@@ -85,6 +104,16 @@ class ReverseChain(TorchDistribution):
         """Return the law of the clean sequence, as a distribution of its own."""
         return ChainMarginal(self)
 
+    def start(self, batch_shape: Sequence[int], generator: torch.Generator | None = None) -> Carry:
+        """Return the carry of a noisiest state, with the chain's prompt and conditions.
+
+        :param batch_shape: all leading dimensions, those of the chain last.
+        :param generator: source of randomness (the global one by default).
+        """
+        return self.kernel.init_carry(
+            batch_shape, self.length, prompt=self.prompt, generator=generator, given=self.given
+        )
+
     def sample(
         self,
         sample_shape: Sequence[int] = torch.Size(),
@@ -102,17 +131,17 @@ class ReverseChain(TorchDistribution):
         probe = not declares_gradient(self.kernel)
         with torch.no_grad():
             drawn = self.kernel.sample_path(
-                shape, self.length, prompt=self.prompt, generator=generator, probe=probe
+                shape, self.length, generator=generator, probe=probe, **self._known
             ) or self._sample_steps(shape, generator, probe)
         if drawn.log_prob is not None and not drawn.hidden_gradient:
-            remember(drawn.path, self.kernel, drawn.log_prob, prompt=self.prompt)
+            remember(drawn.path, self.kernel, drawn.log_prob, **self._known)
         return drawn.path
 
     def _sample_steps(
         self, shape: torch.Size, generator: torch.Generator | None, probe: bool
     ) -> SampledPath:
         kernel, hidden = self.kernel, False
-        carry = kernel.init_carry(shape, self.length, prompt=self.prompt, generator=generator)
+        carry = self.start(shape, generator)
         log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
         states = [carry["tokens"]]
         for k in range(kernel.num_steps):
@@ -121,7 +150,7 @@ class ReverseChain(TorchDistribution):
             tokens = step.sample(generator=generator)
             increment = step.log_prob(tokens)
             hidden = hidden or (probe and getattr(step, "wants_gradient", False))
-            probe = probe and not kernel.asks_denoiser(carry["tokens"], k)
+            probe = probe and not kernel.asks_denoiser(carry, k)
             log_p = log_p + increment.detach()
             carry = kernel.advance(carry, tokens, k, step=step)
             states.append(tokens)
@@ -135,18 +164,25 @@ class ReverseChain(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        log_p = recall(value, self.kernel, prompt=self.prompt)
+        log_p = recall(value, self.kernel, **self._known)
         if log_p is None:
             log_p = self._path_log_prob(check_value(self, value))
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
+    @property
+    def _known(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "given": self.given}
+
     def _path_log_prob(self, path: Tensor) -> Tensor:
-        whole = self.kernel.path_log_prob(path, prompt=self.prompt)
+        if self.given:  # one condition per row, so there must be as many rows
+            batch = torch.broadcast_shapes(path.shape[:-2], self.batch_shape)
+            path = path.expand(*batch, -1, -1)
+        whole = self.kernel.path_log_prob(path, **self._known)
         if whole is not None:
             return whole
         states = path.unbind(-2)
         log_p = self.kernel.prior_log_prob(states[0], self.prompt)
-        carry = self.kernel.start_carry(states[0])
+        carry = self.kernel.start_carry(states[0], given=self.given)
         for k, tokens in enumerate(states[1:]):
             step = self.kernel.step(carry, k, fixed=self.fixed)
             log_p = log_p + step.log_prob(tokens)
@@ -173,13 +209,18 @@ class ReverseChain(TorchDistribution):
         new.kernel, new.length, new.prompt = self.kernel, self.length, self.prompt
         if new.prompt is not None and new.prompt.ndim > 1:
             new.prompt = new.prompt.expand(*shape, -1)
+        new.given = self.kernel.expand_given(self.given, shape)
         super(ReverseChain, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     @classmethod
     def infer_shapes(
-        cls, kernel: object = (), length: object = (), prompt: object = ()
+        cls,
+        kernel: object = (),
+        length: object = (),
+        prompt: object = (),
+        given: Mapping[str, Tensor] | None = None,
     ) -> tuple[torch.Size, torch.Size]:
         """Return ``(batch_shape, event_shape)``; a batch of prompts must be a tensor.
 
@@ -196,6 +237,9 @@ class ReverseChain(TorchDistribution):
                 "the shape of a path does not follow from array shapes."
             )
         batch = prompt.shape[:-1] if isinstance(prompt, Tensor) else torch.Size()
+        for name, value in (given or {}).items():
+            own = value.shape[: value.ndim - kernel.conditions[name]]
+            batch = torch.Size(torch.broadcast_shapes(batch, own))
         return batch, torch.Size((kernel.num_steps + 1, length))
 
     def __repr__(self) -> str:

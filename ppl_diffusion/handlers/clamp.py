@@ -141,7 +141,7 @@ class ClampedChain(ProposedChain):
     def _propose(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         chain, kernel = self.chain, self.chain.kernel
         with torch.no_grad():
-            carry = kernel.init_carry(shape, chain.length, prompt=chain.prompt)
+            carry = chain.start(shape)
             log_p = kernel.prior_log_prob(carry["tokens"], chain.prompt)
             log_weight = torch.zeros_like(log_p)
             states = [carry["tokens"]]

@@ -132,7 +132,7 @@ class SteeredChain(ProposedChain):
 
 
 def _unbatched(chain: ReverseChain) -> ReverseChain:
-    return ReverseChain(chain.kernel, chain.length, prompt=chain.prompt)
+    return ReverseChain(chain.kernel, chain.length, prompt=chain.prompt, given=chain.given)
 
 
 def _safe(log_weights: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class TwistedChain(ProposedChain):
         chain, kernel, twist = self.chain, self.chain.kernel, joined(self.twist, self.clamp)
         assert twist is not None
         with torch.no_grad():
-            carry = kernel.init_carry(shape, chain.length, prompt=chain.prompt)
+            carry = chain.start(shape)
             log_p = kernel.prior_log_prob(carry["tokens"], chain.prompt)
             log_weight = torch.zeros_like(log_p)
             states = [carry["tokens"]]
@@ -253,7 +253,7 @@ class TwistedSteeredChain(SteeredChain):
 
     def _run(self, runs: int) -> SMCTrace:
         how, chain = self.steering, self.chain
-        alone = ReverseChain(chain.kernel, chain.length, prompt=chain.prompt)
+        alone = ReverseChain(chain.kernel, chain.length, prompt=chain.prompt, given=chain.given)
         proposal = joined(self.twist, self.clamp)
         fk = FeynmanKac(alone, how.potential, twist=how.twist, proposal=proposal)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import SAMPLE_ONLY, Carry
+from ppl_diffusion.kernels.base import GIVEN, SAMPLE_ONLY, Carry
 
 
 class Unroll(Reparam):
@@ -46,14 +46,16 @@ class Unroll(Reparam):
             value = None if given is None else given[k]
             states.append(pyro.sample(f"{name}_{k}", step, obs=value))
             state = states[-1]
-            if not kernel.markov:  # what the carry remembers has all dimensions of the states
+            # What the carry remembers has all dimensions of the states.
+            if not kernel.markov or chain.given:
                 batch = torch.broadcast_shapes(state.shape[:-1], step.batch_shape)
                 state = state.expand(*batch, -1)
-            carry = (
-                kernel.advance(carry, state, k - 1, step=step)
-                if k > 0
-                else kernel.start_carry(state)
-            )
+            if k == 0:
+                carry = kernel.start_carry(state)
+            else:
+                carry = kernel.advance(carry, state, k - 1, step=step)
+            if chain.given:  # under enumeration every state has dimensions of its own
+                carry[GIVEN] = kernel.expand_given(chain.given, state.shape[:-1])
         path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -34,7 +35,35 @@ ORDERED = "ORDERED"
 SAMPLE_ONLY = "SAMPLE_ONLY"
 """Capability of a kernel that can be sampled but has no tractable density."""
 
+GIVEN = "given"
+"""Key of the carry: what the chain is conditioned on, a dict of tensors ``(*batch, *event)``."""
+
+TOKENS = "tokens"
+"""Name of the block of a step, and key of the carry, that holds the states."""
+
 Carry = dict[str, Any]
+
+Value = Tensor | Mapping[str, Tensor]
+"""What a step draws: states, or a dict of blocks, the states among them."""
+
+
+def tokens_of(value: Value) -> Tensor:
+    """Return the states in what a step drew.
+
+    :param value: states, or blocks.
+    """
+    return value if isinstance(value, Tensor) else value[TOKENS]
+
+
+class BlockSpec(NamedTuple):
+    """A latent that a step draws beside the tokens.
+
+    :param event_shape: its shape per sequence.
+    :param num_states: how many values an entry has; None where it is continuous.
+    """
+
+    event_shape: tuple[int, ...]
+    num_states: int | None = None
 
 
 class SampledPath(NamedTuple):
@@ -54,8 +83,9 @@ class Kernel(ABC):
     """A reverse chain, one step at a time.
 
     Step ``k`` goes from ``times[k]`` to ``times[k + 1]``; ``times`` runs from 1 (noise) to 0.
-    The carry is a dict of arrays, batch dimensions first; ``carry["tokens"]`` holds the states,
-    int64 ``(*batch, L)``.
+    The carry is a dict of arrays, batch dimensions first: ``carry["tokens"]`` holds the states,
+    int64 ``(*batch, L)``, ``carry["given"]`` the conditions of a denoiser that reads some. It is
+    made by :meth:`start_carry` alone, and whatever it remembers is gathered with its particle.
 
     :param process: forward process.
     :param denoiser: predictor of clean tokens; its ``kind`` decides whether its output is
@@ -63,12 +93,16 @@ class Kernel(ABC):
     :param times: ``T + 1`` decreasing times from 1 to 0.
 
     :ivar capability: :data:`FACTORISED`, :data:`ORDERED` or :data:`SAMPLE_ONLY`.
-    :ivar markov: whether a step's law depends on the tokens alone; if not, the carry holds more,
-        and only a whole path has a density.
+    :ivar markov: whether a step's law depends on the tokens alone (and on conditions); if not, the
+        carry holds more, and only a whole path has a density.
+    :ivar blocks: what a step draws beside the tokens, by name. Its ``sample`` then returns a dict
+        with ``"tokens"`` and the blocks, its ``log_prob`` takes that dict and is their joint
+        density; a kernel with blocks is not Markov, as its carry remembers them.
     """
 
     capability: str = FACTORISED
     markov: bool = True
+    blocks: Mapping[str, BlockSpec] = MappingProxyType({})
 
     def __init__(self, process: Process, denoiser: Denoiser, times: np.ndarray) -> None:
         check_denoiser(process, denoiser)
@@ -112,6 +146,16 @@ class Kernel(ABC):
         return len(self.times) - 1
 
     @property
+    def has_path_density(self) -> bool:
+        """Whether paths of tokens have a density; with blocks it is an integral over these."""
+        return self.capability != SAMPLE_ONLY and not self.blocks
+
+    @property
+    def conditions(self) -> Mapping[str, int]:
+        """What the law depends on besides the states: names, and their numbers of event dims."""
+        return getattr(self.denoiser, "conditions", {})
+
+    @property
     def changes(self) -> tuple[str, ...]:
         """What makes the law another one than that of the denoiser's own chain, in phrases."""
         return tuple(getattr(self.denoiser, "changes", ()))
@@ -123,31 +167,58 @@ class Kernel(ABC):
         *,
         prompt: Tensor | None = None,
         generator: torch.Generator | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Carry:
-        """Draw the noisiest state from the prior of the process.
+        """Draw the noisiest state from the prior of the process, and return its carry.
 
         :param batch_shape: leading dimensions.
         :param length: number ``L`` of positions.
         :param prompt: int64, broadcastable to ``(*batch_shape, L)``: tokens that are present from
             the start, -1 elsewhere.
         :param generator: source of randomness.
-        :returns: ``{"tokens": int64 (*batch_shape, L)}``.
+        :param given: as in :meth:`start_carry`.
         """
-        shape = (*batch_shape, length)
+        tokens = self._noisiest((*batch_shape, length), prompt, generator)
+        return self.start_carry(tokens, generator, given=given)
+
+    def _noisiest(
+        self, shape: Sequence[int], prompt: Tensor | None, generator: torch.Generator | None = None
+    ) -> Tensor:
         if self.process.absorbing:
             tokens = torch.full(shape, self.process.vocab_size, dtype=torch.int64)
         else:
             tokens = self.process.draw_prior(uniforms(shape, generator=generator))
-        if prompt is not None:
-            tokens = torch.where(prompt >= 0, prompt, tokens)
-        return self.start_carry(tokens)
+        return tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
 
-    def start_carry(self, tokens: Tensor) -> Carry:
-        """Return the carry that belongs to a noisiest state.
+    def start_carry(
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Carry:
+        """Return the carry that belongs to a noisiest state: the one place where carries are made.
 
         :param tokens: int64 ``(*batch, L)``.
+        :param generator: source of randomness of a kernel that remembers more than tokens.
+        :param given: values of :attr:`conditions`, each broadcastable to ``(*batch, *event)``.
         """
-        return {"tokens": tokens}
+        if not given:
+            return {"tokens": tokens}
+        return {"tokens": tokens, GIVEN: self.expand_given(given, tokens.shape[:-1])}
+
+    def expand_given(
+        self, given: Mapping[str, Tensor] | None, batch_shape: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return conditions expanded to a batch.
+
+        :param given: values of :attr:`conditions`, or None.
+        :param batch_shape: the batch shape.
+        """
+        return {
+            name: value.expand(*batch_shape, *value.shape[value.ndim - self.conditions[name] :])
+            for name, value in (given or {}).items()
+        }
 
     def prior_step(
         self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
@@ -185,6 +256,7 @@ class Kernel(ABC):
         *,
         prompt: Tensor | None = None,
         generator: torch.Generator | None = None,
+        given: Mapping[str, Tensor] | None = None,
         probe: bool = False,
     ) -> SampledPath | None:
         """Draw whole paths in a cheaper way than step by step, where the kernel knows one.
@@ -193,62 +265,73 @@ class Kernel(ABC):
         :param length: number ``L`` of positions.
         :param prompt: as in :meth:`init_carry`.
         :param generator: source of randomness.
+        :param given: as in :meth:`start_carry`.
         :param probe: find out whether the prediction carries a gradient.
         :returns: paths with the law of the steps, or None: take the steps.
         """
         return None
 
-    def path_log_prob(self, path: Tensor, *, prompt: Tensor | None = None) -> Tensor | None:
+    def path_log_prob(
+        self,
+        path: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
         """Score whole paths in a cheaper way than step by step, where the kernel knows one.
 
         :param path: int64 ``(*batch, T + 1, L)``.
         :param prompt: as in :meth:`init_carry`.
+        :param given: as in :meth:`start_carry`.
         :returns: float64 ``(*batch,)``, or None: score the steps.
         """
         return None
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
         """Return the carry after the move of step ``k``; the given carry is left alone.
 
         :param carry: the current carry.
-        :param tokens: the sampled states, int64 ``(*batch, L)``.
+        :param value: what the step drew: the states, int64 ``(*batch, L)``, or the blocks.
         :param k: step index.
         :param step: this kernel's step that was taken, where the caller has it: kernels that
             remember predictions then need no second network call.
         """
-        return {**carry, "tokens": tokens}
+        return {**carry, **(value if isinstance(value, Mapping) else {TOKENS: value})}
 
-    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
+    def cavity_log_probs(self, carry: Carry, k: int) -> Tensor:
         """Return the denoiser's cavity log-probabilities at grid point ``k``.
 
         No network call is made where nothing can depend on it: a fully revealed masked state.
 
-        :param tokens: int64 ``(*batch, L)``.
+        :param carry: the carry, whose conditions the denoiser is given.
         :param k: index into ``times``.
         :returns: float64 ``(*batch, L, V)``, normalised to round-off.
         :raises TypeError: if the output is no tensor.
         :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
         """
+        tokens = carry["tokens"]
         if self._revealed(tokens):
             return self._flat(tokens)
-        log_c = self.denoiser(tokens, self.prediction_time(tokens, k))
+        log_c = self.denoiser(tokens, self.prediction_time(tokens, k), **carry.get(GIVEN, {}))
         log_c = clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
         if self.denoiser.kind == "posterior":
             log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
         return log_c
 
-    def predict(self, tokens: Tensor, k: int) -> Prediction:
+    def predict(self, carry: Carry, k: int) -> Prediction:
         """Return the cavity prediction at grid point ``k``, as hidden states where those are less.
 
-        :param tokens: int64 ``(*batch, L)``.
+        :param carry: the carry.
         :param k: index into ``times``.
         """
+        tokens = carry["tokens"]
         bridge = self.process.absorbing or self.denoiser.kind == "cavity"
         if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
-            return DensePrediction(self.cavity_log_probs(tokens, k))
-        hidden = self.denoiser.hidden(tokens, self.prediction_time(tokens, k))  # type: ignore[attr-defined]
+            return DensePrediction(self.cavity_log_probs(carry, k))
+        ask = self.denoiser.hidden  # type: ignore[attr-defined]
+        hidden = ask(tokens, self.prediction_time(tokens, k), **carry.get(GIVEN, {}))
         require_rows(hidden, tokens, self.process.vocab_size)
         return HeadPrediction(hidden, self._checked_head, self.process.vocab_size)
 
@@ -280,23 +363,23 @@ class Kernel(ABC):
         parameters = getattr(self.denoiser, "parameters", None)
         return list(parameters()) if callable(parameters) else None
 
-    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
+    def posterior_mean(self, carry: Carry, k: int) -> Tensor:
         """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
 
-        :param tokens: int64 ``(*batch, L)``.
+        :param carry: the carry.
         :param k: index into ``times``.
         :returns: float64 ``(*batch, L, V)``.
         """
-        log_c = self.cavity_log_probs(tokens, k)
-        return log_posterior_mean(self.process, tokens, log_c, float(self.alphas[k]))
+        log_c = self.cavity_log_probs(carry, k)
+        return log_posterior_mean(self.process, carry["tokens"], log_c, float(self.alphas[k]))
 
-    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
-        """Return whether step ``k`` from these states costs a network call.
+    def asks_denoiser(self, carry: Carry, k: int) -> bool:
+        """Return whether step ``k`` from this carry costs a network call.
 
-        :param tokens: int64 ``(*batch, L)``.
+        :param carry: the carry.
         :param k: step index.
         """
-        return not self._revealed(tokens)
+        return not self._revealed(carry["tokens"])
 
     def _check_step(self, k: int) -> None:
         if not 0 <= k < self.num_steps:
@@ -337,3 +420,30 @@ def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:
     if grid[0] != 1.0 or grid[-1] != 0.0 or np.any(np.diff(grid) > 0):
         raise ValueError(f"{owner}: times must decrease from exactly 1 (noise) to 0.")
     return grid
+
+
+def check_given(kernel: Kernel, given: Mapping[str, Tensor], owner: str) -> None:
+    """Refuse conditions that are not those that a kernel reads.
+
+    :param kernel: the kernel.
+    :param given: values of its conditions.
+    :param owner: who asks, for the messages.
+    :raises ValueError: if one is missing, unknown, or has too few dimensions.
+    """
+    wanted = kernel.conditions
+    for name in given.keys() - wanted.keys():
+        raise ValueError(
+            f"{owner}: given has {name!r}, which {type(kernel.denoiser).__name__} does not read; "
+            f"it reads {sorted(wanted) or 'no conditions'}."
+        )
+    for name in wanted.keys() - given.keys():
+        raise ValueError(
+            f"{owner}: {type(kernel.denoiser).__name__} reads the condition {name!r}, which is "
+            f"missing; pass given={{{name!r}: ...}}."
+        )
+    for name, value in given.items():
+        if value.ndim < wanted[name]:
+            raise ValueError(
+                f"{owner}: the condition {name!r} has {wanted[name]} event dimensions after those "
+                f"of the batch, got shape {tuple(value.shape)}."
+            )

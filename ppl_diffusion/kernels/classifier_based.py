@@ -21,7 +21,7 @@ arXiv:2209.14734) asks once, and once more for the gradient; it is exact where `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Self, get_args
 
 import torch
@@ -137,12 +137,15 @@ class ClassifierKernel(Kernel):
             table = self._tilted(states, rows, k).reshape(table.shape)
         return StateStep(table, tokens=tokens, fixed=fixed)
 
-    def start_carry(self, tokens: Tensor) -> Carry:
-        """Return the carry that belongs to a noisiest state.
-
-        :param tokens: int64 ``(*batch, L)``.
-        """
-        return self.kernel.start_carry(tokens)
+    def start_carry(
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Carry:
+        """Return the carry of the guided kernel."""
+        return self.kernel.start_carry(tokens, generator, given=given)
 
     def advance(
         self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
@@ -157,29 +160,17 @@ class ClassifierKernel(Kernel):
         """
         return self.kernel.advance(carry, tokens, k)
 
-    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
-        """Return the prediction of the clean tokens, without the tilt.
+    def cavity_log_probs(self, carry: Carry, k: int) -> Tensor:
+        """Return the prediction of the clean tokens, without the tilt."""
+        return self.kernel.cavity_log_probs(carry, k)
 
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
-        """
-        return self.kernel.cavity_log_probs(tokens, k)
+    def posterior_mean(self, carry: Carry, k: int) -> Tensor:
+        """Return ``log p(x0 | x_k)`` per site, without the tilt."""
+        return self.kernel.posterior_mean(carry, k)
 
-    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
-        """Return ``log p(x0 | x_k)`` per site, without the tilt.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
-        """
-        return self.kernel.posterior_mean(tokens, k)
-
-    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
-        """Return whether step ``k`` from these states costs a call of the denoiser.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: step index.
-        """
-        return self.kernel.asks_denoiser(tokens, k)
+    def asks_denoiser(self, carry: Carry, k: int) -> bool:
+        """Return whether step ``k`` from this carry costs a call of the denoiser."""
+        return self.kernel.asks_denoiser(carry, k)
 
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the guided kernel cannot run.

@@ -31,7 +31,7 @@ from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import check_denoiser, clean_log_probs, require_tensor
 from ppl_diffusion.denoisers.conditional import Guided, Paired, require_common_support
 from ppl_diffusion.denoisers.guidance import guided_log_probs
-from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.base import GIVEN, Carry
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.kernels.state_step import StateStep
@@ -120,34 +120,24 @@ class ClassifierFreeKernel(InterpolatingKernel):
             return super().step(carry, k, fixed=fixed)
         self._check_step(k)
         tokens = carry["tokens"]
-        cavities = self._cavities(tokens, k) if self._moves(k) else (self._flat(tokens),) * 2
+        cavities = self._cavities(carry, k) if self._moves(k) else (self._flat(tokens),) * 2
         table = self._guided_bridge(tokens, cavities, k, float(self.alphas[k + 1]), fixed)
         if np.any(self.kappa[k] != 1):
             renoised = self._guided_bridge(tokens, cavities, k, 1.0, fixed)
             table = self._psi_table(table, renoised, carry, k)
         return StateStep(table, tokens=tokens, fixed=fixed)
 
-    def cavity_log_probs(self, tokens: Tensor, k: int) -> Tensor:
-        """Return the guided prediction of the clean tokens, ``c_w``, at either level.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
-        :returns: float64 ``(*batch, L, V)``, normalised to round-off.
-        """
+    def cavity_log_probs(self, carry: Carry, k: int) -> Tensor:
+        """Return the guided prediction of the clean tokens, ``c_w``, at either level."""
         if not self._tabulates:
-            return super().cavity_log_probs(tokens, k)
-        return self._guide(*self._cavities(tokens, k), self._settled(tokens))
+            return super().cavity_log_probs(carry, k)
+        return self._guide(*self._cavities(carry, k), self._settled(carry["tokens"]))
 
-    def posterior_mean(self, tokens: Tensor, k: int) -> Tensor:
-        """Return the law of a single jump to clean tokens, what a look-ahead fills states with.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
-        :returns: float64 ``(*batch, L, V)``.
-        """
+    def posterior_mean(self, carry: Carry, k: int) -> Tensor:
+        """Return the law of a single jump to clean tokens, what a look-ahead fills states with."""
         if not self._tabulates:
-            return super().posterior_mean(tokens, k)
-        table = self._guided_bridge(tokens, self._cavities(tokens, k), k, 1.0, None)
+            return super().posterior_mean(carry, k)
+        table = self._guided_bridge(carry["tokens"], self._cavities(carry, k), k, 1.0, None)
         return table[..., : self.process.vocab_size]
 
     @property
@@ -170,12 +160,13 @@ class ClassifierFreeKernel(InterpolatingKernel):
         alone = {0.0: unconditional, 1.0: conditional}
         return alone.get(self.weight, guided)
 
-    def _cavities(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _cavities(self, carry: Carry, k: int) -> tuple[Tensor, Tensor]:
         """Return both cavity predictions, without a network call where none is needed."""
+        tokens = carry["tokens"]
         if self._revealed(tokens):
             return self._flat(tokens), self._flat(tokens)
         size = self.process.vocab_size
-        both = self.denoiser(tokens, self.prediction_time(tokens, k))
+        both = self.denoiser(tokens, self.prediction_time(tokens, k), **carry.get(GIVEN, {}))
         _require_pair(both, (*tokens.shape, 2 * size))
         first, second = (self._cavity(c, tokens, k) for c in both.split(size, -1))
         return first, second

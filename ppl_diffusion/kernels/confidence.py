@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -76,29 +76,26 @@ class ConfidenceKernel(InterpolatingKernel):
         """Remasking by confidence, besides what the denoiser changes."""
         return (*super().changes, "uncertain tokens masked again")
 
-    def init_carry(
+    def start_carry(
         self,
-        batch_shape: Sequence[int],
-        length: int,
-        *,
-        prompt: Tensor | None = None,
+        tokens: Tensor,
         generator: torch.Generator | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Carry:
-        """Return masks and the prompt, of which nothing was decoded.
-
-        :returns: ``{"tokens": int64 (*batch_shape, L), "confidence": float64 (*batch_shape, L)}``.
-        """
-        carry = super().init_carry(batch_shape, length, prompt=prompt, generator=generator)
-        return {**carry, CONFIDENCE: _confidence(carry)}
+        """Return the carry of a state of which nothing was decoded, so that nothing has a doubt."""
+        carry = super().start_carry(tokens, generator, given=given)
+        none = torch.full(tokens.shape, torch.inf, dtype=torch.float64, device=tokens.device)
+        return {**carry, CONFIDENCE: none}
 
     def site_kappa(self, carry: Carry, k: int) -> Tensor:
         """Return the Psi parameter of every site, ``1 - sigma^l / (1 - b)``.
 
-        :param carry: the current carry; without confidences nothing counts as decoded.
+        :param carry: the current carry.
         :param k: step index.
         :returns: float64 ``(*batch, L)``.
         """
-        doubt = torch.exp(-_confidence(carry))
+        doubt = torch.exp(-carry[CONFIDENCE])
         total = doubt.sum(-1, keepdim=True)
         share = doubt / torch.where(total > 0, total, 1.0)
         return 1 - share * torch.as_tensor(1 - self.kappa[k])
@@ -116,11 +113,11 @@ class ConfidenceKernel(InterpolatingKernel):
         """
         mask = self.process.vocab_size
         decoded = (carry["tokens"] == mask) & (tokens != mask)
-        kept = torch.where(tokens == mask, torch.inf, _confidence(carry))
+        kept = torch.where(tokens == mask, torch.inf, carry[CONFIDENCE])
         if k == self.num_steps - 1:
             return {**carry, "tokens": tokens, CONFIDENCE: kept}
         known = getattr(step, "prediction", None)
-        asked = self.predict(carry["tokens"], k) if known is None else known
+        asked = self.predict(carry, k) if known is None else known
         ids = tokens.clamp_max(mask - 1)[..., None]
         new = asked.expand(tokens.shape[:-1]).probabilities(ids, decoded)[..., 0]
         return {**carry, "tokens": tokens, CONFIDENCE: torch.where(decoded, new, kept)}
@@ -129,11 +126,3 @@ class ConfidenceKernel(InterpolatingKernel):
 def _most(process: Process, times: np.ndarray) -> np.ndarray:
     alphas = np.asarray(process.schedule.alpha(times), dtype=np.float64)
     return rescaled(1.0)(alphas[:-1], alphas[1:], times[:-1])
-
-
-def _confidence(carry: Carry) -> Tensor:
-    """Return the confidences of a carry; what was not decoded has no doubt, ``inf``."""
-    known = carry.get(CONFIDENCE)
-    if known is not None:
-        return torch.as_tensor(known)
-    return torch.full(carry["tokens"].shape, torch.inf, dtype=torch.float64)

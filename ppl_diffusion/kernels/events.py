@@ -10,6 +10,7 @@ vocabulary is touched at the revealed positions alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,6 +142,7 @@ def decode(
     plan: RevealPlan,
     uniforms: Tensor,
     *,
+    given: Mapping[str, Tensor] | None = None,
     probe: bool = False,
 ) -> Decoded:
     """Reveal the masked positions of a batch according to a plan.
@@ -153,10 +155,12 @@ def decode(
     :param tokens: states to start from, int64 ``(B, L)``.
     :param plan: what is revealed when.
     :param uniforms: numbers in ``[0, 1)``, ``(B, L)``: which token each position gets.
+    :param given: conditions of each row, ``(B, *event)``.
     :param probe: make the first call with gradients enabled, to see whether it has any.
     :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
     """
     state = tokens[plan.rows]
+    known = {name: value[plan.rows] for name, value in (given or {}).items()}
     order = torch.cat([state.new_zeros(0), *(sites for _, sites in plan.rounds)])
     noise = uniforms[plan.rows].flatten()
     draws = noise[order].split([len(sites) for _, sites in plan.rounds])
@@ -164,7 +168,8 @@ def decode(
     hidden_gradient = False
     for index, ((size, sites), u) in enumerate(zip(plan.rounds, draws, strict=True)):
         with torch.set_grad_enabled(probe and index == 0):
-            rows = predict_at(denoiser, state[:size], plan.times[:size, index], sites)
+            own = {name: value[:size] for name, value in known.items()}
+            rows = predict_at(denoiser, state[:size], plan.times[:size, index], sites, own)
         hidden_gradient = hidden_gradient or rows.requires_grad
         rows = without_mask(rows.detach(), sites.shape, vocab_size)
         drawn, total = draw_normalised(rows, u)
@@ -187,6 +192,7 @@ def score(
     reveals: Tensor,
     answers: Tensor,
     *,
+    given: Mapping[str, Tensor] | None = None,
     max_rows: int,
 ) -> Tensor:
     """Return the log-probabilities of known reveals, float64 ``(M,)``, differentiable.
@@ -197,37 +203,41 @@ def score(
     :param times: time of each state, float64 ``(M,)``.
     :param reveals: bool ``(M, L)``, the positions that are revealed next.
     :param answers: clean tokens, int64 ``(M, L)``.
+    :param given: conditions of each state, ``(M, *event)``.
     :param max_rows: rows per network call.
     :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
     """
     if not len(states):  # a network need not take empty batches
         return torch.zeros(0, dtype=torch.float64, device=states.device)
-    parts = []
-    chunks = (x.split(max_rows) for x in (states, times, reveals, answers))
-    for z, t, chosen, x in zip(*chunks, strict=True):
-        sites = chosen.flatten().nonzero()[:, 0]
-        rows = clean_log_probs(predict_at(denoiser, z, t, sites), sites.shape, vocab_size)
+    parts, given = [], given or {}
+    chunks = (x.split(max_rows) for x in (states, times, reveals, answers, *given.values()))
+    for z, t, chosen, x, *values in zip(*chunks, strict=True):
+        sites, own = chosen.flatten().nonzero()[:, 0], dict(zip(given, values, strict=True))
+        rows = clean_log_probs(predict_at(denoiser, z, t, sites, own), sites.shape, vocab_size)
         site = rows.gather(-1, x.flatten()[sites][:, None])[:, 0]
         parts.append(site.new_zeros(len(z)).index_add(0, sites // z.shape[1], site))
     return torch.cat(parts)
 
 
-def predict_at(denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor) -> Tensor:
+def predict_at(
+    denoiser: Denoiser, tokens: Tensor, times: Tensor, sites: Tensor, given: Mapping[str, Tensor]
+) -> Tensor:
     """Return the denoiser's log-probabilities at chosen positions only.
 
     :param denoiser: predictor of clean tokens.
     :param tokens: states, int64 ``(B, L)``.
     :param times: float64 ``(B,)``; not read if the denoiser is time-free.
     :param sites: int64 ``(m,)``, indices into the flattened ``(B, L)``.
+    :param given: conditions of each row, ``(B, *event)``.
     :returns: ``(m, V)``, or ``(m, V + 1)`` where the denoiser has a column for the mask.
     """
     t = 1.0 if denoiser.time_free else times
     if has_head(denoiser):
-        hidden = denoiser.hidden(tokens, t)  # type: ignore[attr-defined]
+        hidden = denoiser.hidden(tokens, t, **given)  # type: ignore[attr-defined]
         require_rows(hidden, tokens, denoiser.vocab_size)
         rows: Tensor = denoiser.head(hidden.flatten(0, 1)[sites])  # type: ignore[attr-defined]
         require_tensor(rows, (*sites.shape, denoiser.vocab_size))
         return rows
-    output = denoiser(tokens, t)
+    output = denoiser(tokens, t, **given)
     require_rows(output, tokens, denoiser.vocab_size)
     return output.flatten(0, 1)[sites]

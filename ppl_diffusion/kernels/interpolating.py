@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ppl_diffusion.kernels.kappa_rules import kappa_room
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
     draw_path,
+    flat_given,
     flat_paths,
     log_step_probs,
     read_reveals,
@@ -121,7 +122,7 @@ class InterpolatingKernel(Kernel):
         return TokenStep(
             self.process,
             tokens,
-            self.predict(tokens, k) if self._moves(k) else self._flat(tokens),
+            self.predict(carry, k) if self._moves(k) else self._flat(tokens),
             float(self.alphas[k]),
             float(self.alphas[k + 1]),
             self.site_kappa(carry, k),
@@ -136,6 +137,7 @@ class InterpolatingKernel(Kernel):
         *,
         prompt: Tensor | None = None,
         generator: torch.Generator | None = None,
+        given: Mapping[str, Tensor] | None = None,
         probe: bool = False,
     ) -> SampledPath | None:
         """Draw ancestral paths of the absorbing process on event times; None for other kernels.
@@ -146,20 +148,27 @@ class InterpolatingKernel(Kernel):
             return None
         shape = (*batch_shape, length)
         levels, tokens = uniforms((2, *shape), generator=generator)
-        start = self.init_carry(batch_shape, length, prompt=prompt)["tokens"]
+        start = self._noisiest(shape, prompt)
         step_of, time = ancestral_steps(self, shape, prompt, levels)
-        drawn = draw_path(self, start, step_of, time, tokens, probe=probe)
+        drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
         log_p = drawn.log_c + self._log_prob_of_steps(step_of)
         return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
 
-    def path_log_prob(self, path: Tensor, *, prompt: Tensor | None = None) -> Tensor | None:
+    def path_log_prob(
+        self,
+        path: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
         """Score ancestral paths of the absorbing process by their reveals; None for others."""
         if not self._on_event_times:
             return None
         rows, prompts = flat_paths(path, prompt)
         found = read_reveals(rows, self.process.vocab_size, prompts)
         times = torch.from_numpy(self.times)
-        log_p = reveal_log_prob(self, rows, found, lambda _, step: times[step])
+        flat = flat_given(self, given, path.shape[:-2])
+        log_p = reveal_log_prob(self, rows, found, lambda _, step: times[step], flat)
         return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
 
     def check_length(self, length: int) -> None:
@@ -183,13 +192,9 @@ class InterpolatingKernel(Kernel):
         log_p = log_step_probs(self.process.schedule, self.times)[step_of.clamp_min(0)]
         return torch.where(step_of < 0, 0.0, log_p).sum(-1)
 
-    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
-        """Return whether step ``k`` from these states costs a network call.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: step index.
-        """
-        return self._moves(k) and not self._revealed(tokens)
+    def asks_denoiser(self, carry: Carry, k: int) -> bool:
+        """Return whether step ``k`` from this carry costs a network call."""
+        return self._moves(k) and super().asks_denoiser(carry, k)
 
     def _moves(self, k: int) -> bool:
         """Return whether step ``k`` can change anything; at ``kappa = 1`` it needs signal to."""

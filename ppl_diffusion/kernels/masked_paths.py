@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ def draw_path(
     time: Tensor,
     uniforms: Tensor,
     *,
+    given: Mapping[str, Tensor] | None = None,
     probe: bool = False,
 ) -> MaskedPath:
     """Reveal every position at its step and return the path.
@@ -46,12 +47,14 @@ def draw_path(
     :param step_of: int64 ``(*batch, L)``, the step that reveals a position, -1 for the prompt.
     :param time: float64 ``(*batch, L)``, the time at which its prediction is made.
     :param uniforms: numbers in ``[0, 1)``, ``(*batch, L)``.
+    :param given: conditions of the denoiser, broadcastable to the batch.
     :param probe: see :meth:`~ppl_diffusion.kernels.base.Kernel.sample_path`.
     """
     shape, size = start.shape, kernel.process.vocab_size
     rows = [x.reshape(-1, shape[-1]) for x in (start, step_of, time, uniforms)]
     plan = RevealPlan.of(rows[1], rows[2])
-    done = decode(kernel.denoiser, size, rows[0], plan, rows[3], probe=probe)
+    flat = flat_given(kernel, given, shape[:-1])
+    done = decode(kernel.denoiser, size, rows[0], plan, rows[3], given=flat, probe=probe)
     shown = torch.arange(kernel.num_steps + 1, device=start.device)[:, None] > rows[1][:, None]
     path = torch.where(shown, done.tokens[:, None], size)
     log_c = done.log_c.sum(-1).reshape(shape[:-1])
@@ -135,11 +138,30 @@ def flat_paths(path: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor | No
     return rows, prompt.expand(*batch, prompt.shape[-1]).reshape(size, -1)
 
 
+def flat_given(
+    kernel: Kernel, given: Mapping[str, Tensor] | None, batch_shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the conditions of each row of a batch, ``(B, *event)``.
+
+    :param kernel: whose conditions they are.
+    :param given: conditions, broadcastable to the batch, or None.
+    :param batch_shape: the batch shape.
+    """
+    whole, size = kernel.expand_given(given, batch_shape), math.prod(batch_shape)
+    return {n: x.reshape(size, *x.shape[len(batch_shape) :]) for n, x in whole.items()}
+
+
 TimeOfStep = Callable[[Tensor, Tensor], Tensor]
 """The time of a step ``(M,)`` of a path with reveals ``(M, L)``."""
 
 
-def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals, time_of: TimeOfStep) -> Tensor:
+def reveal_log_prob(
+    kernel: Kernel,
+    path: Tensor,
+    found: Reveals,
+    time_of: TimeOfStep,
+    given: Mapping[str, Tensor],
+) -> Tensor:
     """Return the summed log-probabilities of a path's reveals, ``-inf`` where it is no path.
 
     The denoiser sees one row per non-empty step of each path, in calls of bounded size.
@@ -148,6 +170,7 @@ def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals, time_of: TimeO
     :param path: int64 ``(B, T + 1, L)``.
     :param found: its reveals.
     :param time_of: when the kernel makes a prediction.
+    :param given: conditions of each path, ``(B, *event)``.
     :returns: float64 ``(B,)``.
     """
     steps = torch.arange(kernel.num_steps, device=path.device)
@@ -160,6 +183,7 @@ def reveal_log_prob(kernel: Kernel, path: Tensor, found: Reveals, time_of: TimeO
         time_of(found.step_of[row], step),
         reveals[row, step],
         path[row, -1],
+        given={name: value[row] for name, value in given.items()},
         max_rows=max(len(path), _MIN_ROWS),
     )
     log_p = torch.zeros(len(path), dtype=torch.float64).index_add(0, row, values)

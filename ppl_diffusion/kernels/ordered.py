@@ -10,7 +10,7 @@ semi-autoregressive decoding (Arriola et al. 2025, arXiv:2503.09573).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -21,9 +21,15 @@ from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import clean_log_probs
 from ppl_diffusion.denoisers.prediction import Prediction
 from ppl_diffusion.errors import CapabilityError, IntractableLogProb
-from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry, Kernel, SampledPath
+from ppl_diffusion.kernels.base import GIVEN, ORDERED, SAMPLE_ONLY, Carry, Kernel, SampledPath
 from ppl_diffusion.kernels.events import reveal_ranks
-from ppl_diffusion.kernels.masked_paths import draw_path, flat_paths, read_reveals, reveal_log_prob
+from ppl_diffusion.kernels.masked_paths import (
+    draw_path,
+    flat_given,
+    flat_paths,
+    read_reveals,
+    reveal_log_prob,
+)
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.processes.base import Process, whole_number
 from ppl_diffusion.processes.noise import uniforms
@@ -110,28 +116,18 @@ class OrderedKernel(Kernel):
             == (other.length, other.group_size, other.block, other.clock)
         )
 
-    def start_carry(self, tokens: Tensor) -> Carry:
-        """Return the carry of a noisiest state; with a sampled clock it holds the reveal times.
-
-        :param tokens: int64 ``(*batch, L)``.
-        """
-        self.check_length(tokens.shape[-1])
-        if not self._timed:
-            return {"tokens": tokens}
-        return {"tokens": tokens, LEVELS: uniforms(tokens.shape)}
-
-    def init_carry(
+    def start_carry(
         self,
-        batch_shape: Sequence[int],
-        length: int,
-        *,
-        prompt: Tensor | None = None,
+        tokens: Tensor,
         generator: torch.Generator | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Carry:
-        """Return the fully masked state, see :meth:`Kernel.init_carry`."""
-        carry = super().init_carry(batch_shape, length, prompt=prompt)
+        """Return the carry of a noisiest state; with a sampled clock it holds the reveal times."""
+        self.check_length(tokens.shape[-1])
+        carry = super().start_carry(tokens, generator, given=given)
         if self._timed:
-            carry[LEVELS] = uniforms((*batch_shape, length), generator=generator)
+            carry[LEVELS] = uniforms(tokens.shape, generator=generator, device=tokens.device)
         return carry
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> RevealStep:
@@ -149,9 +145,9 @@ class OrderedKernel(Kernel):
         if not bool(eligible.any()):
             prediction: Tensor | Prediction = self._flat(tokens)
         elif order is None:
-            prediction = self.predict(tokens, k)
+            prediction = self.predict(carry, k)
         else:
-            prediction = self._predict_at_levels(tokens, eligible, order)
+            prediction = self._predict_at_levels(carry, eligible)
         return RevealStep(
             tokens,
             prediction,
@@ -162,11 +158,11 @@ class OrderedKernel(Kernel):
             validate_args=False,
         )
 
-    def _predict_at_levels(self, tokens: Tensor, eligible: Tensor, order: Tensor) -> Tensor:
+    def _predict_at_levels(self, carry: Carry, eligible: Tensor) -> Tensor:
         """Predict at each row's own next reveal."""
-        level = torch.where(eligible, order, 0.0).amax(-1)
+        tokens, level = carry["tokens"], torch.where(eligible, carry[LEVELS], 0.0).amax(-1)
         time = torch.as_tensor(self.process.schedule.time_from_log1m(level.log()))
-        log_c = self.denoiser(tokens, time)
+        log_c = self.denoiser(tokens, time, **carry.get(GIVEN, {}))
         return clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
 
     def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
@@ -182,13 +178,9 @@ class OrderedKernel(Kernel):
         same = masks.numel() > 0 and bool((masks == masks.flatten()[0]).all())
         return float(times.flatten()[0]) if same else times
 
-    def asks_denoiser(self, tokens: Tensor, k: int) -> bool:
-        """Return whether step ``k`` from these states costs a network call.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: step index.
-        """
-        return bool(self._eligible(tokens, k).any())
+    def asks_denoiser(self, carry: Carry, k: int) -> bool:
+        """Return whether step ``k`` from this carry costs a network call."""
+        return bool(self._eligible(carry["tokens"], k).any())
 
     def sample_path(
         self,
@@ -197,21 +189,28 @@ class OrderedKernel(Kernel):
         *,
         prompt: Tensor | None = None,
         generator: torch.Generator | None = None,
+        given: Mapping[str, Tensor] | None = None,
         probe: bool = False,
     ) -> SampledPath:
         """Draw whole paths from one sorted list of reveals per row."""
         shape = (*batch_shape, length)
-        start = super().init_carry(batch_shape, length, prompt=prompt)["tokens"]
+        start = self._noisiest(shape, prompt)
         levels, tokens = uniforms((2, *shape), generator=generator)
         step_of = self._steps_of(levels, start)
         time = self._times_of(levels, step_of)
-        drawn = draw_path(self, start, step_of, time, tokens, probe=probe)
+        drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
         if self.capability == SAMPLE_ONLY:
             return SampledPath(drawn.path, None, drawn.hidden_gradient)
         log_p = drawn.log_c + self._log_prob_of_order(prompt)
         return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
 
-    def path_log_prob(self, path: Tensor, *, prompt: Tensor | None = None) -> Tensor:
+    def path_log_prob(
+        self,
+        path: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Score whole paths by their reveals.
 
         :raises IntractableLogProb: if the times of the reveals are latent (``clock="sampled"``
@@ -226,7 +225,8 @@ class OrderedKernel(Kernel):
         rows, prompts = flat_paths(path, prompt)
         found = read_reveals(rows, self.process.vocab_size, prompts)
         found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompts))
-        log_p = reveal_log_prob(self, rows, found, self._time_of_step)
+        flat = flat_given(self, given, path.shape[:-2])
+        log_p = reveal_log_prob(self, rows, found, self._time_of_step, flat)
         return (log_p + self._log_prob_of_order(prompts)).reshape(path.shape[:-2])
 
     @property

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion._errors import CapabilityError, PotentialError
-from ppl_diffusion._rows import RowTable, distinct_rows
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
 from ppl_diffusion.programs.reading import Place, Program, ProgramRun
 from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.rows import RowTable, distinct_rows
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
 from ppl_diffusion.smc.law import Law, Tilt
 from ppl_diffusion.smc.twists import log_mean_exp

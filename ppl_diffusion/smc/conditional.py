@@ -40,7 +40,6 @@ from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
 from ppl_diffusion.smc.twists import Carry
 
-
 _CONDITIONAL = (
     "conditional on a retained path, so that the weights are exact only where that path is a draw of "
     "this law, and log_evidence is then an upper bound on average"
@@ -105,9 +104,10 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         """Return the noisiest states, slot 0 that of the retained path."""
         carry = super().init(runs, particles, generator)
         tokens = _hold(carry["tokens"], self.retained[..., 0, :])
-        carry = {**carry, **self._kernel.start_carry(tokens)}
+        given = self.model.chain.given
+        carry = {**carry, **self._kernel.start_carry(tokens, generator, given=given)}
         if isinstance(self._proposal, _KernelProposal):
-            carry |= self._proposal.start(tokens)
+            carry |= self._proposal.start(tokens, given)
         log_p = self._kernel.prior_log_prob(self.retained[..., 0, :], self.model.chain.prompt)
         _require(log_p > -math.inf, "starts from a state that the chain cannot start from")
         return carry

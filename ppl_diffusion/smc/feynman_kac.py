@@ -24,12 +24,12 @@ from torch import Tensor
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel
+from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel, check_given
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
-from ppl_diffusion.smc.law import Base, Law, Tilt
 from ppl_diffusion.rows import RowTable, distinct_rows
+from ppl_diffusion.smc.law import Base, Law, Tilt
 from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
@@ -91,6 +91,9 @@ class FeynmanKac:
             )
         if isinstance(proposal, Kernel):
             _require_same_grid(chain.kernel, proposal)
+            known = chain.given.keys() & proposal.conditions.keys()
+            read = {name: chain.given[name] for name in known}
+            check_given(proposal, read, "FeynmanKac: the proposal kernel")
         if twist_every < 1:
             raise ValueError(f"twist_every must be >= 1, got {twist_every}.")
         if proposal is not None and chain.kernel.capability == SAMPLE_ONLY:
@@ -215,14 +218,15 @@ class BoundFeynmanKac:
         """
         chain, twist = self.model.chain, self.model.twist
         batch = (runs, particles, *chain.batch_shape)
+        given = chain.given if given is None else given
         carry = self._kernel.init_carry(
-            batch, chain.length, prompt=chain.prompt, generator=generator
+            batch, chain.length, prompt=chain.prompt, generator=generator, given=given
         )
         if isinstance(twist, FillTwist):
             noise = twist.init((*batch, chain.length), generator)
             carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
         if isinstance(self._proposal, _KernelProposal):
-            carry = {**carry, **self._proposal.start(carry["tokens"])}
+            carry = {**carry, **self._proposal.start(carry["tokens"], given)}
         if self.track_log_prob:
             carry[LOG_PROB] = per_particle(
                 self._kernel.prior_log_prob(carry["tokens"], chain.prompt)
@@ -266,11 +270,12 @@ class BoundFeynmanKac:
         """Return a twist's completions of the state, int64 ``(R, N, num_fills, *plates, L)``."""
         tokens = carry["tokens"]
         uniforms = twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return twist.fill(self._kernel.posterior_mean(tokens, k), uniforms)
+        return twist.fill(self._kernel.posterior_mean(carry, k), uniforms)
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""
-        return {name: take_particles(value, ancestors) for name, value in carry.items()}
+        gathered: Carry = take_particles(carry, ancestors)
+        return gathered
 
 
 class _KernelProposal:
@@ -281,8 +286,9 @@ class _KernelProposal:
     def __init__(self, kernel: Kernel, fixed: Tensor | None) -> None:
         self.kernel, self.fixed = kernel, fixed
 
-    def start(self, tokens: Tensor) -> Carry:
-        return self._inside(self.kernel.start_carry(tokens))
+    def start(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Carry:
+        own = {name: given[name] for name in self.kernel.conditions}
+        return self._inside(self.kernel.start_carry(tokens, given=own))
 
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
         own = self.kernel.step(self._own(carry), k, fixed=self.fixed)
@@ -377,7 +383,7 @@ def per_particle(values: Tensor) -> Tensor:
 
 
 def take_particles(value: Any, ancestors: Tensor) -> Any:
-    """Gather along the particle dimension of an array ``(R, N, ...)``.
+    """Gather along the particle dimension of arrays ``(R, N, ...)``.
 
     :param value: a tensor of the carry, or nested dicts of them; anything else is passed through.
     :param ancestors: int64 ``(R, N)``.

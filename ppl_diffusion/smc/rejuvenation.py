@@ -66,7 +66,7 @@ class PathModel:
     ) -> None:
         self.denoiser = EvaluatedDenoiser(chain.kernel.denoiser, max_rows=max_rows)
         kernel = chain.kernel.with_denoiser(self.denoiser)
-        same = ReverseChain(kernel, chain.length, prompt=chain.prompt)
+        same = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
         self.chain = same.expand(chain.batch_shape)
         self._log_potential = log_potential
 
@@ -166,7 +166,7 @@ class SuffixRefresh(PathMove):
     ) -> tuple[PathState, Tensor]:
         """Propose the chain's own continuation, weighed by the change of the potential."""
         chain, start = model.chain, model.chain.num_steps - self.num_steps
-        carry = chain.kernel.start_carry(state.path[..., start, :])
+        carry = chain.kernel.start_carry(state.path[..., start, :], given=chain.given)
         states = list(state.path[..., : start + 1, :].unbind(-2))
         for k in range(start, chain.num_steps):
             step = chain.kernel.step(carry, k, fixed=chain.fixed)

@@ -40,7 +40,8 @@ class PathLaw:
         log_p = kernel.prior_log_prob(states, chain.prompt)
         path, log_p = _possible(states[:, None], log_p)
         for k in range(kernel.num_steps):
-            step = kernel.step(kernel.start_carry(path[:, -1]), k, fixed=chain.fixed)
+            carry = kernel.start_carry(path[:, -1], given=chain.given)
+            step = kernel.step(carry, k, fixed=chain.fixed)
             moves = step.log_prob(states[:, None]).mT  # (paths, states)
             longer = torch.cat(
                 [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.filters import forward_optional
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import (
     Absorbing,
@@ -142,12 +143,13 @@ class CountingDenoiser:
         self.time_free: bool = denoiser.time_free
         self.calls = self.rows = 0
         forward_parameters(self, denoiser)
+        forward_optional(self, denoiser, "conditions")
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return the denoiser's log-probabilities, ``(*batch, L, V)``."""
         self.calls += 1
         self.rows += tokens[..., 0].numel()
-        return self.denoiser(tokens, t)
+        return self.denoiser(tokens, t, **given)
 
 
 def counted(chain: ReverseChain) -> tuple[ReverseChain, CountingDenoiser]:
@@ -157,4 +159,4 @@ def counted(chain: ReverseChain) -> tuple[ReverseChain, CountingDenoiser]:
     """
     counter = CountingDenoiser(chain.kernel.denoiser)
     kernel = chain.kernel.with_denoiser(counter)
-    return ReverseChain(kernel, chain.length, prompt=chain.prompt), counter
+    return ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given), counter

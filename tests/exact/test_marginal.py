@@ -37,7 +37,7 @@ def exact_bound(chain, x0):
     for k in range(kernel.num_steps):
         a, b, kappa = (float(v) for v in (kernel.alphas[k], kernel.alphas[k + 1], kernel.kappa[k]))
         law = forward_law(process, point, a, chain.length)
-        log_c = kernel.cavity_log_probs(states, k)
+        log_c = kernel.cavity_log_probs({"tokens": states}, k)
         site = step_kl(process, x0.expand_as(states), states, log_c, a, b, kappa)
         total -= (law * torch.where(law[:, None] > 0, site, 0.0).sum(-1)).sum()
     return float(total)

@@ -115,7 +115,9 @@ def paths_of(chain):
     path = exact.states[index]
     prob = exact.path_prob(path)
     path, prob = path[prob > 0], prob[prob > 0]
-    guesses = [chain.kernel.posterior_mean(path[:, k], k).argmax(-1) for k in range(1, steps)]
+    carries = [{"tokens": path[:, k]} for k in range(steps)]
+    means = [chain.kernel.posterior_mean(carries[k], k) for k in range(1, steps)]
+    guesses = [mean.argmax(-1) for mean in means]
     return path, prob, guesses
 
 

@@ -200,7 +200,7 @@ def test_small_nuclei_of_visible_tokens_do_not_matter(level):
     assert len(tokens) > 3
     kernel = kernel.with_denoiser(EvaluatedDenoiser(kernel.denoiser))
     for look_ahead in (kernel.posterior_mean, kernel.cavity_log_probs):
-        assert look_ahead(tokens, 1).shape == (*tokens.shape, 40)
+        assert look_ahead({"tokens": tokens}, 1).shape == (*tokens.shape, 40)
     with torch.no_grad():
         assert bool((kernel.step({"tokens": tokens}, 1).sample()[..., :5] == tokens[..., :5]).all())
 
@@ -307,7 +307,7 @@ def test_a_column_for_the_mask_is_allowed(network, pair, level):
     parts = pair(network, lambda s: uniform_rows(s, columns=1))
     process = toy_process("uniform", 2)
     kernel = ClassifierFreeKernel(process, *parts, weight=2.0, level=level, num_steps=2)
-    rows = kernel.cavity_log_probs(torch.zeros(4, 3, dtype=torch.int64), 0).exp()
+    rows = kernel.cavity_log_probs({"tokens": torch.zeros(4, 3, dtype=torch.int64)}, 0).exp()
     torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
     if has_sparse_head(kernel.denoiser):
         rows = kernel.denoiser.head(kernel.denoiser.hidden(torch.zeros(4, 3).long(), 0.5)).exp()

@@ -127,7 +127,7 @@ def test_nan_is_not_hidden(wrapper, row):
     """A broken network must reach the kernel's own check."""
     kernel = InterpolatingKernel(Uniform(3), wrapper(Fixed(torch.tensor(row))), num_steps=2)
     with pytest.raises(ValueError, match="NaN or unnormalised"):
-        kernel.cavity_log_probs(torch.zeros(2, dtype=torch.int64), 0)
+        kernel.cavity_log_probs({"tokens": torch.zeros(2, dtype=torch.int64)}, 0)
 
 
 class Asked:
@@ -195,7 +195,7 @@ def test_a_column_for_the_mask_is_allowed(network, wrapper):
     for columns in (0, 1):
         denoiser = wrapper(network(lambda s, more=columns: uniform_rows(s, columns=more)))
         kernel = InterpolatingKernel(Uniform(2), denoiser, num_steps=2)
-        rows = kernel.predict(torch.zeros(4, 3, dtype=torch.int64), 0).dense().exp()
+        rows = kernel.predict({"tokens": torch.zeros(4, 3, dtype=torch.int64)}, 0).dense().exp()
         torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
 
 

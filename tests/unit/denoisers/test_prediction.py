@@ -276,7 +276,7 @@ def test_chains_are_the_same(name, options, wrap):
     other = chain_of(Dense(), name, **options).log_prob(paths[0].clone())
     torch.testing.assert_close(log_p, other, rtol=0, atol=1e-12)
     means = [
-        chain_of(d, name, **options).kernel.posterior_mean(paths[0][:, 3], 3)
+        chain_of(d, name, **options).kernel.posterior_mean({"tokens": paths[0][:, 3]}, 3)
         for d in (Sparse(), Dense())
     ]
     torch.testing.assert_close(*means)
@@ -294,9 +294,9 @@ def test_who_is_asked_for_hidden_states():
         denoiser.kind = kind
         kernel = chain_of(denoiser, name).kernel
         state = tokens.clamp_max(kernel.process.num_states - 1)
-        assert isinstance(kernel.predict(state, 1), HeadPrediction) == sparse
+        assert isinstance(kernel.predict({"tokens": state}, 1), HeadPrediction) == sparse
     calls = denoiser.calls
-    assert isinstance(kernel.predict(torch.zeros(2, L).long(), 1), DensePrediction)
+    assert isinstance(kernel.predict({"tokens": torch.zeros(2, L).long()}, 1), DensePrediction)
     assert denoiser.calls == calls  # nothing is masked
 
 

@@ -368,8 +368,8 @@ def test_another_denoiser_and_the_same_law():
     states = all_states(4, LENGTH)
     assert torch.equal(table(again, 1, states), table(kernel, 1, states))
     assert cached.rows_evaluated > 0
-    assert again.asks_denoiser(states, 1)
-    assert not again.asks_denoiser(states[:1], 1)
+    assert again.asks_denoiser({"tokens": states}, 1)
+    assert not again.asks_denoiser({"tokens": states[:1]}, 1)
     for options in ({"scale": 2.0}, {"mode": "first-order"}):
         other = ClassifierKernel(kernel.kernel, kernel.log_likelihood, **options)
         assert not kernel.same_as(other)
@@ -380,7 +380,7 @@ def test_the_look_ahead_is_the_plain_one():
     kernel = guided("uniform")
     states = all_states(SIZE, LENGTH)
     for ask in ("posterior_mean", "cavity_log_probs"):
-        here, there = (getattr(x, ask)(states, 1) for x in (kernel, kernel.kernel))
+        here, there = (getattr(x, ask)({"tokens": states}, 1) for x in (kernel, kernel.kernel))
         assert torch.equal(here, there)
 
 

@@ -290,7 +290,7 @@ def test_named_schedules(level):
 def test_posterior_mean_is_the_jump_to_data(level):
     kernel = guided("skewed", level=level)
     states = all_states(3, LENGTH)
-    mean = kernel.posterior_mean(states, 1).exp()
+    mean = kernel.posterior_mean({"tokens": states}, 1).exp()
     c_y, c_0 = (d(states, kernel.times[1]).exp() for d in two_denoisers(kernel.process))
     a = float(kernel.alphas[1])
     clean = [site_rows(kernel.process, states, c, a, 1.0) for c in (c_y, c_0)]
@@ -300,7 +300,7 @@ def test_posterior_mean_is_the_jump_to_data(level):
         else site_rows(kernel.process, states, geometric(c_y, c_0, 2.0), a, 1.0)
     )
     torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
-    cavity = kernel.cavity_log_probs(states, 1).exp()
+    cavity = kernel.cavity_log_probs({"tokens": states}, 1).exp()
     torch.testing.assert_close(cavity, geometric(c_y, c_0, 2.0), rtol=0, atol=1e-12)
 
 
@@ -342,7 +342,7 @@ def test_a_filter_around_the_guided_prediction():
     kernel = kernel.with_denoiser(Nucleus(kernel.denoiser, 0.7))
     assert kernel.changes == ("classifier-free guidance 2 of the denoiser", "nucleus 0.7")
     states = all_states(3, LENGTH)
-    assert bool((kernel.cavity_log_probs(states, 1) == -math.inf).any())
+    assert bool((kernel.cavity_log_probs({"tokens": states}, 1) == -math.inf).any())
 
 
 def test_one_prediction_is_no_pair():

@@ -55,7 +55,7 @@ def test_contract_has_power():
     class Mismatched(InterpolatingKernel):
         def step(self, carry, k, *, fixed=None):
             right = super().step(carry, k, fixed=fixed)
-            step = right.with_log_probs(other.cavity_log_probs(carry["tokens"], k))
+            step = right.with_log_probs(other.cavity_log_probs(carry, k))
             step.log_prob = right.log_prob
             return step
 
@@ -171,7 +171,7 @@ def test_nearly_normalised_rows_are_normalised(process):
             return (logits + 5e-4).expand(*tokens.shape, 4)
 
     kernel = InterpolatingKernel(process, Sloppy(), num_steps=2)
-    log_c = kernel.cavity_log_probs(kernel.init_carry((3,), 80)["tokens"], 0)
+    log_c = kernel.cavity_log_probs(kernel.init_carry((3,), 80), 0)
     assert log_c.dtype == torch.float64
     total = log_c.logsumexp(-1)
     torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-14)
@@ -189,7 +189,7 @@ def test_posterior_mean_at_a_repeated_time_is_the_real_one(name):
     tokens = kernel.init_carry((4,), 2)["tokens"]
     kernel.step({"tokens": tokens}, 1)
     assert counter.calls == 0
-    here, there = kernel.posterior_mean(tokens, 1), kernel.posterior_mean(tokens, 2)
+    here, there = (kernel.posterior_mean({"tokens": tokens}, k) for k in (1, 2))
     torch.testing.assert_close(here, there)
     assert float((here - here.mean(-1, keepdim=True)).abs().max()) > 0.1
 

@@ -175,8 +175,8 @@ def test_groups_beyond_the_prompt_cost_nothing():
     assert (counter.calls, counter.rows) == (1, 5)
     counted._sample_steps(torch.Size((5,)), None, False)
     assert (counter.calls, counter.rows) == (2, 10)
-    assert not counted.kernel.asks_denoiser(path[:, 1], 1)
-    assert counted.kernel.asks_denoiser(path[:, 0], 0)
+    assert not counted.kernel.asks_denoiser({"tokens": path[:, 1]}, 1)
+    assert counted.kernel.asks_denoiser({"tokens": path[:, 0]}, 0)
 
 
 def test_blocks_are_finished_from_left_to_right():

@@ -348,6 +348,6 @@ def test_denoiser_mass_on_the_mask_is_dropped():
             return torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(*tokens.shape, -1)
 
     kernel = InterpolatingKernel(MASKED, Leaky(), num_steps=2)
-    log_c = kernel.cavity_log_probs(torch.full((2, 4), 3), 0)
+    log_c = kernel.cavity_log_probs({"tokens": torch.full((2, 4), 3)}, 0)
     expected = torch.tensor([1, 2, 3]).double().div(6).expand(2, 4, -1)
     torch.testing.assert_close(log_c.exp(), expected, rtol=0, atol=1e-6)

@@ -33,7 +33,7 @@ def test_guess_of_a_uniform_chain_is_the_posterior_mean_not_the_cavity():
     chain, bound = bound_of("uniform", "argmax", Potential(lambda x0: x0.double() @ WEIGHTS))
     tokens = torch.randint(3, (1, 50, 3))
     log_h = bound.log_twist({"tokens": tokens}, 2, None)
-    guess = chain.kernel.posterior_mean(tokens, 2).argmax(-1)
+    guess = chain.kernel.posterior_mean({"tokens": tokens}, 2).argmax(-1)
     torch.testing.assert_close(log_h, guess.double() @ WEIGHTS)
 
 
@@ -48,7 +48,7 @@ def test_persistent_average_over_sites(name):
     tokens = bound.init(1, 1, None)["tokens"].expand(4000, 1, 3)
     carry = {"tokens": tokens, FILL_UNIFORMS: torch.rand(4000, 1, 1, 3, dtype=torch.float64)}
     h = bound.log_twist(carry, 1, None).exp()[:, 0]
-    p = float(chain.kernel.posterior_mean(tokens[0], 1)[0, 0, 1].exp())
+    p = float(chain.kernel.posterior_mean({"tokens": tokens[0]}, 1)[0, 0, 1].exp())
     assert abs(z_score(h, 1 + p * (math.e - 1))) < 4
 
 
