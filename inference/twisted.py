@@ -36,7 +36,7 @@ from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.distributions.reveal_step import RevealStep
-from ppl_diffusion.handlers.twist import GradientProposal, Step, tiltable, tilted
+from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
 from ppl_diffusion.inference._lookahead import (
     ExhaustiveLookahead,

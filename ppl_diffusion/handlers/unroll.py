@@ -10,10 +10,11 @@ import torch
 from pyro.distributions import Delta
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.reparam_messenger import ReparamMessenger
+from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.kernels.base import SAMPLE_ONLY, Carry
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import SAMPLE_ONLY
 
 
 class Unroll(Reparam):
@@ -35,31 +36,35 @@ class Unroll(Reparam):
                 f"unroll: the steps of {type(chain.kernel).__name__} ({SAMPLE_ONLY}) have no "
                 "density given the tokens; use a kernel that has one."
             )
-        given = None if msg["value"] is None else msg["value"].unbind(-2)
-        kernel, fixed = chain.kernel, chain.fixed
-        step: Any = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
-        states: list[torch.Tensor] = []
-        carry: Carry = {}
-        for k in range(chain.num_steps + 1):
-            if k > 0:
-                step = kernel.step(carry, k - 1, fixed=fixed)
-            value = None if given is None else given[k]
-            states.append(pyro.sample(f"{name}_{k}", step, obs=value))
-            state = states[-1]
-            if not kernel.markov:  # what the carry remembers has all dimensions of the states
-                batch = torch.broadcast_shapes(state.shape[:-1], step.batch_shape)
-                state = state.expand(*batch, -1)
-            carry = (
-                kernel.advance(carry, state, k - 1, step=step)
-                if k > 0
-                else kernel.start_carry(state)
-            )
+        states = _sample_steps(name, chain, msg["value"])
         path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}
 
 
-def _joined(states: list[torch.Tensor], chain: ReverseChain) -> torch.Tensor:
+def _sample_steps(name: str, chain: ReverseChain, path: Tensor | None) -> list[Tensor]:
+    kernel: Any = chain.kernel
+    given = [None] * (chain.num_steps + 1) if path is None else path.unbind(-2)
+    step = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
+    states = [pyro.sample(f"{name}_0", step, obs=given[0])]
+    # The one start that must wait for its tokens: Pyro draws, observes or enumerates them.
+    carry = kernel.start_carry(_whole(states[0], chain, step))
+    for k, value in enumerate(given[1:]):
+        step = kernel.step(carry, k, fixed=chain.fixed)
+        states.append(pyro.sample(f"{name}_{k + 1}", step, obs=value))
+        carry = kernel.advance(carry, _whole(states[-1], chain, step), k, step=step)
+    return states
+
+
+def _whole(state: Tensor, chain: ReverseChain, step: Any) -> Tensor:
+    if chain.kernel.markov:
+        return state
+    # What the carry remembers has all dimensions of the states.
+    batch = torch.broadcast_shapes(state.shape[:-1], step.batch_shape)
+    return state.expand(*batch, -1)
+
+
+def _joined(states: list[Tensor], chain: ReverseChain) -> Tensor:
     # Under enumeration every step has a batch dimension of its own, and plates have size one.
     shape = torch.broadcast_shapes(chain.batch_shape, *(state.shape[:-1] for state in states))
     return torch.stack([state.expand(*shape, -1) for state in states], -2)
