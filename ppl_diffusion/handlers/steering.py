@@ -82,16 +82,9 @@ class Steering:
 
     def _run(self, chain: ReverseChain, moves: Proposal | None, runs: int) -> SMCTrace:
         fk = FeynmanKac(chain, self.potential, twist=self.twist, proposal=moves)
-        return smc_loop(
-            fk.bind(track_log_prob=True),
-            fk.num_steps,
-            self.num_particles,
-            runs,
-            as_resampler(self.resampler),
-            self.ess_threshold,
-            None,
-            record="tokens",
-        )
+        bound, scheme = fk.bind(track_log_prob=True), as_resampler(self.resampler)
+        size = (fk.num_steps, self.num_particles, runs)
+        return smc_loop(bound, *size, scheme, self.ess_threshold, None, record="tokens")
 
     def _warn_of_exclusions(self, log_potential: Tensor) -> None:
         if self.excludes or not bool((log_potential == -torch.inf).any()):
