@@ -17,7 +17,7 @@ from torch import Tensor
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.handlers.clamp import ClampProposal
+from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import (
     BestOfN,
     Corrector,

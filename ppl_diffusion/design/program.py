@@ -16,7 +16,7 @@ from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.judging import Judges
 from ppl_diffusion.design.question import Job, MotifSpec, Question, clamp_pattern
 from ppl_diffusion.design.search import with_defaults
-from ppl_diffusion.handlers.clamp import ClampProposal
+from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
 from ppl_diffusion.potentials import (
     AbstractPotential,

@@ -10,8 +10,9 @@ import torch
 from pyro.distributions import Delta
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.reparam_messenger import ReparamMessenger
+from torch import Tensor
 
-from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import GIVEN, SAMPLE_ONLY, Carry
 
@@ -35,33 +36,45 @@ class Unroll(Reparam):
                 f"unroll: the steps of {type(chain.kernel).__name__} ({SAMPLE_ONLY}) have no "
                 "density given the tokens; use a kernel that has one."
             )
-        given = None if msg["value"] is None else msg["value"].unbind(-2)
-        kernel, fixed = chain.kernel, chain.fixed
-        step: Any = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
-        states: list[torch.Tensor] = []
-        carry: Carry = {}
-        for k in range(chain.num_steps + 1):
-            if k > 0:
-                step = kernel.step(carry, k - 1, fixed=fixed)
-            value = None if given is None else given[k]
-            states.append(pyro.sample(f"{name}_{k}", step, obs=value))
-            state = states[-1]
-            # What the carry remembers has all dimensions of the states.
-            if not kernel.markov or chain.given:
-                batch = torch.broadcast_shapes(state.shape[:-1], step.batch_shape)
-                state = state.expand(*batch, -1)
-            if k == 0:
-                carry = kernel.start_carry(state)
-            else:
-                carry = kernel.advance(carry, state, k - 1, step=step)
-            if chain.given:  # under enumeration every state has dimensions of its own
-                carry[GIVEN] = kernel.expand_given(chain.given, state.shape[:-1])
+        states = _sample_steps(name, chain, msg["value"])
         path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}
 
 
-def _joined(states: list[torch.Tensor], chain: ReverseChain) -> torch.Tensor:
+def _sample_steps(name: str, chain: ReverseChain, path: Tensor | None) -> list[Tensor]:
+    kernel: Any = chain.kernel
+    given = [None] * (chain.num_steps + 1) if path is None else path.unbind(-2)
+    step = kernel.prior_step(chain.batch_shape, chain.length, prompt=chain.prompt)
+    states = [pyro.sample(f"{name}_0", step, obs=given[0])]
+    # The one start that must wait for its tokens: Pyro draws, observes or enumerates them.
+    carry = kernel.start_carry(_whole(states[0], chain, step))
+    carry = _with_given(carry, states[0], chain)
+    for k, value in enumerate(given[1:]):
+        step = kernel.step(carry, k, fixed=chain.fixed)
+        states.append(pyro.sample(f"{name}_{k + 1}", step, obs=value))
+        carry = kernel.advance(carry, _whole(states[-1], chain, step), k, step=step)
+        carry = _with_given(carry, states[-1], chain)
+    return states
+
+
+def _with_given(carry: Carry, state: Tensor, chain: ReverseChain) -> Carry:
+    if not chain.given:
+        return carry
+    # Under enumeration every state has dimensions of its own.
+    batch = torch.broadcast_shapes(state.shape[:-1], carry["tokens"].shape[:-1])
+    return {**carry, GIVEN: chain.kernel.expand_given(chain.given, batch)}
+
+
+def _whole(state: Tensor, chain: ReverseChain, step: Any) -> Tensor:
+    if chain.kernel.markov and not chain.given:
+        return state
+    # What the carry remembers has all dimensions of the states.
+    batch = torch.broadcast_shapes(state.shape[:-1], step.batch_shape)
+    return state.expand(*batch, -1)
+
+
+def _joined(states: list[Tensor], chain: ReverseChain) -> Tensor:
     # Under enumeration every step has a batch dimension of its own, and plates have size one.
     shape = torch.broadcast_shapes(chain.batch_shape, *(state.shape[:-1] for state in states))
     return torch.stack([state.expand(*shape, -1) for state in states], -2)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.handlers import ClampProposal, Steering
-from ppl_diffusion.handlers.site import ProposedChain, as_steering, joined
+from ppl_diffusion.handlers import ClampProposal, ProposedChain, Steering, as_steering, joined
 from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.law import Base
 

@@ -14,8 +14,7 @@ import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.handlers import GradientProposal, LogitsProposal
-from ppl_diffusion.handlers.twist import mean_prediction, tilted
+from ppl_diffusion.handlers import GradientProposal, LogitsProposal, mean_prediction, tilted
 from ppl_diffusion.inference import twisted
 from ppl_diffusion.inference._task import as_task, seeded
 from ppl_diffusion.inference.twisted import TwistedSampler

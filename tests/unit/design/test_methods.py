@@ -13,7 +13,7 @@ from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.search import METHODS, Search, with_defaults
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.handlers.clamp import ClampProposal
+from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.potentials import GCContent, Potential
 from ppl_diffusion.smc.twists import ArgmaxFill
