@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributions import Distribution
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.smc.rejuvenation import PathMove
 
 
@@ -28,18 +29,26 @@ def require_counts(owner: str, num_particles: Any, num_runs: Any) -> None:
         )
 
 
-def require_program(owner: str, model: Any) -> None:
-    """Refuse what is no Pyro program.
+def require_target(owner: str, model: Any, potential: Any, takes_nothing: bool) -> None:
+    """Refuse what is no target, or comes without (or with) a potential that it needs (or brings).
 
     :param owner: what the refusal calls the method.
-    :param model: what it was given.
-    :raises TypeError: if it is a distribution, which is a function too, or no function.
+    :param model: what is to be sampled.
+    :param potential: the potential given with it, or None.
+    :param takes_nothing: whether a chain may come without a potential.
+    :raises TypeError: if it is a distribution, which is a function too, or no function, or a bare
+        chain comes without a potential.
+    :raises ValueError: if a program comes with a potential.
     """
+    if isinstance(model, Composition):
+        return
     if isinstance(model, ReverseChain):
-        raise TypeError(
-            f"{owner}: the target must be a Pyro program, got a bare ReverseChain; write a program "
-            "that samples it, or use FKSteering(chain, potential)."
-        )
+        if potential is None and not takes_nothing:
+            raise TypeError(
+                f"{owner}: a bare chain needs a potential; pass one, such as "
+                "Reward(dock, temperature=0.1)."
+            )
+        return
     if isinstance(model, Distribution):
         raise TypeError(
             f"{owner}: the target must be a ReverseChain or a Pyro program, got the distribution "
@@ -49,6 +58,11 @@ def require_program(owner: str, model: Any) -> None:
         raise TypeError(
             f"{owner}: the target must be a ReverseChain or a Pyro program, got "
             f"{type(model).__name__}."
+        )
+    if potential is not None:
+        raise ValueError(
+            f"{owner}: a program is its own potential; write the potential into it with "
+            "ppl_diffusion.potentials.factor."
         )
 
 

@@ -9,17 +9,12 @@ from torch import Tensor
 
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
-NO_EVIDENCE = (
-    "log_evidence is NaN (-inf in a run without any candidate of G > 0): there is none to estimate"
-)
-
-
-def reweighted(posterior: ParticlePosterior, log_weights: Tensor, target: str) -> ParticlePosterior:
+def reweighted(posterior: ParticlePosterior, log_weights: Tensor, why: str) -> ParticlePosterior:
     """Return a result with weights that are exact for nothing, and no evidence.
 
     :param posterior: the result.
     :param log_weights: the new weights, normalised in each living run, ``(R, N)``.
-    :param target: what the draws are, in words.
+    :param why: what the draws are, in words.
     """
     nothing = torch.where(posterior.alive, torch.nan, -torch.inf).to(torch.float64)
     return replace(
@@ -28,30 +23,29 @@ def reweighted(posterior: ParticlePosterior, log_weights: Tensor, target: str) -
         log_evidence=nothing,
         log_evidence_steps=nothing[:, None].expand_as(posterior.log_evidence_steps).clone(),
         evidence_variance=torch.full_like(posterior.evidence_variance, torch.nan),
-        exact=False,
-        target=f"{target}; {NO_EVIDENCE}",
+        law=posterior.law.but(exact=False, why=why, has_evidence=False),
     )
 
 
-def best_only(posterior: ParticlePosterior, keep: int, target: str) -> ParticlePosterior:
+def best_only(posterior: ParticlePosterior, keep: int, why: str) -> ParticlePosterior:
     """Return a result whose weight lies, equally, on the best particles of each run.
 
     :param posterior: the result.
     :param keep: particles kept per run.
-    :param target: what the draws are, in words.
+    :param why: what the draws are, in words.
     """
     log_g = torch.where(posterior.log_weights == -torch.inf, -torch.inf, posterior.log_potential)
     best, index = log_g.topk(min(keep, log_g.shape[1]), -1)
     kept = (best > -torch.inf).sum(-1, keepdim=True).clamp_min(1)
     level = torch.where(best > -torch.inf, -kept.to(torch.float64).log(), -torch.inf)
     weights = torch.full_like(log_g, -torch.inf).scatter(-1, index, level)
-    return reweighted(posterior, weights, target)
+    return reweighted(posterior, weights, why)
 
 
-def equal_weights(posterior: ParticlePosterior, target: str) -> ParticlePosterior:
+def equal_weights(posterior: ParticlePosterior, why: str) -> ParticlePosterior:
     """Return a result whose particles count alike, but for those the potential forbids.
 
     :param posterior: the result.
-    :param target: what the draws are, in words.
+    :param why: what the draws are, in words.
     """
-    return best_only(posterior, posterior.num_particles, target)
+    return best_only(posterior, posterior.num_particles, why)

@@ -77,7 +77,7 @@ class LookingAhead(Method):
         carry = state["sites"][name]
         return self.twist(carry, state["done"][name], tuple(carry["tokens"].shape[:2]))
 
-    def prepare(self, run: Bound, resampler: Any) -> None:
+    def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Refuse functions of one chain's state where there are several.
 
         :raises CapabilityError: if there are.

@@ -15,42 +15,56 @@ chains the factors of when a position is revealed cancel, and only reveals are b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._chain_program import ChainProgram
-from ppl_diffusion.inference._compositions import CFG as CFG
-from ppl_diffusion.inference._compositions import Composition as Composition
-from ppl_diffusion.inference._compositions import Power as Power
-from ppl_diffusion.inference._compositions import Product as Product
-from ppl_diffusion.inference._compositions import Tilt as Tilt
-from ppl_diffusion.inference._experts import ExpertEngine
-from ppl_diffusion.inference._lockstep import LockstepEngine, SiteRule, as_site_rule
-from ppl_diffusion.inference._path_power import PathPowerEngine, RateEngine
-from ppl_diffusion.inference._task import Task, as_task
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.inference.bootstrap import LookingAhead
+from ppl_diffusion.inference.compositions import CFG as CFG
+from ppl_diffusion.inference.compositions import Composition as Composition
+from ppl_diffusion.inference.compositions import Power as Power
+from ppl_diffusion.inference.compositions import Product as Product
+from ppl_diffusion.inference.compositions import Tilt as Tilt
+from ppl_diffusion.inference.experts import ExpertMover
+from ppl_diffusion.inference.lockstep import LockstepMover, SiteRule, as_site_rule
+from ppl_diffusion.inference.path_power import PathPowerMover, RateMover
 from ppl_diffusion.kernels import OrderedKernel
-from ppl_diffusion.potentials.base import AbstractPotential, Potential
-from ppl_diffusion.smc.engine import Progress
-from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import FillTwist, TwistLike, as_twist
+from ppl_diffusion.kernels.base import Kernel
+from ppl_diffusion.potentials.base import Potential
+from ppl_diffusion.programs.bound import Bound, Mover
+from ppl_diffusion.programs.method import Needs, register
+from ppl_diffusion.programs.schedule import Item
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.sources import (
+    ChainSource,
+    PotentialLike,
+    Source,
+    State,
+    as_potential,
+)
+from ppl_diffusion.smc.feynman_kac import Proposal
+from ppl_diffusion.smc.law import Base, Law
+from ppl_diffusion.smc.twists import FillTwist
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-Method = Literal["auto", "lockstep", "path", "rates"]
+Form = Literal["auto", "lockstep", "path", "rates"]
 
 
-class Corrector(ChainProgram):
+@register
+@dataclass(frozen=True)
+class Corrector(LookingAhead):
     """Sample from a composition of chains, with its log normalising constant.
 
-    :param target: a composition, a chain (then give a potential or ``compose``), or a Pyro program
-        with chain sites.
-    :param potential: ``log G``, on top of what the composition holds.
-    :param num_particles: particles ``N`` per run.
-    :param num_runs: independent runs ``R``, vectorised.
-    :param method: ``"lockstep"`` (masked chains, the default there), ``"path"`` (chains on a time
+    The target of :class:`~ppl_diffusion.inference.SMC` is a composition, or (with ``compose``) a
+    chain or a program, each of whose chains is then composed.
+
+    :param twist: look-ahead at the potential, see :class:`LookingAhead`.
+    :param form: ``"lockstep"`` (masked chains, the default there), ``"path"`` (chains on a time
         grid at ``kappa=1``, the default elsewhere), or ``"rates"``, the published continuous-time
         form, whose result says ``exact=False``. Lockstep reveals replace the moves of a masked
         chain on a time grid, also where all exponents are 1; ``"path"`` keeps its own law.
@@ -58,125 +72,197 @@ class Corrector(ChainProgram):
         ``"confidence"``, ``"entropy"`` or a :class:`SiteRule`.
     :param group_size: reveals per lockstep; None keeps that of an ordered chain, and the number of
         steps of a chain on a time grid.
-    :param compose: changes the chain of ``target``, such as ``lambda chain: Power(chain, 2.0)``.
-    :param twist: look-ahead at the potential, see :class:`~ppl_diffusion.smc.FeynmanKac`.
+    :param compose: changes a chain, such as ``lambda chain: Power(chain, 2.0)``.
     :param clamp: let the look-ahead choose the tokens of a lockstep: it is asked about every token
         a position may get, at ``V`` sequences per reveal.
-    :param resampler: resampling scheme.
-    :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
-    :param store_path: keep the states of all steps.
-    :param max_rows: largest number of rows sent to a network at once.
-    :param progress: called with ``(steps done, steps in all)``.
-    :raises CapabilityError: if the method does not fit the chains, or a site rule ranks positions
+    :raises CapabilityError: if the form does not fit the chains, or a site rule ranks positions
         by the tokens just sampled.
     :raises ValueError: on options that mean nothing together.
 
     Example::
 
-        sharp = Corrector(Tilt(Power(chain, 2.0), reward), num_particles=64).run(seed=0)
+        sharp = SMC(Tilt(Power(chain, 2.0), reward), num_particles=64).run(seed=0)
         sharp.log_evidence  # log sum_x P(x)**2 exp(reward(x)), unbiased before the log
     """
 
-    def __init__(
-        self,
-        target: Composition | ReverseChain | Callable[..., Any],
-        potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
-        *,
-        num_particles: int = 256,
-        num_runs: int = 1,
-        method: Method = "auto",
-        sites: str | SiteRule = "random",
-        group_size: int | None = None,
-        compose: Callable[[ReverseChain], ReverseChain | Composition] | None = None,
-        twist: TwistLike = "argmax",
-        clamp: bool = False,
-        resampler: str | Resampler = "systematic",
-        ess_threshold: float = 0.5,
-        store_path: bool = True,
-        max_rows: int | None = 4096,
-        progress: Progress | None = None,
-    ) -> None:
-        if method not in ("auto", "lockstep", "path", "rates"):
+    form: Form = "auto"
+    sites: str | SiteRule = "random"
+    group_size: int | None = None
+    compose: Callable[[ReverseChain], ReverseChain | Composition] | None = None
+    clamp: bool = False
+
+    name: ClassVar[str] = "corrector"
+    needs: ClassVar[Needs] = Needs(own_moves=True)
+    holds_clamps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in ("auto", "lockstep", "path", "rates"):
             raise ValueError(
-                f"Corrector: method is {method!r}; choose 'auto', 'lockstep', 'path' or 'rates'."
+                f"Corrector: form is {self.form!r}; choose 'auto', 'lockstep', 'path' or 'rates'."
             )
-        super().__init__(
-            target,
-            potential,
-            num_particles=num_particles,
-            num_runs=num_runs,
-            resampler=resampler,
-            ess_threshold=ess_threshold,
-            store_path=store_path,
-            max_rows=max_rows,
-            progress=progress,
-        )
-        self.method, self.rule, self.group_size = method, as_site_rule(sites), group_size
-        self.twist, self.clamp, self.compose = as_twist(twist), clamp, compose
-        if clamp and not isinstance(self.twist, FillTwist):
+        object.__setattr__(self, "sites", as_site_rule(self.sites))
+        if self.clamp and not isinstance(self.twist, FillTwist):
             raise ValueError("Corrector: clamp=True needs a twist by completions, e.g. 'argmax'.")
-        if compose is not None and isinstance(target, Composition):
+        if self.proposal is not None:
+            raise ValueError(
+                "Corrector: it moves by its experts and takes no proposal; use method='smc'."
+            )
+
+    def source(self, model: Any, potential: PotentialLike | None) -> Source:
+        """Return the first chain, tilted by the composition's potential and the one given."""
+        if isinstance(model, Composition) and self.compose is not None:
             raise ValueError(
                 "Corrector: compose changes a chain, but the target is a composition already; "
                 "leave it out."
             )
+        composed = self._composed(model)
+        parts = [composed.potential, None if potential is None else as_potential(potential)]
+        known = [part for part in parts if part is not None]
+        tilt = known[0] + known[1] if len(known) > 1 else (known or [_NOTHING])[0]
+        return ComposedSource(composed, tilt)
 
-    def task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
-        """Return the chain, and the potential on top of the composition.
+    def _composed(self, model: ReverseChain | Composition) -> Composition:
+        base = model
+        if isinstance(model, ReverseChain) and self.compose is not None:
+            base = self.compose(model)
+        return base if isinstance(base, Composition) else Composition([(base, 1.0)])
 
-        :param args: arguments of the program, where the target is one.
-        :param kwargs: keyword arguments of the program.
+    def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
+        """Return the experts of a site.
+
+        :raises CapabilityError: if a chain of a program is composed with a potential.
         """
-        target = self.target
-        if isinstance(target, Composition):
-            if args or kwargs:
-                raise TypeError("Corrector.run: a composition takes no arguments of a program.")
-            target = target.chains[0]
-        composed = isinstance(self.target, Composition) or self.compose is not None
-        if isinstance(target, ReverseChain) and self.potential is None and composed:
-            return as_task(target, _NOTHING)
-        return as_task(target, self.potential, args, kwargs, owner="Corrector")
-
-    def bind(self, task: Task) -> ExpertEngine:
-        """Return the engine of one run.
-
-        :param task: the chain, and the potential on top of the composition.
-        """
-        base = self.target if isinstance(self.target, Composition) else task.chain
-        composed = _composed(base if self.compose is None else self.compose(task.chain))
-        if task.potential is not _NOTHING:
-            composed = Tilt(composed, task.potential)
-        options: dict[str, Any] = {"twist": self.twist, "max_rows": self.max_rows}
-        if self._method(task.chain) == "lockstep":
-            options |= {"rule": self.rule, "group_size": self.group_size, "clamp": self.clamp}
-            return LockstepEngine(task, composed, **options)
-        if self.clamp or self.group_size is not None or self.rule.name != "random":
+        if isinstance(source, ComposedSource):
+            composed = source.composition
+        else:
+            composed = self._composed(site.chain)
+            if composed.potential is not None:
+                raise CapabilityError(
+                    "Corrector: compose tilts a chain of a program; write the potential into the "
+                    "program with ppl_diffusion.potentials.factor."
+                )
+        twist = None if source.law.tilts == () else self.twist
+        options: dict[str, Any] = {"twist": twist, "max_rows": max_rows}
+        rule = self.sites
+        assert isinstance(rule, SiteRule)
+        if self._form(site.chain) == "lockstep":
+            return LockstepMover(composed, rule=rule, group_size=self.group_size, **options)
+        if self.clamp or self.group_size is not None or rule.name != "random":
             raise ValueError(
                 "Corrector: sites, group_size and clamp belong to lockstep reveals of masked "
-                "chains; leave them out, or use method='lockstep'."
+                "chains; leave them out, or use form='lockstep'."
             )
-        engine = RateEngine if self.method == "rates" else PathPowerEngine
-        return engine(task, composed, **options)
+        return (RateMover if self.form == "rates" else PathPowerMover)(composed, **options)
 
-    def _method(self, chain: ReverseChain) -> str:
+    def _form(self, chain: ReverseChain) -> str:
         masked = isinstance(chain.kernel, OrderedKernel) or chain.kernel.process.absorbing
         automatic = "lockstep" if masked else "path"
-        return automatic if self.method == "auto" else self.method
+        return automatic if self.form == "auto" else self.form
 
-    def settings(self, engine: ExpertEngine) -> dict[str, Any]:
-        """Return what was chosen, in JSON types.
+    def step(
+        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
+        """Move by the experts; with ``clamp`` the look-ahead has a say in which token is revealed."""
+        mover: Any = run.movers[item.site]
+        if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
+            return run.step(state, item, generator)
 
-        :param engine: the engine of the run.
-        """
+        def look(chosen: Tensor) -> Tensor:
+            return self._children(run, state, item, chosen, mover.group_size, generator)
+
+        carry, ratio = mover.move(state["sites"][item.site], item.k, generator, look)
+        return run.moved(state, item, carry), ratio
+
+    def _children(
+        self,
+        run: Bound,
+        state: State,
+        item: Item,
+        chosen: Tensor,
+        group_size: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Return what every token of each chosen position promises, ``(m, V)``."""
+        most = int(chosen.sum(-1).max())
+        positions = chosen.to(torch.int8).topk(most, -1).indices.sort(-1).values
+        size = run.movers[item.site].kernel.process.vocab_size
+        tokens = torch.arange(size, device=chosen.device).expand(*positions.shape, size)
+        others = any(state["done"].get(n, -1) < run.steps[n] for n in run.sites if n != item.site)
+        several = run.source.is_program and chosen.ndim > 3
+        last = item.k + 1 == run.steps[item.site] and group_size == 1 and not (others or several)
+        values = run.source.children(
+            run.guess(state, generator), item.site, positions, tokens, state, last=last
+        )
+        return values[chosen.gather(-1, positions)]
+
+    def look(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Return the look-ahead, where there is a potential to look at."""
+        if self.twist is None or not run.source.law.tilts:
+            return None
+        return self.rate(run, state, generator)
+
+    def law(self, run: Bound) -> Law:
+        """Return the product of experts, tilted."""
+        law = run.source.law
+        movers: list[Any] = [run.movers[site.name] for site in run.source.chains]
+        words = [m.target_law.format(law=m.composition.law) for m in movers]
+        product = words[0]
+        if len(words) > 1:
+            named = zip(run.sites, words, strict=True)
+            product = "; times ".join(f"{text} (of {site!r})" for site, text in named)
+        exact = all(mover.exact for mover in movers)
+        # Lockstep reveals have steps of their own.
+        chains = tuple(
+            Base(**{**vars(base), "steps": m.kernel.num_steps, "kernel": repr(m.kernel)})
+            for base, m in zip(law.chains, movers, strict=True)
+        )
+        return law.but(product=product, chains=chains, exact=exact)
+
+    def settings(self, run: Bound) -> dict[str, Any]:
+        """Return what was chosen, in JSON types."""
+        mover: Any = run.movers[run.source.chains[0].name]
         return {
-            "method": "corrector",
-            "form": self._method(engine.chain),
-            "exponents": list(engine.exponents),
-            **engine.settings,
-            "twist": None if self.twist is None else self.twist.name,
-            "resampler": self.resampler.name,
-            "ess_threshold": self.ess_threshold,
+            "form": self._form(run.source.chains[0].chain),
+            "exponents": list(mover.exponents),
+            **mover.settings,
+            "clamp": self.clamp,
+            "twist": None if self.twist is None else self.twist.name,  # type: ignore[union-attr]
         }
+
+
+class ComposedSource(ChainSource):
+    """A composition of chains, tilted by a potential.
+
+    :param composition: the chains with their exponents.
+    :param potential: ``log G``.
+    """
+
+    def __init__(self, composition: Composition, potential: PotentialLike) -> None:
+        super().__init__(composition.chains[0], potential)
+        self.composition = composition
+
+    @property
+    def law(self) -> Law:
+        """The first chain's, with what changes any of them, and the tilt if there is one."""
+        law = super().law
+        changes = dict.fromkeys(c for chain in self.composition.chains for c in chain.kernel.changes)
+        others = tuple(Base.of(chain) for chain in self.composition.chains[1:])
+        base = Base(**{**vars(law.chains[0]), "changes": tuple(changes)})
+        digest = "+".join([base.digest, *(other.digest for other in others)])
+        base = Base(**{**vars(base), "digest": digest})
+        return law.but(chains=(base,), tilts=() if self.given is _NOTHING else law.tilts)
+
+    def final(
+        self, state: State, paths: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ask the potential, if there is one."""
+        if self.given is not _NOTHING:
+            return super().final(state, paths)
+        x0 = state["sites"]["x"]["tokens"]
+        return x0.new_zeros(x0.shape[:2], dtype=torch.float64), {"x0": x0}
 
 
 def order_inconsistency(
@@ -227,7 +313,3 @@ def _zero(x0: Tensor) -> Tensor:
 
 _NOTHING = Potential(_zero, name="0")
 """Stands for no potential."""
-
-
-def _composed(base: ReverseChain | Composition) -> Composition:
-    return base if isinstance(base, Composition) else Composition([(base, 1.0)])

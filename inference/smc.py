@@ -106,9 +106,9 @@ class SMC:
         require_counts("SMC", num_particles, num_runs)
         self.model, self.potential = model, potential
         self.num_particles, self.num_runs = num_particles, num_runs
-        threshold = self.method.ess_threshold if ess_threshold is None else ess_threshold
+        self.asked = self.method.ess_threshold if ess_threshold is None else ess_threshold
         scheme = as_resampler(resampler)
-        self.resampler, self.ess_threshold = self.method.resampling(scheme, threshold)
+        self.resampler, self.ess_threshold = self.method.resampling(scheme, self.asked)
         self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
         self.plan = as_plan(schedule)
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
@@ -143,7 +143,7 @@ class SMC:
                 self.resampler,
                 self.ess_threshold,
                 None,
-                record=run.record if self.store_path else None,
+                record=run.record if self.store_path and not self.method.keeps_paths else None,
                 progress=self.progress,
             )
             posterior = self._posterior(run, trace, seed, started)
@@ -170,7 +170,7 @@ class SMC:
             fill=self.method.fill,
             shape=(self.num_runs, self.num_particles),
         )
-        self.method.prepare(run, self.resampler)
+        self.method.prepare(run, self.resampler, self.asked)
         return run
 
     def _source(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
@@ -192,9 +192,9 @@ class SMC:
         self, run: Bound, trace: SMCTrace, seed: int | None, started: float
     ) -> ParticlePosterior:
         state: State = trace.carry
-        paths = self.method.paths(run, trace)
-        if paths is None and self.store_path:
-            paths = run.own_paths(state, trace.paths())
+        paths = None
+        if self.store_path:
+            paths = self.method.paths(run, state) or run.own_paths(state, trace.paths())
         first = run.source.chains[0].name
         samples = dict(state["values"])
         if run.source.is_program:
@@ -206,13 +206,13 @@ class SMC:
             times=self.method.times(run),
             samples=samples,
             num_evaluations=run.num_evaluations,
-            num_potential_calls=run.source.num_calls,
+            num_potential_calls=self.method.num_calls(run),
             law=self.method.law(run),
             settings={
                 "method": self.method.name,
-                **self.method.settings(run),
                 "resampler": self.resampler.name,
                 "ess_threshold": self.ess_threshold,
+                **self.method.settings(run),
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },
@@ -230,7 +230,7 @@ class _Engine:
         self.gather = run.gather
 
     def init(self, runs: int, particles: int, generator: Any) -> State:
-        return self.method.start(self.run, self.run.start(generator), generator)
+        return self.method.begin(self.run, generator)
 
     def move(self, carry: State, k: int, generator: Any) -> tuple[State, Tensor | float]:
         return self.method.move(self.run, carry, k, generator)

@@ -20,24 +20,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._biased import equal_weights
-from ppl_diffusion.inference._chain_program import BoundEngine, ChainProgram
-from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels.base import Carry, Kernel
-from ppl_diffusion.potentials.base import AbstractPotential
+from ppl_diffusion.inference.biased import equal_weights
+from ppl_diffusion.inference.bootstrap import LookingAhead
+from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
-from ppl_diffusion.smc.engine import Progress, SMCTrace
-from ppl_diffusion.smc.feynman_kac import FeynmanKac, Proposal
+from ppl_diffusion.programs.bound import Bound
+from ppl_diffusion.programs.method import register
+from ppl_diffusion.programs.sources import State
+from ppl_diffusion.smc.feynman_kac import Proposal
+from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import TwistLike, as_twist, log_mean_exp
+from ppl_diffusion.smc.twists import TwistLike, log_mean_exp
 
 LOG_H = "soft_value/log_h"
 
@@ -51,167 +51,72 @@ GREED = 2.0
 """Nats by which the log of the particles there are must exceed that of those a step takes."""
 
 
-class SoftValueGuidance(ChainProgram):
-    """Posterior sampling by choosing among children.
+@register
+@dataclass(frozen=True)
+class SoftValueGuidance(LookingAhead):
+    """Choosing among children.
 
-    :param target: a reverse chain, or a Pyro program.
-    :param potential: ``log G`` of a bare chain (a reward over its temperature); None for a program.
-    :param num_particles: lineages ``N`` per run.
-    :param num_runs: independent runs ``R``, vectorised.
+    :param twist: the guess of the value: ``"argmax"``, ``"persistent"``, ``"sample"`` or a fill
+        twist (posterior mean), or a function ``(carry, k) -> log h (R, N)``, such as a trained
+        :class:`~ppl_diffusion.inference.value_network.LearnedValue` (Monte Carlo).
+    :param proposal: where children are drawn from: None is the chain itself; a kernel, or a
+        proposal with a density.
     :param num_children: children ``M`` drawn per lineage and step.
     :param alpha: temperature of the choice, in units of ``log G``: 1 chooses by the value itself,
         0 takes the best child (ties at random; only without weights). Below 1 it leaves behind
         children that the target wants: where values differ by ``d`` it takes about
         ``exp((1 / alpha - 1) d)`` particles for the weights to make up for that. Too few are
         warned of; a child that no random number can choose any more makes ``exact=False``.
-    :param value: the guess of the value: ``"argmax"``, ``"persistent"``, ``"sample"`` or a fill
-        twist (posterior mean), or a function ``(carry, k) -> log h (R, N)``, such as a trained
-        :class:`~ppl_diffusion.inference.value_network.LearnedValue` (Monte Carlo).
     :param weighted: pay for the choice. False is the published program: equal weights, no
         resampling, no evidence, ``exact=False``.
-    :param proposal: where children are drawn from: None is the chain itself; a kernel, or a
-        proposal with a density.
     :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
-    :param resampler: resampling scheme.
-    :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``; 0 keeps
-        lineages independent.
-    :param store_path: keep the states of all steps.
-    :param max_rows: largest number of rows sent to the network at once.
-    :param progress: called with ``(steps done, steps in all)``.
     :raises ValueError: if a number is not usable, or ``alpha=0`` is to be weighted.
 
     Example::
 
-        guided = SoftValueGuidance(chain, Reward(dock, temperature=0.1), num_children=20)
-        posterior = guided.run(seed=0)
+        method = SoftValueGuidance(num_children=20)
+        posterior = SMC(chain, Reward(dock, temperature=0.1), method=method).run(seed=0)
     """
 
-    def __init__(
-        self,
-        target: ReverseChain | Callable[..., Any],
-        potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
-        *,
-        num_particles: int = 256,
-        num_runs: int = 1,
-        num_children: int = 10,
-        alpha: float = 1.0,
-        value: TwistLike = "argmax",
-        weighted: bool = True,
-        proposal: Proposal | Kernel | None = None,
-        cache: bool = True,
-        resampler: str | Resampler = "systematic",
-        ess_threshold: float = 0.5,
-        store_path: bool = True,
-        max_rows: int | None = 4096,
-        progress: Progress | None = None,
-    ) -> None:
-        _check_selection(num_children, alpha, weighted)
-        super().__init__(
-            target,
-            potential,
-            num_particles=num_particles,
-            num_runs=num_runs,
-            resampler=resampler,
-            ess_threshold=ess_threshold if weighted else 0.0,
-            store_path=store_path,
-            max_rows=max_rows,
-            progress=progress,
-        )
-        self.num_children, self.alpha, self.weighted = num_children, float(alpha), weighted
-        self.value, self.proposal, self.cache = as_twist(value), proposal, cache
-        if self.value is None:
+    num_children: int = 10
+    alpha: float = 1.0
+    weighted: bool = True
+    cache: bool = True
+
+    name: ClassVar[str] = "soft-value"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_selection(self.num_children, self.alpha, self.weighted)
+        if self.twist is None:
             raise ValueError(
-                "SoftValueGuidance: value=None promises nothing to choose by; use "
-                "ImportanceSampling, or a value."
+                "SoftValueGuidance: twist=None promises nothing to choose by; use "
+                "ImportanceSampling, or a twist."
             )
 
-    def bind(self, task: Task) -> SoftValueEngine:
-        """Return the engine of one run.
+    def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
+        """Lineages that nothing weighs are never resampled."""
+        return resampler, ess_threshold if self.weighted else 0.0
 
-        :param task: chain and potential.
-        """
-        return SoftValueEngine(task, self)
-
-    def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
-        """Return the lineages; without weights all count alike and there is no evidence.
-
-        :param posterior: the lineages.
-        :param trace: the run behind them.
-        """
-        return posterior if self.weighted else equal_weights(posterior, posterior.target)
-
-    def settings(self, engine: SoftValueEngine) -> dict[str, Any]:
-        """Return what was chosen, in JSON types.
-
-        :param engine: the engine of the run.
-        """
-        return {
-            "method": "soft-value",
-            "num_children": self.num_children,
-            "alpha": self.alpha,
-            "value": engine.bound.model.settings["twist"],
-            "weighted": self.weighted,
-            "proposal": engine.bound.model.settings["proposal"],
-            "cache": self.cache,
-            "resampler": self.resampler.name,
-            "ess_threshold": self.ess_threshold,
-        }
-
-
-class SoftValueEngine(BoundEngine):
-    """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
-
-    The carry holds, besides the tokens, the value of each lineage's last chosen child.
-
-    :param task: chain and potential.
-    :param options: the program's options.
-    """
-
-    def __init__(self, task: Task, options: SoftValueGuidance) -> None:
-        self.options, self.exact, self._warned = options, options.weighted, False
-        proposal = task.guided_proposal("SoftValueGuidance", options.proposal)
-        model = FeynmanKac(task.chain, task.potential, options.value, proposal)
-        super().__init__(task, model, max_rows=options.max_rows, cache=options.cache)
-
-    @property
-    def target(self) -> str:
-        """The law of the particles, in words."""
-        children, alpha = self.options.num_children, self.options.alpha
-        if self.exact:
-            return self.task.target
-        if self.options.weighted:
-            return (
-                f"approximately {self.task.target}; with alpha={alpha:g} some children were too "
-                "unlikely ever to be chosen, and no weight makes up for what is never drawn"
-            )
-        rule = f"exp(value / {alpha:g})" if alpha else "the largest value"
-        return (
-            f"no declared law: one of {children} children was kept at each of {self.num_steps} "
-            f"steps by {rule}, and nothing paid for it; equal weights, which for an exact value "
-            "and ever more children come close to p(path) * "
-            + (f"G(x0)**{1 / alpha:g}" if alpha else "1[G(x0) is largest]")
-            + f" with log G = {self.task.name}"
-        )
-
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
-        """Return the noisiest states; their value is taken to be constant."""
-        carry = self.bound.init(runs, particles, generator)
-        return {**carry, LOG_H: torch.zeros((runs, particles), dtype=torch.float64)}
+    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+        """The value of the noisiest states is taken to be constant."""
+        return {**state, LOG_H: torch.zeros(run.shape, dtype=torch.float64)}
 
     def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
         """Draw children, choose one of each family, and return what the choice costs."""
-        first = torch.arange(carry[LOG_H].shape[1]) * self.options.num_children  # of each family
-        children, log_ratio, log_h = self._children(carry, k, generator)
-        gain = (log_h + log_ratio).reshape(*carry[LOG_H].shape, -1)
+        state = run.open(state, group, generator)
+        first = torch.arange(run.shape[1]) * self.num_children  # of each family
+        children, log_ratio, log_h = self._children(run, state, group, generator)
+        gain = (log_h + log_ratio).reshape(*run.shape, -1)
         log_score = self._log_score(gain)
-        if self.options.weighted and self.options.alpha < 1:
-            self._check_greed(gain, log_score, k)
+        if self.weighted and self.alpha < 1:
+            self._check_greed(run, gain, log_score, group)
         chosen = self._choose(log_score, generator)
         index = first + chosen
-        moved = {**self.gather(children, index), LOG_H: log_h.gather(1, index)}
-        if not self.options.weighted:
+        moved = {**run.gather(children, index), LOG_H: log_h.gather(1, index)}
+        if not self.weighted:
             return moved, 0.0
         taken = log_score.gather(-1, chosen[..., None])[..., 0]
         paid = log_mean_exp(log_score, -1) - taken
@@ -220,40 +125,42 @@ class SoftValueEngine(BoundEngine):
         return moved, paid + log_ratio.gather(1, index)
 
     def _children(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor, Tensor]:
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> tuple[State, Tensor, Tensor]:
         """Return all children side by side, ``log K - log M`` and values, each ``(R, N * M)``."""
-        runs, lineages = carry[LOG_H].shape
-        family = torch.arange(lineages).repeat_interleave(self.options.num_children)
-        repeated = self.gather(carry, family.expand(runs, -1))
-        children, log_ratio = self.bound.move(repeated, k, generator)
-        log_h = self.bound.log_twist(children, k + 1, generator)
-        assert log_h is not None
+        family = torch.arange(run.shape[1]).repeat_interleave(self.num_children)
+        repeated = run.gather(state, family.expand(run.shape[0], -1))
+        children, log_ratio = super().move(run, repeated, group, generator)
+        if group + 1 == len(run.groups):
+            children = run.final(children)
+            log_h: Tensor = children["log_g"]
+        else:
+            log_h = self.rate(run, children, generator)
         return children, torch.as_tensor(log_ratio).expand_as(log_h), log_h
 
-    def _check_greed(self, gain: Tensor, log_score: Tensor, k: int) -> None:
+    def _check_greed(self, run: Bound, gain: Tensor, log_score: Tensor, k: int) -> None:
         """Take exactness back, or warn, where the choice is greedier than weights can undo."""
         alive = gain.amax(-1) > -torch.inf
         log_share, log_chance = gain[alive].log_softmax(-1), log_score[alive].log_softmax(-1)
         lost = (log_chance < LEAST_CHANCE) & (log_share > LEAST_SHARE)
-        self.exact = self.exact and not bool(lost.any())
+        run.notes["lost"] = run.notes.get("lost", False) or bool(lost.any())
         # Importance sampling takes about exp(relative entropy) draws (Chatterjee, Diaconis 2018).
         excess = torch.where(log_share > -torch.inf, log_share - log_chance, 0.0)
         needed = _upper_decile((log_share.exp() * excess).sum(-1))
-        if self._warned or needed <= max(1.0, math.log(carried := gain.shape[1]) - GREED):
+        if run.notes.get("warned") or needed <= max(1.0, math.log(run.shape[1]) - GREED):
             return
-        self._warned = True
+        run.notes["warned"] = True
         warnings.warn(
-            f"SoftValueGuidance: alpha={self.options.alpha:g} chooses so greedily at step {k} that "
-            f"the weights take about exp({needed:.1f}) particles to undo it, not {carried}; raise "
-            "alpha or use weighted=False.",
+            f"SoftValueGuidance: alpha={self.alpha:g} chooses so greedily at step {k} that "
+            f"the weights take about exp({needed:.1f}) particles to undo it, not {run.shape[1]}; "
+            "raise alpha or use weighted=False.",
             stacklevel=2,
         )
 
     def _log_score(self, gain: Tensor) -> Tensor:
         """Return the log of what children are chosen in proportion to, ``(R, N, M)``."""
-        if self.options.alpha > 0:
-            return gain / self.options.alpha
+        if self.alpha > 0:
+            return gain / self.alpha
         return torch.where(gain == gain.amax(-1, keepdim=True), 0.0, -torch.inf)
 
     def _choose(self, log_score: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -266,19 +173,42 @@ class SoftValueEngine(BoundEngine):
         chosen: Tensor = draw_categorical(level, noise)
         return chosen
 
-    def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
-        """Return the value of each lineage; without weights only what is forbidden counts."""
-        log_h: Tensor = carry[LOG_H]
-        if self.options.weighted:
-            return log_h
-        if k < self.num_steps:
-            return None
-        return torch.where(log_h == -torch.inf, log_h, 0.0)
+    def look(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Return the value of each lineage; without weights nothing counts."""
+        log_h: Tensor = state[LOG_H]
+        return log_h if self.weighted else None
 
-    def log_potential(self, trace: SMCTrace) -> Tensor:
-        """Return ``log G(x0)``, the value of the last chosen child."""
-        log_h: Tensor = trace.carry[LOG_H]
-        return log_h
+    def pay(self, run: Bound, state: State) -> Tensor:
+        """Return the value of the last chosen child; without weights only what is forbidden."""
+        log_h: Tensor = state[LOG_H]
+        return log_h if self.weighted else torch.where(log_h == -torch.inf, log_h, 0.0)
+
+    def law(self, run: Bound) -> Law:
+        """Return the law of the particles, if there is one."""
+        law, alpha, steps = run.source.law, self.alpha, len(run.groups)
+        if self.weighted and not run.notes.get("lost"):
+            return law
+        if self.weighted:
+            why = (
+                f"with alpha={alpha:g} some children were too unlikely ever to be chosen, and no "
+                "weight makes up for what is never drawn"
+            )
+            return law.but(exact=False, why=why)
+        rule = f"exp(value / {alpha:g})" if alpha else "the largest value"
+        limit = f"G(x0)**{1 / alpha:g}" if alpha else "1[G(x0) is largest]"
+        why = (
+            f"no declared law: one of {self.num_children} children was kept at each of {steps} "
+            f"steps by {rule}, and nothing paid for it; equal weights, which for an exact value "
+            f"and ever more children come close to p(path) * {limit} with log G = "
+            f"{' + '.join(tilt.of for tilt in law.tilts)}"
+        )
+        return law.but(exact=False, why=why, has_evidence=False)
+
+    def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
+        """Without weights all lineages count alike and there is no evidence."""
+        return posterior if self.weighted else equal_weights(posterior, posterior.law.why)
 
 
 def _upper_decile(values: Tensor) -> float:

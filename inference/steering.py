@@ -79,12 +79,12 @@ class FKSteering(LookingAhead):
         """Whether the closing is another law."""
         return self.closing == "published" and self.kind in ("max", "sum")
 
-    def prepare(self, run: Bound, resampler: Any) -> None:
+    def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Find out which steps are scored.
 
         :raises ValueError: if the interval holds no step of the chain.
         """
-        super().prepare(run, resampler)
+        super().prepare(run, resampler, ess_threshold)
         run.notes["scored"] = _scored_steps(self.num_steps(run), self.every, self.interval)
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:

@@ -14,20 +14,20 @@ resamples ``N/P`` particles and keeps all ``P`` states of the moves of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._arguments import require_moves
-from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
-from ppl_diffusion.inference._task import PotentialLike, Task
-from ppl_diffusion.smc.engine import Progress, SMCTrace
-from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, take_particles
+from ppl_diffusion.inference.arguments import require_moves
+from ppl_diffusion.kernels.base import GIVEN
+from ppl_diffusion.programs.bound import Bound
+from ppl_diffusion.programs.method import Method, Needs, register
+from ppl_diffusion.programs.sources import State
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.rejuvenation import (
     OrderRefresh,
@@ -39,7 +39,6 @@ from ppl_diffusion.smc.rejuvenation import (
     tilt,
 )
 from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import Carry
 from ppl_diffusion.smc.weights import Weights
 
 MAX_STAGES = 200
@@ -47,227 +46,216 @@ MAX_STAGES = 200
 _BISECTIONS = 60
 
 
-class Tempering(ChainProgram):
-    """Posterior sampling by tempered SMC over whole paths.
+@register
+@dataclass(frozen=True)
+class Tempering(Method):
+    """Tempered SMC over whole paths.
 
-    :param target: a reverse chain (with a potential), or a Pyro program.
-    :param potential: ``log G`` of a bare chain; None for a program.
-    :param num_particles: particles ``N`` per run.
-    :param num_runs: independent runs ``R``, vectorised.
+    ``ess_threshold`` of the runner is what the pilot aims at: powers are such that the ESS falls to
+    this fraction of the particles whose potential is not zero. Every stage is resampled.
+
     :param moves: path moves of one sweep, in order; by default a suffix of half the steps and,
         where the reveals are random and independent of the network, the order.
     :param num_sweeps: sweeps of the moves per stage (not used by waste-free).
     :param powers: the ladder from 0 to 1; None finds it by a pilot run.
     :param waste_free: states ``P`` kept per resampled particle, a divisor of ``N``; None for the
         plain algorithm.
-    :param resampler: resampling scheme of the plain algorithm.
-    :param ess_threshold: the pilot chooses powers such that the ESS falls to this fraction of the
-        particles whose potential is not zero. Every stage is resampled.
-    :param store_path: keep whole paths.
-    :param max_rows: largest number of rows sent to the network at once.
-    :param progress: called with ``(stages done, stages in all)``.
     """
 
-    def __init__(
-        self,
-        target: ReverseChain | Callable[..., Any],
-        potential: PotentialLike | None = None,
-        *,
-        num_particles: int = 256,
-        num_runs: int = 1,
-        moves: Sequence[PathMove] | None = None,
-        num_sweeps: int = 1,
-        powers: Sequence[float] | None = None,
-        waste_free: int | None = None,
-        resampler: str | Resampler = "systematic",
-        ess_threshold: float = 0.5,
-        store_path: bool = True,
-        max_rows: int | None = 4096,
-        progress: Progress | None = None,
-    ) -> None:
-        scheme = resampler if waste_free is None else WasteFree(waste_free)
-        super().__init__(
-            target,
-            potential,
-            num_particles=num_particles,
-            num_runs=num_runs,
-            resampler=scheme,
-            ess_threshold=2.0,  # moves are made for equally weighted particles: always resample
-            store_path=store_path,
-            max_rows=max_rows,
-            progress=progress,
-        )
-        self.moves = None if moves is None else require_moves("Tempering", moves)
-        self.num_sweeps = num_sweeps
-        self.powers = None if powers is None else _check_powers(powers)
-        self.waste_free, self.ess_share = waste_free, ess_threshold
-        self.resampler.num_uniforms(num_particles)
-        if not 0 < ess_threshold < 1 or num_sweeps < 1:
+    moves: Sequence[PathMove] | None = None
+    num_sweeps: int = 1
+    powers: Sequence[float] | None = None
+    waste_free: int | None = None
+
+    name: ClassVar[str] = "tempering"
+    needs: ClassVar[Needs] = Needs(own_moves=True, free_chains=True)
+    holds_clamps: ClassVar[bool] = False
+    keeps_paths: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.moves is not None:
+            object.__setattr__(self, "moves", require_moves("Tempering", self.moves))
+        if self.powers is not None:
+            object.__setattr__(self, "powers", _check_powers(self.powers))
+
+    def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
+        """Moves are made for equally weighted particles: always resample.
+
+        :raises ValueError: if the threshold, which the pilot aims at, or the sweeps are no use.
+        """
+        if not 0 < ess_threshold < 1 or self.num_sweeps < 1:
             raise ValueError(
                 "Tempering: ess_threshold must lie between 0 and 1 and num_sweeps be >= 1, got "
-                f"{ess_threshold} and {num_sweeps}."
+                f"{ess_threshold} and {self.num_sweeps}."
             )
+        return resampler if self.waste_free is None else WasteFree(self.waste_free), 2.0
 
-    @property
-    def record(self) -> None:
-        """Nothing: the carry holds whole paths."""
-        return None
+    def prepare(self, run: Bound, resampler: Resampler, ess_threshold: float) -> None:
+        """Choose moves, and a ladder by a pilot run.
 
-    def bind(self, task: Task) -> TemperedEngine:
-        """Return the engine of one run, with its ladder.
-
-        :param task: chain and potential.
-        :raises CapabilityError: if a move is wrong for the chain.
+        :raises CapabilityError: if a move is wrong for a chain.
         :raises ValueError: if the pilot finds no ladder.
         """
-        engine = TemperedEngine(task, self)
-        engine.powers = self.powers or engine.find_powers(self.ess_share)
-        return engine
+        moves = {site.name: self._moves_of(site.chain) for site in run.source.chains}
+        run.notes |= {"moves": moves, "share": ess_threshold}
+        run.notes["powers"] = self.powers or self._find_powers(run, resampler, ess_threshold)
 
-    def finish(self, posterior: ParticlePosterior, trace: SMCTrace) -> ParticlePosterior:
-        """Return the particles; the steps are the stages, the times ``1 - b``.
+    def _moves_of(self, chain: ReverseChain) -> Sequence[PathMove]:
+        moves = default_moves(chain) if self.moves is None else self.moves
+        for move in moves:
+            move.check(chain)
+        return moves
 
-        :param posterior: the weighted particles.
-        :param trace: the run behind them.
-        """
-        if self.waste_free is None:
-            return posterior
-        # States of one chain are no offspring of resampling.
-        unknown = torch.full_like(posterior.log_evidence, torch.nan)
-        return replace(posterior, evidence_variance=unknown)
+    def num_steps(self, run: Bound) -> int:
+        """Return the stages of the ladder."""
+        return len(run.notes["powers"]) - 1
 
-    def settings(self, engine: TemperedEngine) -> dict[str, Any]:
-        """Return what was chosen, in JSON types.
+    def times(self, run: Bound) -> Tensor:
+        """Return ``1 - b`` of the stages."""
+        return 1.0 - torch.tensor(run.notes["powers"], dtype=torch.float64)
 
-        :param engine: the engine of the run.
-        """
-        return {
-            "method": "tempering",
-            "resampler": self.resampler.name,
-            "ess_threshold": self.ess_share,
-            "moves": [move.name for move in engine.moves],
-            "num_sweeps": self.num_sweeps,
-            "waste_free": self.waste_free,
-            "powers": list(engine.powers),
+    def begin(self, run: Bound, generator: torch.Generator | None) -> State:
+        """Draw latents from their law, and whole paths from the chains."""
+        state: State = {"sites": {}, "latents": {}, "log_r": run.zeros}
+        if run.needs_program:
+            state = run.start(generator)
+        paths = {}
+        for name, site in run.sites.items():
+            given = state["sites"].get(name, {}).get(GIVEN)
+            chain = run.chain(name, given)
+            batched = len(chain.batch_shape) > len(site.chain.batch_shape)
+            paths[name] = chain.sample(() if batched else run.shape, generator=generator)
+        sites = {
+            name: {**state["sites"].get(name, {}), "tokens": path[..., -1, :]}
+            for name, path in paths.items()
         }
+        kept = {name: path.to(self._kind(run, name)) for name, path in paths.items()}
+        return run.final({**state, "sites": sites, "paths": kept})
 
+    @staticmethod
+    def _kind(run: Bound, name: str) -> torch.dtype:
+        states = run.sites[name].chain.kernel.process.num_states
+        return torch.uint8 if states <= 256 else torch.int32
 
-class TemperedEngine(TaskEngine):
-    """Whole paths under growing powers of the potential (see :func:`ppl_diffusion.smc.smc_loop`).
-
-    :param task: the chain and the potential.
-    :param options: the inference program.
-    """
-
-    def __init__(self, task: Task, options: Tempering) -> None:
-        super().__init__(task)
-        task.refuse_twist("Tempering")
-        self.potential = EvaluatedPotential(task.potential)
-        self.model = PathModel(task.chain, self.potential, max_rows=options.max_rows)
-        self.options, self.powers = options, [0.0, 1.0]
-        self.moves = default_moves(task.chain) if options.moves is None else options.moves
-        for move in self.moves:
-            move.check(task.chain)
-        mask = task.chain.kernel.process.num_states
-        self._kind = torch.uint8 if mask <= 256 else torch.int32
-
-    @property
-    def num_steps(self) -> int:
-        """Stages of the ladder."""
-        return len(self.powers) - 1
-
-    @property
-    def times(self) -> Tensor:
-        """``1 - b`` of the stages."""
-        return 1.0 - torch.tensor(self.powers, dtype=torch.float64)
-
-    @property
-    def num_evaluations(self) -> int:
-        """Network rows evaluated so far."""
-        return self.model.num_evaluations
-
-    @property
-    def num_potential_calls(self) -> int:
-        """Distinct sequences the potential was asked about so far."""
-        return self.potential.num_calls
-
-    def init(self, runs: int, particles: int, generator: Any) -> Carry:
-        """Draw whole paths from the chain."""
-        path = self.model.chain.sample((runs, particles), generator=generator)
-        return self._carry(self.model.state(self.task.started(path)))
-
-    def started(self, carry: Carry) -> Carry:
-        """Return the carry as it is: what is drawn at the start is in the paths already."""
-        return carry
-
-    def paths(self, trace: SMCTrace) -> Tensor | None:
-        """Return the paths of the final particles, where they are wanted."""
-        return trace.carry["path"] if self.options.store_path else None
-
-    def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]:
-        """Move by kernels that leave the target of stage ``k`` invariant."""
-        if k == 0:  # the chain's own law: these are independent draws of it
-            return carry, 0.0
-        moved = self._chains(carry, self.powers[k], generator)
+    def move(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
+        """Move by kernels that leave the target of the stage invariant."""
+        if group == 0:  # the chains' own law: these are independent draws of it
+            return state, 0.0
+        power = run.notes["powers"][group]
+        moved = self._chains(run, state, power, generator)
         # The loop weighs by the tilt of the new state over that of the old; the kernel, reversed
         # under its invariant law, gives the old tilt over the new one at the same power.
-        before, after = (tilt(c["log_g"], self.powers[k]) for c in (carry, moved))
+        before, after = (tilt(s["log_g"], power) for s in (state, moved))
         return moved, before - after
 
-    def log_twist(self, carry: Carry, k: int, generator: Any) -> Tensor:
-        """Return the log of the potential to the power of stage ``k``."""
-        return tilt(carry["log_g"], self.powers[k])
+    def look(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Return the log of the potential to the power of the stage."""
+        return tilt(state["log_g"], run.notes["powers"][group])
 
-    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
-        """Return the carry of the chosen ancestors."""
-        return {name: take_particles(value, ancestors) for name, value in carry.items()}
+    def _chains(self, run: Bound, state: State, power: float, generator: Any) -> State:
+        """Move every particle, or make each resampled one the head of a waste-free chain."""
+        length = self.waste_free
+        if length is None:
+            for _ in range(self.num_sweeps):
+                state = self._sweep(run, state, power, generator)
+            return state
+        heads = torch.arange(0, state["log_g"].shape[1], length)
+        states = [run.gather(state, heads.expand(len(state["log_g"]), -1))]
+        for _ in range(length - 1):
+            states.append(self._sweep(run, states[-1], power, generator))
+        together: State = _side_by_side(states)
+        return together
 
-    def find_powers(self, share: float) -> list[float]:
+    def _sweep(self, run: Bound, state: State, power: float, generator: Any) -> State:
+        for name, moves in run.notes["moves"].items():
+            for move in moves:
+                state = self._moved(run, state, name, move, power, generator)
+        return state
+
+    def _moved(
+        self, run: Bound, state: State, name: str, move: PathMove, power: float, generator: Any
+    ) -> State:
+        """Move the paths of one site; what is drawn with a proposal is kept where that is."""
+        carry, values = state["sites"][name], state["values"]
+
+        def log_potential(x0: Tensor) -> Tensor:
+            nonlocal values
+            sites = {**state["sites"], name: {**carry, "tokens": x0}}
+            log_g, values = run.source.final({**state, "sites": sites})
+            return log_g
+
+        model = PathModel(run.chain(name, carry.get(GIVEN)), log_potential)
+        at = PathState(state["paths"][name].to(torch.int64), state["log_g"])
+        after, accepted = move(model, at, beta=power, generator=generator)
+        kept = {n: _where(accepted, values[n], old) for n, old in state["values"].items()}
+        return {
+            **state,
+            "sites": {**state["sites"], name: {**carry, "tokens": after.x0}},
+            "paths": {**state["paths"], name: after.path.to(state["paths"][name].dtype)},
+            "log_g": after.log_g,
+            "values": kept,
+        }
+
+    def _find_powers(self, run: Bound, resampler: Resampler, share: float) -> list[float]:
         """Return a ladder found by one pilot run of ``N`` particles.
 
-        :param share: effective sample size aimed at, as a share of the particles with ``G > 0``.
         :raises ValueError: if no particle has ``G > 0``, or the ladder does not reach 1.
         """
-        size, scheme = self.options.num_particles, self.options.resampler
-        powers, carry = [0.0], self.init(1, size, None)
+        size = run.shape[1]
+        pilot, powers = run.at((1, size)), [0.0]
+        state = self.begin(pilot, None)
         for _ in range(MAX_STAGES):
-            power = next_power(carry["log_g"][0], powers[-1], share)
-            weights = Weights(tilt(carry["log_g"], power) - tilt(carry["log_g"], powers[-1]))
+            power = next_power(state["log_g"][0], powers[-1], share)
+            weights = Weights(tilt(state["log_g"], power) - tilt(state["log_g"], powers[-1]))
             powers.append(power)
             if power == 1.0:
                 return powers
-            uniforms = torch.rand(1, scheme.num_uniforms(size), dtype=torch.float64)
-            carry = self.gather(carry, scheme(uniforms, weights.log))
-            carry = self._chains(carry, power, None)
+            uniforms = torch.rand(1, resampler.num_uniforms(size), dtype=torch.float64)
+            state = run.gather(state, resampler(uniforms, weights.log))
+            state = self._chains(pilot, state, power, None)
         raise ValueError(
             f"Tempering: {MAX_STAGES} stages reach power {powers[-1]:.3g} only; use more "
             "particles, a lower ess_threshold, or powers of your own."
         )
 
-    def _chains(self, carry: Carry, power: float, generator: Any) -> Carry:
-        """Move every particle, or make each resampled one the head of a waste-free chain."""
-        state, length = PathState(carry["path"].to(torch.int64), carry["log_g"]), self._length
-        if length is None:
-            for _ in range(self.options.num_sweeps):
-                state = self._sweep(state, power, generator)
-            return self._carry(state)
-        states = [PathState(state.path[:, ::length], state.log_g[:, ::length])]
-        for _ in range(length - 1):
-            states.append(self._sweep(states[-1], power, generator))
-        path, log_g = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*states, strict=True))
-        return self._carry(PathState(path, log_g))
+    def paths(self, run: Bound, state: State) -> dict[str, Tensor] | None:
+        """Return the paths that particles carry."""
+        return dict(state["paths"])
 
-    @property
-    def _length(self) -> int | None:
-        return self.options.waste_free
+    def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
+        """States of one waste-free chain are no offspring of resampling."""
+        if self.waste_free is None:
+            return posterior
+        unknown = torch.full_like(posterior.log_evidence, torch.nan)
+        return replace(posterior, evidence_variance=unknown)
 
-    def _sweep(self, state: PathState, power: float, generator: Any) -> PathState:
-        for move in self.moves:
-            state, _ = move(self.model, state, beta=power, generator=generator)
-        return state
+    def settings(self, run: Bound) -> dict[str, Any]:
+        """Return what was chosen, in JSON types."""
+        moves = [move.name for moves in run.notes["moves"].values() for move in moves]
+        return {
+            **super().settings(run),
+            "moves": list(dict.fromkeys(moves)),
+            "powers": list(run.notes["powers"]),
+            "ess_threshold": run.notes["share"],
+        }
 
-    def _carry(self, state: PathState) -> Carry:
-        return {"path": state.path.to(self._kind), "tokens": state.x0, "log_g": state.log_g}
+
+def _where(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(accepted.reshape(*accepted.shape, *[1] * (new.ndim - 2)), new, old)
+
+
+def _side_by_side(states: Sequence[Any]) -> Any:
+    """Return ``P`` states of each chain as ``P`` neighbouring particles."""
+    first = states[0]
+    if isinstance(first, Mapping):
+        return {name: _side_by_side([state[name] for state in states]) for name in first}
+    return torch.stack(list(states), 2).flatten(1, 2) if isinstance(first, Tensor) else first
+
+
 
 
 def default_moves(chain: ReverseChain) -> tuple[PathMove, ...]:

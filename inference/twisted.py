@@ -27,34 +27,26 @@ diffusion sampler: Wu et al. 2023, arXiv:2306.17775). Whatever is proposed is pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
-from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.handlers.twist import GradientProposal, Step, tiltable, tilted
-from ppl_diffusion.inference._chain_program import ChainProgram, TaskEngine
-from ppl_diffusion.inference._lookahead import (
-    ExhaustiveLookahead,
-    FillLookahead,
-    Lookahead,
-    StateLookahead,
-    UncachedPotential,
-    with_sites,
-)
-from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry
-from ppl_diffusion.kernels.reveal_step import RevealStep
-from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential
+from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
+from ppl_diffusion.inference.lookahead import Exhaustive, Fills, Lookahead, OfState
+from ppl_diffusion.kernels import RevealStep
+from ppl_diffusion.kernels.base import ORDERED, Carry
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
-from ppl_diffusion.smc.engine import Progress
-from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, Proposal, per_particle, take_particles
-from ppl_diffusion.smc.resampling import Resampler
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
+from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
+from ppl_diffusion.programs.method import Method, Needs, register
+from ppl_diffusion.programs.schedule import Item
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.sources import Source, State
+from ppl_diffusion.smc.feynman_kac import Proposal, per_particle
 from ppl_diffusion.smc.twists import (
-    FILL_UNIFORMS,
     ArgmaxFill,
     CallableTwist,
     FillTwist,
@@ -63,22 +55,23 @@ from ppl_diffusion.smc.twists import (
     as_twist,
 )
 
-GUESS, LOG_H = "guess", "log_h"
+GUESS, LOG_H = "twisted/guess", "twisted/log_h"
 
 ProposalLike = Literal["clamped", "reweighted"] | Proposal
 
 
-class TwistedSampler(ChainProgram):
-    """Posterior sampling by twisted sequential Monte Carlo.
+@register
+@dataclass(frozen=True)
+class TwistedSampler(Method):
+    """Twisted sequential Monte Carlo.
 
-    :param target: a reverse chain, or a Pyro program.
-    :param potential: ``log G`` of a bare chain; None for a program.
-    :param num_particles: particles ``N`` per run.
-    :param num_runs: independent runs ``R``, vectorised.
+    With several chains each item of the schedule moves one of them, all others being at their
+    guesses; in a plate every element asks about its own children, with the others at theirs.
+
     :param twist: how particles look ahead: ``"argmax"``, ``"persistent"``, ``"sample"``, a fill
         twist such as ``PersistentFill(16)``, ``"exhaustive"`` (every completion, tiny problems), or
-        a function ``(carry, k) -> log h (R, N)`` of ``carry["tokens"]``, for instance learned.
-        By default 16 persistent completions where they are reweighted, the argmax elsewhere.
+        a function ``(carry, k) -> log h (R, N)`` of ``carry["tokens"]``, for instance learned (one
+        chain). By default 16 persistent completions where they are reweighted, else the argmax.
     :param proposal: ``"clamped"`` (kernels that reveal a given number of positions; the default
         there), ``"reweighted"`` (any kernel; the default elsewhere), or a
         :class:`~ppl_diffusion.smc.Proposal` such as
@@ -90,315 +83,288 @@ class TwistedSampler(ChainProgram):
     :param kappa: how many completions of average potential the reweighted proposal adds to those
         it has of each token; small values trust few completions too much.
     :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
-    :param resampler: resampling scheme.
-    :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
-    :param store_path: keep the states of all steps.
-    :param max_rows: largest number of rows sent to the network at once.
-    :param progress: called with ``(steps done, steps in all)``.
     :raises ValueError: if ``top``, ``kappa`` or a name is not usable.
 
     Example::
 
-        sampler = TwistedSampler(chain, Reward(dock, temperature=0.1), twist=PersistentFill(16))
-        posterior = sampler.run(seed=0)
+        method = TwistedSampler(twist=PersistentFill(16))
+        posterior = SMC(chain, Reward(dock, temperature=0.1), method=method).run(seed=0)
     """
 
-    def __init__(
-        self,
-        target: ReverseChain | Callable[..., Any],
-        potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
-        *,
-        num_particles: int = 256,
-        num_runs: int = 1,
-        twist: TwistLike | Literal["auto", "exhaustive"] = "auto",
-        proposal: ProposalLike | None = None,
-        surprise: bool = False,
-        top: int | None = None,
-        kappa: float = 1.0,
-        cache: bool = True,
-        resampler: str | Resampler = "systematic",
-        ess_threshold: float = 0.5,
-        store_path: bool = True,
-        max_rows: int | None = 4096,
-        progress: Progress | None = None,
-    ) -> None:
-        if isinstance(proposal, str) and proposal not in ("clamped", "reweighted"):
+    twist: TwistLike | Literal["auto", "exhaustive"] = "auto"
+    proposal: ProposalLike | None = None
+    surprise: bool = False
+    top: int | None = None
+    kappa: float = 1.0
+    cache: bool = True
+
+    name: ClassVar[str] = "twisted"
+    needs: ClassVar[Needs] = Needs(density=True)
+    holds_clamps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.proposal, str) and self.proposal not in ("clamped", "reweighted"):
             raise ValueError(
-                f"TwistedSampler: unknown proposal {proposal!r}; choose 'clamped', 'reweighted', "
-                "None for the kernel's own, or give a proposal."
+                f"TwistedSampler: unknown proposal {self.proposal!r}; choose 'clamped', "
+                "'reweighted', None for the kernel's own, or give a proposal."
             )
-        if not (proposal is None or isinstance(proposal, str) or callable(proposal)):
+        if not (self.proposal is None or isinstance(self.proposal, str) or callable(self.proposal)):
             raise TypeError(
                 "TwistedSampler: a proposal is a name or a function (step, carry, k) -> "
-                f"distribution, got {type(proposal).__name__}."
+                f"distribution, got {type(self.proposal).__name__}."
             )
-        if top is not None and top < 1:
-            raise ValueError(f"TwistedSampler: top must be >= 1 or None, got {top}.")
-        if not 0 < kappa < float("inf"):
-            raise ValueError(f"TwistedSampler: kappa must be positive and finite, got {kappa}.")
-        if twist is None:
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"TwistedSampler: top must be >= 1 or None, got {self.top}.")
+        if not 0 < self.kappa < float("inf"):
+            raise ValueError(
+                f"TwistedSampler: kappa must be positive and finite, got {self.kappa}."
+            )
+        if self.twist is None:
             raise ValueError(
                 "TwistedSampler: twist=None looks at nothing; use FeynmanKac with a proposal."
             )
-        super().__init__(
-            target,
-            potential,
-            num_particles=num_particles,
-            num_runs=num_runs,
-            resampler=resampler,
-            ess_threshold=ess_threshold,
-            store_path=store_path,
-            max_rows=max_rows,
-            progress=progress,
-        )
-        self.twist = twist if twist == "auto" or twist == "exhaustive" else as_twist(twist)
-        self.proposal, self.surprise, self.top, self.kappa = proposal, surprise, top, kappa
-        self.cache = cache
+        if self.twist not in ("auto", "exhaustive"):
+            object.__setattr__(self, "twist", as_twist(self.twist))  # type: ignore[arg-type]
 
-    def bind(self, task: Task) -> TwistedEngine:
-        """Return the engine of one run.
+    @property
+    def fill(self) -> FillTwist:
+        """The completions, where the look-ahead draws any."""
+        return self.twist if isinstance(self.twist, FillTwist) else ArgmaxFill()
 
-        :param task: chain and potential.
-        """
-        return TwistedEngine(task, self)
+    # What is chosen once per run.
 
-    def settings(self, engine: TwistedEngine) -> dict[str, Any]:
-        """Return what was chosen, in JSON types.
+    def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
+        """Return the site's own chain behind a counter; the move is made here."""
+        self._require_fitting(site)
+        return chain_mover(site, self._fill_of(source), None, max_rows=max_rows)
 
-        :param engine: the engine of the run.
-        """
-        return {
-            "method": "twisted",
-            "twist": engine.lookahead.name,
-            "num_fills": engine.num_fills,
-            "proposal": engine.proposal_name,
-            "surprise": self.surprise,
-            "top": self.top,
-            "kappa": self.kappa,
-            "cache": self.cache,
-            "resampler": self.resampler.name,
-            "ess_threshold": self.ess_threshold,
-        }
-
-
-class TwistedEngine(TaskEngine):
-    """A task during one run of :func:`~ppl_diffusion.smc.smc_loop`.
-
-    The carry holds, besides the tokens, the guess of each particle and ``log h`` of its state,
-    where they were made by its parent.
-
-    :param task: chain and potential.
-    :param options: the program's options.
-    """
-
-    def __init__(self, task: Task, options: TwistedSampler) -> None:
-        super().__init__(task)
-        self.chain, self.kernel, self.options = task.chain, task.chain.kernel, options
-        given = task.proposal("TwistedSampler", options.proposal)
-        self.proposal = given or _default_proposal(self.kernel.capability)
-        self._check_kernel()
-        self.denoiser = EvaluatedDenoiser(self.kernel.denoiser, max_rows=options.max_rows)
-        self.kernel = self.kernel.with_denoiser(self.denoiser)
-        self.twist = options.twist
-        if self.twist == "auto":
-            self.twist = PersistentFill(16) if self.proposal == "reweighted" else ArgmaxFill()
-        self.fill = self.twist if isinstance(self.twist, FillTwist) else None
-        evaluated = EvaluatedPotential if options.cache else UncachedPotential
-        self.potential = evaluated(task.potential)
-        self._gradients_before = _gradients(self.proposal)
-        self.lookahead = self._lookahead()
-        self._check_lookahead()
-
-    def _lookahead(self) -> Lookahead:
-        if self.fill is not None:
-            return FillLookahead(self.fill, self.potential)
-        if isinstance(self.twist, CallableTwist):
-            return StateLookahead(self.twist)
-        return ExhaustiveLookahead(
-            self.potential, self.kernel.process.vocab_size, self.chain.length
-        )
-
-    def _check_kernel(self) -> None:
-        if self.kernel.capability == SAMPLE_ONLY:
+    def _require_fitting(self, site: ChainSite) -> None:
+        kernel = site.chain.kernel
+        if site.twist is not None and self.proposal is not None:
             raise CapabilityError(
-                "TwistedSampler: a proposal needs a kernel with a density, "
-                f"{type(self.kernel).__name__} is {SAMPLE_ONLY}; use SMC or FeynmanKac without one."
+                f"TwistedSampler: the site {site.name!r} is twisted, and a proposal is given "
+                "besides; leave one out."
             )
-        if self.proposal == "clamped" and self.kernel.capability != ORDERED:
+        if self._proposal_of(site) == "clamped" and kernel.capability != ORDERED:
             raise CapabilityError(
                 "TwistedSampler: the clamped look-ahead asks about the next position to be "
-                f"revealed, which {type(self.kernel).__name__} does not choose; build the chain "
+                f"revealed, which {type(kernel).__name__} does not choose; build the chain "
                 "with OrderedKernel, or use proposal='reweighted'."
             )
 
-    def _check_lookahead(self) -> None:
-        if self.proposal == "reweighted" and self.fill is None:
+    def _proposal_of(self, site: ChainSite) -> ProposalLike:
+        given = self.proposal if self.proposal is not None else site.twist
+        if given is not None:
+            return given
+        return "clamped" if site.chain.kernel.capability == ORDERED else "reweighted"
+
+    def _fill_of(self, source: Source) -> FillTwist | None:
+        if self.twist == "auto":
+            some = any(self._proposal_of(site) == "reweighted" for site in source.chains)
+            return PersistentFill(16) if some else ArgmaxFill()
+        return self.twist if isinstance(self.twist, FillTwist) else None
+
+    def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
+        """Choose the look-ahead.
+
+        :raises CapabilityError: if a function of the state meets plates or several chains.
+        :raises ValueError: if completions are reweighted that the look-ahead does not have.
+        """
+        fill = self._fill_of(run.source)
+        run.fill = fill or ArgmaxFill()
+        lookahead = self._lookahead(run, fill)
+        run.notes |= {"lookahead": lookahead, "gradients": _gradients(run)}
+        chosen = [self._proposal_of(site) for site in run.source.chains]
+        if "reweighted" in chosen and fill is None:
             raise ValueError(
                 "TwistedSampler: proposal='reweighted' reweights completions, which twist="
-                f"{self.lookahead.name!r} does not have; use a fill such as 'persistent'."
+                f"{lookahead.name!r} does not have; use a fill such as 'persistent'."
             )
-        if isinstance(self.lookahead, StateLookahead) and self.chain.batch_shape:
+
+    def _lookahead(self, run: Bound, fill: FillTwist | None) -> Lookahead:
+        if fill is not None:
+            return Fills(fill)
+        if len(run.sites) > 1:
             raise CapabilityError(
-                "TwistedSampler: a twist given by a function sees whole particles, not the "
-                f"plates {tuple(self.chain.batch_shape)} of the chain; run the sequences apart."
+                "TwistedSampler: with several chains particles look ahead by completions; use "
+                "'argmax', 'persistent' or a fill twist."
             )
+        if isinstance(self.twist, CallableTwist):
+            return OfState(self.twist, run.only)
+        return Exhaustive(run)
 
-    @property
-    def num_fills(self) -> int | None:
-        """Completions per particle, None where the look-ahead draws none."""
-        return None if self.fill is None else self.fill.num_fills
+    # Moving.
 
-    @property
-    def proposal_name(self) -> str:
-        """What moves the particles."""
-        return self.proposal if isinstance(self.proposal, str) else type(self.proposal).__name__
-
-    @property
-    def num_evaluations(self) -> int:
-        """Network rows evaluated so far."""
-        return self.denoiser.rows_evaluated
-
-    @property
-    def num_potential_calls(self) -> int:
-        """Sequences the potential was asked about or differentiated at so far."""
-        return self.potential.num_calls + _gradients(self.proposal) - self._gradients_before
-
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
-        """Return the noisiest states; their twist is constant."""
-        chain, batch = self.chain, (runs, particles, *self.chain.batch_shape)
-        carry = self.kernel.init_carry(
-            batch, chain.length, prompt=chain.prompt, generator=generator, given=chain.given
-        )
-        noise = None if self.fill is None else self.fill.init((*batch, chain.length), generator)
-        return carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+        """Nobody has looked ahead yet."""
+        return {**state, GUESS: None, LOG_H: None}
 
     def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
-        """Return the carry after step ``k``, with its twist, and ``log K - log q``, ``(R, N)``."""
-        step: Any = self.kernel.step(carry, k, fixed=self.chain.fixed)
-        if isinstance(step, RevealStep) and not bool(step.eligible.any()):
-            return self.kernel.advance(carry, step.tokens, k, step=step), 0.0
-        if self.proposal == "clamped":
-            return self._clamped(step, carry, k, generator)
-        proposal: Any = (
-            self._reweighted(tiltable(step), self._guess(carry, k, generator))
-            if isinstance(self.proposal, str)
-            else self.proposal(step, carry, k)
-        )
-        tokens = proposal.sample() if generator is None else proposal.sample(generator=generator)
-        moved = self.kernel.advance(carry, tokens, k, step=step)
-        log_ratio = per_particle(step.log_prob(tokens) - proposal.log_prob(tokens))
-        return self._look(moved, k + 1, generator), log_ratio
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
+        """Move, and look ahead from the children where their parents did not."""
+        moved, log_ratio = super().move(run, state, group, generator)
+        if moved[LOG_H] is None and moved is not state and group + 1 < len(run.groups):
+            moved = self._look(run, moved, generator)
+        return moved, log_ratio
 
-    # Clamped look-ahead.
+    def step(
+        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
+    ) -> tuple[State, Tensor | float]:
+        """Move one site by what its children promise, and return ``log K - log q``, ``(R, N)``."""
+        site, mover = run.sites[item.site], run.movers[item.site]
+        carry, kernel = state["sites"][item.site], mover.kernel
+        step: Any = kernel.step(carry, item.k, fixed=site.chain.fixed)
+        if isinstance(step, RevealStep) and not bool(step.eligible.any()):
+            idle = kernel.advance(carry, step.tokens, item.k, step=step)
+            return run.moved(state, item, idle), 0.0
+        proposal = self._proposal_of(site)
+        if proposal == "clamped":
+            return self._clamped(run, state, item, step, generator)
+        moves: Any = (
+            self._reweighted(run, state, item, tiltable(step), generator)
+            if isinstance(proposal, str)
+            else proposal(step, carry, item.k)
+        )
+        tokens = moves.sample() if generator is None else moves.sample(generator=generator)
+        moved = run.moved(state, item, kernel.advance(carry, tokens, item.k, step=step))
+        log_ratio = per_particle(step.log_prob(tokens) - moves.log_prob(tokens))
+        return {**moved, GUESS: None, LOG_H: None}, log_ratio
 
     def _clamped(
-        self, step: RevealStep, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor]:
-        u_order, u_token = uniforms((2, *step.tokens.shape), generator=generator)
-        sites, valid = self._sites(step, u_order)
-        guess = self._guess(carry, k, generator)
-        log_d = step.log_probs.take_along_dim(sites[..., None], -2)  # (*B, m, V)
-        ahead = self._ahead(step, guess, sites, log_d, k)
+        self,
+        run: Bound,
+        state: State,
+        item: Item,
+        step: RevealStep,
+        generator: torch.Generator | None,
+    ) -> tuple[State, Tensor]:
+        u_order, u_token = uniforms(
+            (2, *step.tokens.shape), generator=generator, device=step.tokens.device
+        )
+        positions, valid = _next_positions(step, u_order)
+        guess, lookahead = self._guess(run, state, generator), run.notes["lookahead"]
+        log_d = step.log_probs.take_along_dim(positions[..., None], -2)  # (*B, m, V)
+        ahead = self._ahead(run, state, item, step, guess, positions, log_d)
         log_q = _tilted(log_d, ahead)
-        chosen = self._draw(log_q, u_token.gather(-1, sites))[..., None]
+        chosen = draw_categorical(log_q, u_token.gather(-1, positions))[..., None]
         ratio = (log_d - log_q).gather(-1, chosen)[..., 0]
         log_ratio = per_particle(torch.where(valid, ratio, 0.0).sum(-1))
-        kept = step.tokens.gather(-1, sites)
-        tokens = step.tokens.scatter(-1, sites, torch.where(valid, chosen[..., 0], kept))
-        moved = self.kernel.advance(carry, tokens, k, step=step)
-        if self.options.surprise:
-            return self._look(moved, k + 1, generator), log_ratio
-        if sites.shape[-1] == 1:
+        kept = step.tokens.gather(-1, positions)
+        tokens = step.tokens.scatter(-1, positions, torch.where(valid, chosen[..., 0], kept))
+        kernel = run.movers[item.site].kernel
+        carry = kernel.advance(state["sites"][item.site], tokens, item.k, step=step)
+        moved = {**run.moved(state, item, carry), GUESS: None, LOG_H: None}
+        if self.surprise:
+            return moved, log_ratio
+        alone = positions.shape[-1] == 1
+        if alone and (not run.source.is_program or tokens.ndim == 3):
             log_h = ahead.gather(-1, chosen)[..., 0, 0]
-        else:
-            log_h = self.lookahead.score(
-                self.lookahead.moved(guess, tokens, tokens != step.tokens), k + 1
-            )
+        else:  # several positions at once: the parent's guess with all of them in place
+            changed = tokens != step.tokens
+            guess = lookahead.moved(run, guess, item.site, tokens, changed)
+            log_h = lookahead.score(run, moved, guess)
         return {**moved, LOG_H: log_h}, log_ratio
 
     def _ahead(
-        self, step: RevealStep, guess: Tensor, sites: Tensor, log_d: Tensor, k: int
+        self,
+        run: Bound,
+        state: State,
+        item: Item,
+        step: RevealStep,
+        guess: Any,
+        positions: Tensor,
+        log_d: Tensor,
     ) -> Tensor:
         """Return ``W(v)``, float64 ``(*B, m, V)``: the potential itself where nothing is left."""
-        size, top = log_d.shape[-1], self.options.top
+        size, top, lookahead = log_d.shape[-1], self.top, run.notes["lookahead"]
         scored = log_d.topk(min(top or size, size), -1).indices
-        if sites.shape[-1] == 1 and not bool(((step.tokens == size).sum(-1) > 1).any()):
-            whole = with_sites(step.tokens[..., None, None, :], sites[..., None], scored)
-            values = self.potential(whole)
-        else:
-            values = self.lookahead.children(guess, sites, scored, k + 1)
+        values = lookahead.children(
+            run, state, guess, item, positions, scored, last=self._is_last(run, state, item, step)
+        )
         if scored.shape[-1] == size:
             return torch.empty_like(values).scatter(-1, scored, values)
-        rest = self.lookahead.score(guess, k)[..., None, None].expand(log_d.shape)
-        return rest.scatter(-1, scored, values)
+        rest = lookahead.score_each(run, state, guess, item.site)[..., None, None]
+        return rest.expand(log_d.shape).scatter(-1, scored, values)
 
-    def _sites(self, step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the positions revealed next, int64 ``(*B, m)``, and which of them are any."""
-        key = torch.where(step.eligible, noise, -1.0)
-        sites = key.topk(min(step.count, key.shape[-1]), -1).indices
-        return sites, step.eligible.gather(-1, sites)
+    def _is_last(self, run: Bound, state: State, item: Item, step: RevealStep) -> bool:
+        """Whether one position is left and no other chain is unfinished."""
+        others = [name for name in run.sites if name != item.site]
+        open_still = any(state["done"].get(name, -1) < run.steps[name] for name in others)
+        several = run.source.is_program and step.tokens.ndim > 3
+        masks = (step.tokens == step.log_probs.shape[-1]).sum(-1)
+        return step.count == 1 and not (open_still or several or bool((masks > 1).any()))
 
-    def _draw(self, log_q: Tensor, noise: Tensor) -> Tensor:
-        """Return the tokens they get, int64 ``(*B, m)``."""
-        tokens: Tensor = draw_categorical(log_q, noise)
-        return tokens
-
-    # Reweighted look-ahead.
-
-    def _reweighted(self, step: Step, guess: Tensor) -> Step:
+    def _reweighted(
+        self,
+        run: Bound,
+        state: State,
+        item: Item,
+        step: Step,
+        generator: torch.Generator | None,
+    ) -> Step:
         """Tilt the prediction by what completions with each token pay, over what all of them do."""
-        assert isinstance(self.lookahead, FillLookahead)
-        pay = torch.softmax(self.lookahead.values(guess), -1) * guess.shape[-2]  # e_j, mean one
-        zero = pay.new_zeros((*guess.shape[:-2], *step.log_probs.shape[-2:]))
-        found, one = guess.mT, torch.ones_like(pay)
+        guess = self._guess(run, state, generator)
+        own = guess[item.site].movedim(2, -2)  # (*B, F, L)
+        values = run.source.look(guess, state).movedim(2, -1)  # (R, N, *elements, F)
+        values = values.reshape(*values.shape[:2], *[1] * (own.ndim - 1 - values.ndim), *values.shape[2:])
+        pay = torch.softmax(values, -1).expand(own.shape[:-1]) * own.shape[-2]  # e_j, mean one
+        zero = pay.new_zeros((*own.shape[:-2], *step.log_probs.shape[-2:]))
+        found, one = own.mT, torch.ones_like(pay)
         paid, count = (
             zero.scatter_add(-1, found, x[..., None, :].expand(found.shape)) for x in (pay, one)
         )
-        return tilted(step, torch.log((self.options.kappa + paid) / (self.options.kappa + count)))
+        return tilted(step, torch.log((self.kappa + paid) / (self.kappa + count)))
 
     # Looking ahead.
 
-    def _guess(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor:
+    def _guess(self, run: Bound, state: State, generator: torch.Generator | None) -> Any:
         """Return the guess a parent left, or a new one."""
-        known: Tensor | None = carry.get(GUESS)
-        if known is not None:
-            return known
-        tokens, noise = carry["tokens"], None
-        if self.fill is not None:
-            noise = self.fill.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return self.lookahead.guess(carry, self.kernel.posterior_mean(carry, k), k, noise)
+        known = state[GUESS]
+        return run.notes["lookahead"].guess(run, state, generator) if known is None else known
 
-    def _look(self, moved: Carry, k: int, generator: torch.Generator | None) -> Carry:
-        """Return the carry with a new guess and its score, except at the end."""
-        moved = {name: value for name, value in moved.items() if name != GUESS}
-        if k == self.chain.num_steps:
-            return moved
-        guess = self._guess(moved, k, generator)
-        return {**moved, GUESS: guess, LOG_H: self.lookahead.score(guess, k)}
+    def _look(self, run: Bound, moved: State, generator: torch.Generator | None) -> State:
+        """Return states with a new guess and its score."""
+        guess = self._guess(run, moved, generator)
+        return {**moved, GUESS: guess, LOG_H: run.notes["lookahead"].score(run, moved, guess)}
 
-    def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
-        """Return ``log h_k``, ``(R, N)``: constant at the start, the potential at the end."""
-        if k == self.chain.num_steps:
-            return per_particle(self.potential(carry["tokens"]))
-        log_h: Tensor | None = carry.get(LOG_H)
+    def look(
+        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Return ``log h``: constant at the start."""
+        log_h: Tensor | None = state[LOG_H]
         if log_h is None:
             return None
         # A sequence finished before the last step may be forbidden; its end will say so.
         return per_particle(torch.where(log_h == -torch.inf, FORBIDDEN_GUESS, log_h))
 
-    def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
-        """Return the carry of the chosen ancestors."""
-        return {name: take_particles(value, ancestors) for name, value in carry.items()}
+    def num_calls(self, run: Bound) -> int:
+        """Return how many sequences were asked about, or differentiated at."""
+        return super().num_calls(run) + _gradients(run, self.proposal) - run.notes["gradients"]
+
+    def settings(self, run: Bound) -> dict[str, Any]:
+        """Return what was chosen, in JSON types."""
+        chosen = [self._proposal_of(site) for site in run.source.chains]
+        names = [p if isinstance(p, str) else type(p).__name__ for p in chosen]
+        fill = self._fill_of(run.source)
+        return {
+            **super().settings(run),
+            "twist": run.notes["lookahead"].name,
+            "num_fills": None if fill is None else fill.num_fills,
+            "proposal": " + ".join(dict.fromkeys(names)),
+        }
 
 
-def _default_proposal(capability: str) -> Literal["clamped", "reweighted"]:
-    return "clamped" if capability == ORDERED else "reweighted"
+def _gradients(run: Bound, given: Any = None) -> int:
+    proposals = {id(p): p for p in [given, *(site.twist for site in run.source.chains)]}
+    return sum(p.num_calls for p in proposals.values() if isinstance(p, GradientProposal))
 
 
-def _gradients(proposal: ProposalLike) -> int:
-    return proposal.num_calls if isinstance(proposal, GradientProposal) else 0
+def _next_positions(step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions revealed next, int64 ``(*B, m)``, and which of them are any."""
+    key = torch.where(step.eligible, noise, -1.0)
+    positions = key.topk(min(step.count, key.shape[-1]), -1).indices
+    return positions, step.eligible.gather(-1, positions)
 
 
 def _tilted(log_d: Tensor, ahead: Tensor) -> Tensor:

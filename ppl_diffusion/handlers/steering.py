@@ -107,13 +107,8 @@ def as_steering(hint: Steering | AbstractPotential | Callable[[Tensor], Tensor])
 
 def _for_runs(chain: ReverseChain, shape: torch.Size) -> ReverseChain:
     # Plates are many runs of one chain: as a batch shape they would be plates of every particle.
-    event = chain.kernel.conditions
-    given = {
-        name: x.expand(*shape, *x.shape[x.ndim - event[name] :]).flatten(0, len(shape) - 1)
-        if shape
-        else x[None]
-        for name, x in chain.given.items()
-    }
+    whole = chain.kernel.expand_given(chain.given, shape)
+    given = {name: x.reshape(shape.numel(), *x.shape[len(shape) :]) for name, x in whole.items()}
     alone = ReverseChain(chain.kernel, chain.length, given={n: x[0] for n, x in given.items()})
     alone.given = {name: x[:, None] for name, x in given.items()}
     if chain.prompt is not None:  # with a size of one where the particles of a run stand

@@ -8,6 +8,7 @@ gathers all of it, so whatever a particle remembers it keeps.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -96,6 +97,41 @@ class Bound:
                 return torch.as_tensor(mover.kernel.times)
         return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
 
+    def at(self, shape: tuple[int, int]) -> Bound:
+        """Return the same run with other numbers of runs and particles; all else is shared.
+
+        :param shape: runs and particles.
+        """
+        other = copy.copy(self)
+        other.shape = shape
+        return other
+
+    @property
+    def zeros(self) -> Tensor:
+        """A zero for every particle, float64 ``(R, N)``."""
+        return torch.zeros(self.shape, dtype=torch.float64)
+
+    @property
+    def needs_program(self) -> bool:
+        """Whether something is drawn before the chains, or they depend on something."""
+        program = self.program
+        return program is not None and bool(
+            program.carried or any(program.ancestors(name) for name in self.sites)
+        )
+
+    def chain(self, name: str, given: Mapping[str, Tensor] | None = None) -> ReverseChain:
+        """Return a chain around its counted network, under the conditions of particles.
+
+        :param name: its site.
+        :param given: conditions ``(R, N, *plates, *event)``; None takes the chain's own.
+        """
+        chain = self.sites[name].chain
+        own = chain.given if given is None else given
+        known = ReverseChain(
+            self.movers[name].kernel, chain.length, prompt=chain.prompt, given=own
+        )
+        return known if given is not None else known.expand(chain.batch_shape)
+
     # Opening: what is drawn before a chain can start.
 
     def _openings(self) -> dict[int, list[str]]:
@@ -116,8 +152,7 @@ class Bound:
         :param generator: source of randomness.
         :param latents: values of latents that are not to be drawn, each ``(R, N, ...)``.
         """
-        zeros = torch.zeros(self.shape, dtype=torch.float64)
-        state: State = {"sites": {}, "latents": dict(latents or {}), "log_r": zeros}
+        state: State = {"sites": {}, "latents": dict(latents or {}), "log_r": self.zeros}
         state |= {"done": {}, "noisiest": {}}
         return self.open(state, 0, generator)
 

@@ -33,8 +33,7 @@ from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Source, State
-from ppl_diffusion.smc.engine import SMCTrace
+from ppl_diffusion.programs.sources import ChainSource, PotentialLike, Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -67,12 +66,28 @@ class Method(ABC):
     :cvar exact: whether its weights are exact for the law it declares, as it comes.
     :cvar needs: what it cannot do without.
     :cvar ess_threshold: share of the particles below which it resamples, if nothing else is said.
+    :cvar cache: ask a potential once per distinct sequence.
+    :cvar holds_clamps: whether its particles hold clamped tokens; elsewhere a clamp is a hard
+        constraint at the end: exact, and costly.
+    :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs()
     ess_threshold: ClassVar[float] = 0.5
+    cache: ClassVar[bool] = True
+    holds_clamps: ClassVar[bool] = True
+    keeps_paths: ClassVar[bool] = False
+
+    def source(self, model: Any, potential: PotentialLike | None) -> Source:
+        """Return a bare chain, or a composition, with its potential.
+
+        :param model: the chain.
+        :param potential: ``log G``.
+        """
+        assert potential is not None
+        return ChainSource(model, potential, cache=self.cache)
 
     @property
     def fill(self) -> FillTwist:
@@ -97,11 +112,12 @@ class Method(ABC):
         """
         return resampler, ess_threshold
 
-    def prepare(self, run: Bound, resampler: Resampler) -> None:
+    def prepare(self, run: Bound, resampler: Resampler, ess_threshold: float) -> None:
         """Look at the run before it starts.
 
         :param run: the run.
         :param resampler: how particles are resampled.
+        :param ess_threshold: the threshold asked for.
         """
 
     def num_steps(self, run: Bound) -> int:
@@ -111,6 +127,14 @@ class Method(ABC):
     def times(self, run: Bound) -> Tensor:
         """Return the times between the steps, float64 ``(num_steps + 1,)``."""
         return run.times
+
+    def begin(self, run: Bound, generator: torch.Generator | None) -> State:
+        """Return the states at the start.
+
+        :param run: the run.
+        :param generator: source of randomness.
+        """
+        return self.start(run, run.start(generator), generator)
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """Return the states at the start, with slots of the method's own.
@@ -177,11 +201,18 @@ class Method(ABC):
         """
         return run.source.law
 
-    def paths(self, run: Bound, trace: SMCTrace) -> dict[str, Tensor] | None:
-        """Return whole paths where the method keeps them itself, or None.
+    def num_calls(self, run: Bound) -> int:
+        """Return how many sequences were asked about so far.
 
         :param run: the run.
-        :param trace: what the run left behind.
+        """
+        return run.source.num_calls
+
+    def paths(self, run: Bound, state: State) -> dict[str, Tensor] | None:
+        """Return whole paths where particles carry them, or None.
+
+        :param run: the run.
+        :param state: the final states.
         """
         return None
 

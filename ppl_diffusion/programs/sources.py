@@ -57,7 +57,7 @@ class Source(ABC):
         """Sequences, or particles of a program, that were asked about so far."""
 
     @abstractmethod
-    def look(self, fills: Fills, state: State) -> Tensor:
+    def look(self, fills: Fills, state: State, *, last: bool = False) -> Tensor:
         """Return what completions promise, float64 ``(R, N, F, *elements)``.
 
         Elements are the plates of a bare chain, whose potentials multiply, and nothing for a
@@ -65,11 +65,19 @@ class Source(ABC):
 
         :param fills: completions of every open site.
         :param state: the states they complete.
+        :param last: they are no guesses but the ends themselves, which may be forbidden.
         """
 
     @abstractmethod
     def children(
-        self, fills: Fills, site: str, positions: Tensor, tokens: Tensor, state: State
+        self,
+        fills: Fills,
+        site: str,
+        positions: Tensor,
+        tokens: Tensor,
+        state: State,
+        *,
+        last: bool = False,
     ) -> Tensor:
         """Return what completions promise with one position set, float64 ``(R, N, *plates, m, s)``.
 
@@ -78,6 +86,7 @@ class Source(ABC):
         :param positions: int64 ``(R, N, *plates, m)``, each changed alone.
         :param tokens: int64 ``(R, N, *plates, m, s)``, what each is set to.
         :param state: the states.
+        :param last: nothing is left to be guessed then.
         """
 
     @abstractmethod
@@ -114,30 +123,30 @@ class ChainSource(Source):
         """Sequences the potential was asked about."""
         return self.potential.num_calls
 
-    def look(self, fills: Fills, state: State) -> Tensor:
+    def look(self, fills: Fills, state: State, *, last: bool = False) -> Tensor:
         """Ask the potential about every completion."""
+        if last:
+            return self.potential(fills["x"])
         return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
 
     def children(
-        self, fills: Fills, site: str, positions: Tensor, tokens: Tensor, state: State
+        self,
+        fills: Fills,
+        site: str,
+        positions: Tensor,
+        tokens: Tensor,
+        state: State,
+        *,
+        last: bool = False,
     ) -> Tensor:
         """Ask about all children's completions in one batch."""
+        if last:
+            unfinished = state["sites"]["x"]["tokens"][..., None, None, :]
+            return self.potential(with_sites(unfinished, positions[..., None], tokens))
         each = fills["x"].movedim(2, -2)[..., None, None, :, :]
         rows = with_sites(each, positions[..., None, None], tokens[..., None])
         values = require_finite(self.potential.lookahead(rows), self.given.name)
         return log_mean_exp(values, -1)
-
-    def ends(self, state: State, positions: Tensor, tokens: Tensor) -> Tensor:
-        """Return the potential itself of states with their last position set, ``(..., m, s)``.
-
-        :param state: states with one position left.
-        :param positions: int64 ``(R, N, *plates, 1)``.
-        :param tokens: int64 ``(R, N, *plates, 1, s)``.
-        """
-        unfinished = state["sites"]["x"]["tokens"]
-        return self.potential(
-            with_sites(unfinished[..., None, None, :], positions[..., None], tokens)
-        )
 
     def final(
         self, state: State, paths: Mapping[str, Tensor] | None = None
@@ -182,19 +191,26 @@ class ProgramSource(Source):
         hints = sum(surrogate.num_calls for surrogate in self._surrogates.values())
         return self.program.num_rows + hints
 
-    def look(self, fills: Fills, state: State) -> Tensor:
+    def look(self, fills: Fills, state: State, *, last: bool = False) -> Tensor:
         """Score every completion as a guess; steering hints take the place of the program."""
-        if self._surrogates:
+        if self._surrogates and not last:
             return self._surrogate(fills)
-        held, penalty = self._held(fills)
+        held, penalty = (dict(fills), 0.0) if last else self._held(fills)
         shape = next(iter(fills.values())).shape[:3]
         latents = {n: _repeat(x, shape[2]).flatten(0, 2) for n, x in state["latents"].items()}
         rows = {name: x.flatten(0, 2) for name, x in held.items()}
-        value = self._guessed(rows, latents).reshape(shape) + penalty
+        value = self._guessed(rows, latents, last=last).reshape(shape) + penalty
         return value - state["log_r"][..., None] if latents else value
 
     def children(
-        self, fills: Fills, site: str, positions: Tensor, tokens: Tensor, state: State
+        self,
+        fills: Fills,
+        site: str,
+        positions: Tensor,
+        tokens: Tensor,
+        state: State,
+        *,
+        last: bool = False,
     ) -> Tensor:
         """Score the whole program with one position of one site set, all else at its guess."""
         own = fills[site]  # (R, N, F, *plates, L)
@@ -214,8 +230,8 @@ class ProgramSource(Source):
             "latents": {n: x[:, parent] for n, x in state["latents"].items()},
             "log_r": state["log_r"][:, parent],
         }
-        looked = self.look({name: moved.get(name, others.get(name)) for name in fills}, repeated)  # type: ignore[misc]
-        found = log_mean_exp(looked, 2).reshape(runs, size, *batch)
+        every = {name: moved[name] if name in moved else others[name] for name in fills}
+        found = log_mean_exp(self.look(every, repeated, last=last), 2).reshape(runs, size, *batch)
         return found.reshape(*positions.shape, -1)
 
     def final(
@@ -299,12 +315,14 @@ class ProgramSource(Source):
             total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
         return torch.as_tensor(total)
 
-    def _guessed(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+    def _guessed(
+        self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, last: bool
+    ) -> Tensor:
         """Score guesses, each distinct one once where nothing is drawn anew with them."""
         # What is drawn in place is fresh noise: equal rows are then no equal questions.
         drawn = len(latents) < len(self.program.latents) or len(rows) < len(self.chains)
         first, inverse = self._distinct(rows, latents, keep_all=drawn)
-        keys = None if drawn else self._keys(rows, latents)[first]
+        keys = None if drawn or last else self._keys(rows, latents)[first]
         values = torch.empty(len(first), dtype=torch.float64)
         new = torch.ones(len(first), dtype=torch.bool)
         if keys is not None and self._memory is not None:
@@ -314,18 +332,19 @@ class ProgramSource(Source):
         known = {site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows}
         known |= latents
         if len(asked):
-            parts = [self._ask(known, part, latents) for part in asked.split(MAX_ROWS)]
+            parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]
             values[new] = torch.cat(parts)
         if keys is not None:
             self._memory = RowTable.build(keys, values)
-        return values[inverse]
+        found = values[inverse]
+        return self._within_clamps(found, rows) if last else found
 
     def _ask(
-        self, known: Mapping[str, Tensor], part: Tensor, latents: Mapping[str, Tensor]
+        self, known: Mapping[str, Tensor], part: Tensor, latents: Mapping[str, Tensor], last: bool
     ) -> Tensor:
         given = {name: value[part] for name, value in known.items()}
         run = self.program.evaluate(given, len(part), self.place)
-        return run.log_density(list(latents), lookahead=True)
+        return run.log_density(list(latents), lookahead=not last)
 
     def _distinct(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool

@@ -64,7 +64,9 @@ class PathModel:
         *,
         max_rows: int | None = 4096,
     ) -> None:
-        self.denoiser = EvaluatedDenoiser(chain.kernel.denoiser, max_rows=max_rows)
+        known = chain.kernel.denoiser
+        counted = isinstance(known, EvaluatedDenoiser)  # then its answers are shared
+        self.denoiser = known if counted else EvaluatedDenoiser(known, max_rows=max_rows)
         kernel = chain.kernel.with_denoiser(self.denoiser)
         same = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
         self.chain = same.expand(chain.batch_shape)

@@ -9,7 +9,7 @@ finite number of steps its weights belong to no law that can be declared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,26 +17,24 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference._compositions import Composition
-from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture
-from ppl_diffusion.inference._task import Task
+from ppl_diffusion.inference.compositions import Composition
+from ppl_diffusion.inference.experts import ExpertMover, is_plain_mixture
 from ppl_diffusion.kernels import OrderedKernel
+from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.kernels.path_power import (
     jump_rates,
     log_forward_table,
     log_path_factor,
     log_product,
 )
-from ppl_diffusion.processes import draw_categorical
-from ppl_diffusion.processes.noise import uniforms
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.smc.feynman_kac import per_particle
-from ppl_diffusion.smc.twists import Carry
 
 
-class _GridEngine(ExpertEngine):
+class _GridMover(ExpertMover):
     """Experts on one time grid."""
 
-    def __init__(self, task: Task, composition: Composition, **options: Any) -> None:
+    def __init__(self, composition: Composition, **options: Any) -> None:
         kernels = [chain.kernel for chain in composition.chains]
         for kernel in kernels:
             if not is_plain_mixture(kernel):
@@ -51,20 +49,26 @@ class _GridEngine(ExpertEngine):
                     "Corrector: the chains have different time grids or schedules; build them "
                     "with one process and one number of steps."
                 )
-        super().__init__(task, composition, kernels, **options)
+        super().__init__(composition, kernels, **options)
 
     @property
     def order(self) -> float:
         """``B``, the sum of the exponents."""
         return sum(self.exponents)
 
-    def _start(self, batch: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    def _start(
+        self,
+        batch: Sequence[int],
+        generator: torch.Generator | None,
+        given: Mapping[str, Tensor],
+    ) -> Carry:
         """Draw from the tempered prior ``m**B``."""
         shape = (*batch, self.chain.length)
         log_m = self._log_tempered_prior()
         tokens = draw_categorical(log_m.expand(*shape, -1), uniforms(shape, generator=generator))
         prompt = self.chain.prompt
-        return tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
+        tokens = tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
+        return self.kernel.start_carry(tokens, generator, given=given)
 
     def _log_tempered_prior(self) -> Tensor:
         prior = torch.as_tensor(self.kernel.process.prior)
@@ -84,12 +88,11 @@ class _GridEngine(ExpertEngine):
         return float(alphas[k]), float(alphas[k + 1])
 
 
-class PathPowerEngine(_GridEngine):
+class PathPowerMover(_GridMover):
     """The path-power target of a finite chain, exactly (Bayes' rule in every step).
 
-    :param task: what was asked for.
     :param composition: ancestral chains on one time grid with their exponents, and the potential.
-    :param options: ``twist`` and ``max_rows`` of :class:`ExpertEngine`.
+    :param options: ``twist`` and ``max_rows`` of :class:`ExpertMover`.
     :raises CapabilityError: if a chain is not an ancestral chain on a time grid.
     :raises ValueError: if the time grids differ.
     """
@@ -98,7 +101,7 @@ class PathPowerEngine(_GridEngine):
     def target_law(self) -> str:
         """The declared law of the path, in words; ``{law}`` stands for the product."""
         return (
-            f"m(x_T)^{self.order:g} * the product over {self.num_steps} steps of {{law}} of the "
+            f"m(x_T)^{self.order:g} * the product over {self.kernel.num_steps} steps of {{law}} of the "
             f"reverse kernels times the forward kernel^{1 - self.order:g}"
         )
 
@@ -107,7 +110,7 @@ class PathPowerEngine(_GridEngine):
     ) -> tuple[Carry, Tensor | float]:
         """Draw every site from its factor; the weight is the product of the factors' sums."""
         tokens = carry["tokens"]
-        log_g = self._log_factor(tokens, k)
+        log_g = self._log_factor(carry, k)
         total = torch.logsumexp(log_g, -1)
         drawn = draw_categorical(log_g, uniforms(tokens.shape, generator=generator))
         # A site that no expert can move is dead: any token will do, and a mask would not.
@@ -117,10 +120,11 @@ class PathPowerEngine(_GridEngine):
             return moved, 0.0
         return moved, self._with_prior(per_particle(total.sum(-1)), tokens, k)
 
-    def _log_factor(self, tokens: Tensor, k: int) -> Tensor:
+    def _log_factor(self, carry: Carry, k: int) -> Tensor:
         """Return ``log G`` of every site and state, ``(*batch, L, S)``."""
-        fixed, process = self.chain.fixed, self.kernel.process
-        steps = [kernel.step({"tokens": tokens}, k, fixed=fixed) for kernel in self.kernels]
+        fixed, process, tokens = self.chain.fixed, self.kernel.process, carry["tokens"]
+        seen = zip(self.kernels, self.carries(carry), strict=True)
+        steps: list[Any] = [kernel.step(own, k, fixed=fixed) for kernel, own in seen]
         log_kernels = [step.dense_log_probs() for step in steps]
         log_q = log_forward_table(process, tokens, *self._levels(k))
         if fixed is not None:  # certain to stay, there and back
@@ -128,23 +132,22 @@ class PathPowerEngine(_GridEngine):
         return log_path_factor(log_kernels, self.exponents, log_q)
 
 
-class RateEngine(_GridEngine):
+class RateMover(_GridMover):
     """Discrete Feynman-Kac correctors in continuous time, by Euler steps (compatibility mode).
 
     Rates and weight rates are taken in the middle of a step. What is still masked at the end is
     revealed at once and weighted as in lockstep.
 
-    :param task: what was asked for.
     :param composition: ancestral chains on one time grid with their exponents, and the potential.
-    :param options: ``twist`` and ``max_rows`` of :class:`ExpertEngine`.
+    :param options: ``twist`` and ``max_rows`` of :class:`ExpertMover`.
     :raises CapabilityError: if a chain is not an ancestral chain on a time grid.
     :raises ValueError: if the time grids differ, or the exponents do not add up to more than 0.
     """
 
     exact = False
 
-    def __init__(self, task: Task, composition: Composition, **options: Any) -> None:
-        super().__init__(task, composition, **options)
+    def __init__(self, composition: Composition, **options: Any) -> None:
+        super().__init__(composition, **options)
         if self.order <= 0:
             raise ValueError(
                 f"Corrector: method='rates' needs exponents with a positive sum, got {self.order}; "
@@ -156,7 +159,7 @@ class RateEngine(_GridEngine):
         """What is aimed at, in words; ``{law}`` stands for the product."""
         return (
             f"approximately {{law}}: Euler steps of the rate form, whose law and weights are right "
-            f"only in the limit of many steps ({self.num_steps} here)"
+            f"only in the limit of many steps ({self.kernel.num_steps} here)"
         )
 
     def move(
@@ -164,7 +167,7 @@ class RateEngine(_GridEngine):
     ) -> tuple[Carry, Tensor | float]:
         """Jump at most once per site, and add the weight rate of the step."""
         tokens, process = carry["tokens"], self.kernel.process
-        log_c = self.cavities(tokens, k)
+        log_c = self.cavities(carry, k)
         start, end = self._levels(k)
         middle = (start + end) / 2
         rates, growth = jump_rates(process, tokens, log_c, self.exponents, middle)
@@ -175,7 +178,7 @@ class RateEngine(_GridEngine):
         jumps = free & (u_jump < -torch.expm1(-duration * rates.sum(-1)))
         drawn = draw_categorical(rates.log(), u_token)
         log_ratio = torch.where(free, duration * growth, 0.0)
-        if k == self.num_steps - 1 and process.absorbing:
+        if k == self.kernel.num_steps - 1 and process.absorbing:
             left = (tokens == process.vocab_size) & ~jumps
             log_g = log_product(log_c, self.exponents)
             log_ratio = log_ratio + torch.where(left, torch.logsumexp(log_g, -1), 0.0)

@@ -9,7 +9,7 @@ target, so nothing is lost; and counts that are equal add no noise to the weight
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,16 +19,16 @@ from torch import Tensor
 from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference._compositions import Composition
-from ppl_diffusion.inference._experts import ExpertEngine, is_plain_mixture, normalised
-from ppl_diffusion.inference._task import Task
-from ppl_diffusion.kernels import SAMPLE_ONLY, OrderedKernel
+from ppl_diffusion.inference.compositions import Composition
+from ppl_diffusion.inference.experts import ExpertMover, is_plain_mixture, normalised
+from ppl_diffusion.kernels import SAMPLE_ONLY, OrderedKernel, RevealStep
+from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.kernels.path_power import log_product
-from ppl_diffusion.kernels.reveal_step import RevealStep
-from ppl_diffusion.processes import draw_categorical
-from ppl_diffusion.processes.noise import uniforms
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.smc.feynman_kac import per_particle
-from ppl_diffusion.smc.twists import Carry, FillTwist, log_mean_exp
+
+Look = Callable[[Tensor], Tensor]
+"""``chosen (*batch, L) -> (m, V)``: what every token of each chosen position promises."""
 
 LEAST_LOOK = -50.0
 """Stand-in for ``-inf`` in a look-ahead that is exact (nats): a proposal must cover the model."""
@@ -140,33 +140,28 @@ def as_site_rule(rule: str | SiteRule) -> SiteRule:
     return SITE_RULES[rule]
 
 
-class LockstepEngine(ExpertEngine):
+class LockstepMover(ExpertMover):
     """Masked experts that reveal the same positions of a particle at the same time.
 
-    :param task: what was asked for.
-    :param composition: masked chains with their exponents, and the potential.
+    :param composition: masked chains with their exponents.
     :param rule: which positions are revealed next.
     :param group_size: reveals per step; None takes as many as keep the number of steps.
-    :param clamp: look ahead from every token a position may get, not only from the drawn one.
-    :param options: ``twist`` and ``max_rows`` of :class:`ExpertEngine`.
+    :param options: ``twist`` and ``max_rows`` of :class:`ExpertMover`.
     :raises CapabilityError: if a chain is no plain masked chain.
     """
 
     def __init__(
         self,
-        task: Task,
         composition: Composition,
         *,
         rule: SiteRule,
         group_size: int | None = None,
-        clamp: bool = False,
         **options: Any,
     ) -> None:
         group_size, block = _reveals(composition.chains, group_size)
         kernels = [_ordered(chain, group_size, block) for chain in composition.chains]
-        super().__init__(task, composition, kernels, **options)
+        super().__init__(composition, kernels, **options)
         self.rule = rule
-        self.clamp = clamp and self.potential is not None and isinstance(self.twist, FillTwist)
 
     @property
     def group_size(self) -> int:
@@ -186,23 +181,30 @@ class LockstepEngine(ExpertEngine):
     @property
     def settings(self) -> dict[str, Any]:
         """What was chosen, in JSON types."""
-        return {"sites": self.rule.name, "group_size": self.group_size, "clamp": self.clamp}
+        return {"sites": self.rule.name, "group_size": self.group_size}
 
     def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
+        self, carry: Carry, k: int, generator: Any, look: Look | None = None
     ) -> tuple[Carry, Tensor | float]:
-        """Reveal positions; a token's log-weight is ``log sum_v prod_m D_m(v)**b_m``."""
+        """Reveal positions; a token's log-weight is ``log sum_v prod_m D_m(v)**b_m``.
+
+        :param look: what every token of a chosen position promises, which then chooses among them.
+        """
         tokens, fixed = carry["tokens"], self.chain.fixed
-        noise = uniforms((2, *tokens.shape), generator=generator)
-        steps = [kernel.step({"tokens": tokens}, k, fixed=fixed) for kernel in self.kernels]
+        noise = uniforms((2, *tokens.shape), generator=generator, device=tokens.device)
+        seen = zip(self.kernels, self.carries(carry), strict=True)
+        steps: list[Any] = [kernel.step(own, k, fixed=fixed) for kernel, own in seen]
         if not bool(steps[0].eligible.any()):  # the idle steps of a prompted chain
             return carry, 0.0
         chosen = self._choose(steps, tokens, noise[0])
         log_g = log_product([_rows(s.prediction, chosen) for s in steps], self.exponents)
-        look = self._look(carry, chosen, k, generator) if self.clamp else torch.zeros_like(log_g)
-        drawn = draw_categorical(log_g + look, noise[1][chosen])
-        weight = self._log_weight(log_g, look, drawn)
-        log_ratio = torch.zeros(tokens.shape, dtype=torch.float64).masked_scatter(chosen, weight)
+        ahead = torch.zeros_like(log_g) if look is None else look(chosen).clamp_min(LEAST_LOOK)
+        drawn = draw_categorical(log_g + ahead, noise[1][chosen])
+        weight = log_g.new_zeros(len(log_g))
+        if look is not None or not self.is_plain:
+            taken = ahead.gather(-1, drawn[:, None])[:, 0]
+            weight = torch.logsumexp(log_g + ahead, -1) - taken
+        log_ratio = weight.new_zeros(tokens.shape).masked_scatter(chosen, weight)
         moved = tokens.masked_scatter(chosen, drawn)
         return {**carry, "tokens": moved}, per_particle(log_ratio.sum(-1))
 
@@ -215,26 +217,6 @@ class LockstepEngine(ExpertEngine):
         ranked = torch.where(eligible, scores, -torch.inf)
         rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return eligible & (rank < steps[0].count)
-
-    def _log_weight(self, log_g: Tensor, look: Tensor, drawn: Tensor) -> Tensor:
-        if self.is_plain and not self.clamp:
-            return log_g.new_zeros(len(log_g))
-        taken = look.gather(-1, drawn[:, None])[:, 0]
-        return torch.logsumexp(log_g + look, -1) - taken
-
-    def _look(
-        self, carry: Carry, chosen: Tensor, k: int, generator: torch.Generator | None
-    ) -> Tensor:
-        """Return the look-ahead of every token each chosen position may get, ``(m, V)``."""
-        assert self.potential is not None
-        fills = self.fills(carry, k, generator).movedim(2, -2)  # (R, N, *plates, num_fills, L)
-        row, site = chosen.flatten(0, -2).nonzero().unbind(-1)
-        size = self.kernel.process.vocab_size
-        children = fills.flatten(0, -3)[row][:, None].repeat(1, size, 1, 1)
-        children[torch.arange(len(site)), :, :, site] = torch.arange(size)[:, None]
-        last = k + 1 == self.num_steps and self.group_size == 1
-        ask = self.potential if last else self.potential.lookahead
-        return log_mean_exp(ask(children), 2).clamp_min(LEAST_LOOK)
 
 
 def _rows(prediction: Prediction, where: Tensor) -> Tensor:
