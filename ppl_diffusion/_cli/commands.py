@@ -186,7 +186,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics._claims import disagreement, estimates_evidence
+    from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence
 
     posterior = load_particles(folder)
     figures = summary(posterior)

@@ -28,7 +28,7 @@ from ppl_diffusion.design.report import (
     save_netcdf,
     save_plots,
 )
-from ppl_diffusion.diagnostics._claims import disagreement, estimates_evidence, evidence_range
+from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence, evidence_range
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
