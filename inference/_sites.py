@@ -16,7 +16,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal, Steering
-from ppl_diffusion.handlers._site import ProposedChain
+from ppl_diffusion.handlers.site import ProposedChain
 from ppl_diffusion.handlers.steer import as_steering
 from ppl_diffusion.handlers.twist import joined
 from ppl_diffusion.smc.feynman_kac import Proposal

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
+from ppl_diffusion.handlers.site import ProposedChain, SiteMessenger
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep

@@ -13,8 +13,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.handlers.clamp import ClampedChain, ClampProposal
+from ppl_diffusion.handlers.site import ProposedChain, SiteMessenger
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import LOG_PROB, FeynmanKac

@@ -32,9 +32,9 @@ from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,
     EvaluatedPotential,
     FeynmanKac,
+    KernelProposal,
     Proposal,
-    _KernelProposal,
-    _sample,
+    draw_step,
 )
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
@@ -89,7 +89,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         inner = self._proposal
         self._proposal = (
             _RetainedKernel(inner, self.retained)
-            if isinstance(inner, _KernelProposal)
+            if isinstance(inner, KernelProposal)
             else _RetainedProposal(inner, self.retained)
         )
         if potential is not None:
@@ -100,7 +100,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         carry = super().init(runs, particles, generator)
         tokens = _hold(carry["tokens"], self.retained[..., 0, :])
         carry = {**carry, **self._kernel.start_carry(tokens)}
-        if isinstance(self._proposal, _KernelProposal):
+        if isinstance(self._proposal, KernelProposal):
             carry |= self._proposal.start(tokens)
         log_p = self._kernel.prior_log_prob(self.retained[..., 0, :], self.model.chain.prompt)
         _require(log_p > -math.inf, "starts from a state that the chain cannot start from")
@@ -310,7 +310,7 @@ class _HeldStep(StepDistribution):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return _hold(_sample(self.inner, generator), self.held)
+        return _hold(draw_step(self.inner, generator), self.held)
 
     def draw(self, *noise: Tensor) -> Tensor:
         drawn: Tensor = self.inner.draw(*noise)
@@ -332,10 +332,10 @@ class _RetainedProposal:
         return _HeldStep(moves, self.path[..., k + 1, :])
 
 
-class _RetainedKernel(_KernelProposal):
+class _RetainedKernel(KernelProposal):
     """A kernel as a proposal, with slot 0 held to a path."""
 
-    def __init__(self, inner: _KernelProposal, path: Tensor) -> None:
+    def __init__(self, inner: KernelProposal, path: Tensor) -> None:
         super().__init__(inner.kernel, inner.fixed)
         self.path = path
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ppl_diffusion._cli.complain import NoAnswer, Stopped
-from ppl_diffusion._cli.tables import comparison_tables, design_tables, progress_bar, table
+from ppl_diffusion.commands.complain import NoAnswer, Stopped
+from ppl_diffusion.commands.tables import comparison_tables, design_tables, progress_bar, table
 from ppl_diffusion.design.checks import InputError, at_least, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
