@@ -8,7 +8,7 @@ RUN := $(abspath $(BIN))
 # torch and the BLAS below it start one thread per core in every worker unless told otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint typecheck format notebooks docs bench slow dist clean
+.PHONY: help install demo test lint links floors typecheck format notebooks docs bench slow dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,17 +32,23 @@ demo: install ## design yeast promoters with the shipped prior, in about a minut
 test: lint ## lint, type-check, then run the tests
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow and not gpu'
 
-lint: install ## ruff and mypy
+lint: install ## ruff, mypy, and the floors between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory typecheck
+	$(MAKE) --no-print-directory typecheck floors
 
-# models/ and inference/ are sub-packages only after installation, so mypy reads a tree of links that
-# has the shape of the installed package.
-typecheck: install
+# models/ and inference/ are sub-packages only after installation, so mypy and import-linter read a
+# tree of links that has the shape of the installed package.
+links: install
 	@rm -rf build/typecheck && mkdir -p build/typecheck/ppl_diffusion
 	@ln -s $(CURDIR)/ppl_diffusion/* build/typecheck/ppl_diffusion/
 	@ln -s $(CURDIR)/models $(CURDIR)/inference build/typecheck/ppl_diffusion/
+
+# An upward import, or a circle: pyproject.toml says which room stands on which.
+floors: links
+	cd build/typecheck && $(RUN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
+
+typecheck: links
 	cd build/typecheck && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(RUN)/python -p ppl_diffusion
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion.diagnostics import _arviz as arviz_data
+from ppl_diffusion.smc import arviz_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +104,21 @@ class GibbsPosterior:
         much of the path each sweep changed.
         """
         chains = np.arange(self.num_runs)
-        names = arviz_data._stored_names(self.samples)
+        names = arviz_data.stored_names(self.samples)
         variables = {"x0": self._variable("x0", self.x0)}
         variables |= {names[n]: self._variable(names[n], v) for n, v in self.samples.items()}
         groups = {
-            "posterior": arviz_data._dataset(variables, chains),
-            "sample_stats": arviz_data._dataset(self._statistics(), chains),
+            "posterior": arviz_data.make_dataset(variables, chains),
+            "sample_stats": arviz_data.make_dataset(self._statistics(), chains),
         }
-        return arviz_data._container(groups, self._attributes())
+        return arviz_data.make_container(groups, self._attributes())
 
     def _variable(self, name: str, value: Tensor) -> tuple[tuple[str, ...], Any]:
         plates, array = self.x0.ndim - 3, value.detach().numpy()
         inner = [f"{name}_dim_{i}" for i in range(array.ndim - 2)]
         if array.dtype.kind in "iu" and array.shape == tuple(self.x0.shape):
             inner = [*(f"plate_{i}" for i in range(plates)), "position"]
-        return ("chain", "draw", *inner), arviz_data._storable(array, tuple(inner))
+        return ("chain", "draw", *inner), arviz_data.storable(array, tuple(inner))
 
     def _statistics(self) -> dict[str, tuple[tuple[str, ...], Any]]:
         columns = {
@@ -144,7 +144,7 @@ class GibbsPosterior:
             "num_divergences": self.num_divergences,
             "step_size": self.step_size,
         }
-        return {n: arviz_data._attribute(v) for n, v in {**self.settings, **facts}.items()}
+        return {n: arviz_data.attribute(v) for n, v in {**self.settings, **facts}.items()}
 
     def __repr__(self) -> str:
         return (

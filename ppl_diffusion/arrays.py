@@ -1,12 +1,21 @@
-"""Small array-API helpers shared by the backend-free rooms (``kernels``, ``smc``)."""
+"""Small helpers for arrays of any backend, shared by all rooms."""
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array, is_jax_namespace
 
-__all__ = ["Array", "array_namespace", "device_of", "float64_of", "int64_of", "to_float64"]
+__all__ = [
+    "Array",
+    "array_namespace",
+    "device_of",
+    "float64_of",
+    "int64_of",
+    "json_types",
+    "to_float64",
+]
 
 Array = Any  # torch.Tensor | jax.Array | numpy.ndarray: the array API has no common type yet
 
@@ -44,3 +53,17 @@ def to_float64(x: Any) -> Array:
         return np.float64(x)
     xp = array_namespace(x)
     return xp.astype(x, float64_of(xp), copy=False) if not is_jax_array(x) else x.astype(float)
+
+
+def json_types(value: Any) -> Any:
+    """Return ``value`` in JSON types: numpy and torch numbers as Python's, the unknown as text.
+
+    :param value: nested mappings, sequences, numbers, arrays and anything else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_types(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_types(item) for item in value]
+    if hasattr(value, "tolist"):
+        return json_types(value.tolist())
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ppl_diffusion import __version__
-from ppl_diffusion._cli.complain import exit_code
+from ppl_diffusion.commands.complain import exit_code
 from ppl_diffusion.design.question import Job, Question
 from ppl_diffusion.design.search import Search
 
@@ -56,7 +56,7 @@ def _root(
 @app.command()
 def models() -> None:
     """List the shipped priors and oracles."""
-    from ppl_diffusion._cli.commands import list_models
+    from ppl_diffusion.commands.actions import list_models
 
     list_models()
 
@@ -106,7 +106,7 @@ def sample(
     ] = None,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""
-    from ppl_diffusion._cli.commands import SampleJob, draw_samples
+    from ppl_diffusion.commands.actions import SampleJob, draw_samples
 
     filters = tuple(filter_ or ())
     job = SampleJob(name, num, seed, sampler, steps, kappa_schedule, block, filters)
@@ -230,7 +230,7 @@ def design(
     quiet: Quiet = False,
 ) -> None:
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
-    from ppl_diffusion._cli.commands import run_design
+    from ppl_diffusion.commands.actions import run_design
     from ppl_diffusion.design.question import parse_fix, parse_forbid, parse_motif
 
     question = Question(
@@ -291,7 +291,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a prior by its recipe."""
-    from ppl_diffusion._cli.commands import train_prior
+    from ppl_diffusion.commands.actions import train_prior
 
     place = out or Path("runs") / f"train-{name}"
     train_prior(
@@ -315,7 +315,7 @@ def diagnose(
     ] = None,
 ) -> None:
     """Print how far the particles of a run can be trusted."""
-    from ppl_diffusion._cli.commands import diagnose_run
+    from ppl_diffusion.commands.actions import diagnose_run
 
     diagnose_run(folder, plots=plots)
 
@@ -337,7 +337,7 @@ def compare(
     Runs of different cost are brought to the budget of the cheapest by keeping whole independent
     runs, never part of the particles of one. Evidences are comparable under one target letter.
     """
-    from ppl_diffusion._cli.commands import compare_runs
+    from ppl_diffusion.commands.actions import compare_runs
 
     compare_runs(folders, plot=plot, out=json)
 

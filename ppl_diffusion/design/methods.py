@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from ppl_diffusion.inference import (
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials import AbstractPotential, Constraint, SumPotential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
+from ppl_diffusion.smc.engine import Progress
 from ppl_diffusion.smc.twists import ArgmaxFill, FillTwist, PersistentFill, SampledFill
-
-if TYPE_CHECKING:
-    from ppl_diffusion.design.run import Progress
 
 MISMATCH_PENALTY = 20.0
 """Nats a guess loses per wrong base where a base is fixed. Guesses hold fixed bases, so that only

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_diffusion.diagnostics._claims import estimates_evidence
+from ppl_diffusion.diagnostics.claims import estimates_evidence
 from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:

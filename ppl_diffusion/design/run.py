@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +27,13 @@ from ppl_diffusion.design.report import (
     save_netcdf,
     save_plots,
 )
-from ppl_diffusion.diagnostics._claims import disagreement, estimates_evidence, evidence_range
+from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence, evidence_range
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
+    from ppl_diffusion.smc.engine import Progress
 
-Progress = Callable[[int, int], None]
 NUM_PRIOR_SAMPLES = 256
 # Streams of random numbers that must not depend on each other.
 _JUDGES, _PRIOR = 1, 2

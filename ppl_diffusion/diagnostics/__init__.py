@@ -1,9 +1,7 @@
 """ArviZ data, Pareto k-hat, plots and a report of a particle posterior."""
 
-from ppl_diffusion.diagnostics._arviz import to_arviz as to_arviz
 from ppl_diffusion.diagnostics._comparison_plot import plot_comparison as plot_comparison
 from ppl_diffusion.diagnostics._comparison_plot import plot_comparison_data as plot_comparison_data
-from ppl_diffusion.diagnostics._khat import khat as khat
 from ppl_diffusion.diagnostics._plot_data import plot_ancestry_data as plot_ancestry_data
 from ppl_diffusion.diagnostics._plot_data import plot_ess_data as plot_ess_data
 from ppl_diffusion.diagnostics._plot_data import plot_evidence_data as plot_evidence_data
@@ -19,3 +17,5 @@ from ppl_diffusion.diagnostics.plots import plot_token_entropy as plot_token_ent
 from ppl_diffusion.diagnostics.plots import plot_weights as plot_weights
 from ppl_diffusion.diagnostics.report import summary as summary
 from ppl_diffusion.diagnostics.report import summary_table as summary_table
+from ppl_diffusion.smc.arviz_data import to_arviz as to_arviz
+from ppl_diffusion.smc.khat import khat as khat

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics._arrays import (
+from ppl_diffusion.smc.run_statistics import (
     across_run_sd,
     as_array,
     count_distinct,

@@ -19,12 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from ppl_diffusion.diagnostics._arrays import across_run_sd, as_array, pooled_log_evidence
-from ppl_diffusion.diagnostics._claims import (
-    disagreement,
-    estimates_evidence,
-    evidence_range,
-)
+from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence, evidence_range
+from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, pooled_log_evidence
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics._claims import disagreement
 from ppl_diffusion.diagnostics._plot_data import (
     PlotData,
     mark_lineages,
@@ -21,6 +20,7 @@ from ppl_diffusion.diagnostics._plot_data import (
     plot_token_entropy_data,
     plot_weights_data,
 )
+from ppl_diffusion.diagnostics.claims import disagreement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

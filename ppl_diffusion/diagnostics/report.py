@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics._arrays import across_run_sd, as_array, genealogical_sd
-from ppl_diffusion.diagnostics._claims import estimates_evidence
-from ppl_diffusion.diagnostics._khat import khat
+from ppl_diffusion.diagnostics.claims import estimates_evidence
+from ppl_diffusion.smc.khat import khat
+from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, genealogical_sd
 from ppl_diffusion.smc.weights import Weights
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ draw of the target, ``E[1 / Z_hat] = 1 / Z``, so that a plain and a conditional 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,9 @@ from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,
     EvaluatedPotential,
     FeynmanKac,
+    KernelProposal,
     Proposal,
-    _KernelProposal,
-    _sample,
+    draw_step,
 )
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
@@ -94,19 +94,25 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         inner = self._proposal
         self._proposal = (
             _RetainedKernel(inner, self.retained)
-            if isinstance(inner, _KernelProposal)
+            if isinstance(inner, KernelProposal)
             else _RetainedProposal(inner, self.retained)
         )
         if potential is not None:
             self.potential = potential
 
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
+    def init(
+        self,
+        runs: int,
+        particles: int,
+        generator: torch.Generator | None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Carry:
         """Return the noisiest states, slot 0 that of the retained path."""
-        carry = super().init(runs, particles, generator)
+        given = self.model.chain.given if given is None else given
+        carry = super().init(runs, particles, generator, given)
         tokens = _hold(carry["tokens"], self.retained[..., 0, :])
-        given = self.model.chain.given
         carry = {**carry, **self._kernel.start_carry(tokens, generator, given=given)}
-        if isinstance(self._proposal, _KernelProposal):
+        if isinstance(self._proposal, KernelProposal):
             carry |= self._proposal.start(tokens, given)
         log_p = self._kernel.prior_log_prob(self.retained[..., 0, :], self.model.chain.prompt)
         _require(log_p > -math.inf, "starts from a state that the chain cannot start from")
@@ -311,7 +317,7 @@ class _HeldStep(StepDistribution):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return _hold(_sample(self.inner, generator), self.held)
+        return _hold(draw_step(self.inner, generator), self.held)
 
     def draw(self, *noise: Tensor) -> Tensor:
         drawn: Tensor = self.inner.draw(*noise)
@@ -333,10 +339,10 @@ class _RetainedProposal:
         return _HeldStep(moves, self.path[..., k + 1, :])
 
 
-class _RetainedKernel(_KernelProposal):
+class _RetainedKernel(KernelProposal):
     """A kernel as a proposal, with slot 0 held to a path."""
 
-    def __init__(self, inner: _KernelProposal, path: Tensor) -> None:
+    def __init__(self, inner: KernelProposal, path: Tensor) -> None:
         super().__init__(inner.kernel, inner.fixed)
         self.path = path
 

@@ -183,7 +183,7 @@ class BoundFeynmanKac:
             if shared
             else EvaluatedDenoiser(proposal.denoiser, max_rows=self.max_rows)
         )
-        return _KernelProposal(proposal.with_denoiser(denoiser), self.model.chain.fixed), denoiser
+        return KernelProposal(proposal.with_denoiser(denoiser), self.model.chain.fixed), denoiser
 
     @property
     def num_evaluations(self) -> int:
@@ -225,7 +225,7 @@ class BoundFeynmanKac:
         if isinstance(twist, FillTwist):
             noise = twist.init((*batch, chain.length), generator)
             carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
-        if isinstance(self._proposal, _KernelProposal):
+        if isinstance(self._proposal, KernelProposal):
             carry = {**carry, **self._proposal.start(carry["tokens"], given)}
         if self.track_log_prob:
             carry[LOG_PROB] = per_particle(
@@ -239,9 +239,9 @@ class BoundFeynmanKac:
         """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
-        tokens = _sample(proposal, generator)
+        tokens = draw_step(proposal, generator)
         moved = self._kernel.advance(carry, tokens, k, step=step)
-        if isinstance(self._proposal, _KernelProposal):
+        if isinstance(self._proposal, KernelProposal):
             moved = {**moved, **self._proposal.advance(carry, tokens, k, proposal)}
         if proposal is step and not self.track_log_prob:
             return moved, 0.0
@@ -278,7 +278,7 @@ class BoundFeynmanKac:
         return gathered
 
 
-class _KernelProposal:
+class KernelProposal:
     """A kernel as a proposal; what it remembers travels in the particle's carry under a prefix."""
 
     PREFIX = "proposal/"
@@ -396,7 +396,8 @@ def take_particles(value: Any, ancestors: Tensor) -> Any:
     return value[runs, ancestors]
 
 
-def _sample(distribution: TorchDistribution, generator: torch.Generator | None) -> Tensor:
+def draw_step(distribution: TorchDistribution, generator: torch.Generator | None) -> Tensor:
+    """Return a draw, from the generator where the distribution is ours and takes one."""
     if generator is not None and isinstance(distribution, StepDistribution):
         return distribution.sample(generator=generator)
     return distribution.sample()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ppl_diffusion.arrays import json_types
 from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.smc.genealogy import genealogy_graph
 from ppl_diffusion.smc.law import Law
@@ -202,9 +203,8 @@ class ParticlePosterior:
 
         :param options: of :func:`ppl_diffusion.diagnostics.to_arviz`.
         """
-        from ppl_diffusion.diagnostics import (
-            to_arviz,
-        )  # diagnostics read posteriors, not vice versa
+        # Here, not above: xarray is slow to import, and most runs never leave torch.
+        from ppl_diffusion.smc.arviz_data import to_arviz
 
         return to_arviz(self, **options)
 
@@ -271,20 +271,6 @@ def _draw_indices(log_weights: Tensor, num: int, generator: torch.Generator | No
     index = Stratified().draw(uniforms, log_weights)
     order = torch.rand(index.shape, generator=generator).argsort(-1)
     return index.gather(-1, order)
-
-
-def json_types(value: Any) -> Any:
-    """Return ``value`` in JSON types: numpy and torch numbers as Python's, the unknown as text.
-
-    :param value: nested mappings, sequences, numbers, arrays and anything else.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): json_types(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_types(item) for item in value]
-    if hasattr(value, "tolist"):
-        return json_types(value.tolist())
-    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

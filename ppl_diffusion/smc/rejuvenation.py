@@ -29,7 +29,7 @@ from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
-from ppl_diffusion.smc.feynman_kac import _sample, per_particle
+from ppl_diffusion.smc.feynman_kac import draw_step, per_particle
 from ppl_diffusion.smc.resampling import Resampler, Stratified
 
 
@@ -172,7 +172,7 @@ class SuffixRefresh(PathMove):
         states = list(state.path[..., : start + 1, :].unbind(-2))
         for k in range(start, chain.num_steps):
             step = chain.kernel.step(carry, k, fixed=chain.fixed)
-            tokens = _sample(step, generator)
+            tokens = draw_step(step, generator)
             carry = chain.kernel.advance(carry, tokens, k, step=step)
             states.append(tokens)
         proposed = model.state(torch.stack(states, -2))

@@ -274,6 +274,6 @@ def test_ctrl_c_in_any_command_is_one_sentence(monkeypatch, capsys):
     def stub(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ppl_diffusion._cli.commands.draw_samples", stub)
+    monkeypatch.setattr("ppl_diffusion.commands.actions.draw_samples", stub)
     assert run(["sample", "tiny"]) == 130
     assert capsys.readouterr().err == "ppl-diffusion: Stopped: no run folder was written.\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 import xarray as xr
 
-from ppl_diffusion._cli.tables import comparison_tables
 from ppl_diffusion.cli import run
+from ppl_diffusion.commands.tables import comparison_tables
 from ppl_diffusion.diagnostics import Contender, compare
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.potentials import Potential

@@ -12,7 +12,7 @@ from ppl_diffusion.design.program import build_target
 from ppl_diffusion.design.question import Job, Question
 from ppl_diffusion.design.run import design
 from ppl_diffusion.design.search import Search
-from ppl_diffusion.diagnostics._claims import disagreement
+from ppl_diffusion.diagnostics.claims import disagreement
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.smc import ParticlePosterior
 

@@ -15,7 +15,7 @@ from ppl_diffusion.diagnostics import (
     plot_comparison_data,
     summary,
 )
-from ppl_diffusion.diagnostics._claims import disagreement
+from ppl_diffusion.diagnostics.claims import disagreement
 
 
 def by_label(comparison):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ppl_diffusion._cli.complain import NoAnswer, Stopped
-from ppl_diffusion._cli.tables import comparison_tables, design_tables, progress_bar, table
+from ppl_diffusion.commands.complain import NoAnswer, Stopped
+from ppl_diffusion.commands.tables import comparison_tables, design_tables, progress_bar, table
 from ppl_diffusion.design.checks import InputError, at_least, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
@@ -186,7 +186,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics._claims import disagreement, estimates_evidence
+    from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence
 
     posterior = load_particles(folder)
     figures = summary(posterior)

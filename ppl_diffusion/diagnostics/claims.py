@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppl_diffusion.diagnostics._arrays import across_run_sd, as_array
+from ppl_diffusion.smc.run_statistics import across_run_sd, as_array
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior

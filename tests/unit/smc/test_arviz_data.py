@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.diagnostics import _arviz, khat, to_arviz
+from ppl_diffusion.diagnostics import khat, to_arviz
 from ppl_diffusion.errors import ParticleCollapse
+from ppl_diffusion.smc import arviz_data
 
-arviz = _arviz._import_arviz()
+arviz = arviz_data._import_arviz()
 ARVIZ_MAJOR = int(arviz.__version__.split(".")[0])
 only_1x = pytest.mark.skipif(ARVIZ_MAJOR < 1, reason="needs ArviZ 1.x (Python 3.12)")
 only_0x = pytest.mark.skipif(ARVIZ_MAJOR >= 1, reason="needs ArviZ 0.x")
@@ -230,10 +231,10 @@ def test_history_can_be_left_out_and_is_guarded_by_size(make_posterior, monkeypa
     np.testing.assert_array_equal(
         dataset(to_arviz(posterior), "smc_history")["ancestor"][:, 2], posterior.ancestors[2]
     )
-    monkeypatch.setattr(_arviz, "HISTORY_LIMIT", 3 * 5 * 40 * 4)
+    monkeypatch.setattr(arviz_data, "HISTORY_LIMIT", 3 * 5 * 40 * 4)
     assert set(dataset(to_arviz(posterior), "smc_history").data_vars) == {"ancestor"}
     assert "path" in dataset(to_arviz(posterior, history=True), "smc_history")
-    monkeypatch.setattr(_arviz, "HISTORY_LIMIT", 0)
+    monkeypatch.setattr(arviz_data, "HISTORY_LIMIT", 0)
     assert "smc_history" not in group_names(to_arviz(posterior))
 
 
@@ -315,7 +316,7 @@ def test_container_follows_the_installed_major(make_posterior, monkeypatch):
     class Future:
         __version__ = "1.3.0"
 
-    monkeypatch.setattr(_arviz, "_import_arviz", lambda: Future)
+    monkeypatch.setattr(arviz_data, "_import_arviz", lambda: Future)
     tree = to_arviz(make_posterior())
     assert isinstance(tree, xarray.DataTree)
     assert set(tree.children) == {"posterior", "sample_stats", "smc", "smc_history"}

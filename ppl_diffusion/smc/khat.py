@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics._arrays import as_array
+from ppl_diffusion.smc.run_statistics import as_array
 
 MIN_TAIL = 5
 """Fewest weights above the cutoff that a shape is fitted to; with fewer, k-hat is NaN."""

@@ -26,23 +26,23 @@ import warnings
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics._arrays import as_array, count_distinct, lineage_roots
-from ppl_diffusion.diagnostics._khat import khat
+from ppl_diffusion.arrays import json_types
 from ppl_diffusion.errors import ParticleCollapse
-from ppl_diffusion.smc.posterior import json_types
+from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.resampling import Stratified
-
-if TYPE_CHECKING:
-    from ppl_diffusion.smc import ParticlePosterior
+from ppl_diffusion.smc.run_statistics import as_array, count_distinct, lineage_roots
 
 HISTORY_LIMIT = 64 * 2**20
 """Largest history variable, in bytes, that ``history="auto"`` keeps."""
+
+# Known by its fields: naming the class, whose ``to_arviz`` this file is, would close a circle.
+ParticlePosterior = Any
 
 Variable = tuple[tuple[str, ...], NDArray[Any]]
 
@@ -50,7 +50,7 @@ _TAKEN = re.compile(r"chain|draw|run|position|state|step|ancestor|plate_\d+|.*_d
 
 
 def to_arviz(
-    posterior: "ParticlePosterior",
+    posterior: ParticlePosterior,
     *,
     weights: Literal["resample", "store"] = "resample",
     history: Literal["auto"] | bool = "auto",
@@ -89,10 +89,10 @@ def to_arviz(
         "smc": _smc(posterior),
     }
     if past := _history(posterior, history):
-        groups["smc_history"] = _dataset(past, np.arange(posterior.num_runs))
+        groups["smc_history"] = make_dataset(past, np.arange(posterior.num_runs))
     if vocabulary is not None:
         groups["constant_data"] = _constant_data(posterior, vocabulary)
-    return _container(groups, _attributes(posterior, weights, seed))
+    return make_container(groups, _attributes(posterior, weights, seed))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def to_arviz(
 
 
 def _draw_index(
-    posterior: "ParticlePosterior", weights: str, seed: int
+    posterior: ParticlePosterior, weights: str, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Runs kept ``(K,)`` and the particle behind each of their draws ``(K, N)``."""
     if weights not in ("resample", "store"):
@@ -124,20 +124,20 @@ def _draw_index(
 
 
 def _draws(
-    posterior: "ParticlePosterior", runs: NDArray[np.int64], index: NDArray[np.int64]
+    posterior: ParticlePosterior, runs: NDArray[np.int64], index: NDArray[np.int64]
 ) -> xr.Dataset:
     sites = {"x0": _with_dims("x0", posterior.x0, posterior)}
     sites |= {k: v for k, v in _sites(posterior).items() if not _is_path(v[1], posterior)}
     variables = {
-        name: (("chain", "draw", *dims), _storable(_pick(values, runs, index), dims))
+        name: (("chain", "draw", *dims), storable(_pick(values, runs, index), dims))
         for name, (dims, values) in sites.items()
     }
-    dataset = _dataset(variables, runs)
+    dataset = make_dataset(variables, runs)
     return dataset.assign_coords(position=np.arange(posterior.x0.shape[-1]))
 
 
 def _sample_stats(
-    posterior: "ParticlePosterior",
+    posterior: ParticlePosterior,
     runs: NDArray[np.int64],
     index: NDArray[np.int64],
     weights: str,
@@ -153,10 +153,10 @@ def _sample_stats(
         "particle": index.astype(np.int32),
         "is_valid": (log_potential > -np.inf).astype(np.int8),
     }
-    return _dataset({k: (("chain", "draw"), v) for k, v in columns.items()}, runs)
+    return make_dataset({k: (("chain", "draw"), v) for k, v in columns.items()}, runs)
 
 
-def _smc(posterior: "ParticlePosterior") -> xr.Dataset:
+def _smc(posterior: ParticlePosterior) -> xr.Dataset:
     log_evidence = as_array(posterior.log_evidence_steps)
     ancestors = as_array(posterior.ancestors)
     with np.errstate(invalid="ignore"):  # -inf minus -inf after a run has died
@@ -177,15 +177,13 @@ def _smc(posterior: "ParticlePosterior") -> xr.Dataset:
     }
     variables: dict[str, Variable] = {k: (("chain", "step"), v) for k, v in by_step.items()}
     variables |= {k: (("chain",), v) for k, v in by_run.items()}
-    dataset = _dataset(variables, np.arange(posterior.num_runs))
+    dataset = make_dataset(variables, np.arange(posterior.num_runs))
     return dataset.assign_coords(
         step=np.arange(posterior.num_steps), time=("step", as_array(posterior.times)[1:])
     )
 
 
-def _history(
-    posterior: "ParticlePosterior", history: Literal["auto"] | bool
-) -> dict[str, Variable]:
+def _history(posterior: ParticlePosterior, history: Literal["auto"] | bool) -> dict[str, Variable]:
     if history is False:
         return {}
     ancestors = np.moveaxis(as_array(posterior.ancestors), 0, 1).astype(np.int32)
@@ -194,12 +192,12 @@ def _history(
     if posterior.path is not None:
         sites = {"path": _with_dims("path", posterior.path, posterior)} | sites
     for name, (dims, values) in sites.items():
-        past[name] = (("chain", "draw", *dims), _storable(values, dims))
+        past[name] = (("chain", "draw", *dims), storable(values, dims))
     keep_all = history is True
     return {k: v for k, v in past.items() if keep_all or v[1].nbytes <= HISTORY_LIMIT}
 
 
-def _constant_data(posterior: "ParticlePosterior", vocabulary: Sequence[str]) -> xr.Dataset:
+def _constant_data(posterior: ParticlePosterior, vocabulary: Sequence[str]) -> xr.Dataset:
     largest = int(as_array(posterior.x0).max())
     if largest >= len(vocabulary):
         raise ValueError(
@@ -215,16 +213,16 @@ def _constant_data(posterior: "ParticlePosterior", vocabulary: Sequence[str]) ->
 # variables
 
 
-def _sites(posterior: "ParticlePosterior") -> dict[str, Variable]:
+def _sites(posterior: ParticlePosterior) -> dict[str, Variable]:
     """Every site of the program under its stored name, with its dims after (chain, draw)."""
-    names = _stored_names(posterior.samples)
+    names = stored_names(posterior.samples)
     return {
         names[site]: _with_dims(names[site], values, posterior)
         for site, values in posterior.samples.items()
     }
 
 
-def _stored_names(sites: Iterable[str]) -> dict[str, str]:
+def stored_names(sites: Iterable[str]) -> dict[str, str]:
     """A distinct name for each site that no dimension has and netCDF accepts."""
     names = {site: site for site in sites if "/" not in site and not _TAKEN.fullmatch(site)}
     for site in (site for site in sites if site not in names):
@@ -235,12 +233,12 @@ def _stored_names(sites: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _with_dims(name: str, site: Any, posterior: "ParticlePosterior") -> Variable:
+def _with_dims(name: str, site: Any, posterior: ParticlePosterior) -> Variable:
     values = as_array(site)
     return _site_dims(name, values, posterior), values
 
 
-def _site_dims(name: str, values: NDArray[Any], posterior: "ParticlePosterior") -> tuple[str, ...]:
+def _site_dims(name: str, values: NDArray[Any], posterior: ParticlePosterior) -> tuple[str, ...]:
     """Dims after (chain, draw): plates first, then position for tokens, state for paths."""
     *plates, length = posterior.x0.shape[2:]
     plate_dims = tuple(f"plate_{i}" for i in range(len(plates)))
@@ -255,7 +253,7 @@ def _site_dims(name: str, values: NDArray[Any], posterior: "ParticlePosterior") 
     return shared + tuple(f"{name}_dim_{i}" for i in range(len(shape) - len(shared)))
 
 
-def _is_path(values: NDArray[Any], posterior: "ParticlePosterior") -> bool:
+def _is_path(values: NDArray[Any], posterior: ParticlePosterior) -> bool:
     """Whether a site holds whole paths like that of ``x0``, which end in clean sequences."""
     x0 = as_array(posterior.x0)
     states = {posterior.num_steps + 1}
@@ -270,7 +268,7 @@ def _is_path(values: NDArray[Any], posterior: "ParticlePosterior") -> bool:
     )
 
 
-def _storable(values: NDArray[Any], dims: tuple[str, ...]) -> NDArray[Any]:
+def storable(values: NDArray[Any], dims: tuple[str, ...]) -> NDArray[Any]:
     """Tokens as the narrowest of uint16 and int32; booleans, which netCDF lacks, as int8."""
     if values.dtype.kind == "b":
         return values.astype(np.int8)
@@ -285,7 +283,7 @@ def _pick(values: NDArray[Any], runs: NDArray[np.int64], index: NDArray[np.int64
     return values[runs[:, None], index]
 
 
-def _dataset(variables: dict[str, Variable], runs: NDArray[np.int64]) -> xr.Dataset:
+def make_dataset(variables: dict[str, Variable], runs: NDArray[np.int64]) -> xr.Dataset:
     dataset = xr.Dataset(variables)
     if "draw" in dataset.sizes:
         dataset = dataset.assign_coords(draw=np.arange(dataset.sizes["draw"]))
@@ -296,7 +294,7 @@ def _dataset(variables: dict[str, Variable], runs: NDArray[np.int64]) -> xr.Data
 # container
 
 
-def _attributes(posterior: "ParticlePosterior", weights: str, seed: int) -> dict[str, Any]:
+def _attributes(posterior: ParticlePosterior, weights: str, seed: int) -> dict[str, Any]:
     facts = {
         "inference_library": "ppl_diffusion",
         "inference_library_version": version("ppl-diffusion"),
@@ -310,10 +308,10 @@ def _attributes(posterior: "ParticlePosterior", weights: str, seed: int) -> dict
         "weights": weights,
         "resample_seed": seed,
     }
-    return {name: _attribute(value) for name, value in {**posterior.settings, **facts}.items()}
+    return {name: attribute(value) for name, value in {**posterior.settings, **facts}.items()}
 
 
-def _attribute(value: Any) -> str | int | float:
+def attribute(value: Any) -> str | int | float:
     """An attribute netCDF can hold; what is no number or string becomes its JSON text."""
     plain = json_types(value)
     if isinstance(plain, bool):
@@ -321,7 +319,7 @@ def _attribute(value: Any) -> str | int | float:
     return plain if isinstance(plain, str | int | float) else json.dumps(plain)
 
 
-def _container(groups: dict[str, xr.Dataset], attributes: dict[str, Any]) -> Any:
+def make_container(groups: dict[str, xr.Dataset], attributes: dict[str, Any]) -> Any:
     arviz = _import_arviz()
     if int(arviz.__version__.split(".")[0]) >= 1:
         root = xr.Dataset(attrs=attributes)
