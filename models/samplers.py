@@ -61,7 +61,7 @@ def make_chain(
         if getattr(settings, name) is not None and name not in known:
             raise ValueError(f"The sampler {sampler!r} takes no {option}: leave it out.")
     denoiser = filtered(program.denoiser, settings.filters)
-    return ReverseChain(build(program, denoiser, settings), program.length)
+    return program.around(build(program, denoiser, settings))
 
 
 def filtered(denoiser: Denoiser, filters: Sequence[str]) -> Denoiser:

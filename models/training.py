@@ -26,8 +26,8 @@ import torch
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models._quiet import quiet_lightning
 from ppl_diffusion.models.datasets import Sequences, check_sequences, load_sequences
-from ppl_diffusion.models.library import FAMILIES, load
-from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.models.library import load
+from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
