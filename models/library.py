@@ -77,7 +77,7 @@ def _description(folder: Path) -> dict[str, Any]:
         raise _no_prior(folder, f"{type(error).__name__}: {error}; restore it") from error
     if not known:
         wanted = f"the family {family!r} is none of {', '.join(FAMILIES)}"
-        raise _no_prior(folder, f"{wanted}; import the module that defines it")
+        raise _no_prior(folder, f"{wanted}; import the module that defines it (--import)")
     if missing:
         raise _no_prior(folder, f"it lacks {', '.join(sorted(missing))}; restore it")
     return entries
