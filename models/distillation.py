@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ppl_diffusion.kernels.duality import coupled_states, log_diffusion_noise
 from ppl_diffusion.models.objectives import Objective, uniform_network
-from ppl_diffusion.models.program import DiffusionProgram, stratified_times
+from ppl_diffusion.models.program import DiffusionProgram, drawn_uniforms, stratified_times
 
 # Nodes of the table of T(mu), over mu = exp(-g / 2): linear interpolation is good to 2e-5.
 _GAMMAS = (-6.0, 30.0, 4097)
@@ -91,6 +91,7 @@ class Distillation(Objective):
         begins = step % self._round_length == 0 and step < self.rounds * self._round_length
         if begins:
             self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.to(rows.device)  # no part of what the trainer moves
         t = (stratified_times(rows) + self.delta(step)).clamp_max(1.0)
         s = (t - self.delta(step)).clamp_min(0.0)
         z_t, z_s = self.coupled(rows, t, s)
@@ -109,7 +110,7 @@ class Distillation(Objective):
         """
         size = self.program.denoiser.vocab_size
         noise = self.program.process.schedule.log1m_alpha(torch.stack([t, s])[..., None])
-        uniforms = torch.rand((3, *rows.shape), dtype=torch.float64)
+        uniforms = drawn_uniforms((3, *rows.shape), rows.device)
         z_t, z_s = coupled_states(rows, latent_levels(noise, size), size, uniforms)
         return z_t, z_s
 
@@ -138,7 +139,7 @@ def latent_levels(log_noise: Tensor, vocab_size: int) -> Tensor:
     :param vocab_size: number ``V`` of tokens.
     :returns: ``mu`` with ``T(mu) = alpha`` to 2e-5; infinite without noise, 0 without signal.
     """
-    gammas, noise = _noise_table(vocab_size)
+    gammas, noise = _noise_table(vocab_size, log_noise.device)
     right = torch.searchsorted(noise, log_noise).clamp(1, len(noise) - 1)
     left = right - 1
     share = ((log_noise - noise[left]) / (noise[right] - noise[left])).clamp(0.0, 1.0)
@@ -147,6 +148,6 @@ def latent_levels(log_noise: Tensor, vocab_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _noise_table(vocab_size: int) -> tuple[Tensor, Tensor]:
-    gammas = torch.linspace(*_GAMMAS, dtype=torch.float64)
+def _noise_table(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    gammas = torch.linspace(*_GAMMAS, dtype=torch.float64, device=device)
     return gammas, log_diffusion_noise(torch.exp(-0.5 * gammas), vocab_size)

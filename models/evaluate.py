@@ -101,16 +101,17 @@ def evaluate(
         quoted=recipe.quoted_baseline,
         gain=float(gain.mean()),
         gain_error=_error(gain, family),
-        gain_error_rows=_error(gain, torch.arange(len(gain))),
+        gain_error_rows=_error(gain, torch.arange(len(gain), device=gain.device)),
     )
 
 
 def _bound_terms(program: DiffusionProgram, rows: Tensor, times: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     parts = [
-        program.bound_terms(part, num_times=times, generator=generator) for part in rows.split(512)
+        program.bound_terms(part.to(program.device), num_times=times, generator=generator)
+        for part in rows.split(512)
     ]
-    return torch.cat(parts, dim=1) / (program.length * math.log(2.0))
+    return torch.cat(parts, dim=1).to(rows.device) / (program.length * math.log(2.0))
 
 
 def _noise(terms: Tensor) -> float:
@@ -123,7 +124,7 @@ def _noise(terms: Tensor) -> float:
 def _error(values: Tensor, family: Tensor) -> float:
     """Return the standard error of the mean, with families as the independent units."""
     _, index = family.unique(return_inverse=True)
-    sums = torch.zeros(int(index.max()) + 1, dtype=values.dtype)
+    sums = values.new_zeros(int(index.max()) + 1)
     sums.index_add_(0, index, values - values.mean())
     count = len(sums)
     return float((sums.square().sum() * count / max(count - 1, 1)).sqrt() / len(values))

@@ -32,7 +32,8 @@ class MarkovBaseline:
     ) -> None:
         self.order = order
         self.vocab_size = vocab_size
-        weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        if weights is None:
+            weights = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
         self._tables = [self._fit(rows, k, count, weights) for k in range(order + 1)]
 
     def bits(self, rows: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class MarkovBaseline:
         :param generator: source of randomness.
         :returns: int64 ``(n, length)``.
         """
-        rows = torch.empty(count, 0, dtype=torch.int64)
+        rows = torch.empty(count, 0, dtype=torch.int64, device=self._tables[0].device)
         for position in range(length):
             order = min(position, self.order)
             context = self._contexts(rows[:, position - order :], order, beyond=True)[:, -1]
@@ -76,7 +77,7 @@ class MarkovBaseline:
     def _contexts(self, rows: Tensor, order: int, *, beyond: bool = False) -> Tensor:
         """Number the contexts of the tokens from ``order`` on, and of one ``beyond`` the end."""
         count = rows.shape[1] - order + beyond
-        contexts = torch.zeros(len(rows), count, dtype=torch.int64)
+        contexts = torch.zeros(len(rows), count, dtype=torch.int64, device=rows.device)
         for shift in range(order):
             contexts = contexts * self.vocab_size + rows[:, shift : shift + count]
         return contexts

@@ -19,7 +19,7 @@ from ppl_diffusion.kernels import Uniform
 from ppl_diffusion.kernels.duality import DuoSchedule
 from ppl_diffusion.kernels.topk import dense_latents, top_k_latents
 from ppl_diffusion.kernels.uniform_nelbo import uniform_nelbo_from_hidden
-from ppl_diffusion.models.program import DiffusionProgram, stratified_times
+from ppl_diffusion.models.program import DiffusionProgram, drawn_uniforms, stratified_times
 
 _WIDE_GAMMAS = (-6.0, 30.0)  # at which T is one and zero for any vocabulary
 
@@ -140,9 +140,9 @@ class Curriculum(Objective):
     def _latents(self, rows: Tensor, mu: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         size = self.program.denoiser.vocab_size
         if self.top_k is None:
-            noise = torch.randn((*rows.shape, size))
+            noise = torch.randn((*rows.shape, size), device=rows.device)
             return None, *dense_latents(rows, mu, size, noise, tau=self.tau)
-        uniforms = torch.rand((2 * self.top_k + 1, *rows.shape), dtype=torch.float64)
+        uniforms = drawn_uniforms((2 * self.top_k + 1, *rows.shape), rows.device)
         drawn = top_k_latents(rows, mu, size, uniforms, k=self.top_k, tau=self.tau)
         return drawn.ids, drawn.weights, drawn.tokens
 
@@ -159,7 +159,7 @@ def duo_schedule(vocab_size: int, alphas: tuple[float, float]) -> DuoSchedule:
     low, high = alphas
     if not 0.0 < low < high < 1.0:
         raise ValueError(f"curriculum: alphas must satisfy 0 < low < high < 1, got {alphas}.")
-    noise = torch.log1p(-torch.tensor([high, low], dtype=torch.float64))
+    noise = torch.log1p(-torch.tensor([high, low], dtype=torch.float64, device="cpu"))
     start, width = _WIDE_GAMMAS[0], _WIDE_GAMMAS[1] - _WIDE_GAMMAS[0]
     first, last = start + width * DuoSchedule(vocab_size, *_WIDE_GAMMAS).time_from_log1m(noise)
     return DuoSchedule(vocab_size, float(first), float(last))
