@@ -74,19 +74,13 @@ class Distillation(Objective):
         self.rounds, self.first_delta = rounds, first_delta
 
     def delta(self, step: int) -> float:
-        """Return how far the teacher is ahead.
-
-        :param step: optimiser steps taken so far.
-        """
+        """Return how far the teacher is ahead after so many optimiser steps."""
         return self.first_delta * 2.0 ** min(step // self._round_length, self.rounds - 1)
 
     def loss(self, rows: Tensor, step: int) -> Tensor:
         """Return ``KL(student(z_t, t) || teacher(z_s, s))``, summed over sites.
 
         At the first step of a round the teacher becomes the student.
-
-        :param rows: clean tokens, int64 ``(n, L)``.
-        :param step: optimiser steps taken so far.
         """
         begins = step % self._round_length == 0 and step < self.rounds * self._round_length
         if begins:
@@ -119,11 +113,7 @@ class Distillation(Objective):
         return dict(self.teacher.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the weights of the teacher.
-
-        :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it comes from another objective.
-        """
+        """Restore them."""
         super().load_state_dict(state)
         self.teacher.load_state_dict(state)
 

@@ -131,12 +131,7 @@ def _error(values: Tensor, family: Tensor) -> float:
 
 
 def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> None:
-    """Print the figures as a table.
-
-    :param name: name of the prior.
-    :param result: the figures.
-    :param unit: what a token is.
-    """
+    """Print the figures as a table; ``unit`` says what a token is."""
     title = f"{name}: {result.sequences} test sequences of {result.families} families"
     table = Table("", f"bits per {unit}", "± 1 s.e.", title=title)
     label = f"bound, {result.times} times a sequence"
@@ -156,11 +151,7 @@ def write_card(
 ) -> None:
     """Write ``card.json`` and the same as ``card.md``.
 
-    :param folder: where the prior lies.
-    :param name: its name.
-    :param sequences: its data.
-    :param result: its figures.
-    :param note: what else a reader should know of how it was trained.
+    :param note: what else a reader should know of how the prior was trained.
     """
     recipe = find_recipe(name)
     card: dict[str, Any] = {
@@ -181,9 +172,7 @@ def write_card(
 
 
 def _rounded(value: float) -> float | None:
-    if isinstance(value, int):
-        return value
-    return None if math.isnan(value) else round(value, 4)
+    return None if math.isnan(value) else round(value, 4)  # JSON knows no NaN
 
 
 def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:

@@ -134,12 +134,11 @@ class Fit(lightning.LightningModule):
         self.saved = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give it back to the objective."""
         self.objective.load_state_dict(checkpoint.get("objective", {}))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return one tick per step between two validations."""
-        # A run shorter than that must still be validated, and thus kept, at its end.
+        # One tick per step between two validations. A run shorter than that must still be
+        # validated, and thus kept, at its end.
         ticks = min(self.recipe.validate_every, self.steps)
         return DataLoader(torch.arange(ticks), num_workers=0)  # type: ignore[arg-type]
 
@@ -209,7 +208,6 @@ class KeepBest(Callback):
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Compare and save."""
         assert isinstance(pl_module, Fit)
         kept = pl_module.valid_bits < self.best or not pl_module.objective.best_is_kept
         if trainer.sanity_checking or not (kept and math.isfinite(pl_module.valid_bits)):
@@ -218,11 +216,9 @@ class KeepBest(Callback):
         pl_module._context.program.save(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must remember."""
         return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember it."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
 

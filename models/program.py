@@ -98,23 +98,16 @@ class DiffusionProgram(ABC):
     @staticmethod
     @abstractmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Process:
-        """Return the forward process of this family.
-
-        :param vocab_size: number of clean tokens.
-        :param schedule: signal schedule.
-        """
+        """Return the forward process of this family."""
 
     @classmethod
     def build(
         cls, vocabulary: Sequence[str], length: int, *, name: str = "prior", **shape: Any
     ) -> Self:
-        """Make an untrained program around a transformer of the given shape.
+        """Make an untrained program around a transformer.
 
-        :param vocabulary: one symbol per token.
-        :param length: number of tokens.
-        :param name: name of the prior.
-        :param shape: further fields of
-            :class:`~ppl_diffusion.denoisers.transformer.TransformerConfig`.
+        :param shape: fields of :class:`~ppl_diffusion.denoisers.transformer.TransformerConfig`
+            that the vocabulary and the length do not decide.
         """
         states = cls.make_process(len(vocabulary), Linear()).num_states
         config = TransformerConfig(len(vocabulary), states, length, **shape)
@@ -141,10 +134,8 @@ class DiffusionProgram(ABC):
         return self
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Turn letters into token ids.
+        """Turn letters into token ids, ``(L,)`` for one sequence and ``(n, L)`` for several.
 
-        :param text: one sequence, or several.
-        :returns: int64 ``(L,)`` for one, ``(n, L)`` for several.
         :raises ValueError: if a length or a letter is wrong.
         """
         if isinstance(text, str):
@@ -154,10 +145,8 @@ class DiffusionProgram(ABC):
         return ids.reshape(len(rows), self.length)
 
     def decode(self, ids: Tensor) -> str | list[str]:
-        """Turn token ids into letters.
+        """Turn token ids, int64 ``(L,)`` or ``(n, L)``, into one string or a list of them.
 
-        :param ids: int64 ``(L,)`` or ``(n, L)``.
-        :returns: one string, or a list of them.
         :raises ValueError: if the shape is wrong or an id is not a clean token.
         """
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.length:
@@ -199,18 +188,11 @@ class DiffusionProgram(ABC):
         return self.around(kernel, prompt=prompt)
 
     def around(self, kernel: Kernel, *, prompt: Tensor | None = None) -> ReverseChain:
-        """Return the chain of any kernel over sequences of this program.
-
-        :param kernel: a kernel around :attr:`process` and :attr:`denoiser`.
-        :param prompt: as in :meth:`chain`.
-        """
+        """Return the chain of any kernel around :attr:`process` and :attr:`denoiser`."""
         return ReverseChain(kernel, self.length, prompt=prompt)
 
     def __call__(self, num_steps: int = 64) -> Tensor:
-        """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``.
-
-        :param num_steps: number of reverse steps.
-        """
+        """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``."""
         chain = self.chain(num_steps)
         return chain.x0(pyro.sample("path", chain))
 
@@ -259,7 +241,7 @@ class DiffusionProgram(ABC):
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"{self.name}: label_dropout must lie in [0, 1], got {share}.")
         null = self._check_labels(labels, (rows,))
-        source = labels.device if generator is None else generator.device
+        source = _source(labels.device, generator)
         drawn = torch.rand(labels.shape, generator=generator, device=source).to(labels.device)
         return torch.where(drawn < share, null, labels)
 
@@ -395,7 +377,7 @@ def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) 
     :param generator: source of the times.
     :returns: float64 ``(n,)``.
     """
-    source = rows.device if generator is None else generator.device
+    source = _source(rows.device, generator)
     order = torch.randperm(len(rows), generator=generator, device=source)
     return _stratified(order.to(rows.device), len(rows), generator)
 
@@ -403,14 +385,12 @@ def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) 
 def drawn_uniforms(
     shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw float64 uniforms where a generator is, and bring them where they are needed.
+    """Draw float64 uniforms where the generator is, and bring them to a device."""
+    return uniforms(shape, generator=generator, device=_source(device, generator)).to(device)
 
-    :param shape: shape of the result.
-    :param device: where it is needed; without a generator it is also drawn there.
-    :param generator: source of randomness.
-    """
-    source = device if generator is None else generator.device
-    return uniforms(shape, generator=generator, device=source).to(device)
+
+def _source(device: torch.device, generator: torch.Generator | None) -> torch.device:
+    return device if generator is None else generator.device
 
 
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -159,9 +159,8 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe.
+    """Return a recipe of :data:`RECIPES`.
 
-    :param name: a key of :data:`RECIPES`.
     :raises ValueError: if there is none of that name.
     """
     if name not in RECIPES:
