@@ -24,13 +24,11 @@ from torch import Tensor
 from ppl_diffusion.inference.biased import best_only, equal_weights
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.inference.twisted import TwistedSampler
-from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Needs, register
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Source, State, bits
 from ppl_diffusion.rows import hash_rows
-from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
+
 def reweighted(posterior: ParticlePosterior, log_weights: Tensor, why: str) -> ParticlePosterior:
     """Return a result with weights that are exact for nothing, and no evidence.
 

@@ -29,11 +29,9 @@ from ppl_diffusion.inference.compositions import Composition as Composition
 from ppl_diffusion.inference.compositions import Power as Power
 from ppl_diffusion.inference.compositions import Product as Product
 from ppl_diffusion.inference.compositions import Tilt as Tilt
-from ppl_diffusion.inference.experts import ExpertMover
 from ppl_diffusion.inference.lockstep import LockstepMover, SiteRule, as_site_rule
 from ppl_diffusion.inference.path_power import PathPowerMover, RateMover
 from ppl_diffusion.kernels import OrderedKernel
-from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.potentials.base import Potential
 from ppl_diffusion.programs.bound import Bound, Mover
 from ppl_diffusion.programs.method import Needs, register
@@ -46,7 +44,6 @@ from ppl_diffusion.programs.sources import (
     State,
     as_potential,
 )
-from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.law import Base, Law
 from ppl_diffusion.smc.twists import FillTwist
 

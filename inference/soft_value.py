@@ -21,23 +21,21 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.inference.biased import equal_weights
 from ppl_diffusion.inference.bootstrap import LookingAhead
-from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import register
 from ppl_diffusion.programs.sources import State
-from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import TwistLike, log_mean_exp
+from ppl_diffusion.smc.twists import log_mean_exp
 
 LOG_H = "soft_value/log_h"
 

@@ -26,7 +26,6 @@ diffusion sampler: Wu et al. 2023, arXiv:2306.17775). Whatever is proposed is pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -37,9 +36,9 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference.lookahead import Exhaustive, Fills, Lookahead, OfState
 from ppl_diffusion.kernels import RevealStep
-from ppl_diffusion.kernels.base import ORDERED, Carry
-from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.kernels.base import ORDERED
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.schedule import Item

@@ -17,9 +17,9 @@ from ppl_diffusion.models.markov_baseline import MarkovBaseline
 from ppl_diffusion.models.recipes import Recipe
 
 BASES = "ACGT"
-_YEAST = "dna/yeast_promoters_80bp.npz"
+YEAST_FILE = "dna/yeast_promoters_80bp.npz"
 _HUMAN = "dna/human_core_promoters_70bp.csv.gz"
-_NATIVE = 1  # the kind of native promoter fragments in the yeast file
+NATIVE = 1  # the kind of native promoter fragments in the yeast file
 _DRAWN_ORDER, _DRAWN_ROWS = 3, 50_000
 _PROMOTER = "1"  # the label of promoters in the human file
 _TEXT = "text/tinyshakespeare.{}.txt.gz"
@@ -78,8 +78,6 @@ def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
 def check_sequences(sequences: Sequences, recipe: Recipe) -> None:
     """Refuse data that a recipe cannot be followed with.
 
-    :param sequences: the data.
-    :param recipe: what is to be done with them.
     :raises ValueError: if rows are absent, of unlike lengths, no int64 ids or no clean tokens; if
         related rows are asked for and absent, or their weights no weights; or if ``both_strands``
         is asked of other than four letters.
@@ -133,27 +131,25 @@ def _check_related(sequences: Sequences, recipe: Recipe) -> None:
         )
 
 
-def yeast_promoters(folder: str | Path | None = None) -> Sequences:
+def _yeast_promoters(folder: str | Path | None) -> Sequences:
     """Native yeast promoter fragments, 80 bases.
 
     Half of the mass of the related rows goes to all training rows of the assay, each family of near
     copies counting once, and half to draws from an order-3 Markov chain fitted to the native
     training rows and their reverse complements: there are only 156 native families, and from the
     chain's draws the network learns to infer from any visible subset without seeing them again.
-
-    :param folder: see :func:`load_sequences`.
     """
-    with np.load(_find(folder, _YEAST), allow_pickle=False) as z:
+    with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
         x, kind, split, family = (z[key] for key in ("x", "kind", "split", "family"))
     rows = torch.from_numpy(x.astype(np.int64))
-    train, valid, test = (rows[(kind == _NATIVE) & (split == part)] for part in range(3))
+    train, valid, test = (rows[(kind == NATIVE) & (split == part)] for part in range(3))
     related, once = rows[split == 0], _once_per_family(family[split == 0])
-    drawn = _markov_draws(train, _once_per_family(family[(kind == _NATIVE) & (split == 0)]))
+    drawn = _markov_draws(train, _once_per_family(family[(kind == NATIVE) & (split == 0)]))
     return Sequences(
         train=train,
         valid=valid,
         test=test,
-        test_family=torch.from_numpy(family[(kind == _NATIVE) & (split == 2)].astype(np.int64)),
+        test_family=torch.from_numpy(family[(kind == NATIVE) & (split == 2)].astype(np.int64)),
         related=torch.cat([related, drawn]),
         related_weights=torch.cat([once / once.sum(), torch.full((len(drawn),), 1.0 / len(drawn))]),
         licence="Data: MIT (repository 1edv/evolution).",
@@ -162,12 +158,9 @@ def yeast_promoters(folder: str | Path | None = None) -> Sequences:
     )
 
 
-def human_promoters(folder: str | Path | None = None) -> Sequences:
-    """Human core promoters around EPDnew start sites, 70 bases, with non-promoters as related rows.
-
-    :param folder: see :func:`load_sequences`.
-    """
-    with gzip.open(_find(folder, _HUMAN), "rt", newline="") as file:
+def _human_promoters(folder: str | Path | None) -> Sequences:
+    """Human core promoters around EPDnew start sites, 70 bases; non-promoters are related rows."""
+    with gzip.open(find_data(folder, _HUMAN), "rt", newline="") as file:
         rows = list(csv.DictReader(file))
     tokens = torch.tensor([[BASES.index(base) for base in row["sequence"]] for row in rows])
     positive = np.array([row["label"] == _PROMOTER for row in rows])
@@ -188,14 +181,11 @@ def human_promoters(folder: str | Path | None = None) -> Sequences:
     )
 
 
-def tiny_shakespeare(folder: str | Path | None = None) -> Sequences:
+def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
     """Windows of 128 characters of Shakespeare's plays.
 
     The vocabulary is that of the training part. Training windows overlap, each beginning an eighth
     of a window after the last; those for validation and test do not. There are no related rows.
-
-    :param folder: see :func:`load_sequences`.
-    :raises ValueError: if a held-out part has a character that the training part has not.
     """
     train, valid, test = (_read_text(folder, part) for part in ("train", "valid", "test"))
     vocabulary = "".join(sorted(set(train)))
@@ -217,15 +207,14 @@ def tiny_shakespeare(folder: str | Path | None = None) -> Sequences:
 
 
 def reverse_complement(rows: Tensor) -> Tensor:
-    """Return the other strand; the ids of a base and its partner add up to 3.
-
-    :param rows: int64 ``(n, L)``.
-    """
+    """Return the other strand of rows ``(n, L)``; the ids of a base and its partner add to 3."""
     return 3 - rows.flip(-1)
 
 
 def _read_text(folder: str | Path | None, part: str) -> str:
-    with gzip.open(_find(folder, _TEXT.format(part)), "rt", encoding="utf-8", newline="") as file:
+    with gzip.open(
+        find_data(folder, _TEXT.format(part)), "rt", encoding="utf-8", newline=""
+    ) as file:
         return file.read()
 
 
@@ -253,13 +242,19 @@ def _markov_draws(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
-    "yeast": yeast_promoters,
-    "human": human_promoters,
-    "tinyshakespeare": tiny_shakespeare,
+    "yeast": _yeast_promoters,
+    "human": _human_promoters,
+    "tinyshakespeare": _tiny_shakespeare,
 }
 
 
-def _find(folder: str | Path | None, file: str) -> Path:
+def find_data(folder: str | Path | None, file: str) -> Path:
+    """Return the path of a file of the data folder.
+
+    :param folder: see :func:`load_sequences`.
+    :param file: its path below the folder.
+    :raises FileNotFoundError: if the folder is not given or lacks the file.
+    """
     folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
     if folder is None:
         raise FileNotFoundError(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.models.objectives import Objective, uniform_network
-from ppl_diffusion.models.program import DiffusionProgram, stratified_times
+from ppl_diffusion.models.program import DiffusionProgram, drawn_uniforms, stratified_times
 from ppl_diffusion.processes.duality import coupled_states, log_diffusion_noise
 
 # Nodes of the table of T(mu), over mu = exp(-g / 2): linear interpolation is good to 2e-5.
@@ -74,23 +74,18 @@ class Distillation(Objective):
         self.rounds, self.first_delta = rounds, first_delta
 
     def delta(self, step: int) -> float:
-        """Return how far the teacher is ahead.
-
-        :param step: optimiser steps taken so far.
-        """
+        """Return how far the teacher is ahead after so many optimiser steps."""
         return self.first_delta * 2.0 ** min(step // self._round_length, self.rounds - 1)
 
     def loss(self, rows: Tensor, step: int) -> Tensor:
         """Return ``KL(student(z_t, t) || teacher(z_s, s))``, summed over sites.
 
         At the first step of a round the teacher becomes the student.
-
-        :param rows: clean tokens, int64 ``(n, L)``.
-        :param step: optimiser steps taken so far.
         """
         begins = step % self._round_length == 0 and step < self.rounds * self._round_length
         if begins:
             self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.to(rows.device)  # no part of what the trainer moves
         t = (stratified_times(rows) + self.delta(step)).clamp_max(1.0)
         s = (t - self.delta(step)).clamp_min(0.0)
         z_t, z_s = self.coupled(rows, t, s)
@@ -109,7 +104,7 @@ class Distillation(Objective):
         """
         size = self.program.denoiser.vocab_size
         noise = self.program.process.schedule.log1m_alpha(torch.stack([t, s])[..., None])
-        uniforms = torch.rand((3, *rows.shape), dtype=torch.float64)
+        uniforms = drawn_uniforms((3, *rows.shape), rows.device)
         z_t, z_s = coupled_states(rows, latent_levels(noise, size), size, uniforms)
         return z_t, z_s
 
@@ -118,11 +113,7 @@ class Distillation(Objective):
         return dict(self.teacher.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the weights of the teacher.
-
-        :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it comes from another objective.
-        """
+        """Restore them."""
         super().load_state_dict(state)
         self.teacher.load_state_dict(state)
 
@@ -138,7 +129,7 @@ def latent_levels(log_noise: Tensor, vocab_size: int) -> Tensor:
     :param vocab_size: number ``V`` of tokens.
     :returns: ``mu`` with ``T(mu) = alpha`` to 2e-5; infinite without noise, 0 without signal.
     """
-    gammas, noise = _noise_table(vocab_size)
+    gammas, noise = _noise_table(vocab_size, log_noise.device)
     right = torch.searchsorted(noise, log_noise).clamp(1, len(noise) - 1)
     left = right - 1
     share = ((log_noise - noise[left]) / (noise[right] - noise[left])).clamp(0.0, 1.0)
@@ -147,6 +138,6 @@ def latent_levels(log_noise: Tensor, vocab_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _noise_table(vocab_size: int) -> tuple[Tensor, Tensor]:
-    gammas = torch.linspace(*_GAMMAS, dtype=torch.float64)
+def _noise_table(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    gammas = torch.linspace(*_GAMMAS, dtype=torch.float64, device=device)
     return gammas, log_diffusion_noise(torch.exp(-0.5 * gammas), vocab_size)

@@ -101,16 +101,17 @@ def evaluate(
         quoted=recipe.quoted_baseline,
         gain=float(gain.mean()),
         gain_error=_error(gain, family),
-        gain_error_rows=_error(gain, torch.arange(len(gain))),
+        gain_error_rows=_error(gain, torch.arange(len(gain), device=gain.device)),
     )
 
 
 def _bound_terms(program: DiffusionProgram, rows: Tensor, times: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     parts = [
-        program.bound_terms(part, num_times=times, generator=generator) for part in rows.split(512)
+        program.bound_terms(part.to(program.device), num_times=times, generator=generator)
+        for part in rows.split(512)
     ]
-    return torch.cat(parts, dim=1) / (program.length * math.log(2.0))
+    return torch.cat(parts, dim=1).to(rows.device) / (program.length * math.log(2.0))
 
 
 def _noise(terms: Tensor) -> float:
@@ -123,19 +124,14 @@ def _noise(terms: Tensor) -> float:
 def _error(values: Tensor, family: Tensor) -> float:
     """Return the standard error of the mean, with families as the independent units."""
     _, index = family.unique(return_inverse=True)
-    sums = torch.zeros(int(index.max()) + 1, dtype=values.dtype)
+    sums = values.new_zeros(int(index.max()) + 1)
     sums.index_add_(0, index, values - values.mean())
     count = len(sums)
     return float((sums.square().sum() * count / max(count - 1, 1)).sqrt() / len(values))
 
 
 def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> None:
-    """Print the figures as a table.
-
-    :param name: name of the prior.
-    :param result: the figures.
-    :param unit: what a token is.
-    """
+    """Print the figures as a table; ``unit`` says what a token is."""
     title = f"{name}: {result.sequences} test sequences of {result.families} families"
     table = Table("", f"bits per {unit}", "± 1 s.e.", title=title)
     label = f"bound, {result.times} times a sequence"
@@ -155,11 +151,7 @@ def write_card(
 ) -> None:
     """Write ``card.json`` and the same as ``card.md``.
 
-    :param folder: where the prior lies.
-    :param name: its name.
-    :param sequences: its data.
-    :param result: its figures.
-    :param note: what else a reader should know of how it was trained.
+    :param note: what else a reader should know of how the prior was trained.
     """
     recipe = find_recipe(name)
     card: dict[str, Any] = {
@@ -180,9 +172,7 @@ def write_card(
 
 
 def _rounded(value: float) -> float | None:
-    if isinstance(value, int):
-        return value
-    return None if math.isnan(value) else round(value, 4)
+    return None if math.isnan(value) else round(value, 4)  # JSON knows no NaN
 
 
 def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:

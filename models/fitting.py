@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models.datasets import Sequences, reverse_complement
 from ppl_diffusion.models.distillation import Distillation
 from ppl_diffusion.models.objectives import Curriculum, Nelbo, Objective
@@ -43,6 +42,7 @@ class Fit(lightning.LightningModule):
     :param steps: length of the run, in optimiser steps.
     :param seed: seed of everything random.
     :param origin: what the run began with, as JSON knows it; kept in its checkpoints.
+    :raises TypeError: if the program has no network to train.
 
     :ivar saved: whether a checkpoint was written.
     """
@@ -58,8 +58,8 @@ class Fit(lightning.LightningModule):
         origin: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if not isinstance(program.denoiser, Transformer):
-            raise TypeError("Fit: the program must be built around a Transformer.")
+        if not isinstance(program.denoiser, torch.nn.Module):
+            raise TypeError("Fit: the program must be built around a torch.nn.Module.")
         self.network = program.denoiser.train()
         # A plain attribute would be deep-copied with the module by the weight average.
         self._context = _Context(program, sequences, recipe, steps, seed)
@@ -73,34 +73,43 @@ class Fit(lightning.LightningModule):
         """What a step minimises."""
         return self._context.objective
 
+    @property
+    def recipe(self) -> Recipe:
+        """How it is minimised."""
+        return self._context.recipe
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self._context.steps
+
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""
         context = self._context
         torch.manual_seed((context.seed * 1_000_003 + self.global_step) % _SEEDS)
-        rows = context.draw(self.global_step)
+        rows = context.draw(self.global_step).to(self.device)
         loss = self.objective.loss(rows, self.global_step) * _BITS / rows.shape[-1]
         self.log("train_bits", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
         """Bound some validation rows, with the same times and noise at every validation."""
-        generator = torch.Generator().manual_seed(_VALID_SEED + batch_index)
-        times = self._context.recipe.valid_times
+        generator = torch.Generator("cpu").manual_seed(_VALID_SEED + batch_index)
+        times = self.recipe.valid_times
         terms = self._context.program.bound_terms(batch, num_times=times, generator=generator)
         self._valid_terms.append(terms.mean(0))
-        self.valid_bits = _mean_bits(self._valid_terms, batch.shape[-1])
+        mean = float(torch.cat(self._valid_terms).mean())
+        self.valid_bits = mean * _BITS / batch.shape[-1]
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
         self._valid_terms.clear()
 
     def on_validation_epoch_end(self) -> None:
-        """Show the bound in the progress bar."""
         self.log("valid_bits", self.valid_bits, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with linear warm-up and what the recipe says of the decay."""
-        recipe, steps = self._context.recipe, self._context.steps
+        recipe, steps = self.recipe, self.steps
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.network, recipe.weight_decay),
             lr=recipe.learning_rate,
@@ -125,17 +134,18 @@ class Fit(lightning.LightningModule):
         self.saved = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give it back to the objective."""
         self.objective.load_state_dict(checkpoint.get("objective", {}))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return one tick per step between two validations."""
-        return DataLoader(torch.arange(self._context.recipe.validate_every), num_workers=0)  # type: ignore[arg-type]
+        # One tick per step between two validations. A run shorter than that must still be
+        # validated, and thus kept, at its end.
+        ticks = min(self.recipe.validate_every, self.steps)
+        return DataLoader(torch.arange(ticks), num_workers=0)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation rows, or as many of them as the recipe wants."""
         rows = self._context.sequences.valid
-        count = min(self._context.recipe.valid_rows or len(rows), len(rows))
+        count = min(self.recipe.valid_rows or len(rows), len(rows))
         chosen = rows[torch.arange(count) * len(rows) // count]
         return DataLoader(chosen, batch_size=512, num_workers=0)  # type: ignore[arg-type]
 
@@ -198,7 +208,6 @@ class KeepBest(Callback):
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Compare and save."""
         assert isinstance(pl_module, Fit)
         kept = pl_module.valid_bits < self.best or not pl_module.objective.best_is_kept
         if trainer.sanity_checking or not (kept and math.isfinite(pl_module.valid_bits)):
@@ -207,11 +216,9 @@ class KeepBest(Callback):
         pl_module._context.program.save(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must remember."""
         return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember it."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
 
@@ -230,7 +237,7 @@ class WeightAverage(EMAWeightAveraging):
         )
 
 
-def _parameter_groups(network: Transformer, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(network: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     named = list(network.named_parameters())
     tables = ("stem", "label")  # a row of a table is a vector of its own
     matrices = [p for name, p in named if p.ndim > 1 and not name.startswith(tables)]
@@ -239,7 +246,3 @@ def _parameter_groups(network: Transformer, weight_decay: float) -> list[dict[st
         {"params": matrices, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-
-
-def _mean_bits(terms: list[Tensor], length: int) -> float:
-    return float(torch.cat(terms).mean()) * _BITS / length

@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ppl_diffusion.denoisers.transformer import Transformer
-from ppl_diffusion.models.masked import MaskedDiffusion
-from ppl_diffusion.models.program import PROGRAM_FILE, DiffusionProgram
-from ppl_diffusion.models.uniform import UniformDiffusion
+from ppl_diffusion.models.program import FAMILIES, PROGRAM_FILE, DiffusionProgram
 
 WEIGHTS = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"
-FAMILIES: dict[str, type[DiffusionProgram]] = {
-    program.family: program for program in (MaskedDiffusion, UniformDiffusion)
-}
 
 
 def load(name_or_dir: str | Path) -> DiffusionProgram:
@@ -23,12 +17,12 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
 
     :param name_or_dir: a name out of :func:`available`, or a folder written by
         :meth:`DiffusionProgram.save`.
-    :raises ValueError: if there is no such prior, or its files are damaged.
+    :raises ValueError: if there is no such prior, its files are damaged, or the module that defines
+        its family was not imported.
     :raises FileNotFoundError: if the folder lacks a file.
     """
-    shipped = WEIGHTS / str(name_or_dir)
     if str(name_or_dir) in names():
-        return _read(shipped)
+        return _read(WEIGHTS / str(name_or_dir))
     if str(name_or_dir) and Path(name_or_dir).is_dir():
         return _read(Path(name_or_dir))
     raise ValueError(
@@ -61,14 +55,12 @@ def read_card(name: str) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> DiffusionProgram:
-    description = _description(folder)
-    network = Transformer.from_pretrained(folder).requires_grad_(False)
-    return FAMILIES[description["family"]](
-        network,
-        vocabulary=description["vocabulary"],
-        length=description["length"],
-        name=description["name"],
-    )
+    settings = _description(folder)
+    family = FAMILIES[settings.pop("family")]
+    try:
+        return family.restore(folder, **settings)
+    except TypeError as error:  # entries that its constructor does not take
+        raise _no_prior(folder, f"{error}; restore it") from error
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -79,9 +71,17 @@ def _description(folder: Path) -> dict[str, Any]:
         )
     try:
         entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if entries["family"] in FAMILIES and {"name", "length", "vocabulary"} <= entries.keys():
-            return entries
-        problem = f"family {entries['family']!r} is unknown or an entry is missing"
+        family, known = entries["family"], entries["family"] in FAMILIES
+        missing = {"name", "length", "vocabulary"} - entries.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise ValueError(f"The file {str(path)!r} describes no prior ({problem}); restore it.")
+        raise _no_prior(folder, f"{type(error).__name__}: {error}; restore it") from error
+    if not known:
+        wanted = f"the family {family!r} is none of {', '.join(FAMILIES)}"
+        raise _no_prior(folder, f"{wanted}; import the module that defines it (--import)")
+    if missing:
+        raise _no_prior(folder, f"it lacks {', '.join(sorted(missing))}; restore it")
+    return entries
+
+
+def _no_prior(folder: Path, why: str) -> ValueError:
+    return ValueError(f"The file {str(folder / PROGRAM_FILE)!r} describes no prior: {why}.")

@@ -32,27 +32,18 @@ class MarkovBaseline:
     ) -> None:
         self.order = order
         self.vocab_size = vocab_size
-        weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        if weights is None:
+            weights = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
         self._tables = [self._fit(rows, k, count, weights) for k in range(order + 1)]
 
     def bits(self, rows: Tensor) -> Tensor:
-        """Return the code length of every token.
-
-        :param rows: int64 ``(n, L)``.
-        :returns: bits, float64 ``(n, L)``.
-        """
+        """Return the code length of every token of rows ``(n, L)``, in bits."""
         columns = [self._bits(rows, k)[:, :1] for k in range(self.order)]
         return torch.cat([*columns, self._bits(rows, self.order)], dim=1)
 
     def sample(self, count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw sequences.
-
-        :param count: number ``n`` of sequences.
-        :param length: tokens of each.
-        :param generator: source of randomness.
-        :returns: int64 ``(n, length)``.
-        """
-        rows = torch.empty(count, 0, dtype=torch.int64)
+        """Draw sequences, int64 ``(count, length)``."""
+        rows = torch.empty(count, 0, dtype=torch.int64, device=self._tables[0].device)
         for position in range(length):
             order = min(position, self.order)
             context = self._contexts(rows[:, position - order :], order, beyond=True)[:, -1]
@@ -69,14 +60,13 @@ class MarkovBaseline:
         return table / table.sum(1, keepdim=True)
 
     def _bits(self, rows: Tensor, order: int) -> Tensor:
-        return -torch.log(
-            self._tables[order][self._contexts(rows, order), rows[:, order:]]
-        ) / math.log(2.0)
+        shares = self._tables[order][self._contexts(rows, order), rows[:, order:]]
+        return -shares.log() / math.log(2.0)
 
     def _contexts(self, rows: Tensor, order: int, *, beyond: bool = False) -> Tensor:
         """Number the contexts of the tokens from ``order`` on, and of one ``beyond`` the end."""
         count = rows.shape[1] - order + beyond
-        contexts = torch.zeros(len(rows), count, dtype=torch.int64)
+        contexts = torch.zeros(len(rows), count, dtype=torch.int64, device=rows.device)
         for shift in range(order):
             contexts = contexts * self.vocab_size + rows[:, shift : shift + count]
         return contexts

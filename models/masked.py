@@ -20,9 +20,5 @@ class MaskedDiffusion(DiffusionProgram):
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Absorbing:
-        """Return the absorbing process.
-
-        :param vocab_size: number of clean tokens; the mask gets this id.
-        :param schedule: signal schedule.
-        """
+        """Return the absorbing process; the mask has the id ``vocab_size``."""
         return Absorbing(vocab_size, schedule)

@@ -18,7 +18,7 @@ from ppl_diffusion.denoisers.topk import dense_latents, top_k_latents
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.kernels import Uniform
-from ppl_diffusion.models.program import DiffusionProgram, stratified_times
+from ppl_diffusion.models.program import DiffusionProgram, drawn_uniforms, stratified_times
 from ppl_diffusion.processes.duality import DuoSchedule
 
 _WIDE_GAMMAS = (-6.0, 30.0)  # at which T is one and zero for any vocabulary
@@ -57,7 +57,6 @@ class Objective(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned.
 
-        :param state: that dictionary.
         :raises ValueError: if it comes from another objective.
         """
         if state.keys() != self.state_dict().keys():
@@ -70,8 +69,7 @@ class Objective(ABC):
 class Nelbo(Objective):
     """The continuous-time NELBO: :meth:`DiffusionProgram.loss`."""
 
-    def loss(self, rows: Tensor, step: int) -> Tensor:
-        """Return the bound, one time per row."""
+    def loss(self, rows: Tensor, step: int) -> Tensor:  # the step does not matter
         return self.program.loss(rows)
 
 
@@ -123,10 +121,7 @@ class Curriculum(Objective):
         return self.soft_loss(rows) if soft else self.program.loss(rows)
 
     def soft_loss(self, rows: Tensor) -> Tensor:
-        """Return the loss under soft inputs, one stratified time per row, in nats per sequence.
-
-        :param rows: clean tokens, int64 ``(n, L)``.
-        """
+        """Return the loss under soft inputs, one stratified time per row, in nats per sequence."""
         duo, t = self.schedule, stratified_times(rows)[:, None]
         # The network knows the time of its own schedule: that at which as much noise is left.
         own = self.program.process.schedule.time_from_log1m(duo.log1m_alpha(t))[:, 0]
@@ -140,9 +135,9 @@ class Curriculum(Objective):
     def _latents(self, rows: Tensor, mu: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         size = self.program.denoiser.vocab_size
         if self.top_k is None:
-            noise = torch.randn((*rows.shape, size))
+            noise = torch.randn((*rows.shape, size), device=rows.device)
             return None, *dense_latents(rows, mu, size, noise, tau=self.tau)
-        uniforms = torch.rand((2 * self.top_k + 1, *rows.shape), dtype=torch.float64)
+        uniforms = drawn_uniforms((2 * self.top_k + 1, *rows.shape), rows.device)
         drawn = top_k_latents(rows, mu, size, uniforms, k=self.top_k, tau=self.tau)
         return drawn.ids, drawn.weights, drawn.tokens
 
@@ -152,24 +147,20 @@ def duo_schedule(vocab_size: int, alphas: tuple[float, float]) -> DuoSchedule:
 
     The published window, -3.55 to -1.85, is that of alpha from 0.95 to 0.05 at ``V = 50,257``.
 
-    :param vocab_size: number ``V`` of tokens.
-    :param alphas: signal level at the noisy and at the clean end, ``0 < low < high < 1``.
-    :raises ValueError: if the levels are in no such order.
+    :raises ValueError: unless ``0 < low < high < 1``.
     """
     low, high = alphas
     if not 0.0 < low < high < 1.0:
         raise ValueError(f"curriculum: alphas must satisfy 0 < low < high < 1, got {alphas}.")
-    noise = torch.log1p(-torch.tensor([high, low], dtype=torch.float64))
+    noise = torch.log1p(-torch.tensor([high, low], dtype=torch.float64, device="cpu"))
     start, width = _WIDE_GAMMAS[0], _WIDE_GAMMAS[1] - _WIDE_GAMMAS[0]
     first, last = start + width * DuoSchedule(vocab_size, *_WIDE_GAMMAS).time_from_log1m(noise)
     return DuoSchedule(vocab_size, float(first), float(last))
 
 
 def uniform_network(program: DiffusionProgram, objective: str) -> Transformer:
-    """Return the network of a uniform program.
+    """Return the network of a uniform program; ``objective`` says who asks.
 
-    :param program: the program.
-    :param objective: who asks, for the message.
     :raises ValueError: if the process is not uniform.
     :raises TypeError: if the denoiser is not a :class:`Transformer`.
     """

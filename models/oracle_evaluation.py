@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 from scipy import sparse, special
 
+from ppl_diffusion.models.datasets import NATIVE, YEAST_FILE, find_data
 from ppl_diffusion.models.oracles import Oracle
 
 Array = NDArray[Any]
 Report = dict[str, dict[str, Any]]
 HALVES = ("design", "judge")
 LEVELS = (0.5, 0.8, 0.95)
-NATIVE = 1  # the kind of native promoter fragments in the data file
-_FILE = "dna/yeast_promoters_80bp.npz"
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class Promoters:
     split: Array
 
     def where(self, keep: Array) -> Promoters:
-        """Return the rows where ``keep`` is true.
-
-        :param keep: bool ``(N,)``.
-        """
+        """Return the rows where ``keep``, bool ``(N,)``, is true."""
         return Promoters(**{name: value[keep] for name, value in vars(self).items()})
 
     def __len__(self) -> int:
@@ -66,18 +63,7 @@ def load_promoters(folder: str | Path | None = None) -> Promoters:
         ``PPL_DIFFUSION_DATA``.
     :raises FileNotFoundError: if the file is not there.
     """
-    folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
-    if folder is None:
-        raise FileNotFoundError(
-            f"No data folder was given: pass --data, or set PPL_DIFFUSION_DATA, to the folder "
-            f"that holds {_FILE}."
-        )
-    path = Path(folder) / _FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The data folder {str(folder)!r} does not hold {_FILE}: check --data."
-        )
-    with np.load(path, allow_pickle=False) as z:
+    with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
         x, y, other = (z[k].astype(t) for k, t in _COLUMNS)
         return Promoters(x, y, other, z["family"], z["kind"], z["split"])
 
@@ -213,13 +199,7 @@ def assign_halves(family: Array, kind: Array) -> NDArray[np.int64]:
 
 
 def ridge(train: Promoters, test: Promoters, k: int, penalty: float = 1000.0) -> Array:
-    """Predict expression from k-mer counts by ridge regression.
-
-    :param train: rows to fit.
-    :param test: rows to predict.
-    :param k: length of a k-mer.
-    :param penalty: on the squared weights.
-    """
+    """Predict the expression of ``test`` from k-mer counts, as :func:`fit_ridge` fits it."""
     weights, intercept = fit_ridge(train, k, penalty)
     return _count_kmers(test.x, k) @ weights + intercept
 
@@ -250,11 +230,7 @@ def _count_kmers(x: Array, k: int) -> Any:
 
 
 def error_correlation(oracles: Sequence[Oracle], data: Promoters) -> float:
-    """Return how far two oracles err alike on test rows: the correlation of their residuals.
-
-    :param oracles: two oracles.
-    :param data: all rows.
-    """
+    """Return how far two oracles err alike on test rows: the correlation of their residuals."""
     test = data.where(data.split == 2)
     first, second = (oracle(_tokens(test)).double().numpy() - test.y for oracle in oracles)
     return _pearson(first, second)
@@ -265,9 +241,6 @@ def print_table(results: dict[str, Report]) -> None:
 
     :param results: predictor -> part -> metrics.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("predictor", "rows of", *(heading for heading, _, _ in _COLUMNS_OF_TABLE))
     for predictor, parts in results.items():
         for part, metrics in parts.items():
@@ -291,11 +264,7 @@ def _cells(metrics: dict[str, Any]) -> list[str]:
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """Write ``card.json`` and the same facts as prose in ``card.md``.
-
-    :param folder: folder of the artefact.
-    :param card: what is known about it.
-    """
+    """Write what is known about an oracle as ``card.json``, and as prose in ``card.md``."""
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(_prose(card), encoding="utf-8")
 

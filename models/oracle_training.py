@@ -24,20 +24,9 @@ import typer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from ppl_diffusion.models import oracle_evaluation as evaluation
 from ppl_diffusion.models._quiet import quiet_lightning
-from ppl_diffusion.models.oracle_evaluation import (
-    HALVES,
-    Promoters,
-    Report,
-    error_correlation,
-    evaluate_oracle,
-    evaluate_ridges,
-    fit_ridge,
-    load_promoters,
-    print_table,
-    rows_of_half,
-    write_card,
-)
+from ppl_diffusion.models.oracle_evaluation import HALVES, Promoters, Report, rows_of_half
 from ppl_diffusion.models.oracles import Member, Oracle, OracleConfig, load_oracle, one_hot
 
 
@@ -142,7 +131,7 @@ def _loader(train: Promoters, config: OracleConfig, recipe: Recipe) -> DataLoade
 
 def _fit_linear(oracle: Oracle, train: Promoters, recipe: Recipe) -> None:
     config = oracle.config
-    weight, intercept = fit_ridge(train, config.kmer, recipe.penalty)
+    weight, intercept = evaluation.fit_ridge(train, config.kmer, recipe.penalty)
     oracle.linear.weight.copy_(torch.from_numpy(weight / config.scale))
     oracle.linear.bias.fill_((intercept - config.centre) / config.scale)
 
@@ -163,11 +152,7 @@ def _fit_member(
 
 
 def calibrate(oracle: Oracle, valid: Promoters) -> Oracle:
-    """Scale the spread so that the standardised errors on validation rows have unit variance.
-
-    :param oracle: a fitted oracle.
-    :param valid: rows it was not fitted on.
-    """
+    """Scale the spread so that the standardised errors on validation rows have unit variance."""
     mean, sd = (a.double().numpy() for a in oracle.predict(torch.from_numpy(valid.x)))
     z = (valid.y - mean) / sd
     spread = oracle.config.spread * float(np.sqrt(np.mean(z**2)))
@@ -201,23 +186,18 @@ def train(
     with _one_sentence():
         if half not in HALVES:
             raise ValueError(f"There is no half {half!r}: give --half design or --half judge.")
-        rows = load_promoters(data)
+        rows = evaluation.load_promoters(data)
     name = f"yeast-oracle-{half}"
     recipe = Recipe(seed=HALVES.index(half), epochs=epochs)
     oracle = fit(rows, half, OracleConfig(name=name, members=members), recipe, progress=progress)
     oracle.save(out)
-    metrics = evaluate_oracle(oracle, rows)
-    write_card(Path(out), card(name, half, metrics))
-    print_table({name: metrics})
+    metrics = evaluation.evaluate_oracle(oracle, rows)
+    evaluation.write_card(Path(out), card(name, half, metrics))
+    evaluation.print_table({name: metrics})
 
 
 def card(name: str, half: str, metrics: Report) -> dict[str, Any]:
-    """Describe an artefact.
-
-    :param name: its name.
-    :param half: the families it was fitted on.
-    :param metrics: of :func:`evaluate_oracle`.
-    """
+    """Describe an oracle, with its metrics of :func:`evaluate_oracle`."""
     return {
         "name": name,
         "summary": "Mean and standard deviation of the expression that a yeast promoter of 80 "
@@ -244,15 +224,16 @@ def card(name: str, half: str, metrics: Report) -> dict[str, Any]:
 def evaluate(folders: list[str], data: str | None = None, ridges: bool = True) -> None:
     """Print the metrics of oracles (names or folders) beside ridges on the same and on all rows."""
     with _one_sentence():
-        rows = load_promoters(data)
+        rows = evaluation.load_promoters(data)
         oracles = [load_oracle(folder) for folder in folders]
-    results = evaluate_ridges(rows) if ridges else {}
+    results = evaluation.evaluate_ridges(rows) if ridges else {}
     for oracle in oracles:
-        results |= evaluate_ridges(rows, oracle.config.half) if ridges else {}
-        results[oracle.name] = evaluate_oracle(oracle, rows)
-    print_table(results)
+        results |= evaluation.evaluate_ridges(rows, oracle.config.half) if ridges else {}
+        results[oracle.name] = evaluation.evaluate_oracle(oracle, rows)
+    evaluation.print_table(results)
     if len(oracles) == 2:
-        typer.echo(f"correlation of their errors on test: {error_correlation(oracles, rows):.3f}")
+        alike = evaluation.error_correlation(oracles, rows)
+        typer.echo(f"correlation of their errors on test: {alike:.3f}")
 
 
 if __name__ == "__main__":

@@ -106,10 +106,7 @@ class _Residual(nn.Module):
 
 
 class Member(nn.Module):
-    """One network of the ensemble, in standardised units.
-
-    :param config: the shape of the network.
-    """
+    """One network of the ensemble, in standardised units."""
 
     def __init__(self, config: OracleConfig) -> None:
         super().__init__()
@@ -146,10 +143,7 @@ class Member(nn.Module):
 
 
 class KmerLinear(nn.Module):
-    """A function linear in k-mer counts, in standardised units.
-
-    :param config: the length of a k-mer.
-    """
+    """A function linear in k-mer counts, in standardised units."""
 
     weight: Tensor
     bias: Tensor
@@ -174,11 +168,7 @@ class KmerLinear(nn.Module):
         return self.bias + value.sum((1, 2))
 
     def look_up(self, tokens: Tensor) -> Tensor:
-        """Return the value of sequences, much faster than :meth:`forward`.
-
-        :param tokens: int64 ``(B, L)``.
-        :returns: ``(B,)``.
-        """
+        """Return the values ``(B,)`` of tokens ``(B, L)``, much faster than :meth:`forward`."""
         windows = tokens.shape[1] - self.k + 1
         index = tokens[:, :windows]
         for i in range(1, self.k):
@@ -194,6 +184,9 @@ class Oracle(nn.Module):
     :meth:`from_one_hot` is the differentiable twin.
 
     :param config: shape, units and calibration.
+
+    :ivar length: bases of a sequence.
+    :ivar vocab_size: number of bases, in the order A, C, G, T.
     """
 
     _left: Tensor
@@ -202,6 +195,7 @@ class Oracle(nn.Module):
     def __init__(self, config: OracleConfig) -> None:
         super().__init__()
         self.config = config
+        self.length, self.vocab_size = config.length, len(BASES)
         self.members = nn.ModuleList(Member(config) for _ in range(config.members))
         self.linear = KmerLinear(config)
         self.register_buffer("_left", one_hot(_encode(config.left)), persistent=False)
@@ -212,16 +206,6 @@ class Oracle(nn.Module):
     def name(self) -> str:
         """Name of the artefact."""
         return self.config.name
-
-    @property
-    def length(self) -> int:
-        """Bases of a sequence."""
-        return self.config.length
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of bases, in the order A, C, G, T."""
-        return len(BASES)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Predict the mean expression.
@@ -243,7 +227,7 @@ class Oracle(nn.Module):
         """
         self._check(tokens)
         rows = tokens.reshape(-1, self.length)
-        pieces = [self._predict(rows[i]) for i in _pieces(len(rows), chunk_size)]
+        pieces = [self._predict(part) for part in rows.split(chunk_size)]
         mean, sd = (torch.cat(part) for part in zip(*pieces, strict=True))
         return mean.reshape(tokens.shape[:-1]), sd.reshape(tokens.shape[:-1])
 
@@ -284,10 +268,7 @@ class Oracle(nn.Module):
         return window.transpose(1, 2).contiguous()
 
     def save(self, directory: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``.
-
-        :param directory: folder, created if absent.
-        """
+        """Write ``model.safetensors`` and ``config.json`` into a folder, made if it is absent."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), folder / "model.safetensors")
@@ -365,7 +346,3 @@ def list_oracles() -> list[str]:
 
 def _encode(bases: str) -> Tensor:
     return torch.tensor([BASES.index(base) for base in bases], dtype=torch.int64)
-
-
-def _pieces(count: int, size: int) -> list[slice]:
-    return [slice(i, i + size) for i in range(0, max(count, 1), size)]

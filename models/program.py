@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, overload
+from typing import Any, ClassVar, Self
 
 import pyro
 import torch
@@ -19,13 +20,16 @@ from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels import InterpolatingKernel, Linear, Uniform
+from ppl_diffusion.kernels import InterpolatingKernel, Kernel, Linear, Uniform
 from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.processes.schedules import Schedule
 
 PROGRAM_FILE = "program.json"
+FAMILIES: dict[str, type[DiffusionProgram]] = {}
+"""Every family of model programs whose module has been imported, by name."""
 # Keeps log(1 - alpha) and 1 / alpha finite at a cost far below the noise of any bound.
 _TIME_MARGIN = 1e-6
 
@@ -36,15 +40,39 @@ class DiffusionProgram(ABC):
     Calling it samples one site, ``"path"``, and returns the clean sequence; :meth:`chain` is the
     law of that site, to be used in larger programs.
 
+    A family is a subclass that says what its forward process is. It is known by its class variable
+    ``family`` (by default the name of the class), and what it saves is read back as that class
+    wherever the module that defines it was imported. One with a network of its own sets ``network``
+    to a class with ``save_pretrained`` and ``from_pretrained``; one whose constructor takes more
+    arguments adds them to :meth:`settings`.
+
     :param denoiser: predictor of clean tokens.
     :param vocabulary: one symbol per token, in the order of the ids.
     :param length: number ``L`` of tokens of a sequence.
     :param name: what the prior is called in messages.
     :param schedule: signal schedule (linear by default). Trained bounds do not depend on it.
     :raises ValueError: if the vocabulary does not fit the denoiser or has repeated symbols.
+
+    :cvar family: name of the family, written into saved folders.
+    :cvar network: class of the denoisers that can be saved.
+    :ivar given: what the denoiser is told besides tokens and time; empty if nothing.
     """
 
     family: ClassVar[str]
+    network: ClassVar[Any] = Transformer
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Never the parent's name: what a subclass saves must come back as that subclass.
+        cls.family = vars(cls).get("family", cls.__name__)
+        known = FAMILIES.get(cls.family, cls)
+        # The same class again is a reloaded module or a notebook cell that ran twice.
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__qualname__}: the family {cls.family!r} is taken by "
+                f"{known.__module__}.{known.__qualname__}; choose another name."
+            )
+        FAMILIES[cls.family] = cls
 
     def __init__(
         self,
@@ -59,6 +87,7 @@ class DiffusionProgram(ABC):
         self.vocabulary = list(vocabulary)
         self.length = int(length)
         self.name = name
+        self.given: dict[str, Tensor] = {}
         self._index = {symbol: i for i, symbol in enumerate(self.vocabulary)}
         if not len(self._index) == len(self.vocabulary) == denoiser.vocab_size:
             raise ValueError(
@@ -71,49 +100,55 @@ class DiffusionProgram(ABC):
     @staticmethod
     @abstractmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Process:
-        """Return the forward process of this family.
-
-        :param vocab_size: number of clean tokens.
-        :param schedule: signal schedule.
-        """
+        """Return the forward process of this family."""
 
     @classmethod
     def build(
         cls, vocabulary: Sequence[str], length: int, *, name: str = "prior", **shape: Any
     ) -> Self:
-        """Make an untrained program around a transformer of the given shape.
+        """Make an untrained program around a transformer.
 
-        :param vocabulary: one symbol per token.
-        :param length: number of tokens.
-        :param name: name of the prior.
-        :param shape: further fields of
-            :class:`~ppl_diffusion.denoisers.config.TransformerConfig`.
+        :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`
+            that the vocabulary and the length do not decide.
         """
         states = cls.make_process(len(vocabulary), Linear()).num_states
         config = TransformerConfig(len(vocabulary), states, length, **shape)
         return cls(Transformer(config).eval(), vocabulary=vocabulary, length=length, name=name)
 
-    @overload
-    def encode(self, text: str) -> Tensor: ...
-    @overload
-    def encode(self, text: Sequence[str]) -> Tensor: ...
-    def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Turn letters into token ids.
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives; the CPU if it has no parameters."""
+        parameters = getattr(self.denoiser, "parameters", tuple)
+        return next((p.device for p in parameters()), torch.device("cpu"))
 
-        :param text: one sequence, or several.
-        :returns: int64 ``(L,)`` for one, ``(n, L)`` for several.
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network, in place as torch does, and return the program.
+
+        :param device: where chains, losses and bounds are to be computed.
+        :raises CapabilityError: if the denoiser cannot be moved.
+        """
+        if not hasattr(self.denoiser, "to"):
+            raise CapabilityError(
+                f"{self.name}: a {type(self.denoiser).__name__} has no method `to`; build it with "
+                f"tensors on {device} instead."
+            )
+        self.denoiser = self.denoiser.to(device)
+        return self
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        """Turn letters into token ids, ``(L,)`` for one sequence and ``(n, L)`` for several.
+
         :raises ValueError: if a length or a letter is wrong.
         """
         if isinstance(text, str):
-            return torch.tensor(self._ids(text), dtype=torch.int64)
+            return torch.tensor(self._ids(text), dtype=torch.int64, device=self.device)
         rows = [self._ids(row) for row in text]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+        ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return ids.reshape(len(rows), self.length)
 
     def decode(self, ids: Tensor) -> str | list[str]:
-        """Turn token ids into letters.
+        """Turn token ids, int64 ``(L,)`` or ``(n, L)``, into one string or a list of them.
 
-        :param ids: int64 ``(L,)`` or ``(n, L)``.
-        :returns: one string, or a list of them.
         :raises ValueError: if the shape is wrong or an id is not a clean token.
         """
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.length:
@@ -126,7 +161,8 @@ class DiffusionProgram(ABC):
                 f"{self.name}: decode reads ids 0 to {len(self.vocabulary) - 1}, but was given "
                 f"{int(ids.min())} to {int(ids.max())}; an id beyond the vocabulary is a mask."
             )
-        rows = ["".join(self.vocabulary[i] for i in row) for row in ids.reshape(-1, self.length)]
+        flat = ids.reshape(-1, self.length).tolist()
+        rows = ["".join(self.vocabulary[i] for i in row) for row in flat]
         return rows[0] if ids.ndim == 1 else rows
 
     def chain(
@@ -151,13 +187,14 @@ class DiffusionProgram(ABC):
         kernel = InterpolatingKernel(
             self.process, self.denoiser, num_steps=steps, kappa=kappa, psi=psi
         )
+        return self.around(kernel, prompt=prompt)
+
+    def around(self, kernel: Kernel, *, prompt: Tensor | None = None) -> ReverseChain:
+        """Return the chain of any kernel around :attr:`process` and :attr:`denoiser`."""
         return ReverseChain(kernel, self.length, prompt=prompt)
 
     def __call__(self, num_steps: int = 64) -> Tensor:
-        """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``.
-
-        :param num_steps: number of reverse steps.
-        """
+        """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``."""
         chain = self.chain(num_steps)
         return chain.x0(pyro.sample("path", chain))
 
@@ -192,39 +229,43 @@ class DiffusionProgram(ABC):
         :param generator: source of the times and of the noise.
         :returns: nats per sequence, a differentiable float64 scalar.
         """
+        given = self.given
         if labels is not None:
-            self._check_labels(labels, len(batch), label_dropout)
-            withheld = torch.rand(labels.shape, generator=generator) < label_dropout
-            labels = torch.where(withheld, self._null_label, labels)
+            given = {"label": self._withheld(labels, len(batch), label_dropout, generator)}
         roots = stratified_times(batch, generator=generator)
         if self.process.absorbing:
-            return self._terms(batch, roots, generator, labels).mean()
-        return (2.0 * roots * self._terms(batch, roots.square(), generator, labels)).mean()
+            return self._terms(batch, roots, generator, given).mean()
+        return (2.0 * roots * self._terms(batch, roots.square(), generator, given)).mean()
 
-    def _check_labels(self, labels: Tensor, rows: int, dropout: float) -> None:
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"{self.name}: label_dropout must lie in [0, 1], got {dropout}.")
-        classes = self._null_label
-        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
-        if (
-            not whole
-            or labels.shape != (rows,)
-            or not bool(((labels >= 0) & (labels < classes)).all())
-        ):
-            raise ValueError(
-                f"{self.name}: labels must be an integer tensor with one class in "
-                f"0..{classes - 1} for each of the {rows} rows."
-            )
+    def _withheld(
+        self, labels: Tensor, rows: int, share: float, generator: torch.Generator | None
+    ) -> Tensor:
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{self.name}: label_dropout must lie in [0, 1], got {share}.")
+        null = self._check_labels(labels, (rows,))
+        source = _source(labels.device, generator)
+        drawn = torch.rand(labels.shape, generator=generator, device=source).to(labels.device)
+        return torch.where(drawn < share, null, labels)
 
-    @property
-    def _null_label(self) -> int:
-        classes = getattr(self.denoiser, "num_classes", 0)
+    def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> int:
+        """Refuse labels that the network does not know; return the one that means none."""
+        classes = int(getattr(self.denoiser, "num_classes", 0))
         if not classes:
             raise CapabilityError(
                 f"{self.name}: labels were given, but the network knows no classes; build it with "
                 "num_classes."
             )
-        return int(classes)
+        whole = isinstance(labels, Tensor) and labels.dtype == torch.int64
+        if (
+            not whole
+            or labels.shape != shape
+            or not bool(((labels >= 0) & (labels < classes)).all())
+        ):
+            raise ValueError(
+                f"{self.name}: labels must be int64 of shape {shape}, one class in "
+                f"0..{classes - 1} each; convert or mend them."
+            )
+        return classes
 
     @torch.no_grad()
     def bound_terms(
@@ -242,9 +283,9 @@ class DiffusionProgram(ABC):
         :param generator: source of the times and of the noise.
         :returns: nats, float64 ``(num_times, n)``.
         """
-        strata = torch.arange(num_times)[:, None].expand(num_times, len(x0))
+        strata = torch.arange(num_times, device=x0.device)[:, None].expand(num_times, len(x0))
         roots = _stratified(strata, num_times, generator)
-        terms = [self._terms(x0, root.square(), generator) for root in roots]
+        terms = [self._terms(x0, root.square(), generator, self.given) for root in roots]
         return 2.0 * roots * torch.stack(terms)
 
     def _terms(
@@ -252,12 +293,12 @@ class DiffusionProgram(ABC):
         x0: Tensor,
         times: Tensor,
         generator: torch.Generator | None,
-        labels: Tensor | None = None,
+        given: Mapping[str, Tensor],
     ) -> Tensor:
         t = times[:, None]
-        uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
-        z = self.process.corrupt(x0, self.process.schedule.alpha(t), uniforms[0], uniforms[1])
-        return self._bound_at(x0, z, t, {} if labels is None else {"label": labels}).sum(-1)
+        u = drawn_uniforms((2, *x0.shape), x0.device, generator)
+        z = self.process.corrupt(x0, self.process.schedule.alpha(t), u[0], u[1])
+        return self._bound_at(x0, z, t, given).sum(-1)
 
     def _bound_at(self, x0: Tensor, z: Tensor, t: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         network, schedule = self.denoiser, self.process.schedule
@@ -273,24 +314,44 @@ class DiffusionProgram(ABC):
         """Write the network and ``program.json``, for :func:`ppl_diffusion.models.load` to read.
 
         :param directory: folder, made if it is absent.
-        :raises TypeError: if the denoiser is not a :class:`Transformer`.
+        :raises TypeError: if the denoiser is not of the class :attr:`network`.
         """
-        if not isinstance(self.denoiser, Transformer):
+        if not isinstance(self.denoiser, self.network):
             raise TypeError(
-                f"{self.name}: only a program around a Transformer can be saved, "
+                f"{self.name}: only a program around a {self.network.__name__} can be saved, "
                 f"this one has a {type(self.denoiser).__name__}."
             )
         self.denoiser.save_pretrained(directory)
-        text = json.dumps(self._description(), indent=2, sort_keys=True)
+        entries = {"family": self.family, **self.settings()}
+        text = json.dumps(entries, indent=2, sort_keys=True)
         (Path(directory) / PROGRAM_FILE).write_text(text + "\n", encoding="utf-8")
 
-    def _description(self) -> dict[str, Any]:
-        return {
-            "family": self.family,
-            "name": self.name,
-            "length": self.length,
-            "vocabulary": self.vocabulary,
-        }
+    def settings(self) -> dict[str, Any]:
+        """Return what :meth:`restore` needs besides the network, as JSON knows it."""
+        entries = {"name": self.name, "length": self.length, "vocabulary": self.vocabulary}
+        schedule = self.process.schedule
+        if schedule != Linear():  # the default is left out: folders of before must stay as they are
+            entries["schedule"] = [type(schedule).__name__, dataclasses.asdict(schedule)]
+        return entries
+
+    @classmethod
+    def restore(cls, directory: str | Path, **settings: Any) -> Self:
+        """Read back what :meth:`save` wrote, in evaluation mode and without gradients.
+
+        :param directory: folder of the network.
+        :param settings: what :meth:`settings` returned.
+        :raises ValueError: if the schedule is of a class that was not imported.
+        """
+        if "schedule" in settings:
+            name, fields = settings["schedule"]
+            known = {schedule.__name__: schedule for schedule in Schedule.__subclasses__()}
+            if name not in known:
+                raise ValueError(
+                    f"The prior in {str(directory)!r} has the schedule {name!r}, none of "
+                    f"{', '.join(known)}; import the module that defines it."
+                )
+            settings["schedule"] = known[name](**fields)
+        return cls(cls.network.from_pretrained(directory).requires_grad_(False), **settings)
 
     def _ids(self, text: str) -> list[int]:
         if len(text) != self.length:
@@ -318,12 +379,24 @@ def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) 
     :param generator: source of the times.
     :returns: float64 ``(n,)``.
     """
-    order = torch.randperm(len(rows), generator=generator)
-    return _stratified(order, len(rows), generator)
+    source = _source(rows.device, generator)
+    order = torch.randperm(len(rows), generator=generator, device=source)
+    return _stratified(order.to(rows.device), len(rows), generator)
+
+
+def drawn_uniforms(
+    shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw float64 uniforms where the generator is, and bring them to a device."""
+    return uniforms(shape, generator=generator, device=_source(device, generator)).to(device)
+
+
+def _source(device: torch.device, generator: torch.Generator | None) -> torch.device:
+    return device if generator is None else generator.device
 
 
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    jitter = torch.rand(strata.shape, dtype=torch.float64, generator=generator)
+    jitter = drawn_uniforms(strata.shape, strata.device, generator)
     return ((strata + jitter) / count).clamp(_TIME_MARGIN, 1.0 - _TIME_MARGIN)
 
 

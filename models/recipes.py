@@ -7,17 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-FamilyName = Literal["masked", "uniform"]
+from ppl_diffusion.models.program import FAMILIES
+
 ObjectiveName = Literal["nelbo", "curriculum", "distillation"]
 DecayName = Literal["cosine", "none"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
-_NAMES = {"family": FamilyName, "objective": ObjectiveName, "decay": DecayName}
+_NAMES = {"objective": OBJECTIVES, "decay": get_args(DecayName)}
 _LOWEST = {"steps": 1, "batch_size": 1, "warmup": 0, "validate_every": 1, "valid_times": 1}
 _DISTILLATION_RATE = 0.2  # learning rate of distillation over that of training, as Duo has it
-
-
-def _one_of(names: Any) -> str:
-    return f"one of {', '.join(get_args(names))}"
 
 
 def _counts(value: object, low: int) -> bool:
@@ -31,7 +28,7 @@ class Recipe:
     Training is one run in two phases: related rows first, then mostly the rows of the law to be
     learnt. What is kept is the average of the weights at its best validation bound.
 
-    :param family: ``"masked"`` or ``"uniform"``.
+    :param family: ``"masked"``, ``"uniform"``, or another family whose module was imported.
     :param dataset: a key of :data:`ppl_diffusion.models.datasets.READERS`.
     :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`.
     :param steps: optimiser steps.
@@ -56,7 +53,7 @@ class Recipe:
     :raises ValueError: if a name is unknown or a number out of its range.
     """
 
-    family: FamilyName
+    family: str
     dataset: str
     shape: dict[str, Any] = field(default_factory=dict)
     steps: int = 4000
@@ -78,8 +75,9 @@ class Recipe:
     quoted_baseline: float = float("nan")
 
     def __post_init__(self) -> None:
-        for field_, names in _NAMES.items():
-            self._require(field_, getattr(self, field_) in get_args(names), _one_of(names))
+        for field_, names in {"family": FAMILIES, **_NAMES}.items():
+            known = f"one of {', '.join(names)}"
+            self._require(field_, getattr(self, field_) in names, known)
         for field_, low in _LOWEST.items():
             self._require(field_, _counts(getattr(self, field_), low), f"an integer from {low} up")
         some = self.valid_rows is None or _counts(self.valid_rows, 1)
@@ -161,9 +159,8 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe.
+    """Return a recipe of :data:`RECIPES`.
 
-    :param name: a key of :data:`RECIPES`.
     :raises ValueError: if there is none of that name.
     """
     if name not in RECIPES:

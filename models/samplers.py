@@ -1,13 +1,15 @@
 """Ways to run a prior: the named samplers, each a reverse chain with its own law.
 
-A sampler is a function ``(program, settings) -> ReverseChain`` under a name in :data:`SAMPLERS`.
+A sampler is a function ``(program, settings) -> kernel`` under a name in :data:`SAMPLERS`.
 Filters, where asked for, are put around the program's denoiser first.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +62,9 @@ def make_chain(
     for name, option in _OPTIONS.items():
         if getattr(settings, name) is not None and name not in known:
             raise ValueError(f"The sampler {sampler!r} takes no {option}: leave it out.")
-    denoiser = filtered(program.denoiser, settings.filters)
-    return ReverseChain(build(program, denoiser, settings), program.length)
+    program = copy.copy(program)
+    program.denoiser = filtered(program.denoiser, settings.filters)
+    return program.around(build(program, settings))
 
 
 def filtered(denoiser: Denoiser, filters: Sequence[str]) -> Denoiser:
@@ -92,28 +95,21 @@ FILTERS: Mapping[str, Callable[[Denoiser, float], Denoiser]] = {
 """Filters by name; the two nuclei keep or drop the token that crosses the threshold."""
 
 
-def _ancestral(
-    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
-) -> InterpolatingKernel:
+def _ancestral(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     steps = settings.num_steps or DEFAULT_STEPS
-    return InterpolatingKernel(program.process, denoiser, num_steps=steps)
+    return InterpolatingKernel(program.process, program.denoiser, num_steps=steps)
 
 
-def _psi(
-    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
-) -> InterpolatingKernel:
+def _psi(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     process, text = program.process, settings.kappa_schedule
     text = DEFAULT_PSI[process.absorbing] if text is None else text
     psi = _parse_within(text, process, settings.num_steps or DEFAULT_STEPS)
-    return InterpolatingKernel(process, denoiser, psi=psi)
+    return InterpolatingKernel(process, program.denoiser, psi=psi)
 
 
 def _parse_within(text: str, process: Process, num_steps: int) -> PsiSchedule:
-    """Read a schedule and lift the last steps of ReMDM's family to what a process allows.
-
-    :raises ValueError: if that would change how much the schedule corrects by more than 2 %.
-    """
     asked = parse_psi(text, process.schedule, num_steps)
+    # A process may not allow the last steps of ReMDM's family; 2 % of the corrections may go.
     psi = asked.within(process)
     if asked.expected_corrections - psi.expected_corrections > 0.02 * asked.expected_corrections:
         k = int(np.argmax(psi.kappa - asked.kappa))
@@ -124,45 +120,35 @@ def _parse_within(text: str, process: Process, num_steps: int) -> PsiSchedule:
     return psi
 
 
-def _confidence(
-    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
-) -> ConfidenceKernel:
+def _confidence(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     process, steps = program.process, settings.num_steps or DEFAULT_STEPS
     if settings.kappa_schedule is None:
-        return ConfidenceKernel(process, denoiser, num_steps=steps)
+        return ConfidenceKernel(process, program.denoiser, num_steps=steps)
     psi = _parse_within(settings.kappa_schedule, process, steps)
-    return ConfidenceKernel(process, denoiser, psi=psi)
+    return ConfidenceKernel(process, program.denoiser, psi=psi)
 
 
-def _first_hitting(
-    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
-) -> OrderedKernel:
-    return OrderedKernel(program.process, denoiser, length=program.length, clock="sampled")
+def _first_hitting(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
+    return _ordered(program, clock="sampled")
 
 
-def _parallel(
-    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
-) -> OrderedKernel:
+def _parallel(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     steps = settings.num_steps or DEFAULT_STEPS
-    size = _smallest_group(program.length, program.length, steps)
-    return OrderedKernel(program.process, denoiser, length=program.length, group_size=size)
+    return _ordered(program, group_size=_smallest_group(program.length, program.length, steps))
 
 
-def _semi_autoregressive(
-    program: DiffusionProgram, denoiser: Denoiser, settings: SamplerSettings
-) -> OrderedKernel:
+def _semi_autoregressive(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     block = max(1, program.length // 8) if settings.block is None else settings.block
     size = _smallest_group(program.length, min(block, program.length), settings.num_steps)
-    return OrderedKernel(
-        program.process, denoiser, length=program.length, group_size=size, block=block
-    )
+    return _ordered(program, group_size=size, block=block)
+
+
+def _ordered(program: DiffusionProgram, **options: Any) -> Kernel:
+    return OrderedKernel(program.process, program.denoiser, length=program.length, **options)
 
 
 def _smallest_group(length: int, block: int, num_steps: int | None) -> int:
-    """Return the reveals per step with which all blocks take at most so many steps.
-
-    :raises ValueError: if there are more blocks than steps.
-    """
+    """Return the reveals per step with which all blocks take at most so many steps."""
     if num_steps is None:
         return 1
     sizes = [min(block, length - start) for start in range(0, length, block)]
@@ -176,7 +162,7 @@ def _smallest_group(length: int, block: int, num_steps: int | None) -> int:
 
 _OPTIONS = {"num_steps": "--steps", "kappa_schedule": "--kappa-schedule", "block": "--block"}
 
-Build = Callable[[DiffusionProgram, Denoiser, SamplerSettings], Kernel]
+Build = Callable[[DiffusionProgram, SamplerSettings], Kernel]
 
 SAMPLERS: Mapping[str, tuple[frozenset[str], Build]] = {
     "ancestral": (frozenset({"num_steps"}), _ancestral),

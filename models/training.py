@@ -26,8 +26,8 @@ import torch
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models._quiet import quiet_lightning
 from ppl_diffusion.models.datasets import Sequences, check_sequences, load_sequences
-from ppl_diffusion.models.library import FAMILIES, load
-from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.models.library import load
+from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def train(
     init: str | Path | None = None,
     recipe: Recipe | None = None,
     sequences: Sequences | None = None,
+    device: torch.device | str = "cpu",
 ) -> TrainingRun:
     """Train a prior and keep its best averaged weights.
 
@@ -96,6 +97,7 @@ def train(
         place of that of the recipe, also in ``run.json``.
     :param recipe: a recipe of one's own.
     :param sequences: data of one's own.
+    :param device: where the network is trained; the program that comes back is on the CPU.
     :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, the
         data do not suit the recipe, or the checkpoint is damaged or of another run.
     :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
@@ -108,7 +110,8 @@ def train(
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"train: {steps} steps is not a run; give 1 or more.")
-    checkpoint = _checkpoint(Path(out), resume=resume)
+    out = Path(out)
+    checkpoint = _checkpoint(out) if resume else None
     sequences = sequences or load_sequences(recipe.dataset, data)
     check_sequences(sequences, recipe)
     init = name if init is None and recipe.objective == "distillation" else init
@@ -120,7 +123,8 @@ def train(
     origin = _origin(recipe, program, seed=seed, init=init)
     if checkpoint is not None:
         _check_same_run(checkpoint, origin, steps)
-    run = _run(program, recipe, sequences, Path(out), checkpoint, steps, seed, quiet, origin)
+    fit = _fitting().Fit(program, sequences, recipe, steps=steps, seed=seed, origin=origin)
+    run = _run(fit, out, checkpoint, torch.device(device), quiet)
     _record(run, recipe, seed=seed, init=init)
     return run
 
@@ -146,23 +150,12 @@ def _program(
 
 
 def _run(
-    program: DiffusionProgram,
-    recipe: Recipe,
-    sequences: Sequences,
-    out: Path,
-    checkpoint: Path | None,
-    steps: int,
-    seed: int,
-    quiet: bool,
-    origin: dict[str, Any],
+    fit: Fit, out: Path, checkpoint: Path | None, device: torch.device, quiet: bool
 ) -> TrainingRun:
-    fitting = _fitting()
-    # A run shorter than one validation period must still be validated, and thus kept, at its end.
-    recipe = dataclasses.replace(recipe, validate_every=min(recipe.validate_every, steps))
-    fit = fitting.Fit(program, sequences, recipe, steps=steps, seed=seed, origin=origin)
-    keeper = fitting.KeepBest(out / PRIOR_FOLDER)
-    with torch.random.fork_rng(devices=[]), quiet_lightning():
-        trainer = _trainer(keeper, recipe, out, steps, quiet)
+    keeper = _fitting().KeepBest(out / PRIOR_FOLDER)
+    seeded = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=seeded), quiet_lightning():
+        trainer = _trainer(keeper, fit, out, device, quiet)
         _fit(trainer, fit, checkpoint)
     if not math.isfinite(keeper.best):
         raise TrainingDiverged(
@@ -192,22 +185,23 @@ def _interruption(fit: Fit, checkpoint: Path | None) -> str:
 
 
 def _trainer(
-    keeper: KeepBest, recipe: Recipe, out: Path, steps: int, quiet: bool
+    keeper: KeepBest, fit: Fit, out: Path, device: torch.device, quiet: bool
 ) -> lightning.Trainer:
     import lightning
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
-    fitting = _fitting()
-    callbacks: list[Callback] = [keeper, fitting.WeightAverage(recipe.ema_decay)]
+    # The average comes after the keeper, which looks while the averaged weights are in place.
+    callbacks: list[Callback] = [keeper, _fitting().WeightAverage(fit.recipe.ema_decay)]
     callbacks.append(
         ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
     )
     if not quiet:
         callbacks.append(RichProgressBar())
     return lightning.Trainer(
-        max_steps=steps,
+        max_steps=fit.steps,
         max_epochs=-1,
-        accelerator="cpu",
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
         callbacks=callbacks,
         gradient_clip_val=1.0,
         logger=False,
@@ -219,7 +213,7 @@ def _trainer(
 
 
 def _shape(program: DiffusionProgram) -> dict[str, Any]:
-    """Return the shape of a network as a recipe would give it, without what the data decide."""
+    """Return a network's shape as a recipe would give it, without what the data decide."""
     assert isinstance(program.denoiser, Transformer)
     entries = dataclasses.asdict(program.denoiser.config)
     return {key: value for key, value in entries.items() if key not in _OF_DATA}
@@ -269,21 +263,19 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _record(run: TrainingRun, recipe: Recipe, *, seed: int, init: str | Path | None) -> None:
-    record: dict[str, Any] = {
+    record = {
         "recipe": dataclasses.asdict(recipe),
         "steps": run.steps,
         "seed": seed,
         "init": None if init is None else str(init),
         "best_step": run.best_step,
-        "valid_bits_per_token": run.valid_bits if math.isfinite(run.valid_bits) else None,
+        "valid_bits_per_token": run.valid_bits,
     }
     text = json.dumps(record, indent=2, sort_keys=True)
     (run.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _checkpoint(out: Path, *, resume: bool) -> Path | None:
-    if not resume:
-        return None
+def _checkpoint(out: Path) -> Path:
     path = out / CHECKPOINT
     if not path.is_file():
         raise FileNotFoundError(

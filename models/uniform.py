@@ -20,9 +20,4 @@ class UniformDiffusion(DiffusionProgram):
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Uniform:
-        """Return the uniform process.
-
-        :param vocab_size: number of clean tokens.
-        :param schedule: signal schedule.
-        """
         return Uniform(vocab_size, schedule)

@@ -1,6 +1,7 @@
 """The command ``ppl-diffusion``; a command imports what it needs when it runs."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from ppl_diffusion import __version__
 from ppl_diffusion.commands.complain import exit_code
+from ppl_diffusion.design.checks import user_input
 from ppl_diffusion.design.question import Job, Question
 from ppl_diffusion.design.search import Search
 
@@ -44,11 +46,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    import_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module first, which defines a family of priors. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Discrete diffusion models as distributions of a probabilistic program."""
     if version:
         typer.echo(f"ppl-diffusion {__version__}")
         raise typer.Exit
+    with user_input():
+        for module in import_ or ():
+            import_module(module)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

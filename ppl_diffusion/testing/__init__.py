@@ -1,6 +1,6 @@
 """Exact oracles and contract tests, shipped so that other people's rooms can inherit them.
 
-A new kernel, denoiser, resampler, distribution or potential is checked by one class::
+A new kernel, denoiser, resampler, distribution, potential or model program is checked by a class::
 
     class TestMyResampler(ResamplerContract):
         def make_resampler(self):
@@ -20,6 +20,7 @@ from ppl_diffusion.testing.dense import state_index as state_index
 from ppl_diffusion.testing.dense import state_matrix as state_matrix
 from ppl_diffusion.testing.distribution_contract import DistributionContract as DistributionContract
 from ppl_diffusion.testing.kernel_contract import KernelContract as KernelContract
+from ppl_diffusion.testing.model_contract import ModelContract as ModelContract
 from ppl_diffusion.testing.motifs import MotifProblem as MotifProblem
 from ppl_diffusion.testing.oracles import ExactChain as ExactChain
 from ppl_diffusion.testing.oracles import chi_square_p_value as chi_square_p_value

@@ -134,7 +134,7 @@ def test_lightning_is_asked_for_when_missing(toy, tmp_path, monkeypatch):
 
 
 def test_recipes_build_their_programs():
-    from ppl_diffusion.models.library import FAMILIES
+    from ppl_diffusion.models.program import FAMILIES
 
     for name in RECIPES:
         recipe = find_recipe(name)

@@ -1,0 +1,142 @@
+"""What every model program must satisfy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_diffusion.models import load
+from ppl_diffusion.models.program import FAMILIES, PROGRAM_FILE, DiffusionProgram
+from ppl_diffusion.testing.dense import all_states
+
+STANDARD_ERRORS = 5.0
+"""False-alarm rate of the bound's test: below 1e-3 for up to 100 sequences; seeds are fixed."""
+
+
+class ModelContract:
+    """Inherit, implement :meth:`make_model`, and pytest runs the contract on your family.
+
+    The model must be tiny (``S ** length`` at most a few hundred) and have a network to train::
+
+        class TestMyModel(ModelContract):
+            def make_model(self):
+                return MyDiffusion.build("abc", 2, dim=8, depth=1, heads=1)
+
+    :cvar grid: steps of the coarser of the two chains whose exact likelihoods are compared with the
+        bound; their difference is what the continuous-time limit may be away.
+    """
+
+    grid: int = 16
+
+    def make_model(self) -> DiffusionProgram:
+        """Return the model under test."""
+        raise NotImplementedError
+
+    @pytest.fixture(name="model")
+    def _model(self) -> DiffusionProgram:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = self.make_model()
+            # A fresh network often predicts the same everywhere, where many mistakes cannot show.
+            for parameter in _parameters(model):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    def test_its_family_is_registered(self, model: DiffusionProgram) -> None:
+        assert FAMILIES[model.family] is type(model)
+        assert model.process.vocab_size == model.denoiser.vocab_size == len(model.vocabulary)
+
+    def test_samples_are_clean_sequences(self, model: DiffusionProgram) -> None:
+        chain = model.chain(3)
+        path = chain.sample((50,), generator=torch.Generator().manual_seed(1))
+        assert path.shape == (50, 4, model.length)
+        assert path.dtype == torch.int64
+        assert 0 <= int(path.min()) <= int(path.max()) < model.process.num_states
+        assert int(chain.x0(path).min()) >= 0
+        assert int(chain.x0(path).max()) < len(model.vocabulary)
+
+    def test_the_program_returns_one_clean_sequence(self, model: DiffusionProgram) -> None:
+        trace = pyro.poutine.trace(model).get_trace(3)
+        tokens = trace.nodes["_RETURN"]["value"]
+        assert tokens.shape == (model.length,)
+        assert len(model.decode(tokens)) == model.length
+        assert "path" in trace.nodes
+
+    def test_encode_and_decode_invert_each_other(self, model: DiffusionProgram) -> None:
+        ids = _clean(model)
+        texts = model.decode(ids)
+        assert len(set(texts)) == len(ids)
+        assert torch.equal(model.encode(texts), ids)
+        assert [model.decode(model.encode(text)) for text in texts] == texts
+
+    def test_the_loss_is_finite_and_trains(self, model: DiffusionProgram) -> None:
+        loss = model.loss(_clean(model), generator=torch.Generator().manual_seed(2))
+        assert loss.shape == ()
+        assert bool(loss.isfinite())
+        loss.backward()
+        reached = [p.grad for p in _parameters(model) if p.grad is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in reached)
+        assert any(bool(gradient.any()) for gradient in reached), "no parameter has a gradient"
+
+    @torch.no_grad()
+    def test_the_bound_lies_above_the_code_length(self, model: DiffusionProgram) -> None:
+        rows, repeats = _clean(model), 50
+        many = rows.repeat(repeats, 1)
+        generator = torch.Generator().manual_seed(3)
+        terms = model.bound_terms(many, num_times=40, generator=generator)
+        assert terms.shape == (40, len(many))
+        assert terms.dtype == torch.float64
+        bounds = terms.mean(0).reshape(repeats, -1)
+        error = bounds.std(0) / repeats**0.5
+        coarse, fine = (-model.chain(k * self.grid).marginal().log_prob(rows) for k in (1, 2))
+        # An error of order 1 / T halves with the grid, so what is left is about the difference.
+        limit = fine - 2.0 * (fine - coarse).abs()
+        assert bool((bounds.mean(0) + STANDARD_ERRORS * error >= limit).all())
+
+    def test_what_is_saved_comes_back(self, model: DiffusionProgram, tmp_path: Path) -> None:
+        model.save(tmp_path)
+        again = load(tmp_path)
+        assert type(again) is type(model)
+        assert again.settings() == model.settings()
+        before, after = _state(model), _state(again)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not any(p.requires_grad for p in _parameters(again))
+        assert torch.equal(_draw(model), _draw(again))
+
+    def test_a_folder_of_an_unknown_family_says_so(
+        self, model: DiffusionProgram, tmp_path: Path
+    ) -> None:
+        model.save(tmp_path)
+        file = tmp_path / PROGRAM_FILE
+        file.write_text(file.read_text().replace(f'"{model.family}"', '"nobody\'s"'))
+        with pytest.raises(ValueError, match="import the module that defines it"):
+            load(tmp_path)
+
+    def test_moving_it_nowhere_changes_nothing(self, model: DiffusionProgram) -> None:
+        before = _draw(model)
+        assert model.to(model.device) is model
+        assert torch.equal(_draw(model), before)
+
+
+def _clean(model: DiffusionProgram) -> Tensor:
+    return all_states(len(model.vocabulary), model.length)
+
+
+def _draw(model: DiffusionProgram) -> Tensor:
+    return model.chain(4).sample((20,), generator=torch.Generator().manual_seed(4))
+
+
+def _parameters(model: DiffusionProgram) -> list[Tensor]:
+    network: Any = model.denoiser
+    return list(network.parameters())
+
+
+def _state(model: DiffusionProgram) -> dict[str, Tensor]:
+    network: Any = model.denoiser
+    return dict(network.state_dict())
