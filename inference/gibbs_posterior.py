@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.smc import arviz_data
+from ppl_diffusion.smc.law import Law
 
 
 @dataclass(frozen=True, eq=False)

@@ -386,9 +386,9 @@ class GibbsSampler:
         alive = trace.weights.alive
         if not bool(alive.all()):
             raise ParticleCollapse(
-                f"ParticleGibbs: no path of positive probability among {trace.weights.num_particles}"
-                f" particles in {int((~alive).sum())} of {len(alive)} chains; use more particles, a "
-                "better twist, or relax the constraint."
+                "ParticleGibbs: no path of positive probability among "
+                f"{trace.weights.num_particles} particles in {int((~alive).sum())} of {len(alive)} "
+                "chains; use more particles, a better twist, or relax the constraint."
             )
 
     def _first_paths(self, latents: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], SMCTrace]:
