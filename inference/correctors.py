@@ -245,16 +245,16 @@ class ComposedSource(ChainSource):
     def law(self) -> Law:
         """The first chain's, with what changes any of them, and the tilt if there is one."""
         law = super().law
-        changes = dict.fromkeys(c for chain in self.composition.chains for c in chain.kernel.changes)
+        changes = dict.fromkeys(
+            c for chain in self.composition.chains for c in chain.kernel.changes
+        )
         others = tuple(Base.of(chain) for chain in self.composition.chains[1:])
         base = Base(**{**vars(law.chains[0]), "changes": tuple(changes)})
         digest = "+".join([base.digest, *(other.digest for other in others)])
         base = Base(**{**vars(base), "digest": digest})
         return law.but(chains=(base,), tilts=() if self.given is _NOTHING else law.tilts)
 
-    def final(
-        self, state: State, paths: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def final(self, state: State, paths: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Ask the potential, if there is one."""
         if self.given is not _NOTHING:
             return super().final(state, paths)

@@ -182,9 +182,7 @@ class SMC:
                     "composition of chains."
                 )
             return self.method.source(model, self.potential)
-        program = Program(
-            model, args, kwargs, vectorize=self.vectorize_particles, owner=self.owner
-        )
+        program = Program(model, args, kwargs, vectorize=self.vectorize_particles, owner=self.owner)
         holding = {s.name for s in program.chains if self.method.holds_clamps and can_hold(s)}
         return ProgramSource(program, holding)
 

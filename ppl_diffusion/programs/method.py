@@ -288,7 +288,9 @@ def can_hold(site: ChainSite) -> bool:
     if site.clamp is None:
         return False
     if isinstance(kernel, InterpolatingKernel):
-        return kernel.ancestral or bool((kernel.process.prior > 0).all() and kernel.kappa.min() >= 0)
+        return kernel.ancestral or bool(
+            (kernel.process.prior > 0).all() and kernel.kappa.min() >= 0
+        )
     return isinstance(kernel, OrderedKernel) or kernel.capability == ORDERED
 
 
@@ -320,7 +322,9 @@ def register(cls: AnyMethod) -> AnyMethod:
     """
     known = METHODS.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"the method name {cls.name!r} is taken by {known.__name__}; choose another.")
+        raise ValueError(
+            f"the method name {cls.name!r} is taken by {known.__name__}; choose another."
+        )
     METHODS[cls.name] = cls
     return cls
 

@@ -157,8 +157,8 @@ class Program:
         self.order = [s["name"] for s in drawn]
         self.latents = [s["name"] for s in drawn if not is_chain(s)]
         self.parents = {
-            s["name"]: (set(dependencies.get(s["name"], ())) | s["parents"]) & set(self.order)
-            - {s["name"]}
+            s["name"]: (set(dependencies.get(s["name"], ())) | s["parents"])
+            & set(self.order) - {s["name"]}
             for s in drawn
         }
         self.density_shapes: dict[str, torch.Size] = {}
@@ -273,7 +273,10 @@ class Program:
             found = get_dependencies(self.model, self.args, self.kwargs)
         sites = [s for s in tracking.sites if s["type"] == "sample" and not is_plate(s, self.owner)]
         for site in sites:
-            site["value"], site["fn"] = detach_provenance(site["value"]), site["fn"]
+            site["value"] = detach_provenance(site["value"])
+            if is_chain(site):
+                chain = chain_of(site["fn"])
+                chain.given = detach_provenance(chain.given)
         return sites, found["prior_dependencies"]  # type: ignore[return-value]
 
     def _check(self, sites: list[dict[str, Any]]) -> None:
@@ -444,7 +447,9 @@ class _Rows:
     def _clean(self, site: ChainSite) -> Tensor:
         first = site.chain.x0(self.first[site.name])
         clean = first.expand(self.size, *first.shape).clone()
-        new = torch.cat([torch.tensor(self.sequences[1:]), torch.arange(self.same_latents, self.size)])
+        new = torch.cat(
+            [torch.tensor(self.sequences[1:]), torch.arange(self.same_latents, self.size)]
+        )
         trials = torch.cat([trial_sequences(site, NUM_SEQUENCES) for _ in range(2)])
         clean[new] = trials[: len(new)].to(clean.device)
         return clean

@@ -108,7 +108,9 @@ class ChainSource(Source):
     :param cache: ask the potential once per distinct sequence.
     """
 
-    def __init__(self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True) -> None:
+    def __init__(
+        self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True
+    ) -> None:
         self.chains = [ChainSite("x", chain)]
         self.given = as_potential(potential)
         self.potential = (EvaluatedPotential if cache else UncachedPotential)(self.given)
@@ -329,7 +331,9 @@ class ProgramSource(Source):
             index = self._memory.find(keys)
             values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
         asked = first[new]
-        known = {site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows}
+        known = {
+            site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows
+        }
         known |= latents
         if len(asked):
             parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]

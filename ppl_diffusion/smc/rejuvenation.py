@@ -222,7 +222,9 @@ class OrderRefresh(PathMove):
         """Propose another order, weighed by the denoiser's probabilities along both."""
         flat = _flat_chain(model.chain)
         mask = flat.kernel.process.vocab_size
-        order = flat.sample(state.log_g.shape, generator=generator)
+        # Conditions of each particle are batch dimensions of the chain already.
+        lead = state.path.shape[: state.path.ndim - 2 - len(flat.batch_shape)]
+        order = flat.sample(lead, generator=generator)
         path = torch.where(order == mask, mask, state.x0[..., None, :])
         # Against the flat chain the law of the order cancels and the reveals are left.
         new, old = (model.log_prob(p) - per_particle(flat.log_prob(p)) for p in (path, state.path))
