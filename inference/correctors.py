@@ -160,7 +160,7 @@ class Corrector(LookingAhead):
     def step(
         self, run: Bound, state: State, item: Item, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Move by the experts; with ``clamp`` the look-ahead has a say in which token is revealed."""
+        """Move by the experts; with ``clamp`` the look-ahead has a say in which token it is."""
         mover: Any = run.movers[item.site]
         if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
             return run.step(state, item, generator)

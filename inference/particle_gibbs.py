@@ -360,7 +360,7 @@ class GibbsSampler:
     def _population(
         self, run: Bound, latents: Mapping[str, Tensor], resampler: Resampler
     ) -> tuple[dict[str, Tensor], State, SMCTrace]:
-        """Move a population given the latents; return one particle of each chain, drawn by weight."""
+        """Move a population given the latents; return one particle of each chain, by weight."""
         engine = _GivenLatents(run, latents, look=self.options.twist is not None)
         with torch.no_grad():
             trace = smc_loop(

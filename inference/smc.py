@@ -2,8 +2,8 @@
 
 What is sampled is a Pyro program with reverse-chain sites (or a bare chain with a potential, a
 program of one site). *How* is a method: a small object that says how particles move, how they look
-ahead and what pays for it. Whatever the method, the engine is :func:`ppl_diffusion.smc.smc_loop` and
-a particle holds the states of all chains and one draw of every other latent::
+ahead and what pays for it. Whatever the method, the engine is :func:`ppl_diffusion.smc.smc_loop`,
+and a particle holds the states of all chains and one draw of every other latent::
 
     weight = p(latents, observations | x0) / r(latents)
 

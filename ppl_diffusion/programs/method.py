@@ -1,8 +1,8 @@
 """What a method of inference is: how particles move, how they look ahead, and what pays for it.
 
 A method is a small frozen object whose fields are its options. Particles, runs, resampler, rows and
-seed belong to the runner (:class:`ppl_diffusion.inference.SMC`), which calls the hooks below. To add
-one, subclass :class:`Method`, override what differs, and register it::
+seed belong to the runner (:class:`ppl_diffusion.inference.SMC`), which calls the hooks below. To
+add one, subclass :class:`Method`, override what differs, and register it::
 
     @register
     @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class Method(ABC):
         """
         return resampler, ess_threshold
 
-    def prepare(self, run: Bound, resampler: Resampler, ess_threshold: float) -> None:
+    def prepare(  # noqa: B027 (most methods have nothing to prepare)
+        self, run: Bound, resampler: Resampler, ess_threshold: float
+    ) -> None:
         """Look at the run before it starts.
 
         :param run: the run.
@@ -241,8 +243,8 @@ class Method(ABC):
             kernel = site.chain.kernel
             if needs.density and kernel.capability == SAMPLE_ONLY:
                 raise CapabilityError(
-                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} is "
-                    f"{SAMPLE_ONLY}; use SMC without one."
+                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} "
+                    f"is {SAMPLE_ONLY}; use SMC without one."
                 )
             if needs.own_moves and site.twist is not None:
                 raise CapabilityError(

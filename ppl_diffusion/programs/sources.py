@@ -16,8 +16,10 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
-from ppl_diffusion.programs.reading import Place, Program, ProgramRun
+from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.run import ProgramRun
 from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.rows import RowTable, distinct_rows
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
 from ppl_diffusion.smc.law import Law, Tilt
