@@ -353,7 +353,7 @@ class GibbsSampler:
             source=self.source,
             movers={name: mover(site) for name, site in self.sites.items()},
             plan=options.plan,
-            fill=options.twist or ArgmaxFill(),
+            fill=options.twist if isinstance(options.twist, FillTwist) else ArgmaxFill(),
             shape=(options.num_runs, options.num_particles),
         )
 

@@ -66,7 +66,6 @@ class Method(ABC):
     :cvar exact: whether its weights are exact for the law it declares, as it comes.
     :cvar needs: what it cannot do without.
     :cvar ess_threshold: share of the particles below which it resamples, if nothing else is said.
-    :cvar cache: ask a potential once per distinct sequence.
     :cvar holds_clamps: whether its particles hold clamped tokens; elsewhere a clamp is a hard
         constraint at the end: exact, and costly.
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
@@ -76,7 +75,6 @@ class Method(ABC):
     exact: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs()
     ess_threshold: ClassVar[float] = 0.5
-    cache: ClassVar[bool] = True
     holds_clamps: ClassVar[bool] = True
     keeps_paths: ClassVar[bool] = False
 
@@ -87,7 +85,7 @@ class Method(ABC):
         :param potential: ``log G``.
         """
         assert potential is not None
-        return ChainSource(model, potential, cache=self.cache)
+        return ChainSource(model, potential, cache=getattr(self, "cache", True))
 
     @property
     def fill(self) -> FillTwist:

@@ -209,7 +209,7 @@ class Program:
             if is_chain(site):
                 chain = chain_of(site["fn"])
                 chain.given = detach_provenance(chain.given)
-        return sites, found["prior_dependencies"]  # type: ignore[return-value]
+        return sites, found["prior_dependencies"]
 
     def _check(self, sites: list[dict[str, Any]]) -> None:
         """Run rows that differ in one respect each, and compare them with the tracked run."""

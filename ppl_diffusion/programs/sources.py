@@ -299,7 +299,8 @@ class ProgramSource(Source):
 
     def _held(self, fills: Fills) -> tuple[dict[str, Tensor], Tensor | float]:
         """Return guesses with clamped tokens held, or what those cost that do not hold them."""
-        held, penalty = dict(fills), 0.0
+        held: dict[str, Tensor] = dict(fills)
+        penalty: Tensor | float = 0.0
         for site in self.chains:
             clamp = site.clamp
             if clamp is None or site.name not in held:

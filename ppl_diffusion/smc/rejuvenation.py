@@ -65,8 +65,9 @@ class PathModel:
         max_rows: int | None = 4096,
     ) -> None:
         known = chain.kernel.denoiser
-        counted = isinstance(known, EvaluatedDenoiser)  # then its answers are shared
-        self.denoiser = known if counted else EvaluatedDenoiser(known, max_rows=max_rows)
+        if not isinstance(known, EvaluatedDenoiser):  # else its answers are shared
+            known = EvaluatedDenoiser(known, max_rows=max_rows)
+        self.denoiser = known
         kernel = chain.kernel.with_denoiser(self.denoiser)
         same = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
         self.chain = same.expand(chain.batch_shape)
