@@ -425,8 +425,9 @@ def trial_sequences(site: ChainSite, number: int) -> Tensor:
     """
     chain, row = site.chain, torch.arange(number)
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    if size <= number:
-        tokens = torch.rand(*shape, size).argsort(-1)[..., row % size]
+    if size <= number:  # one order of the alphabet after the other
+        orders = torch.rand(-(-number // size), *shape, size).argsort(-1)
+        tokens = torch.cat(list(orders), -1)[..., :number]
     else:  # orders of a large alphabet would not fit into memory
         tokens = (torch.randint(size, shape)[..., None] + row) % size
     tokens = tokens.movedim(-1, 0)
