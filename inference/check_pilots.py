@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse, PotentialError
@@ -25,14 +26,13 @@ from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
+COSTS = ("network_rows", "potential_calls", "seconds")
+
 RUNS, RECENT = 4, 3
 """Runs of a pilot, and pilots (the largest) whose spreads are averaged: few runs show it badly."""
 
-FEW_DRAWS = 30
-"""ESS below which weights do not show their own tail."""
-
-CAP = 300.0
-"""Nats; more than this is "nothing was found", and ``exp`` would overflow."""
+FEW_DRAWS, CAP = 30, 300.0
+"""ESS below which weights do not show their own tail; nats beyond which ``exp`` would overflow."""
 
 
 def cost_of(rows: float = 0.0, calls: float = 0.0, seconds: float = 0.0) -> Tensor:
@@ -46,11 +46,7 @@ def within(cost: Tensor, limit: Tensor) -> bool:
 
 
 def evidence_error(variance: float, size: float) -> float:
-    """Return the root mean square error of a log-evidence by the log-normal law above.
-
-    :param variance: relative variance ``C`` of a particle.
-    :param size: particles of all runs.
-    """
+    """Return the root mean square error of a log-evidence by the law above."""
     v = math.log1p(variance / size)
     return math.sqrt(v + v * v / 4)
 
@@ -75,10 +71,10 @@ class Watched(SMC):
     @property
     def spent(self) -> Tensor:
         """What the run has cost so far."""
-        seconds = time.perf_counter() - self.started
-        if self.bound is None:
-            return cost_of(seconds=seconds)
-        return cost_of(self.bound.num_evaluations, self.method.num_calls(self.bound), seconds)
+        counted = (0, 0)
+        if self.bound is not None:
+            counted = (self.bound.num_evaluations, self.method.num_calls(self.bound))
+        return cost_of(*counted, time.perf_counter() - self.started)
 
     def _watch(self, done: int, total: int) -> None:
         spent = self.spent
@@ -90,46 +86,34 @@ class Watched(SMC):
 
 @dataclass(eq=False)
 class Candidate:
-    """A method with its pilots.
-
-    :param name: how reports call it.
-    :param method: the method.
-    :param status: what became of it, in a few words.
-    :param pilots: results of its pilots, smallest first.
-    :param each: what a particle costs; None if not known.
-    :param stopped: whether larger pilots are out of the question.
-    """
+    """A method with its pilots, smallest first."""
 
     name: str
     method: Method
+    each: Tensor = field(default_factory=cost_of)  # what a particle costs; zero if not known
     status: str = "not tried"
     pilots: list[ParticlePosterior] = field(default_factory=list)
-    each: Tensor | None = None
-    stopped: bool = False
+    stopped: bool = False  # larger pilots are out of the question
 
-    def pilot(
-        self, target: tuple[Any, ...], size: int, limit: Tensor, seed: int, **options: Any
-    ) -> Tensor:
-        """Run a pilot and return what it cost; if nothing comes of it, ``status`` says why.
-
-        :param target: target, potential, arguments, and keyword arguments.
-        :param size: particles per run.
-        :param limit: what it may cost.
-        :param seed: its seed.
-        :param options: of the runner.
-        :raises PotentialError: if a potential raises, or is no number.
-        """
+    def pilot(self, given: Any, size: int, limit: Tensor, seed: int, **options: Any) -> Tensor:
+        """Run a pilot and return what it cost; if nothing comes of it, ``status`` says why."""
+        target, args, kwargs = given
         options |= {"num_particles": size, "num_runs": RUNS, "method": self.method}
-        runner = Watched(*target[:2], limit=limit, **options)
+        runner = Watched(*target, limit=limit, **options)
         try:
-            self.pilots.append(runner.run(*target[2], seed=seed, **target[3]))
-            self.status, self.each = "tried", runner.spent / (RUNS * size)
+            self.pilots.append(runner.run(*args, seed=seed, **kwargs))
         except PotentialError:
             raise
         except (TooDear, CapabilityError, ParticleCollapse, ValueError) as error:
-            self.stopped = True
             why = "no pilot: too dear" if isinstance(error, TooDear) else f"refused: {error}"
-            self.status = self.status if self.pilots else why
+            self.stopped, self.status = True, self.status if self.pilots else why
+            return runner.spent
+        each = runner.spent / (RUNS * size)
+        # A larger pilot may cost more per particle (a longer ladder): then so does the next one.
+        growth = (
+            (each / self.each.clamp_min(1e-12)).clamp(1.0, 2.0) if len(self.pilots) > 1 else 1.0
+        )
+        self.status, self.each = "tried", each * growth
         return runner.spent
 
     @property
@@ -140,24 +124,63 @@ class Candidate:
     @property
     def size(self) -> int:
         """Particles of all runs of the largest pilot."""
-        return self.last.log_weights.numel()
-
-    @property
-    def independent(self) -> bool:
-        """Whether particles never met."""
-        return not bool(self.last.resampled.any())
+        return self.last.log_weights.numel() if self.pilots else 0
 
     @property
     def ess(self) -> float:
         """ESS at the end over all particles, each run weighted by its evidence."""
-        return pooled_ess(self.last)
+        if not bool(self.last.alive.any()):
+            return 0.0
+        weights = self.last.pooled_log_weights.exp()
+        return min(1.0, 1 / float(weights.square().sum() * self.size))
 
     @property
-    def shown(self) -> dict[str, Any]:
-        """What the largest pilot showed, as reports have it."""
-        last, alive = self.last, self.last.alive
+    def seen(self) -> float:
+        """Relative variance ``C`` of a particle as the pilots themselves show it."""
+        if not bool(self.last.alive.any()):
+            return math.inf
+        if not bool(self.last.resampled.any()):
+            return self._draw_variance
+        recent = self.pilots[-RECENT:]
+        runs = sum(p.num_particles * _run_variance(p) for p in recent) / len(recent)
+        # Few runs may agree by chance; their own weights then give a lower bound.
+        return max(runs, _step_variance(self.last))
+
+    @property
+    def _draw_variance(self) -> float:
+        """``n / ESS - 1`` of independent draws, or more where they are too few to show it."""
+        log_weights, ess = self.last.pooled_log_weights.flatten(), self.ess
+        if ess * self.size >= FEW_DRAWS:
+            return 1 / ess - 1
+        # Few draws miss the tail: they are taken to be log-normal, with the spread of the upper
+        # half, because no draw below the median matters.
+        finite = log_weights[log_weights > -math.inf]
+        above = 2 * float((finite - finite.median()).clamp_min(0).square().mean())
+        return max(1 / ess, math.exp(min(above, CAP)) * self.size / len(finite)) - 1
+
+    @property
+    def evidence_range(self) -> tuple[float, float]:
+        """Between what the log-evidence very likely lies, if runs show their own spread."""
+        found, three = self.last.pooled_log_evidence, 3 * evidence_error(self.seen, self.size)
+        # An unbiased estimate exceeds the truth 100 times once in 100 runs at most (Markov).
+        return found - min(three, math.log(100)), found + min(three, CAP)
+
+    def variance(self, floor: float) -> float:
+        """Return ``C``, so large that the law explains why less than ``floor`` was found."""
+        short = min(max(floor - self.evidence_range[1], 0.0), CAP)
+        return max(self.seen, self.size * math.expm1(2 * short))
+
+    def shown(self, floor: float, size: int) -> dict[str, Any]:
+        """Return what the pilots showed, and the error of a run of so many particles."""
+        last, alive, variance = self.last, self.last.alive, self.variance(floor)
         trace = (last.ess[alive] / last.num_particles).sum(0) / alive.sum().clamp_min(1)
+        spare = (RUNS - 1) * len(self.pilots[-RECENT:])
+        # So few runs show their variance up to the factor of a chi-square.
+        low, high = (spare / float(stats.chi2.ppf(q, spare)) for q in (0.95, 0.05))
         return {
+            "error": evidence_error(variance, size),
+            "error_low": evidence_error(variance * low, size),
+            "error_high": evidence_error(variance * high, size),
             "pilot_particles": self.size,
             "ess": self.ess,
             "ess_trace": tuple(trace.tolist()),
@@ -165,75 +188,22 @@ class Candidate:
             "log_evidence_error": evidence_error(self.seen, self.size),
         }
 
-    @property
-    def seen(self) -> float:
-        """Relative variance ``C`` of a particle as the pilots themselves show it."""
-        if not bool(self.last.alive.any()):
-            return math.inf
-        if self.independent:
-            return _draw_variance(self.last)
-        recent = self.pilots[-RECENT:]
-        runs = sum(p.num_particles * _run_variance(p) for p in recent) / len(recent)
-        # Few runs may agree by chance; their own weights then give a lower bound.
-        return max(runs, _step_variance(self.last))
-
-    @property
-    def evidence_range(self) -> tuple[float, float]:
-        """Between what the log-evidence very likely lies, if runs show their own spread."""
-        if math.isinf(self.seen):
-            return -math.inf, -math.inf
-        three = 3 * evidence_error(self.seen, self.size)
-        found = self.last.pooled_log_evidence
-        # An unbiased estimate exceeds the truth 100 times once in 100 runs at most (Markov).
-        return found - min(three, math.log(100)), found + three
-
-    def variance(self, floor: float) -> float:
-        """Return ``C``, at least so large that the law explains what it missed.
-
-        :param floor: lower bound of the log-evidence from all methods.
-        """
-        if math.isinf(self.seen):
-            return math.inf
-        short = min(max(floor - self.evidence_range[1], 0.0), CAP)
-        return max(self.seen, self.size * math.expm1(2 * short))
-
-
-def pooled_ess(posterior: ParticlePosterior) -> float:
-    """Return ESS over the particles of all runs, which are weighted by their evidence."""
-    if not bool(posterior.alive.any()):
-        return 0.0
-    weights = posterior.pooled_log_weights.exp()
-    return min(1.0, 1 / float(weights.square().sum() * weights.numel()))
-
-
-def _draw_variance(posterior: ParticlePosterior) -> float:
-    """Return ``n / ESS - 1`` of independent draws, or more where they are too few to show it."""
-    log_weights, ess = posterior.pooled_log_weights.flatten(), pooled_ess(posterior)
-    if ess * len(log_weights) >= FEW_DRAWS:
-        return 1 / ess - 1
-    # Few draws miss the tail: they are taken to be log-normal, with the spread of the upper half,
-    # because no draw below the median matters.
-    finite = log_weights[log_weights > -math.inf]
-    above = 2 * float((finite - finite.median()).clamp_min(0).square().mean())
-    return max(1 / ess, math.exp(min(above, CAP)) * len(log_weights) / len(finite)) - 1
-
 
 def _run_variance(posterior: ParticlePosterior) -> float:
     """Return the relative variance of one run's evidence, as runs show it."""
-    if not bool(posterior.alive.any()):
-        return 0.0  # a smaller pilot found nothing, which says nothing about the largest
     if bool(posterior.alive.all()):
         return math.expm1(min(float(posterior.log_evidence.var()), CAP))
+    if not bool(posterior.alive.any()):
+        return 0.0  # a small pilot that found nothing says nothing about a larger one
     return float((posterior.log_evidence - posterior.pooled_log_evidence).exp().var())
 
 
 def _step_variance(posterior: ParticlePosterior) -> float:
-    """Return the sum of ``N / ESS - 1`` where weights are used up: when resampled, and at the end.
+    """Return ``N / ESS - 1`` summed over where weights are used up: when resampled, and at the end.
 
     If particles forgot their past at every resampling this would be the variance of the evidence.
     """
     ends = posterior.resampled.clone()
     ends[:, -1] = True
-    ends, ess = ends[posterior.alive], posterior.ess[posterior.alive]
-    terms = torch.where(ends, posterior.num_particles / ess - 1, 0.0)
-    return max(0.0, float(terms.sum(-1).mean()))
+    terms = (posterior.num_particles / posterior.ess - 1) * ends
+    return float(terms[posterior.alive].sum(-1).mean())

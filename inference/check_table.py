@@ -3,131 +3,99 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
+from ppl_diffusion.inference.check_pilots import COSTS, Candidate
 
-from ppl_diffusion.inference.check_pilots import Candidate
+COARSE, COLLAPSED, SLOW, NOISE = 1.0, 0.1, 0.1, 0.01
+"""What warnings are about: a large error (nats), a low ESS (share), slow calls (s); nats below
+which log-evidences do not differ."""
 
-COSTS = ("network_rows", "potential_calls", "seconds")
-
-COARSE = 1.0
-"""Error of the log-evidence, in nats, from which on a budget is called small."""
-
-COLLAPSED = 0.1
-"""ESS, as a share of the particles, below which a pilot is said to have collapsed."""
-
-SLOW = 0.1
-"""Seconds per plain draw from which on a budget of calls or time is advised."""
-
-
-def warnings_of(tried: list[Candidate], best: Candidate, row: Mapping[str, Any]) -> list[str]:
-    """Return what a user should know, a sentence each.
-
-    :param tried: the methods that had pilots.
-    :param best: what is recommended.
-    :param row: its row.
-    """
-    found = [*_of_potential(tried), *_of_pilots(tried), *_of_best(best, row)]
-    return [text[0].upper() + text[1:] + "." for text in found]
+FORM = "{:<22}{:>6}{:>8}{:>16}{:>8}{:>8}{:>8}{:>11} {:>23}  {}"
+HEADS = (
+    "method",
+    "pilot",
+    "ESS",
+    "log evidence",
+    "rows",
+    "calls",
+    "ms",
+    "N x R",
+    "error",
+    "remark",
+)
+CAPTION = """\
+From small pilots, approximate. rows, calls, ms: per particle, as a rule at most (equal rows are
+paid once). error: predicted, of the log-evidence at the size N x R that the rest of the budget
+affords, in nats, with a 90 % interval."""
 
 
-def _of_potential(tried: list[Candidate]) -> Iterator[str]:
-    plain = next((c for c in tried if c.name == "importance-sampling"), None)
-    if plain is None:
-        return
-    log_g = plain.last.log_potential.flatten()
-    dead = float((log_g == -math.inf).double().mean())
-    if dead > 0.5:
-        yield f"the potential is -inf on {dead:.0%} of {len(log_g)} draws of the chain"
-    elif float(log_g.max() - log_g.min()) == 0:
-        yield f"the potential is the same on all {len(log_g)} draws of the chain"
-    each = plain.last.seconds / plain.last.num_potential_calls
-    if each > SLOW:
-        yield f"plain draws take {each:.2g} s per call; give num_potential_calls or seconds"
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the rows of a check as the lines of a table."""
+    cells = [[row["name"], *_numbers(row), row["status"]] for row in rows]
+    return [FORM.format(*line) for line in (HEADS, *cells)] + [CAPTION]
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    seen, cost, size, error = ["-"] * 3, ["-"] * 3, "-", "-"
+    if "num_particles" in row:
+        particles, runs = row["num_particles"], row["num_runs"]
+        scaled = zip(COSTS, (1, 1, 1e3), strict=True)
+        cost = [f"{row[name] * scale / (particles * runs):.3g}" for name, scale in scaled]
+        size = f"{particles} x {runs}"
+    if "error" in row:
+        found = f"{row['log_evidence']:.2f} ± {row['log_evidence_error']:.2g}"
+        seen = [str(row["pilot_particles"]), f"{row['ess']:.1%}", found]
+        error = "{error:.2g} ({error_low:.2g}..{error_high:.2g})".format(**row)
+    return [*seen, *cost, size, error]
+
+
+def warnings_of(tried: list[Candidate], best: Candidate, row: dict[str, Any]) -> list[str]:
+    """Return what a user should know of the pilots and of what is recommended."""
+    if tried and all(math.isinf(c.seen) for c in tried):
+        hint = "look ahead by what grades the way to G > 0, such as a Constraint"
+        return [f"Every pilot died: no particle had a positive weight; {hint}."]
+    plain = [c for c in tried if c.name == "importance-sampling"]
+    return [*_of_potential(plain), *_of_pilots(tried), *_of_best(best, row)]
+
+
+def _of_potential(plain: list[Candidate]) -> Iterator[str]:
+    for last in (candidate.last for candidate in plain):
+        log_g = last.log_potential.flatten()
+        dead = float((log_g == -math.inf).double().mean())
+        if dead > 0.5:
+            yield f"The potential is -inf on {dead:.0%} of {len(log_g)} draws of the chain."
+        elif float(log_g.max() - log_g.min()) == 0:
+            yield f"The potential is the same on all {len(log_g)} draws of the chain."
+        each = last.seconds / last.num_potential_calls
+        if each > SLOW:
+            yield f"Plain draws take {each:.2g} s per call; give num_potential_calls or seconds."
 
 
 def _of_pilots(tried: list[Candidate]) -> Iterator[str]:
-    alive = [c for c in tried if math.isfinite(c.seen)]
-    if tried and not alive:
-        yield (
-            "every pilot died; a look-ahead that grades the way to G > 0, such as that of a "
-            "Constraint, would help"
-        )
-        return
     for candidate in tried:
-        last = candidate.last
-        died = int((~last.alive).sum())
+        died = int((~candidate.last.alive).sum())
         if died:
-            yield f"the pilot of {candidate.name} died in {died} of {last.num_runs} runs"
-        elif not candidate.independent and candidate.ess < COLLAPSED:
-            yield f"the pilot of {candidate.name} collapsed to an ESS of {candidate.ess:.1%}"
+            yield f"The pilot of {candidate.name} died in {died} of {candidate.last.num_runs} runs."
+        elif candidate.ess < COLLAPSED:
+            yield f"The pilot of {candidate.name} collapsed to an ESS of {candidate.ess:.1%}."
     # Estimates fall short much more often than they overshoot: the largest is to be trusted.
-    top = max(alive, key=lambda c: c.evidence_range[0], default=None)
-    short = [c.name for c in alive if top and c.evidence_range[1] < top.evidence_range[0]]
-    if top and short:
-        yield (
-            f"pilots disagree beyond their errors: {top.name} finds a log-evidence of "
-            f"{top.last.pooled_log_evidence:.1f}, {', '.join(short)} less; trust the former"
-        )
+    top = max(tried, key=lambda c: c.evidence_range[0], default=None)
+    least = -math.inf if top is None else top.evidence_range[0] - NOISE
+    short = [c.name for c in tried if c.evidence_range[1] < least]
+    if top is not None and short:
+        found = f"{top.name} finds a log-evidence of {top.last.pooled_log_evidence:.1f}"
+        yield f"Pilots disagree: {found}, {', '.join(short)} less; trust the former."
 
 
-def _of_best(best: Candidate, row: Mapping[str, Any]) -> Iterator[str]:
-    size = row["num_particles"] * row["num_runs"]
+def _of_best(best: Candidate, row: dict[str, Any]) -> Iterator[str]:
+    if row["num_particles"] == 1:
+        yield "Nothing can be said about a target from one weighted draw; give a larger budget."
+    elif row["num_runs"] == 1:
+        yield "One run is all there is, and does not show its own spread."
     if not best.pilots:
-        if size == 1:
-            yield "nothing can be said about a target from one weighted draw; give a larger budget"
-        yield "the budget is too small for pilots: costs are upper bounds, and nothing was tried"
-        return
-    if row["num_runs"] == 1:
-        yield "one run is all there is, and does not show its own spread"
-    if COARSE < row["error"] < math.inf:
-        yield (
-            f"the budget is small for this target: the predicted error of the log-evidence is "
-            f"{row['error']:.2g} nats; take more, or a milder potential"
-        )
-
-
-def tables(
-    rows: list[dict[str, Any]], use: str, spent: Mapping[str, float], warnings: list[str]
-) -> Group:
-    """Return what a check prints.
-
-    :param rows: see :class:`~ppl_diffusion.inference.Check`.
-    :param use: what is recommended, and why.
-    :param spent: cost of the pilots.
-    :param warnings: what to know before trusting it.
-    """
-    made = Table(
-        title="Dry run: what the rest of the budget affords and is predicted to give",
-        caption=(
-            "From small pilots, approximate. rows, calls, ms: per particle, at most as a rule "
-            "(equal rows are paid once).\nerror: of the log-evidence at N x R in nats, with a "
-            "90 % interval."
-        ),
-        title_justify="left",
-        caption_justify="left",
-    )
-    made.add_column("method", no_wrap=True)
-    for head in ("pilot", "ESS", "log evidence", "rows", "calls", "ms", "N x R", "error"):
-        made.add_column(head, justify="right", no_wrap=True)
-    made.add_column("remark")
-    for row in rows:
-        style = "bold" if row["status"] == "recommended" else None
-        made.add_row(row["name"], *_numbers(row), row["status"], style=style)
-    took = (f"{spent[name]:,.3g} {name.replace('_', ' ')}" for name in COSTS)
-    return Group(made, use, f"Pilots took {', '.join(took)}.", *(f"Warning: {w}" for w in warnings))
-
-
-def _numbers(row: Mapping[str, Any]) -> Iterator[str]:
-    known, size = "error" in row, row.get("num_particles", 0) * row.get("num_runs", 0)
-    yield str(row["pilot_particles"]) if known else "-"
-    yield f"{row['ess']:.1%}" if known else "-"
-    yield f"{row['log_evidence']:.2f} ± {row['log_evidence_error']:.2g}" if known else "-"
-    for name, scale in zip(COSTS, (1, 1, 1e3), strict=True):
-        yield f"{row[name] * scale / size:.3g}" if size else "-"
-    yield f"{row['num_particles']} x {row['num_runs']}" if size else "-"
-    low_high = f" ({row['error_low']:.2g}..{row['error_high']:.2g})" if known else ""
-    yield f"{row['error']:.2g}{low_high}" if known else "-"
+        yield "The budget is too small for pilots: costs are upper bounds, and nothing was tried."
+    elif row["error"] > COARSE:
+        error = f"the predicted error of the log-evidence is {row['error']:.2g} nats"
+        yield f"The budget is small for this target: {error}; take more, or a milder potential."
