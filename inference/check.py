@@ -1,10 +1,8 @@
 """A dry run: which method to use for a budget, how large, what it costs, and how good it will be.
 
-Steering is not always worth its price. Weighing asks the potential once per draw and is all that is
-needed where many draws of the chain do well; look-ahead pays where few do. Which of these a problem
-is shows in small pilots. Every method of the registry that is exact and does not refuse the target
-gets some, each twice as large as the last, as far as a share of the budget goes. Recommended is the
-one with the smallest error of the log-evidence predicted for what is left.
+Weighing plain draws is all that is needed where many of them do well; look-ahead pays where few do.
+Which of these a problem is shows in small pilots. Every method of the registry that is exact and
+does not refuse the target gets some, each twice as large as the last, within a share of the budget.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ CHEAP_FIRST = (PLAIN, "steering-strided", "smc", "twisted")
 
 PATIENCE, LEAST_PARTICLES, FEW = 120.0, 8, 4
 """Seconds that pilots may take, whatever the budget; particles that a run of several has at least;
-draws below which weights mean nothing."""
+particles of a first pilot, and draws below which weights mean nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +105,6 @@ def check(
     seconds: float | None = None,
     num_runs: int = 4,
     pilot_share: float = 0.2,
-    pilot_particles: int = 4,
     max_particles: int = 4096,
     candidates: Mapping[str, Method] | None = None,
     seed: int | None = None,
@@ -122,11 +119,8 @@ def check(
     :param num_evaluations: network rows that pilots and run together may take; None for any number.
     :param num_potential_calls: sequences the potential may be asked about; None for any number.
     :param seconds: wall time; None for any. Times are those of a machine as busy as this one.
-    :param num_runs: runs of the recommended program: several, so that its error shows; fewer where
-        a run would have less than 8 particles.
-    :param pilot_share: share of every budget that goes into pilots: half of it to find the best
-        method, half to make sure of it.
-    :param pilot_particles: particles per run of the first pilots.
+    :param num_runs: runs of the recommended program; fewer where one would have under 8 particles.
+    :param pilot_share: share of every budget for pilots: half to find the best, half to be sure.
     :param max_particles: largest recommended number of particles over all runs.
     :param candidates: methods to try besides those of the registry, by name, such as
         ``{"gradient": TwistedSampler(twist="argmax", proposal=GradientProposal(soft))}``.
@@ -144,19 +138,20 @@ def check(
     """
     budget: dict[str, float | None] = {"num_evaluations": num_evaluations}
     budget |= {"num_potential_calls": num_potential_calls, "seconds": seconds}
-    sizes = {"num_runs": (num_runs, 1), "pilot_particles": (pilot_particles, 2)}
-    _require_numbers(budget, **sizes, max_particles=(max_particles, 1))
+    _require_numbers(budget, num_runs=num_runs, max_particles=max_particles)
     if not 0 < pilot_share <= 0.5:
         raise ValueError(f"check: pilot_share must lie in (0, 0.5], got {pilot_share}.")
     given = ((target, potential), tuple(args), dict(kwargs or {}))
     source = SMC(target, potential, **options)._source(*given[1:])  # may refuse it
     known = _candidates(source, isinstance(target, Composition), candidates or {})
     limit = cost_of(*(math.inf if value is None else value for value in budget.values()))
+    # Programs that read whole paths are refused without them; others need not pay for them.
+    whole = isinstance(source, ProgramSource) and bool(source.program.reads)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    search = _Search(known, given, options, limit, pilot_share, num_runs, max_particles, seed)
+    pilots = {"given": given, "store_path": whole, **options}
+    search = _Search(known, pilots, limit, pilot_share, num_runs, max_particles, seed)
     search.spent = cost_of(calls=source.num_calls)  # what the reading of a program took
-    search.store_path = isinstance(source, ProgramSource) and bool(source.program.reads)
-    best, reason = search.run(pilot_particles, _plain_cost(source))
+    best, reason = search.run(_plain_cost(source))
     rows = [search.row(candidate, best) for candidate in search.candidates]
     row = search.row(best, best)
     size = {name: row[name] for name in ("num_particles", "num_runs")}
@@ -171,15 +166,15 @@ def check(
     )
 
 
-def _require_numbers(budget: dict[str, float | None], **least: tuple[int, int]) -> None:
+def _require_numbers(budget: dict[str, float | None], **sizes: int) -> None:
     if all(value is None for value in budget.values()):
         raise ValueError(f"check: nothing limits the run; give {', '.join(budget)}, or several.")
     for name, value in budget.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"check: {name} must be positive and finite, got {value}.")
-    for name, (number, lowest) in least.items():
-        if number < lowest:
-            raise ValueError(f"check: {name} must be >= {lowest}, got {number}.")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"check: {name} must be >= 1, got {size}.")
 
 
 def _candidates(source: Source, composed: bool, extra: Mapping[str, Method]) -> list[Candidate]:
@@ -212,10 +207,9 @@ def _plain_cost(source: Source) -> Tensor:
 
 @dataclass
 class _Search:
-    """One dry run: candidates, target with its arguments, runner's options, budget, and sizes."""
+    """One dry run: candidates, what pilots are given, the budget, and sizes."""
 
     candidates: list[Candidate]
-    given: tuple[Any, ...]
     options: dict[str, Any]
     limit: Tensor
     share: float
@@ -223,7 +217,6 @@ class _Search:
     max_particles: int
     seed: int
     spent: Tensor = field(default_factory=cost_of)
-    store_path: bool = False  # for programs that read whole paths
 
     @property
     def tried(self) -> list[Candidate]:
@@ -234,29 +227,28 @@ class _Search:
         most = cost_of(math.inf, math.inf, PATIENCE)
         return torch.minimum(self.limit * self.share, most) * part
 
-    def run(self, size: int, plain: Tensor) -> tuple[Candidate, str]:
+    def run(self, plain: Tensor) -> tuple[Candidate, str]:
         """Spend the pilots' share; return what is recommended, and why."""
-        if within(self.spent + plain * RUNS * size, self._end(1.0)):
+        if within(self.spent + plain * RUNS * FEW, self._end(1.0)):
             for number, candidate in enumerate(self.candidates):
-                self._try(candidate, size, len(self.candidates) - number)
+                self._try(candidate, len(self.candidates) - number)
         if not self.tried:
             return self._untried(plain)
-        best = self._best()
-        while self._grow(best, self._end(1.0)):  # its cost is what must be right
-            best = self._best()
-        return best, self._reason(best)
+        while self._grow(self._best()[0], self._end(1.0)):  # its cost is what must be right
+            pass
+        return self._best()
 
-    def _try(self, candidate: Candidate, size: int, waiting: int) -> None:
+    def _try(self, candidate: Candidate, waiting: int) -> None:
         """Give a method an equal part of what is left, or what plain draws took if that is more."""
         tried, left = self.tried, self._end(0.5) - self.spent
         limit = part = left / waiting
         if len(tried) < 2:  # nothing is learned from a single method
             limit = self._end(1.0) - self.spent
-        elif within(first := tried[0].each * RUNS * size, left):
+        elif within(first := tried[0].each * RUNS * FEW, left):
             limit = torch.maximum(part, first)
         candidate.status, end = "no pilot: too dear", self.spent + part
         if bool((limit > 0).all()):
-            self._pilot(candidate, size, limit)
+            self._pilot(candidate, FEW, limit)
             while self._grow(candidate, end):
                 pass
 
@@ -270,9 +262,8 @@ class _Search:
         return not candidate.stopped
 
     def _pilot(self, candidate: Candidate, size: int, limit: Tensor) -> None:
-        seed, options = self.seed + len(candidate.pilots), {"store_path": self.store_path}
-        cost = candidate.pilot(self.given, size, limit, seed, **options | self.options)
-        self.spent = self.spent + cost
+        seed = self.seed + len(candidate.pilots)
+        self.spent = self.spent + candidate.pilot(size, limit, seed, **self.options)
 
     @property
     def _floor(self) -> float:
@@ -289,21 +280,19 @@ class _Search:
     def _error(self, candidate: Candidate) -> float:
         return evidence_error(candidate.variance(self._floor), math.prod(self._shape(candidate)))
 
-    @property
-    def _plain_is_enough(self) -> bool:
-        """Whether at least half of plain draws count; then nothing needs the cleverer ones."""
-        return self.tried[0].name == PLAIN and self.tried[0].variance(self._floor) <= 1
-
-    def _best(self) -> Candidate:
-        return self.tried[0] if self._plain_is_enough else min(self.tried, key=self._error)
-
-    def _reason(self, best: Candidate) -> str:
-        if all(math.isinf(c.seen) for c in self.tried):
-            return "every pilot of every method died, so that nothing speaks for any of them"
-        if self._plain_is_enough:
-            return f"steering is not needed: the ESS of plain draws is {best.ess:.0%} of them"
+    def _best(self) -> tuple[Candidate, str]:
+        """Return what is recommended, and why."""
+        first, best = self.tried[0], min(self.tried, key=self._error)
+        # Where at least half of plain draws count, nothing needs the cleverer ones.
+        if first.name == PLAIN and first.variance(self._floor) <= 1:
+            return (
+                first,
+                f"steering is not needed: the ESS of plain draws is {first.ess:.0%} of them",
+            )
+        if math.isinf(best.seen):
+            return best, "every pilot of every method died, so that nothing speaks for any of them"
         error = f"about {self._error(best):.2g} nats at this size"
-        return f"in pilots it tended to have the smallest error for its cost, {error}"
+        return best, f"in pilots it tended to have the smallest error for its cost, {error}"
 
     def _untried(self, plain: Tensor) -> tuple[Candidate, str]:
         """Recommend plain draws, or their best, by what they cost at most."""

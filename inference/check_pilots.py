@@ -71,10 +71,10 @@ class Watched(SMC):
     @property
     def spent(self) -> Tensor:
         """What the run has cost so far."""
-        counted = (0, 0)
-        if self.bound is not None:
-            counted = (self.bound.num_evaluations, self.method.num_calls(self.bound))
-        return cost_of(*counted, time.perf_counter() - self.started)
+        bound, seconds = self.bound, time.perf_counter() - self.started
+        if bound is None:
+            return cost_of(seconds=seconds)
+        return cost_of(bound.num_evaluations, self.method.num_calls(bound), seconds)
 
     def _watch(self, done: int, total: int) -> None:
         spent = self.spent
@@ -95,7 +95,7 @@ class Candidate:
     pilots: list[ParticlePosterior] = field(default_factory=list)
     stopped: bool = False  # larger pilots are out of the question
 
-    def pilot(self, given: Any, size: int, limit: Tensor, seed: int, **options: Any) -> Tensor:
+    def pilot(self, size: int, limit: Tensor, seed: int, given: Any, **options: Any) -> Tensor:
         """Run a pilot and return what it cost; if nothing comes of it, ``status`` says why."""
         target, args, kwargs = given
         options |= {"num_particles": size, "num_runs": RUNS, "method": self.method}
