@@ -132,7 +132,7 @@ class DiffusionProgram(ABC):
                 f"{self.name}: a {type(self.denoiser).__name__} has no method `to`; build it with "
                 f"tensors on {device} instead."
             )
-        self.denoiser = self.denoiser.to(device)
+        self.denoiser.to(device)
         return self
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
@@ -191,6 +191,7 @@ class DiffusionProgram(ABC):
 
     def around(self, kernel: Kernel, *, prompt: Tensor | None = None) -> ReverseChain:
         """Return the chain of any kernel around :attr:`process` and :attr:`denoiser`."""
+        prompt = None if prompt is None else torch.as_tensor(prompt, device=self.device)
         known: dict[str, Any] = {"given": self.given} if self.given else {}
         return ReverseChain(kernel, self.length, prompt=prompt, **known)
 
@@ -314,7 +315,7 @@ class DiffusionProgram(ABC):
         given: Mapping[str, Tensor],
     ) -> Tensor:
         t = times[:, None]
-        u = drawn_uniforms((2, *x0.shape), x0.device, generator)
+        u = uniforms((2, *x0.shape), generator=generator, device=x0.device)
         z = self.process.corrupt(x0, self.process.schedule.alpha(t), u[0], u[1])
         return self._bound_at(x0, z, t, given).sum(-1)
 
@@ -402,19 +403,12 @@ def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) 
     return _stratified(order.to(rows.device), len(rows), generator)
 
 
-def drawn_uniforms(
-    shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw float64 uniforms where the generator is, and bring them to a device."""
-    return uniforms(shape, generator=generator, device=_source(device, generator)).to(device)
-
-
 def _source(device: torch.device, generator: torch.Generator | None) -> torch.device:
     return device if generator is None else generator.device
 
 
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    jitter = drawn_uniforms(strata.shape, strata.device, generator)
+    jitter = uniforms(strata.shape, generator=generator, device=strata.device)
     return ((strata + jitter) / count).clamp(_TIME_MARGIN, 1.0 - _TIME_MARGIN)
 
 
