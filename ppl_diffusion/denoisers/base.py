@@ -1,7 +1,7 @@
 """What a denoiser is: a predictor of clean tokens from a noised sequence."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -38,7 +38,8 @@ class Denoiser(Protocol):
     kind: Kind
     time_free: bool
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
+    # With Any, a denoiser without conditions need not take them to be one.
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, *args: Any, **given: Any) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``; the mask has id ``V``.

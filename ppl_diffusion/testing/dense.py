@@ -8,6 +8,8 @@ Psi-posterior is ``kappa`` times that plus ``(1 - kappa)`` times denoise-and-ren
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,11 @@ def posterior_as_cavity(process: Process, z: Tensor, g: Tensor, a: float) -> Ten
 
 
 def state_matrix(
-    kernel: InterpolatingKernel, k: int, length: int, prompt: Tensor | None = None
+    kernel: InterpolatingKernel,
+    k: int,
+    length: int,
+    prompt: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return step ``k`` of a kernel as a matrix over all states, float64 ``(S ** L, S ** L)``.
 
@@ -106,10 +112,12 @@ def state_matrix(
     :param k: step index.
     :param length: number ``L`` of sites.
     :param prompt: int64 ``(L,)``, fixed tokens, -1 where free.
+    :param given: conditions of the denoiser, without batch dimensions.
     """
     process, states = kernel.process, all_states(kernel.process.num_states, length)
     a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
-    c = kernel.denoiser(states, float(kernel.times[k])).to(torch.float64).exp()
+    known = kernel.expand_given(given, states.shape[:-1])
+    c = kernel.denoiser(states, float(kernel.times[k]), **known).to(torch.float64).exp()
     if kernel.denoiser.kind == "posterior" and not process.absorbing:
         c = posterior_as_cavity(process, states, c, a)
     kappa = torch.from_numpy(kernel.kappa[k, ..., None])
