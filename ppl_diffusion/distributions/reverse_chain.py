@@ -10,6 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl_diffusion._errors import IntractableLogProb
 from ppl_diffusion.distributions._memo import declares_gradient, recall, remember
 from ppl_diffusion.distributions._shapes import check_expand, check_value, enumerated
 from ppl_diffusion.distributions.marginal import ChainMarginal
@@ -142,18 +143,20 @@ class ReverseChain(TorchDistribution):
     ) -> SampledPath:
         kernel, hidden = self.kernel, False
         carry = self.start(shape, generator)
-        log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
+        log_p: Tensor | None = None
+        if kernel.has_path_density:
+            log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
         states = [carry["tokens"]]
         for k in range(kernel.num_steps):
             with torch.set_grad_enabled(probe):
                 step = kernel.step(carry, k, fixed=self.fixed)
-            tokens = step.sample(generator=generator)
-            increment = step.log_prob(tokens)
+            value = step.sample(generator=generator)
+            if log_p is not None:
+                log_p = log_p + step.log_prob(value).detach()
             hidden = hidden or (probe and getattr(step, "wants_gradient", False))
             probe = probe and not kernel.asks_denoiser(carry, k)
-            log_p = log_p + increment.detach()
-            carry = kernel.advance(carry, tokens, k, step=step)
-            states.append(tokens)
+            carry = kernel.advance(carry, value, k, step=step)
+            states.append(carry["tokens"])
         return SampledPath(torch.stack(states, -2), log_p, hidden)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -161,6 +164,7 @@ class ReverseChain(TorchDistribution):
 
         :param value: int64 ``(*sample, *batch, T + 1, L)``.
         :returns: float64, the broadcast batch shape; ``-inf`` for impossible paths.
+        :raises IntractableLogProb: if the kernel has no density, or draws more than tokens.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -180,6 +184,11 @@ class ReverseChain(TorchDistribution):
         whole = self.kernel.path_log_prob(path, **self._known)
         if whole is not None:
             return whole
+        if not self.kernel.has_path_density:
+            raise IntractableLogProb(
+                f"log_prob: the density of a path of {type(self.kernel).__name__} is an integral "
+                "over what its steps draw beside the tokens; use run_smc, which needs none."
+            )
         states = path.unbind(-2)
         log_p = self.kernel.prior_log_prob(states[0], self.prompt)
         carry = self.kernel.start_carry(states[0], given=self.given)

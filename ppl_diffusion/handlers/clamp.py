@@ -14,7 +14,6 @@ from ppl_diffusion.distributions.reveal_step import RevealStep
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
-from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.smc.feynman_kac import Carry
 
 
@@ -113,10 +112,10 @@ class ClampedChain(ProposedChain):
     """
 
     def __init__(self, chain: ReverseChain, clamp: ClampProposal) -> None:
-        if chain.kernel.capability == SAMPLE_ONLY:
+        if not chain.kernel.has_path_density:
             raise CapabilityError(
                 f"clamp: forced tokens need a kernel with a density, {type(chain.kernel).__name__} "
-                f"is {SAMPLE_ONLY}; condition by a potential that is -inf elsewhere."
+                f"is {chain.kernel.claim}; condition by a potential that is -inf elsewhere."
             )
         if clamp.mask.shape[-1] != chain.length:
             raise ValueError(

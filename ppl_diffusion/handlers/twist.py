@@ -17,7 +17,6 @@ from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.handlers._site import ProposedChain, SiteMessenger
 from ppl_diffusion.handlers.clamp import ClampedChain, ClampProposal
 from ppl_diffusion.handlers.steer import SteeredChain, Steering
-from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.kernels.mixture import log_posterior_mean
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import Carry, FeynmanKac, Proposal
@@ -169,10 +168,10 @@ class TwistedChain(ProposedChain):
     def __init__(
         self, chain: ReverseChain, twist: Proposal, clamp: ClampProposal | None = None
     ) -> None:
-        if chain.kernel.capability == SAMPLE_ONLY:
+        if not chain.kernel.has_path_density:
             raise CapabilityError(
                 f"twist: a proposal needs a kernel with a density, {type(chain.kernel).__name__} "
-                f"is {SAMPLE_ONLY}; use steer, which needs samples alone."
+                f"is {chain.kernel.claim}; use steer, which needs samples alone."
             )
         self.twist, self.clamp = twist, clamp
         super().__init__(chain)

@@ -13,7 +13,7 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
-from ppl_diffusion.kernels.base import GIVEN, SAMPLE_ONLY, Carry
+from ppl_diffusion.kernels.base import GIVEN, Carry
 
 
 class Unroll(Reparam):
@@ -30,10 +30,10 @@ class Unroll(Reparam):
         if not isinstance(chain, ReverseChain):
             kind = type(chain).__name__
             raise ValueError(f"unroll: site {name!r} is a {kind}, not a ReverseChain.")
-        if chain.kernel.capability == SAMPLE_ONLY:
+        if not chain.kernel.has_path_density:
             raise CapabilityError(
-                f"unroll: the steps of {type(chain.kernel).__name__} ({SAMPLE_ONLY}) have no "
-                "density given the tokens; use a kernel that has one."
+                f"unroll: the steps of {type(chain.kernel).__name__} ({chain.kernel.claim}) have "
+                "no density given the tokens; use a kernel that has one."
             )
         given = None if msg["value"] is None else msg["value"].unbind(-2)
         kernel, fixed = chain.kernel, chain.fixed

@@ -3,7 +3,9 @@
 from ppl_diffusion.kernels.base import FACTORISED as FACTORISED
 from ppl_diffusion.kernels.base import ORDERED as ORDERED
 from ppl_diffusion.kernels.base import SAMPLE_ONLY as SAMPLE_ONLY
+from ppl_diffusion.kernels.base import BlockSpec as BlockSpec
 from ppl_diffusion.kernels.base import Kernel as Kernel
+from ppl_diffusion.kernels.base import tokens_of as tokens_of
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
 from ppl_diffusion.kernels.confidence import ConfidenceKernel as ConfidenceKernel

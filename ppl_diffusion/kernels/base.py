@@ -154,6 +154,13 @@ class Kernel(ABC):
         return self.capability != SAMPLE_ONLY and not self.blocks
 
     @property
+    def claim(self) -> str:
+        """The capability and the blocks, for messages."""
+        return (
+            f"{self.capability} with {', '.join(self.blocks)}" if self.blocks else self.capability
+        )
+
+    @property
     def conditions(self) -> Mapping[str, int]:
         """What the law depends on besides the states: names, and their numbers of event dims."""
         return getattr(self.denoiser, "conditions", {})
@@ -219,7 +226,7 @@ class Kernel(ABC):
         :param batch_shape: the batch shape.
         """
         return {
-            name: value.expand(*batch_shape, *value.shape[value.ndim - self.conditions[name] :])
+            name: value.expand((*batch_shape, *value.shape[value.ndim - self.conditions[name] :]))
             for name, value in (given or {}).items()
         }
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion._rows import distinct_rows
-from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel
+from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel, Value
 from ppl_diffusion.kernels.processes import whole_number
 
 if TYPE_CHECKING:
@@ -153,17 +153,13 @@ class ClassifierKernel(Kernel):
         return self.kernel.start_carry(tokens, generator, given=given)
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
         """Return the carry after the move of step ``k``.
 
-        :param carry: the current carry.
-        :param tokens: the sampled states, int64 ``(*batch, L)``.
-        :param k: step index.
-        :param step: the step that was taken; it is not the guided kernel's own, which makes its
-            own where it needs one.
+        The step that was taken is not the guided kernel's own, which makes one where it needs it.
         """
-        return self.kernel.advance(carry, tokens, k)
+        return self.kernel.advance(carry, value, k)
 
     def cavity_log_probs(self, carry: Carry, k: int) -> Tensor:
         """Return the prediction of the clean tokens, without the tilt."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.kernels.base import Carry, time_grid
+from ppl_diffusion.kernels.base import Carry, Value, time_grid, tokens_of
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.kappa_rules import rescaled
 from ppl_diffusion.kernels.processes import Process
@@ -105,17 +105,17 @@ class ConfidenceKernel(InterpolatingKernel):
         return 1 - share * torch.as_tensor(1 - self.kappa[k])
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
         """Return the carry after the move of step ``k``, with the confidences of new tokens.
 
         :param carry: the current carry.
-        :param tokens: the sampled states, int64 ``(*batch, L)``.
+        :param value: the sampled states, int64 ``(*batch, L)``.
         :param k: step index.
         :param step: this kernel's step that was taken; without it the denoiser is asked again
             (except after the last step, when nobody reads the confidences).
         """
-        mask = self.process.vocab_size
+        tokens, mask = tokens_of(value), self.process.vocab_size
         decoded = (carry["tokens"] == mask) & (tokens != mask)
         kept = torch.where(tokens == mask, torch.inf, carry[CONFIDENCE])
         if k == self.num_steps - 1:

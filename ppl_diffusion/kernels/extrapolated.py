@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
-from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.base import Carry, Value, tokens_of
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 
 if TYPE_CHECKING:
@@ -72,9 +72,10 @@ class ExtrapolatedKernel(InterpolatingKernel):
         return moved
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
         """Return the carry after the move, with the prediction that step ``k`` was made from."""
+        tokens = tokens_of(value)
         if not self._moves(k):
             return {**carry, "tokens": tokens}
         taken = self.step(carry, k) if step is None else step

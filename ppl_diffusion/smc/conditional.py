@@ -26,7 +26,6 @@ from ppl_diffusion._arrays import Array, array_namespace
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.distributions.token_step import TokenStep
-from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,
@@ -364,10 +363,10 @@ def _require(fine: Tensor, what: str) -> None:
 
 def _check_paths(model: FeynmanKac, retained: Tensor) -> Tensor:
     chain = model.chain
-    if chain.kernel.capability == SAMPLE_ONLY:
+    if not chain.kernel.has_path_density:
         raise CapabilityError(
             f"conditional SMC holds a path that is scored step by step, but this kernel is "
-            f"{SAMPLE_ONLY}; use a kernel with a density."
+            f"{chain.kernel.claim}; use a kernel with a density."
         )
     expected = (*chain.batch_shape, *chain.event_shape)
     if tuple(retained.shape[1:]) != expected or not len(retained):
