@@ -32,6 +32,7 @@ class Denoiser(Protocol):
 
     A denoiser may have a method ``parameters()``, as every ``torch.nn.Module`` has: the tensors its
     output depends on, whose gradients and in-place updates then invalidate what was remembered.
+    Chains begin where the first of them lives; a method ``to(device)`` moves them in place.
     """
 
     vocab_size: int
@@ -58,11 +59,12 @@ def conditions_of(denoiser: Denoiser) -> Mapping[str, int]:
 
 
 def forward_parameters(wrapper: Denoiser, denoiser: Denoiser) -> None:
-    """Give a wrapper the ``parameters()`` of what it wraps, if that has any.
+    """Give a wrapper the ``parameters()`` and ``to()`` of what it wraps, if that has them.
 
     :param wrapper: the wrapper, changed in place.
     :param denoiser: the wrapped denoiser.
     """
-    parameters = getattr(denoiser, "parameters", None)
-    if parameters is not None:  # its absence says something too: unknown is not "none"
-        vars(wrapper)["parameters"] = parameters
+    for name in ("parameters", "to"):
+        found = getattr(denoiser, name, None)
+        if found is not None:  # its absence says something too: unknown is not "none"
+            vars(wrapper)[name] = found

@@ -20,7 +20,7 @@ from torch import Tensor
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, conditions_of, forward_parameters
 from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
-from ppl_diffusion.kernels.base import clean_log_probs, require_rows
+from ppl_diffusion.kernels.base import clean_log_probs, move, require_rows
 from ppl_diffusion.kernels.classifier_free import guided_log_probs
 
 
@@ -171,6 +171,14 @@ class Paired:
         for layer in peel(self._parts[which])[1]:
             log_probs = layer.filter_output(log_probs, log_probs.shape[:-1])
         return log_probs
+
+    def to(self, device: torch.device | str) -> None:
+        """Move both parts, in place.
+
+        :param device: where to.
+        """
+        for part in self._parts:
+            move(part, device)
 
     def _all_parameters(self) -> list[Tensor]:
         return [*self.conditional.parameters(), *self.unconditional.parameters()]  # type: ignore[attr-defined]

@@ -163,7 +163,7 @@ class EvaluatedDenoiser:
         if self._memory is None or not (self.time_free or self._memory[0] == t):
             return None
         table = self._memory[1]
-        if table.rows.shape[-1] != key.shape[-1]:
+        if table.rows.shape[-1] != key.shape[-1] or table.rows.device != key.device:
             return None
         index = table.find(key)
         return (index, table.values) if bool((index >= 0).any()) else None

@@ -81,7 +81,8 @@ class JointDenoiser:
             raise ValueError(
                 f"this denoiser is for {self.length} positions, got {tokens.shape[-1]}."
             )
-        log_c = torch.full((*tokens.shape, self.vocab_size), -torch.inf, dtype=torch.float64)
+        shape, device = (*tokens.shape, self.vocab_size), tokens.device
+        log_c = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
         for denoiser, positions in self._groups:
             own, size = self._own(tokens[..., positions], denoiser), denoiser.vocab_size
             rows = without_mask(denoiser(own, _per_part(t, own)), own.shape, size)
@@ -111,7 +112,7 @@ def _groups(parts: Sequence[tuple[Denoiser, int]]) -> list[_Group]:
     start = 0
     for denoiser, length in parts:
         _, places = found.setdefault((id(denoiser), length), (denoiser, []))
-        places.append(torch.arange(start, start + length))
+        places.append(torch.arange(start, start + length, device="cpu"))
         start += length
     return [_Group(EvaluatedDenoiser(d), torch.stack(places)) for d, places in found.values()]
 

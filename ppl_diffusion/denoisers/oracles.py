@@ -6,6 +6,7 @@ and only if it is given the cavity), ``kind="posterior"`` keeps it in.
 """
 
 from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class TableDenoiser:
     """
 
     def __init__(self, joint: Tensor, process: Process, *, kind: Kind = "cavity") -> None:
-        joint = torch.as_tensor(joint, dtype=torch.float64)
+        joint = _float64(joint)
         if joint.ndim < 1 or set(joint.shape) != {process.vocab_size}:
             raise ValueError(
                 f"joint must have shape (V,) * L with V = {process.vocab_size}, "
@@ -37,7 +38,8 @@ class TableDenoiser:
         self.process, self.kind, self.vocab_size = process, kind, process.vocab_size
         self.time_free = process.absorbing
         self.joint = joint / joint.sum()
-        grid = torch.cartesian_prod(*[torch.arange(self.vocab_size)] * joint.ndim)
+        every = torch.arange(self.vocab_size, device=joint.device)
+        grid = torch.cartesian_prod(*[every] * joint.ndim)
         self._sequences = grid.reshape(-1, joint.ndim)
 
     @property
@@ -63,6 +65,14 @@ class TableDenoiser:
     def parameters(self) -> Iterator[Tensor]:
         """Yield the table, which is all the output depends on."""
         yield self.joint
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the table, in place.
+
+        :param device: where to.
+        """
+        self.joint, self._sequences = self.joint.to(device), self._sequences.to(device)
+        return self
 
     def _site_weights(self, evidence: Tensor, site: int) -> Tensor:
         """Return ``sum_x p(x) 1[x_site = v] prod_{l != site} q(z_l | x_l)``, ``(*batch, V)``."""
@@ -116,6 +126,14 @@ class MarkovDenoiser:
         """Yield the two arrays that are all the output depends on."""
         yield from (self.initial, self.transition)
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the two arrays, in place.
+
+        :param device: where to.
+        """
+        self.initial, self.transition = self.initial.to(device), self.transition.to(device)
+        return self
+
     def sample(
         self, shape: tuple[int, ...], length: int, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -163,12 +181,18 @@ def _check_length(tokens: Tensor, length: int) -> None:
 
 
 def _stochastic(values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    values = torch.as_tensor(values, dtype=torch.float64)
+    values = _float64(values)
     if tuple(values.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}.")
     if not bool((values >= 0).all()) or not bool(((values.sum(-1) - 1).abs() < 1e-6).all()):
         raise ValueError(f"{name} must hold probabilities that sum to one along the last axis.")
     return values / values.sum(-1, keepdim=True)
+
+
+def _float64(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _rescaled(message: Tensor) -> Tensor:

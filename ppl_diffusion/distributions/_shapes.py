@@ -55,7 +55,11 @@ def check_value(distribution: TorchDistribution, value: Tensor) -> Tensor:
 
 
 def enumerated(
-    distribution: TorchDistribution, num_states: int, expand: bool, limit: int
+    distribution: TorchDistribution,
+    num_states: int,
+    expand: bool,
+    limit: int,
+    device: torch.device,
 ) -> Tensor:
     """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it.
 
@@ -63,6 +67,7 @@ def enumerated(
     :param num_states: number of states of each entry.
     :param expand: whether to expand over the batch shape.
     :param limit: largest number of values to build.
+    :param device: where they live.
     :raises NotImplementedError: if the support is larger.
     """
     entries = distribution.event_shape.numel()
@@ -71,7 +76,7 @@ def enumerated(
             f"{type(distribution).__name__}: the support has {num_states}**{entries} values, "
             f"more than max_enumerate = {limit}; use sampling-based inference."
         )
-    grid = torch.cartesian_prod(*[torch.arange(num_states)] * entries)
+    grid = torch.cartesian_prod(*[torch.arange(num_states, device=device)] * entries)
     batch = distribution.batch_shape
     values = grid.reshape(-1, *[1] * len(batch), *distribution.event_shape)
     return values.expand(-1, *batch, *distribution.event_shape) if expand else values

@@ -20,6 +20,7 @@ from ppl_diffusion.distributions.token_step import TokenStep
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Kernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.nelbo import step_kl
+from ppl_diffusion.kernels.noise import uniforms
 
 if TYPE_CHECKING:
     from ppl_diffusion.distributions.reverse_chain import ReverseChain
@@ -85,7 +86,7 @@ class ChainMarginal(TorchDistribution):
             )
         table = self._state_log_probs(given)
         clean = self._is_clean(value)
-        powers = size ** torch.arange(self.chain.length - 1, -1, -1)
+        powers = size ** torch.arange(self.chain.length - 1, -1, -1, device=value.device)
         log_p = torch.where(
             clean, table[torch.where(clean, (value * powers).sum(-1), 0)], -torch.inf
         )
@@ -132,7 +133,8 @@ class ChainMarginal(TorchDistribution):
     def _state_log_probs(self, given: dict[str, Tensor]) -> Tensor:
         """Return the log-law of the final state over all states, ``(S ** L,)``."""
         chain, kernel = self.chain, self.chain.kernel
-        grid = torch.cartesian_prod(*[torch.arange(kernel.process.num_states)] * chain.length)
+        every = torch.arange(kernel.process.num_states, device=kernel.device)
+        grid = torch.cartesian_prod(*[every] * chain.length)
         states = grid.reshape(-1, chain.length)
         law = kernel.prior_log_prob(states, chain.prompt).exp()
         for k in range(kernel.num_steps):
@@ -200,10 +202,12 @@ class ChainMarginal(TorchDistribution):
             raise ValueError(f"num_samples must be >= 1, got {num_samples}.")
         self._require_bound()
         value = self._check_clean(value)
-        offset = torch.rand((), dtype=torch.float64, generator=generator)
-        strata = (torch.arange(num_samples, dtype=torch.float64) + offset) / num_samples
+        offset = uniforms((), generator=generator, device="cpu")
+        strata = torch.arange(num_samples, dtype=torch.float64, device="cpu") + offset
+        strata = strata / num_samples
         steps = (strata * self.chain.num_steps).floor().long().clamp_max(self.chain.num_steps - 1)
-        terms = torch.empty(num_samples, *value.shape[:-1], dtype=torch.float64)
+        shape = (num_samples, *value.shape[:-1])
+        terms = torch.empty(shape, dtype=torch.float64, device=value.device)
         for k in steps.unique().tolist():
             chosen = steps == k
             x0 = value.expand(int(chosen.sum()), *value.shape)
@@ -213,9 +217,9 @@ class ChainMarginal(TorchDistribution):
     def _step_kl(self, x0: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
         assert isinstance(kernel, InterpolatingKernel)
-        uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
+        keep, prior = uniforms((2, *x0.shape), generator=generator, device=x0.device)
         a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
-        z = kernel.process.corrupt(x0, a, uniforms[0], uniforms[1])
+        z = kernel.process.corrupt(x0, a, keep, prior)
         z = z if chain.prompt is None else torch.where(chain.prompt >= 0, x0, z)
         carry = kernel.start_carry(z, given=chain.given)
         with torch.no_grad():
@@ -256,7 +260,7 @@ class ChainMarginal(TorchDistribution):
         chain, kernel = self.chain, self.chain.kernel
         known = torch.nn.functional.one_hot(x0, kernel.process.vocab_size).to(torch.float64).log()
         carry = chain.start(x0.shape[:-1], generator)
-        log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64)
+        log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
         with torch.no_grad():
             for k in range(kernel.num_steps):
                 model = kernel.step(carry, k, fixed=chain.fixed)
@@ -273,7 +277,9 @@ class ChainMarginal(TorchDistribution):
         :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
-        return enumerated(self, self.chain.kernel.process.vocab_size, expand, MAX_ENUMERATE)
+        kernel = self.chain.kernel
+        size = kernel.process.vocab_size
+        return enumerated(self, size, expand, MAX_ENUMERATE, kernel.device)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: ChainMarginal | None = None

@@ -141,7 +141,8 @@ class RevealStep(StepDistribution):
     def _log_subset(self) -> Tensor:
         """Return minus the log of the number of subsets there are to choose from."""
         if self.order is not None:
-            return torch.zeros(self.batch_shape, dtype=torch.float64)
+            shape, device = self.batch_shape, self.tokens.device
+            return torch.zeros(shape, dtype=torch.float64, device=device)
         n, m = self.eligible.sum(-1).to(torch.float64), self.num_revealed.to(torch.float64)
         return torch.lgamma(m + 1) + torch.lgamma(n - m + 1) - torch.lgamma(n + 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,12 @@ class ReverseChain(TorchDistribution):
         self.kernel, self.length = kernel, whole_number(length, "ReverseChain: length")
         kernel.check_length(self.length)
         self.prompt = None if prompt is None else _check_prompt(prompt, self.length, kernel)
-        self.given = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
+        self.given = {
+            name: value
+            if isinstance(value, Tensor)
+            else torch.as_tensor(value, device=kernel.device)
+            for name, value in (given or {}).items()
+        }
         check_given(kernel, self.given, "ReverseChain")
         batch_shape = self._common_batch()
         self.given = kernel.expand_given(self.given, batch_shape)
@@ -204,7 +210,8 @@ class ReverseChain(TorchDistribution):
         :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
-        return enumerated(self, self.kernel.process.num_states, expand, MAX_ENUMERATE)
+        size, device = self.kernel.process.num_states, self.kernel.device
+        return enumerated(self, size, expand, MAX_ENUMERATE, device)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: ReverseChain | None = None
@@ -222,6 +229,17 @@ class ReverseChain(TorchDistribution):
         super(ReverseChain, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def to(self, device: torch.device | str) -> ReverseChain:
+        """Return the chain on a device; its network is moved in place, as modules do.
+
+        :param device: where to.
+        """
+        moved = copy.copy(self)
+        moved.kernel = self.kernel.to(device)
+        moved.prompt = None if self.prompt is None else self.prompt.to(device)
+        moved.given = {name: value.to(device) for name, value in self.given.items()}
+        return moved
 
     @classmethod
     def infer_shapes(
@@ -257,7 +275,8 @@ class ReverseChain(TorchDistribution):
 
 
 def _check_prompt(prompt: Tensor, length: int, kernel: Kernel) -> Tensor:
-    prompt = torch.as_tensor(prompt)
+    if not isinstance(prompt, Tensor):
+        prompt = torch.as_tensor(prompt, device=kernel.device)
     if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise TypeError(f"ReverseChain: prompt must hold integer ids, got {prompt.dtype}.")
     prompt = prompt.to(torch.int64)

@@ -79,4 +79,4 @@ class StepDistribution(TorchDistribution):
         :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
-        return enumerated(self, self.num_states, expand, MAX_ENUMERATE)
+        return enumerated(self, self.num_states, expand, MAX_ENUMERATE, self.tokens.device)

@@ -78,7 +78,7 @@ class TokenStep(StepDistribution):
             check_normalised(self)
 
     def _check_kappa(self) -> None:
-        lowest, highest = (f(torch.as_tensor(self.kappa)).item() for f in (torch.min, torch.max))
+        lowest, highest = (f(self._kappa).item() for f in (torch.min, torch.max))
         room = kappa_room(self.process, np.array([self.alpha_t, self.alpha_s]))[0]
         if not (min(room, 0.0) - 1e-12 <= lowest and highest <= 1):
             raise ValueError(
@@ -99,7 +99,7 @@ class TokenStep(StepDistribution):
     @property
     def corrects(self) -> bool:
         """Whether some site may be noised again (``kappa < 1``)."""
-        return bool(torch.any(torch.as_tensor(self.kappa) < 1))
+        return bool(torch.any(self._kappa < 1))
 
     @property
     def detours(self) -> bool:
@@ -108,9 +108,8 @@ class TokenStep(StepDistribution):
         With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again
         later; with ``kappa < 0`` a known token may forbid staying where the model may stay.
         """
-        kappa = torch.as_tensor(self.kappa)
         holes = bool((self.process.prior == 0).any())
-        return bool(torch.any(kappa < (1 if holes else 0)))
+        return bool(torch.any(self._kappa < (1 if holes else 0)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of a next state.
@@ -149,13 +148,18 @@ class TokenStep(StepDistribution):
         return moved if self.fixed is None else torch.where(self.fixed, tokens, moved)
 
     @property
+    def _kappa(self) -> Tensor:
+        # A number stays on the host: asking about it must not wait for an accelerator.
+        return torch.as_tensor(self.kappa, device=getattr(self.kappa, "device", "cpu"))
+
+    @property
     def _levels(self) -> tuple[float, float, float | Tensor]:
         return self.alpha_t, self.alpha_s, self.kappa
 
     @property
     def _sparse(self) -> bool:
         # Below zero "stay" can be a negative weight, which only the table of a site can take.
-        table = not self.process.absorbing and bool(torch.any(torch.as_tensor(self.kappa) < 0))
+        table = not self.process.absorbing and bool(torch.any(self._kappa < 0))
         # A prior over tokens and something else needs c of both; the table knows how.
         pure = self.process.absorbing or self.num_states == self.process.vocab_size
         return isinstance(self.prediction, HeadPrediction) and pure and not table

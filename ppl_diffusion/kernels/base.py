@@ -144,6 +144,21 @@ class Kernel(ABC):
         """
 
     @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives, hence where chains begin; the CPU if it does not say."""
+        parameters = getattr(self.denoiser, "parameters", tuple)
+        first = next(iter(parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks, in place as modules do, where they can be moved.
+
+        :param device: where to.
+        """
+        move(self.denoiser, device)
+        return self
+
+    @property
     def num_steps(self) -> int:
         """Number ``T`` of reverse steps."""
         return len(self.times) - 1
@@ -195,9 +210,11 @@ class Kernel(ABC):
         self, shape: Sequence[int], prompt: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
         if self.process.absorbing:
-            tokens = torch.full(shape, self.process.vocab_size, dtype=torch.int64)
+            size = self.process.vocab_size
+            tokens = torch.full(shape, size, dtype=torch.int64, device=self.device)
         else:
-            tokens = self.process.draw_prior(uniforms(shape, generator=generator))
+            noise = uniforms(shape, generator=generator, device=self.device)
+            tokens = self.process.draw_prior(noise)
         return tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
 
     def start_carry(
@@ -243,8 +260,9 @@ class Kernel(ABC):
         from ppl_diffusion.distributions.token_step import TokenStep
 
         size = self.process.vocab_size
-        start = torch.zeros(length, dtype=torch.int64) if prompt is None else prompt.clamp_min(0)
-        flat = torch.full((*batch_shape, length, size), -float(np.log(size)))
+        none = torch.full((length,), -1, device=self.device)
+        start = (none if prompt is None else prompt).clamp_min(0)
+        flat = torch.full((*batch_shape, length, size), -float(np.log(size)), device=self.device)
         fixed = None if prompt is None else prompt >= 0
         # At alpha = 0 and kappa = 0 the only move of the mixture is a draw from the prior.
         return TokenStep(self.process, start, flat, 0.0, 0.0, 0.0, fixed=fixed, validate_args=False)
@@ -412,6 +430,17 @@ class Kernel(ABC):
 
     def _repr_options(self) -> str:
         return ""
+
+
+def move(network: object, device: torch.device | str) -> None:
+    """Move a denoiser, or what else a kernel asks, in place if it has a method ``to``.
+
+    :param network: the denoiser.
+    :param device: where to.
+    """
+    to = getattr(network, "to", None)
+    if callable(to):
+        to(device)
 
 
 def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ppl_diffusion._errors import CapabilityError, PotentialError
 from ppl_diffusion._rows import distinct_rows
-from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel, Value
+from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel, Value, move
 from ppl_diffusion.kernels.processes import whole_number
 
 if TYPE_CHECKING:
@@ -189,6 +189,11 @@ class ClassifierKernel(Kernel):
         inner = self.kernel.declared_parameters()
         own = getattr(self.log_likelihood, "parameters", None)
         return [*inner, *own()] if inner is not None and callable(own) else None
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move both networks, in place, where they can be moved."""
+        move(self.log_likelihood, device)
+        return super().to(device)
 
     def _tilted(self, tokens: Tensor, table: Tensor, k: int) -> Tensor:
         """Return the tilted table of rows of states, up to a constant per site, ``(B, L, S)``."""

@@ -239,7 +239,9 @@ class ClassifierFreeKernel(InterpolatingKernel):
 
     def _psi_table(self, bridge: Tensor, clean: Tensor, carry: Carry, k: int) -> Tensor:
         b = float(self.alphas[k + 1])
-        kappa = torch.as_tensor(self.site_kappa(carry, k), dtype=torch.float64)[..., None]
+        kappa = torch.as_tensor(
+            self.site_kappa(carry, k), dtype=torch.float64, device=clean.device
+        )[..., None]
         renoised = b * clean.exp() + (1 - b) * self.process.prior_array(clean)
         probs = kappa * bridge.exp() + (1 - kappa) * renoised
         possible = probs > 0

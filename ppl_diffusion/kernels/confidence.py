@@ -102,7 +102,7 @@ class ConfidenceKernel(InterpolatingKernel):
         doubt = torch.exp(-carry[CONFIDENCE])
         total = doubt.sum(-1, keepdim=True)
         share = doubt / torch.where(total > 0, total, 1.0)
-        return 1 - share * torch.as_tensor(1 - self.kappa[k])
+        return 1 - share * torch.as_tensor(1 - self.kappa[k], device=share.device)
 
     def advance(
         self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None

@@ -81,7 +81,7 @@ class ExtrapolatedKernel(InterpolatingKernel):
         taken = self.step(carry, k) if step is None else step
         current = getattr(taken, LAST, None)
         current = taken.log_probs if current is None else current
-        level = torch.full(tokens.shape[:-1], 1.0 - float(self.alphas[k]), dtype=torch.float64)
+        level = current.new_full(tokens.shape[:-1], 1.0 - float(self.alphas[k]))
         return {**carry, "tokens": tokens, LAST: current.expand(*tokens.shape, -1), LEVEL: level}
 
     def _extrapolate(self, carry: Carry, current: Tensor, k: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, time_grid
+from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel, SampledPath, time_grid
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
     draw_path,
@@ -105,7 +105,7 @@ class InterpolatingKernel(Kernel):
         :returns: a float, or float64 broadcastable to ``(*batch, L)``.
         """
         row = self.kappa[k]
-        return float(row) if row.ndim == 0 else torch.from_numpy(row)
+        return float(row) if row.ndim == 0 else torch.as_tensor(row, device=carry[TOKENS].device)
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TokenStep:
         """Return the distribution of the next state.
@@ -151,7 +151,7 @@ class InterpolatingKernel(Kernel):
         if not self._on_event_times:
             return None
         shape = (*batch_shape, length)
-        levels, tokens = uniforms((2, *shape), generator=generator)
+        levels, tokens = uniforms((2, *shape), generator=generator, device=self.device)
         start = self._noisiest(shape, prompt)
         step_of, time = ancestral_steps(self, shape, prompt, levels)
         drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
@@ -170,7 +170,7 @@ class InterpolatingKernel(Kernel):
             return None
         rows, prompts = flat_paths(path, prompt)
         found = read_reveals(rows, self.process.vocab_size, prompts)
-        times = torch.from_numpy(self.times)
+        times = torch.as_tensor(self.times, device=path.device)
         flat = flat_given(self, given, path.shape[:-2])
         log_p = reveal_log_prob(self, rows, found, lambda _, step: times[step], flat)
         return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
@@ -193,7 +193,8 @@ class InterpolatingKernel(Kernel):
         return type(self) is InterpolatingKernel and self.process.absorbing and self.ancestral
 
     def _log_prob_of_steps(self, step_of: Tensor) -> Tensor:
-        log_p = log_step_probs(self.process.schedule, self.times)[step_of.clamp_min(0)]
+        table = log_step_probs(self.process.schedule, self.times)
+        log_p = torch.as_tensor(table, device=step_of.device)[step_of.clamp_min(0)]
         return torch.where(step_of < 0, 0.0, log_p).sum(-1)
 
     def asks_denoiser(self, carry: Carry, k: int) -> bool:

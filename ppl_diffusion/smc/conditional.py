@@ -26,6 +26,7 @@ from ppl_diffusion._arrays import Array, array_namespace
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.distributions.step import StepDistribution
 from ppl_diffusion.distributions.token_step import TokenStep
+from ppl_diffusion.kernels.base import Value, tokens_of
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,
@@ -310,7 +311,7 @@ class _HeldStep(StepDistribution):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return _hold(_sample(self.inner, generator), self.held)
+        return _hold(tokens_of(_sample(self.inner, generator)), self.held)
 
     def draw(self, *noise: Tensor) -> Tensor:
         drawn: Tensor = self.inner.draw(*noise)
@@ -342,8 +343,8 @@ class _RetainedKernel(_KernelProposal):
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
         return _HeldStep(super().__call__(step, carry, k), self.path[..., k + 1, :])
 
-    def advance(self, carry: Carry, tokens: Tensor, k: int, step: TorchDistribution) -> Carry:
-        return super().advance(carry, tokens, k, step.inner)
+    def advance(self, carry: Carry, value: Value, k: int, step: TorchDistribution) -> Carry:
+        return super().advance(carry, value, k, step.inner)
 
 
 def _hold(tokens: Tensor, held: Tensor) -> Tensor:

@@ -214,7 +214,8 @@ class BoundFeynmanKac:
         )
         if isinstance(twist, FillTwist):
             noise = twist.init((*batch, chain.length), generator)
-            carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+            if noise is not None:
+                carry[FILL_UNIFORMS] = noise.to(carry["tokens"].device)
         if isinstance(self._proposal, _KernelProposal):
             carry = {**carry, **self._proposal.start(carry["tokens"], chain.given)}
         if self.track_log_prob:
@@ -336,8 +337,8 @@ class EvaluatedPotential:
         first, inverse = distinct_rows(rows)
         unique = rows[first]
         table = self._memory.get(final)
-        index = torch.full((len(unique),), -1) if table is None else table.find(unique)
-        values = torch.empty(len(unique), dtype=torch.float64)
+        index = torch.full_like(first, -1) if table is None else table.find(unique)
+        values = torch.empty(len(unique), dtype=torch.float64, device=unique.device)
         new = index < 0
         if table is not None:
             values[~new] = table.values[index[~new]]
