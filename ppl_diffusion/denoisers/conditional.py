@@ -69,12 +69,7 @@ class Labelled:
         return torch.tensor(self.label, device=tokens.device)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
-        """Return log-probabilities given the label, shape ``(*batch, L, V)``.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
-        :param given: the label, where it is left to the chain.
-        """
+        """Return log-probabilities given the label, shape ``(*batch, L, V)``."""
         log_probs: Tensor = self.network(tokens, t, label=self.labels(tokens, given))
         return log_probs
 
@@ -227,9 +222,6 @@ class Guided(Paired):
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return the guided log-probabilities, float64 ``(*batch, L, V)``.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
-        :param given: conditions.
         :raises TypeError: if a denoiser returns no tensor.
         :raises ValueError: if one misbehaves, or the two predictions of a position have no token in
             common.

@@ -107,13 +107,7 @@ class EvaluatedDenoiser:
         )
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
-        """Return log-probabilities, shape ``(*batch, L, V)``.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number or one per row; rows with times of their own are
-            neither deduplicated nor reused, unless the denoiser is time-free.
-        :param given: conditions, ``(*batch, *event)``.
-        """
+        """Return log-probabilities, shape ``(*batch, L, V)``."""
         output = self._hidden(tokens, t, **given)
         return self.denoiser.head(output) if self._sparse else output  # type: ignore[attr-defined]
 

@@ -128,10 +128,7 @@ class Temperature(Filter):
         return None if self.temperature == 1 else f"temperature {self.temperature:g}"
 
     def filter_rows(self, log_probs: Tensor) -> Tensor:
-        """Return ``log_softmax(log_probs / temperature)``.
-
-        :param log_probs: ``(..., V)``.
-        """
+        """Return ``log_softmax(log_probs / temperature)``."""
         # The top goes to zero first: dividing it by a tiny temperature would overflow.
         below = log_probs - log_probs.amax(-1, keepdim=True)
         return torch.log_softmax(below / self.temperature, -1)
@@ -167,10 +164,7 @@ class Nucleus(Filter):
         return None if self.p == 1 else f"nucleus {self.p:g}"
 
     def filter_rows(self, log_probs: Tensor) -> Tensor:
-        """Return the rows with everything outside the nucleus at ``-inf``.
-
-        :param log_probs: ``(..., V)``.
-        """
+        """Return the rows with everything outside the nucleus at ``-inf``."""
         ordered, order = log_probs.detach().sort(dim=-1, descending=True, stable=True)
         kept = self._kept(ordered.softmax(-1).cumsum(-1))
         inside = torch.zeros_like(kept).scatter(-1, order, kept)

@@ -73,8 +73,6 @@ class JointDenoiser:
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return log-probabilities, float64 ``(*batch, L, V)``, with ``L`` the sum of the lengths.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number or one per row.
         :raises ValueError: if there are more or fewer positions.
         """
         if tokens.shape[-1] != self.length:
@@ -137,11 +135,7 @@ def _common_kind(denoisers: Sequence[Denoiser], process: Process) -> Kind:
 
 
 def _per_part(t: float | Tensor, own: Tensor) -> float | Tensor:
-    """Return one time per sequence where there is one per row.
-
-    :param t: a number, or one per row ``(*batch,)``.
-    :param own: the sequences, ``(*batch, copies, L)``.
-    """
+    """Return one time per sequence where there is one per row."""
     if not isinstance(t, Tensor) or t.numel() == 1:
         return t
     return t.expand(own.shape[:-2])[..., None].expand(own.shape[:-1])

@@ -48,11 +48,7 @@ class TableDenoiser:
         return self.joint.ndim
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number.
-        """
+        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64."""
         _check_length(tokens, self.length)
         evidence = emission(self.process, tokens, t)  # (*batch, L, V)
         weights = torch.stack(
@@ -106,11 +102,7 @@ class MarkovDenoiser:
         self.time_free = process.absorbing
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number.
-        """
+        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64."""
         evidence = emission(self.process, tokens, t)
         sites = evidence.unbind(-2)
         forward = [self.initial.expand_as(sites[0])]  # p(x_l, z_{<l}) up to scale

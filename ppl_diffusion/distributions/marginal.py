@@ -274,7 +274,6 @@ class ChainMarginal(TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all clean sequences, ``(V ** L, *batch, L)``, for tiny chains.
 
-        :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
         kernel = self.chain.kernel
@@ -284,10 +283,7 @@ class ChainMarginal(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: ChainMarginal | None = None
     ) -> ChainMarginal:
-        """Return the same law with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
+        """Return the same law with larger batch dimensions."""
         new = self._get_checked_instance(ChainMarginal, _instance)
         shape = check_expand(self.batch_shape, batch_shape)
         new.chain = self.chain.expand(shape)
@@ -302,12 +298,7 @@ def _has_own_mixture(kernel: Kernel) -> bool:
 
 
 def _bridge(step: TokenStep | RevealStep, known: Tensor, *, last: bool) -> TokenStep | RevealStep:
-    """Return the step with the denoiser replaced by the known answer, where that is enough.
-
-    A step that reveals so many positions never hides one again: there it always is. Where the
-    model takes detours, half of the predictions up to the last step are its own, so that the
-    proposal can go wherever the model goes.
-    """
+    """Return the step with the denoiser replaced by the known answer, where that is enough."""
     if isinstance(step, RevealStep):
         return step.with_log_probs(known)
     log_probs = known

@@ -207,7 +207,6 @@ class ReverseChain(TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all paths, ``(S ** (L (T + 1)), *batch, T + 1, L)``, for tiny chains.
 
-        :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
         size, device = self.kernel.process.num_states, self.kernel.device
@@ -216,10 +215,7 @@ class ReverseChain(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: ReverseChain | None = None
     ) -> ReverseChain:
-        """Return the same chain with larger batch dimensions (independent copies).
-
-        :param batch_shape: the new batch shape.
-        """
+        """Return the same chain with larger batch dimensions (independent copies)."""
         new = self._get_checked_instance(ReverseChain, _instance)
         shape = check_expand(self.batch_shape, batch_shape)
         new.kernel, new.length, new.prompt = self.kernel, self.length, self.prompt
@@ -231,10 +227,7 @@ class ReverseChain(TorchDistribution):
         return new
 
     def to(self, device: torch.device | str) -> ReverseChain:
-        """Return the chain on a device; its network is moved in place, as modules do.
-
-        :param device: where to.
-        """
+        """Return the chain on a device; its network is moved in place, as modules do."""
         moved = copy.copy(self)
         moved.kernel = self.kernel.to(device)
         moved.prompt = None if self.prompt is None else self.prompt.to(device)
@@ -254,8 +247,6 @@ class ReverseChain(TorchDistribution):
         The event shape is a property of the kernel object and of the number ``length``, not of
         any array's shape, so both must be passed themselves.
 
-        :param kernel: the kernel.
-        :param length: the number of positions.
         :raises NotImplementedError: if only shapes are given.
         """
         if not isinstance(kernel, Kernel) or not isinstance(length, int):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion.distributions._shapes import enumerated
+from ppl_diffusion.distributions._shapes import check_expand, enumerated
 from ppl_diffusion.kernels.noise import uniforms
+from ppl_diffusion.kernels.prediction import Prediction
 
 MAX_ENUMERATE = 2**16
 """Largest support that ``enumerate_support`` will build."""
@@ -71,7 +74,31 @@ class StepDistribution(TorchDistribution):
     @property
     def wants_gradient(self) -> bool:
         """Whether the prediction behind this step depends on a tensor that requires a gradient."""
-        return False
+        law = getattr(self, "prediction", getattr(self, "log_probs", None))
+        return bool(getattr(law, "requires_grad", False))
+
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        """Return the same distribution with larger batch dimensions."""
+        new: Self = self._get_checked_instance(type(self), _instance)
+        shape, old = check_expand(self.batch_shape, batch_shape), len(self.batch_shape)
+        # Every tensor of a step begins with the batch; the rest belongs to all rows alike.
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = value.expand(*shape, *value.shape[old:])
+            elif isinstance(value, Prediction):
+                value = value.expand(shape)
+            vars(new)[name] = value
+        super(StepDistribution, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @classmethod
+    def infer_shapes(cls, *args: Any, **kwargs: Any) -> tuple[torch.Size, torch.Size]:
+        """Return ``(batch_shape, event_shape)`` from the shapes of the constructor's arguments."""
+        named = signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments
+        tokens, log_probs = (tuple(named.get(name, ())) for name in ("tokens", "log_probs"))
+        batch = broadcast_shape(tokens[:-1], log_probs[:-2])
+        return torch.Size(batch), torch.Size(tokens[-1:])
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all sequences of states, ``(S ** L, *batch, L)``.

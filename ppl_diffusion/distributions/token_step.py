@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from ppl_diffusion.distributions._shapes import (
-    check_expand,
     check_normalised,
     check_states,
     check_value,
@@ -92,11 +89,6 @@ class TokenStep(StepDistribution):
         return self.prediction.dense()
 
     @property
-    def wants_gradient(self) -> bool:
-        """Whether the prediction depends on a tensor that requires a gradient."""
-        return self.prediction.requires_grad
-
-    @property
     def corrects(self) -> bool:
         """Whether some site may be noised again (``kappa < 1``)."""
         return bool(torch.any(self._kappa < 1))
@@ -133,11 +125,7 @@ class TokenStep(StepDistribution):
         return site.sum(-1)
 
     def draw(self, u_move: Tensor, u_token: Tensor) -> Tensor:  # type: ignore[override]
-        """Turn uniforms into next states; the same uniforms give the same states.
-
-        :param u_move: numbers in ``[0, 1)``, ``(*sample, *batch, L)``: which of the three moves.
-        :param u_token: likewise: which token.
-        """
+        """Turn uniforms into next states; the same uniforms give the same states."""
         tokens, (a, b, kappa) = self.tokens.expand_as(u_move), self._levels
         if self._sparse:
             prediction = self.prediction.expand(u_move.shape[:-1])
@@ -190,39 +178,3 @@ class TokenStep(StepDistribution):
             table = torch.where(self.fixed[..., None], here.to(table.dtype), table)
         possible = table > 0  # log 0 must not send NaN backwards
         return torch.where(possible, torch.where(possible, table, 1.0).log(), -torch.inf)
-
-    def expand(self, batch_shape: Sequence[int], _instance: TokenStep | None = None) -> TokenStep:
-        """Return the same distribution with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
-        new = self._get_checked_instance(TokenStep, _instance)
-        shape = check_expand(self.batch_shape, batch_shape)
-        new.process, new.num_states = self.process, self.num_states
-        new.kappa = self.kappa.expand(*shape, -1) if isinstance(self.kappa, Tensor) else self.kappa
-        new.alpha_t, new.alpha_s = self.alpha_t, self.alpha_s
-        new.tokens = self.tokens.expand(*shape, -1)
-        new.prediction = self.prediction.expand(shape)
-        new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
-        super(TokenStep, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @classmethod
-    def infer_shapes(
-        cls,
-        process: object = (),
-        tokens: Sequence[int] = (),
-        log_probs: Sequence[int] = (),
-        alpha_t: object = (),
-        alpha_s: object = (),
-        kappa: object = (),
-        fixed: object = (),
-    ) -> tuple[torch.Size, torch.Size]:
-        """Return ``(batch_shape, event_shape)`` from the shapes of the arguments.
-
-        :param tokens: shape of ``tokens``.
-        :param log_probs: shape of ``log_probs``.
-        """
-        batch = broadcast_shape(tuple(tokens)[:-1], tuple(log_probs)[:-2])
-        return torch.Size(batch), torch.Size(tuple(tokens)[-1:])

@@ -15,9 +15,6 @@ from ppl_diffusion.kernels.duality import diffusion_signal as diffusion_signal
 from ppl_diffusion.kernels.duality import diffusion_signal_prime as diffusion_signal_prime
 from ppl_diffusion.kernels.duality import log_diffusion_noise as log_diffusion_noise
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
-from ppl_diffusion.kernels.gaussian_rates import RewardTilt as RewardTilt
-from ppl_diffusion.kernels.gaussian_rates import corrected_drift as corrected_drift
-from ppl_diffusion.kernels.gaussian_rates import weight_rate as weight_rate
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.mixture import draw_categorical as draw_categorical
 from ppl_diffusion.kernels.mixture import gather_clean as gather_clean

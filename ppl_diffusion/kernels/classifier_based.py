@@ -99,10 +99,7 @@ class ClassifierKernel(Kernel):
         return (*self.kernel.changes, own) if self.scale else self.kernel.changes
 
     def with_denoiser(self, denoiser: Denoiser) -> Self:
-        """Return the same kernel around another denoiser (for instance a caching wrapper).
-
-        :param denoiser: the replacement.
-        """
+        """Return the same kernel around another denoiser (for instance a caching wrapper)."""
         return type(self)(
             self.kernel.with_denoiser(denoiser),
             self.log_likelihood,
@@ -112,10 +109,7 @@ class ClassifierKernel(Kernel):
         )
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return (
             isinstance(other, ClassifierKernel)
             and self.kernel.same_as(other.kernel)
@@ -126,9 +120,6 @@ class ClassifierKernel(Kernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StateStep:
         """Return the distribution of the next state.
 
-        :param carry: the current carry.
-        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
-        :param fixed: bool ``(*batch, L)``, positions that stay; they are not asked about.
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         :raises PotentialError: if the classifier misbehaves or excludes every state of a site.
         """
@@ -176,7 +167,6 @@ class ClassifierKernel(Kernel):
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the guided kernel cannot run.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if that kernel was built for another one.
         """
         self.kernel.check_length(length)

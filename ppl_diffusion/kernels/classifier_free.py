@@ -129,10 +129,7 @@ class ClassifierFreeKernel(InterpolatingKernel):
         return (*super().changes, own) if self._tabulates else super().changes
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return (
             isinstance(other, ClassifierFreeKernel)
             and super().same_as(other)
@@ -142,9 +139,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StepDistribution:
         """Return the distribution of the next state.
 
-        :param carry: the current carry.
-        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
-        :param fixed: bool ``(*batch, L)``, positions that stay.
         :raises ValueError: if ``k`` is no step of the grid, a denoiser misbehaves, or the two
             predictions have nothing in common.
         """

@@ -95,8 +95,6 @@ class ConfidenceKernel(InterpolatingKernel):
     def site_kappa(self, carry: Carry, k: int) -> Tensor:
         """Return the Psi parameter of every site, ``1 - sigma^l / (1 - b)``.
 
-        :param carry: the current carry.
-        :param k: step index.
         :returns: float64 ``(*batch, L)``.
         """
         doubt = torch.exp(-carry[CONFIDENCE])
@@ -107,14 +105,7 @@ class ConfidenceKernel(InterpolatingKernel):
     def advance(
         self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
-        """Return the carry after the move of step ``k``, with the confidences of new tokens.
-
-        :param carry: the current carry.
-        :param value: the sampled states, int64 ``(*batch, L)``.
-        :param k: step index.
-        :param step: this kernel's step that was taken; without it the denoiser is asked again
-            (except after the last step, when nobody reads the confidences).
-        """
+        """Return the carry after the move of step ``k``, with the confidences of new tokens."""
         tokens, mask = tokens_of(value), self.process.vocab_size
         decoded = (carry["tokens"] == mask) & (tokens != mask)
         kept = torch.where(tokens == mask, torch.inf, carry[CONFIDENCE])

@@ -66,10 +66,7 @@ class InterpolatingKernel(Kernel):
         self.kappa = _check_kappa(kappa, self.alphas, process)
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return self is other or (
             type(self) is type(other)
             and isinstance(other, InterpolatingKernel)
@@ -100,8 +97,6 @@ class InterpolatingKernel(Kernel):
     def site_kappa(self, carry: Carry, k: int) -> float | Tensor:
         """Return the Psi parameter of step ``k``, a number or one per site.
 
-        :param carry: the current carry; subclasses may let it decide.
-        :param k: step index.
         :returns: a float, or float64 broadcastable to ``(*batch, L)``.
         """
         row = self.kappa[k]
@@ -112,10 +107,6 @@ class InterpolatingKernel(Kernel):
 
         A step without progress (a repeated time at ``kappa = 1``) makes no network call.
 
-        :param carry: the current carry.
-        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
-        :param fixed: bool ``(*batch, L)``, positions that stay with probability one and do not
-            enter the density (a prompt).
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         """
         # The one upward import: a step *is* a distribution of the backend in use.
@@ -178,7 +169,6 @@ class InterpolatingKernel(Kernel):
     def check_length(self, length: int) -> None:
         """Refuse a length for which there is another number of ``kappa`` per step.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if ``kappa`` is ``(T, L')`` with another ``L'``.
         """
         if self.kappa.ndim == 2 and self.kappa.shape[1] not in (1, length):

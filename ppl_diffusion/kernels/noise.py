@@ -196,12 +196,7 @@ def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _search(
     p: torch.Tensor, point: torch.Tensor, *, relative: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums.
-
-    :param p: weights, ``(*rows, n)``.
-    :param point: where the draws fall, ``(*rows, draws)``.
-    :param relative: whether points are fractions of the total, or sums themselves.
-    """
+    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums."""
     cdf = p.cumsum(-1, dtype=torch.float64)
     total = cdf[..., -1:]
     target = point * total if relative else point

@@ -113,10 +113,7 @@ class OrderedKernel(Kernel):
         self.markov = not self._timed
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return self is other or (
             type(self) is type(other)
             and isinstance(other, OrderedKernel)
@@ -143,9 +140,6 @@ class OrderedKernel(Kernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> RevealStep:
         """Return the distribution of the next state.
 
-        :param carry: the current carry.
-        :param k: step index.
-        :param fixed: bool ``(*batch, L)``, positions of a prompt.
         :raises ValueError: if ``k`` is no step, or the denoiser misbehaves.
         """
         from ppl_diffusion.distributions.reveal_step import RevealStep  # upward, as in the base
@@ -178,11 +172,7 @@ class OrderedKernel(Kernel):
         return clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
 
     def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
-        """Return the time at which a state is predicted: one per row if their masks differ.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: step index, which the time does not depend on.
-        """
+        """Return the time at which a state is predicted: one per row if their masks differ."""
         if self.denoiser.time_free:
             return float(self.times[k])
         masks = (tokens == self.process.vocab_size).sum(-1)
@@ -259,7 +249,6 @@ class OrderedKernel(Kernel):
     def check_length(self, length: int) -> None:
         """Refuse a length that the kernel was not built for.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if it is another one.
         """
         if length != self.length:
@@ -358,9 +347,6 @@ def first_hitting(
 
 
 def _mean_times(process: Process, masks: Array, length: int) -> Array:
-    """Return the time at which the next of ``n`` masks is expected to be revealed, float64.
-
-    There ``1 - alpha`` is ``n / (L + 1)``, the mean of the ``n``-th smallest of ``L`` uniforms.
-    """
+    """Return the time at which the next of ``n`` masks is expected to be revealed, float64."""
     level = array_namespace(masks).log(to_float64(masks) / (length + 1))
     return to_float64(process.schedule.time_from_log1m(level))

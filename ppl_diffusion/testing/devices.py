@@ -37,7 +37,7 @@ class DeviceDiscipline(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._from_numpy = torch.from_numpy  # torch does not dispatch this one
-        torch.from_numpy = self._refused
+        torch.from_numpy = self._refused  # type: ignore[assignment]
         super().__enter__()
         return self
 

@@ -208,13 +208,7 @@ class MotifProblem:
         return torch.einsum("vw,qw,qws->vqs", self.transition, gain, reached).flatten(0, 1)
 
     def _messages(self, tokens: Tensor, weight: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return what each joint state sees from there on, its own token included, and the mass.
-
-        :param tokens: rows, int64 ``(B, L)``.
-        :param weight: the weight.
-        :returns: ``L`` messages ``(B, V * m)``, each up to a factor per row, and the log of the sum
-            over all completions, ``(B,)``.
-        """
+        """Return what each joint state sees from there on, its own token included, and the mass."""
         allowed = (tokens[..., None] == torch.arange(self.vocab_size)) | (
             tokens == self.vocab_size
         )[..., None]
@@ -231,10 +225,7 @@ class MotifProblem:
 
 
 def _automaton(motif: tuple[int, ...], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return the next state and whether the motif ends, both ``(m, V)``.
-
-    State ``q`` says that the last ``q`` tokens are the first ``q`` of the motif, and no more are.
-    """
+    """Return the next state and whether the motif ends, both ``(m, V)``."""
     size = len(motif)
     after = torch.zeros(size, vocab_size, dtype=torch.int64)
     ends = torch.zeros(size, vocab_size, dtype=torch.bool)
