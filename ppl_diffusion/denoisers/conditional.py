@@ -61,7 +61,6 @@ class Labelled:
     def labels(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """Return the label that the network is given, a scalar or one per row.
 
-        :param tokens: states, int64 ``(*batch, L)``.
         :param given: conditions of the chain.
         """
         if self.label == "given":
@@ -123,8 +122,6 @@ class Paired:
     def predict(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the conditional and the unconditional log-probabilities.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
         :param given: conditions; each part gets those that it reads.
         :returns: float64 ``(*batch, L, V)`` each, normalised.
         :raises TypeError: if a denoiser returns no tensor.
@@ -168,10 +165,7 @@ class Paired:
         return log_probs
 
     def to(self, device: torch.device | str) -> None:
-        """Move both parts, in place.
-
-        :param device: where to.
-        """
+        """Move both parts, in place."""
         for part in self._parts:
             move(part, device)
 

@@ -92,8 +92,6 @@ class Filter(ABC):
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return filtered log-probabilities, shape ``(*batch, L, V)``.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
         :param given: conditions of the wrapped denoiser.
         :raises TypeError: if the wrapped denoiser returns no tensor.
         :raises ValueError: if it returns the wrong shape, NaN or unnormalised rows.
@@ -184,17 +182,13 @@ class Nucleus(Filter):
 
 
 def has_sparse_head(denoiser: Denoiser) -> bool:
-    """Return whether a denoiser can evaluate its vocabulary head at gathered positions.
-
-    :param denoiser: any denoiser.
-    """
+    """Return whether a denoiser can evaluate its vocabulary head at gathered positions."""
     return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")
 
 
 def forward_optional(wrapper: Denoiser, denoiser: Denoiser, *names: str) -> None:
     """Give a wrapper those optional attributes that the wrapped denoiser has.
 
-    :param wrapper: the wrapper, changed in place.
     :param denoiser: the wrapped denoiser.
     :param names: attributes to look for.
     """

@@ -63,10 +63,7 @@ class TableDenoiser:
         yield self.joint
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the table, in place.
-
-        :param device: where to.
-        """
+        """Move the table, in place."""
         self.joint, self._sequences = self.joint.to(device), self._sequences.to(device)
         return self
 
@@ -119,22 +116,14 @@ class MarkovDenoiser:
         yield from (self.initial, self.transition)
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the two arrays, in place.
-
-        :param device: where to.
-        """
+        """Move the two arrays, in place."""
         self.initial, self.transition = self.initial.to(device), self.transition.to(device)
         return self
 
     def sample(
         self, shape: tuple[int, ...], length: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw sequences from the data law, int64 ``(*shape, length)``.
-
-        :param shape: leading dimensions.
-        :param length: number of positions.
-        :param generator: source of randomness.
-        """
+        """Draw sequences from the data law, int64 ``(*shape, length)``."""
         tokens = [_draw(self.initial.expand(*shape, -1), generator)]
         for _ in range(length - 1):
             tokens.append(_draw(self.transition[tokens[-1]], generator))
@@ -154,10 +143,6 @@ def emission(process: Process, tokens: Tensor, t: float | Tensor) -> Tensor:
 
     For the absorbing process without its factors ``alpha`` and ``1 - alpha``, which no clean token
     feels: one-hot for a revealed token and ones for a mask, at any time.
-
-    :param process: forward process.
-    :param tokens: states, int64 ``(*batch, L)``.
-    :param t: time in ``[0, 1]``.
     """
     kept = torch.nn.functional.one_hot(tokens, process.num_states)[..., : process.vocab_size]
     noise = process.prior_prob(tokens)[..., None]

@@ -38,8 +38,6 @@ class BlockStep(TorchDistribution):
     ) -> dict[str, Tensor]:
         """Draw all blocks.
 
-        :param sample_shape: leading dimensions.
-        :param generator: source of randomness (the global one by default).
         :returns: ``(*sample_shape, *batch, *event)`` of each block.
         """
         return {

@@ -56,7 +56,6 @@ class ChainMarginal(TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw clean sequences.
 
-        :param sample_shape: leading dimensions.
         :returns: int64 ``(*sample_shape, *batch, L)``.
         """
         return self.chain.x0(self.chain.sample(sample_shape))
@@ -175,7 +174,6 @@ class ChainMarginal(TorchDistribution):
 
         :param value: clean tokens, int64 ``(*batch, L)``.
         :param num_samples: network rows per sequence.
-        :param generator: source of randomness.
         :returns: nats, float64 ``(*batch,)``.
         :raises ValueError: if a token is not clean (a mask, or out of range).
         """
@@ -194,7 +192,6 @@ class ChainMarginal(TorchDistribution):
 
         :param value: clean tokens, int64 ``(*batch, L)``.
         :param num_samples: number of terms per sequence.
-        :param generator: source of randomness.
         :returns: nats, float64 ``(num_samples, *batch)``.
         :raises ValueError: if a token is not clean (a mask, or out of range).
         """
@@ -244,7 +241,6 @@ class ChainMarginal(TorchDistribution):
 
         :param value: clean tokens, int64 ``(*batch, L)``.
         :param num_particles: number of bridges per sequence (Burda et al. 2016, Eq. 8).
-        :param generator: source of randomness.
         :returns: nats, float64 ``(*batch,)``.
         :raises ValueError: if a token is not clean (a mask, or out of range).
         """

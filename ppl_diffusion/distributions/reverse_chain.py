@@ -115,7 +115,6 @@ class ReverseChain(TorchDistribution):
         """Return the carry of a noisiest state, with the chain's prompt and conditions.
 
         :param batch_shape: all leading dimensions, those of the chain last.
-        :param generator: source of randomness (the global one by default).
         """
         return self.kernel.init_carry(
             batch_shape, self.length, prompt=self.prompt, generator=generator, given=self.given
@@ -129,8 +128,6 @@ class ReverseChain(TorchDistribution):
     ) -> Tensor:
         """Draw paths, with ``T`` network calls.
 
-        :param sample_shape: leading dimensions.
-        :param generator: source of randomness (the global one by default).
         :returns: int64 ``(*sample_shape, *batch, T + 1, L)``.
         """
         shape = torch.Size((*sample_shape, *self.batch_shape))

@@ -61,8 +61,6 @@ class StepDistribution(TorchDistribution):
     ) -> Tensor:
         """Draw next states.
 
-        :param sample_shape: leading dimensions.
-        :param generator: source of randomness (the global one by default).
         :returns: int64 ``(*sample_shape, *batch, L)``.
         """
         shape = (self.num_uniforms, *sample_shape, *self.batch_shape, *self.event_shape)

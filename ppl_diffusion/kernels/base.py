@@ -127,16 +127,12 @@ class Kernel(ABC):
 
     @abstractmethod
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
 
     @abstractmethod
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TorchDistribution:
         """Return the distribution of the next state, event shape ``(L,)``.
 
-        :param carry: the current carry.
         :param k: step index, 0 (noisiest) to ``num_steps - 1``.
         :param fixed: bool ``(*batch, L)``, positions that stay with probability one and do not
             enter the density (a prompt).
@@ -151,10 +147,7 @@ class Kernel(ABC):
         return torch.device("cpu") if first is None else first.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the networks, in place as modules do, where they can be moved.
-
-        :param device: where to.
-        """
+        """Move the networks, in place as modules do, where they can be moved."""
         move(self.denoiser, device)
         return self
 
@@ -196,12 +189,8 @@ class Kernel(ABC):
     ) -> Carry:
         """Draw the noisiest state from the prior of the process, and return its carry.
 
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
         :param prompt: int64, broadcastable to ``(*batch_shape, L)``: tokens that are present from
             the start, -1 elsewhere.
-        :param generator: source of randomness.
-        :param given: as in :meth:`start_carry`.
         """
         tokens = self._noisiest((*batch_shape, length), prompt, generator)
         return self.start_carry(tokens, generator, given=given)
@@ -250,12 +239,7 @@ class Kernel(ABC):
     def prior_step(
         self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
     ) -> TokenStep:
-        """Return the law of the noisiest state as a step distribution.
-
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
-        :param prompt: as in :meth:`init_carry`.
-        """
+        """Return the law of the noisiest state as a step distribution."""
         # The one upward import: a step *is* a distribution of the backend in use.
         from ppl_diffusion.distributions.token_step import TokenStep
 
@@ -292,11 +276,6 @@ class Kernel(ABC):
     ) -> SampledPath | None:
         """Draw whole paths in a cheaper way than step by step, where the kernel knows one.
 
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
-        :param prompt: as in :meth:`init_carry`.
-        :param generator: source of randomness.
-        :param given: as in :meth:`start_carry`.
         :param probe: find out whether the prediction carries a gradient.
         :returns: paths with the law of the steps, or None: take the steps.
         """
@@ -312,8 +291,6 @@ class Kernel(ABC):
         """Score whole paths in a cheaper way than step by step, where the kernel knows one.
 
         :param path: int64 ``(*batch, T + 1, L)``.
-        :param prompt: as in :meth:`init_carry`.
-        :param given: as in :meth:`start_carry`.
         :returns: float64 ``(*batch,)``, or None: score the steps.
         """
         return None
@@ -323,9 +300,7 @@ class Kernel(ABC):
     ) -> Carry:
         """Return the carry after the move of step ``k``; the given carry is left alone.
 
-        :param carry: the current carry.
         :param value: what the step drew: the states, int64 ``(*batch, L)``, or the blocks.
-        :param k: step index.
         :param step: this kernel's step that was taken, where the caller has it: kernels that
             remember predictions then need no second network call.
         """
@@ -337,7 +312,6 @@ class Kernel(ABC):
         No network call is made where nothing can depend on it: a fully revealed masked state.
 
         :param carry: the carry, whose conditions the denoiser is given.
-        :param k: index into ``times``.
         :returns: float64 ``(*batch, L, V)``, normalised to round-off.
         :raises TypeError: if the output is no tensor.
         :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
@@ -352,11 +326,7 @@ class Kernel(ABC):
         return log_c
 
     def predict(self, carry: Carry, k: int) -> Prediction:
-        """Return the cavity prediction at grid point ``k``, as hidden states where those are less.
-
-        :param carry: the carry.
-        :param k: index into ``times``.
-        """
+        """Return the cavity prediction at grid point ``k``; as hidden states if those are smaller."""
         tokens = carry["tokens"]
         bridge = self.process.absorbing or self.denoiser.kind == "cavity"
         if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
@@ -374,14 +344,12 @@ class Kernel(ABC):
         """Return the time at which step ``k`` asks the denoiser, a number or one per row.
 
         :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
         """
         return float(self.times[k])
 
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the kernel cannot run; here any from one will do.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if the kernel was built for another one.
         """
         whole_number(length, f"{type(self).__name__}: length")
@@ -397,19 +365,13 @@ class Kernel(ABC):
     def posterior_mean(self, carry: Carry, k: int) -> Tensor:
         """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
 
-        :param carry: the carry.
-        :param k: index into ``times``.
         :returns: float64 ``(*batch, L, V)``.
         """
         log_c = self.cavity_log_probs(carry, k)
         return log_posterior_mean(self.process, carry["tokens"], log_c, float(self.alphas[k]))
 
     def asks_denoiser(self, carry: Carry, k: int) -> bool:
-        """Return whether step ``k`` from this carry costs a network call.
-
-        :param carry: the carry.
-        :param k: step index.
-        """
+        """Return whether step ``k`` from this carry costs a network call."""
         return not self._revealed(carry["tokens"])
 
     def _check_step(self, k: int) -> None:
@@ -433,11 +395,7 @@ class Kernel(ABC):
 
 
 def move(network: object, device: torch.device | str) -> None:
-    """Move a denoiser, or what else a kernel asks, in place if it has a method ``to``.
-
-    :param network: the denoiser.
-    :param device: where to.
-    """
+    """Move a denoiser, or what else a kernel asks, in place if it has a method ``to``."""
     to = getattr(network, "to", None)
     if callable(to):
         to(device)
@@ -467,8 +425,6 @@ def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:
 def check_denoiser(process: Process, denoiser: Denoiser) -> None:
     """Refuse a denoiser that cannot belong to a process.
 
-    :param process: forward process.
-    :param denoiser: the denoiser.
     :raises CapabilityError: if kind, vocabulary or process do not fit.
     """
     kind = getattr(denoiser, "kind", None)
@@ -496,7 +452,6 @@ def check_denoiser(process: Process, denoiser: Denoiser) -> None:
 def check_given(kernel: Kernel, given: Mapping[str, Tensor], owner: str) -> None:
     """Refuse conditions that are not those that a kernel reads.
 
-    :param kernel: the kernel.
     :param given: values of its conditions.
     :param owner: who asks, for the messages.
     :raises ValueError: if one is missing, unknown, or has too few dimensions.
@@ -532,7 +487,6 @@ def clean_log_probs(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Ten
     :param log_c: what a denoiser returned for states of ``shape``, with or without a last column
         for the mask.
     :param shape: shape of the states, ``(*batch, L)``, or of gathered rows, ``(n,)``.
-    :param vocab_size: number of clean tokens ``V``.
     :returns: float64 ``(*shape, V)``.
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
@@ -548,7 +502,6 @@ def in_float64(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> tuple[Te
 
     :param log_c: what a denoiser returned for states of ``shape``.
     :param shape: shape of the states.
-    :param vocab_size: number of clean tokens ``V``.
     :returns: ``(*shape, V)`` and ``(*shape, 1)``; totals are one up to round-off if the denoiser
         is right, which :func:`require_normalised` checks.
     :raises TypeError: if the output is no tensor.
@@ -563,7 +516,6 @@ def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor
 
     :param log_c: what a denoiser returned for states of ``shape``.
     :param shape: shape of the states.
-    :param vocab_size: number of clean tokens ``V``.
     :returns: ``(*shape, V)``.
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if it has the wrong shape.

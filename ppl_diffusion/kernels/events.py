@@ -152,7 +152,6 @@ def decode(
 
     :param denoiser: predictor of clean tokens; its ``hidden`` and ``head`` are used where it has
         them, so that the vocabulary is computed for the revealed positions only.
-    :param vocab_size: number of clean tokens ``V``.
     :param tokens: states to start from, int64 ``(B, L)``.
     :param plan: what is revealed when.
     :param uniforms: numbers in ``[0, 1)``, ``(B, L)``: which token each position gets.
@@ -198,8 +197,6 @@ def score(
 ) -> Tensor:
     """Return the log-probabilities of known reveals, float64 ``(M,)``, differentiable.
 
-    :param denoiser: predictor of clean tokens.
-    :param vocab_size: number of clean tokens ``V``.
     :param states: states before the reveals, int64 ``(M, L)``.
     :param times: time of each state, float64 ``(M,)``.
     :param reveals: bool ``(M, L)``, the positions that are revealed next.
@@ -225,7 +222,6 @@ def predict_at(
 ) -> Tensor:
     """Return the denoiser's log-probabilities at chosen positions only.
 
-    :param denoiser: predictor of clean tokens.
     :param tokens: states, int64 ``(B, L)``.
     :param times: float64 ``(B,)``; not read if the denoiser is time-free.
     :param sites: int64 ``(m,)``, indices into the flattened ``(B, L)``.

@@ -42,7 +42,6 @@ def draw_path(
 ) -> MaskedPath:
     """Reveal every position at its step and return the path.
 
-    :param kernel: an absorbing kernel.
     :param start: the noisiest states, int64 ``(*batch, L)``.
     :param step_of: int64 ``(*batch, L)``, the step that reveals a position, -1 for the prompt.
     :param time: float64 ``(*batch, L)``, the time at which its prediction is made.
@@ -84,7 +83,6 @@ def log_step_probs(schedule: Schedule, times: np.ndarray) -> np.ndarray:
 
     Summed over positions it is the log-probability of the reveal steps of a path.
 
-    :param schedule: signal schedule.
     :param times: time grid, ``(T + 1,)``.
     """
     noise = np.asarray(schedule.log1m_alpha(times), dtype=np.float64)
@@ -166,7 +164,6 @@ def reveal_log_prob(
 
     The denoiser sees one row per non-empty step of each path, in calls of bounded size.
 
-    :param kernel: an absorbing kernel.
     :param path: int64 ``(B, T + 1, L)``.
     :param found: its reveals.
     :param time_of: when the kernel makes a prediction.

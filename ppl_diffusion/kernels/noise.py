@@ -52,7 +52,6 @@ def uniforms(
     """Return float64 uniforms on ``[0, 1)`` with resolution ``2^-53``.
 
     :param shape: shape of the result.
-    :param generator: source of randomness (the global one by default).
     :param device: where to put them. A generator of another device draws there, and the numbers
         are moved: a seed means the same everywhere.
     """

@@ -339,8 +339,6 @@ def first_hitting(
     """Return the chain that reveals one uniformly chosen position per step.
 
     :param process: an absorbing process.
-    :param denoiser: predictor of clean tokens.
-    :param length: number ``L`` of positions.
     :param clock: see :class:`OrderedKernel`.
     """
     return OrderedKernel(process, denoiser, length=length, clock=clock)

@@ -17,11 +17,7 @@ from ppl_diffusion.kernels import InterpolatingKernel, Process
 
 
 def all_states(num_states: int, length: int) -> Tensor:
-    """Return every sequence of states in lexicographic order, int64 ``(S ** L, L)``.
-
-    :param num_states: number ``S`` of states of a site.
-    :param length: number ``L`` of sites.
-    """
+    """Return every sequence of states in lexicographic order, int64 ``(S ** L, L)``."""
     return torch.cartesian_prod(*[torch.arange(num_states)] * length).reshape(-1, length)
 
 
@@ -29,7 +25,6 @@ def state_index(tokens: Tensor, num_states: int) -> Tensor:
     """Return the position of sequences in :func:`all_states`, int64 ``(*batch,)``.
 
     :param tokens: int64 ``(*batch, L)``.
-    :param num_states: number ``S`` of states of a site.
     """
     powers = num_states ** torch.arange(tokens.shape[-1] - 1, -1, -1)
     return (tokens * powers).sum(-1)
@@ -38,10 +33,8 @@ def state_index(tokens: Tensor, num_states: int) -> Tensor:
 def forward_law(process: Process, x0_law: Tensor, alpha: float, length: int) -> Tensor:
     """Return the law of the noised sequence, float64 ``(S ** L,)``.
 
-    :param process: forward process.
     :param x0_law: law of clean sequences, ``(V ** L,)`` in lexicographic order.
     :param alpha: signal level.
-    :param length: number ``L`` of sites.
     """
     keep = torch.eye(process.num_states, dtype=torch.float64)[: process.vocab_size]
     site = alpha * keep + (1 - alpha) * _prior(process)  # (V, S)
@@ -60,7 +53,6 @@ def site_rows(
     ``q(z_s = j | z_t = z, c) = q(z | z_s = j) (b c_j + (1 - b) pi_j) / (a c_z + (1 - a) pi_z)``.
     Where the prior cannot produce ``z``, the token is known to be clean and ``c`` is one-hot there.
 
-    :param process: forward process.
     :param z: current states, int64 ``(*batch,)``.
     :param c: probabilities of the clean token, ``(*batch, V)``.
     :param a: ``alpha(t)``.
@@ -86,7 +78,6 @@ def _bridge(process: Process, z: Tensor, c: Tensor, a: float, b: float) -> Tenso
 def posterior_as_cavity(process: Process, z: Tensor, g: Tensor, a: float) -> Tensor:
     """Divide a posterior over clean tokens by the site's own evidence and renormalise.
 
-    :param process: forward process.
     :param z: current states, int64 ``(*batch,)``.
     :param g: probabilities ``p(x | z)``, ``(*batch, V)``.
     :param a: ``alpha(t)``.
@@ -109,8 +100,6 @@ def state_matrix(
     Row: current state; column: next state; both in the order of :func:`all_states`.
 
     :param kernel: the kernel (its process, denoiser and grid are used, its ``step`` is not).
-    :param k: step index.
-    :param length: number ``L`` of sites.
     :param prompt: int64 ``(L,)``, fixed tokens, -1 where free.
     :param given: conditions of the denoiser, without batch dimensions.
     """
@@ -134,8 +123,6 @@ def state_matrix(
 def prior_law(process: Process, length: int, prompt: Tensor | None = None) -> Tensor:
     """Return the law of the noisiest state, float64 ``(S ** L,)``.
 
-    :param process: forward process.
-    :param length: number ``L`` of sites.
     :param prompt: int64 ``(L,)``, fixed tokens, -1 where free.
     """
     states = all_states(process.num_states, length)

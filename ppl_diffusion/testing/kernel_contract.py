@@ -227,10 +227,7 @@ class _Values(NamedTuple):
 
 
 def require_density(kernel: Kernel) -> None:
-    """Skip the test of a kernel that says that it has no density.
-
-    :param kernel: the kernel.
-    """
+    """Skip the test of a kernel that says that it has no density."""
     if kernel.capability == SAMPLE_ONLY:
         pytest.skip("the kernel does not claim a density")
 

@@ -53,8 +53,6 @@ class MotifProblem:
     ) -> MotifProblem:
         """Return a problem with a random Markov chain.
 
-        :param vocab_size: number ``V`` of tokens.
-        :param length: number ``L`` of positions.
         :param motif: the tokens of the motif.
         :param weight: log-potential of one occurrence, in nats.
         :param sharpness: standard deviation of the log-probabilities.
@@ -159,7 +157,6 @@ class MotifProblem:
         """Return independent draws of the posterior, int64 ``(num, L)``.
 
         :param num: how many.
-        :param generator: source of randomness.
         """
         messages, _ = self._messages(self.start, self._weight)
         transfer, tokens = self._transfer(self._weight), []
@@ -177,7 +174,6 @@ class MotifProblem:
         revealed.
 
         :param num: how many.
-        :param generator: source of randomness.
         """
         x0, shape = self.draw(num, generator), (num, self.length)
         turn = torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -42,7 +42,6 @@ class ExactChain:
     def of(cls, chain: ReverseChain) -> ExactChain:
         """Build the matrices of a chain.
 
-        :param chain: a tiny chain.
         :raises TypeError: if its steps are not three-way mixtures of the current tokens.
         """
         kernel, length, prompt = chain.kernel, chain.length, chain.prompt
