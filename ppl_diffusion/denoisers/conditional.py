@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, conditions_of, forward_parameters
-from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
+from ppl_diffusion.denoisers.filters import forward_optional, peel
 from ppl_diffusion.kernels.base import clean_log_probs, move, require_rows
 from ppl_diffusion.kernels.classifier_free import guided_log_probs
+from ppl_diffusion.kernels.prediction import has_head
 
 
 class Labelled:
@@ -49,7 +50,7 @@ class Labelled:
         self.time_free: bool = network.time_free
         forward_parameters(self, network)
         forward_optional(self, network, "process")
-        if has_sparse_head(network):
+        if has_head(network):
             forward_optional(self, network, "head", "hidden_size")
             vars(self)["hidden"] = self._hidden
 
@@ -203,7 +204,7 @@ class Guided(Paired):
         super().__init__(conditional, unconditional)
         self.weight, self.mask_id = float(weight), mask_id
         self.output_size = self.vocab_size
-        if all(has_sparse_head(part) for part in self._parts):
+        if all(has_head(part) for part in self._parts):
             self._split = [*(int(part.hidden_size) for part in self._parts), 1]
             self.hidden_size = sum(self._split)
             vars(self)["hidden"], vars(self)["head"] = self._hidden, self._head

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ppl_diffusion._errors import CapabilityError
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 from ppl_diffusion.kernels.base import clean_log_probs
+from ppl_diffusion.kernels.prediction import has_head
 
 
 class Filter(ABC):
@@ -53,7 +54,7 @@ class Filter(ABC):
         self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
         forward_parameters(self, denoiser)
         forward_optional(self, denoiser, "process", "network_rows", "conditions")
-        if has_sparse_head(denoiser):
+        if has_head(denoiser):
             forward_optional(self, denoiser, "hidden", "hidden_size")
             vars(self)["head"] = self._filtered_head
 
@@ -179,11 +180,6 @@ class Nucleus(Filter):
     def __repr__(self) -> str:
         crossing = "" if self.keep_crossing else ", keep_crossing=False"
         return f"Nucleus({self.denoiser!r}, {self.p:g}{crossing})"
-
-
-def has_sparse_head(denoiser: Denoiser) -> bool:
-    """Return whether a denoiser can evaluate its vocabulary head at gathered positions."""
-    return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")
 
 
 def forward_optional(wrapper: Denoiser, denoiser: Denoiser, *names: str) -> None:

@@ -85,7 +85,7 @@ class StepDistribution(TorchDistribution):
                 value = value.expand(*shape, *value.shape[old:])
             elif isinstance(value, Prediction):
                 value = value.expand(shape)
-            vars(new)[name] = value
+            new.__dict__[name] = value
         super(StepDistribution, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
