@@ -173,7 +173,7 @@ def smc_loop(
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)
     carry = engine.init(num_runs, num_particles, generator)
-    device = carry["tokens"].device
+    device = _device(carry)
     parents = identity = torch.arange(num_particles, device=device).expand(shape)
     twist = engine.log_twist(carry, 0, generator)
     twist = torch.zeros(shape, dtype=torch.float64, device=device) if twist is None else twist
@@ -235,6 +235,12 @@ class _Log:
             died_at=torch.where(died, steps_alive, -1),
             history=self.history,
         )
+
+
+def _device(carry: Carry) -> torch.device:
+    """Return where the particles are; a carry may be a dict of dicts."""
+    parts = [part for part in carry.values() if isinstance(part, Tensor | dict)]
+    return parts[0].device if isinstance(parts[0], Tensor) else _device(parts[0])
 
 
 def _resample(resampler: Resampler, weights: Weights, generator: torch.Generator | None) -> Tensor:
