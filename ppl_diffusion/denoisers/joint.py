@@ -71,10 +71,7 @@ class JointDenoiser:
         return tuple(dict.fromkeys(phrases))
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return log-probabilities, float64 ``(*batch, L, V)``, with ``L`` the sum of the lengths.
-
-        :raises ValueError: if there are more or fewer positions.
-        """
+        """Return log-probabilities, float64 ``(*batch, L, V)``; ``L`` is the sum of all lengths."""
         if tokens.shape[-1] != self.length:
             raise ValueError(
                 f"this denoiser is for {self.length} positions, got {tokens.shape[-1]}."

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
-    """Return ``new`` as a size, refusing to shrink or change a batch dimension.
-
-    :param old: current batch shape.
-    :param new: requested batch shape.
-    :raises ValueError: if ``old`` cannot be broadcast to ``new``.
-    """
+    """Return ``new`` as a size, refusing to shrink or change a batch dimension."""
     new = torch.Size(new)
     aligned = tuple(new)[len(new) - len(old) :]
     if len(new) < len(old) or any(o not in (1, n) for o, n in zip(old, aligned, strict=True)):
@@ -32,12 +27,7 @@ def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
 
 
 def check_value(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Return ``value`` as int64 after checking its event shape.
-
-    :param distribution: the distribution that scores it.
-    :param value: candidate value.
-    :raises ValueError: if the event dimensions or the batch dimensions do not fit.
-    """
+    """Return ``value`` as int64 after checking its event shape."""
     event = tuple(distribution.event_shape)
     if value.ndim < len(event) or tuple(value.shape[value.ndim - len(event) :]) != event:
         raise ValueError(
@@ -61,15 +51,7 @@ def enumerated(
     limit: int,
     device: torch.device,
 ) -> Tensor:
-    """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it.
-
-    :param distribution: the distribution whose support it is.
-    :param num_states: number of states of each entry.
-    :param expand: whether to expand over the batch shape.
-    :param limit: largest number of values to build.
-    :param device: where they live.
-    :raises NotImplementedError: if the support is larger.
-    """
+    """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it."""
     entries = distribution.event_shape.numel()
     if num_states**entries > limit:
         raise NotImplementedError(
@@ -83,11 +65,7 @@ def enumerated(
 
 
 def check_states(step: StepDistribution) -> None:
-    """Refuse current states that are none.
-
-    :param step: the distribution of the next state.
-    :raises ValueError: if a token is not one of its states.
-    """
+    """Refuse current states that are none."""
     tokens = step.tokens
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < step.num_states:
         raise ValueError(
@@ -97,11 +75,7 @@ def check_states(step: StepDistribution) -> None:
 
 
 def check_normalised(step: TokenStep | RevealStep) -> None:
-    """Refuse a table of predictions whose rows are no distributions.
-
-    :param step: a step made from predictions.
-    :raises ValueError: if a row of a table is NaN or does not sum to one within 1e-3.
-    """
+    """Refuse a table of predictions whose rows are no distributions."""
     prediction = step.prediction
     if not isinstance(prediction, DensePrediction) or prediction.log_probs.numel() == 0:
         return
