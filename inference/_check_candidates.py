@@ -167,8 +167,8 @@ def _metered(question: Question) -> Question:
         MeteredPotential(task.potential),
     )
     kernel = task.chain.kernel.with_denoiser(denoiser)
-    known = {"prompt": task.chain.prompt, "given": task.chain.given}
-    chain = ReverseChain(kernel, task.chain.length, **known)
+    old = task.chain
+    chain = ReverseChain(kernel, old.length, prompt=old.prompt, given=old.given)
     return replace(
         question,
         pilot_target=chain,
