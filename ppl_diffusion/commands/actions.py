@@ -186,15 +186,15 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence
+    from ppl_diffusion.diagnostics.claims import disagreement
 
     posterior = load_particles(folder)
     figures = summary(posterior)
-    if not estimates_evidence(posterior):
+    if not posterior.law.has_evidence:
         figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
     rows = [[key, _readable(value)] for key, value in figures.items()]
     table(f"Particles of {folder}", ["quantity", "value"], rows)
-    note = disagreement(posterior.log_evidence) if estimates_evidence(posterior) else None
+    note = disagreement(posterior.log_evidence) if posterior.law.has_evidence else None
     if note is not None:
         print(f"Note: {note}")
     if plots is not None:

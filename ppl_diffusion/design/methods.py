@@ -121,7 +121,9 @@ def _product(law: Law, plan: _Plan) -> str:
     ordered = isinstance(plan.chain.kernel, OrderedKernel)
     if ordered and not isinstance(plan.method, Corrector):
         own = Composition([(plan.chain, 1.0)])
-        return LockstepMover(own, rule=RandomSites()).target_law.format(law=own.law)
+        return LockstepMover(own, rule=RandomSites(), twist=None, max_rows=None).target_law.format(
+            law=own.law
+        )
     # Path by path, the first power of a chain is the chain: noise and forward factors cancel.
     return "p(path)" if law.exact and plan.power == 1 and not ordered else law.product
 

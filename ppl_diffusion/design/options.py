@@ -132,7 +132,11 @@ def _flat(hint: Any) -> Iterator[Any]:
 def _documented(cls: type[Method], name: str) -> str:
     """Return the sentence about a field: the first class that has it says it in full."""
     for base in reversed(cls.__mro__):
-        found = re.search(rf":param {name}:(.*?)(?=\.\s|\n\s*:(?:param|raises|returns|cvar|ivar)|\n\s*\n|\Z)", base.__doc__ or "", re.DOTALL)
+        found = re.search(
+            rf":param {name}:(.*?)(?=\.\s|\n\s*:(?:param|raises|returns|cvar|ivar)|\n\s*\n|\Z)",
+            base.__doc__ or "",
+            re.DOTALL,
+        )
         if found:
             plain = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", found[1]).replace("``", "")
             return f"{' '.join(plain.split()).removesuffix('.')}."
