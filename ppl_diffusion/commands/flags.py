@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from inspect import Parameter, Signature
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -56,7 +57,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def _modules(args: Sequence[str]) -> list[str]:
-    after = [value for flag, value in zip(args, args[1:], strict=False) if flag == MODULE]
+    after = [value for flag, value in pairwise(args) if flag == MODULE]
     return after + [w.removeprefix(f"{MODULE}=") for w in args if w.startswith(f"{MODULE}=")]
 
 

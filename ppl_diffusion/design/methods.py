@@ -1,7 +1,7 @@
 """From a question and a search to particles: any registered method, one runner.
 
-All methods share the prior, the potentials and the seed of the job. Those that choose a token before
-its position is revealed count reveals instead of time on a masked prior: they sample the *ordered*
+All share the prior, the potentials and the seed of the job. Methods that choose a token before its
+position is revealed count reveals instead of time on a masked prior: they sample the *ordered*
 chain, whose finite-step law is another one. The law of each result says so.
 """
 

@@ -61,14 +61,22 @@ class Contender:
         return self.posterior.num_evaluations / self.posterior.num_runs
 
     @property
-    def target(self) -> Mapping[str, Hashable]:
-        """What two results must share for their evidences to be one number, by name."""
+    def target(self) -> Hashable:
+        """What two results must share for their evidences to estimate one number."""
         law = self.posterior.law
-        if not law.has_evidence:
-            return {**self.asked, "target": str(law)}
-        chains = tuple(replace(chain, steps=0) for chain in law.chains)
-        steps = tuple(chain.steps for chain in law.chains)
-        return {**self.asked, "steps": steps, "target": law.but(chains=chains).base}
+        return tuple(self.asked.items()), law.base if law.has_evidence else str(law)
+
+    @property
+    def facts(self) -> Mapping[str, Hashable]:
+        """What may make targets differ, by names that people know."""
+        chains = self.posterior.law.chains
+        still = tuple(replace(chain, steps=0) for chain in chains)
+        return {
+            "prior": tuple(chain.digest for chain in chains),
+            **self.asked,
+            "steps": tuple(chain.steps for chain in chains),
+            "target": str(self.posterior.law.but(chains=still)),
+        }
 
 
 @dataclass(frozen=True)
@@ -251,11 +259,9 @@ def _mean(weights: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[
 
 
 def _letters(contenders: Iterable[Contender]) -> list[str]:
-    found: list[Mapping[str, Hashable]] = []
-    for contender in contenders:
-        if contender.target not in found:
-            found.append(contender.target)
-    return [_letter(found.index(contender.target)) for contender in contenders]
+    targets = [contender.target for contender in contenders]
+    found = list(dict.fromkeys(targets))
+    return [_letter(found.index(target)) for target in targets]
 
 
 def _letter(number: int) -> str:
@@ -266,7 +272,7 @@ def _notes(
     contenders: Sequence[Contender], rows: Sequence[Mapping[str, Any]], budget: int
 ) -> Iterable[str]:
     claims = {
-        str(row["target"]): c.target
+        str(row["target"]): c.facts
         for c, row in zip(contenders, rows, strict=True)
         if c.posterior.law.has_evidence
     }
@@ -315,8 +321,8 @@ def _differences(targets: Sequence[Mapping[str, Hashable]]) -> str:
     found = {name: {target.get(name) for target in targets} for name in names}
     known = ", ".join(name for name in names if len(found[name] - {UNKNOWN}) > 1)
     unknown = ", ".join(name for name in names if UNKNOWN in found[name])
-    if not unknown:
-        return f"differ in {known}"
+    if not unknown:  # kernels may differ where no sentence says how
+        return f"differ in {known or 'the kernels of their chains'}"
     doubt = f"{unknown}, unknown for some"
     return f"differ in {known}, and perhaps in {doubt}" if known else f"may differ in {doubt}"
 

@@ -153,7 +153,8 @@ def test_design_honours_fixed_bases_motifs_and_forbidden_motifs(prior, tmp_path,
     rows = read_designs(out)
     assert all(row["sequence"][2:6] == "TTTT" and row["sequence"][9] == "A" for row in rows)
     assert not any("GGCC" in row["sequence"] for row in rows)
-    assert "clamped at 5 of 16 positions" in json.loads((out / "summary.json").read_text())["target"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert "clamped at 5 of 16 positions" in summary["target"]
     assert "log evidence" in capsys.readouterr().out
 
 
