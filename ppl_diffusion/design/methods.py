@@ -79,7 +79,7 @@ def _plan(target: Target, search: Search) -> _Plan:
     if target.clamp is None:
         return _Plan(chain, target.potential, method, power)
     if method.holds_clamps and hasattr(method, "proposal"):
-        method = dataclasses.replace(method, proposal=target.clamp)
+        method = dataclasses.replace(method, **{"proposal": target.clamp})
         return _Plan(chain, target.potential, method, power)
     if not target.masked:
         raise InputError(
@@ -120,10 +120,9 @@ def _declared(law: Law, target: Target, plan: _Plan) -> Law:
 def _product(law: Law, plan: _Plan) -> str:
     ordered = isinstance(plan.chain.kernel, OrderedKernel)
     if ordered and not isinstance(plan.method, Corrector):
-        own = Composition([(plan.chain, 1.0)])
-        return LockstepMover(own, rule=RandomSites(), twist=None, max_rows=None).target_law.format(
-            law=own.law
-        )
+        one = Composition([(plan.chain, 1.0)])
+        mover = LockstepMover(one, rule=RandomSites(), twist=None, max_rows=None)
+        return mover.target_law.format(law=one.law)
     # Path by path, the first power of a chain is the chain: noise and forward factors cancel.
     return "p(path)" if law.exact and plan.power == 1 and not ordered else law.product
 
@@ -143,7 +142,8 @@ def _held_potential(target: Target, clamp: ClampProposal) -> AbstractPotential:
 def _held(method: Method, clamp: ClampProposal) -> Method:
     twist = getattr(method, "twist", None)
     completes = isinstance(twist, FillTwist) or twist == "auto"
-    return dataclasses.replace(method, twist=HeldFill(method.fill, clamp)) if completes else method
+    held = {"twist": HeldFill(method.fill, clamp)} if completes else {}
+    return dataclasses.replace(method, **held)
 
 
 class HeldFill(FillTwist):

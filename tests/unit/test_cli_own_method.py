@@ -69,6 +69,7 @@ def folder(tmp_path, monkeypatch):
 
 
 QUICK = ["design", "tiny", "--particles", "6", "--runs", "3", "--steps", "4", "--gc", "0.4", "0.6"]
+WEIGH = ["--ess-threshold", "1"]  # look-aheads matter where particles are resampled
 OWN = ["--method-module", "my_methods", "--method", "once"]
 
 
@@ -80,8 +81,8 @@ def designed(folder, name, *words):
 
 
 def test_its_options_are_flags_and_decide_what_it_does(folder):
-    chosen = designed(folder, "a", "--trust", "100", "--half", "first", "--no-eager")
-    plain = designed(folder, "b")
+    chosen = designed(folder, "a", "--trust", "100", "--half", "first", "--no-eager", *WEIGH)
+    plain = designed(folder, "b", *WEIGH)
     assert chosen["method"] == plain["method"] == "once"
     asked = {"num_trust": 100, "half": "first", "eager": False}
     assert asked.items() <= chosen["settings"]["search"].items()
