@@ -114,11 +114,11 @@ def sample(
     ] = None,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""
-    from ppl_diffusion.commands.actions import SampleJob, draw_samples
+    from ppl_diffusion.commands.actions import draw_samples
+    from ppl_diffusion.models.samplers import SamplerSettings
 
-    filters = tuple(filter_ or ())
-    job = SampleJob(name, num, seed, sampler, steps, kappa_schedule, block, filters)
-    draw_samples(job, out=out)
+    settings = SamplerSettings(steps, kappa_schedule, block, tuple(filter_ or ()))
+    draw_samples(name, num=num, seed=seed, sampler=sampler, settings=settings, out=out)
 
 
 @app.command(cls=MethodCommand)
