@@ -49,6 +49,7 @@ class FKSteering(LookingAhead):
     :param every: score at every so many steps.
     :param interval: first and last step that may be scored, in steps taken, both included; all
         between the ends by default. The steps scored are ``first, first + every, ...``.
+    :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
     :raises ValueError: if a name or a number is not usable.
 
     Example::
@@ -61,6 +62,7 @@ class FKSteering(LookingAhead):
     closing: Closing = "exact"
     every: int = 1
     interval: tuple[int, int] | None = None
+    cache: bool = True
 
     name: ClassVar[str] = "steering"
 
