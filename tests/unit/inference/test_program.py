@@ -11,19 +11,7 @@ from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import clamp, steer, twist
-from ppl_diffusion.inference import (
-    SMC,
-    BeamSearch,
-    BestOfN,
-    Corrector,
-    FKSteering,
-    ImportanceSampling,
-    ParticleGibbs,
-    SoftValueGuidance,
-    Tempering,
-    TwistedSampler,
-    _task,
-)
+from ppl_diffusion.inference import SMC, ParticleGibbs, _task
 from ppl_diffusion.inference._path_reading import _histories
 from ppl_diffusion.inference._program import Program
 from ppl_diffusion.inference._sites import ChainSite, trial_sequences
@@ -78,7 +66,15 @@ def test_an_object_goes_by_its_class():
 
 
 @pytest.mark.parametrize(
-    "method", [SMC, FKSteering, TwistedSampler, Tempering, Corrector, ParticleGibbs]
+    "method",
+    [
+        SMC,
+        partial(SMC, method="steering"),
+        partial(SMC, method="twisted"),
+        partial(SMC, method="tempering"),
+        partial(SMC, method="corrector"),
+        ParticleGibbs,
+    ],
 )
 def test_errors_name_the_method_and_advise_what_it_has(method):
     with pytest.raises(ValueError, match=f"^{method.__name__}: empty has no unobserved"):
@@ -127,10 +123,10 @@ def shown(chain):
 
 
 WITHOUT_PATHS = [
-    FKSteering,
-    TwistedSampler,
-    Tempering,
-    ImportanceSampling,
+    partial(SMC, method="steering"),
+    partial(SMC, method="twisted"),
+    partial(SMC, method="tempering"),
+    partial(SMC, method="importance-sampling"),
     partial(SMC, store_path=False),
     partial(SMC, store_path=False, vectorize_particles=False),
     ParticleGibbs,
@@ -164,7 +160,7 @@ def test_whole_paths_are_read_where_they_are_kept():
 @pytest.mark.parametrize("seed", range(20))
 def test_the_trial_does_not_depend_on_luck(seed):
     with pytest.raises(CapabilityError, match="reads the path"):
-        FKSteering(first_state, num_particles=4).run(ordered_chain(), seed=seed)
+        SMC(first_state, method="steering", num_particles=4).run(ordered_chain(), seed=seed)
 
 
 def test_the_trial_has_every_token_of_a_small_alphabet_and_many_of_a_large_one():
@@ -188,13 +184,13 @@ def test_the_trial_leaves_prompts_alone():
 
 
 def test_the_trial_changes_no_draw(monkeypatch):
-    run = FKSteering(shown, num_particles=4).run
+    run = SMC(shown, method="steering", num_particles=4).run
     posterior = run(ordered_chain(), seed=0)
     monkeypatch.setattr(_task, "require_sequences_only", lambda program: frozenset())
     assert torch.equal(posterior.x0, run(ordered_chain(), seed=0).x0)
 
 
-@pytest.mark.parametrize("method", [SMC, FKSteering])
+@pytest.mark.parametrize("method", [SMC, partial(SMC, method="steering")])
 def test_a_deterministic_site_needs_the_path_it_reads(method):
     chain = ordered_chain()
     kept = method(shown, num_particles=4).run(chain, seed=0).samples
@@ -223,7 +219,15 @@ def test_a_program_that_is_random_given_its_values_is_refused(method):
 
 
 @pytest.mark.parametrize(
-    "method", [SMC, FKSteering, TwistedSampler, Tempering, Corrector, ParticleGibbs]
+    "method",
+    [
+        SMC,
+        partial(SMC, method="steering"),
+        partial(SMC, method="twisted"),
+        partial(SMC, method="tempering"),
+        partial(SMC, method="corrector"),
+        ParticleGibbs,
+    ],
 )
 def test_a_target_says_what_is_held(method):
     options = {"num_samples": 1, "num_warmup": 0} if method is ParticleGibbs else {}
@@ -239,7 +243,12 @@ def test_a_target_says_what_is_held(method):
 
 
 @pytest.mark.parametrize(
-    "method", [BestOfN, BeamSearch, partial(SoftValueGuidance, weighted=False)]
+    "method",
+    [
+        partial(SMC, method="best-of-n"),
+        partial(SMC, method="beam"),
+        partial(SMC, method="soft-value", weighted=False),
+    ],
 )
 def test_results_without_a_law_say_what_is_held_too(method):
     def target(program, chain):
@@ -257,20 +266,31 @@ def test_a_target_counts_what_is_held_over_plates():
             x = chain.x0(pyro.sample("path", chain))
             pyro.factor("f", (x == 0).sum(-1).double())
 
-    for method in (SMC, FKSteering):
+    for method in (SMC, partial(SMC, method="steering")):
         posterior = method(held(program), num_particles=4).run(toy_chain(prompt=PROMPT), seed=0)
         assert "clamped at 3 of 6 positions, prompted at 3 of 6" in posterior.target
 
 
 def test_a_bare_chain_says_what_it_was_prompted_with():
     chain = toy_chain(prompt=PROMPT)
-    target = FKSteering(chain, GOAL, num_particles=4).run(seed=0).target
+    target = SMC(chain, GOAL, method="steering", num_particles=4).run(seed=0).target
     assert "reverse chain, prompted at 1 of 2 positions, normalised" in target
     assert FeynmanKac(chain, GOAL).target == target
-    assert FeynmanKac(toy_chain(), GOAL).target == FKSteering(toy_chain(), GOAL).run(seed=0).target
+    assert (
+        FeynmanKac(toy_chain(), GOAL).target
+        == SMC(toy_chain(), GOAL, method="steering").run(seed=0).target
+    )
 
 
-@pytest.mark.parametrize("method", [SMC, FKSteering, TwistedSampler, Tempering])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SMC,
+        partial(SMC, method="steering"),
+        partial(SMC, method="twisted"),
+        partial(SMC, method="tempering"),
+    ],
+)
 def test_whole_paths_are_no_draws_of_a_posterior(method):
     def program(chain):
         with pyro.plate("two", 2):
@@ -285,7 +305,12 @@ def test_whole_paths_are_no_draws_of_a_posterior(method):
     assert shown.dims[-1] == "position"
 
 
-CHAIN_PROGRAMS = [FKSteering, TwistedSampler, Tempering, ImportanceSampling]
+CHAIN_PROGRAMS = [
+    partial(SMC, method="steering"),
+    partial(SMC, method="twisted"),
+    partial(SMC, method="tempering"),
+    partial(SMC, method="importance-sampling"),
+]
 
 
 @pytest.mark.parametrize("method", [SMC, *CHAIN_PROGRAMS, ParticleGibbs])
@@ -311,7 +336,7 @@ def test_smc_takes_programs_only():
         SMC(3)
 
 
-@pytest.mark.parametrize("method", [ParticleGibbs, Tempering])
+@pytest.mark.parametrize("method", [ParticleGibbs, partial(SMC, method="tempering")])
 @pytest.mark.parametrize(("moves", "found"), [(["x"], "str"), (SuffixRefresh(1), "SuffixRefresh")])
 def test_moves_are_path_moves(method, moves, found):
     with pytest.raises(TypeError, match=rf"^{method.__name__}: moves must be .* got {found}\.$"):
@@ -346,7 +371,7 @@ def test_a_path_that_adds_a_site_is_read():
             pyro.factor("masked", torch.tensor(1.0).double())
 
     with pytest.raises(CapabilityError, match="program reads the path"):
-        FKSteering(program, num_particles=4).run(ordered_chain())
+        SMC(program, method="steering", num_particles=4).run(ordered_chain())
 
 
 def late(chain):
