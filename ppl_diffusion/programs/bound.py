@@ -340,10 +340,14 @@ def chain_mover(
     :param proposal: how particles move; None is the chain itself.
     :param max_rows: largest number of rows sent to the network at once.
     """
-    return FeynmanKac(site.chain, _no_potential, twist=fill, proposal=proposal).bind(
+    return FeynmanKac(site.chain, no_potential, twist=fill, proposal=proposal).bind(
         max_rows=max_rows
     )
 
 
-def _no_potential(x0: Tensor) -> Tensor:
+def no_potential(x0: Tensor) -> Tensor:
+    """Return zeros: movers of sites have nothing to weigh.
+
+    :param x0: int64 ``(*batch, L)``.
+    """
     return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
