@@ -160,7 +160,7 @@ class Corrector(LookingAhead):
     def step(
         self, run: Bound, state: State, item: Item, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Move by the experts; with ``clamp`` the look-ahead has a say in which token is revealed."""
+        """Move by the experts; with ``clamp`` the look-ahead has a say in which token it is."""
         mover: Any = run.movers[item.site]
         if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
             return run.step(state, item, generator)
@@ -245,16 +245,16 @@ class ComposedSource(ChainSource):
     def law(self) -> Law:
         """The first chain's, with what changes any of them, and the tilt if there is one."""
         law = super().law
-        changes = dict.fromkeys(c for chain in self.composition.chains for c in chain.kernel.changes)
+        changes = dict.fromkeys(
+            c for chain in self.composition.chains for c in chain.kernel.changes
+        )
         others = tuple(Base.of(chain) for chain in self.composition.chains[1:])
         base = Base(**{**vars(law.chains[0]), "changes": tuple(changes)})
         digest = "+".join([base.digest, *(other.digest for other in others)])
         base = Base(**{**vars(base), "digest": digest})
         return law.but(chains=(base,), tilts=() if self.given is _NOTHING else law.tilts)
 
-    def final(
-        self, state: State, paths: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def final(self, state: State, paths: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Ask the potential, if there is one."""
         if self.given is not _NOTHING:
             return super().final(state, paths)

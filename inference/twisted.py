@@ -306,7 +306,9 @@ class TwistedSampler(Method):
         guess = self._guess(run, state, generator)
         own = guess[item.site].movedim(2, -2)  # (*B, F, L)
         values = run.source.look(guess, state).movedim(2, -1)  # (R, N, *elements, F)
-        values = values.reshape(*values.shape[:2], *[1] * (own.ndim - 1 - values.ndim), *values.shape[2:])
+        values = values.reshape(
+            *values.shape[:2], *[1] * (own.ndim - 1 - values.ndim), *values.shape[2:]
+        )
         pay = torch.softmax(values, -1).expand(own.shape[:-1]) * own.shape[-2]  # e_j, mean one
         zero = pay.new_zeros((*own.shape[:-2], *step.log_probs.shape[-2:]))
         found, one = own.mT, torch.ones_like(pay)
