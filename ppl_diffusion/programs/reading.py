@@ -220,7 +220,7 @@ class Program:
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)
             run = self._checked_run(rows)
-            densities = run.log_densities(self.latents)
+            densities = self._densities(run)
             self._require_alike(densities, rows, {n: v.sum() for n, v in alone.items()}, run)
             self._find_path_reading(densities, run, rows)
             self._find_missed_parents(densities, run, rows)
@@ -250,10 +250,21 @@ class Program:
                 self.trace(row)  # says so where the chain changes with what is drawn
             if not self.vectorize:
                 raise
-            raise ValueError(
-                f"{self.owner}: {self.name} fails for several particles at once ({failure}); "
-                f"{_BROADCAST}."
-            ) from error
+            raise self._no_broadcast(failure) from error
+
+    def _densities(self, run: ProgramRun) -> dict[str, Tensor]:
+        try:
+            return run.log_densities(self.latents)
+        except PotentialError:
+            raise
+        except ValueError as failure:  # a shape that does not fit the particles
+            raise self._no_broadcast(failure) from failure
+
+    def _no_broadcast(self, failure: Exception) -> ValueError:
+        return ValueError(
+            f"{self.owner}: {self.name} fails for several particles at once ({failure}); "
+            f"{_BROADCAST}."
+        )
 
     def _require_alike(
         self,
