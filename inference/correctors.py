@@ -34,7 +34,7 @@ from ppl_diffusion.inference.path_power import PathPowerMover, RateMover
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials.base import Potential
 from ppl_diffusion.programs.bound import Bound, Mover
-from ppl_diffusion.programs.method import Needs, register
+from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import (
@@ -105,6 +105,15 @@ class Corrector(LookingAhead):
             raise ValueError(
                 "Corrector: it moves by its experts and takes no proposal; use method='smc'."
             )
+
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries where there is a potential to ask about every token.
+
+        :param source: what is sampled.
+        """
+        masked = all(site.chain.kernel.process.absorbing for site in source.chains)
+        return {f"{cls.name}-clamped": cls(clamp=True)} if masked and source.law.tilts else {}
 
     def source(self, model: Any, potential: PotentialLike | None) -> Source:
         """Return the first chain, tilted by the composition's potential and the one given."""

@@ -26,12 +26,16 @@ from torch import Tensor
 
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.programs.bound import Bound
-from ppl_diffusion.programs.method import register
-from ppl_diffusion.programs.sources import State
+from ppl_diffusion.programs.method import Method, register
+from ppl_diffusion.programs.sources import Source, State
 from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.twists import PersistentFill
 
 Kind = Literal["difference", "max", "sum", "add"]
 Closing = Literal["exact", "published"]
+
+CHECKED_LOOKS, CHECKED_FILLS = 4, 4
+"""Looks of strided steering, and completions, that ``check`` tries."""
 
 RUNNING, LOG_H = "steering/running", "steering/log_h"
 
@@ -75,6 +79,18 @@ class FKSteering(LookingAhead):
             raise ValueError(
                 "FKSteering: twist=None scores nothing; use ImportanceSampling, or a twist."
             )
+
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries: few looks, and completions that are not the likeliest.
+
+        :param source: what is sampled.
+        """
+        steps = max(site.chain.num_steps for site in source.chains)
+        every = max(1, steps // (CHECKED_LOOKS + 1))
+        strided = {"strided": cls(every=every, interval=(every, steps))} if every > 1 else {}
+        found = {**strided, "persistent": cls(twist=PersistentFill(CHECKED_FILLS))}
+        return {f"{cls.name}-{name}": method for name, method in found.items()}
 
     @property
     def published(self) -> bool:

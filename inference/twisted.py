@@ -54,6 +54,9 @@ from ppl_diffusion.smc.twists import (
     as_twist,
 )
 
+CHECKED_TOP, CHECKED_FILLS = 32, 4
+"""Tokens asked about, and completions, that ``check`` tries."""
+
 GUESS, LOG_H = "twisted/guess", "twisted/log_h"
 
 ProposalLike = Literal["clamped", "reweighted"] | Proposal
@@ -124,6 +127,19 @@ class TwistedSampler(Method):
             )
         if self.twist not in ("auto", "exhaustive"):
             object.__setattr__(self, "twist", as_twist(self.twist))  # type: ignore[arg-type]
+
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries where every token of a position is asked about.
+
+        :param source: what is sampled.
+        """
+        kernels = [site.chain.kernel for site in source.chains]
+        if any(kernel.capability != ORDERED for kernel in kernels):
+            return {}
+        few = any(kernel.process.vocab_size > CHECKED_TOP for kernel in kernels)
+        top = {f"{cls.name}-top": cls(top=CHECKED_TOP)} if few else {}
+        return {f"{cls.name}-persistent": cls(twist=PersistentFill(CHECKED_FILLS)), **top}
 
     @property
     def fill(self) -> FillTwist:

@@ -39,7 +39,7 @@ from ppl_diffusion.programs.sites import (
 )
 from ppl_diffusion.programs.tracking import GivenSites, Place, SameRows, Tracking
 
-NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 4, 8, 8
+NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 4, 8, 16
 """Rows of the check: histories per chain, other sequences, other latents."""
 
 
@@ -390,11 +390,10 @@ class _Rows:
     def _clean(self, site: ChainSite) -> Tensor:
         first = site.chain.x0(self.first[site.name])
         clean = first.expand(self.size, *first.shape).clone()
-        new = torch.cat(
-            [torch.tensor(self.sequences[1:]), torch.arange(self.same_latents, self.size)]
-        )
-        trials = torch.cat([trial_sequences(site, NUM_SEQUENCES) for _ in range(2)])
-        clean[new] = trials[: len(new)].to(clean.device)
+        others = range(self.same_latents, self.size)
+        trials = trial_sequences(site, NUM_SEQUENCES)
+        for new in (self.sequences[1:], list(others)[:NUM_SEQUENCES], list(others)[NUM_SEQUENCES:]):
+            clean[new] = trials[: len(new)].to(clean.device)
         return clean
 
     @property
@@ -436,8 +435,9 @@ def trial_sequences(site: ChainSite, number: int) -> Tensor:
     """
     chain, row = site.chain, torch.arange(number)
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    if size <= number:
-        tokens = torch.rand(*shape, size).argsort(-1)[..., row % size]
+    if size <= number:  # one order of the alphabet after the other
+        orders = torch.rand(-(-number // size), *shape, size).argsort(-1)
+        tokens = torch.cat(list(orders), -1)[..., :number]
     else:  # orders of a large alphabet would not fit into memory
         tokens = (torch.randint(size, shape)[..., None] + row) % size
     tokens = tokens.movedim(-1, 0)

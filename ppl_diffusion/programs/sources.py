@@ -120,7 +120,7 @@ class ChainSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)``."""
-        return Law((self.chains[0].base,), (Tilt(self.given.name),))
+        return Law.tilted([self.chains[0].base], [Tilt(self.given.name)])
 
     @property
     def num_calls(self) -> int:
@@ -185,9 +185,8 @@ class ProgramSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)`` with everything the program scores as ``log G``."""
-        chains = tuple(site.base for site in self.chains)
-        latents = tuple(self.program.latents)
-        return Law(chains, (Tilt(f"the program {self.program.name}"),), latents)
+        chains = [site.base for site in self.chains]
+        return Law.tilted(chains, [Tilt(f"the program {self.program.name}")], self.program.latents)
 
     @property
     def num_calls(self) -> int:

@@ -2,7 +2,7 @@
 
 A cell runs one method on one small program whose evidence is known by enumeration (and quadrature);
 it must be within 4 standard errors: false alarm 6e-5 a cell, below one in a hundred for the table.
-The page ``docs/support_matrix.md`` is written from here: ``python tests/exact/test_support_matrix.py``.
+``python tests/exact/test_support_matrix.py`` writes the page ``docs/support_matrix.md``.
 """
 
 import math
