@@ -190,11 +190,11 @@ def test_the_trial_leaves_prompts_alone():
     site = ChainSite("path", toy_chain(num_steps=3, prompt=PROMPT))
     clean = trial_sequences(site, 8)
     assert bool((clean[:, 1] == 2).all())
-    path = _histories(clean, site)
-    assert path.shape == (8, 4, 2)
-    assert torch.equal(path[:, -1], clean)
-    assert bool((path[..., 1] == 2).all())
-    assert bool((path[:, 0, 0] == 3).all())
+    for path in _histories(clean, site):
+        assert path.shape == (8, 4, 2)
+        assert torch.equal(path[:, -1], clean)
+        assert bool((path[..., 1] == 2).all())
+        assert bool((path[:, 0, 0] == 3).all())
 
 
 def test_the_trial_changes_no_draw(monkeypatch):
