@@ -198,8 +198,9 @@ def _candidates(source: Source, composed: bool, extra: Mapping[str, Method]) -> 
 
 def _plain_cost(source: Source) -> Tensor:
     """Return the most that a plain draw can cost."""
-    several = isinstance(source, ComposedSource)
-    chains = source.composition.chains if several else [site.chain for site in source.chains]
+    chains = [site.chain for site in source.chains]
+    if isinstance(source, ComposedSource):
+        chains = list(source.composition.chains)
     plates = [chain.num_steps * math.prod(chain.batch_shape) for chain in chains]
     each = [getattr(chain.kernel.denoiser, "network_rows", 1) for chain in chains]
     return cost_of(sum(map(math.prod, zip(plates, each, strict=True))), 1)

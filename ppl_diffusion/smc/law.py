@@ -134,7 +134,9 @@ class Law:
         chains = tuple(chains)
         unknown = [base.site for base in chains if not base.has_density]
         # Its weights may well be right, but nothing can hold its draws to what it promises.
-        why = f"the steps of {', '.join(unknown)} have no density ({SAMPLE_ONLY})" if unknown else ""
+        why = (
+            f"the steps of {', '.join(unknown)} have no density ({SAMPLE_ONLY})" if unknown else ""
+        )
         return cls(chains, tuple(tilts), tuple(latents), exact=not unknown, why=why)
 
     def but(self, **changes: Any) -> Law:
