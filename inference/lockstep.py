@@ -256,5 +256,5 @@ def _own_reveals(chain: ReverseChain) -> tuple[int, int]:
     raise CapabilityError(
         f"Corrector: lockstep reveals need a masked chain at kappa=1 whose law is its denoiser's, "
         f"which {kernel!r} is not; use InterpolatingKernel or OrderedKernel (clock='mean'), or "
-        "method='path' for other processes."
+        "form='path' for other processes."
     )

@@ -39,7 +39,7 @@ class _GridMover(ExpertMover):
         for kernel in kernels:
             if not is_plain_mixture(kernel):
                 ordered = isinstance(kernel, OrderedKernel)
-                instead = "use method='lockstep'" if ordered else "build the chain with kappa=1"
+                instead = "use form='lockstep'" if ordered else "build the chain with kappa=1"
                 raise CapabilityError(
                     f"Corrector: the path-power target needs InterpolatingKernel at kappa=1, got "
                     f"{kernel!r}; {instead}."
@@ -150,8 +150,8 @@ class RateMover(_GridMover):
         super().__init__(composition, **options)
         if self.order <= 0:
             raise ValueError(
-                f"Corrector: method='rates' needs exponents with a positive sum, got {self.order}; "
-                "use method='path'."
+                f"Corrector: form='rates' needs exponents with a positive sum, got {self.order}; "
+                "use form='path'."
             )
 
     @property
