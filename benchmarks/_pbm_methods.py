@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._pbm_problem import BASES, Problem
-from benchmarks._problems import sequence_code
 from ppl_diffusion.inference import SMC, Power, methods
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, PersistentFill, two_sided_evidence
 from ppl_diffusion.smc.twists import FillTwist, TwistLike, log_mean_exp
+from ppl_diffusion.testing import state_index
 
 MAX_ELEMENTS = 2_000_000  # of the largest array of a batch of runs: about what a cache holds
 COST_RUNS = 8  # rows are shared between runs that move side by side, so costs need runs alone
@@ -126,7 +126,7 @@ class Outcome:
     """What a method returned over all runs.
 
     :param codes: the sequences of all particles, by
-        :func:`~benchmarks._problems.sequence_code`, ``(R, N)``.
+        :func:`~ppl_diffusion.testing.state_index`, ``(R, N)``.
     :param weights: their weights, normalised in each run, ``(R, N)``.
     :param draws: one weighted draw per run, int64 ``(R, L)``.
     :param log_evidence: estimates of ``log Z``, ``(R,)``.
@@ -172,7 +172,7 @@ def run_method(problem: Problem, method: Method, size: int, runs: int) -> Outcom
     seconds = (time.perf_counter() - started) / runs
     generator = torch.Generator().manual_seed(runs)
     return Outcome(
-        codes=torch.cat([sequence_code(post.x0, BASES) for post in posts]),
+        codes=torch.cat([state_index(post.x0, BASES) for post in posts]),
         weights=torch.cat([post.weights for post in posts]),
         draws=torch.cat([_draws(post, generator) for post in posts]),
         log_evidence=torch.cat([post.log_evidence for post in posts]),

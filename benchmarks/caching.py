@@ -25,15 +25,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks._paths import ordered
 from benchmarks._problems import Problem
 from benchmarks._report import Row, run, table
 from ppl_diffusion import models
-from ppl_diffusion.denoisers import Denoiser, EvaluatedDenoiser, MarkovDenoiser
+from ppl_diffusion.denoisers import Denoiser, EvaluatedDenoiser
 from ppl_diffusion.denoisers.base import forward_parameters
 from ppl_diffusion.denoisers.evaluation import _Rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC
-from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.programs.sources import UncachedPotential
 from ppl_diffusion.smc import ParticlePosterior, PersistentFill
 
@@ -191,10 +192,7 @@ def chain_of(problem: str) -> tuple[ReverseChain, LogPotential]:
     """
     if problem.startswith("B"):
         toy = Problem.load(problem)
-        process = Absorbing(toy.vocab_size)
-        denoiser = MarkovDenoiser(toy.initial, toy.transition, process)
-        kernel = OrderedKernel(process, denoiser, length=toy.length)
-        return ReverseChain(kernel, toy.length), toy.log_potential
+        return ordered(toy.chain(1)), toy.log_potential
     prior: Any = models.load(problem)
     kernel = OrderedKernel(prior.process, prior.denoiser, length=prior.length, group_size=GROUP)
     return ReverseChain(kernel, prior.length), _gc_steps
