@@ -216,7 +216,7 @@ class Kernel(ABC):
         :param batch_shape: the batch shape.
         """
         return {
-            name: value.expand(*batch_shape, *value.shape[value.ndim - self.conditions[name] :])
+            name: value.expand((*batch_shape, *value.shape[value.ndim - self.conditions[name] :]))
             for name, value in (given or {}).items()
         }
 
