@@ -147,7 +147,7 @@ def check(
     limit = cost_of(*(math.inf if value is None else value for value in budget.values()))
     # Programs that read whole paths are refused without them; others need not pay for them.
     whole = isinstance(source, ProgramSource) and bool(source.program.reads)
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     pilots = {"given": given, "store_path": whole, **options}
     search = _Search(known, pilots, limit, pilot_share, num_runs, max_particles, seed)
     search.spent = cost_of(calls=source.num_calls)  # what the reading of a program took
