@@ -20,6 +20,10 @@ from ppl_diffusion.inference.soft_value import SoftValueGuidance as SoftValueGui
 from ppl_diffusion.inference.steering import FKSteering as FKSteering
 from ppl_diffusion.inference.tempering import Tempering as Tempering
 from ppl_diffusion.inference.twisted import TwistedSampler as TwistedSampler
+from ppl_diffusion.inference.value_network import LearnedValue as LearnedValue
+from ppl_diffusion.inference.value_network import ValueNetwork as ValueNetwork
+from ppl_diffusion.inference.value_network import bellman_residuals as bellman_residuals
+from ppl_diffusion.inference.value_network import fit_value as fit_value
 from ppl_diffusion.programs.method import Method as Method
 from ppl_diffusion.programs.method import methods as methods
 from ppl_diffusion.programs.method import register as register
