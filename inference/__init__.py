@@ -5,6 +5,8 @@ from ppl_diffusion.inference.baselines import BestOfN as BestOfN
 from ppl_diffusion.inference.baselines import GuidedLineages as GuidedLineages
 from ppl_diffusion.inference.baselines import ImportanceSampling as ImportanceSampling
 from ppl_diffusion.inference.bootstrap import Bootstrap as Bootstrap
+from ppl_diffusion.inference.check import Check as Check
+from ppl_diffusion.inference.check import check as check
 from ppl_diffusion.inference.correctors import CFG as CFG
 from ppl_diffusion.inference.correctors import Composition as Composition
 from ppl_diffusion.inference.correctors import Corrector as Corrector

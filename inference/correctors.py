@@ -34,7 +34,7 @@ from ppl_diffusion.inference.path_power import PathPowerMover, RateMover
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials.base import Potential
 from ppl_diffusion.programs.bound import Bound, Mover
-from ppl_diffusion.programs.method import Needs, register
+from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import (
@@ -106,6 +106,15 @@ class Corrector(LookingAhead):
                 "Corrector: it moves by its experts and takes no proposal; use method='smc'."
             )
 
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries where there is a potential to ask about every token.
+
+        :param source: what is sampled.
+        """
+        masked = all(site.chain.kernel.process.absorbing for site in source.chains)
+        return {f"{cls.name}-clamped": cls(clamp=True)} if masked and source.law.tilts else {}
+
     def source(self, model: Any, potential: PotentialLike | None) -> Source:
         """Return the first chain, tilted by the composition's potential and the one given."""
         if isinstance(model, Composition) and self.compose is not None:
@@ -160,7 +169,7 @@ class Corrector(LookingAhead):
     def step(
         self, run: Bound, state: State, item: Item, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Move by the experts; with ``clamp`` the look-ahead has a say in which token is revealed."""
+        """Move by the experts; with ``clamp`` the look-ahead has a say in which token it is."""
         mover: Any = run.movers[item.site]
         if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
             return run.step(state, item, generator)
@@ -245,16 +254,16 @@ class ComposedSource(ChainSource):
     def law(self) -> Law:
         """The first chain's, with what changes any of them, and the tilt if there is one."""
         law = super().law
-        changes = dict.fromkeys(c for chain in self.composition.chains for c in chain.kernel.changes)
+        changes = dict.fromkeys(
+            c for chain in self.composition.chains for c in chain.kernel.changes
+        )
         others = tuple(Base.of(chain) for chain in self.composition.chains[1:])
         base = Base(**{**vars(law.chains[0]), "changes": tuple(changes)})
         digest = "+".join([base.digest, *(other.digest for other in others)])
         base = Base(**{**vars(base), "digest": digest})
         return law.but(chains=(base,), tilts=() if self.given is _NOTHING else law.tilts)
 
-    def final(
-        self, state: State, paths: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def final(self, state: State, paths: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Ask the potential, if there is one."""
         if self.given is not _NOTHING:
             return super().final(state, paths)

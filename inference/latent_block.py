@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.programs.reading import Program
-from ppl_diffusion.programs.sites import is_chain, is_deterministic
+from ppl_diffusion.programs.sites import is_deterministic
 
 
 class LatentBlock:
@@ -109,4 +109,3 @@ def require_continuous(program: Program) -> None:
                 f"ParticleGibbs: the latent {site['name']!r} of {program.name} is discrete, which "
                 "NUTS cannot move; sum it out, or use ppl_diffusion.inference.SMC."
             )
-        assert is_chain(site) or site["name"] in program.latents or site["name"].startswith("_")

@@ -353,14 +353,14 @@ class GibbsSampler:
             source=self.source,
             movers={name: mover(site) for name, site in self.sites.items()},
             plan=options.plan,
-            fill=options.twist or ArgmaxFill(),
+            fill=options.twist if isinstance(options.twist, FillTwist) else ArgmaxFill(),
             shape=(options.num_runs, options.num_particles),
         )
 
     def _population(
         self, run: Bound, latents: Mapping[str, Tensor], resampler: Resampler
     ) -> tuple[dict[str, Tensor], State, SMCTrace]:
-        """Move a population given the latents; return one particle of each chain, drawn by weight."""
+        """Move a population given the latents; return one particle of each chain, by weight."""
         engine = _GivenLatents(run, latents, look=self.options.twist is not None)
         with torch.no_grad():
             trace = smc_loop(

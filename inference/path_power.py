@@ -101,8 +101,8 @@ class PathPowerMover(_GridMover):
     def target_law(self) -> str:
         """The declared law of the path, in words; ``{law}`` stands for the product."""
         return (
-            f"m(x_T)^{self.order:g} * the product over {self.kernel.num_steps} steps of {{law}} of the "
-            f"reverse kernels times the forward kernel^{1 - self.order:g}"
+            f"m(x_T)^{self.order:g} * the product over {self.kernel.num_steps} steps of {{law}} of "
+            f"the reverse kernels times the forward kernel^{1 - self.order:g}"
         )
 
     def move(

@@ -2,8 +2,8 @@
 
 What is sampled is a Pyro program with reverse-chain sites (or a bare chain with a potential, a
 program of one site). *How* is a method: a small object that says how particles move, how they look
-ahead and what pays for it. Whatever the method, the engine is :func:`ppl_diffusion.smc.smc_loop` and
-a particle holds the states of all chains and one draw of every other latent::
+ahead and what pays for it. Whatever the method, the engine is :func:`ppl_diffusion.smc.smc_loop`,
+and a particle holds the states of all chains and one draw of every other latent::
 
     weight = p(latents, observations | x0) / r(latents)
 
@@ -182,9 +182,7 @@ class SMC:
                     "composition of chains."
                 )
             return self.method.source(model, self.potential)
-        program = Program(
-            model, args, kwargs, vectorize=self.vectorize_particles, owner=self.owner
-        )
+        program = Program(model, args, kwargs, vectorize=self.vectorize_particles, owner=self.owner)
         holding = {s.name for s in program.chains if self.method.holds_clamps and can_hold(s)}
         return ProgramSource(program, holding)
 

@@ -30,8 +30,8 @@ from ppl_diffusion.inference.biased import equal_weights
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.bound import Bound
-from ppl_diffusion.programs.method import register
-from ppl_diffusion.programs.sources import State
+from ppl_diffusion.programs.method import Method, register
+from ppl_diffusion.programs.sources import Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -91,6 +91,14 @@ class SoftValueGuidance(LookingAhead):
                 "SoftValueGuidance: twist=None promises nothing to choose by; use "
                 "ImportanceSampling, or a twist."
             )
+
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries: fewer children, which are paid for one by one.
+
+        :param source: what is sampled.
+        """
+        return {f"{cls.name}-4": cls(num_children=4)}
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
         """Lineages that nothing weighs are never resampled."""

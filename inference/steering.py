@@ -26,12 +26,16 @@ from torch import Tensor
 
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.programs.bound import Bound
-from ppl_diffusion.programs.method import register
-from ppl_diffusion.programs.sources import State
+from ppl_diffusion.programs.method import Method, register
+from ppl_diffusion.programs.sources import Source, State
 from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.twists import PersistentFill
 
 Kind = Literal["difference", "max", "sum", "add"]
 Closing = Literal["exact", "published"]
+
+CHECKED_LOOKS, CHECKED_FILLS = 4, 4
+"""Looks of strided steering, and completions, that ``check`` tries."""
 
 RUNNING, LOG_H = "steering/running", "steering/log_h"
 
@@ -49,6 +53,7 @@ class FKSteering(LookingAhead):
     :param every: score at every so many steps.
     :param interval: first and last step that may be scored, in steps taken, both included; all
         between the ends by default. The steps scored are ``first, first + every, ...``.
+    :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
     :raises ValueError: if a name or a number is not usable.
 
     Example::
@@ -61,6 +66,7 @@ class FKSteering(LookingAhead):
     closing: Closing = "exact"
     every: int = 1
     interval: tuple[int, int] | None = None
+    cache: bool = True
 
     name: ClassVar[str] = "steering"
 
@@ -73,6 +79,18 @@ class FKSteering(LookingAhead):
             raise ValueError(
                 "FKSteering: twist=None scores nothing; use ImportanceSampling, or a twist."
             )
+
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries: few looks, and completions that are not the likeliest.
+
+        :param source: what is sampled.
+        """
+        steps = max(site.chain.num_steps for site in source.chains)
+        every = max(1, steps // (CHECKED_LOOKS + 1))
+        strided = {"strided": cls(every=every, interval=(every, steps))} if every > 1 else {}
+        found = {**strided, "persistent": cls(twist=PersistentFill(CHECKED_FILLS))}
+        return {f"{cls.name}-{name}": method for name, method in found.items()}
 
     @property
     def published(self) -> bool:

@@ -256,8 +256,6 @@ def _side_by_side(states: Sequence[Any]) -> Any:
     return torch.stack(list(states), 2).flatten(1, 2) if isinstance(first, Tensor) else first
 
 
-
-
 def default_moves(chain: ReverseChain) -> tuple[PathMove, ...]:
     """Return a suffix of half the steps and, where it is right, a new order of reveals.
 

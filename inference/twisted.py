@@ -54,6 +54,9 @@ from ppl_diffusion.smc.twists import (
     as_twist,
 )
 
+CHECKED_TOP, CHECKED_FILLS = 32, 4
+"""Tokens asked about, and completions, that ``check`` tries."""
+
 GUESS, LOG_H = "twisted/guess", "twisted/log_h"
 
 ProposalLike = Literal["clamped", "reweighted"] | Proposal
@@ -124,6 +127,19 @@ class TwistedSampler(Method):
             )
         if self.twist not in ("auto", "exhaustive"):
             object.__setattr__(self, "twist", as_twist(self.twist))  # type: ignore[arg-type]
+
+    @classmethod
+    def variants(cls, source: Source) -> dict[str, Method]:
+        """Return what else ``check`` tries where every token of a position is asked about.
+
+        :param source: what is sampled.
+        """
+        kernels = [site.chain.kernel for site in source.chains]
+        if any(kernel.capability != ORDERED for kernel in kernels):
+            return {}
+        few = any(kernel.process.vocab_size > CHECKED_TOP for kernel in kernels)
+        top = {f"{cls.name}-top": cls(top=CHECKED_TOP)} if few else {}
+        return {f"{cls.name}-persistent": cls(twist=PersistentFill(CHECKED_FILLS)), **top}
 
     @property
     def fill(self) -> FillTwist:
@@ -306,7 +322,9 @@ class TwistedSampler(Method):
         guess = self._guess(run, state, generator)
         own = guess[item.site].movedim(2, -2)  # (*B, F, L)
         values = run.source.look(guess, state).movedim(2, -1)  # (R, N, *elements, F)
-        values = values.reshape(*values.shape[:2], *[1] * (own.ndim - 1 - values.ndim), *values.shape[2:])
+        values = values.reshape(
+            *values.shape[:2], *[1] * (own.ndim - 1 - values.ndim), *values.shape[2:]
+        )
         pay = torch.softmax(values, -1).expand(own.shape[:-1]) * own.shape[-2]  # e_j, mean one
         zero = pay.new_zeros((*own.shape[:-2], *step.log_probs.shape[-2:]))
         found, one = own.mT, torch.ones_like(pay)

@@ -259,9 +259,7 @@ def _only_chain(run: Bound, owner: str) -> ReverseChain:
     return run.only.chain
 
 
-def _residual(
-    run: Bound, method: Bootstrap, tokens: Tensor, k: int, num_children: int
-) -> Tensor:
+def _residual(run: Bound, method: Bootstrap, tokens: Tensor, k: int, num_children: int) -> Tensor:
     (runs, size), name = tokens.shape[:2], run.only.name
     carry = run.movers[name].kernel.start_carry(tokens, given=run.only.chain.given)
     zeros = torch.zeros((runs, size), dtype=torch.float64)

@@ -88,14 +88,16 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         # In float64 up to here: float32 loses the bits that tell late steps apart.
-        exponents = torch.linspace(
-            0.0,
-            math.log(1000.0),
-            _TIME_FEATURES // 2,
-            dtype=torch.float64,
-            device=times.device,
+        rates = torch.exp(
+            torch.linspace(
+                0.0,
+                math.log(1000.0),
+                _TIME_FEATURES // 2,
+                dtype=torch.float64,
+                device=times.device,
+            )
         )
-        angles = times[:, None] * exponents.exp()
+        angles = times[:, None] * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.layers(features.to(torch.float32))
 

@@ -27,7 +27,14 @@ from collections.abc import Sequence
 import torch
 from array_api_compat import is_torch_array
 
-from ppl_diffusion.arrays import Array, array_namespace, float64_of, int64_of, to_float64
+from ppl_diffusion.arrays import (
+    Array,
+    array_namespace,
+    device_of,
+    float64_of,
+    int64_of,
+    to_float64,
+)
 
 BLOCK = 256
 """Classes per block of the two-level search; smaller vocabularies are searched at once."""
@@ -46,9 +53,12 @@ def uniforms(
 
     :param shape: shape of the result.
     :param generator: source of randomness (the global one by default).
-    :param device: where to put them.
+    :param device: where to put them. A generator of another device draws there, and the numbers
+        are moved: a seed means the same everywhere.
     """
-    return torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device=device)
+    source = device if generator is None else generator.device
+    drawn = torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device=source)
+    return drawn if device is None else drawn.to(device)
 
 
 def jax_uniforms(key: Array, shape: Sequence[int]) -> Array:
@@ -106,7 +116,7 @@ def _invert(weights: Array, u: Array) -> Array:
     index = xp.sum(xp.astype(passed, int64_of(xp)), axis=-1)
     # Parallel sums are not monotone to the last bit, and u * total may round up to the total:
     # the class with mass at or before that index is the one.
-    classes = xp.arange(weights.shape[-1])
+    classes = xp.arange(weights.shape[-1], device=device_of(weights))
     reached = (classes <= index[..., None]) & (weights > 0)
     return xp.max(xp.where(reached, classes, 0), axis=-1)
 

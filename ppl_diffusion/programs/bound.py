@@ -127,9 +127,7 @@ class Bound:
         """
         chain = self.sites[name].chain
         own = chain.given if given is None else given
-        known = ReverseChain(
-            self.movers[name].kernel, chain.length, prompt=chain.prompt, given=own
-        )
+        known = ReverseChain(self.movers[name].kernel, chain.length, prompt=chain.prompt, given=own)
         return known if given is not None else known.expand(chain.batch_shape)
 
     # Opening: what is drawn before a chain can start.
@@ -248,7 +246,9 @@ class Bound:
 
     # Looking ahead.
 
-    def guess(self, state: State, generator: Any, fill: FillTwist | None = None) -> dict[str, Tensor]:
+    def guess(
+        self, state: State, generator: Any, fill: FillTwist | None = None
+    ) -> dict[str, Tensor]:
         """Return completions of every site that has begun, ``(R, N, F, *plates, L)``.
 
         :param state: the states.
@@ -314,7 +314,9 @@ class Bound:
         """
         found = {}
         for name, path in recorded.items():
-            own = [g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)]
+            own = [
+                g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)
+            ]
             first = state["noisiest"][name].to(path.dtype)
             found[name] = torch.cat([first[..., None, :], path[..., own, :]], -2)
         return found

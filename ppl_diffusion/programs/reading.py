@@ -3,8 +3,8 @@
 Particles are one more plate, left of all plates of the program, so a program that broadcasts over
 plates is evaluated for all of them at once; others are run particle by particle.
 
-What depends on what is asked of Pyro (:func:`pyro.infer.inspect.get_dependencies`): one run in which
-values remember where they come from. That is silently wrong where they are turned into Python
+What depends on what is asked of Pyro (:func:`pyro.infer.inspect.get_dependencies`): one run in
+which values remember where they come from. That is silently wrong where they are turned into Python
 numbers on the way, so one batch of rows that differ in one respect each checks it: behind other
 histories (does a density read more of a path than its end?), with other sequences, with other
 latents. Two of the rows are run alone, too: do particles see each other?
@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.inspect import get_dependencies
-from pyro.ops.provenance import detach_provenance, get_provenance
-from pyro.poutine.messenger import Messenger
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
-from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
-from ppl_diffusion.potentials.factor import PotentialFactor
+from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
     chain_of,
@@ -40,75 +36,11 @@ from ppl_diffusion.programs.sites import (
     is_deterministic,
     is_plate,
     program_name,
-    sample_sites,
 )
+from ppl_diffusion.programs.tracking import GivenSites, Place, SameRows, Tracking
 
-PARTICLE_PLATE = "_ppl_diffusion_particles"
-NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 4, 8, 8
+NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 4, 8, 16
 """Rows of the check: histories per chain, other sequences, other latents."""
-
-Place = Callable[[str, ReverseChain], Tensor]
-
-
-class _GivenSites(Messenger):
-    """Set the values of unobserved sites; chain sites that are missing are placed."""
-
-    def __init__(self, values: Mapping[str, Tensor], place: Place) -> None:
-        super().__init__()
-        self.values, self.place = values, place
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["value"] is not None:
-            return
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-        elif is_chain(msg):
-            msg["value"], msg["done"] = self.place(msg["name"], chain_of(msg["fn"])), True
-
-
-class _Tracking(Messenger):
-    """The tracked run: chains end in random tokens at no network call, and every site is noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: list[dict[str, Any]] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_chain(msg) and msg["value"] is None:
-            msg["value"], msg["done"] = _random_path(chain_of(msg["fn"])), True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        # Copied here, before provenance is put on: a Delta's value shows what it was made of.
-        self.sites.append({**msg, "parents": get_provenance(msg["value"])})
-        if is_chain(msg):
-            msg["fn"] = _StandIn(chain_of(msg["fn"]))
-
-
-class _StandIn(TorchDistribution):
-    """A chain whose density depends on its conditions, and costs nothing."""
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's class protocol)
-
-    def __init__(self, chain: ReverseChain) -> None:
-        self.given = chain.given or {}
-        super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return sum((0.0 * x.to(torch.float64).sum() for x in self.given.values()), torch.zeros(()))
-
-
-class _SameRows(Messenger):
-    """Give the first rows of every latent the value it had in the tracked run."""
-
-    def __init__(self, values: Mapping[str, Tensor], rows: int) -> None:
-        super().__init__()
-        self.values, self.rows = values, rows
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            value = msg["value"].clone()
-            value[: self.rows] = self.values[msg["name"]]
-            msg["value"] = value
 
 
 class Program:
@@ -157,8 +89,8 @@ class Program:
         self.order = [s["name"] for s in drawn]
         self.latents = [s["name"] for s in drawn if not is_chain(s)]
         self.parents = {
-            s["name"]: (set(dependencies.get(s["name"], ())) | s["parents"]) & set(self.order)
-            - {s["name"]}
+            s["name"]: (set(dependencies.get(s["name"], ())) | s["parents"])
+            & set(self.order) - {s["name"]}
             for s in drawn
         }
         self.density_shapes: dict[str, torch.Size] = {}
@@ -241,7 +173,7 @@ class Program:
         """
         self.num_rows += size or 1
         self.num_runs += 1
-        with poutine.trace() as tracer, _GivenSites(values, place or _empty_path):
+        with poutine.trace() as tracer, GivenSites(values, place or _empty_path):
             self._call(size)
         self._require_same_chains(tracer.trace)
         return tracer.trace
@@ -269,18 +201,21 @@ class Program:
         """Run the program once with values that know where they come from."""
         self.num_rows += 1
         self.num_runs += 1
-        with _Tracking() as tracking:
+        with Tracking() as tracking:
             found = get_dependencies(self.model, self.args, self.kwargs)
         sites = [s for s in tracking.sites if s["type"] == "sample" and not is_plate(s, self.owner)]
         for site in sites:
-            site["value"], site["fn"] = detach_provenance(site["value"]), site["fn"]
-        return sites, found["prior_dependencies"]  # type: ignore[return-value]
+            site["value"] = detach_provenance(site["value"])
+            if is_chain(site):
+                chain = chain_of(site["fn"])
+                chain.given = detach_provenance(chain.given)
+        return sites, found["prior_dependencies"]
 
     def _check(self, sites: list[dict[str, Any]]) -> None:
         """Run rows that differ in one respect each, and compare them with the tracked run."""
         first = {s["name"]: s["value"] for s in sites if s["name"] in self.order}
         scored = [s for s in sites if not is_chain(s) and not is_deterministic(s)]
-        alone = {s["name"]: detach_provenance(_scored_log_prob(s, False)) for s in scored}
+        alone = {s["name"]: detach_provenance(scored_log_prob(s, False)) for s in scored}
         self.density_shapes = {name: value.shape for name, value in alone.items()}
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)
@@ -444,9 +379,10 @@ class _Rows:
     def _clean(self, site: ChainSite) -> Tensor:
         first = site.chain.x0(self.first[site.name])
         clean = first.expand(self.size, *first.shape).clone()
-        new = torch.cat([torch.tensor(self.sequences[1:]), torch.arange(self.same_latents, self.size)])
-        trials = torch.cat([trial_sequences(site, NUM_SEQUENCES) for _ in range(2)])
-        clean[new] = trials[: len(new)].to(clean.device)
+        others = range(self.same_latents, self.size)
+        trials = trial_sequences(site, NUM_SEQUENCES)
+        for new in (self.sequences[1:], list(others)[:NUM_SEQUENCES], list(others)[NUM_SEQUENCES:]):
+            clean[new] = trials[: len(new)].to(clean.device)
         return clean
 
     @property
@@ -471,7 +407,7 @@ class _Rows:
         latents = {name: self.first[name] for name in program.latents}
         if program.vectorize:
             kept = {n: program._pad(n, v.expand(1, *v.shape)) for n, v in latents.items()}
-            with _SameRows(kept, self.same_latents):
+            with SameRows(kept, self.same_latents):
                 return program.evaluate(paths, self.size)
         rows = [{name: path[i] for name, path in paths.items()} for i in range(self.size)]
         rows = [row | latents if i < self.same_latents else row for i, row in enumerate(rows)]
@@ -488,8 +424,9 @@ def trial_sequences(site: ChainSite, number: int) -> Tensor:
     """
     chain, row = site.chain, torch.arange(number)
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    if size <= number:
-        tokens = torch.rand(*shape, size).argsort(-1)[..., row % size]
+    if size <= number:  # one order of the alphabet after the other
+        orders = torch.rand(-(-number // size), *shape, size).argsort(-1)
+        tokens = torch.cat(list(orders), -1)[..., :number]
     else:  # orders of a large alphabet would not fit into memory
         tokens = (torch.randint(size, shape)[..., None] + row) % size
     tokens = tokens.movedim(-1, 0)
@@ -513,185 +450,6 @@ def _histories(clean: Tensor, site: ChainSite) -> Tensor:
     )
 
 
-class ProgramRun:
-    """One evaluation of a program for several particles.
-
-    :param program: the program.
-    :param traces: one trace of all particles, or one per particle.
-    :param size: number of particles.
-    :raises CapabilityError: if latent sites come and go.
-    """
-
-    def __init__(self, program: Program, traces: list[Trace], size: int) -> None:
-        self.program, self.traces, self.size = program, traces, size
-        self._together = PARTICLE_PLATE in traces[0].nodes
-        for trace in traces:
-            self._require_same_latents(trace)
-
-    def _require_same_latents(self, trace: Trace) -> None:
-        sites = sample_sites(trace, self.program.owner)
-        found = {
-            s["name"]
-            for s in sites
-            if not s["is_observed"] and not is_chain(s) and not is_deterministic(s)
-        }
-        unknown = found ^ set(self.program.latents)
-        if unknown:
-            raise CapabilityError(
-                f"{self.program.owner}: the latent sites {sorted(unknown)} of {self.program.name} "
-                "come and go between runs; give the program the same sites on every run."
-            )
-
-    @property
-    def site_names(self) -> list[str]:
-        """Names of all sites with a value of their own, in program order.
-
-        A site that some particles do not have is one of density one for them.
-        """
-        owner = self.program.owner
-        names = [s["name"] for trace in self.traces for s in sample_sites(trace, owner)]
-        return list(dict.fromkeys(names))
-
-    def _node(self, name: str) -> dict[str, Any]:
-        nodes = (trace.nodes[name] for trace in self.traces if name in trace.nodes)
-        return cast(dict[str, Any], next(nodes))
-
-    def value(self, name: str) -> Tensor | None:
-        """Return a site's value for every particle, ``(size, *plates, *event)``.
-
-        :param name: site name.
-        :returns: None where the value is not a tensor of the expected size, or not always there.
-        """
-        if not all(name in trace.nodes for trace in self.traces):
-            return None
-        values = [trace.nodes[name]["value"] for trace in self.traces]
-        own = self.program.shapes.get(name)
-        if own is None or not all(isinstance(value, Tensor) for value in values):
-            return None
-        if not self._together:
-            return torch.stack(values)
-        value = values[0]
-        if value.numel() == own.numel():  # the same for every particle
-            return value.reshape(own).expand(self.size, *own)
-        return value.reshape(self.size, *own) if value.numel() == self.size * own.numel() else None
-
-    def given(self, name: str) -> dict[str, Tensor]:
-        """Return the conditions of a chain, each ``(size, *plates, *event)``.
-
-        :param name: site name of the chain.
-        """
-        chains = [chain_of(trace.nodes[name]["fn"]) for trace in self.traces]
-        names = chains[0].given or {}
-        return {c: self._condition(name, [chain.given[c] for chain in chains], c) for c in names}
-
-    def _condition(self, name: str, values: list[Tensor], condition: str) -> Tensor:
-        chain = chain_of(self._node(name)["fn"])
-        event = chain.kernel.conditions[condition]
-        if not self._together:
-            return torch.stack(values)
-        value = values[0]
-        plates = self.program.ranks[name]
-        batch = value.shape[: value.ndim - event]
-        own = batch[len(batch) - plates :] if plates else torch.Size()
-        inner = value.shape[value.ndim - event :]
-        return value.reshape(-1, *own, *inner).expand(self.size, *own, *inner)
-
-    def is_latent_or_deterministic(self, name: str) -> bool:
-        """Return whether a site belongs into the posterior's samples.
-
-        :param name: site name.
-        """
-        site = self._node(name)
-        return not site["is_observed"] or is_deterministic(site)
-
-    def samples(self, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return the values of all latent and deterministic sites that have one per particle.
-
-        :param leave_out: names of sites not wanted.
-        """
-        names = [n for n in self.site_names if n not in leave_out]
-        values = {n: self.value(n) for n in names if self.is_latent_or_deterministic(n)}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def log_density(self, latents: Collection[str], *, lookahead: bool = False) -> Tensor:
-        """Return the log-density of observations and some latents, float64 ``(size,)``.
-
-        :param latents: the latents whose density counts; others are fresh draws of their own law.
-        :param lookahead: score guesses: a mild penalty for each site that forbids the guess, and
-            potentials by their own look-ahead.
-        """
-        total = torch.zeros(self.size, dtype=torch.float64)
-        for value in self.log_densities(latents, lookahead=lookahead).values():
-            total = total + value
-        return total
-
-    def latent_log_density(self, latents: Collection[str]) -> Tensor:
-        """Return the log-density of some latents alone, float64 ``(size,)``.
-
-        :param latents: their names.
-        """
-        total = torch.zeros(self.size, dtype=torch.float64)
-        for name in latents:
-            total = total + self.site_log_density(name)
-        return total
-
-    def log_densities(
-        self, latents: Collection[str], *, lookahead: bool = False
-    ) -> dict[str, Tensor]:
-        """Return the log-density of each scored site, float64 ``(size,)`` each.
-
-        :param latents: as in :meth:`log_density`.
-        :param lookahead: as in :meth:`log_density`.
-        """
-        unscored = set(self.program.latents) - set(latents)
-        names = [name for name in self.density_names if name not in unscored]
-        return {name: self.site_log_density(name, lookahead=lookahead) for name in names}
-
-    @property
-    def density_names(self) -> list[str]:
-        """Names of all sites with a density, chains left out."""
-        sites = [name for name in self.site_names if not is_chain(self._node(name))]
-        return [name for name in sites if not is_deterministic(self._node(name))]
-
-    @property
-    def deterministic_names(self) -> list[str]:
-        """Names of the deterministic sites."""
-        return [name for name in self.site_names if is_deterministic(self._node(name))]
-
-    def site_log_density(self, name: str, *, lookahead: bool = False) -> Tensor:
-        """Return the log-density of one site, float64 ``(size,)``.
-
-        :param name: site name.
-        :param lookahead: as in :meth:`log_density`.
-        :raises PotentialError: if it is NaN or ``+inf``.
-        """
-        values = [_scored_log_prob(trace.nodes.get(name), lookahead) for trace in self.traces]
-        if self._together:
-            _require_own_dimensions(values[0], self.program, name)
-            value = _per_particle(values[0], self.size, self.program.nesting, name)
-        else:
-            value = torch.stack([v.to(torch.float64).sum() for v in values])
-        if lookahead:
-            value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
-        if bool((torch.isnan(value) | (value == torch.inf)).any()):
-            raise PotentialError(
-                f"{self.program.owner}: site {name!r} of {self.program.name} has log-density NaN "
-                f"or +inf for {int((~(value < torch.inf)).sum())} of {self.size} particles; check "
-                "it."
-            )
-        return value
-
-
-def _random_path(chain: ReverseChain) -> Tensor:
-    """Return a random clean sequence repeated: one that argmax guesses would not show."""
-    size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    clean = torch.randint(size, shape)
-    if chain.prompt is not None:
-        prompt = chain.prompt.cpu()
-        clean = torch.where(prompt >= 0, prompt, clean)
-    return clean[..., None, :].expand(*shape[:-1], chain.num_steps + 1, -1).clone()
-
-
 def _empty_path(name: str, chain: ReverseChain) -> Tensor:
     return torch.zeros((*chain.batch_shape, *chain.event_shape), dtype=torch.int64)
 
@@ -705,44 +463,6 @@ def _same_chain(site: dict[str, Any], known: ChainSite) -> bool:
     # Under the particle plate a prompt per row has one more dimension, of equal rows.
     prompt = chain.prompt.reshape(-1, *first.prompt.shape)
     return bool((prompt == first.prompt).all())
-
-
-def _scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:
-    if site is None:
-        return torch.zeros(())
-    fn = site["fn"]
-    if lookahead and isinstance(fn, PotentialFactor):
-        log_p = fn.lookahead()
-    else:
-        log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-    return torch.as_tensor(scale_and_mask(log_p, site["scale"], site["mask"]))
-
-
-def _per_particle(value: Tensor, size: int, nesting: int, name: str) -> Tensor:
-    """Sum a site's log-density over everything but the particle dimension."""
-    value = value.to(torch.float64)
-    if value.ndim <= nesting:  # does not depend on the particle
-        return value.sum().expand(size)
-    if value.ndim > nesting + 1 or value.shape[0] not in (1, size):
-        raise ValueError(
-            f"site {name!r} has a log-density of shape {tuple(value.shape)}, expected {size} "
-            f"particles and {nesting} plates"
-        )
-    return value.reshape(value.shape[0], -1).sum(-1).expand(size)
-
-
-def _require_own_dimensions(value: Tensor, program: Program, name: str) -> None:
-    """Refuse particles in the place of a plate, which would be summed over as its elements."""
-    if name not in program.density_shapes:
-        return
-    own = program.density_shapes[name]
-    found = value.shape[max(value.ndim - program.nesting, 0) :]
-    allowed = [*[1] * len(found), *own][-len(found) :] if found else []
-    if any(n not in (1, m) for n, m in zip(found, allowed, strict=True)):
-        raise ValueError(
-            f"site {name!r} has a log-density of shape {tuple(value.shape)} for several particles "
-            f"and {tuple(own)} for one: where it is in no plate, keep a dimension of size 1"
-        )
 
 
 def _close(value: float, other: float) -> bool:

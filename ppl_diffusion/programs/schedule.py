@@ -133,5 +133,5 @@ def _require_admissible(groups: list[Group], steps: Mapping[str, int]) -> None:
     if made != wanted or not all(groups):
         raise ValueError(
             "schedule: every step of every chain must be made once, in its own order, and a chain "
-            f"may start only when all it depends on is finished; got {made} for {dict(steps)} steps."
+            f"may start only when all it depends on is finished; got {made} for {dict(steps)}."
         )

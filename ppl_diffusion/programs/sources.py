@@ -16,8 +16,10 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
-from ppl_diffusion.programs.reading import Place, Program, ProgramRun
+from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.run import ProgramRun
 from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.rows import RowTable, distinct_rows
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
 from ppl_diffusion.smc.law import Law, Tilt
@@ -108,7 +110,9 @@ class ChainSource(Source):
     :param cache: ask the potential once per distinct sequence.
     """
 
-    def __init__(self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True) -> None:
+    def __init__(
+        self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True
+    ) -> None:
         self.chains = [ChainSite("x", chain)]
         self.given = as_potential(potential)
         self.potential = (EvaluatedPotential if cache else UncachedPotential)(self.given)
@@ -116,7 +120,7 @@ class ChainSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)``."""
-        return Law((self.chains[0].base,), (Tilt(self.given.name),))
+        return Law.tilted([self.chains[0].base], [Tilt(self.given.name)])
 
     @property
     def num_calls(self) -> int:
@@ -181,9 +185,8 @@ class ProgramSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)`` with everything the program scores as ``log G``."""
-        chains = tuple(site.base for site in self.chains)
-        latents = tuple(self.program.latents)
-        return Law(chains, (Tilt(f"the program {self.program.name}"),), latents)
+        chains = [site.base for site in self.chains]
+        return Law.tilted(chains, [Tilt(f"the program {self.program.name}")], self.program.latents)
 
     @property
     def num_calls(self) -> int:
@@ -295,7 +298,8 @@ class ProgramSource(Source):
 
     def _held(self, fills: Fills) -> tuple[dict[str, Tensor], Tensor | float]:
         """Return guesses with clamped tokens held, or what those cost that do not hold them."""
-        held, penalty = dict(fills), 0.0
+        held: dict[str, Tensor] = dict(fills)
+        penalty: Tensor | float = 0.0
         for site in self.chains:
             clamp = site.clamp
             if clamp is None or site.name not in held:
@@ -329,7 +333,9 @@ class ProgramSource(Source):
             index = self._memory.find(keys)
             values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
         asked = first[new]
-        known = {site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows}
+        known = {
+            site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows
+        }
         known |= latents
         if len(asked):
             parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]

@@ -122,7 +122,7 @@ class FeynmanKac:
     @property
     def law(self) -> Law:
         """What weighted particles are exact for."""
-        return Law((Base.of(self.chain),), (Tilt(self.potential.name),))
+        return Law.tilted([Base.of(self.chain)], [Tilt(self.potential.name)])
 
     @property
     def target(self) -> str:

@@ -65,8 +65,9 @@ class PathModel:
         max_rows: int | None = 4096,
     ) -> None:
         known = chain.kernel.denoiser
-        counted = isinstance(known, EvaluatedDenoiser)  # then its answers are shared
-        self.denoiser = known if counted else EvaluatedDenoiser(known, max_rows=max_rows)
+        if not isinstance(known, EvaluatedDenoiser):  # else its answers are shared
+            known = EvaluatedDenoiser(known, max_rows=max_rows)
+        self.denoiser = known
         kernel = chain.kernel.with_denoiser(self.denoiser)
         same = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
         self.chain = same.expand(chain.batch_shape)
@@ -222,7 +223,9 @@ class OrderRefresh(PathMove):
         """Propose another order, weighed by the denoiser's probabilities along both."""
         flat = _flat_chain(model.chain)
         mask = flat.kernel.process.vocab_size
-        order = flat.sample(state.log_g.shape, generator=generator)
+        # Conditions of each particle are batch dimensions of the chain already.
+        lead = state.path.shape[: state.path.ndim - 2 - len(flat.batch_shape)]
+        order = flat.sample(lead, generator=generator)
         path = torch.where(order == mask, mask, state.x0[..., None, :])
         # Against the flat chain the law of the order cancels and the reveals are left.
         new, old = (model.log_prob(p) - per_particle(flat.log_prob(p)) for p in (path, state.path))

@@ -1,6 +1,9 @@
 """The dry run: what it recommends, what its predictions are worth, what it refuses."""
 
+import sys
 import time
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -10,13 +13,25 @@ import torch
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import PotentialError
-from ppl_diffusion.inference import Check, Power, Tilt, check
-from ppl_diffusion.inference._check_meters import Cost
-from ppl_diffusion.inference._check_pilots import Pilot, Record, evidence_error, grown
-from ppl_diffusion.inference._check_report import expected_best
-from ppl_diffusion.inference.baselines import BestOfN, ImportanceSampling
+from ppl_diffusion.handlers import GradientProposal
+from ppl_diffusion.inference import (
+    SMC,
+    BestOfN,
+    Check,
+    FKSteering,
+    ImportanceSampling,
+    Power,
+    Tilt,
+    TwistedSampler,
+    check,
+    methods,
+    register,
+)
+from ppl_diffusion.inference.check_pilots import Candidate, evidence_error
+from ppl_diffusion.inference.check_table import warnings_of
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential, factor
+from ppl_diffusion.programs.method import METHODS
 from ppl_diffusion.testing.toys import toy_markov_chain
 
 SIZE = 3
@@ -61,8 +76,9 @@ LONG = ordered_chain(12)  # 3**12 sequences: rows are hardly shared
 def test_a_flat_potential_needs_no_steering():
     found = check(ordered_chain(), flat, seed=0)
     assert found.recommended == "importance-sampling"
-    assert isinstance(found.program, ImportanceSampling)
-    assert any(text.startswith("Steering is not needed: the ESS") for text in found.warnings)
+    assert isinstance(found.program, SMC)
+    assert isinstance(found.program.method, ImportanceSampling)
+    assert found.reason.startswith("steering is not needed: the ESS")
     assert "The potential is the same on all" in " ".join(found.warnings)
 
 
@@ -75,8 +91,8 @@ def test_a_mild_potential_needs_no_steering():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_steep_cheap_potential_is_looked_at_from_every_child(seed):
     found = check(ordered_chain(), rewarded, seed=seed)
-    assert found.recommended.startswith("clamped-")
-    assert "small V" in found.reason
+    assert found.recommended in ("twisted", "twisted-persistent")
+    assert "tended to have the smallest error" in found.reason
     assert found.row(found.recommended)["error"] < found.row("importance-sampling")["error"] / 2
 
 
@@ -84,16 +100,16 @@ def test_a_chain_that_chooses_no_position_is_never_clamped():
     for process in ("uniform", "absorbing"):
         chain = toy_markov_chain(process, num_steps=6)
         names = [row["name"] for row in check(chain, steep, num_evaluations=2000, seed=0).rows]
-        assert "reweighted" in names
-        assert not any(name.startswith("clamped") for name in names)
+        assert "twisted" in names
+        assert not any(name.startswith("twisted-") for name in names)
 
 
 def test_few_potential_calls_go_to_strided_steering_or_plain_draws():
     found = check(LONG, steep, num_evaluations=50_000, num_potential_calls=400, seed=0)
-    cheap = ("steering-strided", "steering-argmax", "importance-sampling")
+    cheap = ("steering-strided", "smc", "importance-sampling")
     assert found.recommended in cheap
     assert found.row(found.recommended)["potential_calls"] <= 400
-    assert found.row("clamped-persistent")["status"] == "no pilot: too dear"
+    assert found.row("twisted-persistent")["status"] == "no pilot: too dear"
 
 
 def test_a_hard_constraint_is_steered_and_its_share_told():
@@ -108,15 +124,14 @@ def test_a_hard_constraint_is_steered_and_its_share_told():
 def test_a_target_that_nothing_finds_is_told_so():
     nowhere = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf), name="nowhere")
     found = check(ordered_chain(), nowhere, num_evaluations=3000, seed=0)
-    assert "every pilot of every program died" in found.reason
-    assert any(text.startswith("Every pilot died; a look-ahead") for text in found.warnings)
-    assert found.gain != found.gain
+    assert "every pilot of every method died" in found.reason
+    assert any(text.startswith("Every pilot died") for text in found.warnings)
 
 
 def test_a_handful_of_trajectories_is_for_best_of_n():
     found = check(LONG, steep, num_evaluations=30, seed=0)
     assert found.recommended == "best-of-n"
-    assert isinstance(found.program, BestOfN)
+    assert isinstance(found.program.method, BestOfN)
     assert found.program.num_particles == 2
     assert found.pilot_cost["network_rows"] == 0
     assert any(text.startswith("The budget is too small for pilots") for text in found.warnings)
@@ -135,12 +150,11 @@ def test_without_a_pilot_plain_draws_are_recommended_and_the_costs_are_bounds():
     assert found.program.run(seed=0).num_evaluations <= found.rows[0]["network_rows"] == 120
 
 
-def test_an_unaffordable_look_ahead_is_recommended_by_rule():
+def test_a_budget_too_small_for_look_ahead_goes_to_plain_draws():
     steeper = Potential(lambda x0: 2.0 * steep(x0))
     found = check(LONG, steeper, num_evaluations=12 * 100, num_potential_calls=220, seed=0)
-    assert found.row("importance-sampling")["status"] == "tried"
-    assert found.recommended == "steering-strided"
-    assert "no pilot of it was affordable" in found.reason
+    assert found.row("importance-sampling")["status"] in ("tried", "recommended")
+    assert found.row("smc")["status"] == "no pilot: too dear"
     posterior = found.program.run(seed=1)
     assert found.pilot_cost["network_rows"] + posterior.num_evaluations <= 12 * 100
     assert found.pilot_cost["potential_calls"] + posterior.num_potential_calls <= 220
@@ -157,12 +171,12 @@ def test_compositions_go_to_correctors():
 
 def test_a_differentiable_potential_may_follow_its_gradient():
     weights = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
-    chain = ordered_chain(8)
+    proposal = GradientProposal(lambda x: (x * weights).sum((-1, -2)))
     found = check(
-        chain,
+        ordered_chain(8),
         lambda x0: weights[x0].sum(-1),
         num_evaluations=20_000,
-        soft_potential=lambda x: (x * weights).sum((-1, -2)),
+        candidates={"gradient": TwistedSampler(twist="argmax", proposal=proposal)},
         seed=0,
     )
     row = found.row("gradient")
@@ -201,8 +215,8 @@ def run_with_ratios(case, seed):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("case", CASES)
 def test_the_budget_is_kept_and_costs_err_on_its_side(case, seed):
-    """Sharing that larger runs bring is known in part only: up to twice too large, seldom small."""
-    assert all(0.75 < ratio < 2.5 for ratio in run_with_ratios(case, seed))
+    """Larger runs share more, which is not predicted: costs come out too large, not too small."""
+    assert all(0.75 < ratio < 4 for ratio in run_with_ratios(case, seed))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -243,33 +257,24 @@ def test_the_predicted_error_is_that_of_many_runs():
     assert row["error_low"] < row["error"] < row["error_high"]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_few_draws_do_not_pass_for_many(seed):
-    """Sixteen draws of weights with a relative variance near 516; the exact one by enumeration."""
+def test_a_few_draws_do_not_pass_for_many():
+    """Sixteen draws of weights with a relative variance near 516; the exact one by enumeration.
+
+    Draws that miss the tail altogether, about one seed in eight, show nothing of it.
+    """
     chain, length = ordered_chain(8), 8
     sequences = torch.cartesian_prod(*[torch.arange(SIZE)] * length)
     log_p, log_g = chain.kernel.denoiser.log_prob(sequences), counted(sequences)
     log_z, log_z2 = (torch.logsumexp(log_p + power * log_g, 0) for power in (1, 2))
     variance = float((log_z2 - 2 * log_z).expm1())
-    row = check(chain, counted, num_evaluations=5000, seed=seed).row("importance-sampling")
-    exact = evidence_error(variance, row["num_particles"] * row["num_runs"])
-    assert row["pilot_particles"] == 16
-    assert row["error"] > exact / 2
-
-
-def test_costs_are_continued_from_their_growth():
-    linear = [(16, 160.0), (32, 318.0), (64, 640.0)]
-    assert grown(linear, 640) == pytest.approx(6400, rel=0.05)
-    # Draws from 500 equally likely states: the number of different ones.
-    shared = [(n, 500 * (1 - (1 - 1 / 500) ** n)) for n in (16, 32, 64, 128, 256, 512)]
-    assert 500 < grown(shared, 4096) < 2000  # on the safe side; in proportion it would be 2565
-    # The same from states of very different probability.
-    probs = torch.arange(1, 2001, dtype=torch.float64).reciprocal()
-    probs = probs / probs.sum()
-    uneven = [(n, float((1 - (1 - probs) ** n).sum())) for n in (16, 32, 64, 128, 256, 4096)]
-    assert grown(uneven[:5], 4096) == pytest.approx(uneven[5][1], rel=0.25)
-    assert grown(shared[:1], 32) == 2 * shared[0][1]
-    assert grown([(16, 0.0)], 32) == 0
+    enough = []
+    for seed in range(5):
+        found = check(chain, counted, num_evaluations=5000, seed=seed)
+        row = found.row("importance-sampling")
+        assert found.recommended != "importance-sampling"
+        exact = evidence_error(variance, row["num_particles"] * row["num_runs"])
+        enough.append(row["error"] > exact / 2)
+    assert sum(enough) >= 4
 
 
 def test_errors_follow_the_log_normal_law():
@@ -278,17 +283,6 @@ def test_errors_follow_the_log_normal_law():
     variance = torch.tensor(s**2).expm1()  # of one particle
     assert evidence_error(float(variance), 1) == pytest.approx((s**2 + s**4 / 4) ** 0.5, rel=1e-6)
     assert evidence_error(float("inf"), 10) == float("inf")
-
-
-def test_the_expected_best_of_n():
-    values = torch.tensor([0.0, 1.0, 2.0, 3.0, -torch.inf], dtype=torch.float64)
-    assert expected_best(values[:4], 1) == 1.5
-    assert expected_best(values[:4], 2) == pytest.approx((0 + 3 * 1 + 5 * 2 + 7 * 3) / 16)
-    assert expected_best(values, 1.25) == 1.5  # a fifth of the draws is wasted
-    assert expected_best(values[4:], 8) == -torch.inf
-    draws = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert expected_best(draws, 10) == pytest.approx(1.539, abs=0.1)
-    assert expected_best(draws[:100], 10_000) == pytest.approx(3.85, abs=0.6)
 
 
 # What it accepts and refuses.
@@ -302,7 +296,7 @@ def test_a_program_is_checked_with_its_arguments():
         factor("steep", scale * Potential(steep), chain.x0(path))
         pyro.sample("y", dist.Normal((chain.x0(path) == 1).sum(-1).to(torch.float64), 1.0), obs=y)
 
-    found = check(model, None, 0.5, y=torch.tensor(3.0), num_evaluations=2000, seed=0)
+    found = check(model, args=(0.5,), kwargs={"y": torch.tensor(3.0)}, num_evaluations=2000, seed=0)
     posterior = found.run(seed=1)
     assert posterior.is_program
     again = found.program.run(0.5, y=torch.tensor(3.0), seed=1)
@@ -339,7 +333,7 @@ def test_it_prints_what_it_found():
         assert row["name"] in text
     assert f"Use {found.recommended}: {found.reason}." in " ".join(text.split())
     assert "approximate" in text
-    assert "per network row" in text
+    assert "per particle" in text
     assert len(found.row(found.recommended)["ess_trace"]) == 12
     with pytest.raises(KeyError, match="'beam' was no candidate"):
         found.row("beam")
@@ -348,7 +342,7 @@ def test_it_prints_what_it_found():
 def test_a_hopeless_budget_is_told():
     steeper = Potential(lambda x0: 5.0 * steep(x0))
     found = check(ordered_chain(20), steeper, num_evaluations=2500, seed=0)
-    assert any("times as much, or a milder potential" in text for text in found.warnings)
+    assert any("take more, or a milder potential" in text for text in found.warnings)
 
 
 def test_a_slow_potential_is_told():
@@ -356,13 +350,13 @@ def test_a_slow_potential_is_told():
         time.sleep(0.11 * len(x0))
         return flat(x0)
 
-    found = check(ordered_chain(2), dock, num_evaluations=None, num_potential_calls=70, seed=0)
-    assert found.ms_per_call > 100
+    found = check(ordered_chain(2), dock, num_evaluations=None, num_potential_calls=90, seed=0)
+    assert found.row("importance-sampling")["seconds"] > 0.1
     assert any("s per call" in text for text in found.warnings)
 
 
 def test_pilots_have_patience_only_for_so_long(monkeypatch):
-    monkeypatch.setattr("ppl_diffusion.inference._check_budget.PATIENCE", 0.05)
+    monkeypatch.setattr(sys.modules["ppl_diffusion.inference.check"], "PATIENCE", 0.05)
 
     def dock(x0):
         time.sleep(0.01 * len(x0))
@@ -398,7 +392,7 @@ def test_potentials_that_raise_are_named():
         ({"seconds": -1.0}, "seconds must be positive and finite, got -1"),
         ({"pilot_share": 0.9}, r"pilot_share must lie in \(0, 0.5\], got 0.9"),
         ({"num_runs": 0}, "num_runs must be >= 1, got 0"),
-        ({"pilot_particles": 1}, "pilot_particles must be >= 2, got 1"),
+        ({"max_particles": 0}, "max_particles must be >= 1, got 0"),
     ],
     ids=str,
 )
@@ -416,46 +410,100 @@ def test_completions_that_mean_nothing_are_told():
     chain = ReverseChain(OrderedKernel(process, denoiser, length=10), 10)
     few_zeros = Potential(lambda x0: -0.25 * (x0 == 0).sum(-1).square())
     found = check(chain, few_zeros, num_evaluations=60_000, seed=0)
-    assert found.recommended == "clamped-persistent"
-    told = [text for text in found.warnings if text.startswith("Look-ahead disagrees between")]
-    assert len(told) == 1
-    assert "trust the former" in told[0]
+    assert found.recommended == "twisted-persistent"
 
 
-def pilot(log_evidence, **changes):
-    """Four runs of eight particles, by hand."""
-    fields = {
-        "num_particles": 8,
-        "log_evidence": torch.tensor(log_evidence, dtype=torch.float64),
-        "draw_variance": 0.0,
-        "step_variance": 0.0,
-        "ess": (1.0,),
-        "mean_log_potential": 0.0,
-        "log_potential": torch.zeros(32, dtype=torch.float64),
-        "cost": Cost(320.0, 32.0, 1.0),
-        "busy": 0.5,
-    }
-    return Pilot(**{**fields, **changes})
+def pilot(log_evidence, *, num_particles=8, met=True):
+    """Four runs by hand, whose weights are equal at the end."""
+    runs = len(log_evidence)
+    chain, shape = ordered_chain(), {"num_particles": num_particles, "num_runs": runs}
+    made = SMC(chain, flat, **shape, store_path=False).run(seed=0)
+    log_evidence = torch.tensor(log_evidence, dtype=torch.float64)
+    dead = log_evidence == -torch.inf
+    return replace(
+        made,
+        log_evidence=log_evidence,
+        log_weights=made.log_weights.masked_fill(dead[:, None], -torch.inf),
+        died_at=torch.where(dead, 1, -1),
+        resampled=made.resampled | met,
+        ess=torch.full_like(made.ess, float(num_particles)),
+    )
+
+
+def candidate(*pilots):
+    return Candidate("smc", methods()["smc"](), pilots=list(pilots))
 
 
 def test_a_variance_is_what_runs_show_or_what_they_miss():
     spread = [0.0, 1.0, 2.0, 3.0]
     seen = 8 * torch.tensor(spread, dtype=torch.float64).var().expm1()
-    record = Record(False, [pilot(spread)])
-    assert record.variance(-100.0, None) == pytest.approx(float(seen))
-    # Runs that agree, but fall five nats short of what another program found, miss something.
-    agreeing = Record(False, [pilot([0.0] * 4)])
-    assert agreeing.variance(-1.0, None) == 0.0
-    assert agreeing.variance(5.0, None) == pytest.approx(32 * torch.tensor(10.0).expm1().item())
-    assert Record(False, [pilot([-torch.inf] * 4)]).variance(-torch.inf, None) == torch.inf
+    assert candidate(pilot(spread)).variance(-100.0) == pytest.approx(float(seen))
+    # Runs that agree, but fall five nats short of what another method found, miss something.
+    agreeing = candidate(pilot([0.0] * 4))
+    assert agreeing.variance(-1.0) == pytest.approx(0, abs=1e-12)
+    assert agreeing.variance(5.0) == pytest.approx(32 * torch.tensor(10.0).expm1().item())
+    assert candidate(pilot([-torch.inf] * 4)).variance(-torch.inf) == torch.inf
     # A dead run is a run, too: half of them found nothing.
-    half = Record(False, [pilot([0.0, 0.0, -torch.inf, -torch.inf])])
-    assert half.variance(-100.0, None) == pytest.approx(8 * 4 / 3)
+    half = candidate(pilot([0.0, 0.0, -torch.inf, -torch.inf]))
+    assert half.variance(-100.0) == pytest.approx(8 * 4 / 3)
 
 
-def test_independent_draws_know_the_divergence_of_others():
-    few = pilot([0.0] * 4, draw_variance=3.0)  # an ESS of eight
-    assert Record(True, [few]).variance(-1.0, None) == 3.0
-    assert Record(True, [few]).variance(-1.0, 2.0) == pytest.approx(
-        torch.tensor(2.0).expm1().item()
-    )
+def test_methods_that_disagree_beyond_their_errors_are_told():
+    """Four runs that agree to 0.1, against four that do so five nats lower: 50 standard errors."""
+    low, high = (candidate(pilot([level, level + 0.1, level, level + 0.1])) for level in (0.0, 5.0))
+    row = {"num_particles": 8, "num_runs": 4, "error": 0.1}
+    (told,) = warnings_of([low, high], high, row)
+    assert told.startswith("Pilots disagree")
+    assert "log-evidence of 5.1, smc less" in told
+    assert warnings_of([high, candidate(pilot([5.0, 5.1, 5.0, 5.1]))], high, row) == []
+
+
+# What comes from the registry.
+
+
+def test_a_method_that_is_registered_is_tried():
+    @register
+    @dataclass(frozen=True)
+    class Rarely(FKSteering):
+        """Steering that looks once, in the middle."""
+
+        every: int = 3
+        name: ClassVar[str] = "rarely"
+
+    try:
+        found = check(ordered_chain(), rewarded, seed=0)
+    finally:
+        del METHODS["rarely"]
+    assert found.row("rarely")["status"] == "tried"
+    assert not any(row["name"] == "rarely-persistent" for row in found.rows)
+
+
+def test_every_exact_method_is_a_candidate_and_no_other():
+    found = check(ordered_chain(), rewarded, seed=0)
+    names = {row["name"] for row in found.rows}
+    exact = {name for name, cls in methods().items() if cls.exact}
+    assert exact - names == {"corrector"}  # it samples another law of a plain chain
+    assert not names & (set(methods()) - exact)
+
+
+def test_options_of_the_runner_reach_pilots_and_program():
+    found = check(ordered_chain(), flat, resampler="multinomial", num_evaluations=2000, seed=0)
+    assert found.run(seed=1).settings["resampler"] == "multinomial"
+
+
+def test_a_program_with_several_chains_that_reads_a_path_is_checked():
+    short, long = ordered_chain(3), ordered_chain(5)
+
+    def model():
+        one, two = pyro.sample("one", short), pyro.sample("two", long)
+        first = (one[..., 1, :] == 0).any(-1).to(torch.float64)
+        pyro.factor("seen", first + 0.5 * (long.x0(two) == 1).sum(-1))
+
+    found = check(model, num_evaluations=3000, seed=0)
+    assert [row["name"] for row in found.rows] == ["smc"]
+    assert found.run(seed=1).exact
+
+
+def test_one_run_is_told():
+    found = check(LONG, steep, num_evaluations=4000, num_runs=1, seed=0)
+    assert any(text.startswith("One run is all there is") for text in found.warnings)
