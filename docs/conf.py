@@ -41,7 +41,10 @@ class MethodTable(SphinxDirective):
         """Return the table."""
         from ppl_diffusion.inference import methods
 
-        rows = ["| name | class | in one line | exact | options |", "| --- | --- | --- | --- | --- |"]
+        rows = [
+            "| name | class | in one line | exact | options |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for name, cls in methods().items():
             line = (cls.__doc__ or "").strip().partition("\n")[0]
             options = ", ".join(f"`{field.name}`" for field in fields(cls)) or "none"
