@@ -246,15 +246,11 @@ class ProgramSource(Source):
         latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
         x0 = {s.name: state["sites"][s.name]["tokens"].flatten(0, 1) for s in self.chains}
         whole = paths is not None and bool(program.reads | program.shows)
-        if whole:
-            assert paths is not None
-            rows = {name: path.flatten(0, 1) for name, path in paths.items()}
-        else:
-            rows = {site.name: site.as_path(x0[site.name]) for site in self.chains}
         first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
-        known = {name: value[first] for name, value in (rows | latents).items()}
+        chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
+        known = {name: value[first] for name, value in (chains | latents).items()}
         chunks = torch.arange(len(first)).split(MAX_ROWS)
-        parts = [self._finished(known, part, first[part], state) for part in chunks]
+        parts = [self._finished(known, part, first[part], state, whole) for part in chunks]
         log_g = torch.cat([value for value, _ in parts])[inverse]
         names = [n for n in parts[0][1] if all(n in values for _, values in parts)]
         values = {n: torch.cat([v[n] for _, v in parts])[inverse] for n in names}
@@ -265,9 +261,10 @@ class ProgramSource(Source):
         return log_g, kept
 
     def _finished(
-        self, known: Mapping[str, Tensor], part: Tensor, rows: Tensor, state: State
+        self, known: Mapping[str, Tensor], part: Tensor, rows: Tensor, state: State, whole: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        run = self.program.evaluate({n: v[part] for n, v in known.items()}, len(part))
+        given = {name: value[part] for name, value in known.items()}
+        run = self.program.evaluate(given if whole else self._as_paths(given), len(part))
         self._require_same_conditions(run, rows, state)
         log_g = run.log_density(list(state["latents"]))
         return log_g, run.samples(leave_out=self.program.chain_names)
@@ -333,10 +330,7 @@ class ProgramSource(Source):
             index = self._memory.find(keys)
             values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
         asked = first[new]
-        known = {
-            site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows
-        }
-        known |= latents
+        known = {**rows, **latents}
         if len(asked):
             parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]
             values[new] = torch.cat(parts)
@@ -348,9 +342,14 @@ class ProgramSource(Source):
     def _ask(
         self, known: Mapping[str, Tensor], part: Tensor, latents: Mapping[str, Tensor], last: bool
     ) -> Tensor:
-        given = {name: value[part] for name, value in known.items()}
+        given = self._as_paths({name: value[part] for name, value in known.items()})
         run = self.program.evaluate(given, len(part), self.place)
         return run.log_density(list(latents), lookahead=not last)
+
+    def _as_paths(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Repeat clean sequences as if each were a whole path, without a copy."""
+        paths = {s.name: s.as_path(values[s.name]) for s in self.chains if s.name in values}
+        return {**values, **paths}
 
     def _distinct(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool
