@@ -30,6 +30,7 @@ from benchmarks._report import Row, run, table
 from ppl_diffusion import models
 from ppl_diffusion.denoisers import Denoiser, EvaluatedDenoiser, MarkovDenoiser
 from ppl_diffusion.denoisers.base import forward_parameters
+from ppl_diffusion.denoisers.evaluation import Rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import FKSteering, SoftValueGuidance, TwistedSampler
 from ppl_diffusion.inference._lookahead import UncachedPotential
@@ -48,9 +49,8 @@ LogPotential = Callable[[Tensor], Tensor]
 class UncachedDenoiser(EvaluatedDenoiser):
     """Every row that is asked for, as often as it is asked for."""
 
-    def _hidden(self, tokens: Tensor, t: float | Tensor) -> Tensor:
-        rows = tokens.reshape(-1, tokens.shape[-1])
-        return self._evaluate(rows, t).reshape(*tokens.shape, -1)
+    def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
+        return self._evaluate(Rows.of(tokens, given), t).reshape(*tokens.shape, -1)
 
 
 @contextlib.contextmanager

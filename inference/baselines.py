@@ -15,7 +15,7 @@ return ``exact=False``, put their weight on what they keep, and estimate no evid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -49,18 +49,11 @@ class ImportanceSampling(LookingAhead):
         posterior = SMC(chain, Reward(dock, temperature=0.1), method="importance-sampling").run()
     """
 
-    twist: TwistLike = None
+    # No option: draws are weighed at the end alone.
+    twist: TwistLike = field(default=None, init=False)
 
     name: ClassVar[str] = "importance-sampling"
     ess_threshold: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.twist is not None:
-            raise ValueError(
-                f"{type(self).__name__}: draws are weighed at the end alone; use method='steering' "
-                "to look ahead."
-            )
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
         """Independent draws are never resampled."""

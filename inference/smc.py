@@ -102,7 +102,8 @@ class SMC:
     ) -> None:
         composed = isinstance(model, Composition)
         self.method = as_method(method, Corrector if composed else Bootstrap, options)
-        require_target(self.owner, model, potential, composed or isinstance(self.method, Corrector))
+        takes_nothing = composed or getattr(self.method, "compose", None) is not None
+        require_target(self.owner, model, potential, takes_nothing)
         require_counts("SMC", num_particles, num_runs)
         self.model, self.potential = model, potential
         self.num_particles, self.num_runs = num_particles, num_runs

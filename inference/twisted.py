@@ -188,7 +188,7 @@ class TwistedSampler(Method):
         fill = self._fill_of(run.source)
         run.fill = fill or ArgmaxFill()
         lookahead = self._lookahead(run, fill)
-        run.notes |= {"lookahead": lookahead, "gradients": _gradients(run)}
+        run.notes |= {"lookahead": lookahead, "gradients": _gradients(run, self.proposal)}
         chosen = [self._proposal_of(site) for site in run.source.chains]
         if "reweighted" in chosen and fill is None:
             raise ValueError(

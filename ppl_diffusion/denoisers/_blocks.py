@@ -42,8 +42,6 @@ class Stem(nn.Module):
     def mix(self, ids: Tensor | None, weights: Tensor) -> Tensor:
         """Embed mixtures of symbols: every look-up becomes a weighted sum of rows.
 
-        :param ids: int64 ``(n, L, k)``, or None for all states in their order.
-        :param weights: ``(n, L, k)``.
         :returns: ``(n, L, dim)``; no look-up is kept apart, so memory does not grow with ``k``.
         """
         length, reach = weights.shape[1], self.width // 2

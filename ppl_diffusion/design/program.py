@@ -15,7 +15,6 @@ from torch import Tensor
 from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.judging import Judges
 from ppl_diffusion.design.question import Job, MotifSpec, Question, clamp_pattern
-from ppl_diffusion.design.search import with_defaults
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
 from ppl_diffusion.potentials import (
@@ -127,8 +126,6 @@ def build_target(job: Job) -> Target:
         potentials = _potentials(job.question, designer, motifs)
         _try_potentials(potentials, prior.length)
     pattern = _pattern(job.question, prior)
-    search = with_defaults(job.search, masked=prior.process.absorbing, fixed=pattern is not None)
-    job = dataclasses.replace(job, search=search)
     _require_something(job, potentials, pattern)
     _require_possible(job.question, pattern)
     chain = prior.chain(num_steps=job.search.num_steps)

@@ -27,14 +27,7 @@ from collections.abc import Sequence
 import torch
 from array_api_compat import is_torch_array
 
-from ppl_diffusion.arrays import (
-    Array,
-    array_namespace,
-    device_of,
-    float64_of,
-    int64_of,
-    to_float64,
-)
+from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, int64_of, to_float64
 
 BLOCK = 256
 """Classes per block of the two-level search; smaller vocabularies are searched at once."""
@@ -52,7 +45,6 @@ def uniforms(
     """Return float64 uniforms on ``[0, 1)`` with resolution ``2^-53``.
 
     :param shape: shape of the result.
-    :param generator: source of randomness (the global one by default).
     :param device: where to put them. A generator of another device draws there, and the numbers
         are moved: a seed means the same everywhere.
     """
@@ -196,12 +188,7 @@ def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _search(
     p: torch.Tensor, point: torch.Tensor, *, relative: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums.
-
-    :param p: weights, ``(*rows, n)``.
-    :param point: where the draws fall, ``(*rows, draws)``.
-    :param relative: whether points are fractions of the total, or sums themselves.
-    """
+    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums."""
     cdf = p.cumsum(-1, dtype=torch.float64)
     total = cdf[..., -1:]
     target = point * total if relative else point

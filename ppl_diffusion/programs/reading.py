@@ -39,7 +39,7 @@ from ppl_diffusion.programs.sites import (
 )
 from ppl_diffusion.programs.tracking import GivenSites, Place, SameRows, Tracking
 
-NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 4, 8, 16
+NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 2, 8, 16
 """Rows of the check: histories per chain, other sequences, other latents."""
 
 
@@ -219,9 +219,12 @@ class Program:
         self.density_shapes = {name: value.shape for name, value in alone.items()}
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)
+            tracked = {name: float(value.sum()) for name, value in alone.items()}
             run = self._checked_run(rows)
-            densities = run.log_densities(self.latents)
-            self._require_alike(densities, rows, {n: v.sum() for n, v in alone.items()}, run)
+            if self._unlike(run, tracked) and self._upset_by_paths(rows, tracked):
+                run = rows.run(rows.ends)
+            densities = self._densities(run)
+            self._require_alike(densities, rows, tracked, run)
             self._find_path_reading(densities, run, rows)
             self._find_missed_parents(densities, run, rows)
 
@@ -250,26 +253,51 @@ class Program:
                 self.trace(row)  # says so where the chain changes with what is drawn
             if not self.vectorize:
                 raise
-            raise ValueError(
-                f"{self.owner}: {self.name} fails for several particles at once ({failure}); "
-                f"{_BROADCAST}."
-            ) from error
+            raise self._no_broadcast(failure) from error
+
+    def _upset_by_paths(self, rows: _Rows, tracked: Mapping[str, float]) -> bool:
+        """Find the chains whose histories change other rows: a branch all particles share."""
+        if self._unlike(rows.run(rows.ends), tracked):
+            return False
+        for name in self.chain_names:
+            if self._unlike(rows.run({**rows.ends, name: rows.paths[name]}), tracked):
+                self.reads = self.reads | {name}
+        return bool(self.reads)
+
+    def _unlike(self, run: ProgramRun, tracked: Mapping[str, float]) -> list[str]:
+        """Return the sites whose densities are not, in the first row, what they were before."""
+        densities = self._densities(run)
+        here = {name: float(value[0]) for name, value in densities.items()}
+        names = {**here, **tracked}
+        return [n for n in names if not _close(here.get(n, 0.0), tracked.get(n, 0.0))]
+
+    def _densities(self, run: ProgramRun) -> dict[str, Tensor]:
+        try:
+            return run.log_densities(self.latents)
+        except PotentialError:
+            raise
+        except ValueError as failure:  # a shape that does not fit the particles
+            raise self._no_broadcast(failure) from failure
+
+    def _no_broadcast(self, failure: Exception) -> ValueError:
+        return ValueError(
+            f"{self.owner}: {self.name} fails for several particles at once ({failure}); "
+            f"{_BROADCAST}."
+        )
 
     def _require_alike(
         self,
         densities: Mapping[str, Tensor],
         rows: _Rows,
-        tracked: Mapping[str, Tensor],
+        tracked: Mapping[str, float],
         run: ProgramRun,
     ) -> None:
         """Refuse densities that are random given all values, or depend on other particles."""
-        absent = torch.zeros(run.size, dtype=torch.float64)
-        for name in {*densities, *tracked}:
-            here = float(densities.get(name, absent)[0])
-            if not _close(here, float(tracked.get(name, 0.0))):
-                self._refuse_unlike(name, rows)
+        for name in self._unlike(run, tracked):
+            self._refuse_unlike(name, rows)
         if not self.vectorize:
             return
+        absent = torch.zeros(run.size, dtype=torch.float64)
         for row in rows.singles:
             trace = self.trace({name: value[row] for name, value in rows.values(run).items()})
             single = ProgramRun(self, [trace], 1).log_densities(self.latents)
@@ -300,23 +328,18 @@ class Program:
     ) -> None:
         shown = {n: v for n in run.deterministic_names if (v := run.value(n)) is not None}
         for chain, behind in rows.histories.items():
-            for value in densities.values():
-                if not torch.allclose(value[behind], value[0], rtol=1e-4, atol=1e-5):
-                    self.reads = self.reads | {chain}
-            reading = {
-                name
-                for name, value in shown.items()
-                if any(not _same(value[0], value[row]) for row in behind)
-            }
+            if not all(_same(value[behind], value[rows.pairs]) for value in densities.values()):
+                self.reads = self.reads | {chain}
+            reading = {n for n, v in shown.items() if not _same(v[behind], v[rows.pairs])}
             self.shows = self.shows | reading
         missing = {n for n in run.density_names if n not in self.density_shapes}
         if missing and len(run.traces) > 1:  # a site that only some rows have
             self._find_added_sites(run, rows)
 
     def _find_added_sites(self, run: ProgramRun, rows: _Rows) -> None:
-        known = set(run.traces[0].nodes)
+        sites = [set(trace.nodes) for trace in run.traces]
         for chain, behind in rows.histories.items():
-            if any(set(run.traces[row].nodes) != known for row in behind):
+            if any(sites[a] != sites[b] for a, b in zip(behind, rows.pairs, strict=True)):
                 self.reads = self.reads | {chain}
 
     def _find_missed_parents(
@@ -350,44 +373,46 @@ _BROADCAST = (
 class _Rows:
     """The rows of the check: the tracked run first, then what differs from it in one respect.
 
-    :ivar histories: rows whose chain has another history, by chain.
     :ivar sequences: rows with other sequences, and the first; latents are those of the first.
+    :ivar histories: rows whose chain has another history, by chain.
+    :ivar pairs: the rows that those of a history repeat but for it.
     :ivar others: rows with other latents, and the first.
     """
 
     def __init__(self, program: Program, first: Mapping[str, Tensor]) -> None:
         self.program, self.first = program, dict(first)
         chains = program.chains
+        self.sequences = list(range(1 + 2 + NUM_SEQUENCES))
+        trials, size = self.sequences[1:], len(self.sequences)
+        self.pairs = trials * NUM_HISTORIES
         self.histories: dict[str, list[int]] = {}
-        size = 1
         for site in chains:
-            self.histories[site.name] = list(range(size, size + NUM_HISTORIES))
-            size += NUM_HISTORIES
-        self.sequences = [0, *range(size, size + NUM_SEQUENCES)]
-        self.same_latents = size + NUM_SEQUENCES
-        self.others = [0, *range(self.same_latents, self.same_latents + NUM_LATENTS)]
-        self.size = self.same_latents + NUM_LATENTS
+            self.histories[site.name] = list(range(size, size + len(self.pairs)))
+            size += len(self.pairs)
+        self.same_latents = size
+        self.others = [0, *range(size, size + NUM_LATENTS)]
+        self.size = size + NUM_LATENTS
         self.ends, self.paths = {}, {}
         for site in chains:
             clean = self._clean(site)
             self.ends[site.name] = site.as_path(clean)
             paths = self.ends[site.name].clone()
-            behind = self.histories[site.name]
-            paths[behind] = _histories(clean[behind], site)
+            paths[self.histories[site.name]] = _histories(clean[trials], site).flatten(0, 1)
             self.paths[site.name] = paths
 
     def _clean(self, site: ChainSite) -> Tensor:
         first = site.chain.x0(self.first[site.name])
         clean = first.expand(self.size, *first.shape).clone()
-        others = range(self.same_latents, self.size)
-        trials = trial_sequences(site, NUM_SEQUENCES)
-        for new in (self.sequences[1:], list(others)[:NUM_SEQUENCES], list(others)[NUM_SEQUENCES:]):
-            clean[new] = trials[: len(new)].to(clean.device)
+        trials = torch.cat([_two_constants(site), trial_sequences(site, NUM_SEQUENCES)])
+        clean[self.sequences[1:]] = trials.to(clean.device)
+        for behind in self.histories.values():
+            clean[behind] = clean[self.pairs]
+        clean[self.same_latents :] = trial_sequences(site, NUM_LATENTS).to(clean.device)
         return clean
 
     @property
     def singles(self) -> list[int]:
-        """Rows that are run alone, too; their sequences differ everywhere."""
+        """Rows that are run alone, too: whichever token a branch asks for, one has it nowhere."""
         return self.sequences[1:3]
 
     @property
@@ -429,25 +454,35 @@ def trial_sequences(site: ChainSite, number: int) -> Tensor:
         tokens = torch.cat(list(orders), -1)[..., :number]
     else:  # orders of a large alphabet would not fit into memory
         tokens = (torch.randint(size, shape)[..., None] + row) % size
-    tokens = tokens.movedim(-1, 0)
-    if chain.prompt is None:
+    return _prompted(tokens.movedim(-1, 0), site)
+
+
+def _two_constants(site: ChainSite) -> Tensor:
+    """Return two sequences, each of one token."""
+    chain = site.chain
+    size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
+    tokens = (torch.randint(size, ()) + torch.arange(2)) % size
+    return _prompted(tokens.reshape(2, *[1] * len(shape)).expand(2, *shape), site)
+
+
+def _prompted(tokens: Tensor, site: ChainSite) -> Tensor:
+    if site.chain.prompt is None:
         return tokens
-    prompt = chain.prompt.cpu()
+    prompt = site.chain.prompt.cpu()
     return torch.where(prompt >= 0, prompt, tokens)
 
 
 def _histories(clean: Tensor, site: ChainSite) -> Tensor:
-    """Return paths to clean sequences: noise until the end, and noise that gives way."""
-    chain = site.chain
-    shape = torch.Size((len(clean), *chain.batch_shape))
-    noise = chain.kernel.init_carry(shape, chain.length, prompt=chain.prompt)["tokens"]
-    step = torch.arange(chain.num_steps + 1)[:, None]
-    late = torch.full_like(clean[:1], chain.num_steps)
-    early = torch.randint(1, chain.num_steps + 1, clean[1:].shape)
-    when = torch.cat([late, early.to(late.device)])
-    return torch.where(
-        step.to(clean.device) < when[..., None, :], noise[..., None, :], clean[..., None, :]
-    )
+    """Return paths to clean sequences, noise until the end first, then noise that gives way.
+
+    They are :data:`NUM_HISTORIES` for each sequence: one alone may not have the token that shows.
+    """
+    chain, shape = site.chain, torch.Size((NUM_HISTORIES, *clean.shape))
+    noise = chain.kernel.init_carry(shape[:-1], chain.length, prompt=chain.prompt)["tokens"]
+    step = torch.arange(chain.num_steps + 1, device=clean.device)[:, None]
+    when = torch.randint(1, chain.num_steps + 1, shape, device=clean.device)
+    when[0] = chain.num_steps
+    return torch.where(step < when[..., None, :], noise[..., None, :], clean[..., None, :])
 
 
 def _empty_path(name: str, chain: ReverseChain) -> Tensor:

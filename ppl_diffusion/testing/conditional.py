@@ -20,7 +20,7 @@ class LabelledTables:
     """
 
     kind: Kind = "cavity"
-    conditions: Mapping[str, int] = {"label": 0}  # noqa: RUF012 (read only)
+    conditions: Mapping[str, int] = {"label": 0}
 
     def __init__(self, joints: Sequence[Tensor], process: Process) -> None:
         self.tables = [TableDenoiser(joint, process) for joint in joints]
@@ -41,7 +41,7 @@ class TiltedSites:
     """
 
     kind: Kind = "cavity"
-    conditions: Mapping[str, int] = {"cond": 0}  # noqa: RUF012 (read only)
+    conditions: Mapping[str, int] = {"cond": 0}
     time_free = True
     vocab_size = 2
 

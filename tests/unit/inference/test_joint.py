@@ -9,7 +9,7 @@ from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import Steering, clamp
-from ppl_diffusion.inference import FKSteering, ImportanceSampling
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.inference._task import as_task
 from ppl_diffusion.kernels import Absorbing, Cosine, OrderedKernel
 from ppl_diffusion.potentials import Potential
@@ -47,7 +47,7 @@ def test_every_site_has_its_own_values_and_a_path_of_its_own_chain(kind):
         a, b = toy_chain(num_steps=4), toy_chain(num_steps=4, vocab_size=2, length=3)
     else:
         a, b = ordered_chain(), ordered_chain(2, 3)
-    program = FKSteering(pair, num_particles=5, num_runs=2)
+    program = SMC(pair, method="steering", num_particles=5, num_runs=2)
     posterior = program.run(a, b, seed=0)
     samples = posterior.samples
     shapes = {name: tuple(value.shape[2:]) for name, value in samples.items()}
@@ -63,7 +63,7 @@ def test_every_site_has_its_own_values_and_a_path_of_its_own_chain(kind):
     assert "latents level" in posterior.target
     assert ("uniformly random order" in posterior.target) == (kind == "ordered")
     posterior.to_arviz()
-    without = FKSteering(pair, num_particles=5, store_path=False).run(a, b, seed=0)
+    without = SMC(pair, method="steering", num_particles=5, store_path=False).run(a, b, seed=0)
     assert set(without.samples) == {"level", "z"}
 
 
@@ -180,4 +180,4 @@ def test_psi_parameters_of_sites_lie_side_by_side():
 def test_a_kernel_cannot_propose_a_row():
     chain = toy_chain()
     with pytest.raises(CapabilityError, match="a kernel moves one sequence"):
-        ImportanceSampling(several, proposal=chain.kernel).run(chain, chain)
+        SMC(several, method="importance-sampling", proposal=chain.kernel).run(chain, chain)
