@@ -4,8 +4,8 @@ Gumbel-max over all classes is an exponential race ``argmin E_i / p_i``. Its clo
 uniforms on a lattice and cannot be smaller than some ``e0`` (about ``2^-24`` in float32), so a
 class with ``p_i`` far below ``e0`` can never win. In an ancestral step of ``N`` the tokens carry
 only ``O(1/N)`` of the mass and the mask the rest: rare tokens vanish and flat sites are revealed
-too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, section 5;
-:func:`ppl_diffusion.testing.precision.trunc_probs` is the law). Hence, everywhere in this library:
+too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, section 5; their
+proposition 5.2 is the law that is drawn instead). Hence, everywhere in this library:
 
 1. **The move first.** Stay, denoiser or prior is decided by one uniform against float64 weights
    (:func:`~ppl_diffusion.processes.mixture_sample`) or by event times; mask and tokens never meet
