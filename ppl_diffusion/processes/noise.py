@@ -44,7 +44,6 @@ def uniforms(
 ) -> torch.Tensor:
     """Return float64 uniforms on ``[0, 1)`` with resolution ``2^-53``.
 
-    :param shape: shape of the result.
     :param device: where to put them. A generator of another device draws there, and the numbers
         are moved: a seed means the same everywhere.
     """
@@ -61,7 +60,6 @@ def jax_uniforms(key: Array, shape: Sequence[int]) -> Array:
     rounded: ``P(u < x) = x`` for every float ``x`` of at least ``2^-32``.
 
     :param key: a JAX random key.
-    :param shape: shape of the result.
     :returns: float64, or float32 where 64-bit numbers are switched off.
     """
     import jax

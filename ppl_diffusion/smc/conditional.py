@@ -141,8 +141,6 @@ class ConditionalRun:
 
     :param path: the next path of each run, int64 ``(R, *plates, T + 1, L)``.
     :param slot: the slot it was drawn from, int64 ``(R,)``; 0 is the retained one.
-    :param trace: the whole population.
-    :param engine: the bound model, with its counters.
     """
 
     path: Tensor
@@ -200,9 +198,7 @@ def conditional_smc(
     :param retained: paths, int64 ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2, the retained one included.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
-    :param generator: source of randomness.
     :param max_rows: largest number of rows sent to the network at once.
-    :param progress: called with ``(steps done, steps in all)``.
     :raises CapabilityError: if the chain has no density.
     :raises ValueError: if the settings or a retained path are impossible.
     """
@@ -276,11 +272,9 @@ def two_sided_evidence(
 ) -> EvidenceBounds:
     """Bracket ``log Z`` by as many plain as conditional runs, of one resampling scheme.
 
-    :param fk: the model.
     :param exact_paths: independent draws of ``p(path) G(x0) / Z``, ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
-    :param generator: source of randomness.
     :param max_rows: largest number of rows sent to the network at once.
     """
     plain = run_smc(

@@ -211,9 +211,6 @@ class BoundFeynmanKac:
     ) -> Carry:
         """Return the carry of the noisiest state, tokens ``(R, N, *plates, L)``.
 
-        :param runs: runs ``R``.
-        :param particles: particles ``N``.
-        :param generator: source of randomness.
         :param given: conditions of each particle, ``(R, N, *plates, *event)``; by default those of
             the chain.
         """
@@ -318,8 +315,6 @@ class KernelProposal:
 class EvaluatedPotential:
     """A potential asked once per distinct sequence, with the last answers kept.
 
-    :param potential: the potential.
-
     :ivar num_calls: sequences the potential was asked about.
     """
 
@@ -377,10 +372,7 @@ def _require_same_grid(model: Kernel, proposal: Kernel) -> None:
 
 
 def per_particle(values: Tensor) -> Tensor:
-    """Sum log-values over plates: ``(R, N, *plates) -> (R, N)``.
-
-    :param values: log-values.
-    """
+    """Sum log-values over plates: ``(R, N, *plates) -> (R, N)``."""
     return values.flatten(2).sum(-1) if values.ndim > 2 else values
 
 
