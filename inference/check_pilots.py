@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse, PotentialError
@@ -176,6 +175,8 @@ class Candidate:
         trace = (last.ess[alive] / last.num_particles).sum(0) / alive.sum().clamp_min(1)
         spare = (RUNS - 1) * len(self.pilots[-RECENT:])
         # So few runs show their variance up to the factor of a chi-square.
+        from scipy import stats  # here, not above: a second of import that most runs never need
+
         low, high = (spare / float(stats.chi2.ppf(q, spare)) for q in (0.95, 0.05))
         return {
             "error": evidence_error(variance, size),
