@@ -15,11 +15,17 @@ from ppl_diffusion.inference.correctors import Product as Product
 from ppl_diffusion.inference.correctors import SiteRule as SiteRule
 from ppl_diffusion.inference.correctors import Tilt as Tilt
 from ppl_diffusion.inference.correctors import order_inconsistency as order_inconsistency
+from ppl_diffusion.inference.gibbs_posterior import GibbsPosterior as GibbsPosterior
+from ppl_diffusion.inference.particle_gibbs import ParticleGibbs as ParticleGibbs
 from ppl_diffusion.inference.smc import SMC as SMC
 from ppl_diffusion.inference.soft_value import SoftValueGuidance as SoftValueGuidance
 from ppl_diffusion.inference.steering import FKSteering as FKSteering
 from ppl_diffusion.inference.tempering import Tempering as Tempering
 from ppl_diffusion.inference.twisted import TwistedSampler as TwistedSampler
+from ppl_diffusion.inference.value_network import LearnedValue as LearnedValue
+from ppl_diffusion.inference.value_network import ValueNetwork as ValueNetwork
+from ppl_diffusion.inference.value_network import bellman_residuals as bellman_residuals
+from ppl_diffusion.inference.value_network import fit_value as fit_value
 from ppl_diffusion.programs.method import Method as Method
 from ppl_diffusion.programs.method import methods as methods
 from ppl_diffusion.programs.method import register as register

@@ -15,8 +15,8 @@ return ``exact=False``, put their weight on what they keep, and estimate no evid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ppl_diffusion.inference.biased import best_only, equal_weights
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.inference.twisted import TwistedSampler
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
-from ppl_diffusion.programs.method import Needs, register
+from ppl_diffusion.programs.method import Needs, held_proposal, register
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Source, State, bits
 from ppl_diffusion.rows import hash_rows
@@ -49,18 +49,11 @@ class ImportanceSampling(LookingAhead):
         posterior = SMC(chain, Reward(dock, temperature=0.1), method="importance-sampling").run()
     """
 
-    twist: TwistLike = None
+    # No option: draws are weighed at the end alone.
+    twist: TwistLike = field(default=None, init=False)
 
     name: ClassVar[str] = "importance-sampling"
     ess_threshold: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.twist is not None:
-            raise ValueError(
-                f"{type(self).__name__}: draws are weighed at the end alone; use method='steering' "
-                "to look ahead."
-            )
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
         """Independent draws are never resampled."""
@@ -174,7 +167,6 @@ class BeamSearch(LookingAhead):
     name: ClassVar[str] = "beam"
     exact: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs(own_moves=True)
-    holds_clamps: ClassVar[bool] = False
     ess_threshold: ClassVar[float] = 2.0  # an ESS is below twice the particles: always resample
 
     def __post_init__(self) -> None:
@@ -190,12 +182,13 @@ class BeamSearch(LookingAhead):
         return KeepBest(self.num_children), 2.0
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
-        """Return the mover by the chain itself, or the proposal."""
-        return chain_mover(site, self.twist, self.proposal, max_rows=max_rows)
+        """Return the mover by the chain itself, with its clamp, or the proposal."""
+        proposal = held_proposal(site) if self.proposal is None else self.proposal
+        return chain_mover(site, self.twist, proposal, max_rows=max_rows)
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """Nobody rates the noisiest states."""
-        return {**state, SCORE: torch.zeros(run.shape, dtype=torch.float64)}
+        return {**state, SCORE: run.zeros}
 
     def move(
         self, run: Bound, state: State, group: int, generator: torch.Generator | None
@@ -228,10 +221,6 @@ class BeamSearch(LookingAhead):
         kept = "best" if self.keep == 1 else f"best {self.keep}"
         why = f"the {kept} by log G after {steps} with {self.num_children} children each, no law"
         return best_only(posterior, self.keep, why)
-
-    def settings(self, run: Bound) -> dict[str, Any]:
-        """Return what was chosen, in JSON types."""
-        return super().settings(run)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Move by the chain, weigh by what completions promise: the particle filter everything is built on.
+"""Move by the chain, weigh by what completions promise: the filter everything is built on.
 
-Weights are ``log h_k`` of a look-ahead that telescopes away, and at the end the potential itself, so
+Weights are ``log h_k`` of a look-ahead that telescopes away, and at the end the potential itself:
 the target is ``p(path) G(x0)`` for every look-ahead. ``twist=None`` is the bootstrap filter proper.
 """
 
@@ -59,8 +59,8 @@ class LookingAhead(Method):
             )
         elif site.twist is not None:
             raise CapabilityError(
-                f"{type(self).__name__}: the site {site.name!r} is twisted, and a proposal is given "
-                "besides; leave one out."
+                f"{type(self).__name__}: the site {site.name!r} is twisted, and a proposal is "
+                "given besides; leave one out."
             )
         return chain_mover(site, self.twist, proposal, max_rows=max_rows)
 

@@ -29,7 +29,7 @@ from ppl_diffusion.programs.sources import PotentialLike, ProgramSource
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
 COARSE, COLLAPSED, SLOW, NOISE = 1.0, 0.1, 0.1, 0.01
-"""Warned of: large errors (nats), a low ESS (share), slow calls (s). Nats closer than NOISE agree."""
+"""Warned of: large errors (nats), a low ESS (share), slow calls (s). Nats within NOISE agree."""
 
 FORM = "{:<22}{:>6}{:>8}{:>16}{:>8}{:>8}{:>8}{:>11} {:>23}  {}"
 HEADS = ["method", "pilot", "ESS", "log-evidence", "rows", "calls", "ms", "NxR", "error", "remark"]
@@ -145,7 +145,7 @@ def check(
     limit = cost_of(*(math.inf if value is None else value for value in budget.values()))
     # Programs that read whole paths are refused without them; others need not pay for them.
     whole = isinstance(source, ProgramSource) and bool(source.program.reads)
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     pilots = {"given": given, "store_path": whole, **options}
     search = Search(known, pilots, limit, pilot_share, num_runs, max_particles, seed)
     search.spent = cost_of(calls=source.num_calls)  # what the reading of a program took
@@ -188,9 +188,7 @@ def warnings_of(tried: list[Candidate], best: Candidate, row: dict[str, Any]) ->
     if not tried:
         return [*_of_best(best, row)]
     if all(math.isinf(c.seen) for c in tried):
-        return [
-            "Every pilot died; look ahead by what grades the way to G > 0, like a Constraint."
-        ]
+        return ["Every pilot died; look ahead by what grades the way to G > 0, like a Constraint."]
     plain = tried[0].last if tried[0].name == PLAIN else None
     return [*_of_potential(plain), *_of_pilots(tried), *_of_best(best, row)]
 

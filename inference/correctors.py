@@ -169,7 +169,7 @@ class Corrector(LookingAhead):
     def step(
         self, run: Bound, state: State, item: Item, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Move by the experts; with ``clamp`` the look-ahead has a say in which token is revealed."""
+        """Move by the experts; with ``clamp`` the look-ahead has a say in which token it is."""
         mover: Any = run.movers[item.site]
         if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
             return run.step(state, item, generator)
@@ -254,16 +254,16 @@ class ComposedSource(ChainSource):
     def law(self) -> Law:
         """The first chain's, with what changes any of them, and the tilt if there is one."""
         law = super().law
-        changes = dict.fromkeys(c for chain in self.composition.chains for c in chain.kernel.changes)
+        changes = dict.fromkeys(
+            c for chain in self.composition.chains for c in chain.kernel.changes
+        )
         others = tuple(Base.of(chain) for chain in self.composition.chains[1:])
         base = Base(**{**vars(law.chains[0]), "changes": tuple(changes)})
         digest = "+".join([base.digest, *(other.digest for other in others)])
         base = Base(**{**vars(base), "digest": digest})
         return law.but(chains=(base,), tilts=() if self.given is _NOTHING else law.tilts)
 
-    def final(
-        self, state: State, paths: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def final(self, state: State, paths: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Ask the potential, if there is one."""
         if self.given is not _NOTHING:
             return super().final(state, paths)
@@ -291,8 +291,10 @@ def order_inconsistency(
     _check_sequences(chain, x0, num_orders)
     kernel = OrderedKernel(chain.kernel.process, chain.kernel.denoiser, length=chain.length)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    rank = torch.rand(len(x0), num_orders, chain.length, generator=generator).argsort(-1)
-    revealed = rank[..., None, :] < torch.arange(chain.length + 1)[:, None]
+    shape = (len(x0), num_orders, chain.length)
+    rank = torch.rand(shape, generator=generator, device="cpu").argsort(-1).to(x0.device)
+    steps = torch.arange(chain.length + 1, device=x0.device)
+    revealed = rank[..., None, :] < steps[:, None]
     path = torch.where(revealed, x0[:, None, None, :], kernel.process.vocab_size)
     with torch.no_grad():
         return kernel.path_log_prob(path, given=chain.given).std(-1)
@@ -314,7 +316,7 @@ def _check_sequences(chain: ReverseChain, x0: Tensor, num_orders: int) -> None:
 
 
 def _zero(x0: Tensor) -> Tensor:
-    return torch.zeros(x0.shape[:-1], dtype=torch.float64)
+    return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
 
 
 _NOTHING = Potential(_zero, name="0")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.smc import arviz_data
+from ppl_diffusion.smc.law import Law
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class GibbsPosterior:
     :param num_divergences: divergent transitions after warm-up, over all chains.
     :param num_evaluations: network rows evaluated, warm-up included.
     :param num_potential_calls: sequences the program was asked about, warm-up included.
-    :param target: the invariant law, in words.
+    :param law: the invariant law; how far the chains are from it is for diagnostics to say.
     :param settings: what was chosen, in JSON types.
     :param seconds: wall time.
     :param is_program: whether the draws are those of a program (then functions get all sites).
@@ -49,13 +50,20 @@ class GibbsPosterior:
     num_divergences: int
     num_evaluations: int
     num_potential_calls: int
-    target: str
+    law: Law
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = float("nan")
     is_program: bool = False
 
-    exact = True
-    """The target is invariant; how far the chains are from it is for diagnostics to say."""
+    @property
+    def exact(self) -> bool:
+        """Whether the law is the one the program declares."""
+        return self.law.exact
+
+    @property
+    def target(self) -> str:
+        """The law in words."""
+        return str(self.law)
 
     @property
     def num_runs(self) -> int:
@@ -89,7 +97,7 @@ class GibbsPosterior:
         :raises ValueError: if the function does not return one value per draw.
         """
         draws = {"x0": self.x0, **self.samples} if self.is_program else self.x0
-        values = torch.as_tensor(fn(draws))
+        values = torch.as_tensor(fn(draws), device="cpu")
         if values.shape[:2] != self.x0.shape[:2]:
             raise ValueError(
                 f"expectation: the function returned shape {tuple(values.shape)}, expected it to "

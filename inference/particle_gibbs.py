@@ -23,32 +23,32 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.errors import ParticleCollapse
-from ppl_diffusion.inference._arguments import require_moves
-from ppl_diffusion.inference._gibbs_blocks import (
-    GivenLatents,
-    LatentKernel,
-    PerChainPotential,
-    TokenBlock,
-    as_program,
-    require_continuous,
-)
-from ppl_diffusion.inference._gibbs_posterior import GibbsPosterior
-from ppl_diffusion.inference._path_reading import require_sequences_only
-from ppl_diffusion.inference._program import Program
-from ppl_diffusion.inference._sites import held_positions
-from ppl_diffusion.inference._task import PotentialLike, seeded
-from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, conditional_smc
-from ppl_diffusion.smc.engine import smc_loop
-from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, FeynmanKac
-from ppl_diffusion.smc.rejuvenation import PathModel, PathMove
-from ppl_diffusion.smc.resampling import Multinomial
-from ppl_diffusion.smc.twists import FillTwist, TwistLike, as_twist
+from ppl_diffusion.errors import CapabilityError, ParticleCollapse
+from ppl_diffusion.inference.arguments import require_moves, require_target
+from ppl_diffusion.inference.gibbs_posterior import GibbsPosterior
+from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
+from ppl_diffusion.inference.smc import seeded
+from ppl_diffusion.kernels.base import GIVEN
+from ppl_diffusion.potentials import factor
+from ppl_diffusion.programs.bound import Bound, Mover, no_potential
+from ppl_diffusion.programs.method import can_hold, held_proposal
+from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.schedule import Plan, as_plan
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, State, as_potential
+from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMultinomial
+from ppl_diffusion.smc.engine import SMCTrace, smc_loop
+from ppl_diffusion.smc.feynman_kac import FeynmanKac
+from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
+from ppl_diffusion.smc.resampling import Multinomial, Resampler
+from ppl_diffusion.smc.twists import ArgmaxFill, FillTwist, TwistLike, as_twist
 
 MAX_ROWS = 4096
 """Particles a program is evaluated for at once when draws are collected."""
@@ -58,7 +58,7 @@ MAX_ROWS = 4096
 class GibbsState:
     """Where ``C`` chains stand, and what the last sweep did.
 
-    :param path: token paths, int64 ``(C, *plates, T + 1, L)``.
+    :param paths: token paths of every site, int64 ``(C, *plates, T + 1, L)``.
     :param latents: values of the continuous sites, each ``(C, ...)``.
     :param log_evidence: log-evidence of the last conditional SMC given the latents, ``(C,)``; too
         large on average.
@@ -66,11 +66,16 @@ class GibbsState:
     :param accept: share of accepted moves of each kind, ``(C, moves)``.
     """
 
-    path: Tensor
+    paths: dict[str, Tensor]
     latents: dict[str, Tensor]
     log_evidence: Tensor
     ess: Tensor
     accept: Tensor
+
+    @property
+    def path(self) -> Tensor:
+        """The paths of the first site."""
+        return next(iter(self.paths.values()))
 
 
 class ParticleGibbs:
@@ -78,13 +83,14 @@ class ParticleGibbs:
 
     :param target: a Pyro program with :class:`ReverseChain` sites, which it reads through
         ``chain.x0(path)`` only, and any number of continuous latents whose support is fixed; or a
-        reverse chain, with a potential. Several sites move as one chain, side by side.
+        reverse chain, with a potential. Chains may depend on latents and on each other.
     :param potential: ``log G`` of a bare chain; None for a program.
     :param num_particles: particles ``N`` of each conditional SMC, at least 2.
     :param num_runs: Markov chains ``C``; their paths move side by side.
     :param num_samples: draws kept per chain.
     :param num_warmup: sweeps before them, in which NUTS adapts.
     :param num_transitions: NUTS transitions per sweep.
+    :param schedule: who moves at each step of a sweep, where there are several chains.
     :param twist: look-ahead of the conditional SMC: ``"argmax"``, ``"persistent"``, a fill twist
         or None.
     :param ess_threshold: resample when the ESS falls below this fraction of ``N``.
@@ -111,6 +117,7 @@ class ParticleGibbs:
         num_samples: int = 500,
         num_warmup: int = 200,
         num_transitions: int = 1,
+        schedule: str | Plan = "lockstep",
         twist: TwistLike = "argmax",
         ess_threshold: float = 0.5,
         moves: Sequence[PathMove] = (),
@@ -121,7 +128,9 @@ class ParticleGibbs:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         _check_counts(num_particles, num_runs, num_samples, num_warmup, num_transitions)
-        self.model = as_program(target, potential)
+        require_target("ParticleGibbs", target, potential, takes_nothing=False)
+        self.model = _bare(target, potential) if isinstance(target, ReverseChain) else target
+        self.plan = as_plan(schedule)
         self.is_program = not isinstance(target, ReverseChain)
         self.num_particles, self.num_runs = num_particles, num_runs
         self.num_samples, self.num_warmup = num_samples, num_warmup
@@ -143,8 +152,8 @@ class ParticleGibbs:
         :param seed: seed of this run; the global random state is left alone if it is given.
         :param kwargs: keyword arguments of the program.
         :returns: equally weighted, correlated draws, ``(C, num_samples, ...)``.
-        :raises CapabilityError: if the program has discrete latents, reads whole paths, or has
-            several chains that cannot be run as one, or the chain has no density.
+        :raises CapabilityError: if the program has discrete latents, or reads whole paths, or a
+            chain has no density.
         :raises ParticleCollapse: if no starting path of positive probability is found.
         """
         started, total = time.perf_counter(), self.num_warmup + self.num_samples
@@ -196,29 +205,48 @@ class GibbsSampler:
             kwargs,
             vectorize=options.vectorize_particles,
             owner="ParticleGibbs",
-            otherwise="pass vectorize_particles=False",
         )
-        self.site = TokenBlock(self.program)
+        self.sites = {site.name: site for site in self.program.chains}
+        self._require_movable()
+        self.source = ProgramSource(self.program, {n for n, s in self.sites.items() if can_hold(s)})
+        self.num_evaluations = 0
+        self._nuts: LatentBlock | None = None
+
+    def _require_movable(self) -> None:
         require_continuous(self.program)
-        require_sequences_only(self.program)
-        # Every latent is given here, also those whose law depends on the sequence.
-        self.program.carried, self.program.redrawn = self.program.latents, []
-        for move in options.moves:
-            move.check(self.site.chain)
-        self.num_evaluations = self.num_potential_calls = 0
-        self._nuts: LatentKernel | None = None
+        program, moves = self.program, self.options.moves
+        if program.reads:
+            raise CapabilityError(
+                f"ParticleGibbs: {program.name} reads the path at site {min(program.reads)!r}, not "
+                "only its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
+                "store_path=True."
+            )
+        for site in self.sites.values():
+            for move in moves:
+                move.check(site.chain)
+            if moves and program.above(site.name):
+                raise CapabilityError(
+                    f"ParticleGibbs: the chain {site.name!r} of {program.name} depends on the "
+                    "sequence of another one, so that moves would change its law; leave moves out."
+                )
+
+    @property
+    def num_potential_calls(self) -> int:
+        """Particles the program was evaluated for so far."""
+        return self.source.num_calls
 
     def start(self) -> GibbsState:
         """Return latents drawn from their prior, and paths drawn by SMC given them."""
-        runs, steps = self.options.num_runs, self.site.chain.num_steps
+        runs = self.options.num_runs
         traces = [poutine.trace(self._prior_program).get_trace() for _ in range(runs)]
         latents = {
             name: torch.stack([trace.nodes[name]["value"].detach() for trace in traces])
             for name in self.program.latents
         }
-        empty = torch.zeros(runs, 0, dtype=torch.float64)
-        ess = torch.zeros(runs, steps, dtype=torch.float64)
-        return GibbsState(self._first_paths(latents), latents, ess[:, 0], ess, empty)
+        empty = torch.zeros(runs, 0, dtype=torch.float64, device="cpu")
+        paths, trace = self._first_paths(latents)
+        ess = torch.zeros_like(trace.ess)
+        return GibbsState(paths, latents, ess[:, 0], ess, empty)
 
     def sweep(self, state: GibbsState, *, reverse: bool = False) -> GibbsState:
         """Return the state after one update of both blocks.
@@ -233,44 +261,38 @@ class GibbsSampler:
 
     def update_paths(self, state: GibbsState) -> GibbsState:
         """Return the state after a conditional SMC, and the path moves, given the latents."""
-        potential = self._potential(state.latents)
-        bound = ConditionalFeynmanKac(
-            self._model, state.path, max_rows=self.options.max_rows, potential=potential
-        )
-        done = conditional_smc(
-            bound,
-            num_particles=self.options.num_particles,
-            ess_threshold=self.options.ess_threshold,
-        )
-        path, accept = self._move(done.path, potential)
-        self.num_evaluations += bound.num_evaluations
-        self.num_potential_calls += potential.num_calls
+        run = self._bound(lambda site: self._retained(site, state.paths[site.name]))
+        paths, chosen, trace = self._population(run, state.latents, ConditionalMultinomial())
+        paths, accept = self._move(run, paths, chosen)
+        self.num_evaluations += run.num_evaluations
         return replace(
-            state, path=path, log_evidence=done.log_evidence, ess=done.trace.ess, accept=accept
+            state,
+            paths=paths,
+            log_evidence=trace.log_evidence_steps[:, -1],
+            ess=trace.ess,
+            accept=accept,
         )
 
     def update_latents(self, state: GibbsState) -> GibbsState:
         """Return the state after NUTS transitions of the continuous latents, given the paths."""
         if not self.program.latents:
             return state
+        options = self.options
         if self._nuts is None:
-            self._nuts = LatentKernel(self.program, self.site, self.options, state.path)
-        return replace(state, latents=self._nuts.update(state.path, state.latents))
+            self._nuts = LatentBlock(
+                self.program,
+                {name: path[0] for name, path in state.paths.items()},
+                num_transitions=options.num_transitions,
+                warmup=options.num_warmup * options.num_transitions * options.num_runs,
+                options=options.nuts,
+            )
+        return replace(state, latents=self._nuts.update(state.paths, state.latents))
 
     @property
-    def target(self) -> str:
-        """The law that every sweep leaves invariant, in words."""
-        names = ", ".join(self.program.latents)
-        latents = f" and the latents {names}" if names else ""
-        chain = self.site.chain
-        changes = "".join(f", {change}" for change in chain.kernel.changes)
-        held = held_positions([(site.chain, site.clamp) for site in self.site.sites])
-        held_words = "".join(f", {words}" for words in held)
-        return (
-            f"the posterior of {self.program.name} over the {chain.num_steps}-step reverse chain "
-            f"{self.site.names}{held_words}{changes}{latents}: the invariant law of the Markov "
-            "chain, whose draws are correlated"
-        )
+    def law(self) -> Law:
+        """The law that every sweep leaves invariant."""
+        why = "the invariant law of a Markov chain, whose draws are correlated"
+        return self.source.law.but(why=why)
 
     def collect(
         self,
@@ -287,15 +309,15 @@ class GibbsSampler:
         :param settings: what was chosen.
         :param seconds: wall time.
         """
-        path = torch.stack([state.path for state in draws], 1)
+        paths = {n: torch.stack([s.paths[n] for s in draws], 1) for n in self.sites}
         latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
-        samples, log_density = self._sites(path, latents)
-        kind = torch.uint8 if self.site.chain.kernel.process.num_states <= 256 else torch.int32
-        shown = self.site.shown(path, whole_path=True).to(kind)
+        samples, log_density = self._values(paths, latents)
+        first, site = next(iter(paths.values())), next(iter(self.sites.values()))
+        kind = torch.uint8 if site.chain.kernel.process.num_states <= 256 else torch.int32
         return GibbsPosterior(
-            x0=self.site.shown(path[..., -1, :]),
-            samples={**samples, **self.site.own_paths(path)},
-            compact_path=shown if self.options.store_path else None,
+            x0=first[..., -1, :],
+            samples={**samples, **(paths if len(paths) > 1 else {})},
+            compact_path=first.to(kind) if self.options.store_path else None,
             log_density=log_density,
             log_evidence=torch.stack([state.log_evidence for state in draws], 1),
             ess=torch.stack([state.ess for state in draws], 1),
@@ -305,88 +327,161 @@ class GibbsSampler:
             num_divergences=0 if self._nuts is None else self._nuts.num_divergences,
             num_evaluations=self.num_evaluations,
             num_potential_calls=self.num_potential_calls,
-            target=self.target,
-            settings={**settings, "num_steps": self.site.chain.num_steps},
+            law=self.law,
+            settings={**settings, "num_steps": site.chain.num_steps},
             seconds=seconds,
             is_program=self.options.is_program,
         )
 
-    @property
-    def _model(self) -> FeynmanKac:
-        chain, proposal = self.site.chain, self.site.proposal
-        return FeynmanKac(chain, _unused_potential, twist=self.options.twist, proposal=proposal)
-
     def _prior_program(self) -> None:
         self.program.model(*self.program.args, **self.program.kwargs)
 
-    def _potential(self, latents: Mapping[str, Tensor]) -> EvaluatedPotential:
-        return PerChainPotential(GivenLatents(self.program, self.site, latents))
+    def _feynman_kac(self, site: ChainSite) -> FeynmanKac:
+        twist, proposal = self.options.twist, held_proposal(site)
+        return FeynmanKac(site.chain, no_potential, twist=twist, proposal=proposal)
 
-    def _first_paths(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Draw one path per chain by plain SMC given its latents."""
-        bound = self._model.bind(max_rows=self.options.max_rows)
-        bound.potential = self._potential(latents)
-        size, runs = self.options.num_particles, self.options.num_runs
-        threshold, steps = self.options.ess_threshold, self.site.chain.num_steps
-        scheme = Multinomial()
+    def _free(self, site: ChainSite) -> Mover:
+        return self._feynman_kac(site).bind(max_rows=self.options.max_rows)
+
+    def _retained(self, site: ChainSite, path: Tensor) -> Mover:
+        model = self._feynman_kac(site)
+        return ConditionalFeynmanKac(model, path, max_rows=self.options.max_rows)
+
+    def _bound(self, mover: Callable[[ChainSite], Mover]) -> Bound:
+        options = self.options
+        return Bound(
+            source=self.source,
+            movers={name: mover(site) for name, site in self.sites.items()},
+            plan=options.plan,
+            fill=options.twist if isinstance(options.twist, FillTwist) else ArgmaxFill(),
+            shape=(options.num_runs, options.num_particles),
+        )
+
+    def _population(
+        self, run: Bound, latents: Mapping[str, Tensor], resampler: Resampler
+    ) -> tuple[dict[str, Tensor], State, SMCTrace]:
+        """Move a population given the latents; return one particle of each chain, by weight."""
+        engine = _GivenLatents(run, latents, look=self.options.twist is not None)
         with torch.no_grad():
-            trace = smc_loop(bound, steps, size, runs, scheme, threshold, None, record="tokens")
-        self.num_evaluations += bound.num_evaluations
-        self.num_potential_calls += bound.num_potential_calls
-        if not bool(trace.weights.alive.all()):
+            trace = smc_loop(
+                engine,
+                len(run.groups),
+                self.options.num_particles,
+                self.options.num_runs,
+                resampler,
+                self.options.ess_threshold,
+                None,
+                record=run.record,
+            )
+        self._require_alive(trace)
+        slot = torch.multinomial(trace.weights.normalised, 1)
+        whole = run.own_paths(trace.carry, trace.paths())
+        paths = {
+            name: path[torch.arange(len(slot), device=slot.device), slot[:, 0]].to(torch.int64)
+            for name, path in whole.items()
+        }
+        return paths, run.gather(trace.carry, slot), trace
+
+    def _require_alive(self, trace: SMCTrace) -> None:
+        alive = trace.weights.alive
+        if not bool(alive.all()):
             raise ParticleCollapse(
-                f"ParticleGibbs: no path of positive probability among {size} particles in "
-                f"{int((~trace.weights.alive).sum())} of {runs} chains; use more particles, a "
-                "better twist, or relax the constraint."
-            )
-        slot = torch.multinomial(trace.weights.normalised, 1)[:, 0]
-        paths = trace.paths()
-        assert paths is not None  # the tokens were recorded
-        return paths[torch.arange(runs), slot].to(torch.int64)
-
-    def _move(self, path: Tensor, potential: EvaluatedPotential) -> tuple[Tensor, Tensor]:
-        if not self.options.moves:
-            return path, torch.zeros(len(path), 0, dtype=torch.float64)
-        clamp = self.site.clamp
-
-        def log_potential(x0: Tensor) -> Tensor:  # moves by the bare chain do not know the clamp
-            value = potential(x0)
-            if clamp is None:
-                return value
-            held = clamp.holds(x0)
-            return value.masked_fill(
-                ~(held.flatten(2).all(-1) if held.ndim > 2 else held), -math.inf
+                "ParticleGibbs: no path of positive probability among "
+                f"{trace.weights.num_particles} particles in {int((~alive).sum())} of {len(alive)} "
+                "chains; use more particles, a better twist, or relax the constraint."
             )
 
-        model = PathModel(self.site.chain, log_potential, max_rows=self.options.max_rows)
+    def _first_paths(self, latents: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], SMCTrace]:
+        """Draw one path per chain by plain SMC given its latents."""
+        run = self._bound(self._free)
+        paths, _, trace = self._population(run, latents, Multinomial())
+        self.num_evaluations += run.num_evaluations
+        return paths, trace
+
+    def _move(
+        self, run: Bound, paths: dict[str, Tensor], state: State
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Make the path moves, site by site; ``state`` holds one particle of each chain."""
         accepted = []
         with torch.no_grad():
-            state = model.state(path[:, None])
-            for move in self.options.moves:
-                state, done = move(model, state)
-                accepted.append(done[:, 0].to(torch.float64))
-        self.num_evaluations += model.num_evaluations
-        return state.path[:, 0], torch.stack(accepted, -1)
+            for name in self.sites if self.options.moves else ():
+                for move in self.options.moves:
+                    moved, done = self._moved(run, state, name, move, paths[name])
+                    paths = {**paths, name: moved.path[:, 0]}
+                    carry = {**state["sites"][name], "tokens": moved.x0}
+                    sites = {**state["sites"], name: carry}
+                    state = {**state, "sites": sites, "log_g": moved.log_g}
+                    accepted.append(done[:, 0].to(torch.float64))
+        empty = torch.zeros(self.options.num_runs, 0, dtype=torch.float64, device="cpu")
+        return paths, torch.stack(accepted, -1) if accepted else empty
 
-    def _sites(
-        self, path: Tensor, latents: Mapping[str, Tensor]
+    def _moved(
+        self, run: Bound, state: State, name: str, move: PathMove, path: Tensor
+    ) -> tuple[PathState, Tensor]:
+        carry = state["sites"][name]
+
+        def log_potential(x0: Tensor) -> Tensor:
+            sites = {**state["sites"], name: {**carry, "tokens": x0}}
+            return self.source.final({**state, "sites": sites})[0]
+
+        model = PathModel(run.chain(name, carry.get(GIVEN)), log_potential)
+        return move(model, PathState(path[:, None], state["log_g"]))
+
+    def _values(
+        self, paths: Mapping[str, Tensor], latents: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the values of all sites but the chain, and the density given the chain."""
-        shape = path.shape[:2]
-        flat, density = path.flatten(0, 1), []
+        """Return the values of all sites but the chains, and the density given the chains."""
+        shape = next(iter(paths.values())).shape[:2]
+        known = {n: v.flatten(0, 1) for n, v in (dict(paths) | dict(latents)).items()}
         parts: dict[str, list[Tensor]] = {}
-        for rows in torch.arange(len(flat)).split(MAX_ROWS):
-            given = {name: value.flatten(0, 1)[rows] for name, value in latents.items()}
-            paths = self.site.whole_paths(flat[rows])
+        density = []
+        for rows in torch.arange(shape.numel(), device="cpu").split(MAX_ROWS):
             with torch.no_grad():
-                run = self.program.evaluate({**paths, **given}, len(rows))
-            density.append(run.log_density())
-            for name in run.site_names:
-                value = run.value(name) if run.is_latent_or_deterministic(name) else None
-                if value is not None and name not in paths:
-                    parts.setdefault(name, []).append(value)
-        sites = {n: torch.cat(v).reshape(*shape, *v[0].shape[1:]) for n, v in parts.items()}
-        return sites, torch.cat(density).reshape(shape)
+                run = self.program.evaluate({n: v[rows] for n, v in known.items()}, len(rows))
+            density.append(run.log_density(self.program.latents))
+            for name, value in run.samples(leave_out=self.program.chain_names).items():
+                parts.setdefault(name, []).append(value)
+        values = {n: torch.cat(v).reshape(*shape, *v[0].shape[1:]) for n, v in parts.items()}
+        return values, torch.cat(density).reshape(shape)
+
+
+class _GivenLatents:
+    """Bound states as the SMC loop sees them, with all latents held at the chains' values."""
+
+    def __init__(self, run: Bound, latents: Mapping[str, Tensor], *, look: bool) -> None:
+        self.run, self.look, self.gather = run, look, run.gather
+        self.latents = {
+            name: value[:, None].expand(value.shape[0], run.shape[1], *value.shape[1:])
+            for name, value in latents.items()
+        }
+
+    def init(self, runs: int, particles: int, generator: Any) -> State:
+        return self.run.start(generator, self.latents)
+
+    def move(self, carry: State, k: int, generator: Any) -> tuple[State, Tensor | float]:
+        state, total = self.run.open(carry, k, generator), 0.0
+        for item in self.run.groups[k]:
+            state, ratio = self.run.step(state, item, generator)
+            total = total + ratio  # type: ignore[assignment]
+        return state, total
+
+    def log_twist(self, carry: State, k: int, generator: Any) -> Tensor | None:
+        return self.run.look(carry, generator) if self.look else None
+
+    def close(self, carry: State, generator: Any, paths: Any) -> tuple[State, Tensor]:
+        state = self.run.final(carry)
+        log_g: Tensor = state["log_g"]
+        return state, log_g
+
+
+def _bare(chain: ReverseChain, potential: PotentialLike | None) -> Callable[[], None]:
+    assert potential is not None
+    known = as_potential(potential)
+
+    def bare_chain() -> None:
+        factor("potential", known, chain.x0(pyro.sample("path", chain)))
+
+    return bare_chain
 
 
 def _check_counts(particles: int, runs: int, samples: int, warmup: int, transitions: int) -> None:
@@ -398,7 +493,3 @@ def _check_counts(particles: int, runs: int, samples: int, warmup: int, transiti
             ">= 1 and num_warmup >= 0, all whole, got "
             f"{particles}, {runs}, {samples}, {transitions} and {warmup}."
         )
-
-
-def _unused_potential(x0: Tensor) -> Tensor:
-    return torch.zeros(x0.shape[:-1], dtype=torch.float64)

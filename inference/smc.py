@@ -2,8 +2,8 @@
 
 What is sampled is a Pyro program with reverse-chain sites (or a bare chain with a potential, a
 program of one site). *How* is a method: a small object that says how particles move, how they look
-ahead and what pays for it. Whatever the method, the engine is :func:`ppl_diffusion.smc.smc_loop` and
-a particle holds the states of all chains and one draw of every other latent::
+ahead and what pays for it. Whatever the method, the engine is :func:`ppl_diffusion.smc.smc_loop`,
+and a particle holds the states of all chains and one draw of every other latent::
 
     weight = p(latents, observations | x0) / r(latents)
 
@@ -102,7 +102,8 @@ class SMC:
     ) -> None:
         composed = isinstance(model, Composition)
         self.method = as_method(method, Corrector if composed else Bootstrap, options)
-        require_target(self.owner, model, potential, composed or isinstance(self.method, Corrector))
+        takes_nothing = composed or getattr(self.method, "compose", None) is not None
+        require_target(self.owner, model, potential, takes_nothing)
         require_counts("SMC", num_particles, num_runs)
         self.model, self.potential = model, potential
         self.num_particles, self.num_runs = num_particles, num_runs
@@ -182,9 +183,7 @@ class SMC:
                     "composition of chains."
                 )
             return self.method.source(model, self.potential)
-        program = Program(
-            model, args, kwargs, vectorize=self.vectorize_particles, owner=self.owner
-        )
+        program = Program(model, args, kwargs, vectorize=self.vectorize_particles, owner=self.owner)
         holding = {s.name for s in program.chains if self.method.holds_clamps and can_hold(s)}
         return ProgramSource(program, holding)
 
@@ -201,7 +200,7 @@ class SMC:
             samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
         fields_known = {**trace.posterior_fields(), "log_potential": state["log_g"]}
         fields_known["compact_path"] = None if paths is None else paths[first]
-        return ParticlePosterior(
+        posterior = ParticlePosterior(
             x0=state["sites"][first]["tokens"],
             times=self.method.times(run),
             samples=samples,
@@ -220,6 +219,7 @@ class SMC:
             is_program=run.source.is_program,
             **fields_known,
         )
+        return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
 class _Engine:

@@ -53,6 +53,7 @@ class FKSteering(LookingAhead):
     :param every: score at every so many steps.
     :param interval: first and last step that may be scored, in steps taken, both included; all
         between the ends by default. The steps scored are ``first, first + every, ...``.
+    :param cache: ask the potential once per distinct sequence; changes the cost and nothing else.
     :raises ValueError: if a name or a number is not usable.
 
     Example::
@@ -65,6 +66,7 @@ class FKSteering(LookingAhead):
     closing: Closing = "exact"
     every: int = 1
     interval: tuple[int, int] | None = None
+    cache: bool = True
 
     name: ClassVar[str] = "steering"
 
@@ -105,7 +107,7 @@ class FKSteering(LookingAhead):
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """Nothing is scored yet."""
-        zeros = torch.zeros(run.shape, dtype=torch.float64)
+        zeros = run.zeros
         # Before the first score a maximum is -inf: starting it at 0 would ignore negative scores.
         start = torch.full_like(zeros, -torch.inf) if self.kind == "max" else zeros
         return {**state, RUNNING: start, LOG_H: zeros}

@@ -26,16 +26,18 @@ from torch import Tensor, nn
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference._task import Task, as_task, seeded
-from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle
+from ppl_diffusion.inference.baselines import ImportanceSampling
+from ppl_diffusion.inference.bootstrap import Bootstrap
+from ppl_diffusion.inference.smc import SMC, seeded
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
+from ppl_diffusion.programs.bound import Bound
+from ppl_diffusion.programs.schedule import Item
+from ppl_diffusion.programs.sources import PotentialLike
+from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.twists import CallableTwist, Carry, log_mean_exp
 
 Loss = Literal["poisson", "itakura", "mean"]
-
-PATHS_AT_ONCE = 512
-"""Paths drawn together, of which only a few states each are kept."""
 
 LARGEST_STEP = 10.0
 """Gradients are scaled down to this norm: one enormous potential must not undo the training."""
@@ -132,7 +134,7 @@ class LearnedValue:
 
 def fit_value(
     target: ReverseChain | Callable[..., Any],
-    potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
+    potential: PotentialLike | None = None,
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -173,22 +175,28 @@ def fit_value(
     if min(counts) < 1:
         raise ValueError(f"fit_value: numbers of paths, states and updates must be >= 1: {counts}.")
     with seeded(seed):
-        task = as_task(target, potential, args, kwargs or {})
-        bound = FeynmanKac(task.chain, task.potential, None).bind(max_rows=max_rows)
-        tokens, k, log_g = _training_states(task, bound, num_paths, states_per_path, loss)
+        sampler = SMC(
+            target,
+            potential,
+            method=ImportanceSampling(),
+            num_particles=num_paths,
+            max_rows=max_rows,
+        )
+        chain = _only_chain(sampler.bind(args, dict(kwargs or {})), "fit_value")
+        paths = sampler.run(*args, **dict(kwargs or {}))
+        tokens, k, log_g = _training_states(paths, states_per_path, loss)
         offset = _offset(log_g, loss)
-        times = torch.as_tensor(task.chain.kernel.times)
-        states = task.chain.kernel.process.num_states
-        network = ValueNetwork(states, task.chain.length, width=width, depth=depth)
-        data = (tokens, times[k], (log_g - offset).to(torch.float32))
+        states = chain.kernel.process.num_states
+        network = ValueNetwork(states, chain.length, width=width, depth=depth)
+        data = (tokens, paths.times[k], (log_g - offset).to(torch.float32))
         losses = _train(network, data, _LOSSES[loss], num_updates, batch_size, learning_rate)
     return LearnedValue(
         network.requires_grad_(False).eval(),
-        times,
+        paths.times,
         offset,
         losses,
-        bound.num_evaluations,
-        bound.num_potential_calls,
+        paths.num_evaluations,
+        paths.num_potential_calls,
     )
 
 
@@ -196,7 +204,7 @@ def bellman_residuals(
     value: Callable[[Carry, int], Tensor],
     posterior: ParticlePosterior,
     target: ReverseChain | Callable[..., Any],
-    potential: AbstractPotential | Callable[[Tensor], Tensor] | None = None,
+    potential: PotentialLike | None = None,
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -225,28 +233,43 @@ def bellman_residuals(
     path = posterior.path
     if path is None:
         raise ValueError("bellman_residuals: the posterior stored no paths; set store_path=True.")
+    method = Bootstrap(twist=CallableTwist(value))
+    sampler = SMC(target, potential, method=method, num_particles=posterior.num_particles)
     with torch.no_grad(), seeded(seed):
-        task = as_task(target, potential, args, kwargs or {})
-        if not task.chain.kernel.markov:
+        run = sampler.bind(args, dict(kwargs or {}))
+        kernel = _only_chain(run, "bellman_residuals").kernel
+        if not kernel.markov:
             raise CapabilityError(
-                f"bellman_residuals: a step of {type(task.chain.kernel).__name__} depends on more "
+                f"bellman_residuals: a step of {type(kernel).__name__} depends on more "
                 "than the tokens, which is not stored; use a chain whose kernel is Markov."
             )
-        bound = FeynmanKac(task.chain, task.potential, CallableTwist(value)).bind()
         states = path[..., :-1, :].unbind(-2)
-        found = [_residual(bound, state, k, num_children) for k, state in enumerate(states)]
+        found = [_residual(run, method, state, k, num_children) for k, state in enumerate(states)]
     return _weighted_variance(torch.stack(found, -1), posterior.pooled_log_weights.exp())
 
 
-def _residual(bound: BoundFeynmanKac, tokens: Tensor, k: int, num_children: int) -> Tensor:
-    runs, size = tokens.shape[:2]
-    family = torch.arange(size).repeat_interleave(num_children).expand(runs, -1)
-    chain = bound.model.chain
-    carry = chain.kernel.start_carry(tokens, given=chain.given)
-    children, _ = bound.move(bound.gather(carry, family), k, None)
-    ahead, here = bound.log_twist(children, k + 1, None), bound.log_twist(carry, k, None)
-    assert ahead is not None
-    assert here is not None
+def _only_chain(run: Bound, owner: str) -> ReverseChain:
+    """Return the chain of a program that has one, and no latent that its value would depend on."""
+    program = run.program
+    if len(run.sites) > 1 or (program is not None and program.latents):
+        raise CapabilityError(
+            f"{owner}: a value is learned of one chain's states, and the program "
+            f"{'' if program is None else program.name} has several chains, or other latents."
+        )
+    return run.only.chain
+
+
+def _residual(run: Bound, method: Bootstrap, tokens: Tensor, k: int, num_children: int) -> Tensor:
+    (runs, size), name = tokens.shape[:2], run.only.name
+    carry = run.movers[name].kernel.start_carry(tokens, given=run.only.chain.given)
+    zeros = torch.zeros((runs, size), dtype=torch.float64, device=tokens.device)
+    state = {"sites": {name: carry}, "latents": {}, "log_r": zeros, "done": {name: k}}
+    each = torch.arange(size, device=tokens.device)
+    family = each.repeat_interleave(num_children).expand(runs, -1)
+    children, _ = run.step(run.gather(state, family), Item(name, k), None)
+    last = k + 1 == run.steps[name]
+    ahead = run.final(children)["log_g"] if last else method.rate(run, children, None)
+    here = method.rate(run, state, None)
     return log_mean_exp(ahead.reshape(runs, size, num_children), -1) - here
 
 
@@ -261,22 +284,19 @@ def _weighted_variance(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _training_states(
-    task: Task, bound: BoundFeynmanKac, num_paths: int, states_per_path: int, loss: Loss
+    paths: ParticlePosterior, states_per_path: int, loss: Loss
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return states, int64 ``(B, L)``, their steps, and ``log G`` of where their paths ended."""
-    chain = ReverseChain(
-        task.chain.kernel.with_denoiser(bound.denoiser), task.chain.length, prompt=task.chain.prompt
-    )
-    found = []
-    for size in _parts(num_paths, PATHS_AT_ONCE):
-        path = chain.sample((size,))
-        # A mean regression needs numbers: what is forbidden gets the look-ahead's penalty.
-        log_g = (bound.potential.lookahead if loss == "mean" else bound.potential)(path[:, -1])
-        k = torch.randint(chain.num_steps, (size, states_per_path))
-        states = path.gather(1, k[..., None].expand(*k.shape, chain.length))
-        found.append((states.flatten(0, 1), k.flatten(), log_g.repeat_interleave(states_per_path)))
-    tokens, steps, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return tokens, steps, values
+    path, log_g = paths.path, paths.log_potential[0]
+    assert path is not None
+    if path.ndim > 4:  # plates are sequences of their own, whose ends share what they are worth
+        log_g = log_g.repeat_interleave(path.shape[2:-2].numel())
+    rows = path[0].flatten(0, -3)
+    if loss == "mean":  # a mean regression needs numbers: what is forbidden gets a penalty
+        log_g = log_g.clamp_min(FORBIDDEN_GUESS)
+    k = torch.randint(rows.shape[1] - 1, (len(rows), states_per_path), device=rows.device)
+    states = rows.gather(1, k[..., None].expand(*k.shape, rows.shape[-1]))
+    return states.flatten(0, 1), k.flatten(), log_g.repeat_interleave(states_per_path)
 
 
 def _offset(log_g: Tensor, loss: Loss) -> float:
@@ -299,12 +319,13 @@ def _train(
     learning_rate: float,
 ) -> Tensor:
     tokens, times, log_y = data
-    losses = torch.empty(num_updates)
+    losses = torch.empty(num_updates, device="cpu")
     with torch.enable_grad():
         optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
         for update in range(num_updates):
-            rows = torch.randint(len(tokens), (min(batch_size, len(tokens)),))
+            size = (min(batch_size, len(tokens)),)
+            rows = torch.randint(len(tokens), size, device=tokens.device)
             value = loss(network(tokens[rows], times[rows]), log_y[rows]).mean()
             optimiser.zero_grad()
             value.backward()
@@ -332,7 +353,3 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "itakura": _itakura,
     "mean": _mean,
 }
-
-
-def _parts(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.models.objectives import Objective, uniform_network
-from ppl_diffusion.models.program import DiffusionProgram, drawn_uniforms, stratified_times
+from ppl_diffusion.models.program import DiffusionProgram, stratified_times
 from ppl_diffusion.processes.duality import coupled_states, log_diffusion_noise
+from ppl_diffusion.processes.noise import uniforms
 
 # Nodes of the table of T(mu), over mu = exp(-g / 2): linear interpolation is good to 2e-5.
 _GAMMAS = (-6.0, 30.0, 4097)
@@ -104,8 +105,8 @@ class Distillation(Objective):
         """
         size = self.program.denoiser.vocab_size
         noise = self.program.process.schedule.log1m_alpha(torch.stack([t, s])[..., None])
-        uniforms = drawn_uniforms((3, *rows.shape), rows.device)
-        z_t, z_s = coupled_states(rows, latent_levels(noise, size), size, uniforms)
+        drawn_from = uniforms((3, *rows.shape), device=rows.device)
+        z_t, z_s = coupled_states(rows, latent_levels(noise, size), size, drawn_from)
         return z_t, z_s
 
     def state_dict(self) -> dict[str, Any]:

@@ -76,8 +76,6 @@ def evaluate(
 ) -> Evaluation:
     """Bound the test rows and compare with a Markov chain fitted on the training rows.
 
-    :param program: the prior.
-    :param sequences: its data.
     :param recipe: names the order of the chain and the quoted figure.
     :param times: stratified times per row, two or more.
     :param seed: seed of times and noise.

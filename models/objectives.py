@@ -18,8 +18,9 @@ from ppl_diffusion.denoisers.topk import dense_latents, top_k_latents
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.kernels import Uniform
-from ppl_diffusion.models.program import DiffusionProgram, drawn_uniforms, stratified_times
+from ppl_diffusion.models.program import DiffusionProgram, stratified_times
 from ppl_diffusion.processes.duality import DuoSchedule
+from ppl_diffusion.processes.noise import uniforms
 
 _WIDE_GAMMAS = (-6.0, 30.0)  # at which T is one and zero for any vocabulary
 
@@ -137,8 +138,8 @@ class Curriculum(Objective):
         if self.top_k is None:
             noise = torch.randn((*rows.shape, size), device=rows.device)
             return None, *dense_latents(rows, mu, size, noise, tau=self.tau)
-        uniforms = drawn_uniforms((2 * self.top_k + 1, *rows.shape), rows.device)
-        drawn = top_k_latents(rows, mu, size, uniforms, k=self.top_k, tau=self.tau)
+        drawn_from = uniforms((2 * self.top_k + 1, *rows.shape), device=rows.device)
+        drawn = top_k_latents(rows, mu, size, drawn_from, k=self.top_k, tau=self.tau)
         return drawn.ids, drawn.weights, drawn.tokens
 
 

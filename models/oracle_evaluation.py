@@ -135,11 +135,7 @@ def evaluate_oracle(oracle: Oracle, data: Promoters) -> Report:
 
 
 def evaluate_ridges(data: Promoters, half: str = "") -> dict[str, Report]:
-    """Evaluate the baselines: ridges on 5-mer and 6-mer counts.
-
-    :param data: all rows.
-    :param half: the half to fit; all train rows if empty.
-    """
+    """Evaluate ridges on 5-mer and 6-mer counts, fitted on one half, or on all rows if empty."""
     train = rows_of_half(data, half, split=0) if half else data.where(data.split == 0)
     parts = _parts(data, half)
     name = f"ridge ({half or 'all'})"
@@ -165,12 +161,7 @@ def _tokens(rows: Promoters) -> torch.Tensor:
 
 
 def rows_of_half(data: Promoters, half: str, *, split: int) -> Promoters:
-    """Return the rows of one part that are dealt to one half.
-
-    :param data: all rows.
-    :param half: one of :data:`HALVES`.
-    :param split: 0 train, 1 valid.
-    """
+    """Return the rows of one split, 0 train or 1 valid, that are dealt to one half."""
     rows = data.where(data.split == split)
     return rows.where(assign_halves(rows.family, rows.kind) == HALVES.index(half))
 

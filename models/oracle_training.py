@@ -96,12 +96,9 @@ class _Fit(lightning.LightningModule):
 def fit(
     data: Promoters, half: str, config: OracleConfig, recipe: Recipe, *, progress: bool = True
 ) -> Oracle:
-    """Fit and calibrate an oracle on one half of the families.
+    """Fit and calibrate an oracle on one half of the families of all rows.
 
-    :param data: all rows.
-    :param half: which families to use.
     :param config: shape; units and calibration are filled in.
-    :param recipe: optimisation.
     :param progress: show a progress bar.
     """
     train = rows_of_half(data, half, split=0)

@@ -76,7 +76,6 @@ class OracleConfig:
     def read(cls, path: Path) -> OracleConfig:
         """Read a configuration written by :meth:`Oracle.save`.
 
-        :param path: JSON file.
         :raises ValueError: if the file is not a configuration of this version.
         """
         try:
@@ -128,7 +127,6 @@ class Member(nn.Module):
         """Predict mean, log-variance, and the mean of an auxiliary target used only in training.
 
         :param one_hot: float ``(B, 4, length + width - 1)``, bases in the order A, C, G, T.
-        :returns: three tensors ``(B,)``.
         """
         hits = F.max_pool1d(F.relu(self.norm(self._scan_strands(one_hot))), self.pool)
         mean, log_variance, auxiliary = self.head(self.blocks(self.mix(hits))).unbind(-1)
@@ -155,11 +153,7 @@ class KmerLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(()))
 
     def forward(self, one_hot: Tensor) -> Tensor:
-        """Return the expectation over independent bases; exact at one-hot sequences.
-
-        :param one_hot: float ``(B, L, 4)``.
-        :returns: ``(B,)``.
-        """
+        """Return the expectation over independent bases ``(B, L, 4)``; exact at one-hot ones."""
         windows = one_hot.unfold(1, self.k, 1)  # (B, windows, 4, k)
         table = self.weight.reshape(-1, len(BASES))
         value = windows[..., -1] @ table.T  # sums over the last base of all k-mers
@@ -277,9 +271,8 @@ class Oracle(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path) -> Oracle:
-        """Read what :meth:`save` wrote.
+        """Read the folder that :meth:`save` wrote.
 
-        :param directory: folder with ``model.safetensors`` and ``config.json``.
         :raises FileNotFoundError: if one of the two files is absent.
         :raises ValueError: if the files do not fit together.
         """
@@ -314,11 +307,7 @@ class Oracle(nn.Module):
 
 
 def one_hot(tokens: Tensor) -> Tensor:
-    """Encode bases.
-
-    :param tokens: int64 ``(*batch, L)``.
-    :returns: float32 ``(*batch, L, 4)``.
-    """
+    """Encode bases ``(*batch, L)`` as float32 ``(*batch, L, 4)``."""
     return F.one_hot(tokens, len(BASES)).to(torch.float32)
 
 

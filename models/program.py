@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import pyro
 import torch
@@ -88,6 +89,7 @@ class DiffusionProgram(ABC):
         self.length = int(length)
         self.name = name
         self.given: dict[str, Tensor] = {}
+        self._conditional: Labelled | None = None
         self._index = {symbol: i for i, symbol in enumerate(self.vocabulary)}
         if not len(self._index) == len(self.vocabulary) == denoiser.vocab_size:
             raise ValueError(
@@ -132,7 +134,7 @@ class DiffusionProgram(ABC):
                 f"{self.name}: a {type(self.denoiser).__name__} has no method `to`; build it with "
                 f"tensors on {device} instead."
             )
-        self.denoiser = self.denoiser.to(device)
+        self.denoiser.to(device)
         return self
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
@@ -191,21 +193,40 @@ class DiffusionProgram(ABC):
 
     def around(self, kernel: Kernel, *, prompt: Tensor | None = None) -> ReverseChain:
         """Return the chain of any kernel around :attr:`process` and :attr:`denoiser`."""
-        return ReverseChain(kernel, self.length, prompt=prompt)
+        prompt = None if prompt is None else torch.as_tensor(prompt, device=self.device)
+        known: dict[str, Any] = {"given": self.given} if self.given else {}
+        return ReverseChain(kernel, self.length, prompt=prompt, **known)
 
     def __call__(self, num_steps: int = 64) -> Tensor:
         """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``."""
         chain = self.chain(num_steps)
         return chain.x0(pyro.sample("path", chain))
 
-    def labelled(self, label: int | None) -> Labelled:
-        """Return the denoiser of one class, or of none, for guidance without a classifier.
+    @overload
+    def labelled(self, label: int | None) -> Labelled: ...
+    @overload
+    def labelled(self, label: Tensor) -> Self: ...
+    def labelled(self, label: int | Tensor | None) -> Labelled | Self:
+        """Return the denoiser of one class, or the prior given labels drawn before its sequences.
 
-        :param label: a class ``0..num_classes-1``, or None for the unconditional prior.
+        A number, or None for no class, gives a denoiser for guidance without a classifier. A tensor
+        gives a program around the same network, whose chains carry the labels with their states and
+        have them as their batch: ``prior.labelled(pyro.sample("label", ...)).chain(8)``.
+
+        :param label: a class ``0..num_classes-1``, None, or int64 ``(*batch,)`` of classes.
         :raises CapabilityError: if the network knows no classes.
-        :raises ValueError: if it does not know this one.
+        :raises ValueError: if it does not know these.
         """
-        return Labelled(self.denoiser, label)
+        if not isinstance(label, Tensor):
+            return Labelled(self.denoiser, label)
+        self._check_labels(label, tuple(label.shape))
+        if self._conditional is None:
+            given: Any = "given"
+            self._conditional = Labelled(self.denoiser, given)
+        program = copy.copy(self)
+        # One object for all labels: kernels know laws apart by the identity of their denoisers.
+        program.denoiser, program.given = self._conditional, {"label": label.to(self.device)}
+        return program
 
     def loss(
         self,
@@ -296,7 +317,7 @@ class DiffusionProgram(ABC):
         given: Mapping[str, Tensor],
     ) -> Tensor:
         t = times[:, None]
-        u = drawn_uniforms((2, *x0.shape), x0.device, generator)
+        u = uniforms((2, *x0.shape), generator=generator, device=x0.device)
         z = self.process.corrupt(x0, self.process.schedule.alpha(t), u[0], u[1])
         return self._bound_at(x0, z, t, given).sum(-1)
 
@@ -384,19 +405,12 @@ def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) 
     return _stratified(order.to(rows.device), len(rows), generator)
 
 
-def drawn_uniforms(
-    shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw float64 uniforms where the generator is, and bring them to a device."""
-    return uniforms(shape, generator=generator, device=_source(device, generator)).to(device)
-
-
 def _source(device: torch.device, generator: torch.Generator | None) -> torch.device:
     return device if generator is None else generator.device
 
 
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    jitter = drawn_uniforms(strata.shape, strata.device, generator)
+    jitter = uniforms(strata.shape, generator=generator, device=strata.device)
     return ((strata + jitter) / count).clamp(_TIME_MARGIN, 1.0 - _TIME_MARGIN)
 
 

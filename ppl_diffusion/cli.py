@@ -1,7 +1,6 @@
 """The command ``ppl-diffusion``; a command imports what it needs when it runs."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +8,7 @@ import typer
 
 from ppl_diffusion import __version__
 from ppl_diffusion.commands.complain import exit_code
-from ppl_diffusion.design.checks import user_input
-from ppl_diffusion.design.question import Job, Question
-from ppl_diffusion.design.search import Search
+from ppl_diffusion.commands.flags import MODULE, MethodCommand, import_modules
 
 app = typer.Typer(
     add_completion=False,
@@ -51,7 +48,7 @@ def _root(
         typer.Option(
             "--import",
             metavar="MODULE",
-            help="Import a module first, which defines a family of priors. Repeatable.",
+            help="Import a module first, which defines priors or methods. Repeatable.",
         ),
     ] = None,
 ) -> None:
@@ -59,9 +56,7 @@ def _root(
     if version:
         typer.echo(f"ppl-diffusion {__version__}")
         raise typer.Exit
-    with user_input():
-        for module in import_ or ():
-            import_module(module)
+    import_modules(import_ or ())
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -119,15 +114,16 @@ def sample(
     ] = None,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""
-    from ppl_diffusion.commands.actions import SampleJob, draw_samples
+    from ppl_diffusion.commands.actions import draw_samples
+    from ppl_diffusion.models.samplers import SamplerSettings
 
-    filters = tuple(filter_ or ())
-    job = SampleJob(name, num, seed, sampler, steps, kappa_schedule, block, filters)
-    draw_samples(job, out=out)
+    settings = SamplerSettings(steps, kappa_schedule, block, tuple(filter_ or ()))
+    draw_samples(name, num=num, seed=seed, sampler=sampler, settings=settings, out=out)
 
 
-@app.command()
+@app.command(cls=MethodCommand)
 def design(
+    context: typer.Context,
     name: Name,
     particles: Annotated[int, typer.Option(help="Particles per run.")] = 64,
     runs: Annotated[int, typer.Option(help="Independent runs.")] = 4,
@@ -170,81 +166,25 @@ def design(
         list[str] | None,
         typer.Option(metavar="POS:BASES", help="Fixed bases, counted from 0. Repeatable."),
     ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="smc, soft-value (choose among children), steering (score now and then), twisted "
-            "(ask the potential before each move), corrector (tilted powers of the prior) or "
-            "best-of-n (an optimiser: no weights, no evidence).",
-        ),
-    ] = "smc",
-    children: Annotated[
-        int | None, typer.Option(help="soft-value: children per lineage and step, 4 by default.")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="soft-value: temperature of the choice among children, 1 by default; 0 takes the "
-            "best, with --unweighted only."
-        ),
-    ] = None,
-    unweighted: Annotated[
-        bool,
-        typer.Option(
-            "--unweighted",
-            help="soft-value: the published selection, which nothing pays for: equal weights, no "
-            "evidence, not exact.",
-        ),
-    ] = False,
-    kind: Annotated[
-        str | None,
-        typer.Option(help="steering: difference (the default), max, sum or add."),
-    ] = None,
-    every: Annotated[
-        int | None, typer.Option(help="steering: score at every so many steps, 1 by default.")
-    ] = None,
-    power: Annotated[
-        float | None,
-        typer.Option(
-            metavar="BETA",
-            help="corrector: the target is prior^BETA times the potentials, 1 by default.",
-        ),
-    ] = None,
-    keep: Annotated[
-        int | None, typer.Option(help="best-of-n: draws kept of each run, 1 by default.")
-    ] = None,
-    twist: Annotated[
-        str | None,
-        typer.Option(
-            help="Look-ahead: argmax, persistent, sample or none; by default persistent for smc, "
-            "argmax for the others. On masked priors twisted and corrector reveal a given number "
-            "of bases per step (as many as end within --steps) and ask about each beforehand: at "
-            "equal network rows this beat reweighted completions, which twisted falls back on for "
-            "uniform priors.",
-        ),
-    ] = None,
-    fills: Annotated[
-        int | None,
-        typer.Option(
-            help="Completions per particle of a persistent or sample look-ahead, 4 by default "
-            "(16 for twisted on uniform priors)."
-        ),
-    ] = None,
-    resampler: Annotated[
-        str | None,
-        typer.Option(
-            help="multinomial, residual, stratified, systematic (the default), ssp or killing.",
-        ),
-    ] = None,
     ess_threshold: Annotated[
         float | None,
-        typer.Option(help="Resample below this share of effective particles, 0.5 by default."),
+        typer.Option(help="Resample below this share of effective particles; the method's own."),
+    ] = None,
+    method_module: Annotated[
+        list[str] | None,
+        typer.Option(
+            MODULE,
+            metavar="MODULE",
+            help="Import a module first, which registers a method; its name and fields are then "
+            "among the options below. Repeatable.",
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
     from ppl_diffusion.commands.actions import run_design
-    from ppl_diffusion.design.question import parse_fix, parse_forbid, parse_motif
+    from ppl_diffusion.design.question import Job, Question, parse_fix, parse_forbid, parse_motif
+    from ppl_diffusion.design.search import Search
 
     question = Question(
         observe=observe,
@@ -256,23 +196,16 @@ def design(
         forbid=tuple(map(parse_forbid, forbid or ())),
         fix=tuple(map(parse_fix, fix or ())),
     )
+    asked = dict(context.obj)
     search = Search(
         num_particles=particles,
         num_runs=runs,
         num_steps=steps,
         seed=seed,
-        method=method,
-        twist=twist,
-        fills=fills,
-        resampler=resampler,
+        method=asked.pop("method", "smc"),
+        resampler=asked.pop("resampler", None),
         ess_threshold=ess_threshold,
-        children=children,
-        alpha=alpha,
-        weighted=False if unweighted else None,
-        kind=kind,
-        every=every,
-        power=power,
-        keep=keep,
+        options=asked,
     )
     place = out or Path("runs") / Path(name).name
     run_design(Job(name, question, search), place, replace=force, quiet=quiet)

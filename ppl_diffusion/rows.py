@@ -29,7 +29,7 @@ def hash_rows(rows: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _powers(length: int) -> Tensor:
     generator = torch.Generator().manual_seed(length)
-    high = torch.randint(-(2**62), 2**62, (length,), generator=generator)
+    high = torch.randint(-(2**62), 2**62, (length,), generator=generator, device="cpu")
     return high * 2 + 1
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +17,9 @@ from ppl_diffusion.design.checks import InputError, at_least, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.report import fasta, json_text, save_comparison
+
+if TYPE_CHECKING:
+    from ppl_diffusion.models.samplers import SamplerSettings
 
 PLOT_KINDS = (".png", ".pdf", ".svg")
 OF_EVIDENCE = ("log_evidence", "log_evidence_se", "genealogical_sd", "log_evidence_per_run")
@@ -37,53 +39,34 @@ def list_models() -> None:
     table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
 
 
-@dataclass(frozen=True)
-class SampleJob:
-    """What is drawn, and how.
+def draw_samples(
+    name: str, *, num: int, seed: int, sampler: str, settings: SamplerSettings, out: Path | None
+) -> None:
+    """Draw sequences from a prior and print them or write a file.
 
     :param name: shipped prior, or folder of one.
     :param num: how many sequences.
     :param seed: seed of the draws.
     :param sampler: name of the sampler.
-    :param steps: steps of the chain, or None for the sampler's own.
-    :param kappa_schedule: Psi schedule.
-    :param block: positions per block.
-    :param filters: filters of the predictions.
-    """
-
-    name: str
-    num: int = 10
-    seed: int = 0
-    sampler: str = "ancestral"
-    steps: int | None = None
-    kappa_schedule: str | None = None
-    block: int | None = None
-    filters: tuple[str, ...] = ()
-
-
-def draw_samples(job: SampleJob, *, out: Path | None) -> None:
-    """Draw sequences from a prior and print them or write a file.
-
-    :param job: what is drawn.
+    :param settings: what is asked of it.
     :param out: ``.csv`` for a table, anything else for FASTA, or for plain text where the symbols
         are no letters; standard output if None.
     :raises InputError: if a name, a number or the place is wrong.
     """
     from ppl_diffusion.models import load
-    from ppl_diffusion.models.samplers import SamplerSettings, make_chain
+    from ppl_diffusion.models.samplers import make_chain
 
-    numbers = (("num", job.num, 1), ("seed", job.seed, 0), ("steps", job.steps, 1))
-    for what, value, low in (*numbers, ("block", job.block, 1)):
+    numbers = (("num", num, 1), ("seed", seed, 0), ("steps", settings.num_steps, 1))
+    for what, value, low in (*numbers, ("block", settings.block, 1)):
         if value is not None:
             at_least(what, value, low)
     if out is not None:
         check_file(out)
-    settings = SamplerSettings(job.steps, job.kappa_schedule, job.block, job.filters)
     with user_input():
-        prior = load(job.name)
-        chain = make_chain(prior, job.sampler, settings)
-    generator = torch.Generator().manual_seed(job.seed)
-    sequences = list(prior.decode(chain.x0(chain.sample((job.num,), generator=generator))))
+        prior = load(name)
+        chain = make_chain(prior, sampler, settings)
+    generator = torch.Generator().manual_seed(seed)
+    sequences = list(prior.decode(chain.x0(chain.sample((num,), generator=generator))))
     letters = all(symbol.isalpha() for symbol in prior.vocabulary)
     kind = "csv" if out is not None and out.suffix.lower() == ".csv" else "fasta"
     text = _sequence_text(sequences, kind if letters or kind == "csv" else "text")
@@ -116,52 +99,26 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
         print(f"wrote {out}")
 
 
-def train_prior(
-    name: str,
-    *,
-    data: Path | None,
-    out: Path,
-    steps: int | None,
-    objective: str | None,
-    init: str | None,
-    seed: int,
-    resume: bool,
-    quiet: bool,
-) -> None:
+def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     """Train a prior by its recipe.
 
     :param name: name of the recipe.
-    :param data: the data folder.
     :param out: folder of the run.
-    :param steps: optimiser steps; those of the recipe if None.
-    :param objective: what a step minimises; that of the recipe if None.
-    :param init: the prior to start from.
-    :param seed: seed of weights, batches and noise.
-    :param resume: go on from the checkpoint in ``out``.
     :param quiet: print nothing.
+    :param asked: options of :func:`ppl_diffusion.models.training.train`.
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
     """
     from ppl_diffusion.models.training import TrainingDiverged, train
 
-    at_least("steps", 1 if steps is None else steps, 1)
-    at_least("seed", seed, 0)
+    at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
+    at_least("seed", asked["seed"], 0)
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
     try:
         with user_input():
-            run = train(
-                name,
-                data=data,
-                out=out,
-                steps=steps,
-                objective=objective,
-                init=init,
-                seed=seed,
-                resume=resume,
-                quiet=quiet,
-            )
+            run = train(name, out=out, quiet=quiet, **asked)
     except TrainingDiverged as error:
         raise NoAnswer(str(error)) from error
     except KeyboardInterrupt as error:
@@ -186,15 +143,15 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence
+    from ppl_diffusion.diagnostics.claims import disagreement
 
     posterior = load_particles(folder)
     figures = summary(posterior)
-    if not estimates_evidence(posterior):
+    if not posterior.law.has_evidence:
         figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
     rows = [[key, _readable(value)] for key, value in figures.items()]
     table(f"Particles of {folder}", ["quantity", "value"], rows)
-    note = disagreement(posterior.log_evidence) if estimates_evidence(posterior) else None
+    note = disagreement(posterior.log_evidence) if posterior.law.has_evidence else None
     if note is not None:
         print(f"Note: {note}")
     if plots is not None:

@@ -35,13 +35,18 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task(label, total=None)
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    task = bar.add_task(label, total=None)
 
-        def advance(step: int, total: int, *_: Any) -> None:
-            bar.update(task, completed=step, total=total)
+    def advance(step: int, total: int, *_: Any) -> None:
+        bar.start()  # at the first step: what is refused before has no bar, but one sentence
+        bar.update(task, completed=step, total=total)
 
+    try:
         yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

@@ -42,8 +42,6 @@ class Stem(nn.Module):
     def mix(self, ids: Tensor | None, weights: Tensor) -> Tensor:
         """Embed mixtures of symbols: every look-up becomes a weighted sum of rows.
 
-        :param ids: int64 ``(n, L, k)``, or None for all states in their order.
-        :param weights: ``(n, L, k)``.
         :returns: ``(n, L, dim)``; no look-up is kept apart, so memory does not grow with ``k``.
         """
         length, reach = weights.shape[1], self.width // 2
@@ -88,14 +86,16 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         # In float64 up to here: float32 loses the bits that tell late steps apart.
-        exponents = torch.linspace(
-            0.0,
-            math.log(1000.0),
-            _TIME_FEATURES // 2,
-            dtype=torch.float64,
-            device=times.device,
+        rates = torch.exp(
+            torch.linspace(
+                0.0,
+                math.log(1000.0),
+                _TIME_FEATURES // 2,
+                dtype=torch.float64,
+                device=times.device,
+            )
         )
-        angles = times[:, None] * exponents.exp()
+        angles = times[:, None] * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.layers(features.to(torch.float32))
 

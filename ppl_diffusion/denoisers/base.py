@@ -1,8 +1,9 @@
 """What a denoiser is: a predictor of clean tokens from a noised sequence."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Kind = Literal["cavity", "posterior"]
@@ -32,13 +33,15 @@ class Denoiser(Protocol):
 
     A denoiser may have a method ``parameters()``, as every ``torch.nn.Module`` has: the tensors its
     output depends on, whose gradients and in-place updates then invalidate what was remembered.
+    Chains begin where the first of them lives; a method ``to(device)`` moves them in place.
     """
 
     vocab_size: int
     kind: Kind
     time_free: bool
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
+    # With Any, a denoiser without conditions need not take them to be one.
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, *args: Any, **given: Any) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``; the mask has id ``V``.
@@ -57,11 +60,19 @@ def conditions_of(denoiser: Denoiser) -> Mapping[str, int]:
 
 
 def forward_parameters(wrapper: Denoiser, denoiser: Denoiser) -> None:
-    """Give a wrapper the ``parameters()`` of what it wraps, if that has any.
+    """Give a wrapper the ``parameters()`` and ``to()`` of what it wraps, if that has them.
 
     :param wrapper: the wrapper, changed in place.
     :param denoiser: the wrapped denoiser.
     """
-    parameters = getattr(denoiser, "parameters", None)
-    if parameters is not None:  # its absence says something too: unknown is not "none"
-        vars(wrapper)["parameters"] = parameters
+    for name in ("parameters", "to"):
+        found = getattr(denoiser, name, None)
+        if found is not None:  # its absence says something too: unknown is not "none"
+            vars(wrapper)[name] = found
+
+
+def move(network: object, device: torch.device | str) -> None:
+    """Move a denoiser, or what else a kernel asks, in place if it has a method ``to``."""
+    to = getattr(network, "to", None)
+    if callable(to):
+        to(device)

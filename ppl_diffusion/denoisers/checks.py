@@ -16,8 +16,6 @@ from ppl_diffusion.processes.base import Process
 def check_denoiser(process: Process, denoiser: Denoiser) -> None:
     """Refuse a denoiser that cannot belong to a process.
 
-    :param process: forward process.
-    :param denoiser: the denoiser.
     :raises CapabilityError: if kind, vocabulary or process do not fit.
     """
     kind = getattr(denoiser, "kind", None)
@@ -54,30 +52,15 @@ def clean_log_probs(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Ten
     :param log_c: what a denoiser returned for states of ``shape``, with or without a last column
         for the mask.
     :param shape: shape of the states, ``(*batch, L)``, or of gathered rows, ``(n,)``.
-    :param vocab_size: number of clean tokens ``V``.
     :returns: float64 ``(*shape, V)``.
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
     """
-    log_c, total = in_float64(log_c, shape, vocab_size)
+    log_c = without_mask(log_c, shape, vocab_size).to(torch.float64)
+    total = log_c.exp().sum(-1, keepdim=True)
     require_normalised((total.detach() - 1).abs().amax() if total.numel() else total.sum())
     # float32 rows sum to one only almost: a path of many sites would lose that mass.
     return log_c - total.log()
-
-
-def in_float64(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return predictions in float64, without a mask column, and the total of every row.
-
-    :param log_c: what a denoiser returned for states of ``shape``.
-    :param shape: shape of the states.
-    :param vocab_size: number of clean tokens ``V``.
-    :returns: ``(*shape, V)`` and ``(*shape, 1)``; totals are one up to round-off if the denoiser
-        is right, which :func:`require_normalised` checks.
-    :raises TypeError: if the output is no tensor.
-    :raises ValueError: if it has the wrong shape.
-    """
-    log_c = without_mask(log_c, shape, vocab_size).to(torch.float64)
-    return log_c, log_c.exp().sum(-1, keepdim=True)
 
 
 def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor:
@@ -85,7 +68,6 @@ def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor
 
     :param log_c: what a denoiser returned for states of ``shape``.
     :param shape: shape of the states.
-    :param vocab_size: number of clean tokens ``V``.
     :returns: ``(*shape, V)``.
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if it has the wrong shape.
@@ -100,11 +82,7 @@ def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor
 
 
 def require_normalised(deviation: Tensor) -> None:
-    """Refuse predictions that are not distributions.
-
-    :param deviation: largest deviation of a row's total from one, a scalar; NaN fails.
-    :raises ValueError: if it is 1e-3 or more, or NaN.
-    """
+    """Refuse predictions whose rows are off one by 1e-3 or more, or NaN."""
     if not bool(deviation < 1e-3):
         raise ValueError(
             "the denoiser returned NaN or unnormalised log-probabilities; "
@@ -113,14 +91,7 @@ def require_normalised(deviation: Tensor) -> None:
 
 
 def require_rows(output: object, states: Tensor, vocab_size: int) -> None:
-    """Refuse an output that is not one row per position, before it is indexed or reshaped.
-
-    :param output: what a denoiser returned, log-probabilities or hidden states.
-    :param states: what it was shown, ``(*batch, L)``.
-    :param vocab_size: number of clean tokens ``V``, for the message.
-    :raises TypeError: if it is not a torch tensor.
-    :raises ValueError: if its shape is not ``(*batch, L, anything)``.
-    """
+    """Refuse an output that is not one row per position, ``(*batch, L, anything)``."""
     expected = (*states.shape, vocab_size)
     require_tensor(output, expected)
     shape = tuple(output.shape)  # type: ignore[attr-defined]
@@ -129,12 +100,7 @@ def require_rows(output: object, states: Tensor, vocab_size: int) -> None:
 
 
 def require_tensor(log_probs: object, expected: tuple[int, ...]) -> None:
-    """Refuse what is no tensor, before an operation fails on it with an obscure message.
-
-    :param log_probs: what a denoiser returned.
-    :param expected: the shape to name in the message.
-    :raises TypeError: if it is not a torch tensor.
-    """
+    """Refuse what is no tensor, before an operation fails on it with an obscure message."""
     if not isinstance(log_probs, Tensor):
         raise TypeError(
             f"the denoiser returned {type(log_probs).__name__}, expected a torch tensor of "

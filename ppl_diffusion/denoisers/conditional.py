@@ -17,10 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.base import Denoiser, Kind, conditions_of, forward_parameters
+from ppl_diffusion.denoisers.base import (
+    Denoiser,
+    Kind,
+    conditions_of,
+    forward_parameters,
+    move,
+)
 from ppl_diffusion.denoisers.checks import clean_log_probs, require_rows
-from ppl_diffusion.denoisers.filters import forward_optional, has_sparse_head, peel
+from ppl_diffusion.denoisers.filters import forward_optional, peel
 from ppl_diffusion.denoisers.guidance import guided_log_probs
+from ppl_diffusion.denoisers.prediction import has_head
 from ppl_diffusion.errors import CapabilityError
 
 
@@ -49,7 +56,7 @@ class Labelled:
         self.time_free: bool = network.time_free
         forward_parameters(self, network)
         forward_optional(self, network, "process")
-        if has_sparse_head(network):
+        if has_head(network):
             forward_optional(self, network, "head", "hidden_size")
             vars(self)["hidden"] = self._hidden
 
@@ -61,7 +68,6 @@ class Labelled:
     def labels(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """Return the label that the network is given, a scalar or one per row.
 
-        :param tokens: states, int64 ``(*batch, L)``.
         :param given: conditions of the chain.
         """
         if self.label == "given":
@@ -69,12 +75,7 @@ class Labelled:
         return torch.tensor(self.label, device=tokens.device)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
-        """Return log-probabilities given the label, shape ``(*batch, L, V)``.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
-        :param given: the label, where it is left to the chain.
-        """
+        """Return log-probabilities given the label, shape ``(*batch, L, V)``."""
         log_probs: Tensor = self.network(tokens, t, label=self.labels(tokens, given))
         return log_probs
 
@@ -128,8 +129,6 @@ class Paired:
     def predict(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the conditional and the unconditional log-probabilities.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
         :param given: conditions; each part gets those that it reads.
         :returns: float64 ``(*batch, L, V)`` each, normalised.
         :raises TypeError: if a denoiser returns no tensor.
@@ -172,6 +171,11 @@ class Paired:
             log_probs = layer.filter_output(log_probs, log_probs.shape[:-1])
         return log_probs
 
+    def to(self, device: torch.device | str) -> None:
+        """Move both parts, in place."""
+        for part in self._parts:
+            move(part, device)
+
     def _all_parameters(self) -> list[Tensor]:
         return [*self.conditional.parameters(), *self.unconditional.parameters()]  # type: ignore[attr-defined]
 
@@ -206,7 +210,7 @@ class Guided(Paired):
         super().__init__(conditional, unconditional)
         self.weight, self.mask_id = float(weight), mask_id
         self.output_size = self.vocab_size
-        if all(has_sparse_head(part) for part in self._parts):
+        if all(has_head(part) for part in self._parts):
             self._split = [*(int(part.hidden_size) for part in self._parts), 1]
             self.hidden_size = sum(self._split)
             vars(self)["hidden"], vars(self)["head"] = self._hidden, self._head
@@ -219,9 +223,6 @@ class Guided(Paired):
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return the guided log-probabilities, float64 ``(*batch, L, V)``.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
-        :param given: conditions.
         :raises TypeError: if a denoiser returns no tensor.
         :raises ValueError: if one misbehaves, or the two predictions of a position have no token in
             common.

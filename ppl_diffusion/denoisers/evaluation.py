@@ -20,14 +20,14 @@ from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.rows import RowTable, distinct_rows
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """States ``(B, L)`` with the conditions of each, ``(B, *event)``."""
 
     tokens: Tensor
     given: dict[str, Tensor]
 
     @classmethod
-    def of(cls, tokens: Tensor, given: dict[str, Tensor]) -> _Rows:
+    def of(cls, tokens: Tensor, given: dict[str, Tensor]) -> Rows:
         batch = tokens.ndim - 1
         flat = {n: x.reshape(-1, *x.shape[batch:]) for n, x in given.items()}
         return cls(tokens.reshape(-1, tokens.shape[-1]), flat)
@@ -38,13 +38,13 @@ class _Rows(NamedTuple):
         parts = [_bits(x).reshape(len(self.tokens), -1) for x in self.given.values()]
         return torch.cat([self.tokens, *parts], -1) if parts else self.tokens
 
-    def take(self, index: Tensor) -> _Rows:
-        return _Rows(self.tokens[index], {n: x[index] for n, x in self.given.items()})
+    def take(self, index: Tensor) -> Rows:
+        return Rows(self.tokens[index], {n: x[index] for n, x in self.given.items()})
 
-    def split(self, size: int) -> list[_Rows]:
+    def split(self, size: int) -> list[Rows]:
         names, columns = list(self.given), [x.split(size) for x in self.given.values()]
         chunks = zip(self.tokens.split(size), *columns, strict=True)
-        return [_Rows(z, dict(zip(names, own, strict=True))) for z, *own in chunks]
+        return [Rows(z, dict(zip(names, own, strict=True))) for z, *own in chunks]
 
 
 class _Last(NamedTuple):
@@ -107,19 +107,13 @@ class EvaluatedDenoiser:
         )
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
-        """Return log-probabilities, shape ``(*batch, L, V)``.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number or one per row; rows with times of their own are
-            neither deduplicated nor reused, unless the denoiser is time-free.
-        :param given: conditions, ``(*batch, *event)``.
-        """
+        """Return log-probabilities, shape ``(*batch, L, V)``."""
         output = self._hidden(tokens, t, **given)
         return self.denoiser.head(output) if self._sparse else output  # type: ignore[attr-defined]
 
     def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
         """Return the hidden states where those are kept, the log-probabilities otherwise."""
-        rows = _Rows.of(tokens, given)
+        rows = Rows.of(tokens, given)
         self.rows_requested += len(rows.tokens) * self._network_rows
         if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
             return self._evaluate(rows, t.expand(tokens.shape[:-1]).reshape(-1)).reshape(
@@ -150,7 +144,7 @@ class EvaluatedDenoiser:
         unmoved = [x._version for x in (tokens, *last.given.values())] == last.versions
         return last.output if same and unmoved else None
 
-    def _values(self, rows: _Rows, key: Tensor, t: float) -> Tensor:
+    def _values(self, rows: Rows, key: Tensor, t: float) -> Tensor:
         if torch.is_grad_enabled() or not self.reuse:
             return self._evaluate(rows, t)
         known = self._recall(key, t)
@@ -163,19 +157,19 @@ class EvaluatedDenoiser:
         if self._memory is None or not (self.time_free or self._memory[0] == t):
             return None
         table = self._memory[1]
-        if table.rows.shape[-1] != key.shape[-1]:
+        if table.rows.shape[-1] != key.shape[-1] or table.rows.device != key.device:
             return None
         index = table.find(key)
         return (index, table.values) if bool((index >= 0).any()) else None
 
-    def _complete(self, rows: _Rows, t: float, index: Tensor, remembered: Tensor) -> Tensor:
+    def _complete(self, rows: Rows, t: float, index: Tensor, remembered: Tensor) -> Tensor:
         values = remembered[index.clamp_min(0)]
         new = index < 0
         if bool(new.any()):
             values[new] = self._evaluate(rows.take(new), t)
         return values
 
-    def _evaluate(self, rows: _Rows, t: float | Tensor) -> Tensor:
+    def _evaluate(self, rows: Rows, t: float | Tensor) -> Tensor:
         count = len(rows.tokens)
         size = max(count if self.max_rows is None else self.max_rows, 1)
         chunks = rows.split(size)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
 from ppl_diffusion.denoisers.checks import clean_log_probs
+from ppl_diffusion.denoisers.prediction import has_head
 from ppl_diffusion.errors import CapabilityError
 
 
@@ -53,7 +54,7 @@ class Filter(ABC):
         self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
         forward_parameters(self, denoiser)
         forward_optional(self, denoiser, "process", "network_rows", "conditions")
-        if has_sparse_head(denoiser):
+        if has_head(denoiser):
             forward_optional(self, denoiser, "hidden", "hidden_size")
             vars(self)["head"] = self._filtered_head
 
@@ -92,8 +93,6 @@ class Filter(ABC):
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return filtered log-probabilities, shape ``(*batch, L, V)``.
 
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``.
         :param given: conditions of the wrapped denoiser.
         :raises TypeError: if the wrapped denoiser returns no tensor.
         :raises ValueError: if it returns the wrong shape, NaN or unnormalised rows.
@@ -128,10 +127,7 @@ class Temperature(Filter):
         return None if self.temperature == 1 else f"temperature {self.temperature:g}"
 
     def filter_rows(self, log_probs: Tensor) -> Tensor:
-        """Return ``log_softmax(log_probs / temperature)``.
-
-        :param log_probs: ``(..., V)``.
-        """
+        """Return ``log_softmax(log_probs / temperature)``."""
         # The top goes to zero first: dividing it by a tiny temperature would overflow.
         below = log_probs - log_probs.amax(-1, keepdim=True)
         return torch.log_softmax(below / self.temperature, -1)
@@ -167,10 +163,7 @@ class Nucleus(Filter):
         return None if self.p == 1 else f"nucleus {self.p:g}"
 
     def filter_rows(self, log_probs: Tensor) -> Tensor:
-        """Return the rows with everything outside the nucleus at ``-inf``.
-
-        :param log_probs: ``(..., V)``.
-        """
+        """Return the rows with everything outside the nucleus at ``-inf``."""
         ordered, order = log_probs.detach().sort(dim=-1, descending=True, stable=True)
         kept = self._kept(ordered.softmax(-1).cumsum(-1))
         inside = torch.zeros_like(kept).scatter(-1, order, kept)
@@ -189,18 +182,9 @@ class Nucleus(Filter):
         return f"Nucleus({self.denoiser!r}, {self.p:g}{crossing})"
 
 
-def has_sparse_head(denoiser: Denoiser) -> bool:
-    """Return whether a denoiser can evaluate its vocabulary head at gathered positions.
-
-    :param denoiser: any denoiser.
-    """
-    return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")
-
-
 def forward_optional(wrapper: Denoiser, denoiser: Denoiser, *names: str) -> None:
     """Give a wrapper those optional attributes that the wrapped denoiser has.
 
-    :param wrapper: the wrapper, changed in place.
     :param denoiser: the wrapped denoiser.
     :param names: attributes to look for.
     """

@@ -71,17 +71,13 @@ class JointDenoiser:
         return tuple(dict.fromkeys(phrases))
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return log-probabilities, float64 ``(*batch, L, V)``, with ``L`` the sum of the lengths.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number or one per row.
-        :raises ValueError: if there are more or fewer positions.
-        """
+        """Return log-probabilities, float64 ``(*batch, L, V)``; ``L`` is the sum of all lengths."""
         if tokens.shape[-1] != self.length:
             raise ValueError(
                 f"this denoiser is for {self.length} positions, got {tokens.shape[-1]}."
             )
-        log_c = torch.full((*tokens.shape, self.vocab_size), -torch.inf, dtype=torch.float64)
+        shape, device = (*tokens.shape, self.vocab_size), tokens.device
+        log_c = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
         for denoiser, positions in self._groups:
             own, size = self._own(tokens[..., positions], denoiser), denoiser.vocab_size
             rows = without_mask(denoiser(own, _per_part(t, own)), own.shape, size)
@@ -111,7 +107,7 @@ def _groups(parts: Sequence[tuple[Denoiser, int]]) -> list[_Group]:
     start = 0
     for denoiser, length in parts:
         _, places = found.setdefault((id(denoiser), length), (denoiser, []))
-        places.append(torch.arange(start, start + length))
+        places.append(torch.arange(start, start + length, device="cpu"))
         start += length
     return [_Group(EvaluatedDenoiser(d), torch.stack(places)) for d, places in found.values()]
 
@@ -136,11 +132,7 @@ def _common_kind(denoisers: Sequence[Denoiser], process: Process) -> Kind:
 
 
 def _per_part(t: float | Tensor, own: Tensor) -> float | Tensor:
-    """Return one time per sequence where there is one per row.
-
-    :param t: a number, or one per row ``(*batch,)``.
-    :param own: the sequences, ``(*batch, copies, L)``.
-    """
+    """Return one time per sequence where there is one per row."""
     if not isinstance(t, Tensor) or t.numel() == 1:
         return t
     return t.expand(own.shape[:-2])[..., None].expand(own.shape[:-1])

@@ -6,6 +6,7 @@ and only if it is given the cavity), ``kind="posterior"`` keeps it in.
 """
 
 from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class TableDenoiser:
     """
 
     def __init__(self, joint: Tensor, process: Process, *, kind: Kind = "cavity") -> None:
-        joint = torch.as_tensor(joint, dtype=torch.float64)
+        joint = _float64(joint)
         if joint.ndim < 1 or set(joint.shape) != {process.vocab_size}:
             raise ValueError(
                 f"joint must have shape (V,) * L with V = {process.vocab_size}, "
@@ -37,7 +38,8 @@ class TableDenoiser:
         self.process, self.kind, self.vocab_size = process, kind, process.vocab_size
         self.time_free = process.absorbing
         self.joint = joint / joint.sum()
-        grid = torch.cartesian_prod(*[torch.arange(self.vocab_size)] * joint.ndim)
+        every = torch.arange(self.vocab_size, device=joint.device)
+        grid = torch.cartesian_prod(*[every] * joint.ndim)
         self._sequences = grid.reshape(-1, joint.ndim)
 
     @property
@@ -46,11 +48,7 @@ class TableDenoiser:
         return self.joint.ndim
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number.
-        """
+        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64."""
         _check_length(tokens, self.length)
         evidence = emission(self.process, tokens, t)  # (*batch, L, V)
         weights = torch.stack(
@@ -63,6 +61,11 @@ class TableDenoiser:
     def parameters(self) -> Iterator[Tensor]:
         """Yield the table, which is all the output depends on."""
         yield self.joint
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the table, in place."""
+        self.joint, self._sequences = self.joint.to(device), self._sequences.to(device)
+        return self
 
     def _site_weights(self, evidence: Tensor, site: int) -> Tensor:
         """Return ``sum_x p(x) 1[x_site = v] prod_{l != site} q(z_l | x_l)``, ``(*batch, V)``."""
@@ -96,11 +99,7 @@ class MarkovDenoiser:
         self.time_free = process.absorbing
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64.
-
-        :param tokens: states, int64 ``(*batch, L)``.
-        :param t: time in ``[0, 1]``, a number.
-        """
+        """Return exact log-probabilities, shape ``(*batch, L, V)``, float64."""
         evidence = emission(self.process, tokens, t)
         sites = evidence.unbind(-2)
         forward = [self.initial.expand_as(sites[0])]  # p(x_l, z_{<l}) up to scale
@@ -116,15 +115,15 @@ class MarkovDenoiser:
         """Yield the two arrays that are all the output depends on."""
         yield from (self.initial, self.transition)
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the two arrays, in place."""
+        self.initial, self.transition = self.initial.to(device), self.transition.to(device)
+        return self
+
     def sample(
         self, shape: tuple[int, ...], length: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw sequences from the data law, int64 ``(*shape, length)``.
-
-        :param shape: leading dimensions.
-        :param length: number of positions.
-        :param generator: source of randomness.
-        """
+        """Draw sequences from the data law, int64 ``(*shape, length)``."""
         tokens = [_draw(self.initial.expand(*shape, -1), generator)]
         for _ in range(length - 1):
             tokens.append(_draw(self.transition[tokens[-1]], generator))
@@ -144,10 +143,6 @@ def emission(process: Process, tokens: Tensor, t: float | Tensor) -> Tensor:
 
     For the absorbing process without its factors ``alpha`` and ``1 - alpha``, which no clean token
     feels: one-hot for a revealed token and ones for a mask, at any time.
-
-    :param process: forward process.
-    :param tokens: states, int64 ``(*batch, L)``.
-    :param t: time in ``[0, 1]``.
     """
     kept = torch.nn.functional.one_hot(tokens, process.num_states)[..., : process.vocab_size]
     noise = process.prior_prob(tokens)[..., None]
@@ -163,12 +158,18 @@ def _check_length(tokens: Tensor, length: int) -> None:
 
 
 def _stochastic(values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    values = torch.as_tensor(values, dtype=torch.float64)
+    values = _float64(values)
     if tuple(values.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}.")
     if not bool((values >= 0).all()) or not bool(((values.sum(-1) - 1).abs() < 1e-6).all()):
         raise ValueError(f"{name} must hold probabilities that sum to one along the last axis.")
     return values / values.sum(-1, keepdim=True)
+
+
+def _float64(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _rescaled(message: Tensor) -> Tensor:

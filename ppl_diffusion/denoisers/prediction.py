@@ -53,10 +53,7 @@ class Prediction(ABC):
 
     @abstractmethod
     def expand(self, batch_shape: Sequence[int]) -> Prediction:
-        """Return the same prediction for a larger batch.
-
-        :param batch_shape: the new batch shape.
-        """
+        """Return the same prediction for a larger batch."""
 
     @property
     @abstractmethod
@@ -154,17 +151,11 @@ def as_prediction(log_probs: Tensor | Prediction) -> Prediction:
 
 
 def has_head(denoiser: Denoiser) -> bool:
-    """Return whether a denoiser can compute the vocabulary for chosen positions only.
-
-    :param denoiser: the denoiser.
-    """
+    """Return whether a denoiser can compute the vocabulary for chosen positions only."""
     return hasattr(denoiser, "hidden") and hasattr(denoiser, "head")
 
 
 def prefers_head(denoiser: Denoiser) -> bool:
-    """Return whether hidden states are smaller than the table of the vocabulary.
-
-    :param denoiser: the denoiser.
-    """
+    """Return whether hidden states are smaller than the table of the vocabulary."""
     width = getattr(denoiser, "hidden_size", None)
     return has_head(denoiser) and width is not None and width < denoiser.vocab_size

@@ -100,7 +100,6 @@ class Transformer(nn.Module):
         :param ids: int64 ids of the ``k`` states of each mixture, shape ``(*batch, L, k)``, or None
             for all ``num_states`` states in their order.
         :param weights: their weights, shape ``(*batch, L, k)``; they need not add up to one.
-        :param t: as in :meth:`hidden`.
         :param label: as in :meth:`hidden`.
         :returns: float32 hidden states, shape ``(*batch, L, dim)``.
         :raises ValueError: as :meth:`hidden`, or if the last dimensions do not fit.

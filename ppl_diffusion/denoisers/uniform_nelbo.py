@@ -112,10 +112,7 @@ def _checkpointed_bound(
 
 
 def _bound(kept: Tensor, log_sum: Tensor, q: Tensor, a: Tensor, slope: Tensor, size: int) -> Tensor:
-    """Return the bound of every row from ``G`` and ``q`` at the noised and the clean token.
-
-    ``kept`` says where the two tokens are the same.
-    """
+    """Return the bound of every row from ``G`` and ``q`` at the noised and the clean token."""
     odds = _odds(a, size)
     q_z, q_x = q.unbind(-1)
     log_z, log_x, log_odds = q_z.log1p(), q_x.log1p(), odds.log1p()
@@ -225,11 +222,7 @@ def _pull_back(target: Tensor, logits: Tensor, *columns: Tensor) -> None:
 def _chunk_gradient(
     logits: Tensor, ids: Tensor, odds: Tensor, total: Tensor, grad_sum: Tensor, picked: Tensor
 ) -> Tensor:
-    """Return the gradient of a chunk in its logits; ``picked`` is that of ``log q`` at the ids.
-
-    With ``h = q / (1 + q)`` it is ``-p (w (h - sum p h) + sum picked)`` plus ``picked`` itself at
-    the ids; with ``1 - h`` in place of ``h`` it would cancel where ``q`` is small.
-    """
+    """Return the gradient of a chunk in its logits; ``picked`` is that of ``log q`` at the ids."""
     p = _masses(logits)
     p.div_(total[:, None].to(p.dtype))
     size, weight = odds[:, None].to(p.dtype), grad_sum * odds

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.folder import MARKER
+from ppl_diffusion.design.options import options_of
 from ppl_diffusion.design.program import BASES
-from ppl_diffusion.design.search import METHODS
+from ppl_diffusion.design.search import Search
 from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
 
 if TYPE_CHECKING:
@@ -73,12 +75,14 @@ def _check_entries(folder: Path, posterior: ParticlePosterior) -> None:
         value = getattr(posterior, name)
         if type(value) is not int or value < 0:
             raise _damaged(folder, f"{name} is {value!r}, no count")
-    if type(posterior.exact) is not bool:
-        raise _damaged(folder, f"exact is {posterior.exact!r}, neither true nor false")
+    for name in ("exact", "has_evidence"):
+        if type(getattr(posterior.law, name)) is not bool:
+            said = getattr(posterior.law, name)
+            raise _damaged(folder, f"{name} of its law is {said!r}, neither true nor false")
     if type(posterior.seconds) not in (int, float):
         raise _damaged(folder, f"seconds is {posterior.seconds!r}, no number")
-    if not isinstance(posterior.target, str) or not isinstance(posterior.settings, dict):
-        raise _damaged(folder, "target is no text, or settings is no object")
+    if not isinstance(posterior.settings, dict):
+        raise _damaged(folder, "settings is no object")
 
 
 def _damaged(folder: Path, problem: str) -> InputError:
@@ -92,8 +96,8 @@ def _read(folder: Path, label: str) -> Contender:
     if not (folder / MARKER).is_file():
         seconds = posterior.seconds if math.isfinite(posterior.seconds) else None
         method = str(posterior.settings.get("method", "smc"))
-        law = {"prior": UNKNOWN, "question": UNKNOWN, "steps": str(posterior.num_steps)}
-        return Contender(label, posterior, method=method, law=law, seconds=seconds)
+        asked = {"prior": UNKNOWN, "question": UNKNOWN}
+        return Contender(label, posterior, method=method, asked=asked, seconds=seconds)
     try:
         summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         settings = summary["settings"]
@@ -101,7 +105,7 @@ def _read(folder: Path, label: str) -> Contender:
             label,
             posterior,
             method=_method(settings["search"]),
-            law=_law(settings, posterior),
+            asked=_asked(settings),
             scores=_scores(folder, posterior),
             seconds=None if summary["seconds"] is None else float(summary["seconds"]),
         )
@@ -110,23 +114,20 @@ def _read(folder: Path, label: str) -> Contender:
 
 
 def _method(search: Mapping[str, Any]) -> str:
-    """Name a method with the options that are not its own defaults."""
-    method = search.get("method", "smc")
-    usual = METHODS.get(method, {})
-    options = ("children", "alpha", "kind", "every", "power", "keep")
-    unusual = [f"{name} {search[name]}" for name in options if search.get(name) != usual.get(name)]
-    unweighted = ["unweighted"] if search.get("weighted") is False else []
-    return ", ".join([method, *unweighted, *unusual])
+    """Name a method with the options that are not what it does anyway."""
+    method: str = search["method"]
+    usual = {option.name: option.owners[method].said for option in options_of(method)}
+    numbers = {field.name for field in fields(Search)} | {"twist", "fills"}
+    own = {name: value for name, value in search.items() if name not in numbers}
+    unusual = [f"{name} {value}" for name, value in own.items() if usual.get(name) != value]
+    return ", ".join([method, *unusual])
 
 
-def _law(settings: Mapping[str, Any], posterior: ParticlePosterior) -> dict[str, str]:
-    asked = dict(settings["question"])
-    if asked.get("observe") is None:
-        asked.pop("sd", None)
+def _asked(settings: Mapping[str, Any]) -> dict[str, str]:
+    # The law knows potentials by name; the question has digests of their numbers.
     return {
-        "prior": str(settings.get("prior_digest", settings["prior"])),
-        "question": json.dumps(asked, sort_keys=True),
-        "steps": str(posterior.num_steps),
+        "prior": settings["prior_digest"],
+        "question": json.dumps(settings["question"], sort_keys=True),
     }
 
 

@@ -1,43 +1,37 @@
-"""The inference programs a question can be given to: every method the command line knows.
+"""From a question and a search to particles: any registered method, one runner.
 
-All share the prior, the potentials and the seed of the job. Two of them count reveals instead of
-time on a masked prior, and then sample the *ordered* chain, whose finite-step law is another one;
-the target each result declares says so.
+All share the prior, the potentials and the seed of the job. Methods that choose a token before its
+position is revealed count reveals instead of time on a masked prior: they sample the *ordered*
+chain, whose finite-step law is another one. The law of each result says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
-from ppl_diffusion.inference import (
-    BestOfN,
-    Corrector,
-    FKSteering,
-    Power,
-    SoftValueGuidance,
-    Tilt,
-    TwistedSampler,
-)
+from ppl_diffusion.inference import SMC, Composition, Corrector, Method, Power, TwistedSampler
+from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials import AbstractPotential, Constraint, SumPotential
-from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
+from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.smc import ParticlePosterior
 from ppl_diffusion.smc.engine import Progress
-from ppl_diffusion.smc.twists import ArgmaxFill, FillTwist, PersistentFill, SampledFill
+from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.twists import FillTwist
 
 MISMATCH_PENALTY = 20.0
 """Nats a guess loses per wrong base where a base is fixed. Guesses hold fixed bases, so that only
 a wrong base on its way into the sequence meets it; finite, as a look-ahead must be."""
-
-Run = Callable[[Target, dict[str, Any]], ParticlePosterior]
 
 
 def infer(target: Target, search: Search, progress: Progress | None = None) -> ParticlePosterior:
@@ -46,114 +40,60 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
     :param target: what is sampled.
     :param search: how.
     :param progress: called with ``(steps done, steps in all)``.
-    :returns: the particles; their ``target`` declares the law they are for.
+    :returns: the particles; their ``law`` declares what they are for.
+    :raises InputError: if the method has no answer on such a prior.
     """
-    asked = {f.name: getattr(search, f.name) for f in dataclasses.fields(search)}
-    posterior = _METHODS[search.method](target, {**asked, "progress": progress})
-    if not target.num_fixed:
-        return posterior
-    how = "whose probability is part of it" if posterior.exact else "which every draw holds"
-    claim = f"{posterior.target}; given {target.num_fixed} fixed bases, {how}"
-    return dataclasses.replace(posterior, target=claim)
-
-
-def _smc(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    model = FeynmanKac(target.chain, target.potential, twist=_twist(asked), proposal=target.clamp)
-    generator = torch.Generator().manual_seed(asked["seed"])
-    posterior = run_smc(model, generator=generator, **_common(asked))
-    said = {"method": "smc", "seed": asked["seed"]}
-    return dataclasses.replace(posterior, settings={**posterior.settings, **said})
-
-
-def _soft_value(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    program = SoftValueGuidance(
-        target.chain,
-        target.potential,
-        num_children=asked["children"],
-        alpha=asked["alpha"],
-        value=_twist(asked),
-        weighted=asked["weighted"],
-        proposal=target.clamp,
-        **_common(asked),
-    )
-    return program.run(seed=asked["seed"])
-
-
-def _steering(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    program = FKSteering(
-        target.chain,
-        target.potential,
-        kind=asked["kind"],
-        every=asked["every"],
-        twist=_twist(asked),
-        proposal=target.clamp,
-        **_common(asked),
-    )
-    return program.run(seed=asked["seed"])
-
-
-def _twisted(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    twist = _held_twist(target, asked)
-    if target.masked:
-        chain, potential = _ordered(target), _held_potential(target)
-        program = TwistedSampler(
-            chain, potential, proposal="clamped", twist=twist, **_common(asked)
+    plan = _plan(target, search)
+    with user_input():
+        runner = SMC(
+            Power(plan.chain, plan.power) if plan.power != 1 else plan.chain,
+            plan.potential,
+            method=plan.method,
+            num_particles=search.num_particles,
+            num_runs=search.num_runs,
+            resampler=search.resampler or "systematic",
+            ess_threshold=search.ess_threshold,
+            progress=progress,
         )
-    else:
-        program = TwistedSampler(
-            target.chain, target.potential, proposal="reweighted", twist=twist, **_common(asked)
-        )
-    return _declared(program.run(seed=asked["seed"]), target)
+    posterior = runner.run(seed=search.seed)
+    return dataclasses.replace(posterior, law=_declared(posterior.law, target, plan))
 
 
-def _corrector(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    twist = _held_twist(target, asked)
-    program = Corrector(
-        Tilt(Power(target.chain, asked["power"]), _held_potential(target)),
-        twist=twist,
+@dataclass(frozen=True)
+class _Plan:
+    """What the runner is given."""
+
+    chain: ReverseChain
+    potential: AbstractPotential
+    method: Method
+    power: float
+
+
+def _plan(target: Target, search: Search) -> _Plan:
+    method, power = search.make(), search.options.get("power", 1.0)
+    chain = _ordered(target) if target.masked and _reveals(method) else target.chain
+    if isinstance(method, Corrector) and "clamp" not in search.options:
         # With four letters to ask about, looking before every reveal is worth its calls.
-        clamp=target.masked and twist is not None,
-        **_common(asked),
-    )
-    posterior = program.run(seed=asked["seed"])
-    return _declared(posterior, target) if asked["power"] == 1 else posterior
+        ahead = _reveals(method) and target.masked and method.twist is not None
+        method = dataclasses.replace(method, clamp=ahead)
+    if target.clamp is None:
+        return _Plan(chain, target.potential, method, power)
+    if method.holds_clamps and hasattr(method, "proposal"):
+        method = dataclasses.replace(method, **{"proposal": target.clamp})
+        return _Plan(chain, target.potential, method, power)
+    if not target.masked:
+        raise InputError(
+            f"The method {method.name} holds fixed bases on masked priors alone: drop --fix, or "
+            "choose another --method."
+        )
+    return _Plan(chain, _held_potential(target, target.clamp), _held(method, target.clamp), power)
 
 
-def _best_of_n(target: Target, asked: dict[str, Any]) -> ParticlePosterior:
-    names = ("num_particles", "num_runs", "progress")
-    program = BestOfN(
-        target.chain,
-        target.potential,
-        keep=asked["keep"],
-        proposal=target.clamp,
-        **{name: asked[name] for name in names},
-    )
-    return program.run(seed=asked["seed"])
-
-
-_METHODS: Mapping[str, Run] = {
-    "smc": _smc,
-    "soft-value": _soft_value,
-    "steering": _steering,
-    "twisted": _twisted,
-    "corrector": _corrector,
-    "best-of-n": _best_of_n,
-}
-
-
-def _common(asked: dict[str, Any]) -> dict[str, Any]:
-    names = ("num_particles", "num_runs", "resampler", "ess_threshold", "progress")
-    # Lineages that nothing weighs have no threshold to fall below.
-    return {name: asked[name] for name in names if asked[name] is not None}
-
-
-def _twist(asked: dict[str, Any]) -> FillTwist | None:
-    name, fills = asked["twist"], asked["fills"]
-    if name == "none":
-        return None
-    if name == "argmax":
-        return ArgmaxFill()
-    return PersistentFill(fills) if name == "persistent" else SampledFill(fills)
+def _reveals(method: Method) -> bool:
+    """Whether a method chooses tokens at the positions that are revealed next."""
+    if isinstance(method, TwistedSampler):
+        return method.proposal != "reweighted"
+    return isinstance(method, Corrector) and method.form in ("auto", "lockstep")
 
 
 def _ordered(target: Target) -> ReverseChain:
@@ -164,41 +104,46 @@ def _ordered(target: Target) -> ReverseChain:
     return ReverseChain(ordered, length)
 
 
-def _declared(posterior: ParticlePosterior, target: Target) -> ParticlePosterior:
-    """Return a result that says in the words all methods share which plain chain it tilts."""
-    if not target.masked:
-        return dataclasses.replace(
-            posterior, target=FeynmanKac(target.chain, target.potential).target
-        )
-    size = -(-target.chain.length // posterior.num_steps)
-    claim = (
-        "Pr(order) * the product over reveals of p, each factor given the tokens revealed before, "
-        f"in a uniformly random order, {'one site' if size == 1 else f'{size} sites'} per step, "
-        f"times G(x0) with log G = {target.potential.name}, normalised; log_evidence estimates "
-        "the log of its normalising constant"
-    )
-    return dataclasses.replace(posterior, target=claim)
+def _declared(law: Law, target: Target, plan: _Plan) -> Law:
+    """Return the law in terms of what was asked, however the method came to it.
+
+    Fixed bases are a clamp, not the proposal or the constraint that held them; and a product of one
+    chain is that chain.
+    """
+    asked = ChainSite("x", plan.chain, target.clamp).base
+    (known,) = law.chains
+    held = dataclasses.replace(known, clamped=asked.clamped, digest=asked.digest)
+    tilts = tuple(dataclasses.replace(tilt, of=target.potential.name) for tilt in law.tilts)
+    return law.but(chains=(held,), tilts=tilts, product=_product(law, plan))
+
+
+def _product(law: Law, plan: _Plan) -> str:
+    ordered = isinstance(plan.chain.kernel, OrderedKernel)
+    if ordered and not isinstance(plan.method, Corrector):
+        one = Composition([(plan.chain, 1.0)])
+        mover = LockstepMover(one, rule=RandomSites(), twist=None, max_rows=None)
+        return mover.target_law.format(law=one.law)
+    # Path by path, the first power of a chain is the chain: noise and forward factors cancel.
+    return "p(path)" if law.exact and plan.power == 1 and not ordered else law.product
 
 
 # Fixed bases where a method proposes tokens its own way: a constraint, and guesses that hold them.
 
 
-def _held_potential(target: Target) -> AbstractPotential:
-    clamp = target.clamp
-    if clamp is None:
-        return target.potential
-    held = clamp
+def _held_potential(target: Target, clamp: ClampProposal) -> AbstractPotential:
     rule = Constraint(
-        lambda x0: ((x0 != held.tokens) & held.mask).sum(-1),
+        lambda x0: ((x0 != clamp.tokens.to(x0.device)) & clamp.mask.to(x0.device)).sum(-1),
         penalty=MISMATCH_PENALTY,
         name="the fixed bases",
     )
     return SumPotential((*target.potentials.values(), rule))
 
 
-def _held_twist(target: Target, asked: dict[str, Any]) -> FillTwist | None:
-    twist, clamp = _twist(asked), target.clamp
-    return twist if twist is None or clamp is None else HeldFill(twist, clamp)
+def _held(method: Method, clamp: ClampProposal) -> Method:
+    twist = getattr(method, "twist", None)
+    completes = isinstance(twist, FillTwist) or twist == "auto"
+    held = {"twist": HeldFill(method.fill, clamp)} if completes else {}
+    return dataclasses.replace(method, **held)
 
 
 class HeldFill(FillTwist):
@@ -226,7 +171,7 @@ class HeldFill(FillTwist):
     def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
         """Return completions; a position that was given another base keeps it."""
         size = log_x0.shape[-1]
-        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0.dtype).log()
+        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0).log()
         possible = (log_x0 + known).amax(-1) > -torch.inf
-        held = (self.clamp.mask & possible)[..., None]
+        held = (self.clamp.mask.to(possible.device) & possible)[..., None]
         return self.base.fill(torch.where(held, known, log_x0), uniforms)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_diffusion.diagnostics.claims import estimates_evidence
 from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
     for name in PLOTS:
         figure = new_figure(7, 4.5)
         ax = figure.subplots()
-        if name == "evidence" and not estimates_evidence(posterior):
+        if name == "evidence" and not posterior.law.has_evidence:
             ax.set_axis_off()
             note = no_evidence(str(posterior.settings["method"]))
             ax.text(0.5, 0.5, note, ha="center", va="center", wrap=True)

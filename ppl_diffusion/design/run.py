@@ -27,7 +27,7 @@ from ppl_diffusion.design.report import (
     save_netcdf,
     save_plots,
 )
-from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence, evidence_range
+from ppl_diffusion.diagnostics.claims import disagreement, evidence_range
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
@@ -109,13 +109,14 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "potential_calls": posterior.num_potential_calls,
         "exact": posterior.exact,
         "target": posterior.target,
+        "law": posterior.law.to_json(),
         "seed": job.search.seed,
         "settings": job.settings(),
     }
 
 
 def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
-    if not estimates_evidence(posterior):
+    if not posterior.law.has_evidence:
         nothing = [None] * posterior.num_runs
         return {
             "log_evidence": nothing,

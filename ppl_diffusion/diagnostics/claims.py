@@ -1,32 +1,16 @@
-"""What a posterior may be said to estimate."""
+"""What the evidences of several runs may be said to estimate."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ppl_diffusion.smc.run_statistics import across_run_sd, as_array
 
-if TYPE_CHECKING:
-    from ppl_diffusion.smc import ParticlePosterior
-
-SEARCHES = ("best-of-n", "beam")
 MAX_RANGE = 2.0
 """Nats between the evidences of two runs above which their mean is that of the best few."""
 MAX_ERROR = 0.5
 """Relative standard error of the mean above which it says little: it cannot exceed 1."""
-
-
-def estimates_evidence(posterior: "ParticlePosterior") -> bool:
-    """Return whether ``log_evidence`` estimates a normalising constant.
-
-    Searches, and guidance that nothing pays for, sample no law that has one; their
-    ``log_evidence`` is NaN.
-
-    :param posterior: the result of a particle run.
-    """
-    settings = posterior.settings
-    return settings.get("method") not in SEARCHES and settings.get("weighted") is not False
 
 
 def evidence_range(log_evidence: Any) -> tuple[float, float] | None:

@@ -7,19 +7,19 @@ particles of one run share ancestors and weights, so that a part of them is the 
 Where not even one run fits, one is kept and its errors are scaled by the root of what it
 overspends. Notes name every contender that ends up 10 % or more off the budget.
 
-Evidences are comparable where the declared targets are one; rows say which of them share one.
+Evidences are comparable where the declared laws are one; rows say which of them share one.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from ppl_diffusion.diagnostics.claims import disagreement, estimates_evidence, evidence_range
+from ppl_diffusion.diagnostics.claims import disagreement, evidence_range
 from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, pooled_log_evidence
 
 if TYPE_CHECKING:
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 LOG_POTENTIAL = "log_potential"
 
 WHOLE, SUBSAMPLED, SCALED = "whole", "subsampled", "scaled"
-STEPS = "steps"
-"""The part of a law that is the method's own; the others are what was asked."""
 UNKNOWN = "unknown"
-"""What stands in a law for a part that nobody wrote down; it is no two results' common part."""
+"""What stands for what was asked where nobody wrote it down; it is no two results' common part."""
 TOLERANCE = 1.15
 """How far above the budget runs may end to come closer to it."""
 OFF_BUDGET = 0.1
@@ -45,7 +43,7 @@ class Contender:
     :param label: what tables call it.
     :param posterior: its particles.
     :param method: name of the method.
-    :param law: what makes up its target, by name: prior, question, steps and declared law, say.
+    :param asked: what was asked beyond what the law of the posterior knows, by name.
     :param scores: further values of each particle, ``(R, N)``, by name.
     :param seconds: wall time, or None where it is not known.
     """
@@ -53,7 +51,7 @@ class Contender:
     label: str
     posterior: "ParticlePosterior"
     method: str = "smc"
-    law: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     seconds: float | None = None
 
@@ -61,6 +59,24 @@ class Contender:
     def rows_per_run(self) -> float:
         """Network rows of one run, on average: equal states are evaluated once over all runs."""
         return self.posterior.num_evaluations / self.posterior.num_runs
+
+    @property
+    def target(self) -> Hashable:
+        """What two results must share for their evidences to estimate one number."""
+        law = self.posterior.law
+        return tuple(self.asked.items()), law.base if law.has_evidence else str(law)
+
+    @property
+    def facts(self) -> Mapping[str, Hashable]:
+        """What may make targets differ, by names that people know."""
+        chains = self.posterior.law.chains
+        still = tuple(replace(chain, steps=0) for chain in chains)
+        return {
+            "prior": tuple(chain.digest for chain in chains),
+            **self.asked,
+            "steps": tuple(chain.steps for chain in chains),
+            "target": str(self.posterior.law.but(chains=still)),
+        }
 
 
 @dataclass(frozen=True)
@@ -113,9 +129,12 @@ def compare(contenders: Sequence[Contender]) -> Comparison:
         )
     budget = min(contender.posterior.num_evaluations for contender in contenders)
     letters = _letters(contenders)
-    rows = [_row(contender, letters[_key(contender)], budget) for contender in contenders]
-    targets = {letter: dict(key).get("target", "") for key, letter in letters.items()}
-    return Comparison(rows, budget, targets, list(_notes(contenders, rows, letters, budget)))
+    pairs = list(zip(contenders, letters, strict=True))
+    rows = [_row(contender, letter, budget) for contender, letter in pairs]
+    # Reversed: of results with one letter the first has the last word.
+    targets = {letter: c.posterior.target for c, letter in reversed(pairs)}
+    notes = list(_notes(contenders, rows, budget))
+    return Comparison(rows, budget, dict(sorted(targets.items())), notes)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -188,7 +207,7 @@ def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.flo
 
 
 def _evidence(posterior: "ParticlePosterior", kept: int, share: float) -> dict[str, Any]:
-    if not estimates_evidence(posterior):
+    if not posterior.law.has_evidence:
         return {"log_evidence": None, "log_evidence_se": None, "log_evidence_range": None}
     log_evidence = as_array(posterior.log_evidence)
     return {
@@ -238,18 +257,11 @@ def _mean(weights: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[
 # ----------------------------------------------------------------------------------------------
 # what may be compared with what
 
-Law = tuple[tuple[str, str], ...]
 
-
-def _key(contender: Contender) -> Law:
-    return tuple({**contender.law, "target": contender.posterior.target}.items())
-
-
-def _letters(contenders: Iterable[Contender]) -> dict[Law, str]:
-    letters: dict[Law, str] = {}
-    for contender in contenders:
-        letters.setdefault(_key(contender), _letter(len(letters)))
-    return letters
+def _letters(contenders: Iterable[Contender]) -> list[str]:
+    targets = [contender.target for contender in contenders]
+    found = list(dict.fromkeys(targets))
+    return [_letter(found.index(target)) for target in targets]
 
 
 def _letter(number: int) -> str:
@@ -257,28 +269,27 @@ def _letter(number: int) -> str:
 
 
 def _notes(
-    contenders: Sequence[Contender],
-    rows: Sequence[Mapping[str, Any]],
-    letters: Mapping[Law, str],
-    budget: int,
+    contenders: Sequence[Contender], rows: Sequence[Mapping[str, Any]], budget: int
 ) -> Iterable[str]:
     claims = {
-        letters[_key(c)]: dict(_key(c)) for c in contenders if estimates_evidence(c.posterior)
+        str(row["target"]): c.facts
+        for c, row in zip(contenders, rows, strict=True)
+        if c.posterior.law.has_evidence
     }
     if len(claims) > 1:
         yield (
             f"The targets {', '.join(claims)} {_differences(list(claims.values()))}: "
             "compare evidences of one letter only."
         )
-    asked = [{name: c.law[name] for name in c.law if name != STEPS} for c in contenders]
+    asked = [c.asked for c in contenders]
     if any(one != asked[0] or UNKNOWN in one.values() for one in asked):
         yield f"The results {_differences(asked)}: a higher score of one proves nothing."
     for contender in contenders:
-        if estimates_evidence(contender.posterior):
+        if contender.posterior.law.has_evidence:
             said = disagreement(contender.posterior.log_evidence)
             if said is not None:
                 yield f"{contender.label}: {said}"
-    lawless = [c.label for c in contenders if not estimates_evidence(c.posterior)]
+    lawless = [c.label for c in contenders if not c.posterior.law.has_evidence]
     if lawless:
         yield (
             f"No law is declared for {', '.join(lawless)}: there is no evidence, and scores are "
@@ -304,14 +315,14 @@ def _off_budget(rows: Sequence[Mapping[str, Any]], budget: int) -> Iterable[str]
             )
 
 
-def _differences(laws: Sequence[Mapping[str, str]]) -> str:
-    """Say in what laws differ, and in what they may."""
-    names = dict.fromkeys(name for law in laws for name in law)
-    found = {name: {law.get(name) for law in laws} for name in names}
+def _differences(targets: Sequence[Mapping[str, Hashable]]) -> str:
+    """Say in what targets differ, and in what they may."""
+    names = dict.fromkeys(name for target in targets for name in target)
+    found = {name: {target.get(name) for target in targets} for name in names}
     known = ", ".join(name for name in names if len(found[name] - {UNKNOWN}) > 1)
     unknown = ", ".join(name for name in names if UNKNOWN in found[name])
-    if not unknown:
-        return f"differ in {known}"
+    if not unknown:  # kernels may differ where no sentence says how
+        return f"differ in {known or 'the kernels of their chains'}"
     doubt = f"{unknown}, unknown for some"
     return f"differ in {known}, and perhaps in {doubt}" if known else f"may differ in {doubt}"
 

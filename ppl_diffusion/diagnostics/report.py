@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics.claims import estimates_evidence
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, genealogical_sd
 from ppl_diffusion.smc.weights import Weights
@@ -71,7 +70,7 @@ def summary_table(posterior: "ParticlePosterior") -> "Table":
 
 
 def _evidence(posterior: "ParticlePosterior") -> dict[str, Any]:
-    if not estimates_evidence(posterior) and bool(posterior.alive.any()):
+    if not posterior.law.has_evidence and bool(posterior.alive.any()):
         names = ("log_evidence", "log_evidence_se", "genealogical_sd")
         return {**dict.fromkeys(names), "log_evidence_per_run": [None] * posterior.num_runs}
     log_evidence = as_array(posterior.log_evidence)

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_diffusion.errors import IntractableLogProb
-from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Kernel
+from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY, Carry, Kernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
 from ppl_diffusion.kernels.step import MAX_ENUMERATE
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.nelbo import step_kl
+from ppl_diffusion.processes.noise import uniforms
 
 MAX_STATES = 4096
 """Largest number of sequences over which the exact marginal is propagated."""
@@ -33,12 +34,16 @@ class Chain(Protocol):
     prompt: Tensor | None
     batch_shape: torch.Size
     event_shape: torch.Size
+    given: dict[str, Tensor]
 
     @property
     def fixed(self) -> Tensor | None: ...
     @property
     def num_steps(self) -> int: ...
     def x0(self, path: Tensor) -> Tensor: ...
+    def start(
+        self, batch_shape: Sequence[int], generator: torch.Generator | None = ...
+    ) -> Carry: ...
     def sample(self, sample_shape: Sequence[int] = ...) -> Tensor: ...
     def expand(self, batch_shape: Sequence[int]) -> Self: ...
 
@@ -70,7 +75,6 @@ class ChainMarginal(TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw clean sequences.
 
-        :param sample_shape: leading dimensions.
         :returns: int64 ``(*sample_shape, *batch, L)``.
         """
         return self.chain.x0(self.chain.sample(sample_shape))
@@ -100,7 +104,7 @@ class ChainMarginal(TorchDistribution):
             )
         table = self._state_log_probs(given)
         clean = self._is_clean(value)
-        powers = size ** torch.arange(self.chain.length - 1, -1, -1)
+        powers = size ** torch.arange(self.chain.length - 1, -1, -1, device=value.device)
         log_p = torch.where(
             clean, table[torch.where(clean, (value * powers).sum(-1), 0)], -torch.inf
         )
@@ -147,7 +151,8 @@ class ChainMarginal(TorchDistribution):
     def _state_log_probs(self, given: dict[str, Tensor]) -> Tensor:
         """Return the log-law of the final state over all states, ``(S ** L,)``."""
         chain, kernel = self.chain, self.chain.kernel
-        grid = torch.cartesian_prod(*[torch.arange(kernel.process.num_states)] * chain.length)
+        every = torch.arange(kernel.process.num_states, device=kernel.device)
+        grid = torch.cartesian_prod(*[every] * chain.length)
         states = grid.reshape(-1, chain.length)
         law = kernel.prior_log_prob(states, chain.prompt).exp()
         for k in range(kernel.num_steps):
@@ -188,7 +193,6 @@ class ChainMarginal(TorchDistribution):
 
         :param value: clean tokens, int64 ``(*batch, L)``.
         :param num_samples: network rows per sequence.
-        :param generator: source of randomness.
         :returns: nats, float64 ``(*batch,)``.
         :raises ValueError: if a token is not clean (a mask, or out of range).
         """
@@ -207,7 +211,6 @@ class ChainMarginal(TorchDistribution):
 
         :param value: clean tokens, int64 ``(*batch, L)``.
         :param num_samples: number of terms per sequence.
-        :param generator: source of randomness.
         :returns: nats, float64 ``(num_samples, *batch)``.
         :raises ValueError: if a token is not clean (a mask, or out of range).
         """
@@ -215,10 +218,12 @@ class ChainMarginal(TorchDistribution):
             raise ValueError(f"num_samples must be >= 1, got {num_samples}.")
         self._require_bound()
         value = self._check_clean(value)
-        offset = torch.rand((), dtype=torch.float64, generator=generator)
-        strata = (torch.arange(num_samples, dtype=torch.float64) + offset) / num_samples
+        offset = uniforms((), generator=generator, device="cpu")
+        strata = torch.arange(num_samples, dtype=torch.float64, device="cpu") + offset
+        strata = strata / num_samples
         steps = (strata * self.chain.num_steps).floor().long().clamp_max(self.chain.num_steps - 1)
-        terms = torch.empty(num_samples, *value.shape[:-1], dtype=torch.float64)
+        shape = (num_samples, *value.shape[:-1])
+        terms = torch.empty(shape, dtype=torch.float64, device=value.device)
         for k in steps.unique().tolist():
             chosen = steps == k
             x0 = value.expand(int(chosen.sum()), *value.shape)
@@ -228,9 +233,9 @@ class ChainMarginal(TorchDistribution):
     def _step_kl(self, x0: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
         assert isinstance(kernel, InterpolatingKernel)
-        uniforms = torch.rand((2, *x0.shape), dtype=torch.float64, generator=generator)
+        keep, prior = uniforms((2, *x0.shape), generator=generator, device=x0.device)
         a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
-        z = kernel.process.corrupt(x0, a, uniforms[0], uniforms[1])
+        z = kernel.process.corrupt(x0, a, keep, prior)
         z = z if chain.prompt is None else torch.where(chain.prompt >= 0, x0, z)
         carry = kernel.start_carry(z, given=chain.given)
         with torch.no_grad():
@@ -255,7 +260,6 @@ class ChainMarginal(TorchDistribution):
 
         :param value: clean tokens, int64 ``(*batch, L)``.
         :param num_particles: number of bridges per sequence (Burda et al. 2016, Eq. 8).
-        :param generator: source of randomness.
         :returns: nats, float64 ``(*batch,)``.
         :raises ValueError: if a token is not clean (a mask, or out of range).
         """
@@ -271,7 +275,7 @@ class ChainMarginal(TorchDistribution):
         chain, kernel = self.chain, self.chain.kernel
         known = torch.nn.functional.one_hot(x0, kernel.process.vocab_size).to(torch.float64).log()
         carry = chain.start(x0.shape[:-1], generator)
-        log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64)
+        log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
         with torch.no_grad():
             for k in range(kernel.num_steps):
                 model = kernel.step(carry, k, fixed=chain.fixed)
@@ -285,18 +289,16 @@ class ChainMarginal(TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all clean sequences, ``(V ** L, *batch, L)``, for tiny chains.
 
-        :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
-        return enumerated(self, self.chain.kernel.process.vocab_size, expand, MAX_ENUMERATE)
+        kernel = self.chain.kernel
+        size = kernel.process.vocab_size
+        return enumerated(self, size, expand, MAX_ENUMERATE, kernel.device)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: ChainMarginal | None = None
     ) -> ChainMarginal:
-        """Return the same law with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
+        """Return the same law with larger batch dimensions."""
         new = self._get_checked_instance(ChainMarginal, _instance)
         shape = check_expand(self.batch_shape, batch_shape)
         new.chain = self.chain.expand(shape)
@@ -311,12 +313,7 @@ def _has_own_mixture(kernel: Kernel) -> bool:
 
 
 def _bridge(step: TokenStep | RevealStep, known: Tensor, *, last: bool) -> TokenStep | RevealStep:
-    """Return the step with the denoiser replaced by the known answer, where that is enough.
-
-    A step that reveals so many positions never hides one again: there it always is. Where the
-    model takes detours, half of the predictions up to the last step are its own, so that the
-    proposal can go wherever the model goes.
-    """
+    """Return the step with the denoiser replaced by the known answer, where that is enough."""
     if isinstance(step, RevealStep):
         return step.with_log_probs(known)
     log_probs = known

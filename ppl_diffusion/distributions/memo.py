@@ -38,14 +38,7 @@ def remember(
     prompt: Tensor | None = None,
     given: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Note a path's log-probability; not in inference mode, where edits leave no trace.
-
-    :param path: the sampled path.
-    :param kernel: the kernel it was sampled from.
-    :param log_p: its log-probability.
-    :param prompt: the prompt of the chain.
-    :param given: its conditions.
-    """
+    """Note a path's log-probability; not in inference mode, where edits leave no trace."""
     if not path.is_inference():
         own = {name: value.detach().clone() for name, value in (given or {}).items()}
         _MEMOS[path] = _Memo(kernel, prompt, own, path._version, _versions(kernel), log_p)
@@ -62,11 +55,6 @@ def recall(
 
     It is not where the path was edited, the kernel, the prompt or a condition is another one, a
     parameter of the network moved, or a gradient is wanted (the memo was computed without one).
-
-    :param path: a path.
-    :param kernel: the kernel that is to score it.
-    :param prompt: the prompt of the chain that is to score it.
-    :param given: its conditions.
     """
     given = given or {}
     memo: _Memo | None = _MEMOS.get(path)
@@ -85,10 +73,7 @@ def recall(
 
 
 def declares_gradient(kernel: Kernel) -> bool:
-    """Return whether the denoiser is known to depend on a tensor that requires a gradient.
-
-    :param kernel: the kernel around the denoiser.
-    """
+    """Return whether the denoiser is known to depend on a tensor that requires a gradient."""
     return any(p.requires_grad for p in kernel.declared_parameters() or [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.distributions import constraints
 
 from ppl_diffusion.distributions.marginal import ChainMarginal
 from ppl_diffusion.distributions.memo import declares_gradient, recall, remember
+from ppl_diffusion.errors import IntractableLogProb
 from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, check_given
 from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
 from ppl_diffusion.kernels.step import MAX_ENUMERATE
@@ -57,7 +59,12 @@ class ReverseChain(TorchDistribution):
         self.kernel, self.length = kernel, whole_number(length, "ReverseChain: length")
         kernel.check_length(self.length)
         self.prompt = None if prompt is None else _check_prompt(prompt, self.length, kernel)
-        self.given = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
+        self.given = {
+            name: value
+            if isinstance(value, Tensor)
+            else torch.as_tensor(value, device=kernel.device)
+            for name, value in (given or {}).items()
+        }
         check_given(kernel, self.given, "ReverseChain")
         batch_shape = self._common_batch()
         self.given = kernel.expand_given(self.given, batch_shape)
@@ -108,7 +115,6 @@ class ReverseChain(TorchDistribution):
         """Return the carry of a noisiest state, with the chain's prompt and conditions.
 
         :param batch_shape: all leading dimensions, those of the chain last.
-        :param generator: source of randomness (the global one by default).
         """
         return self.kernel.init_carry(
             batch_shape, self.length, prompt=self.prompt, generator=generator, given=self.given
@@ -122,8 +128,6 @@ class ReverseChain(TorchDistribution):
     ) -> Tensor:
         """Draw paths, with ``T`` network calls.
 
-        :param sample_shape: leading dimensions.
-        :param generator: source of randomness (the global one by default).
         :returns: int64 ``(*sample_shape, *batch, T + 1, L)``.
         """
         shape = torch.Size((*sample_shape, *self.batch_shape))
@@ -142,18 +146,20 @@ class ReverseChain(TorchDistribution):
     ) -> SampledPath:
         kernel, hidden = self.kernel, False
         carry = self.start(shape, generator)
-        log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
+        log_p: Tensor | None = None
+        if kernel.has_path_density:
+            log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
         states = [carry["tokens"]]
         for k in range(kernel.num_steps):
             with torch.set_grad_enabled(probe):
                 step = kernel.step(carry, k, fixed=self.fixed)
-            tokens = step.sample(generator=generator)
-            increment = step.log_prob(tokens)
+            value = step.sample(generator=generator)
+            if log_p is not None:
+                log_p = log_p + step.log_prob(value).detach()
             hidden = hidden or (probe and getattr(step, "wants_gradient", False))
             probe = probe and not kernel.asks_denoiser(carry, k)
-            log_p = log_p + increment.detach()
-            carry = kernel.advance(carry, tokens, k, step=step)
-            states.append(tokens)
+            carry = kernel.advance(carry, value, k, step=step)
+            states.append(carry["tokens"])
         return SampledPath(torch.stack(states, -2), log_p, hidden)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -161,6 +167,7 @@ class ReverseChain(TorchDistribution):
 
         :param value: int64 ``(*sample, *batch, T + 1, L)``.
         :returns: float64, the broadcast batch shape; ``-inf`` for impossible paths.
+        :raises IntractableLogProb: if the kernel has no density, or draws more than tokens.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -180,6 +187,11 @@ class ReverseChain(TorchDistribution):
         whole = self.kernel.path_log_prob(path, **self._known)
         if whole is not None:
             return whole
+        if not self.kernel.has_path_density:
+            raise IntractableLogProb(
+                f"log_prob: the density of a path of {type(self.kernel).__name__} is an integral "
+                "over what its steps draw beside the tokens; use run_smc, which needs none."
+            )
         states = path.unbind(-2)
         log_p = self.kernel.prior_log_prob(states[0], self.prompt)
         carry = self.kernel.start_carry(states[0], given=self.given)
@@ -192,18 +204,15 @@ class ReverseChain(TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all paths, ``(S ** (L (T + 1)), *batch, T + 1, L)``, for tiny chains.
 
-        :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
-        return enumerated(self, self.kernel.process.num_states, expand, MAX_ENUMERATE)
+        size, device = self.kernel.process.num_states, self.kernel.device
+        return enumerated(self, size, expand, MAX_ENUMERATE, device)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: ReverseChain | None = None
     ) -> ReverseChain:
-        """Return the same chain with larger batch dimensions (independent copies).
-
-        :param batch_shape: the new batch shape.
-        """
+        """Return the same chain with larger batch dimensions (independent copies)."""
         new = self._get_checked_instance(ReverseChain, _instance)
         shape = check_expand(self.batch_shape, batch_shape)
         new.kernel, new.length, new.prompt = self.kernel, self.length, self.prompt
@@ -213,6 +222,14 @@ class ReverseChain(TorchDistribution):
         super(ReverseChain, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def to(self, device: torch.device | str) -> ReverseChain:
+        """Return the chain on a device; its network is moved in place, as modules do."""
+        moved = copy.copy(self)
+        moved.kernel = self.kernel.to(device)
+        moved.prompt = None if self.prompt is None else self.prompt.to(device)
+        moved.given = {name: value.to(device) for name, value in self.given.items()}
+        return moved
 
     @classmethod
     def infer_shapes(
@@ -227,8 +244,6 @@ class ReverseChain(TorchDistribution):
         The event shape is a property of the kernel object and of the number ``length``, not of
         any array's shape, so both must be passed themselves.
 
-        :param kernel: the kernel.
-        :param length: the number of positions.
         :raises NotImplementedError: if only shapes are given.
         """
         if not isinstance(kernel, Kernel) or not isinstance(length, int):
@@ -248,7 +263,8 @@ class ReverseChain(TorchDistribution):
 
 
 def _check_prompt(prompt: Tensor, length: int, kernel: Kernel) -> Tensor:
-    prompt = torch.as_tensor(prompt)
+    if not isinstance(prompt, Tensor):
+        prompt = torch.as_tensor(prompt, device=kernel.device)
     if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise TypeError(f"ReverseChain: prompt must hold integer ids, got {prompt.dtype}.")
     prompt = prompt.to(torch.int64)

@@ -17,7 +17,6 @@ from ppl_diffusion.distributions.memo import remember
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers.held import ClampProposal, joined
 from ppl_diffusion.handlers.steering import Draw, Steering
-from ppl_diffusion.kernels import SAMPLE_ONLY
 from ppl_diffusion.smc import Proposal
 
 
@@ -51,10 +50,10 @@ class ProposedChain(TorchDistribution):
         clamp: ClampProposal | None = None,
         steering: Steering | None = None,
     ) -> None:
-        if chain.kernel.capability == SAMPLE_ONLY and joined(twist, clamp) is not None:
+        if not chain.kernel.has_path_density and joined(twist, clamp) is not None:
             raise CapabilityError(
                 f"{'clamp' if twist is None else 'twist'}: a proposal needs a kernel with a "
-                f"density, {type(chain.kernel).__name__} is {SAMPLE_ONLY}; condition by a "
+                f"density, {type(chain.kernel).__name__} is {chain.kernel.claim}; condition by a "
                 "potential alone (-inf for what is excluded), with run_smc on the bare chain."
             )
         if clamp is not None and len(clamp.mask) != chain.length:

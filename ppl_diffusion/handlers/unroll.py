@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import GIVEN, SAMPLE_ONLY, Carry
+from ppl_diffusion.kernels.base import GIVEN, Carry
 
 
 class Unroll(Reparam):
@@ -31,10 +31,10 @@ class Unroll(Reparam):
         if not isinstance(chain, ReverseChain):
             kind = type(chain).__name__
             raise ValueError(f"unroll: site {name!r} is a {kind}, not a ReverseChain.")
-        if chain.kernel.capability == SAMPLE_ONLY:
+        if not chain.kernel.has_path_density:
             raise CapabilityError(
-                f"unroll: the steps of {type(chain.kernel).__name__} ({SAMPLE_ONLY}) have no "
-                "density given the tokens; use a kernel that has one."
+                f"unroll: the steps of {type(chain.kernel).__name__} ({chain.kernel.claim}) have "
+                "no density given the tokens; use a kernel that has one."
             )
         states = _sample_steps(name, chain, msg["value"])
         path = _joined(states, chain) if msg["value"] is None else msg["value"]

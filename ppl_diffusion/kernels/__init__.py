@@ -1,16 +1,24 @@
 """Reverse kernels and their step distributions, and what most of them are built with."""
 
+from ppl_diffusion.denoisers.prediction import Prediction as Prediction
+from ppl_diffusion.denoisers.topk import LatentMixture as LatentMixture
+from ppl_diffusion.denoisers.topk import dense_latents as dense_latents
+from ppl_diffusion.denoisers.topk import top_k_latents as top_k_latents
+from ppl_diffusion.denoisers.uniform_nelbo import (
+    uniform_nelbo_from_hidden as uniform_nelbo_from_hidden,
+)
+from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_terms as uniform_nelbo_terms
 from ppl_diffusion.kernels.base import FACTORISED as FACTORISED
 from ppl_diffusion.kernels.base import ORDERED as ORDERED
 from ppl_diffusion.kernels.base import SAMPLE_ONLY as SAMPLE_ONLY
+from ppl_diffusion.kernels.base import BlockSpec as BlockSpec
 from ppl_diffusion.kernels.base import Kernel as Kernel
+from ppl_diffusion.kernels.base import tokens_of as tokens_of
+from ppl_diffusion.kernels.block_step import BlockStep as BlockStep
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
 from ppl_diffusion.kernels.confidence import ConfidenceKernel as ConfidenceKernel
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
-from ppl_diffusion.kernels.gaussian_rates import RewardTilt as RewardTilt
-from ppl_diffusion.kernels.gaussian_rates import corrected_drift as corrected_drift
-from ppl_diffusion.kernels.gaussian_rates import weight_rate as weight_rate
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.ordered import OrderedKernel as OrderedKernel
 from ppl_diffusion.kernels.ordered import first_hitting as first_hitting

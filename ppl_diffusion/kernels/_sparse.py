@@ -17,7 +17,6 @@ def sparse_log_prob(
 ) -> Tensor:
     """Return ``log p(j | z)`` per site, evaluating the head only where it enters.
 
-    :param process: forward process.
     :param z: current states, int64 ``(*batch, L)``.
     :param j: next states, int64 ``(*batch, L)``.
     :param prediction: of the clean tokens, ``(*batch, L, V)``.
@@ -46,7 +45,6 @@ def sparse_draw(
 ) -> Tensor:
     """Draw next states, evaluating the head only at the sites that draw from the denoiser.
 
-    :param process: forward process.
     :param z: current states, int64 ``(*batch, L)``.
     :param prediction: of the clean tokens, ``(*batch, L, V)``.
     :param levels: ``(alpha_t, alpha_s, kappa)``.

@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.base import Denoiser, move
 from ppl_diffusion.denoisers.checks import check_denoiser, clean_log_probs, require_rows
 from ppl_diffusion.denoisers.prediction import (
     DensePrediction,
@@ -124,21 +124,29 @@ class Kernel(ABC):
 
     @abstractmethod
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
 
     @abstractmethod
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TorchDistribution:
         """Return the distribution of the next state, event shape ``(L,)``.
 
-        :param carry: the current carry.
         :param k: step index, 0 (noisiest) to ``num_steps - 1``.
         :param fixed: bool ``(*batch, L)``, positions that stay with probability one and do not
             enter the density (a prompt).
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives, hence where chains begin; the CPU if it does not say."""
+        parameters = getattr(self.denoiser, "parameters", tuple)
+        first = next(iter(parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks, in place as modules do, where they can be moved."""
+        move(self.denoiser, device)
+        return self
 
     @property
     def num_steps(self) -> int:
@@ -149,6 +157,13 @@ class Kernel(ABC):
     def has_path_density(self) -> bool:
         """Whether paths of tokens have a density; with blocks it is an integral over these."""
         return self.capability != SAMPLE_ONLY and not self.blocks
+
+    @property
+    def claim(self) -> str:
+        """The capability and the blocks, for messages."""
+        return (
+            f"{self.capability} with {', '.join(self.blocks)}" if self.blocks else self.capability
+        )
 
     @property
     def conditions(self) -> Mapping[str, int]:
@@ -171,12 +186,8 @@ class Kernel(ABC):
     ) -> Carry:
         """Draw the noisiest state from the prior of the process, and return its carry.
 
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
         :param prompt: int64, broadcastable to ``(*batch_shape, L)``: tokens that are present from
             the start, -1 elsewhere.
-        :param generator: source of randomness.
-        :param given: as in :meth:`start_carry`.
         """
         tokens = self._noisiest((*batch_shape, length), prompt, generator)
         return self.start_carry(tokens, generator, given=given)
@@ -185,9 +196,11 @@ class Kernel(ABC):
         self, shape: Sequence[int], prompt: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
         if self.process.absorbing:
-            tokens = torch.full(shape, self.process.vocab_size, dtype=torch.int64)
+            size = self.process.vocab_size
+            tokens = torch.full(shape, size, dtype=torch.int64, device=self.device)
         else:
-            tokens = self.process.draw_prior(uniforms(shape, generator=generator))
+            noise = uniforms(shape, generator=generator, device=self.device)
+            tokens = self.process.draw_prior(noise)
         return tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
 
     def start_carry(
@@ -216,22 +229,18 @@ class Kernel(ABC):
         :param batch_shape: the batch shape.
         """
         return {
-            name: value.expand(*batch_shape, *value.shape[value.ndim - self.conditions[name] :])
+            name: value.expand((*batch_shape, *value.shape[value.ndim - self.conditions[name] :]))
             for name, value in (given or {}).items()
         }
 
     def prior_step(
         self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
     ) -> TokenStep:
-        """Return the law of the noisiest state as a step distribution.
-
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
-        :param prompt: as in :meth:`init_carry`.
-        """
+        """Return the law of the noisiest state as a step distribution."""
         size = self.process.vocab_size
-        start = torch.zeros(length, dtype=torch.int64) if prompt is None else prompt.clamp_min(0)
-        flat = torch.full((*batch_shape, length, size), -float(np.log(size)))
+        none = torch.full((length,), -1, device=self.device)
+        start = (none if prompt is None else prompt).clamp_min(0)
+        flat = torch.full((*batch_shape, length, size), -float(np.log(size)), device=self.device)
         fixed = None if prompt is None else prompt >= 0
         # At alpha = 0 and kappa = 0 the only move of the mixture is a draw from the prior.
         return TokenStep(self.process, start, flat, 0.0, 0.0, 0.0, fixed=fixed, validate_args=False)
@@ -261,11 +270,6 @@ class Kernel(ABC):
     ) -> SampledPath | None:
         """Draw whole paths in a cheaper way than step by step, where the kernel knows one.
 
-        :param batch_shape: leading dimensions.
-        :param length: number ``L`` of positions.
-        :param prompt: as in :meth:`init_carry`.
-        :param generator: source of randomness.
-        :param given: as in :meth:`start_carry`.
         :param probe: find out whether the prediction carries a gradient.
         :returns: paths with the law of the steps, or None: take the steps.
         """
@@ -281,8 +285,6 @@ class Kernel(ABC):
         """Score whole paths in a cheaper way than step by step, where the kernel knows one.
 
         :param path: int64 ``(*batch, T + 1, L)``.
-        :param prompt: as in :meth:`init_carry`.
-        :param given: as in :meth:`start_carry`.
         :returns: float64 ``(*batch,)``, or None: score the steps.
         """
         return None
@@ -292,9 +294,7 @@ class Kernel(ABC):
     ) -> Carry:
         """Return the carry after the move of step ``k``; the given carry is left alone.
 
-        :param carry: the current carry.
         :param value: what the step drew: the states, int64 ``(*batch, L)``, or the blocks.
-        :param k: step index.
         :param step: this kernel's step that was taken, where the caller has it: kernels that
             remember predictions then need no second network call.
         """
@@ -306,7 +306,6 @@ class Kernel(ABC):
         No network call is made where nothing can depend on it: a fully revealed masked state.
 
         :param carry: the carry, whose conditions the denoiser is given.
-        :param k: index into ``times``.
         :returns: float64 ``(*batch, L, V)``, normalised to round-off.
         :raises TypeError: if the output is no tensor.
         :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
@@ -321,11 +320,7 @@ class Kernel(ABC):
         return log_c
 
     def predict(self, carry: Carry, k: int) -> Prediction:
-        """Return the cavity prediction at grid point ``k``, as hidden states where those are less.
-
-        :param carry: the carry.
-        :param k: index into ``times``.
-        """
+        """Return the cavity prediction at grid point ``k``, as hidden states if those are less."""
         tokens = carry["tokens"]
         bridge = self.process.absorbing or self.denoiser.kind == "cavity"
         if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
@@ -343,14 +338,12 @@ class Kernel(ABC):
         """Return the time at which step ``k`` asks the denoiser, a number or one per row.
 
         :param tokens: int64 ``(*batch, L)``.
-        :param k: index into ``times``.
         """
         return float(self.times[k])
 
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the kernel cannot run; here any from one will do.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if the kernel was built for another one.
         """
         whole_number(length, f"{type(self).__name__}: length")
@@ -366,19 +359,13 @@ class Kernel(ABC):
     def posterior_mean(self, carry: Carry, k: int) -> Tensor:
         """Return ``log p(x0 | x_k)`` per site, what a look-ahead fills unfinished states with.
 
-        :param carry: the carry.
-        :param k: index into ``times``.
         :returns: float64 ``(*batch, L, V)``.
         """
         log_c = self.cavity_log_probs(carry, k)
         return log_posterior_mean(self.process, carry["tokens"], log_c, float(self.alphas[k]))
 
     def asks_denoiser(self, carry: Carry, k: int) -> bool:
-        """Return whether step ``k`` from this carry costs a network call.
-
-        :param carry: the carry.
-        :param k: step index.
-        """
+        """Return whether step ``k`` from this carry costs a network call."""
         return not self._revealed(carry["tokens"])
 
     def _check_step(self, k: int) -> None:
@@ -425,7 +412,6 @@ def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:
 def check_given(kernel: Kernel, given: Mapping[str, Tensor], owner: str) -> None:
     """Refuse conditions that are not those that a kernel reads.
 
-    :param kernel: the kernel.
     :param given: values of its conditions.
     :param owner: who asks, for the messages.
     :raises ValueError: if one is missing, unknown, or has too few dimensions.

@@ -29,9 +29,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.base import Denoiser, move
 from ppl_diffusion.errors import CapabilityError, PotentialError
-from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel
+from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel, Value
 from ppl_diffusion.kernels.state_step import StateStep
 from ppl_diffusion.processes.base import whole_number
 from ppl_diffusion.rows import distinct_rows
@@ -96,10 +96,7 @@ class ClassifierKernel(Kernel):
         return (*self.kernel.changes, own) if self.scale else self.kernel.changes
 
     def with_denoiser(self, denoiser: Denoiser) -> Self:
-        """Return the same kernel around another denoiser (for instance a caching wrapper).
-
-        :param denoiser: the replacement.
-        """
+        """Return the same kernel around another denoiser (for instance a caching wrapper)."""
         return type(self)(
             self.kernel.with_denoiser(denoiser),
             self.log_likelihood,
@@ -109,10 +106,7 @@ class ClassifierKernel(Kernel):
         )
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return (
             isinstance(other, ClassifierKernel)
             and self.kernel.same_as(other.kernel)
@@ -123,9 +117,6 @@ class ClassifierKernel(Kernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StateStep:
         """Return the distribution of the next state.
 
-        :param carry: the current carry.
-        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
-        :param fixed: bool ``(*batch, L)``, positions that stay; they are not asked about.
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         :raises PotentialError: if the classifier misbehaves or excludes every state of a site.
         """
@@ -148,17 +139,13 @@ class ClassifierKernel(Kernel):
         return self.kernel.start_carry(tokens, generator, given=given)
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
         """Return the carry after the move of step ``k``.
 
-        :param carry: the current carry.
-        :param tokens: the sampled states, int64 ``(*batch, L)``.
-        :param k: step index.
-        :param step: the step that was taken; it is not the guided kernel's own, which makes its
-            own where it needs one.
+        The step that was taken is not the guided kernel's own, which makes one where it needs it.
         """
-        return self.kernel.advance(carry, tokens, k)
+        return self.kernel.advance(carry, value, k)
 
     def cavity_log_probs(self, carry: Carry, k: int) -> Tensor:
         """Return the prediction of the clean tokens, without the tilt."""
@@ -175,7 +162,6 @@ class ClassifierKernel(Kernel):
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the guided kernel cannot run.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if that kernel was built for another one.
         """
         self.kernel.check_length(length)
@@ -188,6 +174,11 @@ class ClassifierKernel(Kernel):
         inner = self.kernel.declared_parameters()
         own = getattr(self.log_likelihood, "parameters", None)
         return [*inner, *own()] if inner is not None and callable(own) else None
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move both networks, in place, where they can be moved."""
+        move(self.log_likelihood, device)
+        return super().to(device)
 
     def _tilted(self, tokens: Tensor, table: Tensor, k: int) -> Tensor:
         """Return the tilted table of rows of states, up to a constant per site, ``(B, L, S)``."""

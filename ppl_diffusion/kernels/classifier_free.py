@@ -97,10 +97,7 @@ class ClassifierFreeKernel(InterpolatingKernel):
         return (*super().changes, own) if self._tabulates else super().changes
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return (
             isinstance(other, ClassifierFreeKernel)
             and super().same_as(other)
@@ -110,9 +107,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StepDistribution:
         """Return the distribution of the next state.
 
-        :param carry: the current carry.
-        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
-        :param fixed: bool ``(*batch, L)``, positions that stay.
         :raises ValueError: if ``k`` is no step of the grid, a denoiser misbehaves, or the two
             predictions have nothing in common.
         """
@@ -198,7 +192,9 @@ class ClassifierFreeKernel(InterpolatingKernel):
 
     def _psi_table(self, bridge: Tensor, clean: Tensor, carry: Carry, k: int) -> Tensor:
         b = float(self.alphas[k + 1])
-        kappa = torch.as_tensor(self.site_kappa(carry, k), dtype=torch.float64)[..., None]
+        kappa = torch.as_tensor(
+            self.site_kappa(carry, k), dtype=torch.float64, device=clean.device
+        )[..., None]
         renoised = b * clean.exp() + (1 - b) * self.process.prior_array(clean)
         probs = kappa * bridge.exp() + (1 - kappa) * renoised
         possible = probs > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import Carry, time_grid
+from ppl_diffusion.kernels.base import Carry, Value, time_grid, tokens_of
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.kappa_rules import rescaled
 from ppl_diffusion.kernels.psi import PsiSchedule
@@ -91,27 +91,18 @@ class ConfidenceKernel(InterpolatingKernel):
     def site_kappa(self, carry: Carry, k: int) -> Tensor:
         """Return the Psi parameter of every site, ``1 - sigma^l / (1 - b)``.
 
-        :param carry: the current carry.
-        :param k: step index.
         :returns: float64 ``(*batch, L)``.
         """
         doubt = torch.exp(-carry[CONFIDENCE])
         total = doubt.sum(-1, keepdim=True)
         share = doubt / torch.where(total > 0, total, 1.0)
-        return 1 - share * torch.as_tensor(1 - self.kappa[k])
+        return 1 - share * torch.as_tensor(1 - self.kappa[k], device=share.device)
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
-        """Return the carry after the move of step ``k``, with the confidences of new tokens.
-
-        :param carry: the current carry.
-        :param tokens: the sampled states, int64 ``(*batch, L)``.
-        :param k: step index.
-        :param step: this kernel's step that was taken; without it the denoiser is asked again
-            (except after the last step, when nobody reads the confidences).
-        """
-        mask = self.process.vocab_size
+        """Return the carry after the move of step ``k``, with the confidences of new tokens."""
+        tokens, mask = tokens_of(value), self.process.vocab_size
         decoded = (carry["tokens"] == mask) & (tokens != mask)
         kept = torch.where(tokens == mask, torch.inf, carry[CONFIDENCE])
         if k == self.num_steps - 1:

@@ -37,7 +37,7 @@ def grid_bins(levels: Tensor, alphas: np.ndarray) -> Tensor:
     :param alphas: signal levels of the grid, from 0 to 1, ``(T + 1,)``.
     :returns: int64 step indices ``0..T-1``, shaped like ``levels``.
     """
-    noise = torch.from_numpy(np.ascontiguousarray(1.0 - alphas[::-1])).to(levels.device)
+    noise = torch.as_tensor(np.ascontiguousarray(1.0 - alphas[::-1]), device=levels.device)
     return len(alphas) - 1 - torch.searchsorted(noise, levels, right=True)
 
 
@@ -95,14 +95,13 @@ class RevealPlan:
         rows = counts.argsort(dim=0, descending=True, stable=True)
         place, time, counts = place[rows], time[rows], counts[rows]
         depth = int(counts[0]) if len(counts) else 0
-        times = torch.full((len(rows), depth + 1), -torch.inf, dtype=torch.float64)
-        times = times.to(time.device).scatter_reduce(
-            1, torch.where(place < 0, depth, place), time, "amax"
-        )
+        times = time.new_full((len(rows), depth + 1), -torch.inf)
+        times = times.scatter_reduce(1, torch.where(place < 0, depth, place), time, "amax")
         flat = place.flatten()
         order = flat.argsort(dim=0, stable=True)
         sizes = torch.bincount(flat + 1, minlength=depth + 1).tolist()
-        active = [int(n) for n in (counts[:, None] > torch.arange(depth)).sum(0)]
+        rounds = torch.arange(depth, device=counts.device)
+        active = (counts[:, None] > rounds).sum(0).tolist()
         sites = order[sizes[0] :].split(sizes[1:])
         return cls(rows, tuple(map(Round, active, sites)), times[:, :depth])
 
@@ -151,7 +150,6 @@ def decode(
 
     :param denoiser: predictor of clean tokens; its ``hidden`` and ``head`` are used where it has
         them, so that the vocabulary is computed for the revealed positions only.
-    :param vocab_size: number of clean tokens ``V``.
     :param tokens: states to start from, int64 ``(B, L)``.
     :param plan: what is revealed when.
     :param uniforms: numbers in ``[0, 1)``, ``(B, L)``: which token each position gets.
@@ -197,8 +195,6 @@ def score(
 ) -> Tensor:
     """Return the log-probabilities of known reveals, float64 ``(M,)``, differentiable.
 
-    :param denoiser: predictor of clean tokens.
-    :param vocab_size: number of clean tokens ``V``.
     :param states: states before the reveals, int64 ``(M, L)``.
     :param times: time of each state, float64 ``(M,)``.
     :param reveals: bool ``(M, L)``, the positions that are revealed next.
@@ -224,7 +220,6 @@ def predict_at(
 ) -> Tensor:
     """Return the denoiser's log-probabilities at chosen positions only.
 
-    :param denoiser: predictor of clean tokens.
     :param tokens: states, int64 ``(B, L)``.
     :param times: float64 ``(B,)``; not read if the denoiser is time-free.
     :param sites: int64 ``(m,)``, indices into the flattened ``(B, L)``.

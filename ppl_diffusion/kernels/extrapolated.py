@@ -7,7 +7,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.base import Carry, Value, tokens_of
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.token_step import TokenStep
 
@@ -67,15 +67,16 @@ class ExtrapolatedKernel(InterpolatingKernel):
         return moved
 
     def advance(
-        self, carry: Carry, tokens: Tensor, k: int, *, step: TorchDistribution | None = None
+        self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
         """Return the carry after the move, with the prediction that step ``k`` was made from."""
+        tokens = tokens_of(value)
         if not self._moves(k):
             return {**carry, "tokens": tokens}
         taken = self.step(carry, k) if step is None else step
         current = getattr(taken, LAST, None)
         current = taken.log_probs if current is None else current
-        level = torch.full(tokens.shape[:-1], 1.0 - float(self.alphas[k]), dtype=torch.float64)
+        level = current.new_full(tokens.shape[:-1], 1.0 - float(self.alphas[k]))
         return {**carry, "tokens": tokens, LAST: current.expand(*tokens.shape, -1), LEVEL: level}
 
     def _extrapolate(self, carry: Carry, current: Tensor, k: int) -> Tensor:

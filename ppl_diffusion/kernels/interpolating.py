@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
-from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, time_grid
+from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel, SampledPath, time_grid
 from ppl_diffusion.kernels.kappa_rules import kappa_room
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
@@ -65,10 +65,7 @@ class InterpolatingKernel(Kernel):
         self.kappa = _check_kappa(kappa, self.alphas, process)
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return self is other or (
             type(self) is type(other)
             and isinstance(other, InterpolatingKernel)
@@ -99,22 +96,16 @@ class InterpolatingKernel(Kernel):
     def site_kappa(self, carry: Carry, k: int) -> float | Tensor:
         """Return the Psi parameter of step ``k``, a number or one per site.
 
-        :param carry: the current carry; subclasses may let it decide.
-        :param k: step index.
         :returns: a float, or float64 broadcastable to ``(*batch, L)``.
         """
         row = self.kappa[k]
-        return float(row) if row.ndim == 0 else torch.from_numpy(row)
+        return float(row) if row.ndim == 0 else torch.as_tensor(row, device=carry[TOKENS].device)
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> TokenStep:
         """Return the distribution of the next state.
 
         A step without progress (a repeated time at ``kappa = 1``) makes no network call.
 
-        :param carry: the current carry.
-        :param k: step index, 0 (noisiest) to ``num_steps - 1``.
-        :param fixed: bool ``(*batch, L)``, positions that stay with probability one and do not
-            enter the density (a prompt).
         :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         """
         self._check_step(k)
@@ -147,7 +138,7 @@ class InterpolatingKernel(Kernel):
         if not self._on_event_times:
             return None
         shape = (*batch_shape, length)
-        levels, tokens = uniforms((2, *shape), generator=generator)
+        levels, tokens = uniforms((2, *shape), generator=generator, device=self.device)
         start = self._noisiest(shape, prompt)
         step_of, time = ancestral_steps(self, shape, prompt, levels)
         drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
@@ -166,7 +157,7 @@ class InterpolatingKernel(Kernel):
             return None
         rows, prompts = flat_paths(path, prompt)
         found = read_reveals(rows, self.process.vocab_size, prompts)
-        times = torch.from_numpy(self.times)
+        times = torch.as_tensor(self.times, device=path.device)
         flat = flat_given(self, given, path.shape[:-2])
         log_p = reveal_log_prob(self, rows, found, lambda _, step: times[step], flat)
         return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
@@ -174,7 +165,6 @@ class InterpolatingKernel(Kernel):
     def check_length(self, length: int) -> None:
         """Refuse a length for which there is another number of ``kappa`` per step.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if ``kappa`` is ``(T, L')`` with another ``L'``.
         """
         if self.kappa.ndim == 2 and self.kappa.shape[1] not in (1, length):
@@ -189,7 +179,8 @@ class InterpolatingKernel(Kernel):
         return type(self) is InterpolatingKernel and self.process.absorbing and self.ancestral
 
     def _log_prob_of_steps(self, step_of: Tensor) -> Tensor:
-        log_p = log_step_probs(self.process.schedule, self.times)[step_of.clamp_min(0)]
+        table = log_step_probs(self.process.schedule, self.times)
+        log_p = torch.as_tensor(table, device=step_of.device)[step_of.clamp_min(0)]
         return torch.where(step_of < 0, 0.0, log_p).sum(-1)
 
     def asks_denoiser(self, carry: Carry, k: int) -> bool:

@@ -42,7 +42,6 @@ def draw_path(
 ) -> MaskedPath:
     """Reveal every position at its step and return the path.
 
-    :param kernel: an absorbing kernel.
     :param start: the noisiest states, int64 ``(*batch, L)``.
     :param step_of: int64 ``(*batch, L)``, the step that reveals a position, -1 for the prompt.
     :param time: float64 ``(*batch, L)``, the time at which its prediction is made.
@@ -73,24 +72,23 @@ def ancestral_steps(
     :returns: int64 and float64, shaped like ``shape``.
     """
     step_of = grid_bins(levels, kernel.alphas)
-    time = torch.from_numpy(kernel.times)[step_of]
+    time = torch.as_tensor(kernel.times, device=levels.device)[step_of]
     if prompt is not None:
         step_of = torch.where(prompt >= 0, -1, step_of)
     return step_of.reshape(*shape), time.reshape(*shape)
 
 
-def log_step_probs(schedule: Schedule, times: np.ndarray) -> Tensor:
+def log_step_probs(schedule: Schedule, times: np.ndarray) -> np.ndarray:
     """Return ``log(alpha(s) - alpha(t))`` of every step without cancellation, float64 ``(T,)``.
 
     Summed over positions it is the log-probability of the reveal steps of a path.
 
-    :param schedule: signal schedule.
     :param times: time grid, ``(T + 1,)``.
     """
     noise = np.asarray(schedule.log1m_alpha(times), dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # a repeated time reveals nothing
         gap = np.where(noise[1:] < noise[:-1], noise[1:] - noise[:-1], 0.0)
-        return torch.from_numpy(noise[:-1] + np.log(-np.expm1(gap)))
+        return np.asarray(noise[:-1] + np.log(-np.expm1(gap)))
 
 
 class Reveals(NamedTuple):
@@ -166,7 +164,6 @@ def reveal_log_prob(
 
     The denoiser sees one row per non-empty step of each path, in calls of bounded size.
 
-    :param kernel: an absorbing kernel.
     :param path: int64 ``(B, T + 1, L)``.
     :param found: its reveals.
     :param time_of: when the kernel makes a prediction.
@@ -186,5 +183,5 @@ def reveal_log_prob(
         given={name: value[row] for name, value in given.items()},
         max_rows=max(len(path), _MIN_ROWS),
     )
-    log_p = torch.zeros(len(path), dtype=torch.float64).index_add(0, row, values)
+    log_p = values.new_zeros(len(path)).index_add(0, row, values)
     return torch.where(found.valid, log_p, -math.inf)

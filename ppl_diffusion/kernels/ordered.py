@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.arrays import Array, array_namespace, to_float64
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import clean_log_probs
 from ppl_diffusion.denoisers.prediction import Prediction
@@ -88,8 +89,8 @@ class OrderedKernel(Kernel):
         groups = [-(-size // self.group_size) for size in sizes]
         self._block_of_step = np.repeat(np.arange(len(groups)), groups)
         self._first_step = np.concatenate([[0], np.cumsum(groups)[:-1]])
-        later = _mean_times(process, torch.from_numpy(self._masked_before()[1:]), self.length)
-        super().__init__(process, denoiser, np.concatenate([[1.0], later.numpy(), [0.0]]))
+        later = _mean_times(process, self._masked_before()[1:], self.length)
+        super().__init__(process, denoiser, np.concatenate([[1.0], later, [0.0]]))
         self._declare()
 
     def with_denoiser(self, denoiser: Denoiser) -> Self:
@@ -103,10 +104,7 @@ class OrderedKernel(Kernel):
         self.markov = not self._timed
 
     def same_as(self, other: object) -> bool:
-        """Return whether both kernels define the same path law by construction.
-
-        :param other: anything.
-        """
+        """Return whether both kernels define the same path law by construction."""
         return self is other or (
             type(self) is type(other)
             and isinstance(other, OrderedKernel)
@@ -133,9 +131,6 @@ class OrderedKernel(Kernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> RevealStep:
         """Return the distribution of the next state.
 
-        :param carry: the current carry.
-        :param k: step index.
-        :param fixed: bool ``(*batch, L)``, positions of a prompt.
         :raises ValueError: if ``k`` is no step, or the denoiser misbehaves.
         """
         self._check_step(k)
@@ -166,15 +161,11 @@ class OrderedKernel(Kernel):
         return clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
 
     def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
-        """Return the time at which a state is predicted: one per row if their masks differ.
-
-        :param tokens: int64 ``(*batch, L)``.
-        :param k: step index, which the time does not depend on.
-        """
+        """Return the time at which a state is predicted: one per row if their masks differ."""
         if self.denoiser.time_free:
             return float(self.times[k])
         masks = (tokens == self.process.vocab_size).sum(-1)
-        times = _mean_times(self.process, masks, self.length)
+        times: Tensor = _mean_times(self.process, masks, self.length)
         same = masks.numel() > 0 and bool((masks == masks.flatten()[0]).all())
         return float(times.flatten()[0]) if same else times
 
@@ -195,13 +186,13 @@ class OrderedKernel(Kernel):
         """Draw whole paths from one sorted list of reveals per row."""
         shape = (*batch_shape, length)
         start = self._noisiest(shape, prompt)
-        levels, tokens = uniforms((2, *shape), generator=generator)
+        levels, tokens = uniforms((2, *shape), generator=generator, device=self.device)
         step_of = self._steps_of(levels, start)
         time = self._times_of(levels, step_of)
         drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
         if self.capability == SAMPLE_ONLY:
             return SampledPath(drawn.path, None, drawn.hidden_gradient)
-        log_p = drawn.log_c + self._log_prob_of_order(prompt)
+        log_p = drawn.log_c + self._log_prob_of_order(prompt, start.device)
         return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
 
     def path_log_prob(
@@ -227,15 +218,14 @@ class OrderedKernel(Kernel):
         found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompts))
         flat = flat_given(self, given, path.shape[:-2])
         log_p = reveal_log_prob(self, rows, found, self._time_of_step, flat)
-        return (log_p + self._log_prob_of_order(prompts)).reshape(path.shape[:-2])
+        return (log_p + self._log_prob_of_order(prompts, path.device)).reshape(path.shape[:-2])
 
     @property
     def _timed(self) -> bool:
         return self.clock == "sampled" and not self.denoiser.time_free
 
-    @property
-    def _block_of_site(self) -> Tensor:
-        return torch.arange(self.length) // self.block
+    def _block_of_site(self, device: torch.device) -> Tensor:
+        return torch.arange(self.length, device=device) // self.block
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -248,7 +238,6 @@ class OrderedKernel(Kernel):
     def check_length(self, length: int) -> None:
         """Refuse a length that the kernel was not built for.
 
-        :param length: number ``L`` of positions.
         :raises ValueError: if it is another one.
         """
         if length != self.length:
@@ -266,53 +255,62 @@ class OrderedKernel(Kernel):
         return masked
 
     def _eligible(self, tokens: Tensor, k: int) -> Tensor:
-        inside = self._block_of_site == int(self._block_of_step[k])
+        inside = self._block_of_site(tokens.device) == int(self._block_of_step[k])
         return (tokens == self.process.vocab_size) & inside
 
     def _steps_of(self, levels: Tensor, start: Tensor) -> Tensor:
         """Return the step that reveals each position, -1 for the prompt."""
-        free, block = start == self.process.vocab_size, self._block_of_site
+        free, block = start == self.process.vocab_size, self._block_of_site(start.device)
         flat = [x.reshape(-1, self.length) for x in (levels, free)]
         rank = reveal_ranks(flat[0], flat[1], block)
         before = flat[1].cumsum(-1) - flat[1].to(torch.int64)
         earlier = before[:, block * self.block]  # free positions of lower blocks
-        step = torch.from_numpy(self._first_step)[block] + (rank - earlier) // self.group_size
+        first = torch.as_tensor(self._first_step, device=start.device)[block]
+        step = first + (rank - earlier) // self.group_size
         return torch.where(flat[1], step, -1).reshape(start.shape)
 
     def _times_of(self, levels: Tensor, step_of: Tensor) -> Tensor:
         if self._timed:  # a group is predicted at the latest of these, that of its first reveal
             return torch.as_tensor(self.process.schedule.time_from_log1m(levels.log()))
-        revealed = torch.zeros(*step_of.shape[:-1], self.num_steps, dtype=torch.int64)
+        revealed = step_of.new_zeros(*step_of.shape[:-1], self.num_steps)
         revealed.scatter_add_(-1, step_of.clamp_min(0), (step_of >= 0).to(torch.int64))
         masks = revealed.flip(-1).cumsum(-1).flip(-1)  # before each step
-        return _mean_times(self.process, masks.gather(-1, step_of.clamp_min(0)), self.length)
+        times: Tensor = _mean_times(
+            self.process, masks.gather(-1, step_of.clamp_min(0)), self.length
+        )
+        return times
 
     def _time_of_step(self, step_of: Tensor, step: Tensor) -> Tensor:
         """Return the time of a step of a path whose reveals are known, float64 ``(M,)``."""
         masks = (step_of >= step[:, None]).sum(-1)
-        return _mean_times(self.process, masks, self.length)
+        times: Tensor = _mean_times(self.process, masks, self.length)
+        return times
 
-    def _group_sizes(self, prompt: Tensor | None) -> Tensor:
+    def _group_sizes(self, prompt: Tensor | None, device: torch.device) -> Tensor:
         """Return the free positions before, and the reveals in, each step: ``(2, *batch, T)``."""
-        free = torch.ones(self.length, dtype=torch.bool) if prompt is None else prompt < 0
-        per_block = torch.zeros(*free.shape[:-1], len(self._first_step), dtype=torch.int64)
-        per_block.index_add_(-1, self._block_of_site, free.to(torch.int64))
-        block = torch.from_numpy(self._block_of_step)
-        index = torch.arange(self.num_steps) - torch.from_numpy(self._first_step)[block]
+        prompt = torch.full((self.length,), -1, device=device) if prompt is None else prompt
+        free = (prompt < 0).to(torch.int64)
+        per_block = free.new_zeros(*free.shape[:-1], len(self._first_step))
+        per_block.index_add_(-1, self._block_of_site(device), free)
+        block = torch.as_tensor(self._block_of_step, device=device)
+        index = torch.arange(self.num_steps, device=device)
+        index = index - torch.as_tensor(self._first_step, device=device)[block]
         left = (per_block[..., block] - index * self.group_size).clamp_min(0)
         return torch.stack([left, left.clamp_max(self.group_size)])
 
-    def _log_prob_of_order(self, prompt: Tensor | None) -> Tensor:
-        n, m = self._group_sizes(prompt).to(torch.float64)
+    def _log_prob_of_order(self, prompt: Tensor | None, device: torch.device) -> Tensor:
+        n, m = self._group_sizes(prompt, device).to(torch.float64)
         subsets = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(n - m + 1)
         return -subsets.sum(-1)
 
     def _legal_order(self, step_of: Tensor, prompt: Tensor | None) -> Tensor:
         """Return whether every step reveals as many positions of its block as it must."""
-        wanted = self._group_sizes(prompt)[1]  # (T,) or (B, T)
-        steps = torch.arange(self.num_steps)
+        device = step_of.device
+        wanted = self._group_sizes(prompt, device)[1]  # (T,) or (B, T)
+        steps = torch.arange(self.num_steps, device=device)
         counts = (step_of[:, None] == steps[:, None]).sum(-1)
-        inside = torch.from_numpy(self._block_of_step)[step_of.clamp_min(0)] == self._block_of_site
+        block = torch.as_tensor(self._block_of_step, device=device)[step_of.clamp_min(0)]
+        inside = block == self._block_of_site(device)
         return (counts == wanted).all(-1) & (inside | (step_of < 0)).all(-1)
 
     def _repr_options(self) -> str:
@@ -330,17 +328,12 @@ def first_hitting(
     """Return the chain that reveals one uniformly chosen position per step.
 
     :param process: an absorbing process.
-    :param denoiser: predictor of clean tokens.
-    :param length: number ``L`` of positions.
     :param clock: see :class:`OrderedKernel`.
     """
     return OrderedKernel(process, denoiser, length=length, clock=clock)
 
 
-def _mean_times(process: Process, masks: Tensor, length: int) -> Tensor:
-    """Return the time at which the next of ``n`` masks is expected to be revealed, float64.
-
-    There ``1 - alpha`` is ``n / (L + 1)``, the mean of the ``n``-th smallest of ``L`` uniforms.
-    """
-    level = (masks.to(torch.float64) / (length + 1)).log()
-    return torch.as_tensor(process.schedule.time_from_log1m(level), dtype=torch.float64)
+def _mean_times(process: Process, masks: Array, length: int) -> Array:
+    """Return the time at which the next of ``n`` masks is expected to be revealed, float64."""
+    level = array_namespace(masks).log(to_float64(masks) / (length + 1))
+    return to_float64(process.schedule.time_from_log1m(level))

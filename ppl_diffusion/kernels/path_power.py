@@ -46,7 +46,6 @@ def log_product(log_probs: Sequence[Array], exponents: Sequence[float]) -> Array
 def log_forward_table(process: Process, z: Array, a: float, b: float) -> Array:
     """Return ``log q(z_t = z | z_s = v)`` for every state ``v``.
 
-    :param process: forward process.
     :param z: current states, int64 ``(..., L)``.
     :param a: signal level ``alpha(t)``.
     :param b: signal level ``alpha(s) >= a``.
@@ -92,7 +91,6 @@ def jump_rates(
     these rates minus ``sum_m b_m F(j->i) p_m(j)/p_m(i)``. Both in units of the forward rate
     ``-alpha'/alpha`` of a site.
 
-    :param process: forward process.
     :param z: current states, int64 ``(..., L)``.
     :param log_cavities: cavity log-probabilities of each expert, ``(..., L, V)``.
     :param exponents: ``b_m``.

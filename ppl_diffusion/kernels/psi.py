@@ -120,11 +120,7 @@ class PsiSchedule:
 
 
 def ancestral(schedule: Schedule, num_steps: int) -> PsiSchedule:
-    """Return equal time steps with ``kappa = 1``.
-
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
-    """
+    """Return equal time steps with ``kappa = 1``."""
     return _even(schedule, num_steps, fixed(1.0), "ancestral")
 
 
@@ -135,8 +131,6 @@ def constant(
 
     Published: ``kappa = 0.95`` for ``t`` in ``[0.1, 0.5]`` (Duo on CIFAR-10).
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param kappa: the value, at most 1.
     :param t_on: noise level from which on correcting begins.
     :param t_off: noise level at which it ends.
@@ -159,8 +153,6 @@ def remdm_cap(schedule: Schedule, num_steps: int, *, eta: float) -> PsiSchedule:
     Its last steps have ``kappa`` slightly below zero: valid for the absorbing process, use
     :meth:`PsiSchedule.within` for another.
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param eta: remasking probability in ``[0, 1]``.
     """
     return _even(schedule, num_steps, capped(eta), f"remdm-cap({eta:g})")
@@ -169,8 +161,6 @@ def remdm_cap(schedule: Schedule, num_steps: int, *, eta: float) -> PsiSchedule:
 def remdm_rescale(schedule: Schedule, num_steps: int, *, eta: float) -> PsiSchedule:
     """Return ReMDM-rescale, ``sigma = eta min(1, (1 - b) / a)``.
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param eta: factor in ``[0, 1]``.
     """
     return _even(schedule, num_steps, rescaled(eta), f"remdm-rescale({eta:g})")
@@ -181,8 +171,6 @@ def rescale_duo_compat(schedule: Schedule, num_steps: int, *, eta: float) -> Psi
 
     Like that code it ends with a forced ``kappa = 1``.
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param eta: factor in ``[0, 1]``.
     """
     return _even(schedule, num_steps, rescaled_duo(eta), f"rescale-duo-compat({eta:g})")
@@ -203,8 +191,6 @@ def remdm_loop(
     Holding at ``alpha_c`` needs ``eta <= (1 - alpha_c) / alpha_c`` and the absorbing process;
     other processes need ``eta <= 1 - alpha_c``.
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param eta: remasking probability while holding, in ``[0, 1]``.
     :param alpha_c: signal level to hold (0.9 if ``t_c`` is not given either).
     :param t_c: or the time to hold.
@@ -224,9 +210,6 @@ def forward_backward(schedule: Schedule, num_steps: int) -> PsiSchedule:
     """Return the forward-backward sampler, ``sigma = (b - a) / a``. Absorbing process only.
 
     One forward step of twice the progress and one backward step (Campbell et al. 2022).
-
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     """
     return _even(schedule, num_steps, backward(1.0), "forward-backward")
 
@@ -240,8 +223,6 @@ def dfm_corrector(
     The published code shortens steps whose probabilities would exceed one; here the grid stays
     and ``sigma`` is capped.
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param weight: ``w``; None is ``10 (t (1 - t))^(1/4)``.
     """
     label = "10 (t(1-t))^0.25" if weight is None else f"{weight:g}"
@@ -249,11 +230,7 @@ def dfm_corrector(
 
 
 def predictor_corrector(schedule: Schedule, num_steps: int) -> PsiSchedule:
-    """Return ``kappa = 0``: predict the clean sequence and noise it afresh in every step.
-
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
-    """
+    """Return ``kappa = 0``: predict the clean sequence and noise it afresh in every step."""
     return _even(schedule, num_steps, fixed(0.0), "predictor-corrector")
 
 
@@ -276,8 +253,6 @@ def profile(
     grid is even. This is the builder of Duo's code; the exact inverse of the schedule is used for
     ``alpha_c``, and ``kappa`` is neither clipped nor forced to one unless asked.
 
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :param modes: three rules, for the high, middle and low noise.
     :param alpha_c: signal level to hold in the middle; with ``t_c`` None, no hold.
     :param t_c: or the time to hold.
@@ -371,8 +346,6 @@ def parse_psi(text: str, schedule: Schedule, num_steps: int) -> PsiSchedule:
     may go without its name.
 
     :param text: what to parse.
-    :param schedule: signal schedule.
-    :param num_steps: number of steps.
     :raises ValueError: if the name is unknown, or a number is missing, unknown or out of range.
     """
     name, _, numbers = text.strip().partition(":")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
-from ppl_diffusion.kernels.shapes import check_expand, check_value
+from ppl_diffusion.kernels.shapes import check_value
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 
 
@@ -69,11 +67,6 @@ class RevealStep(StepDistribution):
         return self.prediction.dense()
 
     @property
-    def wants_gradient(self) -> bool:
-        """Whether the prediction depends on a tensor that requires a gradient."""
-        return self.prediction.requires_grad
-
-    @property
     def num_revealed(self) -> Tensor:
         """How many positions are revealed, int64 ``(*batch,)``."""
         return self.eligible.sum(-1).clamp_max(self.count)
@@ -103,11 +96,7 @@ class RevealStep(StepDistribution):
         return torch.where(legal, log_p, -torch.inf)
 
     def draw(self, u_order: Tensor, u_token: Tensor) -> Tensor:  # type: ignore[override]
-        """Turn uniforms into next states; the same uniforms give the same states.
-
-        :param u_order: numbers in ``[0, 1)``, ``(*sample, *batch, L)``: the highest are revealed.
-        :param u_token: likewise: which token.
-        """
+        """Turn uniforms into next states; the same uniforms give the same states."""
         tokens = self.tokens.expand_as(u_order)
         chosen = self._first(u_order if self.order is None else self.order).expand_as(tokens)
         return self.prediction.expand(tokens.shape[:-1]).draw(u_token, chosen, tokens)
@@ -136,41 +125,7 @@ class RevealStep(StepDistribution):
     def _log_subset(self) -> Tensor:
         """Return minus the log of the number of subsets there are to choose from."""
         if self.order is not None:
-            return torch.zeros(self.batch_shape, dtype=torch.float64)
+            shape, device = self.batch_shape, self.tokens.device
+            return torch.zeros(shape, dtype=torch.float64, device=device)
         n, m = self.eligible.sum(-1).to(torch.float64), self.num_revealed.to(torch.float64)
         return torch.lgamma(m + 1) + torch.lgamma(n - m + 1) - torch.lgamma(n + 1)
-
-    def expand(self, batch_shape: Sequence[int], _instance: RevealStep | None = None) -> RevealStep:
-        """Return the same distribution with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
-        new = self._get_checked_instance(RevealStep, _instance)
-        shape = check_expand(self.batch_shape, batch_shape)
-        new.num_states, new.count = self.num_states, self.count
-        new.prediction = self.prediction.expand(shape)
-        new.tokens = self.tokens.expand(*shape, -1)
-        new.eligible = self.eligible.expand(*shape, -1)
-        new.order = None if self.order is None else self.order.expand(*shape, -1)
-        new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
-        super(RevealStep, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @classmethod
-    def infer_shapes(
-        cls,
-        tokens: Sequence[int] = (),
-        log_probs: Sequence[int] = (),
-        eligible: object = (),
-        count: object = (),
-        order: object = (),
-        fixed: object = (),
-    ) -> tuple[torch.Size, torch.Size]:
-        """Return ``(batch_shape, event_shape)`` from the shapes of the arguments.
-
-        :param tokens: shape of ``tokens``.
-        :param log_probs: shape of ``log_probs``.
-        """
-        batch = torch.broadcast_shapes(tuple(tokens)[:-1], tuple(log_probs)[:-2])
-        return torch.Size(batch), torch.Size(tuple(tokens)[-1:])

@@ -10,12 +10,7 @@ from torch import Tensor
 
 
 def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
-    """Return ``new`` as a size, refusing to shrink or change a batch dimension.
-
-    :param old: current batch shape.
-    :param new: requested batch shape.
-    :raises ValueError: if ``old`` cannot be broadcast to ``new``.
-    """
+    """Return ``new`` as a size, refusing to shrink or change a batch dimension."""
     new = torch.Size(new)
     aligned = tuple(new)[len(new) - len(old) :]
     if len(new) < len(old) or any(o not in (1, n) for o, n in zip(old, aligned, strict=True)):
@@ -24,12 +19,7 @@ def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
 
 
 def check_value(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Return ``value`` as int64 after checking its event shape.
-
-    :param distribution: the distribution that scores it.
-    :param value: candidate value.
-    :raises ValueError: if the event dimensions or the batch dimensions do not fit.
-    """
+    """Return ``value`` as int64 after checking its event shape."""
     event = tuple(distribution.event_shape)
     if value.ndim < len(event) or tuple(value.shape[value.ndim - len(event) :]) != event:
         raise ValueError(
@@ -47,23 +37,20 @@ def check_value(distribution: TorchDistribution, value: Tensor) -> Tensor:
 
 
 def enumerated(
-    distribution: TorchDistribution, num_states: int, expand: bool, limit: int
+    distribution: TorchDistribution,
+    num_states: int,
+    expand: bool,
+    limit: int,
+    device: torch.device,
 ) -> Tensor:
-    """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it.
-
-    :param distribution: the distribution whose support it is.
-    :param num_states: number of states of each entry.
-    :param expand: whether to expand over the batch shape.
-    :param limit: largest number of values to build.
-    :raises NotImplementedError: if the support is larger.
-    """
+    """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it."""
     entries = distribution.event_shape.numel()
     if num_states**entries > limit:
         raise NotImplementedError(
             f"{type(distribution).__name__}: the support has {num_states}**{entries} values, "
             f"more than max_enumerate = {limit}; use sampling-based inference."
         )
-    grid = torch.cartesian_prod(*[torch.arange(num_states)] * entries)
+    grid = torch.cartesian_prod(*[torch.arange(num_states, device=device)] * entries)
     batch = distribution.batch_shape
     values = grid.reshape(-1, *[1] * len(batch), *distribution.event_shape)
     return values.expand(-1, *batch, *distribution.event_shape) if expand else values

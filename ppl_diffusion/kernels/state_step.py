@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.shapes import check_expand, check_value
+from ppl_diffusion.kernels.shapes import check_value
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.processes.noise import draw_categorical
 
@@ -49,11 +47,6 @@ class StateStep(StepDistribution):
         self.fixed = None if fixed is None else fixed.expand(*batch, length)
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
 
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether the table depends on a tensor that requires a gradient."""
-        return self.log_probs.requires_grad
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of a next state.
 
@@ -79,36 +72,6 @@ class StateStep(StepDistribution):
         return torch.where(self.fixed[..., None], here.log(), self.log_probs)
 
     def draw(self, u_token: Tensor) -> Tensor:  # type: ignore[override]
-        """Turn uniforms into next states; the same uniforms give the same states.
-
-        :param u_token: numbers in ``[0, 1)``, ``(*sample, *batch, L)``.
-        """
+        """Turn uniforms into next states; the same uniforms give the same states."""
         drawn = draw_categorical(self.log_probs.expand(*u_token.shape, -1), u_token)
         return drawn if self.fixed is None else torch.where(self.fixed, self.tokens, drawn)
-
-    def expand(self, batch_shape: Sequence[int], _instance: StateStep | None = None) -> StateStep:
-        """Return the same distribution with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
-        new = self._get_checked_instance(StateStep, _instance)
-        shape = check_expand(self.batch_shape, batch_shape)
-        new.num_states = self.num_states
-        new.log_probs = self.log_probs.expand(*shape, -1, -1)
-        new.tokens = self.tokens.expand(*shape, -1)
-        new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
-        super(StateStep, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @classmethod
-    def infer_shapes(
-        cls, log_probs: Sequence[int] = (), tokens: Sequence[int] = (), fixed: object = ()
-    ) -> tuple[torch.Size, torch.Size]:
-        """Return ``(batch_shape, event_shape)`` from the shapes of the arguments.
-
-        :param log_probs: shape of ``log_probs``.
-        :param tokens: shape of ``tokens``.
-        """
-        batch = torch.broadcast_shapes(tuple(tokens)[:-1], tuple(log_probs)[:-2])
-        return torch.Size(batch), torch.Size(tuple(tokens)[-1:])

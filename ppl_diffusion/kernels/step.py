@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_diffusion.denoisers.prediction import DensePrediction, Prediction
-from ppl_diffusion.kernels.shapes import enumerated
+from ppl_diffusion.kernels.shapes import check_expand, enumerated
 from ppl_diffusion.processes.noise import uniforms
 
 MAX_ENUMERATE = 2**16
@@ -59,8 +61,6 @@ class StepDistribution(TorchDistribution):
     ) -> Tensor:
         """Draw next states.
 
-        :param sample_shape: leading dimensions.
-        :param generator: source of randomness (the global one by default).
         :returns: int64 ``(*sample_shape, *batch, L)``.
         """
         shape = (self.num_uniforms, *sample_shape, *self.batch_shape, *self.event_shape)
@@ -72,7 +72,32 @@ class StepDistribution(TorchDistribution):
     @property
     def wants_gradient(self) -> bool:
         """Whether the prediction behind this step depends on a tensor that requires a gradient."""
-        return False
+        law = getattr(self, "prediction", getattr(self, "log_probs", None))
+        return bool(getattr(law, "requires_grad", False))
+
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        """Return the same distribution with larger batch dimensions."""
+        new: Self = self._get_checked_instance(type(self), _instance)
+        shape, old = check_expand(self.batch_shape, batch_shape), len(self.batch_shape)
+        # Every tensor of a step begins with the batch; the rest belongs to all rows alike.
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = value.expand(*shape, *value.shape[old:])
+            elif isinstance(value, Prediction):
+                value = value.expand(shape)
+            new.__dict__[name] = value
+        super(StepDistribution, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @classmethod
+    def infer_shapes(cls, *args: Any, **kwargs: Any) -> tuple[torch.Size, torch.Size]:
+        """Return ``(batch_shape, event_shape)`` from the shapes of the constructor's arguments."""
+        # By position too where the constructor wants names: Pyro passes shapes in their order.
+        named = dict(zip(signature(cls).parameters, args, strict=False)) | kwargs
+        tokens, log_probs = (tuple(named.get(name, ())) for name in ("tokens", "log_probs"))
+        batch = broadcast_shape(tokens[:-1], log_probs[:-2])
+        return torch.Size(batch), torch.Size(tokens[-1:])
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all sequences of states, ``(S ** L, *batch, L)``.
@@ -80,15 +105,11 @@ class StepDistribution(TorchDistribution):
         :param expand: whether to expand the batch dimensions (size one otherwise).
         :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
         """
-        return enumerated(self, self.num_states, expand, MAX_ENUMERATE)
+        return enumerated(self, self.num_states, expand, MAX_ENUMERATE, self.tokens.device)
 
 
 def check_states(step: StepDistribution) -> None:
-    """Refuse current states that are none.
-
-    :param step: the distribution of the next state.
-    :raises ValueError: if a token is not one of its states.
-    """
+    """Refuse current states that are none."""
     tokens = step.tokens
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < step.num_states:
         raise ValueError(
@@ -98,12 +119,7 @@ def check_states(step: StepDistribution) -> None:
 
 
 def check_normalised(step: StepDistribution, prediction: Prediction) -> None:
-    """Refuse a table of predictions whose rows are no distributions.
-
-    :param step: the step made from them, for the message.
-    :param prediction: what the denoiser said.
-    :raises ValueError: if a row of a table is NaN or does not sum to one within 1e-3.
-    """
+    """Refuse a table of predictions whose rows are no distributions."""
     if not isinstance(prediction, DensePrediction) or prediction.log_probs.numel() == 0:
         return
     total = prediction.log_probs.detach().to(torch.float64).exp().sum(-1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from pyro.distributions.util import broadcast_shape
@@ -12,7 +10,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction, as_prediction
 from ppl_diffusion.kernels._sparse import sparse_draw, sparse_log_prob
 from ppl_diffusion.kernels.kappa_rules import kappa_room
-from ppl_diffusion.kernels.shapes import check_expand, check_value
+from ppl_diffusion.kernels.shapes import check_value
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.mixture import mixture_log_prob, mixture_sample, site_weights
@@ -73,7 +71,7 @@ class TokenStep(StepDistribution):
             check_normalised(self, self.prediction)
 
     def _check_kappa(self) -> None:
-        lowest, highest = (f(torch.as_tensor(self.kappa)).item() for f in (torch.min, torch.max))
+        lowest, highest = (f(self._kappa).item() for f in (torch.min, torch.max))
         room = kappa_room(self.process, np.array([self.alpha_t, self.alpha_s]))[0]
         if not (min(room, 0.0) - 1e-12 <= lowest and highest <= 1):
             raise ValueError(
@@ -87,14 +85,9 @@ class TokenStep(StepDistribution):
         return self.prediction.dense()
 
     @property
-    def wants_gradient(self) -> bool:
-        """Whether the prediction depends on a tensor that requires a gradient."""
-        return self.prediction.requires_grad
-
-    @property
     def corrects(self) -> bool:
         """Whether some site may be noised again (``kappa < 1``)."""
-        return bool(torch.any(torch.as_tensor(self.kappa) < 1))
+        return bool(torch.any(self._kappa < 1))
 
     @property
     def detours(self) -> bool:
@@ -103,9 +96,8 @@ class TokenStep(StepDistribution):
         With ``kappa < 1`` and a prior with zeros a wrong token may be revealed and masked again
         later; with ``kappa < 0`` a known token may forbid staying where the model may stay.
         """
-        kappa = torch.as_tensor(self.kappa)
         holes = bool((self.process.prior == 0).any())
-        return bool(torch.any(kappa < (1 if holes else 0)))
+        return bool(torch.any(self._kappa < (1 if holes else 0)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of a next state.
@@ -129,11 +121,7 @@ class TokenStep(StepDistribution):
         return site.sum(-1)
 
     def draw(self, u_move: Tensor, u_token: Tensor) -> Tensor:  # type: ignore[override]
-        """Turn uniforms into next states; the same uniforms give the same states.
-
-        :param u_move: numbers in ``[0, 1)``, ``(*sample, *batch, L)``: which of the three moves.
-        :param u_token: likewise: which token.
-        """
+        """Turn uniforms into next states; the same uniforms give the same states."""
         tokens, (a, b, kappa) = self.tokens.expand_as(u_move), self._levels
         if self._sparse:
             prediction = self.prediction.expand(u_move.shape[:-1])
@@ -144,13 +132,18 @@ class TokenStep(StepDistribution):
         return moved if self.fixed is None else torch.where(self.fixed, tokens, moved)
 
     @property
+    def _kappa(self) -> Tensor:
+        # A number stays on the host: asking about it must not wait for an accelerator.
+        return torch.as_tensor(self.kappa, device=getattr(self.kappa, "device", "cpu"))
+
+    @property
     def _levels(self) -> tuple[float, float, float | Tensor]:
         return self.alpha_t, self.alpha_s, self.kappa
 
     @property
     def _sparse(self) -> bool:
         # Below zero "stay" can be a negative weight, which only the table of a site can take.
-        table = not self.process.absorbing and bool(torch.any(torch.as_tensor(self.kappa) < 0))
+        table = not self.process.absorbing and bool(torch.any(self._kappa < 0))
         # A prior over tokens and something else needs c of both; the table knows how.
         pure = self.process.absorbing or self.num_states == self.process.vocab_size
         return isinstance(self.prediction, HeadPrediction) and pure and not table
@@ -181,39 +174,3 @@ class TokenStep(StepDistribution):
             table = torch.where(self.fixed[..., None], here.to(table.dtype), table)
         possible = table > 0  # log 0 must not send NaN backwards
         return torch.where(possible, torch.where(possible, table, 1.0).log(), -torch.inf)
-
-    def expand(self, batch_shape: Sequence[int], _instance: TokenStep | None = None) -> TokenStep:
-        """Return the same distribution with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
-        new = self._get_checked_instance(TokenStep, _instance)
-        shape = check_expand(self.batch_shape, batch_shape)
-        new.process, new.num_states = self.process, self.num_states
-        new.kappa = self.kappa.expand(*shape, -1) if isinstance(self.kappa, Tensor) else self.kappa
-        new.alpha_t, new.alpha_s = self.alpha_t, self.alpha_s
-        new.tokens = self.tokens.expand(*shape, -1)
-        new.prediction = self.prediction.expand(shape)
-        new.fixed = None if self.fixed is None else self.fixed.expand(*shape, -1)
-        super(TokenStep, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @classmethod
-    def infer_shapes(
-        cls,
-        process: object = (),
-        tokens: Sequence[int] = (),
-        log_probs: Sequence[int] = (),
-        alpha_t: object = (),
-        alpha_s: object = (),
-        kappa: object = (),
-        fixed: object = (),
-    ) -> tuple[torch.Size, torch.Size]:
-        """Return ``(batch_shape, event_shape)`` from the shapes of the arguments.
-
-        :param tokens: shape of ``tokens``.
-        :param log_probs: shape of ``log_probs``.
-        """
-        batch = broadcast_shape(tuple(tokens)[:-1], tuple(log_probs)[:-2])
-        return torch.Size(batch), torch.Size(tuple(tokens)[-1:])

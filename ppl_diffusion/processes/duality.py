@@ -232,7 +232,6 @@ def special_functions(xp: ModuleType) -> Any:
 def require_two_tokens(vocab_size: int) -> int:
     """Return ``V - 1``, the number of tokens besides the clean one.
 
-    :param vocab_size: number ``V`` of tokens.
     :raises ValueError: if it is less than two: a uniform process has then nothing to do.
     """
     if whole_number(vocab_size, "vocab_size") < 2:

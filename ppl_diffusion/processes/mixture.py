@@ -75,7 +75,6 @@ def site_weights(
 ) -> tuple[Array, Array, Array]:
     """Return :func:`three_way` for every site of a state.
 
-    :param process: forward process.
     :param z: current states, shape ``(..., L)``.
     :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
     :param a: ``alpha(t)``, broadcastable to ``(..., L)``.
@@ -109,7 +108,6 @@ def gather_clean(log_c: Array, z: Array, vocab_size: int) -> Array:
 
     :param log_c: log-probabilities over clean tokens, shape ``(..., V)``.
     :param z: state ids, shape ``(...)``.
-    :param vocab_size: number of clean tokens ``V``.
     :returns: float64, shape ``(...)``.
     """
     xp = array_namespace(log_c)
@@ -124,7 +122,6 @@ def mixture_log_prob(
 ) -> Array:
     """Return ``log p(z_s = j | z_t = z)`` per site.
 
-    :param process: forward process.
     :param z: current states, shape ``(..., L)``.
     :param j: next states, shape ``(..., L)``.
     :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
@@ -162,7 +159,6 @@ def mixture_sample(
     Where a negative ``kappa`` makes ``w_stay`` negative there are no three moves to choose from;
     those sites (of non-absorbing processes only) are drawn from the whole row, at ``O(V)`` each.
 
-    :param process: forward process.
     :param z: current states, shape ``(..., L)``.
     :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
     :param a: ``alpha(t)``, broadcastable to ``(..., L)``.
@@ -232,7 +228,6 @@ def _log_site_law(
 def log_posterior_mean(process: Process, z: Array, log_c: Array, a: Array) -> Array:
     """Return ``log p(x0 | z_t = z)`` per site: the bridge taken all the way to ``s = 0``.
 
-    :param process: forward process.
     :param z: current states, shape ``(..., L)``.
     :param log_c: cavity log-probabilities, shape ``(..., L, V)``.
     :param a: ``alpha(t)``.
@@ -256,7 +251,6 @@ def posterior_to_cavity(process: Process, z: Array, log_g: Array, a: float) -> A
     inverse of the Bayes update with that site's own evidence. Revealed tokens of the absorbing
     process (``pi_z = 0``) are left alone: no kernel reads them.
 
-    :param process: forward process.
     :param z: current states, shape ``(..., L)``.
     :param log_g: posterior log-probabilities, shape ``(..., L, V)``.
     :param a: ``alpha(t)``; 1 (no noise) leaves everything alone.

@@ -21,7 +21,6 @@ def nelbo_terms(process: Process, x0: Array, z: Array, log_c: Array, t: Array) -
     The mean over ``t ~ U(0, 1)`` and ``z ~ q_t(. | x0)`` of the sum over positions bounds
     ``-log p(x0)`` from above. Every term is non-negative.
 
-    :param process: forward process.
     :param x0: clean tokens, shape ``(*batch, L)``.
     :param z: noised states, shape ``(*batch, L)``.
     :param log_c: cavity log-probabilities at ``(z, t)``, shape ``(*batch, L, V)``.
@@ -70,7 +69,6 @@ def step_kl(
     Summed over the steps of a chain and averaged over ``z_t ~ q_t(. | x0)`` it is the negative
     ELBO of that chain (for any ``kappa``: Psi-posteriors preserve the marginals ``q_t``).
 
-    :param process: forward process.
     :param x0: clean tokens, shape ``(*batch, L)``.
     :param z: current states, shape ``(*batch, L)``.
     :param log_c: cavity log-probabilities at ``z``, shape ``(*batch, L, V)``.

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from array_api_compat import is_torch_array
 
-from ppl_diffusion.arrays import Array, array_namespace, float64_of, int64_of, to_float64
+from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, int64_of, to_float64
 
 BLOCK = 256
 """Classes per block of the two-level search; smaller vocabularies are searched at once."""
@@ -45,10 +45,12 @@ def uniforms(
     """Return float64 uniforms on ``[0, 1)`` with resolution ``2^-53``.
 
     :param shape: shape of the result.
-    :param generator: source of randomness (the global one by default).
-    :param device: where to put them.
+    :param device: where to put them. A generator of another device draws there, and the numbers
+        are moved: a seed means the same everywhere.
     """
-    return torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device=device)
+    source = device if generator is None else generator.device
+    drawn = torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device=source)
+    return drawn if device is None else drawn.to(device)
 
 
 def jax_uniforms(key: Array, shape: Sequence[int]) -> Array:
@@ -106,7 +108,7 @@ def _invert(weights: Array, u: Array) -> Array:
     index = xp.sum(xp.astype(passed, int64_of(xp)), axis=-1)
     # Parallel sums are not monotone to the last bit, and u * total may round up to the total:
     # the class with mass at or before that index is the one.
-    classes = xp.arange(weights.shape[-1])
+    classes = xp.arange(weights.shape[-1], device=device_of(weights))
     reached = (classes <= index[..., None]) & (weights > 0)
     return xp.max(xp.where(reached, classes, 0), axis=-1)
 
@@ -186,12 +188,7 @@ def _draw_chunk(p: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _search(
     p: torch.Tensor, point: torch.Tensor, *, relative: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums.
-
-    :param p: weights, ``(*rows, n)``.
-    :param point: where the draws fall, ``(*rows, draws)``.
-    :param relative: whether points are fractions of the total, or sums themselves.
-    """
+    """Return the class of every draw, ``(*rows, draws)``, and the cumulative sums."""
     cdf = p.cumsum(-1, dtype=torch.float64)
     total = cdf[..., -1:]
     target = point * total if relative else point

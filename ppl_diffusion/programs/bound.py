@@ -94,8 +94,8 @@ class Bound:
         total = len(self.groups)
         for mover in self.movers.values():
             if mover.kernel.num_steps == total:
-                return torch.as_tensor(mover.kernel.times)
-        return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+                return torch.as_tensor(mover.kernel.times, device="cpu")
+        return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64, device="cpu")
 
     def at(self, shape: tuple[int, int]) -> Bound:
         """Return the same run with other numbers of runs and particles; all else is shared.
@@ -107,9 +107,15 @@ class Bound:
         return other
 
     @property
+    def device(self) -> torch.device:
+        """Where the particles live: where the network of the first chain does."""
+        device: torch.device = next(iter(self.movers.values())).kernel.device
+        return device
+
+    @property
     def zeros(self) -> Tensor:
         """A zero for every particle, float64 ``(R, N)``."""
-        return torch.zeros(self.shape, dtype=torch.float64)
+        return torch.zeros(self.shape, dtype=torch.float64, device=self.device)
 
     @property
     def needs_program(self) -> bool:
@@ -127,9 +133,7 @@ class Bound:
         """
         chain = self.sites[name].chain
         own = chain.given if given is None else given
-        known = ReverseChain(
-            self.movers[name].kernel, chain.length, prompt=chain.prompt, given=own
-        )
+        known = ReverseChain(self.movers[name].kernel, chain.length, prompt=chain.prompt, given=own)
         return known if given is not None else known.expand(chain.batch_shape)
 
     # Opening: what is drawn before a chain can start.
@@ -248,7 +252,9 @@ class Bound:
 
     # Looking ahead.
 
-    def guess(self, state: State, generator: Any, fill: FillTwist | None = None) -> dict[str, Tensor]:
+    def guess(
+        self, state: State, generator: Any, fill: FillTwist | None = None
+    ) -> dict[str, Tensor]:
         """Return completions of every site that has begun, ``(R, N, F, *plates, L)``.
 
         :param state: the states.
@@ -304,7 +310,8 @@ class Bound:
             tokens: Tensor = state["sites"][name]["tokens"]
             return tokens
         chain = self.sites[name].chain
-        return torch.zeros((*self.shape, *chain.batch_shape, chain.length), dtype=torch.uint8)
+        shape = (*self.shape, *chain.batch_shape, chain.length)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     def own_paths(self, state: State, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the path of every chain, its own steps alone, ``(R, N, *plates, T + 1, L)``.
@@ -314,7 +321,9 @@ class Bound:
         """
         found = {}
         for name, path in recorded.items():
-            own = [g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)]
+            own = [
+                g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)
+            ]
             first = state["noisiest"][name].to(path.dtype)
             found[name] = torch.cat([first[..., None, :], path[..., own, :]], -2)
         return found
@@ -340,10 +349,14 @@ def chain_mover(
     :param proposal: how particles move; None is the chain itself.
     :param max_rows: largest number of rows sent to the network at once.
     """
-    return FeynmanKac(site.chain, _no_potential, twist=fill, proposal=proposal).bind(
+    return FeynmanKac(site.chain, no_potential, twist=fill, proposal=proposal).bind(
         max_rows=max_rows
     )
 
 
-def _no_potential(x0: Tensor) -> Tensor:
+def no_potential(x0: Tensor) -> Tensor:
+    """Return zeros: movers of sites have nothing to weigh.
+
+    :param x0: int64 ``(*batch, L)``.
+    """
     return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)

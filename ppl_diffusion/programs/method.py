@@ -1,8 +1,8 @@
 """What a method of inference is: how particles move, how they look ahead, and what pays for it.
 
 A method is a small frozen object whose fields are its options. Particles, runs, resampler, rows and
-seed belong to the runner (:class:`ppl_diffusion.inference.SMC`), which calls the hooks below. To add
-one, subclass :class:`Method`, override what differs, and register it::
+seed belong to the runner (:class:`ppl_diffusion.inference.SMC`), which calls the hooks below. To
+add one, subclass :class:`Method`, override what differs, and register it::
 
     @register
     @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class Method(ABC):
     :cvar exact: whether its weights are exact for the law it declares, as it comes.
     :cvar needs: what it cannot do without.
     :cvar ess_threshold: share of the particles below which it resamples, if nothing else is said.
-    :cvar cache: ask a potential once per distinct sequence.
     :cvar holds_clamps: whether its particles hold clamped tokens; elsewhere a clamp is a hard
         constraint at the end: exact, and costly.
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
@@ -76,7 +75,6 @@ class Method(ABC):
     exact: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs()
     ess_threshold: ClassVar[float] = 0.5
-    cache: ClassVar[bool] = True
     holds_clamps: ClassVar[bool] = True
     keeps_paths: ClassVar[bool] = False
 
@@ -87,7 +85,7 @@ class Method(ABC):
         :param potential: ``log G``.
         """
         assert potential is not None
-        return ChainSource(model, potential, cache=self.cache)
+        return ChainSource(model, potential, cache=getattr(self, "cache", True))
 
     @property
     def fill(self) -> FillTwist:
@@ -112,7 +110,9 @@ class Method(ABC):
         """
         return resampler, ess_threshold
 
-    def prepare(self, run: Bound, resampler: Resampler, ess_threshold: float) -> None:
+    def prepare(  # noqa: B027 (most methods have nothing to prepare)
+        self, run: Bound, resampler: Resampler, ess_threshold: float
+    ) -> None:
         """Look at the run before it starts.
 
         :param run: the run.
@@ -241,8 +241,8 @@ class Method(ABC):
             kernel = site.chain.kernel
             if needs.density and kernel.capability == SAMPLE_ONLY:
                 raise CapabilityError(
-                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} is "
-                    f"{SAMPLE_ONLY}; use SMC without one."
+                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} "
+                    f"is {SAMPLE_ONLY}; use SMC without one."
                 )
             if needs.own_moves and site.twist is not None:
                 raise CapabilityError(
@@ -288,7 +288,9 @@ def can_hold(site: ChainSite) -> bool:
     if site.clamp is None:
         return False
     if isinstance(kernel, InterpolatingKernel):
-        return kernel.ancestral or bool((kernel.process.prior > 0).all() and kernel.kappa.min() >= 0)
+        return kernel.ancestral or bool(
+            (kernel.process.prior > 0).all() and kernel.kappa.min() >= 0
+        )
     return isinstance(kernel, OrderedKernel) or kernel.capability == ORDERED
 
 
@@ -320,7 +322,9 @@ def register(cls: AnyMethod) -> AnyMethod:
     """
     known = METHODS.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"the method name {cls.name!r} is taken by {known.__name__}; choose another.")
+        raise ValueError(
+            f"the method name {cls.name!r} is taken by {known.__name__}; choose another."
+        )
     METHODS[cls.name] = cls
     return cls
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
-from ppl_diffusion.programs.reading import Place, Program, ProgramRun
+from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.run import ProgramRun
 from ppl_diffusion.programs.sites import ChainSite
+from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.rows import RowTable, distinct_rows
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
 from ppl_diffusion.smc.law import Law, Tilt
@@ -108,7 +110,9 @@ class ChainSource(Source):
     :param cache: ask the potential once per distinct sequence.
     """
 
-    def __init__(self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True) -> None:
+    def __init__(
+        self, chain: ReverseChain, potential: PotentialLike, *, cache: bool = True
+    ) -> None:
         self.chains = [ChainSite("x", chain)]
         self.given = as_potential(potential)
         self.potential = (EvaluatedPotential if cache else UncachedPotential)(self.given)
@@ -116,7 +120,7 @@ class ChainSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)``."""
-        return Law((self.chains[0].base,), (Tilt(self.given.name),))
+        return Law.tilted([self.chains[0].base], [Tilt(self.given.name)])
 
     @property
     def num_calls(self) -> int:
@@ -181,9 +185,8 @@ class ProgramSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)`` with everything the program scores as ``log G``."""
-        chains = tuple(site.base for site in self.chains)
-        latents = tuple(self.program.latents)
-        return Law(chains, (Tilt(f"the program {self.program.name}"),), latents)
+        chains = [site.base for site in self.chains]
+        return Law.tilted(chains, [Tilt(f"the program {self.program.name}")], self.program.latents)
 
     @property
     def num_calls(self) -> int:
@@ -243,15 +246,11 @@ class ProgramSource(Source):
         latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
         x0 = {s.name: state["sites"][s.name]["tokens"].flatten(0, 1) for s in self.chains}
         whole = paths is not None and bool(program.reads | program.shows)
-        if whole:
-            assert paths is not None
-            rows = {name: path.flatten(0, 1) for name, path in paths.items()}
-        else:
-            rows = {site.name: site.as_path(x0[site.name]) for site in self.chains}
         first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
-        known = {name: value[first] for name, value in (rows | latents).items()}
-        chunks = torch.arange(len(first)).split(MAX_ROWS)
-        parts = [self._finished(known, part, first[part], state) for part in chunks]
+        chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
+        known = {name: value[first] for name, value in (chains | latents).items()}
+        chunks = torch.arange(len(first), device=first.device).split(MAX_ROWS)
+        parts = [self._finished(known, part, first[part], state, whole) for part in chunks]
         log_g = torch.cat([value for value, _ in parts])[inverse]
         names = [n for n in parts[0][1] if all(n in values for _, values in parts)]
         values = {n: torch.cat([v[n] for _, v in parts])[inverse] for n in names}
@@ -262,9 +261,10 @@ class ProgramSource(Source):
         return log_g, kept
 
     def _finished(
-        self, known: Mapping[str, Tensor], part: Tensor, rows: Tensor, state: State
+        self, known: Mapping[str, Tensor], part: Tensor, rows: Tensor, state: State, whole: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        run = self.program.evaluate({n: v[part] for n, v in known.items()}, len(part))
+        given = {name: value[part] for name, value in known.items()}
+        run = self.program.evaluate(given if whole else self._as_paths(given), len(part))
         self._require_same_conditions(run, rows, state)
         log_g = run.log_density(list(state["latents"]))
         return log_g, run.samples(leave_out=self.program.chain_names)
@@ -295,7 +295,8 @@ class ProgramSource(Source):
 
     def _held(self, fills: Fills) -> tuple[dict[str, Tensor], Tensor | float]:
         """Return guesses with clamped tokens held, or what those cost that do not hold them."""
-        held, penalty = dict(fills), 0.0
+        held: dict[str, Tensor] = dict(fills)
+        penalty: Tensor | float = 0.0
         for site in self.chains:
             clamp = site.clamp
             if clamp is None or site.name not in held:
@@ -313,7 +314,8 @@ class ProgramSource(Source):
         for name, surrogate in self._surrogates.items():
             value = surrogate.lookahead(fills[name])  # (R, N, F, *plates)
             total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
-        return torch.as_tensor(total)
+        assert isinstance(total, Tensor)
+        return total
 
     def _guessed(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, last: bool
@@ -323,14 +325,13 @@ class ProgramSource(Source):
         drawn = len(latents) < len(self.program.latents) or len(rows) < len(self.chains)
         first, inverse = self._distinct(rows, latents, keep_all=drawn)
         keys = None if drawn or last else self._keys(rows, latents)[first]
-        values = torch.empty(len(first), dtype=torch.float64)
-        new = torch.ones(len(first), dtype=torch.bool)
+        values = torch.empty(len(first), dtype=torch.float64, device=first.device)
+        new = torch.ones(len(first), dtype=torch.bool, device=first.device)
         if keys is not None and self._memory is not None:
             index = self._memory.find(keys)
             values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
         asked = first[new]
-        known = {site.name: site.as_path(rows[site.name]) for site in self.chains if site.name in rows}
-        known |= latents
+        known = {**rows, **latents}
         if len(asked):
             parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]
             values[new] = torch.cat(parts)
@@ -342,15 +343,21 @@ class ProgramSource(Source):
     def _ask(
         self, known: Mapping[str, Tensor], part: Tensor, latents: Mapping[str, Tensor], last: bool
     ) -> Tensor:
-        given = {name: value[part] for name, value in known.items()}
+        given = self._as_paths({name: value[part] for name, value in known.items()})
         run = self.program.evaluate(given, len(part), self.place)
         return run.log_density(list(latents), lookahead=not last)
+
+    def _as_paths(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Repeat clean sequences as if each were a whole path, without a copy."""
+        paths = {s.name: s.as_path(values[s.name]) for s in self.chains if s.name in values}
+        return {**values, **paths}
 
     def _distinct(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool
     ) -> tuple[Tensor, Tensor]:
         if keep_all:
-            every = torch.arange(len(next(iter(rows.values()))))
+            tokens = next(iter(rows.values()))
+            every = torch.arange(len(tokens), device=tokens.device)
             return every, every
         return distinct_rows(self._keys(rows, latents))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import SAMPLE_ONLY
+from ppl_diffusion.kernels.base import Value, tokens_of
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
@@ -41,8 +41,8 @@ from ppl_diffusion.smc.resampling import Multinomial, Resampler
 from ppl_diffusion.smc.twists import Carry
 
 _CONDITIONAL = (
-    "conditional on a retained path, so that the weights are exact only where that path is a draw of "
-    "this law, and log_evidence is then an upper bound on average"
+    "conditional on a retained path, so that the weights are exact only where that path is a draw "
+    "of this law, and log_evidence is then an upper bound on average"
 )
 
 
@@ -317,7 +317,7 @@ class _HeldStep(StepDistribution):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return _hold(draw_step(self.inner, generator), self.held)
+        return _hold(tokens_of(draw_step(self.inner, generator)), self.held)
 
     def draw(self, *noise: Tensor) -> Tensor:
         drawn: Tensor = self.inner.draw(*noise)
@@ -349,8 +349,8 @@ class _RetainedKernel(KernelProposal):
     def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
         return _HeldStep(super().__call__(step, carry, k), self.path[..., k + 1, :])
 
-    def advance(self, carry: Carry, tokens: Tensor, k: int, step: TorchDistribution) -> Carry:
-        return super().advance(carry, tokens, k, step.inner)
+    def advance(self, carry: Carry, value: Value, k: int, step: TorchDistribution) -> Carry:
+        return super().advance(carry, value, k, step.inner)
 
 
 def _hold(tokens: Tensor, held: Tensor) -> Tensor:
@@ -370,10 +370,10 @@ def _require(fine: Tensor, what: str) -> None:
 
 def _check_paths(model: FeynmanKac, retained: Tensor) -> Tensor:
     chain = model.chain
-    if chain.kernel.capability == SAMPLE_ONLY:
+    if not chain.kernel.has_path_density:
         raise CapabilityError(
             f"conditional SMC holds a path that is scored step by step, but this kernel is "
-            f"{SAMPLE_ONLY}; use a kernel with a density."
+            f"{chain.kernel.claim}; use a kernel with a density."
         )
     expected = (*chain.batch_shape, *chain.event_shape)
     if tuple(retained.shape[1:]) != expected or not len(retained):

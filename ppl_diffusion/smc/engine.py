@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
 from ppl_diffusion.smc.posterior import ParticlePosterior
@@ -95,9 +96,9 @@ def run_smc(
         "num_steps": fk.num_steps,
     }
     tokens = trace.carry["tokens"]
-    return ParticlePosterior(
+    posterior = ParticlePosterior(
         x0=tokens,
-        times=torch.as_tensor(fk.chain.kernel.times),
+        times=torch.as_tensor(fk.chain.kernel.times, device="cpu"),
         samples={"x0": tokens},
         num_evaluations=bound.num_evaluations,
         num_potential_calls=bound.num_potential_calls,
@@ -106,6 +107,7 @@ def run_smc(
         seconds=time.perf_counter() - started,
         **trace.posterior_fields(),
     )
+    return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
 @dataclass
@@ -186,11 +188,12 @@ def smc_loop(
     """
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)
-    parents = identity = torch.arange(num_particles).expand(shape)
     carry = engine.init(num_runs, num_particles, generator)
+    device = _device(carry)
+    parents = identity = torch.arange(num_particles, device=device).expand(shape)
     twist = engine.log_twist(carry, 0, generator)
-    twist = torch.zeros(shape, dtype=torch.float64) if twist is None else twist
-    weights, log_z = Weights(twist.clone()), torch.zeros(num_runs, dtype=torch.float64)
+    twist = torch.zeros(shape, dtype=torch.float64, device=device) if twist is None else twist
+    weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
     log = _Log(record, carry)
     for k in range(num_steps):
         carry, log_ratio = engine.move(carry, k, generator)
@@ -274,11 +277,21 @@ def _paths(history: list[dict[str, Tensor]], ancestors: Tensor) -> dict[str, Ten
     return {name: trace_back([kept[name] for kept in history], ancestors) for name in names}
 
 
+def _device(carry: Carry) -> torch.device:
+    """Return where the particles are; a carry may be a dict of dicts."""
+    parts = list(carry.values())
+    for part in parts:  # grows by what is inside
+        if isinstance(part, Tensor):
+            return part.device
+        parts += part.values() if isinstance(part, dict) else []
+    return torch.device("cpu")
+
+
 def _resample(resampler: Resampler, weights: Weights, generator: torch.Generator | None) -> Tensor:
     runs = weights.log.shape[:-1]
     shape = (*runs, resampler.num_uniforms(weights.num_particles))
-    uniforms = torch.rand(shape, dtype=torch.float64, generator=generator)
-    return resampler(uniforms, weights.log)
+    noise = uniforms(shape, generator=generator, device=weights.log.device)
+    return resampler(noise, weights.log)
 
 
 def _compact(tokens: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel, check_given
+from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel, Value, check_given
+from ppl_diffusion.kernels.block_step import BlockStep
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
@@ -122,7 +123,7 @@ class FeynmanKac:
     @property
     def law(self) -> Law:
         """What weighted particles are exact for."""
-        return Law((Base.of(self.chain),), (Tilt(self.potential.name),))
+        return Law.tilted([Base.of(self.chain)], [Tilt(self.potential.name)])
 
     @property
     def target(self) -> str:
@@ -162,10 +163,10 @@ class BoundFeynmanKac:
 
     def __post_init__(self) -> None:
         kernel = self.model.chain.kernel
-        if self.track_log_prob and kernel.capability == SAMPLE_ONLY:
+        if self.track_log_prob and not kernel.has_path_density:
             raise CapabilityError(
                 f"the density of paths is needed here, but {type(kernel).__name__} is "
-                f"{SAMPLE_ONLY}; use a kernel with a density, or run_smc on the bare chain."
+                f"{kernel.claim}; use a kernel with a density, or run_smc on the bare chain."
             )
         self.denoiser = EvaluatedDenoiser(kernel.denoiser, max_rows=self.max_rows)
         self._kernel = kernel.with_denoiser(self.denoiser)
@@ -224,7 +225,8 @@ class BoundFeynmanKac:
         )
         if isinstance(twist, FillTwist):
             noise = twist.init((*batch, chain.length), generator)
-            carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
+            if noise is not None:
+                carry[FILL_UNIFORMS] = noise.to(carry["tokens"].device)
         if isinstance(self._proposal, KernelProposal):
             carry = {**carry, **self._proposal.start(carry["tokens"], given)}
         if self.track_log_prob:
@@ -239,18 +241,18 @@ class BoundFeynmanKac:
         """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
-        tokens = draw_step(proposal, generator)
-        moved = self._kernel.advance(carry, tokens, k, step=step)
+        value = draw_step(proposal, generator)
+        moved = self._kernel.advance(carry, value, k, step=step)
         if isinstance(self._proposal, KernelProposal):
-            moved = {**moved, **self._proposal.advance(carry, tokens, k, proposal)}
+            moved = {**moved, **self._proposal.advance(carry, value, k, proposal)}
         if proposal is step and not self.track_log_prob:
             return moved, 0.0
-        log_p = per_particle(step.log_prob(tokens))
+        log_p = per_particle(step.log_prob(value))
         if self.track_log_prob:
             moved[LOG_PROB] = carry[LOG_PROB] + log_p
         if proposal is step:
             return moved, 0.0
-        return moved, log_p - per_particle(proposal.log_prob(tokens))
+        return moved, log_p - per_particle(proposal.log_prob(value))
 
     def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
         """Return ``log h_k``, ``(R, N)``: the potential at ``T``, None where not evaluated."""
@@ -301,8 +303,8 @@ class KernelProposal:
             )
         return own
 
-    def advance(self, carry: Carry, tokens: Tensor, k: int, step: TorchDistribution) -> Carry:
-        return self._inside(self.kernel.advance(self._own(carry), tokens, k, step=step))
+    def advance(self, carry: Carry, value: Value, k: int, step: TorchDistribution) -> Carry:
+        return self._inside(self.kernel.advance(self._own(carry), value, k, step=step))
 
     def _own(self, carry: Carry) -> Carry:
         size = len(self.PREFIX)
@@ -346,8 +348,8 @@ class EvaluatedPotential:
         first, inverse = distinct_rows(rows)
         unique = rows[first]
         table = self._memory.get(final)
-        index = torch.full((len(unique),), -1) if table is None else table.find(unique)
-        values = torch.empty(len(unique), dtype=torch.float64)
+        index = torch.full_like(first, -1) if table is None else table.find(unique)
+        values = torch.empty(len(unique), dtype=torch.float64, device=unique.device)
         new = index < 0
         if table is not None:
             values[~new] = table.values[index[~new]]
@@ -396,8 +398,9 @@ def take_particles(value: Any, ancestors: Tensor) -> Any:
     return value[runs, ancestors]
 
 
-def draw_step(distribution: TorchDistribution, generator: torch.Generator | None) -> Tensor:
+def draw_step(distribution: TorchDistribution, generator: torch.Generator | None) -> Value:
     """Return a draw, from the generator where the distribution is ours and takes one."""
-    if generator is not None and isinstance(distribution, StepDistribution):
+    if generator is not None and isinstance(distribution, StepDistribution | BlockStep):
         return distribution.sample(generator=generator)
-    return distribution.sample()
+    drawn: Value = distribution.sample()
+    return drawn

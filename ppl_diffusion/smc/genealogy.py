@@ -14,8 +14,9 @@ def trace_back(history: list[Tensor], ancestors: Tensor) -> Tensor:
     :param ancestors: int64 ``(T, R, N)``.
     :returns: ``(R, N, *plates, T + 1, L)``, in the type of the history.
     """
-    runs = torch.arange(ancestors.shape[1])[:, None]
-    index = torch.arange(ancestors.shape[2]).expand(ancestors.shape[1:])
+    device = ancestors.device
+    runs = torch.arange(ancestors.shape[1], device=device)[:, None]
+    index = torch.arange(ancestors.shape[2], device=device).expand(ancestors.shape[1:])
     states = [history[-1]]
     for k in range(len(history) - 2, -1, -1):
         index = ancestors[k].gather(1, index)
@@ -78,7 +79,7 @@ def genealogy_graph(ancestors: Tensor, eve: Tensor, weights: Tensor) -> nx.DiGra
     """
     steps, size = ancestors.shape
     graph = nx.DiGraph(num_steps=steps, num_particles=size)
-    roots = torch.arange(size)
+    roots = torch.arange(size, device=ancestors.device)
     graph.add_nodes_from(((0, n), {"eve": n, "survives": False}) for n in range(size))
     for k in range(steps):
         parents = ancestors[k].tolist()

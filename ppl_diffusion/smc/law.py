@@ -7,14 +7,15 @@ people read is made here and nowhere else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
+from ppl_diffusion.kernels.base import SAMPLE_ONLY
 
 NO_EVIDENCE = (
     "log_evidence is NaN (-inf in a run without any candidate of G > 0): there is none to estimate"
@@ -37,6 +38,7 @@ class Base:
     :param clamped: clamped positions, over all plates.
     :param prompted: prompted positions, over all plates.
     :param digest: of the network, and of the clamped and prompted tokens.
+    :param has_density: whether its steps have a density, by which anyone could check them.
     """
 
     site: str
@@ -49,6 +51,7 @@ class Base:
     clamped: int = 0
     prompted: int = 0
     digest: str = ""
+    has_density: bool = True
 
     @classmethod
     def of(
@@ -74,6 +77,7 @@ class Base:
             clamped=0 if mask is None else int(mask.expand(shape).sum()),
             prompted=0 if chain.fixed is None else int(chain.fixed.expand(shape).sum()),
             digest=_digest([*(chain.kernel.declared_parameters() or []), *held]),
+            has_density=chain.kernel.capability != SAMPLE_ONLY,
         )
 
     @property
@@ -116,7 +120,24 @@ class Law:
     exact: bool = True
     why: str = ""
     has_evidence: bool = True
-    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def tilted(
+        cls, chains: Iterable[Base], tilts: Iterable[Tilt], latents: Iterable[str] = ()
+    ) -> Law:
+        """Return ``p(path) G(x0)``, exact where every chain's steps have a density.
+
+        :param chains: the reverse chains.
+        :param tilts: what multiplies them.
+        :param latents: other latents.
+        """
+        chains = tuple(chains)
+        unknown = [base.site for base in chains if not base.has_density]
+        # Its weights may well be right, but nothing can hold its draws to what it promises.
+        why = (
+            f"the steps of {', '.join(unknown)} have no density ({SAMPLE_ONLY})" if unknown else ""
+        )
+        return cls(chains, tuple(tilts), tuple(latents), exact=not unknown, why=why)
 
     def but(self, **changes: Any) -> Law:
         """Return the law with some fields changed.
@@ -156,10 +177,9 @@ class Law:
         given = f", with log G = {names}" if names else ""
         latents = f", together with the latents {', '.join(self.latents)}" if self.latents else ""
         why = f": {self.why}" if self.why else ""
-        notes = "".join(f", {note}" for note in self.notes)
         return (
             f"{'' if self.exact else 'approximately '}{self.product}{tilt} of "
-            f"{self._chains}{latents}{held}{self._under}, normalised{given}{notes}{why}; "
+            f"{self._chains}{latents}{held}{self._under}, normalised{given}{why}; "
             "log_evidence estimates the log of its normalising constant"
         )
 

@@ -29,6 +29,7 @@ from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import SAMPLE_ONLY
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import draw_step, per_particle
 from ppl_diffusion.smc.resampling import Resampler, Stratified
 
@@ -65,8 +66,9 @@ class PathModel:
         max_rows: int | None = 4096,
     ) -> None:
         known = chain.kernel.denoiser
-        counted = isinstance(known, EvaluatedDenoiser)  # then its answers are shared
-        self.denoiser = known if counted else EvaluatedDenoiser(known, max_rows=max_rows)
+        if not isinstance(known, EvaluatedDenoiser):  # else its answers are shared
+            known = EvaluatedDenoiser(known, max_rows=max_rows)
+        self.denoiser = known
         kernel = chain.kernel.with_denoiser(self.denoiser)
         same = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
         self.chain = same.expand(chain.batch_shape)
@@ -172,9 +174,8 @@ class SuffixRefresh(PathMove):
         states = list(state.path[..., : start + 1, :].unbind(-2))
         for k in range(start, chain.num_steps):
             step = chain.kernel.step(carry, k, fixed=chain.fixed)
-            tokens = draw_step(step, generator)
-            carry = chain.kernel.advance(carry, tokens, k, step=step)
-            states.append(tokens)
+            carry = chain.kernel.advance(carry, draw_step(step, generator), k, step=step)
+            states.append(carry["tokens"])
         proposed = model.state(torch.stack(states, -2))
         log_ratio = tilt(proposed.log_g, beta) - tilt(state.log_g, beta)
         return _accept(state, proposed, log_ratio, generator)
@@ -222,7 +223,9 @@ class OrderRefresh(PathMove):
         """Propose another order, weighed by the denoiser's probabilities along both."""
         flat = _flat_chain(model.chain)
         mask = flat.kernel.process.vocab_size
-        order = flat.sample(state.log_g.shape, generator=generator)
+        # Conditions of each particle are batch dimensions of the chain already.
+        lead = state.path.shape[: state.path.ndim - 2 - len(flat.batch_shape)]
+        order = flat.sample(lead, generator=generator)
         path = torch.where(order == mask, mask, state.x0[..., None, :])
         # Against the flat chain the law of the order cancels and the reveals are left.
         new, old = (model.log_prob(p) - per_particle(flat.log_prob(p)) for p in (path, state.path))
@@ -273,7 +276,7 @@ def tilt(log_g: Tensor, beta: float) -> Tensor:
 def _accept(
     state: PathState, proposed: PathState, log_ratio: Tensor, generator: torch.Generator | None
 ) -> tuple[PathState, Tensor]:
-    u = torch.rand(log_ratio.shape, dtype=torch.float64, generator=generator)
+    u = uniforms(log_ratio.shape, generator=generator, device=log_ratio.device)
     accepted = u.log() < log_ratio  # never where the ratio is NaN: a dead particle stays
     wide = accepted.reshape(*accepted.shape, *[1] * (state.path.ndim - 2))
     path = torch.where(wide, proposed.path, state.path)
@@ -295,5 +298,6 @@ class _FlatDenoiser:
         self.vocab_size = vocab_size
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
-        level = -torch.log(torch.tensor(float(self.vocab_size), dtype=torch.float64))
+        size = float(self.vocab_size)
+        level = -torch.log(torch.tensor(size, dtype=torch.float64, device=tokens.device))
         return level.expand(*tokens.shape, self.vocab_size)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion.processes.noise import draw_categorical
+from ppl_diffusion.processes.noise import draw_categorical, uniforms
 
 Carry = dict[str, Any]
 FILL_UNIFORMS = "fill_uniforms"
@@ -59,7 +59,7 @@ class FillTwist(ABC):
         """
         if uniforms is None:
             return log_x0.argmax(-1)[:, :, None]
-        return draw_categorical(log_x0[:, :, None], uniforms)
+        return draw_categorical(log_x0[:, :, None], uniforms.to(log_x0.device))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,10 @@ class CallableTwist:
 
         :raises ValueError: if the value is not finite or does not have one number per particle.
         """
-        value = torch.as_tensor(self.fn(carry, k)).to(torch.float64)
+        value = self.fn(carry, k)
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value, device=carry["tokens"].device)
+        value = value.to(torch.float64)
         if value.shape != shape:
             raise ValueError(
                 f"the twist returned shape {tuple(value.shape)} at step {k}, expected {shape}: "
@@ -189,4 +192,4 @@ def log_mean_exp(values: Tensor, dim: int) -> Tensor:
 def _rand(shape: tuple[int, ...], num_fills: int, generator: Any) -> Tensor:
     runs, particles, *rest = shape
     full = (runs, particles, num_fills, *rest)
-    return torch.rand(full, dtype=torch.float64, generator=generator)
+    return uniforms(full, generator=generator, device="cpu")

@@ -18,6 +18,7 @@ from ppl_diffusion.testing.dense import prior_law as prior_law
 from ppl_diffusion.testing.dense import site_rows as site_rows
 from ppl_diffusion.testing.dense import state_index as state_index
 from ppl_diffusion.testing.dense import state_matrix as state_matrix
+from ppl_diffusion.testing.devices import DeviceDiscipline as DeviceDiscipline
 from ppl_diffusion.testing.distribution_contract import DistributionContract as DistributionContract
 from ppl_diffusion.testing.kernel_contract import KernelContract as KernelContract
 from ppl_diffusion.testing.model_contract import ModelContract as ModelContract

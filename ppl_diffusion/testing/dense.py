@@ -8,6 +8,8 @@ Psi-posterior is ``kappa`` times that plus ``(1 - kappa)`` times denoise-and-ren
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,7 @@ from ppl_diffusion.kernels import InterpolatingKernel, Process
 
 
 def all_states(num_states: int, length: int) -> Tensor:
-    """Return every sequence of states in lexicographic order, int64 ``(S ** L, L)``.
-
-    :param num_states: number ``S`` of states of a site.
-    :param length: number ``L`` of sites.
-    """
+    """Return every sequence of states in lexicographic order, int64 ``(S ** L, L)``."""
     return torch.cartesian_prod(*[torch.arange(num_states)] * length).reshape(-1, length)
 
 
@@ -27,7 +25,6 @@ def state_index(tokens: Tensor, num_states: int) -> Tensor:
     """Return the position of sequences in :func:`all_states`, int64 ``(*batch,)``.
 
     :param tokens: int64 ``(*batch, L)``.
-    :param num_states: number ``S`` of states of a site.
     """
     powers = num_states ** torch.arange(tokens.shape[-1] - 1, -1, -1)
     return (tokens * powers).sum(-1)
@@ -36,10 +33,8 @@ def state_index(tokens: Tensor, num_states: int) -> Tensor:
 def forward_law(process: Process, x0_law: Tensor, alpha: float, length: int) -> Tensor:
     """Return the law of the noised sequence, float64 ``(S ** L,)``.
 
-    :param process: forward process.
     :param x0_law: law of clean sequences, ``(V ** L,)`` in lexicographic order.
     :param alpha: signal level.
-    :param length: number ``L`` of sites.
     """
     keep = torch.eye(process.num_states, dtype=torch.float64)[: process.vocab_size]
     site = alpha * keep + (1 - alpha) * _prior(process)  # (V, S)
@@ -58,7 +53,6 @@ def site_rows(
     ``q(z_s = j | z_t = z, c) = q(z | z_s = j) (b c_j + (1 - b) pi_j) / (a c_z + (1 - a) pi_z)``.
     Where the prior cannot produce ``z``, the token is known to be clean and ``c`` is one-hot there.
 
-    :param process: forward process.
     :param z: current states, int64 ``(*batch,)``.
     :param c: probabilities of the clean token, ``(*batch, V)``.
     :param a: ``alpha(t)``.
@@ -84,7 +78,6 @@ def _bridge(process: Process, z: Tensor, c: Tensor, a: float, b: float) -> Tenso
 def posterior_as_cavity(process: Process, z: Tensor, g: Tensor, a: float) -> Tensor:
     """Divide a posterior over clean tokens by the site's own evidence and renormalise.
 
-    :param process: forward process.
     :param z: current states, int64 ``(*batch,)``.
     :param g: probabilities ``p(x | z)``, ``(*batch, V)``.
     :param a: ``alpha(t)``.
@@ -96,20 +89,24 @@ def posterior_as_cavity(process: Process, z: Tensor, g: Tensor, a: float) -> Ten
 
 
 def state_matrix(
-    kernel: InterpolatingKernel, k: int, length: int, prompt: Tensor | None = None
+    kernel: InterpolatingKernel,
+    k: int,
+    length: int,
+    prompt: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return step ``k`` of a kernel as a matrix over all states, float64 ``(S ** L, S ** L)``.
 
     Row: current state; column: next state; both in the order of :func:`all_states`.
 
     :param kernel: the kernel (its process, denoiser and grid are used, its ``step`` is not).
-    :param k: step index.
-    :param length: number ``L`` of sites.
     :param prompt: int64 ``(L,)``, fixed tokens, -1 where free.
+    :param given: conditions of the denoiser, without batch dimensions.
     """
     process, states = kernel.process, all_states(kernel.process.num_states, length)
     a, b = float(kernel.alphas[k]), float(kernel.alphas[k + 1])
-    c = kernel.denoiser(states, float(kernel.times[k])).to(torch.float64).exp()
+    known = kernel.expand_given(given, states.shape[:-1])
+    c = kernel.denoiser(states, float(kernel.times[k]), **known).to(torch.float64).exp()
     if kernel.denoiser.kind == "posterior" and not process.absorbing:
         c = posterior_as_cavity(process, states, c, a)
     kappa = torch.from_numpy(kernel.kappa[k, ..., None])
@@ -126,8 +123,6 @@ def state_matrix(
 def prior_law(process: Process, length: int, prompt: Tensor | None = None) -> Tensor:
     """Return the law of the noisiest state, float64 ``(S ** L,)``.
 
-    :param process: forward process.
-    :param length: number ``L`` of sites.
     :param prompt: int64 ``(L,)``, fixed tokens, -1 where free.
     """
     states = all_states(process.num_states, length)

@@ -107,7 +107,7 @@ class KernelContract:
         carry = self._init(kernel, (50,), generator)
         for k in range(kernel.num_steps):
             step = kernel.step(carry, k)
-            value = step.sample(generator=generator)  # type: ignore[call-arg]
+            value = step.sample(generator=generator)
             first = step.log_prob(value)
             torch.rand(3)
             assert torch.equal(step.log_prob(value), first)
@@ -159,7 +159,7 @@ class KernelContract:
             mass = step.log_prob(values.column).exp()[:, 0] * values.weights
             cells = state_index(tokens_of(values.value), size)
             law = mass.new_zeros(size**self.length).index_add(0, cells, mass)
-            drawn = step.sample((4000,), generator=generator)  # type: ignore[call-arg]
+            drawn = step.sample((4000,), generator=generator)
             counts = torch.bincount(
                 state_index(tokens_of(drawn), size).flatten(), minlength=len(law)
             )
@@ -172,7 +172,7 @@ class KernelContract:
         carry = self._init(kernel, (500,), generator)
         for k in range(kernel.num_steps):
             step = kernel.step(carry, k)
-            value = step.sample(generator=generator)  # type: ignore[call-arg]
+            value = step.sample(generator=generator)
             if kernel.capability != SAMPLE_ONLY:
                 assert bool((step.log_prob(value) > -torch.inf).all())
             carry = kernel.advance(carry, value, k)
@@ -227,10 +227,7 @@ class _Values(NamedTuple):
 
 
 def require_density(kernel: Kernel) -> None:
-    """Skip the test of a kernel that says that it has no density.
-
-    :param kernel: the kernel.
-    """
+    """Skip the test of a kernel that says that it has no density."""
     if kernel.capability == SAMPLE_ONLY:
         pytest.skip("the kernel does not claim a density")
 

@@ -53,8 +53,6 @@ class MotifProblem:
     ) -> MotifProblem:
         """Return a problem with a random Markov chain.
 
-        :param vocab_size: number ``V`` of tokens.
-        :param length: number ``L`` of positions.
         :param motif: the tokens of the motif.
         :param weight: log-potential of one occurrence, in nats.
         :param sharpness: standard deviation of the log-probabilities.
@@ -159,7 +157,6 @@ class MotifProblem:
         """Return independent draws of the posterior, int64 ``(num, L)``.
 
         :param num: how many.
-        :param generator: source of randomness.
         """
         messages, _ = self._messages(self.start, self._weight)
         transfer, tokens = self._transfer(self._weight), []
@@ -177,7 +174,6 @@ class MotifProblem:
         revealed.
 
         :param num: how many.
-        :param generator: source of randomness.
         """
         x0, shape = self.draw(num, generator), (num, self.length)
         turn = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -208,13 +204,7 @@ class MotifProblem:
         return torch.einsum("vw,qw,qws->vqs", self.transition, gain, reached).flatten(0, 1)
 
     def _messages(self, tokens: Tensor, weight: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return what each joint state sees from there on, its own token included, and the mass.
-
-        :param tokens: rows, int64 ``(B, L)``.
-        :param weight: the weight.
-        :returns: ``L`` messages ``(B, V * m)``, each up to a factor per row, and the log of the sum
-            over all completions, ``(B,)``.
-        """
+        """Return what each joint state sees from there on, its own token included, and the mass."""
         allowed = (tokens[..., None] == torch.arange(self.vocab_size)) | (
             tokens == self.vocab_size
         )[..., None]
@@ -231,10 +221,7 @@ class MotifProblem:
 
 
 def _automaton(motif: tuple[int, ...], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return the next state and whether the motif ends, both ``(m, V)``.
-
-    State ``q`` says that the last ``q`` tokens are the first ``q`` of the motif, and no more are.
-    """
+    """Return the next state and whether the motif ends, both ``(m, V)``."""
     size = len(motif)
     after = torch.zeros(size, vocab_size, dtype=torch.int64)
     ends = torch.zeros(size, vocab_size, dtype=torch.bool)

@@ -42,13 +42,14 @@ class ExactChain:
     def of(cls, chain: ReverseChain) -> ExactChain:
         """Build the matrices of a chain.
 
-        :param chain: a tiny chain.
         :raises TypeError: if its steps are not three-way mixtures of the current tokens.
         """
         kernel, length, prompt = chain.kernel, chain.length, chain.prompt
         if not (isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov):
             raise TypeError(f"ExactChain: the steps of {kernel!r} are no three-way mixtures.")
-        matrices = [state_matrix(kernel, k, length, prompt) for k in range(kernel.num_steps)]
+        matrices = [
+            state_matrix(kernel, k, length, prompt, chain.given) for k in range(kernel.num_steps)
+        ]
         return cls(
             all_states(kernel.process.num_states, length),
             kernel.process.vocab_size,

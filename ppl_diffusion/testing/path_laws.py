@@ -60,7 +60,6 @@ class PathLaw:
         """Return independent paths, int64 ``(num, T + 1, L)``.
 
         :param num: how many.
-        :param generator: source of randomness.
         """
         return self.paths[torch.multinomial(self.probs, num, True, generator=generator)]
 

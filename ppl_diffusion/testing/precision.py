@@ -50,7 +50,6 @@ def floored_race(log_p: Tensor, e0: float, generator: torch.Generator | None = N
 
     :param log_p: log-probabilities, ``(..., n)``.
     :param e0: the floor.
-    :param generator: source of randomness.
     :returns: int64 ``(...)``.
     """
     clocks = torch.empty_like(log_p, dtype=torch.float64).exponential_(generator=generator) + e0

@@ -29,8 +29,6 @@ def toy_process(name: str, vocab_size: int = 3, schedule: Schedule | None = None
     """Return a process by name; ``"skewed"`` has the prior ``(1, 2, ..., V)`` up to scale.
 
     :param name: one of :data:`PROCESSES`.
-    :param vocab_size: number ``V`` of clean tokens.
-    :param schedule: signal schedule.
     :raises ValueError: if the name is unknown.
     """
     if name == "absorbing":
@@ -46,9 +44,6 @@ def toy_process(name: str, vocab_size: int = 3, schedule: Schedule | None = None
 def random_joint(vocab_size: int, length: int, *, seed: int = 0, sharpness: float = 1.0) -> Tensor:
     """Return a random law of clean sequences, float64 ``(V,) * L``.
 
-    :param vocab_size: number ``V`` of clean tokens.
-    :param length: number ``L`` of sites.
-    :param seed: seed of the table.
     :param sharpness: standard deviation of its log-probabilities.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -72,9 +67,6 @@ def toy_chain(
 
     :param process: a process, or a name for :func:`toy_process`.
     :param vocab_size: number ``V`` of clean tokens (of a named process).
-    :param length: number ``L`` of sites.
-    :param num_steps: number ``T`` of steps.
-    :param seed: seed of the table.
     :param sharpness: how far the table is from flat.
     :param kind: kind of the denoiser.
     :param prompt: tokens present from the start.
@@ -99,9 +91,6 @@ def toy_markov_chain(
 
     :param process: a process, or a name for :func:`toy_process`.
     :param vocab_size: number ``V`` of clean tokens (of a named process).
-    :param length: number ``L`` of sites.
-    :param num_steps: number ``T`` of steps.
-    :param seed: seed of the transition matrix.
     """
     process = toy_process(process, vocab_size) if isinstance(process, str) else process
     size = process.vocab_size
@@ -117,9 +106,6 @@ def toy_potential(
 ) -> Potential:
     """Return a random log-potential, one number per clean sequence.
 
-    :param vocab_size: number ``V`` of clean tokens.
-    :param length: number ``L`` of sites.
-    :param seed: seed of the table.
     :param scale: standard deviation of the log-potentials.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -11,18 +11,7 @@ import torch
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import LogitsProposal
-from ppl_diffusion.inference import (
-    SMC,
-    Corrector,
-    FKSteering,
-    GuidedLineages,
-    ImportanceSampling,
-    Power,
-    SoftValueGuidance,
-    Tempering,
-    Tilt,
-    TwistedSampler,
-)
+from ppl_diffusion.inference import SMC, Power, Tilt
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Potential, factor
 from ppl_diffusion.smc import RESAMPLERS, PersistentFill
@@ -84,27 +73,29 @@ def smc(chain, goal, **options):
 
 
 def annealed(chain, goal, **options):
-    return Corrector(Tilt(Power(chain, 2.0), goal), **options)
+    return SMC(Tilt(Power(chain, 2.0), goal), method="corrector", **options)
 
 
 PROGRAMS = {
     "smc": smc,
-    "difference": FKSteering,
-    "max": partial(FKSteering, kind="max"),
-    "soft value": partial(SoftValueGuidance, num_children=3),
-    "clamped": TwistedSampler,
-    "surprise": partial(TwistedSampler, surprise=True, twist=PersistentFill(2)),
-    "reweighted": partial(TwistedSampler, proposal="reweighted", twist=PersistentFill(3)),
-    "logits": partial(TwistedSampler, proposal=LogitsProposal(lambda carry, log_d, k: LOGITS)),
-    "lockstep clamped": partial(Corrector, clamp=True),
+    "difference": partial(SMC, method="steering"),
+    "max": partial(SMC, method="steering", kind="max"),
+    "soft value": partial(SMC, method="soft-value", num_children=3),
+    "clamped": partial(SMC, method="twisted"),
+    "surprise": partial(SMC, method="twisted", surprise=True, twist=PersistentFill(2)),
+    "reweighted": partial(SMC, method="twisted", proposal="reweighted", twist=PersistentFill(3)),
+    "logits": partial(
+        SMC, method="twisted", proposal=LogitsProposal(lambda carry, log_d, k: LOGITS)
+    ),
+    "lockstep clamped": partial(SMC, method="corrector", clamp=True),
     "annealed": annealed,
-    "importance": ImportanceSampling,
-    "guided": GuidedLineages,
-    "tempering": partial(Tempering, powers=LADDER),
-    "waste-free": partial(Tempering, powers=LADDER, waste_free=2),
+    "importance": partial(SMC, method="importance-sampling"),
+    "guided": partial(SMC, method="guided-lineages"),
+    "tempering": partial(SMC, method="tempering", powers=LADDER),
+    "waste-free": partial(SMC, method="tempering", powers=LADDER, waste_free=2),
     "uniform smc": smc,
-    "uniform soft value": partial(SoftValueGuidance, num_children=3),
-    "uniform reweighted": partial(TwistedSampler, twist=PersistentFill(3)),
+    "uniform soft value": partial(SMC, method="soft-value", num_children=3),
+    "uniform reweighted": partial(SMC, method="twisted", twist=PersistentFill(3)),
     "uniform annealed": annealed,
 }
 

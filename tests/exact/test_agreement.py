@@ -13,7 +13,7 @@ import torch
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal
-from ppl_diffusion.inference import TwistedSampler
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.processes import mixture_sample
@@ -90,7 +90,7 @@ def test_all_of_section_six_agree_in_law(name):
     index = state_index(law.paths[:, -1], SIZE)
     exact = torch.zeros(SIZE**LENGTH).double().index_add(0, index, law.probs)
     options = {"num_particles": 512, "num_runs": 60, "store_path": False, **WAYS[name]}
-    posterior = TwistedSampler(chain, GOAL, **options).run(seed=4)
+    posterior = SMC(chain, GOAL, method="twisted", **options).run(seed=4)
     weights = posterior.pooled_log_weights.exp().flatten()
     found = torch.zeros_like(exact).index_add(0, state_index(posterior.x0, SIZE).flatten(), weights)
     assert total_variation(found, exact) < 0.05

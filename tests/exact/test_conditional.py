@@ -12,7 +12,7 @@ import torch
 
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference.tempering import Tempering
+from ppl_diffusion.inference import SMC, Tempering
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.smc import FeynmanKac, Multinomial, rejuvenation
 from ppl_diffusion.smc.conditional import (
@@ -292,7 +292,7 @@ def test_tempering_is_unbiased(name, waste_free):
     potential = toy_potential(2, chain.length, scale=2.0)
     law = PathLaw.of(chain, potential)
     options = {"num_particles": 8, "num_runs": 1500, "powers": POWERS, "waste_free": waste_free}
-    post = Tempering(chain, potential, **options).run(seed=1)
+    post = SMC(chain, potential, method="tempering", **options).run(seed=1)
     ratio = (post.log_evidence - law.log_z).exp()
     assert abs(z_score(ratio, 1.0)) < MAX_Z
     assert float(ratio.std()) > 0
@@ -302,13 +302,11 @@ def test_tempering_is_unbiased(name, waste_free):
 
 def test_tempering_without_the_move_in_the_weight_is_biased(monkeypatch):
     """The failing twin: weighing the moved particle as if it had not been moved."""
-    from ppl_diffusion.inference.tempering import TemperedEngine
-
-    move = TemperedEngine.move
-    monkeypatch.setattr(TemperedEngine, "move", lambda *a: (move(*a)[0], 0.0))
+    move = Tempering.move
+    monkeypatch.setattr(Tempering, "move", lambda *a: (move(*a)[0], 0.0))
     chain, potential = MOVE_CHAINS["ordered"](), toy_potential(2, 3, scale=2.0)
     options = {"num_particles": 8, "num_runs": 1500, "powers": POWERS}
-    post = Tempering(chain, potential, **options).run(seed=1)
+    post = SMC(chain, potential, method="tempering", **options).run(seed=1)
     law = PathLaw.of(chain, potential)
     assert abs(z_score((post.log_evidence - law.log_z).exp(), 1.0)) > 2 * MAX_Z
 
@@ -316,9 +314,9 @@ def test_tempering_without_the_move_in_the_weight_is_biased(monkeypatch):
 def test_a_pilot_ladder_is_unbiased_too():
     """Powers of a pilot are fixed in the run they serve."""
     chain, potential = MOVE_CHAINS["ordered"](), toy_potential(2, 3, scale=4.0)
-    post = Tempering(chain, potential, num_particles=8, num_runs=1500, ess_threshold=0.6).run(
-        seed=2
-    )
+    post = SMC(
+        chain, potential, method="tempering", num_particles=8, num_runs=1500, ess_threshold=0.6
+    ).run(seed=2)
     assert len(post.settings["powers"]) > 2
     log_z = PathLaw.of(chain, potential).log_z
     assert abs(z_score((post.log_evidence - log_z).exp(), 1.0)) < MAX_Z

@@ -17,20 +17,20 @@ import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._lockstep import LockstepEngine, RandomSites
-from ppl_diffusion.inference.correctors import (
+from ppl_diffusion.inference import (
     CFG,
+    SMC,
     Corrector,
     Power,
     Product,
     Tilt,
     order_inconsistency,
 )
+from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.kernels.path_power import log_product
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.processes import draw_categorical
-from ppl_diffusion.smc import RESAMPLERS, smc_loop
 from ppl_diffusion.testing import (
     PROCESSES,
     ExactChain,
@@ -85,8 +85,13 @@ def mixed_law(x0, log_weights, size):
 
 def check(composition, law, *, num_particles=4, num_runs=2000, seed=0, **options):
     """Run a corrector and compare its evidence; return the posterior."""
-    program = Corrector(
-        composition, num_particles=num_particles, num_runs=num_runs, store_path=False, **options
+    program = SMC(
+        composition,
+        method="corrector",
+        num_particles=num_particles,
+        num_runs=num_runs,
+        store_path=False,
+        **options,
     )
     post = program.run(seed=seed)
     ratio = post.log_evidence.exp() / law.sum()
@@ -154,22 +159,22 @@ def six(monkeypatch):
     return chain, chain.kernel.denoiser.log_prob(all_states(3, 6)).exp()
 
 
-class PerTokenWeights(LockstepEngine):
+class PerTokenWeights(LockstepMover):
     """Failing twin: the published code reads the weight rate at the revealed token only."""
 
-    def move(self, carry, k, generator):
-        moved, log_sum = super().move(carry, k, generator)
-        left, beta = self.num_steps - k, sum(self.exponents)
+    def move(self, carry, k, generator, look=None):
+        moved, log_sum = super().move(carry, k, generator, look)
+        left, beta = self.kernel.num_steps - k, sum(self.exponents)
         odds = (k / left) ** (beta - 1)
         return moved, beta / left * (odds * torch.exp(log_sum) - 1)
 
 
-class SampledConfidence(LockstepEngine):
+class SampledConfidence(LockstepMover):
     """Failing twin: reveal the position whose *sampled* token is the likeliest."""
 
-    def move(self, carry, k, generator):
+    def move(self, carry, k, generator, look=None):
         tokens, size = carry["tokens"], self.kernel.process.vocab_size
-        log_g = log_product(self.cavities(tokens, k), self.exponents)
+        log_g = log_product(self.cavities(carry, k), self.exponents)
         noise = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
         drawn = draw_categorical(log_g, noise)
         sure = log_g.gather(-1, drawn[..., None])[..., 0].masked_fill(tokens < size, -math.inf)
@@ -181,16 +186,14 @@ class SampledConfidence(LockstepEngine):
 
 def run_engine(kind, chain, beta, num_particles, num_runs):
     """Return the law of one draw, and the spread of ``log Z_hat``."""
-    program = Corrector(Power(chain, beta))
-    task = program.task((), {})
-    engine = kind(task, program.target, rule=RandomSites(), twist=None, max_rows=None)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        trace = smc_loop(
-            engine, 6, num_particles, num_runs, RESAMPLERS["systematic"], 0.5, generator
-        )
-    law = mixed_law(trace.carry["tokens"], trace.weights.log_normalised, 3)
-    return law, float(trace.log_evidence_steps[:, -1].std())
+
+    class Moved(Corrector):
+        def mover(self, site, source, max_rows):
+            return kind(source.composition, rule=RandomSites(), twist=None, max_rows=max_rows)
+
+    size = {"num_particles": num_particles, "num_runs": num_runs, "store_path": False}
+    post = SMC(Power(chain, beta), method=Moved(twist=None), **size).run(seed=2)
+    return mixed_law(post.x0, post.log_weights, 3), float(post.log_evidence.std())
 
 
 def test_lockstep_reproduces_the_published_comparison(six):
@@ -202,7 +205,7 @@ def test_lockstep_reproduces_the_published_comparison(six):
     target = p**2 / (p**2).sum()
     figures, twin = {}, {}
     for n, runs in ((8, 4000), (32, 1000)):
-        law, spread = run_engine(LockstepEngine, chain, 2.0, n, runs)
+        law, spread = run_engine(LockstepMover, chain, 2.0, n, runs)
         figures[n] = tv(law, target), spread
         twin[n] = tv(run_engine(PerTokenWeights, chain, 2.0, n, runs)[0], target)
     assert figures[8][0] < 0.035
@@ -218,7 +221,9 @@ def test_confidence_of_sampled_tokens_samples_nothing_declared(six):
     chain, p = six
     wrong, _ = run_engine(SampledConfidence, chain, 1.0, 32, 250)
     assert tv(wrong, p) > 0.5
-    right = Corrector(Power(chain, 1.0), sites="confidence", num_particles=32, num_runs=250)
+    right = SMC(
+        Power(chain, 1.0), method="corrector", sites="confidence", num_particles=32, num_runs=250
+    )
     post = right.run(seed=3)
     assert tv(mixed_law(post.x0, post.log_weights, 3), p) < 0.1  # floor about .06
 
@@ -259,7 +264,9 @@ def test_long_chains_agree_with_the_closed_form(kind):
     composition = Power(a, 2.0) if kind == "power" else Product(a, b)
     other = p if kind == "power" else q
     closed = transfer(p.initial * other.initial, p.transition * other.transition)(60)
-    program = Corrector(composition, num_particles=32, num_runs=4, sites="left-to-right")
+    program = SMC(
+        composition, method="corrector", num_particles=32, num_runs=4, sites="left-to-right"
+    )
     found = program.run(seed=4).log_evidence
     assert float((found - closed).abs().max()) < 1.5
     assert abs(float(found.mean()) - closed) < 0.75
@@ -275,7 +282,7 @@ def independent_chain(length=5):
 def test_independent_sites_have_constant_weights():
     """T3.5: ``Z`` is a power of one sum, in every run."""
     chain, row = independent_chain()
-    post = Corrector(Power(chain, 3.0), num_particles=4, num_runs=50).run(seed=0)
+    post = SMC(Power(chain, 3.0), method="corrector", num_particles=4, num_runs=50).run(seed=0)
     expected = 5 * float((row**3).sum().log())
     torch.testing.assert_close(
         post.log_evidence, torch.full((50,), expected, dtype=torch.float64), rtol=0, atol=1e-12
@@ -286,7 +293,9 @@ def test_independent_sites_have_constant_weights():
 @pytest.mark.parametrize("method", ["auto", "path"])
 def test_a_chain_as_it_is_has_no_weights(name, method):
     """T3.6: exactly zero."""
-    post = Corrector(Power(toy_chain(name), 1.0), method=method, num_particles=8).run(seed=0)
+    post = SMC(Power(toy_chain(name), 1.0), method="corrector", form=method, num_particles=8).run(
+        seed=0
+    )
     assert post.log_evidence.tolist() == [0.0]
     assert len(set(post.log_weights.flatten().tolist())) == 1
 
@@ -453,7 +462,7 @@ def test_path_power_evidence_and_law(name, kind):
     exponents = EXPONENTS[kind]
     chains = toy_pair(name)[: len(exponents)]
     law = path_law(chains, exponents)
-    post = check(composed(chains, exponents), law, method="path", num_particles=16)
+    post = check(composed(chains, exponents), law, form="path", num_particles=16)
     found = mixed_law(post.x0, post.log_weights, 3)
     assert tv(found, law / law.sum()) < 0.05  # bias of order 1/N
     assert post.exact
@@ -465,13 +474,15 @@ def test_path_power_with_a_tilt(name):
     law = path_law([chain], [2.0]) * potential(all_states(3, 2)).exp()
     for twist in (None, "argmax", "persistent"):
         composition = Tilt(Power(chain, 2.0), potential)
-        check(composition, law, method="path", twist=twist, num_particles=8)
+        check(composition, law, form="path", twist=twist, num_particles=8)
 
 
 def test_without_the_forward_kernel_the_target_is_another():
     """The failing twin: a product of steps alone is no product of laws."""
     (chain, _) = toy_pair("uniform")
-    program = Corrector(Power(chain, 2.0), num_particles=16, num_runs=1000, store_path=False)
+    program = SMC(
+        Power(chain, 2.0), method="corrector", num_particles=16, num_runs=1000, store_path=False
+    )
     ratio = program.run(seed=0).log_evidence.exp() / path_law([chain], [2.0], forward=False).sum()
     assert abs(z_score(ratio, 1.0)) > 2 * MAX_Z
 
@@ -483,13 +494,13 @@ def test_one_site_has_exact_kernels(name, num_steps):
     chain = toy_chain(name, length=1, num_steps=num_steps)
     p = chain.kernel.denoiser.joint.flatten()
     torch.testing.assert_close(path_law([chain], [2.0]), p**2, rtol=1e-9, atol=0)
-    check(Power(chain, 2.0), p**2, method="path")
+    check(Power(chain, 2.0), p**2, form="path")
 
 
 def test_a_prompt_of_a_uniform_chain_is_certain():
     prompt = torch.tensor([-1, 2])
     chains = toy_pair("uniform", prompt=prompt)
-    post = Corrector(Product(*chains), num_particles=16, num_runs=50).run(seed=0)
+    post = SMC(Product(*chains), method="corrector", num_particles=16, num_runs=50).run(seed=0)
     assert bool((post.x0[..., 1] == 2).all())
     assert not bool(torch.isnan(post.log_evidence).any())
 
@@ -504,8 +515,13 @@ def test_the_rate_form_approaches_its_target_and_says_it_is_not_exact(name):
     for num_steps in (4, 32):
         chain = toy_chain(name, num_steps=num_steps)
         law = chain.kernel.denoiser.joint.flatten() ** 1.5
-        program = Corrector(
-            Power(chain, 1.5), method="rates", num_particles=64, num_runs=50, store_path=False
+        program = SMC(
+            Power(chain, 1.5),
+            method="corrector",
+            form="rates",
+            num_particles=64,
+            num_runs=50,
+            store_path=False,
         )
         post = program.run(seed=0)
         assert not post.exact

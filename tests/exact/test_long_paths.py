@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_diffusion.inference import Corrector, Power, Product, TwistedSampler
+from ppl_diffusion.inference import SMC, Power, Product
 from ppl_diffusion.potentials import Constraint
 from ppl_diffusion.smc import FeynmanKac, rejuvenation
 from ppl_diffusion.smc.conditional import conditional_smc, two_sided_evidence
@@ -55,16 +55,17 @@ def test_correctors_have_the_closed_form(kind, sites):
         composition = Product(LONG.chain, OTHER.chain)
         experts = [(LONG, 1.0), (OTHER, 1.0)]
     options = {"num_particles": 4, "num_runs": 40, "store_path": False, "ess_threshold": 0.9}
-    found = Corrector(composition, sites=sites, **options).run(seed=1).log_evidence
+    found = SMC(composition, method="corrector", sites=sites, **options).run(seed=1).log_evidence
     ratio = (found - composed_log_z(experts)).exp()
     assert abs(z_score(ratio, 1.0)) < MAX_Z
     assert float(ratio.std()) < 1.0
 
 
 def certain(problem, **options):
-    sampler = TwistedSampler(
+    sampler = SMC(
         problem.chain,
         problem.potential,
+        method="twisted",
         num_particles=2,
         num_runs=2,
         twist=lambda carry, k: problem.log_value(carry["tokens"]),
@@ -95,7 +96,7 @@ def test_an_observed_token_has_its_marginal():
     token = int(prior.marginals[site].argsort()[1])
     seen = Constraint(lambda x0: (x0[..., site] != token).double(), penalty=3.0, name="seen")
     options = {"num_particles": 4, "num_runs": 100, "store_path": False}
-    z_hat = TwistedSampler(LONG.chain, seen, **options).run(seed=2).log_evidence.exp()
+    z_hat = SMC(LONG.chain, seen, method="twisted", **options).run(seed=2).log_evidence.exp()
     assert abs(z_score(z_hat, float(prior.marginals[site, token]))) < MAX_Z
 
 

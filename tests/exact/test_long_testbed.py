@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser
-from ppl_diffusion.inference import FKSteering, SoftValueGuidance, TwistedSampler
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing
 from ppl_diffusion.smc import PersistentFill
 from ppl_diffusion.testing import MotifProblem, all_states, chi_square_p_value, state_index, z_score
@@ -128,15 +128,15 @@ def value(carry, k):
 
 
 PROGRAMS = {
-    "T4.3": partial(SoftValueGuidance, num_children=2),
-    "T4.3 at the true value": partial(SoftValueGuidance, num_children=2, value=value),
-    "T5.2": partial(FKSteering, every=3),
-    "T5.7": partial(FKSteering, twist=PersistentFill(1)),
-    "6.3": TwistedSampler,
-    "6.3 with surprise": partial(TwistedSampler, surprise=True),
-    "6.4": partial(TwistedSampler, twist=PersistentFill(2)),
-    "6.5": partial(TwistedSampler, proposal="reweighted", twist=PersistentFill(4)),
-    "T6.3": partial(TwistedSampler, top=2),
+    "T4.3": partial(SMC, method="soft-value", num_children=2),
+    "T4.3 at the true value": partial(SMC, method="soft-value", num_children=2, twist=value),
+    "T5.2": partial(SMC, method="steering", every=3),
+    "T5.7": partial(SMC, method="steering", twist=PersistentFill(1)),
+    "6.3": partial(SMC, method="twisted"),
+    "6.3 with surprise": partial(SMC, method="twisted", surprise=True),
+    "6.4": partial(SMC, method="twisted", twist=PersistentFill(2)),
+    "6.5": partial(SMC, method="twisted", proposal="reweighted", twist=PersistentFill(4)),
+    "T6.3": partial(SMC, method="twisted", top=2),
 }
 
 

@@ -10,18 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
-from ppl_diffusion.inference import (
-    BeamSearch,
-    BestOfN,
-    Corrector,
-    FKSteering,
-    GuidedLineages,
-    ImportanceSampling,
-    SoftValueGuidance,
-    Tempering,
-    TwistedSampler,
-)
+from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser, _Rows
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import PersistentFill
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential
@@ -50,8 +40,8 @@ def network_requests(monkeypatch):
     requests = []
 
     def ask_all(self, tokens, t):
-        rows = tokens.reshape(-1, tokens.shape[-1])
-        requests.append((None if self.time_free else float(t), rows))
+        rows = _Rows.of(tokens, {})
+        requests.append((None if self.time_free else float(t), rows.tokens))
         return self._evaluate(rows, t).reshape(*tokens.shape, -1)
 
     monkeypatch.setattr(EvaluatedDenoiser, "_hidden", ask_all)
@@ -99,22 +89,22 @@ def test_chunks_change_nothing(posed, rows):
 FILLS = PersistentFill(3)
 MOVES = (OrderRefresh(), SuffixRefresh(2))
 FORMULAS = [  # calls of the potential per particle, without a cache
-    (ImportanceSampling, {}, 1),
-    (BestOfN, {}, 1),
-    (BeamSearch, {"num_children": 3}, STEPS),
-    (FKSteering, {}, STEPS),
-    (FKSteering, {"every": 2}, 3),  # states 1 and 3, and the end
-    (FKSteering, {"kind": "max", "twist": FILLS}, 3 * (STEPS - 1) + 1),
-    (SoftValueGuidance, {"num_children": 5}, 5 * STEPS),
-    (SoftValueGuidance, {"num_children": 5, "weighted": False, "alpha": 0.0}, 5 * STEPS),
-    (TwistedSampler, {}, (STEPS - 1) * SIZE + SIZE + 1),  # children, last tokens, the closing
-    (TwistedSampler, {"twist": FILLS}, 3 * (STEPS - 1) * SIZE + SIZE + 1),
-    (TwistedSampler, {"surprise": True}, (STEPS - 1) * (SIZE + 1) + SIZE + 1),
-    (GuidedLineages, {}, (STEPS - 1) * SIZE + SIZE + 1),
-    (Corrector, {}, STEPS + 1),  # the start is looked ahead from, too
-    (Corrector, {"clamp": True}, STEPS + 1 + STEPS * SIZE),
-    (Tempering, {"powers": [0.0, 0.5, 1.0], "moves": MOVES}, 1 + 1),  # the order asks nothing
-    (Tempering, {"powers": [0.0, 0.2, 0.5, 1.0], "moves": MOVES, "num_sweeps": 2}, 1 + 2 * 2),
+    ("importance-sampling", {}, 1),
+    ("best-of-n", {}, 1),
+    ("beam", {"num_children": 3}, STEPS),
+    ("steering", {}, STEPS),
+    ("steering", {"every": 2}, 3),  # states 1 and 3, and the end
+    ("steering", {"kind": "max", "twist": FILLS}, 3 * (STEPS - 1) + 1),
+    ("soft-value", {"num_children": 5}, 5 * STEPS),
+    ("soft-value", {"num_children": 5, "weighted": False, "alpha": 0.0}, 5 * STEPS),
+    ("twisted", {}, (STEPS - 1) * SIZE + SIZE + 1),  # children, last tokens, the closing
+    ("twisted", {"twist": FILLS}, 3 * (STEPS - 1) * SIZE + SIZE + 1),
+    ("twisted", {"surprise": True}, (STEPS - 1) * (SIZE + 1) + SIZE + 1),
+    ("guided-lineages", {}, (STEPS - 1) * SIZE + SIZE + 1),
+    ("corrector", {}, STEPS + 1),  # the start is looked ahead from, too
+    ("corrector", {"clamp": True}, STEPS + 1 + STEPS * SIZE),
+    ("tempering", {"powers": [0.0, 0.5, 1.0], "moves": MOVES}, 1 + 1),  # the order asks nothing
+    ("tempering", {"powers": [0.0, 0.2, 0.5, 1.0], "moves": MOVES, "num_sweeps": 2}, 1 + 2 * 2),
 ]
 
 
@@ -124,7 +114,7 @@ def test_counters_equal_their_formulas(pose, monkeypatch, method, options, calls
     plain = potential_requests(monkeypatch)
     asked = pose("difference")
     settings = {"num_particles": 6, "num_runs": 2, **options}
-    posterior = method(asked.chain, asked.goal, **settings).run(seed=1)
+    posterior = SMC(asked.chain, asked.goal, method=method, **settings).run(seed=1)
     assert posterior.num_potential_calls == size(plain) == 2 * 6 * calls
 
 

@@ -3,7 +3,7 @@
 All comparisons are 4 standard errors: false alarm 6e-5 each (two-sided).
 """
 
-from functools import cache
+from functools import cache, partial
 
 import pyro
 import pyro.distributions as dist
@@ -13,23 +13,10 @@ import torch
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import clamp
-from ppl_diffusion.inference import (
-    SMC,
-    BeamSearch,
-    BestOfN,
-    Corrector,
-    FKSteering,
-    GuidedLineages,
-    ImportanceSampling,
-    ParticleGibbs,
-    SoftValueGuidance,
-    Tempering,
-    TwistedSampler,
-)
-from ppl_diffusion.inference._latents import CarriedLatents
-from ppl_diffusion.inference.steering import SteeringEngine
+from ppl_diffusion.inference import SMC, ParticleGibbs
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import factor
+from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.testing.oracles import ExactChain, z_score
 from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
@@ -121,22 +108,22 @@ PROGRAMS = {
 }
 SIZE = {"num_particles": 8, "num_runs": 160}
 METHODS = {
-    "importance": lambda model: ImportanceSampling(model, **SIZE),
-    "lineages": lambda model: GuidedLineages(model, **SIZE),
-    "steering": lambda model: FKSteering(model, **SIZE, ess_threshold=0.9),
-    "steering-max": lambda model: FKSteering(model, **SIZE, kind="max", twist="persistent"),
-    "soft-value": lambda model: SoftValueGuidance(model, **SIZE, num_children=3),
-    "twisted": lambda model: TwistedSampler(model, **SIZE, ess_threshold=0.9),
-    "reweighted": lambda model: TwistedSampler(model, **SIZE, proposal="reweighted"),
-    "corrector": lambda model: Corrector(model, **SIZE),
-    "corrector-twist": lambda model: Corrector(model, **SIZE, twist="persistent"),
-    "tempering": lambda model: Tempering(model, **SIZE),
-    "smc": lambda model: SMC(model, **SIZE),
+    "importance": partial(SMC, method="importance-sampling", **SIZE),
+    "lineages": partial(SMC, method="guided-lineages", **SIZE),
+    "steering": partial(SMC, method="steering", ess_threshold=0.9, **SIZE),
+    "steering-max": partial(SMC, method="steering", kind="max", twist="persistent", **SIZE),
+    "soft-value": partial(SMC, method="soft-value", num_children=3, **SIZE),
+    "twisted": partial(SMC, method="twisted", ess_threshold=0.9, **SIZE),
+    "reweighted": partial(SMC, method="twisted", proposal="reweighted", **SIZE),
+    "corrector": partial(SMC, method="corrector", **SIZE),
+    "corrector-twist": partial(SMC, method="corrector", twist="persistent", **SIZE),
+    "tempering": partial(SMC, method="tempering", **SIZE),
+    "smc": partial(SMC, **SIZE),
 }
 UNWEIGHTED = {
-    "best": lambda model: BestOfN(model, num_particles=16, num_runs=4),
-    "beam": lambda model: BeamSearch(model, num_particles=16, num_runs=4),
-    "published": lambda model: SoftValueGuidance(model, num_particles=16, weighted=False),
+    "best": partial(SMC, method="best-of-n", num_particles=16, num_runs=4),
+    "beam": partial(SMC, method="beam", num_particles=16, num_runs=4),
+    "published": partial(SMC, method="soft-value", num_particles=16, weighted=False),
 }
 
 
@@ -191,20 +178,20 @@ def test_particle_gibbs_over_all_sequences(name):
 
 
 def test_a_latent_left_behind_by_its_particle_is_found_out(monkeypatch):
-    gather = SteeringEngine.gather
+    gather = Bound.gather
 
-    def labels_stay(self, carry, ancestors):
-        moved, size = gather(self, carry, ancestors), MASKED.length
-        tokens = torch.cat([moved["tokens"][..., :size], carry["tokens"][..., size:]], -1)
-        return {**moved, "tokens": tokens}
+    def latents_stay(state, ancestors):
+        return {**gather(state, ancestors), "latents": state["latents"]}
 
-    monkeypatch.setattr(SteeringEngine, "gather", labels_stay)
-    many = FKSteering(assay, num_particles=32, num_runs=400, ess_threshold=2.0)
+    monkeypatch.setattr(Bound, "gather", staticmethod(latents_stay))
+    many = SMC(assay, method="steering", num_particles=32, num_runs=400, ess_threshold=2.0)
     assert max(map(abs, scores(many.run(0.3, seed=1), "assay", 0.3))) > 6
 
 
 def test_a_latent_whose_law_is_counted_twice_is_found_out(monkeypatch):
-    monkeypatch.setattr(CarriedLatents, "log_prob", lambda self, rows: torch.zeros(len(rows)))
+    start = Bound.start
+    free = {"log_r": torch.zeros(SIZE["num_runs"], SIZE["num_particles"]).double()}
+    monkeypatch.setattr(Bound, "start", lambda self, *args: {**start(self, *args), **free})
     z = scores(METHODS["steering"](assay).run(seed=1), "assay")
     assert max(map(abs, z)) > 6
 
@@ -243,7 +230,7 @@ def test_methods_that_move_by_the_chain_hold_a_clamp(process, method):
 
 
 @pytest.mark.parametrize("process", ["absorbing", "uniform", "ordered"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "smc"])
+@pytest.mark.parametrize("method", METHODS)
 def test_bare_chains_with_plates(process, method):
     alone = A if process == "ordered" else toy_chain(process, num_steps=3, seed=4)
     make = METHODS[method]
@@ -251,15 +238,7 @@ def test_bare_chains_with_plates(process, method):
     if law is None:
         lockstep = process == "ordered" or method.startswith("corrector")
         law = alone.kernel.denoiser.joint.flatten() if lockstep else chain_law(alone)
-    posterior = make_bare(make, alone.expand([2]), PAIR).run(seed=5)
+    posterior = make(alone.expand([2]), PAIR).run(seed=5)
     assert posterior.x0.shape == (160, 8, 2, 2)
     one = float((law * PAIR(every(3, 3)).exp()).sum())
     assert abs(z_score(posterior.log_evidence.exp(), one**2)) < 4
-
-
-def make_bare(make, chain, potential):
-    """Return the same method on a bare chain with its potential."""
-    program = make(chain)
-    inner = getattr(program, "_sampler", program)
-    inner.potential = potential
-    return program

@@ -14,8 +14,7 @@ import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference.soft_value import SoftValueGuidance
-from ppl_diffusion.inference.steering import FKSteering
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.inference.value_network import bellman_residuals, fit_value
 from ppl_diffusion.kernels import (
     Absorbing,
@@ -47,7 +46,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:twist='sample'")
 
 def guide(chain=CHAIN, potential=GOAL, *, seed=1, runs=400, lineages=4, **options):
     options = {"store_path": False, **options}
-    method = SoftValueGuidance(chain, potential, num_particles=lineages, num_runs=runs, **options)
+    method = SMC(
+        chain, potential, method="soft-value", num_particles=lineages, num_runs=runs, **options
+    )
     return method.run(seed=seed)
 
 
@@ -78,12 +79,12 @@ def test_weights_are_exact_on_every_process(process):
 
 @pytest.mark.parametrize("value", ["sample", PersistentFill(2)], ids=str)
 def test_random_values_are_unbiased(value):
-    check(num_children=3, value=value)
+    check(num_children=3, twist=value)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, -1.0])
 def test_values_however_wrong_are_unbiased(scale):
-    check(num_children=3, value=EXACT.twist(scale * EXACT.log_h(GOAL)))
+    check(num_children=3, twist=EXACT.twist(scale * EXACT.log_h(GOAL)))
 
 
 def test_children_of_a_proposal_are_unbiased():
@@ -121,8 +122,8 @@ def test_one_child_is_the_base_chain():
 
 def test_one_weighted_child_is_steering():
     options = {"num_particles": 8, "num_runs": 20}
-    one = SoftValueGuidance(CHAIN, GOAL, num_children=1, **options).run(seed=5)
-    other = FKSteering(CHAIN, GOAL, **options).run(seed=5)
+    one = SMC(CHAIN, GOAL, method="soft-value", num_children=1, **options).run(seed=5)
+    other = SMC(CHAIN, GOAL, method="steering", **options).run(seed=5)
     torch.testing.assert_close(one.log_weights, other.log_weights)
     torch.testing.assert_close(one.log_evidence, other.log_evidence)
     assert torch.equal(one.path, other.path)
@@ -163,7 +164,7 @@ def test_selection_among_many_children_has_the_law_of_the_limit(true_value):
     """At M = 64 the limit is reached to about .02; 4000 draws add about .025."""
     value = EXACT.log_h(GOAL) if true_value else mean_value()
     posterior = guide(
-        num_children=64, weighted=False, value=EXACT.twist(value), runs=100, lineages=40
+        num_children=64, weighted=False, twist=EXACT.twist(value), runs=100, lineages=40
     )
     assert total_variation(EXACT.histogram(posterior.x0), selection_law(value)) < 0.05
     assert not posterior.exact
@@ -222,7 +223,7 @@ def test_evidence_concentrates_in_the_number_of_children():
 
     error = {}
     for children in (1, 16):
-        options = {"value": value, "num_children": children, "lineages": 1, "runs": 500}
+        options = {"twist": value, "num_children": children, "lineages": 1, "runs": 500}
         error[children] = guide(chain, additive, **options).log_evidence - masked.sum()
         assert abs(z_score(error[children].exp(), 1.0)) < 4
     assert float(error[16].std()) < 0.4 * float(error[1].std())
@@ -253,11 +254,11 @@ def test_exponential_moments_are_learned_and_means_underrate(learned):
 
 def test_a_learned_value_is_a_value(learned):
     for value in learned.values():
-        check(num_children=3, value=value)
+        check(num_children=3, twist=value)
 
 
 def test_residuals_tell_values_apart(learned):
-    posterior = SoftValueGuidance(CHAIN, GOAL, num_children=4, num_particles=512).run(seed=1)
+    posterior = SMC(CHAIN, GOAL, method="soft-value", num_children=4, num_particles=512).run(seed=1)
     true, poisson, mean = (
         bellman_residuals(v, posterior, CHAIN, GOAL, seed=2)
         for v in (EXACT.twist(EXACT.log_h(GOAL)), learned["poisson"], learned["mean"])

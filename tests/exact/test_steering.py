@@ -14,9 +14,7 @@ import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._task import as_task
-from ppl_diffusion.inference.baselines import BestOfN, ImportanceSampling
-from ppl_diffusion.inference.steering import FKSteering, SteeringEngine
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential
 from ppl_diffusion.smc import PersistentFill, SampledFill
@@ -39,7 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:twist='sample'")
 
 def steer(chain=CHAIN, potential=GOAL, *, seed=1, runs=400, particles=8, **options):
     options = {"store_path": False, **options}
-    method = FKSteering(chain, potential, num_particles=particles, num_runs=runs, **options)
+    method = SMC(
+        chain, potential, method="steering", num_particles=particles, num_runs=runs, **options
+    )
     return method.run(seed=seed)
 
 
@@ -149,22 +149,27 @@ def test_the_published_closing_says_so():
 def forget_skipped_weights(chain, potential, *, runs, particles, seed):
     """Adaptive resampling as published: a step's weight is used there and then, or lost."""
     torch.manual_seed(seed)
-    engine = SteeringEngine(as_task(chain, potential), FKSteering(chain, potential))
+    sampler = SMC(chain, potential, method="steering", num_particles=particles, num_runs=runs)
+    run, method = sampler.bind((), {}), sampler.method
     systematic = as_resampler("systematic")
     with torch.no_grad():
-        carry = engine.init(runs, particles, None)
-        twist = engine.log_twist(carry, 0, None)
+        state = method.begin(run, None)
+        twist = method.look(run, state, 0, None)
         for k in range(chain.num_steps):
-            carry, _ = engine.move(carry, k, None)
-            ahead = engine.log_twist(carry, k + 1, None)
+            state, _ = method.move(run, state, k, None)
+            if k + 1 == chain.num_steps:
+                state = run.final(state)
+                ahead = method.pay(run, state)
+            else:
+                ahead = method.look(run, state, k + 1, None)
             weights, twist = Weights(ahead - twist), ahead
             due = weights.ess < 0.5 * particles
             if k + 1 < chain.num_steps and bool(due.any()):
                 uniforms = torch.rand(runs, particles + 1, dtype=torch.float64)
                 parents = systematic(uniforms, weights.log)
                 parents = torch.where(due[:, None], parents, torch.arange(particles))
-                carry, twist = engine.gather(carry, parents), twist.gather(1, parents)
-    return carry["tokens"], weights.normalised
+                state, twist = run.gather(state, parents), twist.gather(1, parents)
+    return state["sites"]["x"]["tokens"], weights.normalised
 
 
 def test_forgetting_the_weights_of_skipped_steps_is_found():
@@ -229,8 +234,10 @@ def test_b0_baselines_at_eight_particles(b0):
     """Pilot: importance sampling TV .273, RMSE .83; best of eight TV .324."""
     problem, chain, goal = b0
     options = {"num_particles": 8, "num_runs": 2000, "store_path": False}
-    tv, rmse = figures(problem, ImportanceSampling(chain, goal, **options).run(seed=1))
+    tv, rmse = figures(
+        problem, SMC(chain, goal, method="importance-sampling", **options).run(seed=1)
+    )
     assert tv == pytest.approx(0.273, abs=0.04)
     assert rmse == pytest.approx(0.83, abs=0.08)
-    tv, _ = figures(problem, BestOfN(chain, goal, **options).run(seed=1))
+    tv, _ = figures(problem, SMC(chain, goal, method="best-of-n", **options).run(seed=1))
     assert tv == pytest.approx(0.324, abs=0.04)

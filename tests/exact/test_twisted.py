@@ -15,9 +15,8 @@ import torch
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal, mean_prediction, tilted
-from ppl_diffusion.inference import twisted
-from ppl_diffusion.inference._task import as_task, seeded
-from ppl_diffusion.inference.twisted import TwistedSampler
+from ppl_diffusion.inference import SMC, TwistedSampler
+from ppl_diffusion.inference.smc import seeded
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential
 from ppl_diffusion.smc import PersistentFill, SampledFill
@@ -78,9 +77,15 @@ def evidence(chain, potential):
     return float((law * potential(states).exp()).sum())
 
 
-def check(chain, potential, *, seed=1, runs=400, particles=8, **options):
-    sampler = TwistedSampler(
-        chain, potential, num_particles=particles, num_runs=runs, store_path=False, **options
+def check(chain, potential, *, seed=1, runs=400, particles=8, method="twisted", **options):
+    sampler = SMC(
+        chain,
+        potential,
+        method=method,
+        num_particles=particles,
+        num_runs=runs,
+        store_path=False,
+        **options,
     )
     posterior = sampler.run(seed=seed)
     z_hat, states, law = posterior.log_evidence.exp(), *x0_law(chain)
@@ -130,11 +135,13 @@ def test_reweighted_lookahead_is_unbiased_on_every_process(name, twist, kappa):
     check(timed_chain(name), GOAL, twist=twist, kappa=kappa)
 
 
-class _Mixes(twisted.TwistedEngine):
+class _Mixes(TwistedSampler):
     """Divides by the expected number of completions with a token instead of counting them."""
 
-    def _reweighted(self, step, guess):
-        pay = torch.softmax(self.lookahead.values(guess), -1)
+    def _reweighted(self, run, state, item, step, generator):
+        fills = self._guess(run, state, generator)
+        pay = torch.softmax(run.source.look(fills, state), 2)
+        guess = fills[item.site]
         paid = torch.zeros((*guess.shape[:-2], *step.log_probs.shape[-2:]), dtype=torch.float64)
         paid = paid.scatter_add(-1, guess.mT, pay[..., None, :].expand(guess.mT.shape))
         mean = mean_prediction(step).exp()
@@ -144,16 +151,14 @@ class _Mixes(twisted.TwistedEngine):
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
-def test_counting_completions_beats_expecting_them(name, monkeypatch):
+def test_counting_completions_beats_expecting_them(name):
     """Both are exact; the first leaves the model alone where potentials are equal.
 
     RMSE of log Z here .55 against .65 and .60 against .71, standard errors 3 %: false alarm 1e-2.
     """
     chain = timed_chain(name)
-    options = {"runs": 1000, "twist": PersistentFill(4)}
-    log_z = [check(chain, GOAL, **options).log_evidence]
-    monkeypatch.setattr(twisted, "TwistedEngine", _Mixes)
-    log_z.append(check(chain, GOAL, **options).log_evidence)
+    methods = [method(twist=PersistentFill(4)) for method in (TwistedSampler, _Mixes)]
+    log_z = [check(chain, GOAL, runs=1000, method=method).log_evidence for method in methods]
     exact = math.log(evidence(chain, GOAL))
     counted, expected = ((z - exact).square().mean().sqrt() for z in log_z)
     assert counted < 0.95 * expected
@@ -208,9 +213,10 @@ def conditional_value(chain, potential):
 def test_the_true_value_leaves_no_variance(surprise):
     """With the exact denoiser and the exact twist every weight is the evidence itself."""
     chain = ordered_chain()
-    sampler = TwistedSampler(
+    sampler = SMC(
         chain,
         GOAL,
+        method="twisted",
         num_particles=4,
         num_runs=8,
         twist=conditional_value(chain, GOAL),
@@ -243,7 +249,7 @@ ADDITIVE = Potential(
 def test_independent_sites_and_an_additive_potential(twist):
     """Closed form: ``Z = prod_l sum_v P_l(v) exp(phi_l(v))``, reached by every particle."""
     chain, rows = independent_chain()
-    sampler = TwistedSampler(chain, ADDITIVE, num_particles=4, num_runs=50, twist=twist)
+    sampler = SMC(chain, ADDITIVE, method="twisted", num_particles=4, num_runs=50, twist=twist)
     log_z = sampler.run(seed=1).log_evidence
     expected = float((rows * SOFT.flip(0).exp()).sum(-1).log().sum())
     torch.testing.assert_close(log_z, torch.full_like(log_z, expected), rtol=0, atol=1e-9)
@@ -253,9 +259,10 @@ def test_independent_sites_and_an_additive_potential(twist):
 def test_without_a_potential_nothing_is_weighed(proposal):
     flat = Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="flat")
     chain = ordered_chain() if proposal == "clamped" else timed_chain("uniform")
-    sampler = TwistedSampler(
+    sampler = SMC(
         chain,
         flat,
+        method="twisted",
         num_particles=8,
         num_runs=4,
         twist=PersistentFill(3),
@@ -279,12 +286,14 @@ def test_persistent_noise_never_decides_what_is_revealed():
     Chi-square of first token against the third of the noise, 3 x 3 cells; false alarm 1e-3.
     """
     flat = Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="flat")
-    sampler = TwistedSampler(ordered_chain(), flat, twist=PersistentFill(1), ess_threshold=0.0)
+    method = TwistedSampler(twist=PersistentFill(1))
+    sampler = SMC(ordered_chain(), flat, method=method, num_particles=6000)
     with torch.no_grad(), seeded(5):
-        engine = twisted.TwistedEngine(as_task(ordered_chain(), flat), sampler)
-        carry = engine.init(1, 6000, None)
+        run = sampler.bind((), {})
+        state = sampler.method.begin(run, None)
         for k in range(LENGTH):
-            carry, _ = engine.move(carry, k, None)
+            state, _ = sampler.method.move(run, state, k, None)
+    carry = state["sites"]["x"]
     third = (carry["fill_uniforms"][0, :, 0, 0] * 3).long()
     token = carry["tokens"][0, :, 0]
     counts = torch.bincount(third * 3 + token, minlength=9)
@@ -302,7 +311,7 @@ def test_an_observed_token_has_the_forward_backward_marginal():
     chain = ReverseChain(OrderedKernel(process, denoiser, length=length), length)
     seen = Constraint(lambda x0: (x0[..., target] != 2).double(), penalty=3.0, name="seen")
     marginal = float((initial @ torch.linalg.matrix_power(transition, target))[2])
-    sampler = TwistedSampler(chain, seen, num_particles=16, num_runs=300, store_path=False)
+    sampler = SMC(chain, seen, method="twisted", num_particles=16, num_runs=300, store_path=False)
     assert abs(z_score(sampler.run(seed=2).log_evidence.exp(), marginal)) < 4
 
 
@@ -312,7 +321,7 @@ def test_hard_constraints_and_dead_ends():
     survivors = posterior.x0[posterior.log_weights > -torch.inf]
     assert bool((survivors[:, 0] == survivors[:, 2]).all())
     nothing = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf), name="nothing")
-    dead = TwistedSampler(ordered_chain(), nothing, num_particles=4, num_runs=2).run(seed=1)
+    dead = SMC(ordered_chain(), nothing, method="twisted", num_particles=4, num_runs=2).run(seed=1)
     assert dead.died_at.tolist() == [LENGTH - 1] * 2
     assert bool((dead.log_evidence == -torch.inf).all())
 
@@ -339,7 +348,7 @@ def test_mean_log_evidence_lies_below_and_rises():
     """Jensen; the means are a dozen standard errors apart."""
     chain = ordered_chain()
     means = [
-        TwistedSampler(chain, GOAL, num_particles=size, num_runs=600, store_path=False)
+        SMC(chain, GOAL, method="twisted", num_particles=size, num_runs=600, store_path=False)
         .run(seed=1)
         .log_evidence.mean()
         for size in (2, 8, 32)
@@ -354,8 +363,8 @@ def test_one_weighted_draw_per_run_has_the_declared_law():
     exact = law * GOAL(states).exp()
     distances = []
     for size in (1, 8, 256):
-        sampler = TwistedSampler(
-            chain, GOAL, num_particles=size, num_runs=400, twist=PersistentFill(2)
+        sampler = SMC(
+            chain, GOAL, method="twisted", num_particles=size, num_runs=400, twist=PersistentFill(2)
         )
         generator = torch.Generator().manual_seed(2)
         draws = sampler.run(seed=2).resample(1, generator=generator, pooled=False)["x0"][:, 0]
@@ -371,8 +380,14 @@ def test_plates_multiply_evidences():
     chain = ordered_chain()
     plated = chain.expand((2,))
     for options in ({}, {"proposal": "reweighted"}, {"surprise": True}):
-        sampler = TwistedSampler(
-            plated, GOAL, num_particles=16, num_runs=300, twist=PersistentFill(2), **options
+        sampler = SMC(
+            plated,
+            GOAL,
+            method="twisted",
+            num_particles=16,
+            num_runs=300,
+            twist=PersistentFill(2),
+            **options,
         )
         posterior = sampler.run(seed=1)
         assert posterior.x0.shape == (300, 16, 2, LENGTH)
@@ -409,7 +424,7 @@ def test_the_evidence_of_the_benchmark_problem_with_eight_particles(twist, surpr
     """
     chain, potential, log_z = benchmark_problem()
     options = {"num_particles": 8, "num_runs": 1000, "store_path": False}
-    sampler = TwistedSampler(chain, potential, twist=twist, surprise=surprise, **options)
+    sampler = SMC(chain, potential, method="twisted", twist=twist, surprise=surprise, **options)
     errors = sampler.run(seed=1).log_evidence - log_z
     assert errors.square().mean().sqrt() < goal
 
@@ -417,45 +432,45 @@ def test_the_evidence_of_the_benchmark_problem_with_eight_particles(twist, surpr
 # Failing twins: each known defect must be seen by the test above that it would break.
 
 
-class _ForgetsProposal(twisted.TwistedEngine):
+class _ForgetsProposal(TwistedSampler):
     """Moves by ``q`` and weighs as if by ``K``."""
 
-    def move(self, carry, k, generator):
-        carry, _ = super().move(carry, k, generator)
-        return carry, 0.0
+    def move(self, run, state, group, generator):
+        state, _ = super().move(run, state, group, generator)
+        return state, 0.0
 
 
-class _ClosesWithTheGuess(twisted.TwistedEngine):
+class _ClosesWithTheGuess(TwistedSampler):
     """Ends with the look-ahead instead of the potential."""
 
-    def log_twist(self, carry, k, generator):
-        log_h = super().log_twist(carry, k, generator)
-        return self._last if k == self.chain.num_steps else self._keep(log_h)
+    def look(self, run, state, group, generator):
+        run.notes["last"] = super().look(run, state, group, generator)
+        return run.notes["last"]
 
-    def _keep(self, log_h):
-        self._last = log_h
-        return log_h
+    def pay(self, run, state):
+        return run.notes["last"]
 
 
-class _RevealsTheMostConfident(twisted.TwistedEngine):
+class _RevealsTheMostConfident(TwistedSampler):
     """Draws a token everywhere and reveals the one it is surest of."""
 
-    def _clamped(self, step, carry, k, generator):
+    def _clamped(self, run, state, item, step, generator):
         drawn = torch.distributions.Categorical(logits=step.log_probs).sample()
         sure = step.log_probs.gather(-1, drawn[..., None])[..., 0]
         sites = torch.where(step.eligible, sure, -torch.inf).argmax(-1, keepdim=True)
         tokens = step.tokens.scatter(-1, sites, drawn.gather(-1, sites))
-        return self._look({**carry, "tokens": tokens}, k + 1, generator), 0.0
+        carry = {**state["sites"][item.site], "tokens": tokens}
+        return {**run.moved(state, item, carry), "twisted/guess": None, "twisted/log_h": None}, 0.0
 
 
 DEFECTS = [_ForgetsProposal, _ClosesWithTheGuess, _RevealsTheMostConfident]
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_each_defect_is_seen(defect, monkeypatch):
-    monkeypatch.setattr(twisted, "TwistedEngine", defect)
+def test_each_defect_is_seen(defect):
+    method = defect(twist=PersistentFill(1))
     with pytest.raises(AssertionError, match="standard errors off"):
-        check(ordered_chain(), GOAL, twist=PersistentFill(1), runs=2000, ess_threshold=1.01)
+        check(ordered_chain(), GOAL, method=method, runs=2000, ess_threshold=1.01)
 
 
 def test_all_twists_agree_in_law():
@@ -467,7 +482,7 @@ def test_all_twists_agree_in_law():
         {"twist": PersistentFill(4), "proposal": "reweighted"},
         {"twist": conditional_value(chain, GOAL)},
     ):
-        sampler = TwistedSampler(chain, GOAL, num_particles=512, num_runs=60, **options)
+        sampler = SMC(chain, GOAL, method="twisted", num_particles=512, num_runs=60, **options)
         assert distance(chain, GOAL, sampler.run(seed=4)) < 0.06
 
 

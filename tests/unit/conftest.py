@@ -5,6 +5,7 @@ import torch
 
 from ppl_diffusion.smc import ParticlePosterior
 from ppl_diffusion.smc.genealogy import eve_indices
+from ppl_diffusion.smc.law import Base, Law, Tilt
 
 
 def random_posterior(
@@ -42,8 +43,7 @@ def random_posterior(
         samples={"x0": x0},
         num_evaluations=1200,
         num_potential_calls=340,
-        exact=True,
-        target="the posterior of a hand-made program",
+        law=Law((Base("x", "a hand-made kernel", steps, length, plates),), (Tilt("hand-made"),)),
         seconds=1.5,
         compact_path=tokens if path else None,
         settings={"resampler": "systematic", "ess_threshold": 0.5, "seed": 7, "twist": None},

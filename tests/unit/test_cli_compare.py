@@ -112,7 +112,11 @@ def test_roots_of_particles_without_weight_are_not_counted(prior, tmp_path, caps
 
 def damage(folder, name, **entries):
     path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    known = json.loads(path.read_text())
+    law = entries.get("law")
+    if law and "exact" in law:
+        entries["law"] = {**known["law"], **law}
+    path.write_text(json.dumps({**known, **entries}))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,11 @@ def damage(folder, name, **entries):
         ("particles/particles.json", {"num_evaluations": 0}, "evaluated no network row"),
         ("particles/particles.json", {"num_evaluations": None}, "num_evaluations is None"),
         ("particles/particles.json", {"num_potential_calls": "2"}, "num_potential_calls is '2'"),
-        ("particles/particles.json", {"exact": "maybe"}, "exact is 'maybe'"),
+        ("particles/particles.json", {"exact": True}, "has unknown 'exact'"),
+        ("particles/particles.json", {"law": {"exact": "maybe"}}, "exact of its law is 'maybe'"),
+        ("particles/particles.json", {"law": {"chain": []}}, "'law' in particles.json is no law"),
+        ("particles/particles.json", {"law": None}, "'law' in particles.json is no law"),
+        ("particles/particles.json", {"format": 2}, "written in another format"),
         ("particles/particles.json", {"seconds": "fast"}, "seconds is 'fast'"),
         ("particles/particles.json", {"settings": None}, "settings is no object"),
         ("summary.json", {"seconds": "fast"}, "could not convert string to float: 'fast'"),

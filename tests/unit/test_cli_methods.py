@@ -15,13 +15,14 @@ from ppl_diffusion.design.search import Search
 from ppl_diffusion.diagnostics.claims import disagreement
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.smc import ParticlePosterior
+from ppl_diffusion.smc.law import Law
 
 LENGTH = 12
 QUICK = ["--particles", "6", "--runs", "2", "--steps", "4", "--gc", "0.25", "0.75", "--quiet"]
 METHODS = {
     "smc": {},
-    "soft-value": {"children": 2, "alpha": 0.5},
-    "unweighted": {"method": "soft-value", "children": 2, "alpha": 0.0, "weighted": False},
+    "soft-value": {"num_children": 2, "alpha": 0.5},
+    "unweighted": {"method": "soft-value", "num_children": 2, "alpha": 0.0, "weighted": False},
     "steering": {"kind": "max", "every": 2},
     "twisted": {},
     "corrector": {"power": 2.0},
@@ -34,7 +35,13 @@ def words(name):
     """Return the command-line form of a method's options."""
     options = {"method": name, **METHODS[name]}
     flags = ["--unweighted"] if options.pop("weighted", True) is False else []
-    return [*flags, *(w for key, value in options.items() for w in (f"--{key}", str(value)))]
+    pairs = ((f"--{key.removeprefix('num_')}", str(value)) for key, value in options.items())
+    return [*flags, *(word for pair in pairs for word in pair)]
+
+
+def search(name, **numbers):
+    options = dict(METHODS[name])
+    return Search(method=options.pop("method", name), options=options, **numbers)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +102,7 @@ def test_every_summary_says_what_was_done(name, runs):
     assert asked.items() <= summary["settings"]["search"].items()
     assert summary["exact"] is posterior.exact is (name not in LAWLESS)
     assert summary["target"] == posterior.target
+    assert Law.from_json(summary["law"]) == posterior.law
     assert summary["evaluations"] == posterior.num_evaluations > 0
     rows = list(csv.DictReader((runs / name / "designs.csv").read_text().splitlines()))
     assert sum(float(row["weight"]) for row in rows) == pytest.approx(1.0, abs=1e-4)
@@ -120,8 +128,8 @@ def test_evidence_is_claimed_where_a_law_is_declared_and_nowhere_else(name, runs
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_run(name, runs, prior):
-    search = Search(num_particles=6, num_runs=2, num_steps=4, **{"method": name, **METHODS[name]})
-    job = Job(prior, Question(gc=(0.25, 0.75)), search)
+    asked = search(name, num_particles=6, num_runs=2, num_steps=4)
+    job = Job(prior, Question(gc=(0.25, 0.75)), asked)
     torch.manual_seed(len(name))  # of no consequence
     result = design(build_target(job))
     posterior = ParticlePosterior.load(runs / name / "particles")
@@ -146,8 +154,8 @@ def test_a_method_without_evidence_says_none(prior, tmp_path, capsys):
     "name", [name for name in METHODS if name not in ("smc", "unweighted", "best-of-n")]
 )
 def test_every_method_takes_a_uniform_prior(name, priors):
-    search = Search(num_particles=4, num_runs=1, num_steps=3, method=name, **METHODS[name])
-    job = Job(str(priors / "UniformDiffusion"), Question(gc=(0.0, 1.0)), search)
+    asked = search(name, num_particles=4, num_runs=1, num_steps=3)
+    job = Job(str(priors / "UniformDiffusion"), Question(gc=(0.0, 1.0)), asked)
     result = design(build_target(job))
     assert result.posterior.exact
     assert result.summary["log_evidence"][0] is not None

@@ -7,7 +7,8 @@ import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser, Transformer, TransformerConfig
 from ppl_diffusion.denoisers.conditional import Guided, Labelled, Paired
-from ppl_diffusion.denoisers.filters import Nucleus, Temperature, has_sparse_head
+from ppl_diffusion.denoisers.filters import Nucleus, Temperature
+from ppl_diffusion.denoisers.prediction import has_head
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel
 from ppl_diffusion.testing import (
@@ -98,7 +99,7 @@ def test_labels_pick_a_member(network_type):
         denoiser = Labelled(network, label)
         torch.testing.assert_close(denoiser(tokens, 0.5), network.tables[which](tokens, 0.5))
         assert denoiser.unconditional == (label is None)
-        assert has_sparse_head(denoiser) == (network_type is SparseNetwork)
+        assert has_head(denoiser) == (network_type is SparseNetwork)
     assert repr(Labelled(network, None)) == f"Labelled({network_type.__name__}, no label)"
 
 
@@ -287,7 +288,7 @@ def test_wrong_networks_are_not_hidden(answer, error, message, network, pair, le
         tokens = torch.full((4, 3), 2)
         with pytest.raises(error, match=message):
             kernel.step({"tokens": tokens}, 0)
-        if has_sparse_head(kernel.denoiser):
+        if has_head(kernel.denoiser):
             with pytest.raises(error, match=message):
                 kernel.denoiser.head(kernel.denoiser.hidden(tokens, 0.5))
 
@@ -309,7 +310,7 @@ def test_a_column_for_the_mask_is_allowed(network, pair, level):
     kernel = ClassifierFreeKernel(process, *parts, weight=2.0, level=level, num_steps=2)
     rows = kernel.cavity_log_probs({"tokens": torch.zeros(4, 3, dtype=torch.int64)}, 0).exp()
     torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
-    if has_sparse_head(kernel.denoiser):
+    if has_head(kernel.denoiser):
         rows = kernel.denoiser.head(kernel.denoiser.hidden(torch.zeros(4, 3).long(), 0.5)).exp()
         torch.testing.assert_close(rows, torch.full((4, 3, 2), 0.5, dtype=torch.float64))
 

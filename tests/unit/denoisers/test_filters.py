@@ -7,7 +7,8 @@ import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser, Transformer, TransformerConfig
 from ppl_diffusion.denoisers.conditional import Paired
-from ppl_diffusion.denoisers.filters import Nucleus, Temperature, has_sparse_head, peel
+from ppl_diffusion.denoisers.filters import Nucleus, Temperature, peel
+from ppl_diffusion.denoisers.prediction import has_head
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
@@ -253,7 +254,7 @@ def transformer():
 def test_a_sparse_head_stays_sparse():
     network = transformer()
     wrapper = Temperature(Nucleus(network, 0.8), 0.7)
-    assert has_sparse_head(wrapper)
+    assert has_head(wrapper)
     tokens = torch.randint(6, (3, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         dense, hidden = wrapper(tokens, 0.5), wrapper.hidden(tokens, 0.5)
@@ -265,7 +266,7 @@ def test_a_sparse_head_stays_sparse():
 
 def test_no_sparse_head_out_of_nothing():
     wrapper = Nucleus(Fixed([0.0]), 0.8)
-    assert not has_sparse_head(wrapper)
+    assert not has_head(wrapper)
     assert not hasattr(wrapper, "hidden")
     assert not hasattr(wrapper, "parameters")
 

@@ -1,5 +1,6 @@
 """Every method of the command line has the evidence of the law it declares, by enumeration."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,14 +10,16 @@ import torch
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.design.checks import InputError
 from ppl_diffusion.design.methods import HeldFill, infer
+from ppl_diffusion.design.options import DEFAULTS, options
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.search import METHODS, Search, with_defaults
+from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
+from ppl_diffusion.inference import methods
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.potentials import GCContent, Potential
-from ppl_diffusion.smc.twists import ArgmaxFill
+from ppl_diffusion.smc.twists import ArgmaxFill, PersistentFill
 
 LENGTH, NUM_RUNS = 4, 600
 INITIAL = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -54,13 +57,15 @@ def exact_log_evidence(target, *, ordered, power=1.0):
 
 MASKED = [
     {"method": "smc"},
-    {"method": "soft-value", "children": 3, "alpha": 0.5},
+    {"method": "soft-value", "num_children": 3, "alpha": 0.5},
     {"method": "steering", "kind": "max", "every": 2},
     {"method": "twisted"},
     {"method": "twisted", "twist": "persistent", "fills": 2},
     {"method": "corrector"},
     {"method": "corrector", "power": 2.0},
     {"method": "corrector", "twist": "none"},
+    {"method": "importance-sampling"},
+    {"method": "guided-lineages", "proposal": "clamped"},
 ]
 CASES = [
     *((Absorbing, options, pattern) for options in MASKED for pattern in (None, FIXED)),
@@ -69,7 +74,17 @@ CASES = [
     (Uniform, {"method": "steering", "kind": "add"}, None),
     (Uniform, {"method": "twisted"}, None),
     (Uniform, {"method": "corrector"}, None),
+    (Absorbing, {"method": "twisted", "proposal": "reweighted", "fills": 4}, None),
+    (Absorbing, {"method": "corrector", "form": "path"}, None),
+    (Absorbing, {"method": "tempering"}, None),
 ]
+REVEALING = ("twisted", "corrector", "guided-lineages")
+
+
+def make_search(method="smc", *, num_particles=64, num_runs=4, num_steps=4, **options):
+    numbers = {"num_particles": num_particles, "num_runs": num_runs, "num_steps": num_steps}
+    own = {name: options.pop(name) for name in ("resampler", "ess_threshold") if name in options}
+    return Search(method=method, seed=3, **numbers, **own, options=options)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +98,9 @@ CASES = [
 def test_the_evidence_is_that_of_the_declared_law(process, options, pattern):
     """Mean of Z over 600 runs within 4 standard errors: 6e-5 per case by chance."""
     target = make_target(process(4), pattern)
-    search = with_defaults(
-        Search(num_particles=16, num_runs=NUM_RUNS, num_steps=4, seed=3, **options),
-        masked=target.masked,
-        fixed=pattern is not None,
-    )
-    posterior = infer(target, search)
-    ordered = target.masked and search.method in ("twisted", "corrector")
+    posterior = infer(target, make_search(num_particles=16, num_runs=NUM_RUNS, **options))
+    on_the_grid = "reweighted" in options.values() or "path" in options.values()
+    ordered = target.masked and options["method"] in REVEALING and not on_the_grid
     exact = exact_log_evidence(target, ordered=ordered, power=options.get("power", 1.0))
     ratio = (posterior.log_evidence - exact).exp()
     error = float(ratio.std()) / NUM_RUNS**0.5
@@ -97,34 +108,36 @@ def test_the_evidence_is_that_of_the_declared_law(process, options, pattern):
     assert error < 0.1  # the check has power
     assert abs(float(ratio.mean()) - 1) < 4 * error
     assert ("reveals" in posterior.target) == ordered
-    assert ("1 fixed bases" in posterior.target) == (pattern is not None)
+    assert ("clamped at 1 of 4 positions" in posterior.target) == (pattern is not None)
     if pattern is not None:
         assert bool((posterior.x0[posterior.weights > 0][:, 1] == 2).all())
 
 
-def test_one_law_is_declared_in_one_sentence():
+@pytest.mark.parametrize("pattern", [None, FIXED], ids=["free", "fixed"])
+def test_one_law_is_declared_in_one_sentence(pattern):
     def declared(process, method):
-        search = Search(num_particles=4, num_runs=1, num_steps=4, method=method)
-        target = make_target(process(4))
-        return infer(target, with_defaults(search, masked=target.masked, fixed=False)).target
+        target = make_target(process(4), pattern)
+        return infer(target, make_search(method, num_particles=8, num_runs=1)).law
 
-    grid = {declared(Absorbing, method) for method in ("smc", "soft-value", "steering")}
-    ordered = {declared(Absorbing, method) for method in ("twisted", "corrector")}
-    uniform = {
-        declared(Uniform, m) for m in ("smc", "soft-value", "steering", "twisted", "corrector")
-    }
+    on_the_grid = ("smc", "soft-value", "steering")
+    grid = {declared(Absorbing, method) for method in on_the_grid}
+    ordered = {declared(Absorbing, method) for method in REVEALING}
+    # Fixed bases are held on masked priors alone by the others.
+    others = ("twisted", "corrector", "guided-lineages") if pattern is None else ()
+    uniform = {declared(Uniform, method) for method in (*on_the_grid, *others)}
     assert (len(grid), len(ordered), len(uniform)) == (1, 1, 1)
-    assert grid != ordered
+    assert len({law.base for law in (*grid, *ordered, *uniform)}) == 3
+    assert set(map(str, grid)) != set(map(str, ordered))
 
 
 @pytest.mark.parametrize("method", ["best-of-n", "soft-value"])
 def test_what_declares_no_law_says_so_and_holds_the_bases(method):
     options = {"weighted": False} if method == "soft-value" else {"keep": 3}
-    search = Search(num_particles=8, num_runs=5, num_steps=4, method=method, **options)
+    search = make_search(method, num_particles=8, num_runs=5, **options)
     posterior = infer(make_target(Absorbing(4), FIXED), search)
     held = posterior.weights > 0
     assert not posterior.exact
-    assert "which every draw holds" in posterior.target
+    assert "the chain is clamped at 1 of 4 positions" in posterior.target
     assert bool((posterior.x0[held][:, 1] == 2).all())
     if method == "best-of-n":
         best = posterior.log_potential.topk(3, -1).values
@@ -149,56 +162,74 @@ def test_defaults_depend_on_the_method():
         "method": "smc",
         "twist": "persistent",
         "fills": 4,
-        "resampler": "systematic",
-        "ess_threshold": 0.5,
+        "twist_every": 1,
     }
-    for method, options in METHODS.items():
-        settings = Search(method=method).settings()
-        assert set(settings) >= {name for name, value in options.items() if value is not None}
-    assert Search(method="steering", fills=8).twist == "persistent"
-    assert "resampler" not in Search(method="soft-value", weighted=False).settings()
+    assert make_search("steering", fills=8).settings()["twist"] == "persistent"
+    assert "fills" not in make_search("steering").settings()
+    assert make_search().make().twist == PersistentFill(4)
+    assert make_search("soft-value").make().num_children == 4
+    assert make_search("steering", fills=8).make().twist == PersistentFill(8)
+    for name, cls in methods().items():
+        if name not in DEFAULTS:
+            assert make_search(name).make() == cls()
+
+
+def test_every_option_is_a_field_of_its_owners_and_documented():
+    known = options()
+    assert {"twist", "num_children", "alpha", "weighted", "kind", "every", "keep"} < set(known)
+    assert "moves" not in known  # objects cannot be said
+    for name, option in known.items():
+        for owner, (_, text) in option.owners.items():
+            fields = {f.name for f in dataclasses.fields(methods()[owner])}
+            assert name in fields or name in ("fills", "power")
+            assert len(text) > 10
+            assert "see the method" not in text
 
 
 def test_twisted_looks_ahead_as_the_prior_needs_it():
-    asked = Search(method="twisted")
-    assert with_defaults(asked, masked=True, fixed=True).twist == "argmax"
-    uniform = with_defaults(asked, masked=False, fixed=False)
-    assert (uniform.twist, uniform.fills) == ("persistent", 16)
-    own = with_defaults(Search(method="twisted", fills=2), masked=False, fixed=False)
-    assert own.fills == 2
+    def chosen(process, pattern=None, **options):
+        search = make_search("twisted", num_particles=4, **options)
+        settings = infer(make_target(process(4), pattern), search).settings
+        return settings["twist"], settings["num_fills"]
+
+    assert chosen(Absorbing) == ("argmax", 1)
+    assert chosen(Absorbing, FIXED) == ("held", 1)
+    assert chosen(Uniform) == ("persistent", 16)
+    assert chosen(Uniform, fills=2) == ("persistent", 2)
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("asked", "sentence"),
     [
         ({"method": "mcmc"}, "no method called 'mcmc'"),
-        ({"children": 3}, "--children is no option of smc: .* --method soft-value"),
+        ({"num_children": 3}, "--children is no option of smc: .* --method .*soft-value"),
         ({"weighted": False}, "--unweighted is no option of smc"),
         ({"method": "twisted", "power": 2.0}, "--power is no option of twisted"),
         ({"method": "best-of-n", "twist": "argmax"}, "--twist is no option of best-of-n"),
         ({"method": "best-of-n", "fills": 4}, "--fills is no option of best-of-n"),
         ({"method": "best-of-n", "keep": 65}, "Of 64 draws per run 65 cannot be kept"),
-        ({"method": "best-of-n", "keep": 0}, "must be at least 1, not 0"),
-        ({"method": "soft-value", "children": 0}, "must be at least 1, not 0"),
-        ({"method": "soft-value", "alpha": -1.0}, "at least 0, not -1.0"),
-        ({"method": "soft-value", "alpha": math.nan}, "finite number, not nan"),
-        ({"method": "soft-value", "alpha": 0.0}, "add --unweighted"),
+        ({"method": "best-of-n", "keep": 0}, "best-of-n: --keep must be >= 1, got 0"),
+        ({"method": "best-of-n", "ess_threshold": 0.5}, "no option of best-of-n"),
+        ({"method": "soft-value", "num_children": 0}, "soft-value: --children must be >= 1, got 0"),
+        ({"method": "soft-value", "alpha": -1.0}, "--alpha must be a finite .* >= 0, got -1.0"),
+        ({"method": "soft-value", "alpha": math.nan}, "--alpha must be a finite number .*nan"),
+        ({"method": "soft-value", "alpha": 0.0}, "use --unweighted"),
         ({"method": "soft-value", "weighted": False, "resampler": "ssp"}, "nothing is ever resam"),
-        ({"method": "steering", "kind": "best"}, "no kind of steering called 'best'"),
-        ({"method": "steering", "every": 0}, "must be at least 1, not 0"),
-        ({"method": "steering", "twist": "none"}, "does nothing but look ahead"),
+        ({"method": "steering", "kind": "best"}, "no kind called 'best'"),
+        ({"method": "steering", "every": 0}, "steering: --every must be >= 1, got 0"),
+        ({"method": "steering", "twist": "none"}, "steering: --twist none scores nothing"),
         ({"method": "corrector", "power": 0.0}, "must be above 0, not 0.0"),
         ({"twist": "argmax", "fills": 4}, "argmax has none"),
+        ({"twist": "persistent", "fills": 0}, "must be at least 1, not 0"),
+        ({"oracle": 1}, "no option called 'oracle'"),
     ],
 )
-def test_impossible_methods(options, sentence):
+def test_impossible_methods(asked, sentence):
     with pytest.raises(InputError, match=sentence):
-        Search(**options)
+        make_search(**asked)
 
 
-def test_what_a_uniform_prior_cannot_do_is_refused():
-    for method in ("twisted", "corrector"):
+def test_fixed_bases_on_a_uniform_prior_are_refused_where_they_cannot_be_held():
+    for method in ("twisted", "corrector", "guided-lineages", "tempering"):
         with pytest.raises(InputError, match="holds fixed bases on masked priors alone"):
-            with_defaults(Search(method=method), masked=False, fixed=True)
-    with pytest.raises(InputError, match="learns from random completions"):
-        with_defaults(Search(method="twisted", twist="argmax"), masked=False, fixed=False)
+            infer(make_target(Uniform(4), FIXED), make_search(method))

@@ -48,7 +48,7 @@ def matrices(tmp_path):
 def test_job_and_program_have_the_same_target(prior, matrices):
     program, folder = prior
     question = Question(gc=(0.25, 0.5), motifs=(MotifSpec(matrices, "M2", 0.5),), fix=((3, "TA"),))
-    search = Search(num_particles=128, num_runs=16, num_steps=6, twist="none")
+    search = Search(num_particles=128, num_runs=16, num_steps=6, options={"twist": "none"})
     result = design(build_target(Job(folder, question, search)))
     gc, motif = GCContent(0.25, 0.5), 0.5 * find_motif(read_motifs(matrices), "M2").potential()
 

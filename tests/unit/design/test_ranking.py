@@ -7,6 +7,7 @@ from torch import tensor
 from ppl_diffusion.design.judging import compare, standard_error
 from ppl_diffusion.design.ranking import rank_designs
 from ppl_diffusion.smc import ParticlePosterior
+from ppl_diffusion.smc.law import Base, Law
 
 A, B, C = [0, 0], [0, 1], [1, 1]
 
@@ -30,8 +31,7 @@ def make_posterior(weights, log_evidence, x0, log_potential):
         samples={},
         num_evaluations=0,
         num_potential_calls=0,
-        exact=True,
-        target="",
+        law=Law((Base("x", "a kernel", steps, tensor(x0).shape[-1]),)),
     )
 
 

@@ -22,6 +22,11 @@ def by_label(comparison):
     return {row["label"]: row for row in comparison.rows}
 
 
+def lawless(posterior):
+    law = posterior.law.but(exact=False, why="the best", has_evidence=False)
+    return replace(posterior, law=law)
+
+
 @pytest.fixture
 def pair(make_posterior):
     """Return two results of four runs, 1200 and 480 network rows."""
@@ -131,13 +136,13 @@ def test_letters_and_notes_say_what_is_comparable(make_posterior):
     level = torch.zeros(2, dtype=torch.float64)  # runs agree
     one = replace(make_posterior(runs=2), log_evidence=level)
     other = replace(make_posterior(runs=2, seed=1), log_evidence=level)
-    best = replace(other, exact=False, settings={"method": "best-of-n"}, target="the best")
-    law = {"prior": "yeast", "steps": "5"}
+    best = lawless(other)
+    asked = {"prior": "yeast"}
     contenders = [
-        Contender("a", one, law=law),
-        Contender("b", other, law=law),
-        Contender("c", other, law={**law, "prior": "human"}),
-        Contender("d", best, method="best-of-n", law=law),
+        Contender("a", one, asked=asked),
+        Contender("b", other, asked=asked),
+        Contender("c", other, asked={"prior": "human"}),
+        Contender("d", best, method="best-of-n", asked=asked),
     ]
     comparison = compare(contenders)
     assert [row["target"] for row in comparison.rows] == ["A", "A", "B", "C"]
@@ -148,9 +153,23 @@ def test_letters_and_notes_say_what_is_comparable(make_posterior):
     assert "The results differ in prior:" in comparison.notes[1]
     assert "No law is declared for d" in comparison.notes[2]
     assert compare(contenders[:2]).notes == []
-    longer = Contender("e", other, law={**law, "steps": "9"})
-    (note,) = compare([contenders[0], longer]).notes
+    (chain,) = other.law.chains
+    longer = replace(other, law=other.law.but(chains=(replace(chain, steps=9),)))
+    (note,) = compare([contenders[0], Contender("e", longer, asked=asked)]).notes
     assert "A, B differ in steps:" in note
+
+
+def test_laws_are_one_where_their_data_are_and_not_their_words(make_posterior):
+    one, other = make_posterior(), make_posterior(seed=1)
+    (chain,) = one.law.chains
+    weights = replace(chain, digest="other weights")  # no sentence tells
+    approximate = one.law.but(exact=False, why="another sentence")
+    cases = {True: approximate, False: one.law.but(chains=(weights,))}
+    for same, law in cases.items():
+        pair = [Contender("a", one), Contender("b", replace(other, law=law))]
+        letters = [row["target"] for row in compare(pair).rows]
+        assert (letters[0] == letters[1]) == same
+        assert (str(law) == str(one.law)) != same
 
 
 @pytest.mark.parametrize(
@@ -203,10 +222,8 @@ def test_more_results_than_colours_still_look_different(make_posterior):
 
 def test_an_empty_panel_says_why_and_a_full_one_shows_single_runs(make_posterior):
     lawful = [Contender(name, make_posterior(seed=seed)) for seed, name in enumerate("ab")]
-    lawless = [
-        replace(c, posterior=replace(c.posterior, settings={"method": "beam"})) for c in lawful
-    ]
-    panel = plot_comparison(compare(lawless), ax=Figure().subplots()).child_axes[0]
+    nothing = [replace(c, posterior=lawless(c.posterior)) for c in lawful]
+    panel = plot_comparison(compare(nothing), ax=Figure().subplots()).child_axes[0]
     assert "no result declares a law" in panel.texts[0].get_text()
     comparison = compare(lawful)
     panel = plot_comparison(comparison, ax=Figure().subplots()).child_axes[0]
@@ -220,7 +237,7 @@ def test_an_empty_panel_says_why_and_a_full_one_shows_single_runs(make_posterior
 
 def test_plot_data_and_plot(pair):
     judged = {"judge": np.ones((4, 40))}
-    best = replace(pair[1], settings={"method": "beam"}, exact=False)
+    best = lawless(pair[1])
     comparison = compare(
         [Contender("a", pair[0], scores=judged), Contender("b", best, scores=judged)]
     )

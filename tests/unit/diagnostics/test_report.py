@@ -54,8 +54,9 @@ def test_summary_counts_what_carries_weight(two_runs):
 
 
 def test_summary_states_cost_and_claim(two_runs):
-    facts = summary(replace(two_runs, exact=False))
-    assert (facts["exact"], facts["target"]) == (False, "the posterior of a hand-made program")
+    facts = summary(replace(two_runs, law=two_runs.law.but(exact=False)))
+    assert (facts["exact"], facts["target"]) == (False, str(two_runs.law.but(exact=False)))
+    assert facts["target"].startswith("approximately p(path) * G(x0) of the 3-step reverse chain")
     assert (facts["num_evaluations"], facts["num_potential_calls"]) == (1200, 340)
     assert (facts["num_runs"], facts["num_particles"], facts["num_steps"]) == (2, 4, 3)
 
@@ -116,4 +117,6 @@ def test_table_reports_what_is_missing(make_posterior):
 
 
 def test_table_prints_a_target_with_brackets_as_it_stands(make_posterior):
-    assert "law of x[0]" in render(replace(make_posterior(), target="the law of x[0] [bold]"))
+    posterior = make_posterior()
+    law = posterior.law.but(product="the law of x[0] [bold]")
+    assert "law of x[0] [bold]" in render(replace(posterior, law=law))

@@ -10,13 +10,8 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion.inference.baselines import (
-    BeamSearch,
-    BestOfN,
-    GuidedLineages,
-    ImportanceSampling,
-    KeepBest,
-)
+from ppl_diffusion.inference import SMC
+from ppl_diffusion.inference.baselines import KeepBest
 from ppl_diffusion.potentials import Constraint, Potential
 from ppl_diffusion.potentials.factor import factor
 from ppl_diffusion.testing.oracles import ExactChain, chi_square_p_value, total_variation, z_score
@@ -26,20 +21,19 @@ CHAIN = toy_chain(length=3, num_steps=4, sharpness=1.5)
 GOAL = toy_potential(3, 3, scale=1.5)
 EXACT = ExactChain.of(CHAIN)
 NEVER = Constraint(lambda x0: torch.ones(x0.shape[:-1]), name="never")
-METHODS = [ImportanceSampling, GuidedLineages, BestOfN, BeamSearch]
+METHODS = ["importance-sampling", "guided-lineages", "best-of-n", "beam"]
 
 
 def run(method, potential=GOAL, *, chain=CHAIN, seed=1, **options):
-    return method(chain, potential, **{"num_particles": 8, "num_runs": 50, **options}).run(
-        seed=seed
-    )
+    options = {"num_particles": 8, "num_runs": 50, **options}
+    return SMC(chain, potential, method=method, **options).run(seed=seed)
 
 
 def evidence_z(posterior):
     return z_score(posterior.log_evidence.exp(), EXACT.evidence(GOAL))
 
 
-@pytest.mark.parametrize("method", [ImportanceSampling, GuidedLineages])
+@pytest.mark.parametrize("method", ["importance-sampling", "guided-lineages"])
 def test_weighted_baselines_are_exact(method):
     posterior = run(method, num_runs=500)
     assert abs(evidence_z(posterior)) < 4
@@ -49,7 +43,7 @@ def test_weighted_baselines_are_exact(method):
 
 def test_a_proposal_is_paid_for():
     other = toy_chain(length=3, num_steps=4, sharpness=0.5, seed=3)
-    posterior = run(ImportanceSampling, proposal=other.kernel, num_runs=500)
+    posterior = run("importance-sampling", proposal=other.kernel, num_runs=500)
     assert abs(evidence_z(posterior)) < 4
     assert posterior.settings["proposal"] == "InterpolatingKernel"
 
@@ -57,7 +51,7 @@ def test_a_proposal_is_paid_for():
 def test_guidance_nobody_pays_for_is_found():
     options = {"num_runs": 200, "num_particles": 32}
     goal = EXACT.posterior(GOAL)
-    right, wrong = (run(GuidedLineages, weighted=paid, **options) for paid in (True, False))
+    right, wrong = (run("guided-lineages", weighted=paid, **options) for paid in (True, False))
     kept = total_variation(EXACT.histogram(right.x0, right.pooled_log_weights.exp()), goal)
     dropped = total_variation(EXACT.histogram(wrong.x0, wrong.weights), goal)
     assert kept < 0.06
@@ -70,7 +64,7 @@ def test_guidance_nobody_pays_for_is_found():
 
 def test_the_best_of_n_has_the_law_of_a_maximum():
     """``P(best = x) = F(g)^N - F(g-)^N`` where no two sequences tie."""
-    posterior = run(BestOfN, num_runs=3000, num_particles=4)
+    posterior = run("best-of-n", num_runs=3000, num_particles=4)
     best = posterior.x0[posterior.weights == 1]
     assert len(best) == 3000
     log_g, law = GOAL(EXACT.states[EXACT.clean]), EXACT.x0_law()
@@ -80,7 +74,7 @@ def test_the_best_of_n_has_the_law_of_a_maximum():
 
 
 def test_several_may_be_kept():
-    posterior = run(BestOfN, keep=3)
+    posterior = run("best-of-n", keep=3)
     assert torch.equal((posterior.weights > 0).sum(-1), torch.full((50,), 3))
     worst_kept = torch.where(posterior.weights > 0, posterior.log_potential, math.inf).amin(-1)
     best_left = torch.where(posterior.weights > 0, -math.inf, posterior.log_potential).amax(-1)
@@ -88,7 +82,7 @@ def test_several_may_be_kept():
     assert "the best 3 of 8 draws" in posterior.target
 
 
-@pytest.mark.parametrize("method", [BestOfN, BeamSearch])
+@pytest.mark.parametrize("method", ["best-of-n", "beam"])
 def test_optimisers_claim_no_evidence(method):
     posterior = run(method)
     assert not posterior.exact
@@ -111,7 +105,7 @@ def test_dead_runs_say_so(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_forbidden_sequences_never_come_out(method):
     allowed = Constraint(lambda x0: (x0[..., 0] == x0[..., 1]).double(), name="differ")
-    options = {"weighted": False} if method is GuidedLineages else {}
+    options = {"weighted": False} if method == "guided-lineages" else {}
     drawn = run(method, allowed, num_particles=16, **options).resample(200)["x0"]
     assert bool((drawn[:, 0] != drawn[:, 1]).all())
 
@@ -132,20 +126,20 @@ def test_programs_are_their_own_potential(method):
 
 
 def test_a_beam_climbs_higher_than_the_best_of_as_many():
-    beam = run(BeamSearch, num_particles=16, num_children=4, num_runs=200)
-    best = run(BestOfN, num_particles=16, num_runs=200)
+    beam = run("beam", num_particles=16, num_children=4, num_runs=200)
+    best = run("best-of-n", num_particles=16, num_runs=200)
     assert float(beam.expectation(GOAL).mean()) > float(best.expectation(GOAL).mean())
 
 
 def test_a_wide_beam_finds_the_best_sequence():
     """Every one of the 27 sequences has a positive probability; the best is among 512 children."""
-    posterior = run(BeamSearch, num_particles=512, num_children=8, num_runs=2)
+    posterior = run("beam", num_particles=512, num_children=8, num_runs=2)
     best = GOAL(EXACT.states[EXACT.clean]).max()
     torch.testing.assert_close(posterior.log_potential.amax(-1), best.expand(2))
 
 
 def test_equal_candidates_count_once():
-    posterior = run(BeamSearch, num_particles=64, num_children=8, num_runs=5, keep=64)
+    posterior = run("beam", num_particles=64, num_children=8, num_runs=5, keep=64)
     for x0, weights in zip(posterior.x0, posterior.weights, strict=True):
         alive = x0[weights > 0]
         assert len(alive) == len(alive.unique(dim=0)) == len(x0.unique(dim=0))
@@ -153,7 +147,7 @@ def test_equal_candidates_count_once():
 
 def test_survivors_are_the_highest_rated_of_their_step():
     """Each step's parents, ranked by the potential of the completed state."""
-    posterior = run(BeamSearch, num_particles=8, num_children=4, num_runs=5)
+    posterior = run("beam", num_particles=8, num_children=4, num_runs=5)
     assert bool(posterior.resampled[:, :-1].all())
     for run_of in posterior.ancestors[1:].unbind(1):
         assert all(len(set(parents.tolist())) <= 2 for parents in run_of)
@@ -170,7 +164,7 @@ def test_the_best_survive_in_order():
 
 
 def test_ratings_far_apart_are_ranked():
-    posterior = run(BeamSearch, Potential(lambda x0: 1e6 * GOAL(x0)), num_particles=32)
+    posterior = run("beam", Potential(lambda x0: 1e6 * GOAL(x0)), num_particles=32)
     assert bool(posterior.log_potential.isfinite().all())
     assert bool((posterior.weights.sum(-1) == 1).all())
 
@@ -178,11 +172,11 @@ def test_ratings_far_apart_are_ranked():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (BeamSearch, {"num_children": 3}, "num_children must divide num_particles, got 3 and 8"),
-        (BeamSearch, {"keep": 0}, "BeamSearch: keep must be >= 1, got 0"),
-        (BeamSearch, {"twist": None}, "twist=None rates nothing"),
-        (BestOfN, {"keep": 0}, "BestOfN: keep must be >= 1, got 0"),
-        (GuidedLineages, {"ess_threshold": 0.5}, "lineages are never resampled"),
+        ("beam", {"num_children": 3}, "num_children must divide num_particles, got 3 and 8"),
+        ("beam", {"keep": 0}, "BeamSearch: keep must be >= 1, got 0"),
+        ("beam", {"twist": None}, "twist=None rates nothing"),
+        ("best-of-n", {"keep": 0}, "BestOfN: keep must be >= 1, got 0"),
+        ("guided-lineages", {"ess_threshold": 0.5}, "lineages are never resampled"),
     ],
     ids=str,
 )

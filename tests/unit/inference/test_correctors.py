@@ -8,16 +8,16 @@ import torch
 
 from ppl_diffusion import CapabilityError
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference._lockstep import SITE_RULES, LeftToRight, SiteRule
-from ppl_diffusion.inference.correctors import (
+from ppl_diffusion.inference import (
     CFG,
+    SMC,
     Composition,
-    Corrector,
     Power,
     Product,
     Tilt,
     order_inconsistency,
 )
+from ppl_diffusion.inference.lockstep import SITE_RULES, LeftToRight, SiteRule
 from ppl_diffusion.kernels import ConfidenceKernel, InterpolatingKernel, OrderedKernel
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.potentials.factor import factor
@@ -60,7 +60,7 @@ def test_what_cannot_be_multiplied_is_refused_by_name():
 
 def test_no_step_declares_more_reveals_than_there_are_sites():
     sharp = Power(toy_chain(length=3), 2.0)
-    posterior = Corrector(sharp, num_particles=4, group_size=99).run(seed=0)
+    posterior = SMC(sharp, method="corrector", num_particles=4, group_size=99).run(seed=0)
     assert "3 sites per step" in posterior.target
     assert posterior.settings["group_size"] == 3
 
@@ -87,7 +87,9 @@ def test_a_chain_that_corrects_itself_is_not_sent_to_lockstep():
     kernel = toy_chain("uniform").kernel
     correcting = InterpolatingKernel(kernel.process, kernel.denoiser, num_steps=3, kappa=0.8)
     with pytest.raises(CapabilityError, match="build the chain with kappa=1"):
-        Corrector(Power(ReverseChain(correcting, 2), 2.0), num_particles=4).run(seed=0)
+        SMC(Power(ReverseChain(correcting, 2), 2.0), method="corrector", num_particles=4).run(
+            seed=0
+        )
 
 
 def test_equal_chains_are_merged_and_cancelled_ones_dropped():
@@ -135,24 +137,24 @@ def test_chains_share_a_space():
 @pytest.mark.parametrize("rule", ["low_confidence", "sampled-confidence"])
 def test_ranking_by_sampled_tokens_is_refused(rule):
     with pytest.raises(CapabilityError, match="ranks positions by the tokens just sampled"):
-        Corrector(Power(toy_chain(), 2.0), sites=rule)
+        SMC(Power(toy_chain(), 2.0), method="corrector", sites=rule)
 
 
 def test_options_are_checked():
     composition = Power(toy_chain(), 2.0)
     with pytest.raises(ValueError, match="unknown sites='best'; choose one of random"):
-        Corrector(composition, sites="best")
-    with pytest.raises(ValueError, match="method is 'euler'; choose 'auto'"):
-        Corrector(composition, method="euler")
+        SMC(composition, method="corrector", sites="best")
+    with pytest.raises(ValueError, match="form is 'euler'; choose 'auto'"):
+        SMC(composition, method="corrector", form="euler")
     with pytest.raises(ValueError, match="clamp=True needs a twist by completions"):
-        Corrector(composition, clamp=True, twist=None)
+        SMC(composition, method="corrector", clamp=True, twist=None)
     with pytest.raises(ValueError, match="compose changes a chain"):
-        Corrector(composition, compose=lambda chain: chain)
-    with pytest.raises(TypeError, match="a composition takes no arguments"):
-        Corrector(composition).run(3)
+        SMC(composition, method="corrector", compose=lambda chain: chain).run()
+    with pytest.raises(TypeError, match=r"takes no arguments .* composition"):
+        SMC(composition, method="corrector").run(3)
     for options in ({"sites": "entropy"}, {"group_size": 2}, {"clamp": True}):
         with pytest.raises(ValueError, match="belong to lockstep reveals"):
-            Corrector(composition, method="path", **options).run()
+            SMC(composition, method="corrector", form="path", **options).run()
 
 
 def test_chains_without_a_plain_step_are_refused():
@@ -160,15 +162,15 @@ def test_chains_without_a_plain_step_are_refused():
     process, denoiser = chain.kernel.process, chain.kernel.denoiser
     confident = ReverseChain(ConfidenceKernel(process, denoiser, num_steps=3), 2)
     with pytest.raises(CapabilityError, match="lockstep reveals need a masked chain at kappa=1"):
-        Corrector(Power(confident, 2.0)).run()
+        SMC(Power(confident, 2.0), method="corrector").run()
     ordered = ReverseChain(OrderedKernel(process, denoiser, length=2), 2)
     with pytest.raises(CapabilityError, match="the path-power target needs InterpolatingKernel"):
-        Corrector(Power(ordered, 2.0), method="path").run()
+        SMC(Power(ordered, 2.0), method="corrector", form="path").run()
     uniform = toy_chain("uniform", kappa=0.5)
     with pytest.raises(CapabilityError, match="at kappa=1"):
-        Corrector(Power(uniform, 2.0)).run()
+        SMC(Power(uniform, 2.0), method="corrector").run()
     with pytest.raises(CapabilityError, match="lockstep reveals need a masked chain"):
-        Corrector(Power(toy_chain("uniform"), 2.0), method="lockstep").run()
+        SMC(Power(toy_chain("uniform"), 2.0), method="corrector", form="lockstep").run()
 
 
 def test_experts_agree_on_the_grid():
@@ -176,16 +178,16 @@ def test_experts_agree_on_the_grid():
     process = a.kernel.process
     finer = toy_chain(process, num_steps=5, seed=5)
     with pytest.raises(ValueError, match="different time grids or schedules"):
-        Corrector(Product(a, finer), method="path").run()
+        SMC(Product(a, finer), method="corrector", form="path").run()
     coarse = toy_chain(process, num_steps=1, seed=5)
     with pytest.raises(ValueError, match=r"reveal \[1, 2\] positions per step"):
-        Corrector(Product(a, coarse)).run()
-    assert Corrector(Product(a, coarse), group_size=1).run(seed=0).num_steps == 2
+        SMC(Product(a, coarse), method="corrector").run()
+    assert SMC(Product(a, coarse), method="corrector", group_size=1).run(seed=0).num_steps == 2
 
 
 def test_the_rate_form_needs_a_positive_order():
     with pytest.raises(ValueError, match="needs exponents with a positive sum, got -1"):
-        Corrector(Power(toy_chain(), -1.0), method="rates").run()
+        SMC(Power(toy_chain(), -1.0), method="corrector", form="rates").run()
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -193,7 +195,9 @@ def test_the_rate_form_needs_a_positive_order():
 
 def test_the_result_says_what_it_is():
     a, b = pair()
-    post = Corrector(Tilt(CFG(a, b, 2.0), GOAL), num_particles=8, num_runs=2).run(seed=0)
+    post = SMC(Tilt(CFG(a, b, 2.0), GOAL), method="corrector", num_particles=8, num_runs=2).run(
+        seed=0
+    )
     assert post.exact
     assert "p1^2 * p2^-1" in post.target
     assert "a uniformly random order, one site per step" in post.target
@@ -202,9 +206,9 @@ def test_the_result_says_what_it_is():
     assert (post.settings["form"], post.settings["sites"]) == ("lockstep", "random")
     assert post.path.shape == (2, 8, 3, 2)
     assert post.num_potential_calls > 0
-    path = Corrector(Power(a, 2.0), method="path").run(seed=0)
+    path = SMC(Power(a, 2.0), method="corrector", form="path").run(seed=0)
     assert "m(x_T)^2 * the product over 3 steps of p^2" in path.target
-    rates = Corrector(Power(a, 2.0), method="rates").run(seed=0)
+    rates = SMC(Power(a, 2.0), method="corrector", form="rates").run(seed=0)
     assert not rates.exact
     assert "only in the limit of many steps (3 here)" in rates.target
 
@@ -212,12 +216,12 @@ def test_the_result_says_what_it_is():
 def test_group_size_keeps_the_number_of_steps():
     for num_steps, group in ((6, 1), (3, 2), (4, 2), (9, 1)):
         chain = toy_markov_chain(length=6, num_steps=num_steps)
-        post = Corrector(Power(chain, 2.0), num_particles=2).run(seed=0)
+        post = SMC(Power(chain, 2.0), method="corrector", num_particles=2).run(seed=0)
         assert post.settings["group_size"] == group
     kernel = OrderedKernel(
         chain.kernel.process, chain.kernel.denoiser, length=6, group_size=2, block=3
     )
-    post = Corrector(Power(ReverseChain(kernel, 6), 2.0), num_particles=4).run(seed=0)
+    post = SMC(Power(ReverseChain(kernel, 6), 2.0), method="corrector", num_particles=4).run(seed=0)
     path = post.path[0]
     assert post.num_steps == 4
     assert bool((path[:, 2, :3] < 3).all())
@@ -226,7 +230,9 @@ def test_group_size_keeps_the_number_of_steps():
 
 def test_left_to_right_is_from_left_to_right():
     chain = toy_markov_chain(length=4, num_steps=4)
-    post = Corrector(Power(chain, 2.0), sites="left-to-right", num_particles=3).run(seed=0)
+    post = SMC(Power(chain, 2.0), method="corrector", sites="left-to-right", num_particles=3).run(
+        seed=0
+    )
     for k in range(5):
         assert bool(((post.path[0, :, k] < 3) == (torch.arange(4) < k)).all())
 
@@ -240,7 +246,9 @@ def test_a_rule_of_ones_own():
             return -LeftToRight().scores(tokens, log_law, noise)
 
     chain = toy_markov_chain(length=4, num_steps=4)
-    post = Corrector(Power(chain, 2.0), sites=FromTheRight(), num_particles=3).run(seed=0)
+    post = SMC(Power(chain, 2.0), method="corrector", sites=FromTheRight(), num_particles=3).run(
+        seed=0
+    )
     assert bool((post.path[0, :, 1, 3] < 3).all())
     assert "from right to left" in post.target
 
@@ -248,7 +256,7 @@ def test_a_rule_of_ones_own():
 @pytest.mark.parametrize("sites", SITE_RULES)
 def test_seeds_decide_everything(sites):
     chain = toy_markov_chain(length=4, num_steps=4)
-    program = Corrector(Power(chain, 2.0), sites=sites, num_particles=8)
+    program = SMC(Power(chain, 2.0), method="corrector", sites=sites, num_particles=8)
     before = torch.get_rng_state()
     first, second = program.run(seed=1), program.run(seed=1)
     assert torch.equal(before, torch.get_rng_state())
@@ -259,12 +267,14 @@ def test_seeds_decide_everything(sites):
 def test_every_state_is_evaluated_once_and_experts_share_a_network():
     """M16: at most one row per particle and reveal; two compositions of one network cost one."""
     chain = toy_markov_chain(length=5, num_steps=5)
-    single = Corrector(Power(chain, 2.0), num_particles=8, ess_threshold=0.0).run(seed=0)
+    single = SMC(Power(chain, 2.0), method="corrector", num_particles=8, ess_threshold=0.0).run(
+        seed=0
+    )
     assert 5 <= single.num_evaluations <= 1 + 8 * 4
     assert single.num_potential_calls == 0
     kernel = InterpolatingKernel(chain.kernel.process, chain.kernel.denoiser, num_steps=5)
     twice = Product(chain, ReverseChain(kernel, 5))
-    same = Corrector(twice, num_particles=8, ess_threshold=0.0).run(seed=0)
+    same = SMC(twice, method="corrector", num_particles=8, ess_threshold=0.0).run(seed=0)
     assert same.num_evaluations == single.num_evaluations
     torch.testing.assert_close(same.log_evidence, single.log_evidence)
 
@@ -273,7 +283,7 @@ def test_an_impossible_tilt_kills_every_run():
     """M15."""
     never = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf))
     for clamp in (False, True):
-        post = Corrector(toy_chain(), never, num_particles=4, clamp=clamp).run(seed=0)
+        post = SMC(toy_chain(), never, method="corrector", num_particles=4, clamp=clamp).run(seed=0)
         assert post.died_at.tolist() == [1]
         assert post.log_evidence.tolist() == [-math.inf]
 
@@ -283,7 +293,7 @@ def test_experts_with_nothing_in_common_kill_every_particle():
     a.kernel.denoiser.joint = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]).double()
     b.kernel.denoiser.joint = torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]]).double()
     for method in ("lockstep", "path"):
-        post = Corrector(Product(a, b), num_particles=4, method=method).run(seed=0)
+        post = SMC(Product(a, b), method="corrector", num_particles=4, form=method).run(seed=0)
         assert post.log_evidence.tolist() == [-math.inf]
         assert bool((post.x0 < 3).all())
 
@@ -291,9 +301,13 @@ def test_experts_with_nothing_in_common_kill_every_particle():
 def test_plates_multiply():
     chain = toy_chain()
     law = chain.kernel.denoiser.joint.flatten() ** 2
-    for options in ({}, {"method": "path"}):
-        program = Corrector(
-            Tilt(Power(chain.expand((2,)), 2.0), GOAL), num_particles=8, num_runs=800, **options
+    for options in ({}, {"form": "path"}):
+        program = SMC(
+            Tilt(Power(chain.expand((2,)), 2.0), GOAL),
+            method="corrector",
+            num_particles=8,
+            num_runs=800,
+            **options,
         )
         post = program.run(seed=0)
         assert post.x0.shape == (800, 8, 2, 2)
@@ -315,9 +329,11 @@ def test_a_program_is_a_tilt_of_its_chain():
     joint = chain.kernel.denoiser.joint.flatten()
     tilt = (2 * GOAL(all_states(3, 2))).exp()
     options = {"num_particles": 8, "num_runs": 800}
-    post = Corrector(program, **options).run(2.0, seed=0)
+    post = SMC(program, method="corrector", **options).run(2.0, seed=0)
     assert abs(z_score(post.log_evidence.exp(), float((joint * tilt).sum()))) < 4
-    sharp = Corrector(program, compose=lambda c: Power(c, 2.0), **options).run(2.0, seed=0)
+    sharp = SMC(program, method="corrector", compose=lambda c: Power(c, 2.0), **options).run(
+        2.0, seed=0
+    )
     assert abs(z_score(sharp.log_evidence.exp(), float((joint**2 * tilt).sum()))) < 4
     assert sharp.is_program
     assert torch.equal(sharp.samples["x"], sharp.x0)
@@ -325,10 +341,10 @@ def test_a_program_is_a_tilt_of_its_chain():
 
 def test_a_bare_chain_needs_something_to_be_corrected_for():
     with pytest.raises(TypeError, match="a bare chain needs a potential"):
-        Corrector(toy_chain()).run()
-    post = Corrector(toy_chain(), compose=lambda c: Power(c, 2.0)).run(seed=0)
+        SMC(toy_chain(), method="corrector").run()
+    post = SMC(toy_chain(), method="corrector", compose=lambda c: Power(c, 2.0)).run(seed=0)
     assert "p^2" in post.target
-    tilted = Corrector(toy_chain(), GOAL, num_particles=4).run(seed=0)
+    tilted = SMC(toy_chain(), GOAL, method="corrector", num_particles=4).run(seed=0)
     assert "log G = toy" in tilted.target
     assert isinstance(Power(toy_chain(), 2.0), Composition)
 

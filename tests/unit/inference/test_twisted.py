@@ -8,7 +8,7 @@ from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers import GradientProposal, LogitsProposal
-from ppl_diffusion.inference.twisted import TwistedSampler
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential, factor
 from ppl_diffusion.smc import ParticlePosterior, PersistentFill
@@ -33,7 +33,7 @@ def ordered_chain(**options):
 
 def sample(target=None, potential=GOAL, *, seed=1, **options):
     options = {"num_particles": 6, "num_runs": 3, "twist": PersistentFill(2), **options}
-    return TwistedSampler(target or ordered_chain(), potential, **options).run(seed=seed)
+    return SMC(target or ordered_chain(), potential, method="twisted", **options).run(seed=seed)
 
 
 OPTIONS = [
@@ -140,8 +140,8 @@ def design(chain):
 def test_a_program_is_sampled_as_its_chain_would_be():
     chain = ordered_chain()
     options = {"num_particles": 8, "num_runs": 400, "twist": PersistentFill(2)}
-    posterior = TwistedSampler(design, **options).run(chain, seed=2)
-    bare = TwistedSampler(chain, GOAL, **options).run(seed=2)
+    posterior = SMC(design, method="twisted", **options).run(chain, seed=2)
+    bare = SMC(chain, GOAL, method="twisted", **options).run(seed=2)
     assert set(posterior.samples) == {"path", "x"}
     assert "the program design" in posterior.target
     both = torch.stack([posterior.log_evidence, bare.log_evidence]).exp()
@@ -166,30 +166,30 @@ def test_defaults_follow_the_kernel():
 
 def test_fresh_completions_are_warned_about():
     with pytest.warns(UserWarning, match="fresh completions"):
-        TwistedSampler(ordered_chain(), GOAL, twist="sample")
+        SMC(ordered_chain(), GOAL, method="twisted", twist="sample")
 
 
 def test_impossible_options_say_why():
     chain = ordered_chain()
     with pytest.raises(ValueError, match="unknown proposal 'best'"):
-        TwistedSampler(chain, GOAL, proposal="best")
+        SMC(chain, GOAL, method="twisted", proposal="best")
     with pytest.raises(TypeError, match=r"a proposal is a name or a function .*, got int"):
-        TwistedSampler(chain, GOAL, proposal=3)
+        SMC(chain, GOAL, method="twisted", proposal=3)
     with pytest.raises(ValueError, match="unknown twist 'best'"):
-        TwistedSampler(chain, GOAL, twist="best")
+        SMC(chain, GOAL, method="twisted", twist="best")
     with pytest.raises(ValueError, match="twist=None looks at nothing"):
-        TwistedSampler(chain, GOAL, twist=None)
+        SMC(chain, GOAL, method="twisted", twist=None)
     with pytest.raises(ValueError, match="top must be >= 1 or None, got 0"):
-        TwistedSampler(chain, GOAL, top=0)
+        SMC(chain, GOAL, method="twisted", top=0)
     for kappa in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="kappa must be positive and finite"):
-            TwistedSampler(chain, GOAL, kappa=kappa)
+            SMC(chain, GOAL, method="twisted", kappa=kappa)
     with pytest.raises(ValueError, match=r"reweights completions.*'exhaustive'"):
         sample(twist="exhaustive", proposal="reweighted")
     with pytest.raises(CapabilityError, match="InterpolatingKernel does not choose"):
         sample(toy_chain(length=LENGTH), proposal="clamped")
     with pytest.raises(TypeError, match="a bare chain needs a potential"):
-        TwistedSampler(chain).run()
+        SMC(chain, method="twisted").run()
 
 
 def test_kernels_without_a_density_are_refused():

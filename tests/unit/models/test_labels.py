@@ -1,11 +1,16 @@
 """A prior that learnt classes serves guidance without a classifier."""
 
+import inspect
+
+import pyro
 import pytest
 import torch
+from pyro.distributions import Categorical
 
 from ppl_diffusion import CapabilityError
+from ppl_diffusion.denoisers import Transformer
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.kernels import ClassifierFreeKernel
+from ppl_diffusion.kernels import ClassifierFreeKernel, InterpolatingKernel
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion, load
 
 STEPS = 250
@@ -81,3 +86,75 @@ def test_labels_are_one_class_per_row(labels, dropout):
         program.loss(rows, labels=labels, label_dropout=dropout)
     with pytest.raises(ValueError, match=r"label must lie in 0\.\.1"):
         program.labelled(2)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.tensor([0.0, 1.0]), torch.tensor([0, 2]), torch.tensor(-1), torch.zeros(2).bool()],
+)
+def test_given_labels_are_classes(labels):
+    program = MaskedDiffusion.build("ab", 2, dim=8, depth=1, heads=2, num_classes=2)
+    with pytest.raises(ValueError, match=r"labels must be int64 .* one class in 0\.\.1 each"):
+        program.labelled(labels)
+
+
+def test_given_labels_need_a_network_with_classes():
+    with pytest.raises(CapabilityError, match="the network knows no classes"):
+        MaskedDiffusion.build("ab", 2, dim=8, depth=1, heads=2).labelled(torch.tensor(0))
+
+
+conditional = pytest.mark.skipif(
+    "given" not in inspect.signature(ReverseChain).parameters, reason="chains take no conditions"
+)
+
+
+@conditional
+def test_given_labels_make_one_chain_of_a_batch(trained):
+    """Its law at each label is that of the denoiser with this label filled in."""
+    chain = trained.labelled(torch.tensor([1, 0])).chain(4)
+    assert chain.batch_shape == (2,)
+    paths = chain.sample((30,), generator=torch.Generator().manual_seed(0))
+    assert paths.shape == (30, 2, 5, 2)
+    found = chain.log_prob(paths.clone())
+    for column, label in enumerate((1, 0)):
+        kernel = InterpolatingKernel(trained.process, trained.labelled(label), num_steps=4)
+        alone = ReverseChain(kernel, trained.length).log_prob(paths[:, column])
+        torch.testing.assert_close(found[:, column], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(found[:, 1], chain.log_prob(paths.flip(1))[:, 0])
+
+
+@conditional
+def test_programs_of_several_labels_share_one_denoiser(trained):
+    first, other = (trained.labelled(torch.tensor(label)) for label in (0, 1))
+    assert first.denoiser is other.denoiser is first.labelled(torch.tensor([1, 1])).denoiser
+    assert first.chain(4).kernel.same_as(other.chain(4).kernel)
+    assert isinstance(trained.denoiser, Transformer)
+    assert trained.chain(4).batch_shape == ()
+
+
+@conditional
+def test_a_label_may_be_drawn_in_a_program(trained):
+    def model():
+        with pyro.plate("n", 5):
+            label = pyro.sample("label", Categorical(torch.tensor([0.5, 0.5])))
+            chain = trained.labelled(label).chain(4)
+            return chain.x0(pyro.sample("path", chain))
+
+    trace = pyro.poutine.trace(model).get_trace()
+    assert trace.nodes["_RETURN"]["value"].shape == (5, 2)
+    assert bool(trace.log_prob_sum().isfinite())
+
+
+@conditional
+def test_bounds_are_those_of_the_given_labels(trained):
+    rows, labels = torch.tensor([[0, 1], [1, 1], [0, 0]]), torch.tensor([0, 1, 1])
+
+    def bound(program, rows):
+        generator = torch.Generator().manual_seed(0)
+        return program.bound_terms(rows, num_times=3, generator=generator)
+
+    found = bound(trained.labelled(labels), rows)
+    alone = [bound(trained.labelled(torch.full((3,), label)), rows) for label in (0, 1)]
+    expected = torch.where(labels == 1, alone[1], alone[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(found, bound(trained, rows))

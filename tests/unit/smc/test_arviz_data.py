@@ -21,6 +21,9 @@ def group_names(data):
     return set(data.groups()) if ARVIZ_MAJOR == 0 else set(data.children)
 
 
+TARGET = "p(path) * G(x0) of the 5-step reverse chain, normalised, with log G = hand-made;"
+
+
 def dataset(data, group):
     return data[group] if ARVIZ_MAJOR == 0 else data[group].to_dataset()
 
@@ -255,7 +258,7 @@ def test_attributes_state_target_cost_and_settings(make_posterior):
     settings = posterior.settings | {"grid": [1.0, 0.5], "lazy": np.bool_(True)}
     settings |= {"seed": np.int64(7)}
     attrs = to_arviz(replace(posterior, settings=settings), seed=5).attrs
-    assert attrs["target"] == "the posterior of a hand-made program"
+    assert attrs["target"].startswith(TARGET)
     assert (attrs["exact"], attrs["num_evaluations"], attrs["num_potential_calls"]) == (
         1,
         1200,
@@ -320,4 +323,4 @@ def test_container_follows_the_installed_major(make_posterior, monkeypatch):
     tree = to_arviz(make_posterior())
     assert isinstance(tree, xarray.DataTree)
     assert set(tree.children) == {"posterior", "sample_stats", "smc", "smc_history"}
-    assert tree.attrs["target"] == "the posterior of a hand-made program"
+    assert tree.attrs["target"].startswith(TARGET)

@@ -53,7 +53,7 @@ def test_other_slots_draw_from_the_weights_slot_zero_included():
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
 def test_slot_zero_follows_its_path(name):
     path, run = sweep(toy_markov_chain(name))
-    assert torch.equal(run.trace.paths()[:, 0].to(torch.int64), path)
+    assert torch.equal(run.trace.path()[:, 0].to(torch.int64), path)
     assert bool((run.trace.ancestors[:, :, 0] == 0).all())
     assert bool(run.trace.resampled[:, :-1].all())
 
@@ -61,7 +61,7 @@ def test_slot_zero_follows_its_path(name):
 def test_the_next_path_is_that_of_the_drawn_slot():
     path, run = sweep(toy_markov_chain())
     rows = torch.arange(len(path))
-    assert torch.equal(run.path, run.trace.paths()[rows, run.slot].to(torch.int64))
+    assert torch.equal(run.path, run.trace.path()[rows, run.slot].to(torch.int64))
     assert torch.equal(run.log_potential, POTENTIAL(run.path[:, -1]))
     assert torch.equal(run.moved, (run.path != path).flatten(1).any(-1))
 

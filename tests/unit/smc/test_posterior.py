@@ -116,7 +116,7 @@ def rewrite_meta(folder, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda meta: {k: v for k, v in meta.items() if k != "exact"}, "json lacks 'exact';"),
+        (lambda meta: {k: v for k, v in meta.items() if k != "law"}, "json lacks 'law';"),
         (lambda meta: meta | {"colour": "red"}, "json has unknown 'colour';"),
         (lambda meta: meta | {"x0": [1]}, "json has unknown 'x0';"),
         (lambda meta: [meta], "json holds no JSON object;"),
@@ -303,7 +303,11 @@ def without_evidence():
     steps = unknown[:, None].expand_as(post.log_evidence_steps).clone()
     settings = {**post.settings, "method": "best-of-n"}
     return dataclasses.replace(
-        post, log_evidence=unknown, log_evidence_steps=steps, settings=settings, exact=False
+        post,
+        log_evidence=unknown,
+        log_evidence_steps=steps,
+        settings=settings,
+        law=post.law.but(exact=False, has_evidence=False),
     )
 
 

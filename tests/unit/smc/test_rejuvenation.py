@@ -5,7 +5,8 @@ import torch
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.tempering import Tempering, default_moves, next_power
+from ppl_diffusion.inference import SMC
+from ppl_diffusion.inference.tempering import default_moves, next_power
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc.rejuvenation import OrderRefresh, PathModel, SuffixRefresh, WasteFree
@@ -32,7 +33,7 @@ def test_waste_free_copies_are_neighbours_and_unbiased():
 
 def test_waste_free_needs_whole_chains():
     with pytest.raises(ValueError, match="no whole number of chains of 3 states"):
-        Tempering(toy_chain(), toy_potential(), num_particles=8, waste_free=3)
+        SMC(toy_chain(), toy_potential(), method="tempering", num_particles=8, waste_free=3)
 
 
 def test_suffix_refuses_what_it_cannot_do():
@@ -117,13 +118,13 @@ def test_no_possible_particle_is_said():
 @pytest.mark.parametrize("powers", [[0.0], [0.0, 0.5], [0.1, 1.0], [0.0, 0.5, 0.5, 1.0]])
 def test_ladders_must_rise_from_zero_to_one(powers):
     with pytest.raises(ValueError, match="must increase from exactly 0 to exactly 1"):
-        Tempering(toy_chain(), toy_potential(), powers=powers)
+        SMC(toy_chain(), toy_potential(), method="tempering", powers=powers)
 
 
 def test_a_hard_constraint_survives_tempering():
     potential = Potential(lambda x0: torch.where(x0[..., 0] == 0, -torch.inf, 2.0 * x0[..., 1]))
     options = {"num_particles": 32, "num_runs": 3, "powers": [0.0, 0.2, 0.6, 1.0]}
-    post = Tempering(toy_chain(), potential, **options).run(seed=0)
+    post = SMC(toy_chain(), potential, method="tempering", **options).run(seed=0)
     assert bool((post.weights[post.x0[..., 0] == 0] == 0).all())
     assert bool(torch.isfinite(post.log_evidence).all())
 
@@ -131,7 +132,8 @@ def test_a_hard_constraint_survives_tempering():
 def test_a_tempered_posterior_says_what_it_did():
     options = {"num_particles": 16, "num_runs": 2, "powers": [0.0, 0.5, 1.0], "waste_free": 4}
     first, again = (
-        Tempering(toy_chain(), toy_potential(), **options).run(seed=3) for _ in range(2)
+        SMC(toy_chain(), toy_potential(), method="tempering", **options).run(seed=3)
+        for _ in range(2)
     )
     assert torch.equal(first.x0, again.x0)
     assert first.exact

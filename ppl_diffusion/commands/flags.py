@@ -1,0 +1,94 @@
+"""Flags of ``design`` that come from the registered methods."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
+from inspect import Parameter, Signature
+from itertools import pairwise
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ppl_diffusion.design.checks import user_input
+
+MODULE = "--method-module"
+PANEL = "How to look (in brackets: what a method does if nothing is said)"
+_FIELD = "option_"
+"""Goes before the names of fields, which may be those of the command's own parameters."""
+
+
+class MethodCommand(TyperCommand):
+    """A command that learns its flags from the registry when it is called.
+
+    Not before: the registry is as heavy as torch, and other commands need neither. The values end
+    up in ``context.obj``, by the names of the fields.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Import the modules that define methods, read the registry, and parse."""
+        import_modules(_modules(args))
+        taken = {flag for param in self.params for flag in param.opts}
+        self.params = [*self.params, *_click_options(taken)]
+        left: list[str] = super().parse_args(ctx, args)
+        return left
+
+    def invoke(self, ctx: Any) -> Any:
+        """Hand the values of the methods' flags over in one dictionary."""
+        names = [name for name in ctx.params if name.startswith(_FIELD)]
+        values = {name.removeprefix(_FIELD): ctx.params.pop(name) for name in names}
+        ctx.obj = {name: value for name, value in values.items() if value is not None}
+        return super().invoke(ctx)
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import a user's modules, those of the working folder last.
+
+    :param names: their names.
+    :raises InputError: if one cannot be found.
+    """
+    if "" not in sys.path:
+        sys.path.append("")
+    with user_input():
+        for name in names:
+            import_module(name)
+
+
+def _modules(args: Sequence[str]) -> list[str]:
+    after = [value for flag, value in pairwise(args) if flag == MODULE]
+    return after + [w.removeprefix(f"{MODULE}=") for w in args if w.startswith(f"{MODULE}=")]
+
+
+def _click_options(taken: Collection[str]) -> list[Any]:
+    """Let typer make the options, as if they were written in a command's signature."""
+
+    def carrier(**_: Any) -> None: ...
+
+    carrier.__signature__ = Signature(list(_parameters(taken)))  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(carrier)
+    return list(typer.main.get_command(app).params)
+
+
+def _parameters(taken: Collection[str]) -> Iterator[Parameter]:
+    from ppl_diffusion.design.options import options
+    from ppl_diffusion.inference import methods
+    from ppl_diffusion.smc import RESAMPLERS
+
+    known = (f"{name}: {(cls.__doc__ or '').split('.')[0]}." for name, cls in methods().items())
+    yield _parameter("method", str, "--method", f"smc if nothing is said. {' '.join(known)}")
+    schemes = f"Systematic if nothing is said; one of {', '.join(RESAMPLERS)}."
+    yield _parameter("resampler", str, "--resampler", schemes)
+    for option in options().values():
+        flag = option.flag if option.flag not in taken else f"--method{option.flag[1:]}"
+        flags = f"{flag}/{option.off}" if option.kind is bool else flag
+        yield _parameter(option.name, option.kind, flags, option.help)
+
+
+def _parameter(name: str, kind: Any, flag: str, text: str) -> Parameter:
+    said = typer.Option(flag, help=text, rich_help_panel=PANEL)
+    return Parameter(
+        _FIELD + name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, said]
+    )

@@ -1,0 +1,166 @@
+"""What can be asked of the registered methods in words: read off their fields, written nowhere.
+
+A field whose type a command line can say (a truth, a number, a word, one of several words) is an
+option of its method; fields of functions and objects are not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from ppl_diffusion.design.checks import InputError, one_of
+from ppl_diffusion.inference import Method, methods
+
+NONE = "none"
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    # Noise that a particle inherits costs calls, which are cheap here, and saves variance.
+    "smc": {"twist": "persistent"},
+    "soft-value": {"num_children": 4},
+}
+"""What methods do here if nothing is said, where it is not what they do by themselves."""
+
+
+class Use(NamedTuple):
+    """What an option is to one method.
+
+    :param default: what it is if nothing is said.
+    :param text: what it does.
+    """
+
+    default: Any
+    text: str
+
+    @property
+    def said(self) -> Any:
+        """The default in words, or a number."""
+        return getattr(self.default, "name", self.default)
+
+
+@dataclass
+class Option:
+    """One option, of one or several methods.
+
+    :param name: the field it fills.
+    :param kind: bool, int, float or str.
+    :param choices: the words it may be, or none of them where any will do.
+    :param owners: the methods that have it.
+    """
+
+    name: str
+    kind: type
+    choices: tuple[str, ...] = ()
+    owners: dict[str, Use] = field(default_factory=dict)
+
+    @property
+    def flag(self) -> str:
+        """How the command line says it: counts drop their ``num_``, as ``--particles`` does."""
+        return f"--{self.name.removeprefix('num_').replace('_', '-')}"
+
+    @property
+    def off(self) -> str:
+        """How the command line says that a truth is false."""
+        return f"--un{self.name}" if self.name == "weighted" else f"--no-{self.flag[2:]}"
+
+    @property
+    def help(self) -> str:
+        """What it does, for which methods."""
+        said: dict[str, list[str]] = {}
+        for method, use in self.owners.items():
+            shown = "" if use.default is None else f" ({use.said})"
+            said.setdefault(use.text, []).append(method + shown)
+        words = [f"One of {', '.join(self.choices)}."] if self.choices else []
+        return " ".join([*(f"{', '.join(who)}: {text}" for text, who in said.items()), *words])
+
+    def check(self, value: Any, method: str) -> None:
+        """:raises InputError: if the option is not the method's, or has no such word."""
+        if method not in self.owners:
+            raise InputError(
+                f"The option {self.off if value is False else self.flag} is no option of {method}: "
+                f"drop it, or choose --method {' or '.join(self.owners)}."
+            )
+        if self.choices:
+            one_of(self.name, value, self.choices)
+
+
+def options() -> dict[str, Option]:
+    """Return every option of the registered methods by the name of its field."""
+    found: dict[str, Option] = {}
+    for name, cls in methods().items():
+        hints = get_type_hints(cls)
+        for each in fields(cls):
+            kind, choices = _words(hints[each.name])
+            if kind is None or not each.init:
+                continue
+            option = found.setdefault(each.name, Option(each.name, kind))
+            option.choices = tuple(dict.fromkeys(option.choices + choices))
+            own = None if each.default is MISSING else each.default
+            default = DEFAULTS.get(name, {}).get(each.name, own)
+            option.owners[name] = Use(default, _documented(cls, each.name))
+    return {**found, **_of_the_job(found["twist"])}
+
+
+def options_of(method: str) -> list[Option]:
+    """Return the options of one method.
+
+    :param method: its name; one that nobody registered has none.
+    """
+    return [option for option in options().values() if method in option.owners]
+
+
+def spoken(text: str, method: str) -> str:
+    """Return what a method says about its fields in the words of the command line.
+
+    :param text: the sentence, which begins with the name of its class.
+    :param method: its name in the registry.
+    """
+    text = re.sub(rf"^{methods()[method].__name__}: ", f"{method}: ", text)
+    for option in options().values():
+        text = re.sub(rf"\b{option.name}=False", option.off, text)
+        text = re.sub(rf"\b{option.name}=None", f"{option.flag} {NONE}", text)
+        text = re.sub(rf"\b{option.name}(?==| must)", option.flag, text)
+    return text
+
+
+def _words(hint: Any) -> tuple[type | None, tuple[str, ...]]:
+    """Return the kind of value that can be said for a type, and the words to choose from."""
+    parts = list(_flat(hint))
+    choices = tuple(p for part in parts if get_origin(part) is Literal for p in get_args(part))
+    if choices:
+        return str, choices + (NONE,) * (type(None) in parts)
+    return next((kind for kind in (bool, int, float, str) if kind in parts), None), ()
+
+
+def _flat(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) not in (Union, UnionType):
+        yield hint
+        return
+    for part in get_args(hint):
+        yield from _flat(part)
+
+
+def _documented(cls: type[Method], name: str) -> str:
+    """Return the sentence about a field: the first class that has it says it in full."""
+    for base in reversed(cls.__mro__):
+        found = re.search(
+            rf":param {name}:(.*?)(?=\.\s|\n\s*:(?:param|raises|returns|cvar|ivar)|\n\s*\n|\Z)",
+            base.__doc__ or "",
+            re.DOTALL,
+        )
+        if found:
+            plain = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", found[1]).replace("``", "")
+            return f"{' '.join(plain.split()).removesuffix('.')}."
+    return "see the method."
+
+
+def _of_the_job(twist: Option) -> dict[str, Option]:
+    """Return the options that are no fields: they make the value of one, or the target."""
+    fills = "completions per particle of a persistent or sample twist."
+    power = "the target is prior^POWER times the potentials."
+    return {
+        "fills": Option("fills", int, owners={name: Use(4, fills) for name in twist.owners}),
+        "power": Option("power", float, owners={"corrector": Use(1.0, power)}),
+    }

@@ -1,0 +1,247 @@
+"""One evaluation of a program for several particles: values, conditions, densities."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Protocol, cast
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from ppl_diffusion.errors import CapabilityError, PotentialError
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
+from ppl_diffusion.potentials.factor import PotentialFactor
+from ppl_diffusion.programs.sites import chain_of, is_chain, is_deterministic, sample_sites
+
+PARTICLE_PLATE = "_ppl_diffusion_particles"
+
+
+class Facts(Protocol):
+    """What an evaluation needs to know of its program."""
+
+    owner: str
+    latents: list[str]
+    shapes: dict[str, torch.Size]
+    ranks: dict[str, int]
+    nesting: int
+    density_shapes: dict[str, torch.Size]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+class ProgramRun:
+    """One evaluation of a program for several particles.
+
+    :param program: the program.
+    :param traces: one trace of all particles, or one per particle.
+    :param size: number of particles.
+    :raises CapabilityError: if latent sites come and go.
+    """
+
+    def __init__(self, program: Facts, traces: list[Trace], size: int) -> None:
+        self.program, self.traces, self.size = program, traces, size
+        self._together = PARTICLE_PLATE in traces[0].nodes
+        for trace in traces:
+            self._require_same_latents(trace)
+
+    def _require_same_latents(self, trace: Trace) -> None:
+        sites = sample_sites(trace, self.program.owner)
+        found = {
+            s["name"]
+            for s in sites
+            if not s["is_observed"] and not is_chain(s) and not is_deterministic(s)
+        }
+        unknown = found ^ set(self.program.latents)
+        if unknown:
+            raise CapabilityError(
+                f"{self.program.owner}: the latent sites {sorted(unknown)} of {self.program.name} "
+                "come and go between runs; give the program the same sites on every run."
+            )
+
+    @property
+    def site_names(self) -> list[str]:
+        """Names of all sites with a value of their own, in program order.
+
+        A site that some particles do not have is one of density one for them.
+        """
+        owner = self.program.owner
+        names = [s["name"] for trace in self.traces for s in sample_sites(trace, owner)]
+        return list(dict.fromkeys(names))
+
+    def _node(self, name: str) -> dict[str, Any]:
+        nodes = (trace.nodes[name] for trace in self.traces if name in trace.nodes)
+        return cast(dict[str, Any], next(nodes))
+
+    def value(self, name: str) -> Tensor | None:
+        """Return a site's value for every particle, ``(size, *plates, *event)``.
+
+        :param name: site name.
+        :returns: None where the value is not a tensor of the expected size, or not always there.
+        """
+        if not all(name in trace.nodes for trace in self.traces):
+            return None
+        values = [trace.nodes[name]["value"] for trace in self.traces]
+        own = self.program.shapes.get(name)
+        if own is None or not all(isinstance(value, Tensor) for value in values):
+            return None
+        if not self._together:
+            return torch.stack(values)
+        value = values[0]
+        if value.numel() == own.numel():  # the same for every particle
+            return value.reshape(own).expand(self.size, *own)
+        return value.reshape(self.size, *own) if value.numel() == self.size * own.numel() else None
+
+    def given(self, name: str) -> dict[str, Tensor]:
+        """Return the conditions of a chain, each ``(size, *plates, *event)``.
+
+        :param name: site name of the chain.
+        """
+        chains = [chain_of(trace.nodes[name]["fn"]) for trace in self.traces]
+        names = chains[0].given or {}
+        return {c: self._condition(name, [chain.given[c] for chain in chains], c) for c in names}
+
+    def _condition(self, name: str, values: list[Tensor], condition: str) -> Tensor:
+        chain = chain_of(self._node(name)["fn"])
+        event = chain.kernel.conditions[condition]
+        if not self._together:
+            return torch.stack(values)
+        value = values[0]
+        plates = self.program.ranks[name]
+        batch = value.shape[: value.ndim - event]
+        own = batch[len(batch) - plates :] if plates else torch.Size()
+        inner = value.shape[value.ndim - event :]
+        return value.reshape(-1, *own, *inner).expand(self.size, *own, *inner)
+
+    def is_latent_or_deterministic(self, name: str) -> bool:
+        """Return whether a site belongs into the posterior's samples.
+
+        :param name: site name.
+        """
+        site = self._node(name)
+        return not site["is_observed"] or is_deterministic(site)
+
+    def samples(self, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return the values of all latent and deterministic sites that have one per particle.
+
+        :param leave_out: names of sites not wanted.
+        """
+        names = [n for n in self.site_names if n not in leave_out]
+        values = {n: self.value(n) for n in names if self.is_latent_or_deterministic(n)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def log_density(self, latents: Collection[str], *, lookahead: bool = False) -> Tensor:
+        """Return the log-density of observations and some latents, float64 ``(size,)``.
+
+        :param latents: the latents whose density counts; others are fresh draws of their own law.
+        :param lookahead: score guesses: a mild penalty for each site that forbids the guess, and
+            potentials by their own look-ahead.
+        """
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
+        for value in self.log_densities(latents, lookahead=lookahead).values():
+            total = total + value
+        return total
+
+    def latent_log_density(self, latents: Collection[str]) -> Tensor:
+        """Return the log-density of some latents alone, float64 ``(size,)``.
+
+        :param latents: their names.
+        """
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
+        for name in latents:
+            total = total + self.site_log_density(name)
+        return total
+
+    def log_densities(
+        self, latents: Collection[str], *, lookahead: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the log-density of each scored site, float64 ``(size,)`` each.
+
+        :param latents: as in :meth:`log_density`.
+        :param lookahead: as in :meth:`log_density`.
+        """
+        unscored = set(self.program.latents) - set(latents)
+        names = [name for name in self.density_names if name not in unscored]
+        return {name: self.site_log_density(name, lookahead=lookahead) for name in names}
+
+    @property
+    def density_names(self) -> list[str]:
+        """Names of all sites with a density, chains left out."""
+        sites = [name for name in self.site_names if not is_chain(self._node(name))]
+        return [name for name in sites if not is_deterministic(self._node(name))]
+
+    @property
+    def deterministic_names(self) -> list[str]:
+        """Names of the deterministic sites."""
+        return [name for name in self.site_names if is_deterministic(self._node(name))]
+
+    def site_log_density(self, name: str, *, lookahead: bool = False) -> Tensor:
+        """Return the log-density of one site, float64 ``(size,)``.
+
+        :param name: site name.
+        :param lookahead: as in :meth:`log_density`.
+        :raises PotentialError: if it is NaN or ``+inf``.
+        """
+        values = [scored_log_prob(trace.nodes.get(name), lookahead) for trace in self.traces]
+        if self._together:
+            _require_own_dimensions(values[0], self.program, name)
+            value = _per_particle(values[0], self.size, self.program.nesting, name)
+        else:
+            value = torch.stack([v.to(torch.float64).sum() for v in values])
+        if lookahead:
+            value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
+        if bool((torch.isnan(value) | (value == torch.inf)).any()):
+            raise PotentialError(
+                f"{self.program.owner}: site {name!r} of {self.program.name} has log-density NaN "
+                f"or +inf for {int((~(value < torch.inf)).sum())} of {self.size} particles; check "
+                "it."
+            )
+        return value
+
+
+def scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:
+    """Return the log-density of a site's value, scaled and masked; 0 where there is no site.
+
+    :param site: the site of a trace, or None.
+    :param lookahead: ask potentials for their own look-ahead.
+    """
+    if site is None:
+        return torch.zeros((), device="cpu")  # a scalar goes along with terms of any device
+    fn = site["fn"]
+    if lookahead and isinstance(fn, PotentialFactor):
+        log_p = fn.lookahead()
+    else:
+        log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    density: Tensor = scale_and_mask(log_p, site["scale"], site["mask"])
+    return density
+
+
+def _per_particle(value: Tensor, size: int, nesting: int, name: str) -> Tensor:
+    """Sum a site's log-density over everything but the particle dimension."""
+    value = value.to(torch.float64)
+    if value.ndim <= nesting:  # does not depend on the particle
+        return value.sum().expand(size)
+    if value.ndim > nesting + 1 or value.shape[0] not in (1, size):
+        raise ValueError(
+            f"site {name!r} has a log-density of shape {tuple(value.shape)}, expected {size} "
+            f"particles and {nesting} plates"
+        )
+    return value.reshape(value.shape[0], -1).sum(-1).expand(size)
+
+
+def _require_own_dimensions(value: Tensor, program: Facts, name: str) -> None:
+    """Refuse particles in the place of a plate, which would be summed over as its elements."""
+    if name not in program.density_shapes:
+        return
+    own = program.density_shapes[name]
+    found = value.shape[max(value.ndim - program.nesting, 0) :]
+    allowed = [*[1] * len(found), *own][-len(found) :] if found else []
+    if any(n not in (1, m) for n, m in zip(found, allowed, strict=True)):
+        raise ValueError(
+            f"site {name!r} has a log-density of shape {tuple(value.shape)} for several particles "
+            f"and {tuple(own)} for one: where it is in no plate, keep a dimension of size 1"
+        )

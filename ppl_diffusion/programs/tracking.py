@@ -1,0 +1,88 @@
+"""Messengers that set, note and stand in for the sites of a program while it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.programs.sites import chain_of, is_chain
+
+Place = Callable[[str, ReverseChain], Tensor]
+
+
+class GivenSites(Messenger):
+    """Set the values of unobserved sites; chain sites that are missing are placed."""
+
+    def __init__(self, values: Mapping[str, Tensor], place: Place) -> None:
+        super().__init__()
+        self.values, self.place = values, place
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["value"] is not None:
+            return
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+        elif is_chain(msg):
+            msg["value"], msg["done"] = self.place(msg["name"], chain_of(msg["fn"])), True
+
+
+class Tracking(Messenger):
+    """The tracked run: chains end in random tokens at no network call, and every site is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[dict[str, Any]] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_chain(msg) and msg["value"] is None:
+            msg["value"], msg["done"] = _random_path(chain_of(msg["fn"])), True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        # Copied here, before provenance is put on: a Delta's value shows what it was made of.
+        self.sites.append({**msg, "parents": get_provenance(msg["value"])})
+        if is_chain(msg):
+            msg["fn"] = _StandIn(chain_of(msg["fn"]))
+
+
+class _StandIn(TorchDistribution):
+    """A chain whose density depends on its conditions, and costs nothing."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's class protocol)
+
+    def __init__(self, chain: ReverseChain) -> None:
+        self.given = chain.given or {}
+        super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        none = torch.zeros((), device=value.device)
+        return sum((0.0 * x.to(torch.float64).sum() for x in self.given.values()), none)
+
+
+class SameRows(Messenger):
+    """Give the first rows of every latent the value it had in the tracked run."""
+
+    def __init__(self, values: Mapping[str, Tensor], rows: int) -> None:
+        super().__init__()
+        self.values, self.rows = values, rows
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            value = msg["value"].clone()
+            value[: self.rows] = self.values[msg["name"]]
+            msg["value"] = value
+
+
+def _random_path(chain: ReverseChain) -> Tensor:
+    """Return a random clean sequence repeated: one that argmax guesses would not show."""
+    size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
+    clean = torch.randint(size, shape, device=chain.kernel.device)
+    if chain.prompt is not None:
+        clean = torch.where(chain.prompt >= 0, chain.prompt, clean)
+    return clean[..., None, :].expand(*shape[:-1], chain.num_steps + 1, -1).clone()
