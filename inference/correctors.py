@@ -55,7 +55,7 @@ Form = Literal["auto", "lockstep", "path", "rates"]
 @register
 @dataclass(frozen=True)
 class Corrector(LookingAhead):
-    """Sample from a composition of chains, with its log normalising constant.
+    """Sample powers, products and mixtures of chains, weighed for what their steps get wrong.
 
     The target of :class:`~ppl_diffusion.inference.SMC` is a composition, or (with ``compose``) a
     chain or a program, each of whose chains is then composed.

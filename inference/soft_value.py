@@ -52,7 +52,7 @@ GREED = 2.0
 @register
 @dataclass(frozen=True)
 class SoftValueGuidance(LookingAhead):
-    """Choosing among children.
+    """Keep one of ``M`` children by what it promises, and pay for the choice.
 
     :param twist: the guess of the value: ``"argmax"``, ``"persistent"``, ``"sample"`` or a fill
         twist (posterior mean), or a function ``(carry, k) -> log h (R, N)``, such as a trained

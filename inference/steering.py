@@ -43,7 +43,7 @@ RUNNING, LOG_H = "steering/running", "steering/log_h"
 @register
 @dataclass(frozen=True)
 class FKSteering(LookingAhead):
-    """Feynman-Kac steering.
+    """Move by the chain, weigh by what completions score: their difference, max, sum or each.
 
     :param twist: how states are scored, as in :class:`LookingAhead`.
     :param proposal: how particles move, as there.

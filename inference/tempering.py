@@ -50,7 +50,7 @@ _BISECTIONS = 60
 @register
 @dataclass(frozen=True)
 class Tempering(Method):
-    """Tempered SMC over whole paths.
+    """Mask whole paths again and reveal them again, under a potential that grows.
 
     ``ess_threshold`` of the runner is what the pilot aims at: powers are such that the ESS falls to
     this fraction of the particles whose potential is not zero. Every stage is resampled.

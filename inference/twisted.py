@@ -65,7 +65,7 @@ ProposalLike = Literal["clamped", "reweighted"] | Proposal
 @register
 @dataclass(frozen=True)
 class TwistedSampler(Method):
-    """Twisted sequential Monte Carlo.
+    """Move by what each token would pay: clamped, reweighted, or by a proposal of yours.
 
     With several chains each item of the schedule moves one of them, all others being at their
     guesses; in a plate every element asks about its own children, with the others at theirs.

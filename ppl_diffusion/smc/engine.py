@@ -112,11 +112,7 @@ def run_smc(
 
 @dataclass
 class SMCTrace:
-    """Everything a run leaves behind.
-
-    :param carry: the final carry.
-    :param weights: the final weights.
-    """
+    """Everything a run leaves behind."""
 
     carry: Carry
     weights: Weights
@@ -175,16 +171,9 @@ def smc_loop(
 ) -> SMCTrace:
     """Move, weigh, resample: the algorithm itself, over any bound model.
 
-    :param engine: the bound model.
-    :param num_steps: number ``T`` of moves.
-    :param num_particles: particles ``N`` per run.
-    :param num_runs: runs ``R``.
-    :param resampler: resampling scheme.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
-    :param generator: source of randomness.
     :param record: name of the carry entry whose history is kept, a function that returns what is
         kept of a carry by name, or None.
-    :param progress: called after each step.
     """
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)
