@@ -188,7 +188,7 @@ class BeamSearch(LookingAhead):
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """Nobody rates the noisiest states."""
-        return {**state, SCORE: torch.zeros(run.shape, dtype=torch.float64)}
+        return {**state, SCORE: run.zeros}
 
     def move(
         self, run: Bound, state: State, group: int, generator: torch.Generator | None

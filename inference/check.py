@@ -147,7 +147,7 @@ def check(
     limit = cost_of(*(math.inf if value is None else value for value in budget.values()))
     # Programs that read whole paths are refused without them; others need not pay for them.
     whole = isinstance(source, ProgramSource) and bool(source.program.reads)
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     pilots = {"given": given, "store_path": whole, **options}
     search = _Search(known, pilots, limit, pilot_share, num_runs, max_particles, seed)
     search.spent = cost_of(calls=source.num_calls)  # what the reading of a program took
@@ -198,8 +198,9 @@ def _candidates(source: Source, composed: bool, extra: Mapping[str, Method]) -> 
 
 def _plain_cost(source: Source) -> Tensor:
     """Return the most that a plain draw can cost."""
-    several = isinstance(source, ComposedSource)
-    chains = source.composition.chains if several else [site.chain for site in source.chains]
+    chains = [site.chain for site in source.chains]
+    if isinstance(source, ComposedSource):
+        chains = list(source.composition.chains)
     plates = [chain.num_steps * math.prod(chain.batch_shape) for chain in chains]
     each = [getattr(chain.kernel.denoiser, "network_rows", 1) for chain in chains]
     return cost_of(sum(map(math.prod, zip(plates, each, strict=True))), 1)

@@ -37,7 +37,7 @@ FEW_DRAWS, CAP = 30, 300.0
 
 def cost_of(rows: float = 0.0, calls: float = 0.0, seconds: float = 0.0) -> Tensor:
     """Return network rows, potential calls and wall time as an array, float64 ``(3,)``."""
-    return torch.tensor([rows, calls, seconds], dtype=torch.float64)
+    return torch.tensor([rows, calls, seconds], dtype=torch.float64, device="cpu")
 
 
 def within(cost: Tensor, limit: Tensor) -> bool:

@@ -187,7 +187,7 @@ def _same_space(chain: ReverseChain, other: ReverseChain) -> bool:
 
 
 def _prior(chain: ReverseChain) -> Tensor:
-    return torch.as_tensor(chain.kernel.process.prior)
+    return torch.as_tensor(chain.kernel.process.prior, device="cpu")
 
 
 def _require_same_space(chain: ReverseChain, other: ReverseChain) -> None:

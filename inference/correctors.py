@@ -291,8 +291,10 @@ def order_inconsistency(
     _check_sequences(chain, x0, num_orders)
     kernel = OrderedKernel(chain.kernel.process, chain.kernel.denoiser, length=chain.length)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    rank = torch.rand(len(x0), num_orders, chain.length, generator=generator).argsort(-1)
-    revealed = rank[..., None, :] < torch.arange(chain.length + 1)[:, None]
+    shape = (len(x0), num_orders, chain.length)
+    rank = torch.rand(shape, generator=generator, device="cpu").argsort(-1).to(x0.device)
+    steps = torch.arange(chain.length + 1, device=x0.device)
+    revealed = rank[..., None, :] < steps[:, None]
     path = torch.where(revealed, x0[:, None, None, :], kernel.process.vocab_size)
     with torch.no_grad():
         return kernel.path_log_prob(path, given=chain.given).std(-1)
@@ -314,7 +316,7 @@ def _check_sequences(chain: ReverseChain, x0: Tensor, num_orders: int) -> None:
 
 
 def _zero(x0: Tensor) -> Tensor:
-    return torch.zeros(x0.shape[:-1], dtype=torch.float64)
+    return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
 
 
 _NOTHING = Potential(_zero, name="0")

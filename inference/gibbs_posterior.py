@@ -97,7 +97,7 @@ class GibbsPosterior:
         :raises ValueError: if the function does not return one value per draw.
         """
         draws = {"x0": self.x0, **self.samples} if self.is_program else self.x0
-        values = torch.as_tensor(fn(draws))
+        values = torch.as_tensor(fn(draws), device="cpu")
         if values.shape[:2] != self.x0.shape[:2]:
             raise ValueError(
                 f"expectation: the function returned shape {tuple(values.shape)}, expected it to "

@@ -81,7 +81,8 @@ class LeftToRight(SiteRule):
 
     def scores(self, tokens: Tensor, log_law: Tensor | None, noise: Tensor) -> Tensor:
         """Return minus the position."""
-        return -torch.arange(tokens.shape[-1], dtype=torch.float64).expand(tokens.shape)
+        place = torch.arange(tokens.shape[-1], dtype=torch.float64, device=tokens.device)
+        return -place.expand(tokens.shape)
 
 
 @dataclass(frozen=True)
@@ -256,5 +257,5 @@ def _own_reveals(chain: ReverseChain) -> tuple[int, int]:
     raise CapabilityError(
         f"Corrector: lockstep reveals need a masked chain at kappa=1 whose law is its denoiser's, "
         f"which {kernel!r} is not; use InterpolatingKernel or OrderedKernel (clock='mean'), or "
-        "method='path' for other processes."
+        "form='path' for other processes."
     )

@@ -243,7 +243,7 @@ class GibbsSampler:
             name: torch.stack([trace.nodes[name]["value"].detach() for trace in traces])
             for name in self.program.latents
         }
-        empty = torch.zeros(runs, 0, dtype=torch.float64)
+        empty = torch.zeros(runs, 0, dtype=torch.float64, device="cpu")
         paths, trace = self._first_paths(latents)
         ess = torch.zeros_like(trace.ess)
         return GibbsState(paths, latents, ess[:, 0], ess, empty)
@@ -377,7 +377,7 @@ class GibbsSampler:
         slot = torch.multinomial(trace.weights.normalised, 1)
         whole = run.own_paths(trace.carry, trace.paths())
         paths = {
-            name: path[torch.arange(len(slot)), slot[:, 0]].to(torch.int64)
+            name: path[torch.arange(len(slot), device=slot.device), slot[:, 0]].to(torch.int64)
             for name, path in whole.items()
         }
         return paths, run.gather(trace.carry, slot), trace
@@ -412,7 +412,7 @@ class GibbsSampler:
                     sites = {**state["sites"], name: carry}
                     state = {**state, "sites": sites, "log_g": moved.log_g}
                     accepted.append(done[:, 0].to(torch.float64))
-        empty = torch.zeros(self.options.num_runs, 0, dtype=torch.float64)
+        empty = torch.zeros(self.options.num_runs, 0, dtype=torch.float64, device="cpu")
         return paths, torch.stack(accepted, -1) if accepted else empty
 
     def _moved(
@@ -435,7 +435,7 @@ class GibbsSampler:
         known = {n: v.flatten(0, 1) for n, v in (dict(paths) | dict(latents)).items()}
         parts: dict[str, list[Tensor]] = {}
         density = []
-        for rows in torch.arange(shape.numel()).split(MAX_ROWS):
+        for rows in torch.arange(shape.numel(), device="cpu").split(MAX_ROWS):
             with torch.no_grad():
                 run = self.program.evaluate({n: v[rows] for n, v in known.items()}, len(rows))
             density.append(run.log_density(self.program.latents))

@@ -200,7 +200,7 @@ class SMC:
             samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
         fields_known = {**trace.posterior_fields(), "log_potential": state["log_g"]}
         fields_known["compact_path"] = None if paths is None else paths[first]
-        return ParticlePosterior(
+        posterior = ParticlePosterior(
             x0=state["sites"][first]["tokens"],
             times=self.method.times(run),
             samples=samples,
@@ -219,6 +219,7 @@ class SMC:
             is_program=run.source.is_program,
             **fields_known,
         )
+        return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
 class _Engine:

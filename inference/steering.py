@@ -107,7 +107,7 @@ class FKSteering(LookingAhead):
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """Nothing is scored yet."""
-        zeros = torch.zeros(run.shape, dtype=torch.float64)
+        zeros = run.zeros
         # Before the first score a maximum is -inf: starting it at 0 would ignore negative scores.
         start = torch.full_like(zeros, -torch.inf) if self.kind == "max" else zeros
         return {**state, RUNNING: start, LOG_H: zeros}

@@ -25,6 +25,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_moves
 from ppl_diffusion.kernels.base import GIVEN
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.sources import State
@@ -112,7 +113,7 @@ class Tempering(Method):
 
     def times(self, run: Bound) -> Tensor:
         """Return ``1 - b`` of the stages."""
-        return 1.0 - torch.tensor(run.notes["powers"], dtype=torch.float64)
+        return 1.0 - torch.tensor(run.notes["powers"], dtype=torch.float64, device="cpu")
 
     def begin(self, run: Bound, generator: torch.Generator | None) -> State:
         """Draw latents from their law, and whole paths from the chains."""
@@ -163,7 +164,7 @@ class Tempering(Method):
             for _ in range(self.num_sweeps):
                 state = self._sweep(run, state, power, generator)
             return state
-        heads = torch.arange(0, state["log_g"].shape[1], length)
+        heads = torch.arange(0, state["log_g"].shape[1], length, device=run.device)
         states = [run.gather(state, heads.expand(len(state["log_g"]), -1))]
         for _ in range(length - 1):
             states.append(self._sweep(run, states[-1], power, generator))
@@ -214,8 +215,8 @@ class Tempering(Method):
             powers.append(power)
             if power == 1.0:
                 return powers
-            uniforms = torch.rand(1, resampler.num_uniforms(size), dtype=torch.float64)
-            state = run.gather(state, resampler(uniforms, weights.log))
+            noise = uniforms((1, resampler.num_uniforms(size)), device=run.device)
+            state = run.gather(state, resampler(noise, weights.log))
             state = self._chains(pilot, state, power, None)
         raise ValueError(
             f"Tempering: {MAX_STAGES} stages reach power {powers[-1]:.3g} only; use more "

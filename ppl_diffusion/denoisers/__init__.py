@@ -9,7 +9,6 @@ from ppl_diffusion.denoisers.config import TransformerConfig as TransformerConfi
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
 from ppl_diffusion.denoisers.filters import Nucleus as Nucleus
 from ppl_diffusion.denoisers.filters import Temperature as Temperature
-from ppl_diffusion.denoisers.joint import JointDenoiser as JointDenoiser
 from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission

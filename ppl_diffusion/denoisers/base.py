@@ -52,19 +52,12 @@ class Denoiser(Protocol):
 
 
 def conditions_of(denoiser: Denoiser) -> Mapping[str, int]:
-    """Return what a denoiser reads besides states and time, name by name; mostly nothing.
-
-    :param denoiser: any denoiser.
-    """
+    """Return what a denoiser reads besides states and time, name by name; mostly nothing."""
     return getattr(denoiser, "conditions", {})
 
 
 def forward_parameters(wrapper: Denoiser, denoiser: Denoiser) -> None:
-    """Give a wrapper the ``parameters()`` and ``to()`` of what it wraps, if that has them.
-
-    :param wrapper: the wrapper, changed in place.
-    :param denoiser: the wrapped denoiser.
-    """
+    """Give a wrapper the ``parameters()`` and ``to()`` of what it wraps, if that has them."""
     for name in ("parameters", "to"):
         found = getattr(denoiser, name, None)
         if found is not None:  # its absence says something too: unknown is not "none"

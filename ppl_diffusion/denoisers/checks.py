@@ -67,7 +67,6 @@ def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor
     """Return predictions over the clean tokens alone, in the dtype they come in.
 
     :param log_c: what a denoiser returned for states of ``shape``.
-    :param shape: shape of the states.
     :returns: ``(*shape, V)``.
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if it has the wrong shape.

@@ -66,10 +66,7 @@ class Labelled:
         return self.label == self.num_classes
 
     def labels(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """Return the label that the network is given, a scalar or one per row.
-
-        :param given: conditions of the chain.
-        """
+        """Return the label that the network is given, a scalar or one per row."""
         if self.label == "given":
             return given["label"]
         return torch.tensor(self.label, device=tokens.device)

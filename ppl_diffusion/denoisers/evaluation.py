@@ -63,7 +63,6 @@ class EvaluatedDenoiser:
     Outputs are those of the wrapped denoiser; reuse is skipped while gradients are recorded. Rows
     are the same where tokens *and* conditions are, bit by bit.
 
-    :param denoiser: the denoiser to evaluate.
     :param reuse: keep the last call's outputs; switched off, only deduplication remains.
     :param max_rows: largest number of rows sent to the network at once (bounds its memory).
 

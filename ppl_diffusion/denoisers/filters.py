@@ -93,7 +93,6 @@ class Filter(ABC):
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return filtered log-probabilities, shape ``(*batch, L, V)``.
 
-        :param given: conditions of the wrapped denoiser.
         :raises TypeError: if the wrapped denoiser returns no tensor.
         :raises ValueError: if it returns the wrong shape, NaN or unnormalised rows.
         """
@@ -107,7 +106,6 @@ class Filter(ABC):
 class Temperature(Filter):
     """Raise every prediction to the power ``1 / temperature`` and renormalise.
 
-    :param denoiser: what to filter.
     :param temperature: positive; below 1 sharpens, above 1 flattens, 1 does nothing. Tokens of
         probability zero keep it, and ties stay ties.
     :raises ValueError: if the temperature is not a positive number.
@@ -143,7 +141,6 @@ class Nucleus(Filter):
     ``p``; the code of ReMDM and BD3-LM, arXiv:2503.00307 and 2503.09573, drops it). Equal
     probabilities are ranked by id, the lower first, so that the cut depends on nothing else.
 
-    :param denoiser: what to filter.
     :param p: mass to keep, in ``(0, 1]``; 1 does nothing.
     :param keep_crossing: keep the token with which the mass reaches ``p``, hence at least ``p`` of
         it; otherwise drop it, hence at most ``p``, but never the most probable token.
@@ -185,7 +182,6 @@ class Nucleus(Filter):
 def forward_optional(wrapper: Denoiser, denoiser: Denoiser, *names: str) -> None:
     """Give a wrapper those optional attributes that the wrapped denoiser has.
 
-    :param denoiser: the wrapped denoiser.
     :param names: attributes to look for.
     """
     found = {name: getattr(denoiser, name) for name in names if hasattr(denoiser, name)}

@@ -22,7 +22,6 @@ class TableDenoiser:
 
     :param joint: probabilities, shape ``(V,) * L``.
     :param process: forward process that noised the tokens.
-    :param kind: which conditional to return.
     :raises ValueError: if the table is not a distribution or does not fit the process.
     """
 
@@ -86,7 +85,6 @@ class MarkovDenoiser:
     :param initial: probabilities of the first token, shape ``(V,)``.
     :param transition: row-stochastic matrix, shape ``(V, V)``.
     :param process: forward process that noised the tokens.
-    :param kind: which conditional to return.
     :raises ValueError: if the arrays are not distributions over the process's vocabulary.
     """
 

@@ -101,7 +101,6 @@ class HeadPrediction(Prediction):
     :param hidden: hidden states, ``(*batch, L, D)``.
     :param head: turns rows ``(n, D)`` into checked, normalised float64 log-probabilities
         ``(n, V)``.
-    :param vocab_size: number of clean tokens ``V``.
     """
 
     def __init__(self, hidden: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> None:

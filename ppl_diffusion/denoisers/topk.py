@@ -55,7 +55,6 @@ def top_k_latents(
     :param uniforms: numbers in ``[0, 1)``, ``(2 k + 1, *batch, L)``.
     :param k: how many of the other tokens to draw, ``1 <= k <= V - 1``; with ``V - 1`` there is no
         tail and the weights are the full softmax.
-    :param tau: temperature, positive.
     :returns: ids, weights, argmax and tail weight.
     :raises ValueError: if ``k``, ``tau`` or the number of uniforms is not usable.
     """
@@ -81,7 +80,6 @@ def dense_latents(
     :param mu: signal-to-noise ratios ``A / sqrt(1 - A^2)``, broadcastable to ``x0``.
     :param vocab_size: number ``V >= 2`` of tokens.
     :param noise: standard normals ``eps``, ``(*batch, L, V)``; their dtype is that of the weights.
-    :param tau: temperature, positive.
     :returns: weights ``(*batch, L, V)`` and their argmax, int64 ``(*batch, L)``.
     :raises ValueError: if ``tau`` is not positive.
     """

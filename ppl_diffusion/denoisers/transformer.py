@@ -38,8 +38,6 @@ class Transformer(nn.Module):
 
     Parameters and outputs are float32 whatever torch's default dtype is.
 
-    :param config: the shape of the network.
-
     :ivar vocab_size: number ``V`` of clean tokens.
     :ivar kind: ``"cavity"`` or ``"posterior"``.
     :ivar time_free: whether the output does not depend on the time.

@@ -47,7 +47,7 @@ class Judges:
         """
         columns = {
             **self._bound(tokens, generator),
-            "gc": torch.isin(tokens, self.gc).to(torch.float64).mean(-1),
+            "gc": torch.isin(tokens, self.gc.to(tokens.device)).to(torch.float64).mean(-1),
         }
         for name, oracle in (("design", self.designer), ("judge", self.judge)):
             if oracle is not None:

@@ -132,7 +132,7 @@ def _product(law: Law, plan: _Plan) -> str:
 
 def _held_potential(target: Target, clamp: ClampProposal) -> AbstractPotential:
     rule = Constraint(
-        lambda x0: ((x0 != clamp.tokens) & clamp.mask).sum(-1),
+        lambda x0: ((x0 != clamp.tokens.to(x0.device)) & clamp.mask.to(x0.device)).sum(-1),
         penalty=MISMATCH_PENALTY,
         name="the fixed bases",
     )
@@ -171,7 +171,7 @@ class HeldFill(FillTwist):
     def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
         """Return completions; a position that was given another base keeps it."""
         size = log_x0.shape[-1]
-        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0.dtype).log()
+        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0).log()
         possible = (log_x0 + known).amax(-1) > -torch.inf
-        held = (self.clamp.mask & possible)[..., None]
+        held = (self.clamp.mask.to(possible.device) & possible)[..., None]
         return self.base.fill(torch.where(held, known, log_x0), uniforms)

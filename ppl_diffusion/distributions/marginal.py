@@ -55,8 +55,6 @@ class ChainMarginal(TorchDistribution):
     for tiny chains only; :meth:`log_prob_bound` estimates a lower bound (ELBO); the exponential
     of :meth:`log_prob_estimate` is unbiased for the likelihood. All are of *this* chain, with its
     number of steps, not of an ideal diffusion.
-
-    :param chain: the reverse chain.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's class protocol)

@@ -33,7 +33,6 @@ class ReverseChain(TorchDistribution):
     without a gradient and without naming it in ``parameters()``, are invisible to it.
 
     :param kernel: the reverse kernel.
-    :param length: number ``L`` of positions.
     :param prompt: int64 ``(L,)``, or ``(*batch, L)`` for a batch of chains with prompts of their
         own: tokens present from the start, -1 where the chain is free.
         This defines the chain that is started from the prompt; to condition a chain on tokens

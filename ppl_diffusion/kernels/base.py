@@ -87,7 +87,6 @@ class Kernel(ABC):
     int64 ``(*batch, L)``, ``carry["given"]`` the conditions of a denoiser that reads some. It is
     made by :meth:`start_carry` alone, and whatever it remembers is gathered with its particle.
 
-    :param process: forward process.
     :param denoiser: predictor of clean tokens; its ``kind`` decides whether its output is
         converted to the cavity distribution a kernel needs.
     :param times: ``T + 1`` decreasing times from 1 to 0.
@@ -114,7 +113,6 @@ class Kernel(ABC):
     def with_denoiser(self, denoiser: Denoiser) -> Self:
         """Return the same kernel around another denoiser (for instance a caching wrapper).
 
-        :param denoiser: the replacement.
         :raises CapabilityError: if it does not fit the process.
         """
         check_denoiser(self.process, denoiser)
@@ -226,7 +224,6 @@ class Kernel(ABC):
         """Return conditions expanded to a batch.
 
         :param given: values of :attr:`conditions`, or None.
-        :param batch_shape: the batch shape.
         """
         return {
             name: value.expand((*batch_shape, *value.shape[value.ndim - self.conditions[name] :]))
@@ -393,7 +390,6 @@ def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:
 
     :param num_steps: number ``T`` of equal steps.
     :param times: or the grid itself.
-    :param owner: who asks, for the messages.
     :raises ValueError: if neither or both are given, or the grid is not usable.
     """
     if (num_steps is None) == (times is None):
@@ -412,8 +408,6 @@ def time_grid(num_steps: int | None, times: Any, owner: str) -> np.ndarray:
 def check_given(kernel: Kernel, given: Mapping[str, Tensor], owner: str) -> None:
     """Refuse conditions that are not those that a kernel reads.
 
-    :param given: values of its conditions.
-    :param owner: who asks, for the messages.
     :raises ValueError: if one is missing, unknown, or has too few dimensions.
     """
     wanted = kernel.conditions

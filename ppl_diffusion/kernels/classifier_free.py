@@ -57,7 +57,6 @@ class ClassifierFreeKernel(InterpolatingKernel):
 
         kappa G[q(z_s | z_t)] + (1 - kappa) (b G[q(z_0 | z_t)] + (1 - b) pi)
 
-    :param process: forward process.
     :param conditional: denoiser of ``p(x0 | x_t, y)``, such as ``Labelled(network, y)``.
     :param unconditional: denoiser of ``p(x0 | x_t)``, such as ``Labelled(network, None)``.
     :param weight: ``w``; 0 is unconditional, 1 conditional, above 1 overshoots.

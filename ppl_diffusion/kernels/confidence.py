@@ -34,7 +34,6 @@ class ConfidenceKernel(InterpolatingKernel):
     the capability is ``FACTORISED``, but the kernel is not Markov in the tokens alone.
 
     :param process: an absorbing process.
-    :param denoiser: predictor of clean tokens.
     :param num_steps: number ``T`` of equal time steps.
     :param times: or the grid itself.
     :param kappa: sets ``sigma_k``; None remasks as much as a marginal allows,

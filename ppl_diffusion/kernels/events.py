@@ -72,7 +72,6 @@ class RevealPlan:
     Rows are sorted by their number of groups, so that the rows under way are always a leading
     slice and no step gathers or scans a batch.
 
-    :param rows: int64 ``(B,)``, the original index of each sorted row.
     :param rounds: the network calls, in order.
     :param times: times of the network calls of each sorted row, float64 ``(B, G)``.
     """

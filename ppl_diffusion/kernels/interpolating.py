@@ -32,7 +32,6 @@ _ROUND_OFF = 1e-12
 class InterpolatingKernel(Kernel):
     """A reverse chain of an interpolating process, one factorised step at a time.
 
-    :param process: forward process.
     :param denoiser: predictor of clean tokens; its ``kind`` decides whether its output is
         converted to the cavity distribution the kernel needs.
     :param num_steps: number ``T`` of equal time steps.

@@ -144,8 +144,6 @@ def most_remasking(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def fraction(value: float, name: str) -> float:
     """Return a number of ``[0, 1]``.
 
-    :param value: the number.
-    :param name: what it is, for the message.
     :raises ValueError: if it lies outside.
     """
     if not 0.0 <= value <= 1.0:

@@ -143,7 +143,6 @@ def flat_given(
 
     :param kernel: whose conditions they are.
     :param given: conditions, broadcastable to the batch, or None.
-    :param batch_shape: the batch shape.
     """
     whole, size = kernel.expand_given(given, batch_shape), math.prod(batch_shape)
     return {n: x.reshape(size, *x.shape[len(batch_shape) :]) for n, x in whole.items()}

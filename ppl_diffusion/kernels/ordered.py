@@ -46,8 +46,6 @@ class OrderedKernel(Kernel):
     prompt are never revealed, so a prompted chain has idle steps, which cost nothing.
 
     :param process: an absorbing process.
-    :param denoiser: predictor of clean tokens.
-    :param length: number ``L`` of positions.
     :param group_size: reveals per step; 1 is first hitting.
     :param block: positions per block, finished from left to right; None for one block.
     :param clock: at which time a denoiser that is not time-free predicts: ``"mean"``, where

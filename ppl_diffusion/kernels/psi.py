@@ -345,7 +345,6 @@ def parse_psi(text: str, schedule: Schedule, num_steps: int) -> PsiSchedule:
     The name is one of :data:`SCHEDULES`; after the colon stand its numbers, the first of which
     may go without its name.
 
-    :param text: what to parse.
     :raises ValueError: if the name is unknown, or a number is missing, unknown or out of range.
     """
     name, _, numbers = text.strip().partition(":")

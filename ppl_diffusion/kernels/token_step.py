@@ -22,7 +22,6 @@ class TokenStep(StepDistribution):
     Event shape ``(L,)``, values are state ids. Exact and normalised; positions in ``fixed`` keep
     their token with probability one and contribute nothing to the density.
 
-    :param process: forward process.
     :param tokens: current states, int64 ``(*batch, L)``.
     :param log_probs: cavity log-probabilities of the denoiser, ``(*batch, L, V)``: a tensor, or a
         :class:`~ppl_diffusion.denoisers.Prediction` that is evaluated where it is needed.

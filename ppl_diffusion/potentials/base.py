@@ -113,10 +113,7 @@ class Potential(AbstractPotential):
 
 
 class SumPotential(AbstractPotential):
-    """The sum of several log-potentials.
-
-    :param terms: the summands.
-    """
+    """The sum of several log-potentials."""
 
     def __init__(self, terms: tuple[AbstractPotential, ...]) -> None:
         self.terms = terms
@@ -168,7 +165,6 @@ def check_log_potential(value: Tensor, x0: Tensor, name: str) -> Tensor:
     """Return ``value`` in float64 after checking its shape and that it is not NaN or ``+inf``.
 
     :param value: what the potential returned.
-    :param x0: the sequences it was given.
     :param name: the potential's name, for the error text.
     :raises PotentialError: if a check fails.
     """

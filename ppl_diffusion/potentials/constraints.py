@@ -56,10 +56,7 @@ class AbstractConstraint(AbstractPotential):
         return zero.masked_fill(~self.satisfied(x0), -math.inf)
 
     def lookahead(self, x0: Tensor) -> Tensor:
-        """Return ``-penalty * violation``.
-
-        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
-        """
+        """Return ``-penalty * violation``."""
         return -self.penalty * self._checked_violation(x0)
 
     def _checked_violation(self, x0: Tensor) -> Tensor:
@@ -83,7 +80,6 @@ class Constraint(AbstractConstraint):
     :param violation: ``x0 (*batch, L) int64 -> (*batch,)``: 0 where the constraint holds, and how
         badly it is violated elsewhere (the number of wrong tokens, say).
     :param penalty: nats per unit of violation in the look-ahead.
-    :param name: how errors call it.
 
     Example::
 
@@ -173,7 +169,6 @@ class _MotifConstraint(AbstractConstraint):
     def mismatches(self, x0: Tensor) -> Tensor:
         """Return the mismatches at every position, on the better strand.
 
-        :param x0: clean tokens, int64 ``(*batch, L)``.
         :returns: float64 ``(*batch, L - W + 1)``.
         """
         return torch.stack([scan(x0, table) for table in self._tables]).amin(0)

@@ -93,7 +93,6 @@ def check_tokens(x0: Tensor, vocab_size: int, width: int, name: str) -> None:
     """Check that sequences are long enough and hold clean tokens only.
 
     :param x0: tokens, int64 ``(*batch, L)``.
-    :param vocab_size: number of clean tokens.
     :param width: smallest length.
     :param name: the potential's name.
     :raises PotentialError: if they are not.

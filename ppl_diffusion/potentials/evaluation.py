@@ -33,7 +33,6 @@ class SequenceFunction:
     """A function of sequences with a cache, an optional executor, and a policy for failures.
 
     :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array or a list of numbers.
-    :param name: how errors call it.
     :param batch_size: sequences per call of ``fn``; by default all at once, and one at a time when
         there is an executor.
     :param executor: where calls run (with a process pool, ``fn`` must be picklable).

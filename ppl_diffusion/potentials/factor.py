@@ -16,7 +16,6 @@ from ppl_diffusion.potentials.base import AbstractPotential, Potential
 class PotentialFactor(TorchDistribution):
     """An observed unit whose log-density is ``log G(x0)``, computed only when it is asked for.
 
-    :param potential: the potential.
     :param x0: clean tokens, int64 ``(*batch, L)``.
     """
 
@@ -46,10 +45,7 @@ class PotentialFactor(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: PotentialFactor | None = None
     ) -> PotentialFactor:
-        """Return the factor with larger batch dimensions.
-
-        :param batch_shape: the new batch shape.
-        """
+        """Return the factor with larger batch dimensions."""
         new = self._get_checked_instance(PotentialFactor, _instance)
         new.potential = self.potential
         new.x0 = self.x0.expand(*batch_shape, self.x0.shape[-1])

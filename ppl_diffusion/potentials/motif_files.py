@@ -34,10 +34,7 @@ class Motif:
     sites: float
 
     def potential(self, **options: Any) -> MotifMatrix:
-        """Return the matrix as a potential.
-
-        :param options: of :meth:`MotifMatrix.from_probabilities`.
-        """
+        """Return the matrix as a potential."""
         options = {"name": f"motif {self.name}", "sites": self.sites, **options}
         return MotifMatrix.from_probabilities(self.probabilities, **options)
 
@@ -134,10 +131,7 @@ class _Lines:
             yield self.take()
 
     def error(self, expected: str) -> ValueError:
-        """Return an error about the line that comes next.
-
-        :param expected: what should be there.
-        """
+        """Return an error about the line that comes next."""
         at = min(self._next, len(self._lines) - 1)
         number, line = self._lines[at]
         return ValueError(
@@ -146,10 +140,7 @@ class _Lines:
         )
 
     def error_at_last(self, expected: str) -> ValueError:
-        """Return an error about the line that was taken last.
-
-        :param expected: what should be there.
-        """
+        """Return an error about the line that was taken last."""
         self._next -= 1
         return self.error(expected)
 

@@ -73,7 +73,6 @@ class MotifMatrix(AbstractPotential):
         :param sites: number of sites the probabilities were counted on.
         :param pseudocount: counts added to each column, shared out as the background.
         :param background: probabilities ``b`` of the four bases outside the motif.
-        :param options: of :class:`MotifMatrix`.
         :raises ValueError: if a number is out of range or a row does not sum to one.
         """
         name = options.get("name", "motif")
@@ -111,10 +110,7 @@ class MotifMatrix(AbstractPotential):
         return scores.logsumexp(-1) - math.log(scores.shape[-1])
 
     def lookahead(self, x0: Tensor) -> Tensor:
-        """Return the log-potential, which is finite.
-
-        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
-        """
+        """Return the log-potential, which is finite."""
         return self(x0)
 
     def best_hit(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,13 +46,10 @@ class Reward(_OfFunction):
 
     :param fn: reward in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param temperature: reward units per nat; the lower, the stronger the tilt.
-    :param batch_size: sequences per call.
     :param executor: where calls run.
     :param timeout: seconds without progress before running calls are given up.
     :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
     :param maximise: whether high values are good (docking scores are minimised).
-    :param cache_size: values remembered.
-    :param name: how errors call it.
     :raises PotentialError: when called, if the reward fails and ``on_error="raise"``.
 
     Example::
@@ -102,12 +99,9 @@ class Likelihood(_OfFunction):
     :param fn: the prediction in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param observed: the measurement, same units.
     :param sd: its standard deviation, same units.
-    :param batch_size: sequences per call.
     :param executor: where calls run.
     :param timeout: seconds without progress before running calls are given up.
     :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
-    :param cache_size: values remembered.
-    :param name: how errors call it.
     :raises PotentialError: when called, if the prediction fails and ``on_error="raise"``.
     """
 

@@ -23,9 +23,7 @@ from ppl_diffusion.processes.schedules import Linear, Schedule
 class Process:
     """Base of the interpolating processes.
 
-    :param prior: probabilities of the noise distribution over the ``num_states`` states.
     :param vocab_size: number ``V`` of clean tokens; states from ``V`` on are never clean.
-    :param schedule: signal schedule.
     :raises ValueError: if the prior is not a distribution over at least ``V`` states.
     """
 
@@ -117,7 +115,6 @@ class Process:
 class Absorbing(Process):
     """Masking: every token is replaced by the mask ``V`` with probability ``1 - alpha(t)``.
 
-    :param vocab_size: number of clean tokens ``V``.
     :param schedule: signal schedule (linear by default).
     """
 
@@ -126,10 +123,7 @@ class Absorbing(Process):
         super().__init__([0.0] * vocab_size + [1.0], vocab_size, schedule)
 
     def draw_prior(self, uniforms: Array) -> Array:
-        """Return masks, shaped like ``uniforms``.
-
-        :param uniforms: any array; only its shape is read.
-        """
+        """Return masks, shaped like ``uniforms``."""
         xp = array_namespace(uniforms)
         return xp.full(
             uniforms.shape, self.vocab_size, dtype=int64_of(xp), device=device_of(uniforms)
@@ -139,7 +133,6 @@ class Absorbing(Process):
 class Uniform(Process):
     """Replacement by a uniformly drawn clean token with probability ``1 - alpha(t)``.
 
-    :param vocab_size: number of clean tokens ``V``.
     :param schedule: signal schedule (linear by default).
     """
 
@@ -162,8 +155,6 @@ class Interpolating(Process):
 def whole_number(value: Any, name: str) -> int:
     """Return a count as an int, refusing what would have to be rounded.
 
-    :param value: the count.
-    :param name: what it is, for the message.
     :raises TypeError: if it is not an integer.
     :raises ValueError: if it is less than one.
     """

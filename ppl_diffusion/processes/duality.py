@@ -212,10 +212,7 @@ def upper_normal(log_cdf: Array) -> Array:
 
 
 def special_functions(xp: ModuleType) -> Any:
-    """Return the module with ``log_ndtr`` and ``ndtri`` for the arrays of a namespace.
-
-    :param xp: an array-API namespace.
-    """
+    """Return the module with ``log_ndtr`` and ``ndtri`` for the arrays of a namespace."""
     if is_torch_namespace(xp):
         import torch
 

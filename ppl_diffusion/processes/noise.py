@@ -4,8 +4,8 @@ Gumbel-max over all classes is an exponential race ``argmin E_i / p_i``. Its clo
 uniforms on a lattice and cannot be smaller than some ``e0`` (about ``2^-24`` in float32), so a
 class with ``p_i`` far below ``e0`` can never win. In an ancestral step of ``N`` the tokens carry
 only ``O(1/N)`` of the mass and the mask the rest: rare tokens vanish and flat sites are revealed
-too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, section 5;
-:func:`ppl_diffusion.testing.precision.trunc_probs` is the law). Hence, everywhere in this library:
+too late, the more so the finer the grid (Zheng et al. 2024, arXiv:2409.02908, section 5; their
+proposition 5.2 is the law that is drawn instead). Hence, everywhere in this library:
 
 1. **The move first.** Stay, denoiser or prior is decided by one uniform against float64 weights
    (:func:`~ppl_diffusion.processes.mixture_sample`) or by event times; mask and tokens never meet
@@ -44,7 +44,6 @@ def uniforms(
 ) -> torch.Tensor:
     """Return float64 uniforms on ``[0, 1)`` with resolution ``2^-53``.
 
-    :param shape: shape of the result.
     :param device: where to put them. A generator of another device draws there, and the numbers
         are moved: a seed means the same everywhere.
     """
@@ -61,7 +60,6 @@ def jax_uniforms(key: Array, shape: Sequence[int]) -> Array:
     rounded: ``P(u < x) = x`` for every float ``x`` of at least ``2^-32``.
 
     :param key: a JAX random key.
-    :param shape: shape of the result.
     :returns: float64, or float32 where 64-bit numbers are switched off.
     """
     import jax

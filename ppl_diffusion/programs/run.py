@@ -30,6 +30,8 @@ class Facts(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
 class ProgramRun:
@@ -139,7 +141,7 @@ class ProgramRun:
         :param lookahead: score guesses: a mild penalty for each site that forbids the guess, and
             potentials by their own look-ahead.
         """
-        total = torch.zeros(self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
         for value in self.log_densities(latents, lookahead=lookahead).values():
             total = total + value
         return total
@@ -149,7 +151,7 @@ class ProgramRun:
 
         :param latents: their names.
         """
-        total = torch.zeros(self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
         for name in latents:
             total = total + self.site_log_density(name)
         return total
@@ -208,13 +210,14 @@ def scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:
     :param lookahead: ask potentials for their own look-ahead.
     """
     if site is None:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")  # a scalar goes along with terms of any device
     fn = site["fn"]
     if lookahead and isinstance(fn, PotentialFactor):
         log_p = fn.lookahead()
     else:
         log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-    return torch.as_tensor(scale_and_mask(log_p, site["scale"], site["mask"]))
+    density: Tensor = scale_and_mask(log_p, site["scale"], site["mask"])
+    return density
 
 
 def _per_particle(value: Tensor, size: int, nesting: int, name: str) -> Tensor:

@@ -65,7 +65,7 @@ def interleaved(steps: Mapping[str, int], generator: torch.Generator | None = No
     bag = [site for site, n in steps.items() for _ in range(n)]
     done = dict.fromkeys(steps, -1)
     groups: list[Group] = []
-    for index in torch.randperm(len(bag), generator=generator).tolist():
+    for index in torch.randperm(len(bag), generator=generator, device="cpu").tolist():
         done[bag[index]] += 1
         groups.append((Item(bag[index], done[bag[index]]),))
     return groups

@@ -71,13 +71,11 @@ def to_arviz(
     ``position``, ``plate_0``, ``x_dim_0``) or ``ancestor`` is stored with ``_site`` added to its
     name; the ``/`` of ``pyro.poutine.scope``, which netCDF refuses, becomes a ``.``.
 
-    :param posterior: the result of a particle run, ``R`` runs of ``N`` particles.
     :param weights: ``"resample"`` for equally weighted draws, or ``"store"`` for the particles
         themselves, whose weights are then in ``sample_stats.log_weight``.
     :param history: keep ancestry and stored paths; ``"auto"`` drops any over
         :data:`HISTORY_LIMIT` bytes.
     :param vocabulary: one string per clean token id, kept as the ``token`` coordinate.
-    :param seed: seed of the resampling.
     :raises ParticleCollapse: if draws are asked for and every run is dead.
     :raises ValueError: if ``weights`` is unknown or the vocabulary is shorter than the token ids.
     """

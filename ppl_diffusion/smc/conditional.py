@@ -15,7 +15,7 @@ draw of the target, ``E[1 / Z_hat] = 1 / Z``, so that a plain and a conditional 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +24,15 @@ from torch import Tensor
 
 from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import Value, tokens_of
-from ppl_diffusion.kernels.step import StepDistribution
-from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.kernels.base import tokens_of
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
 from ppl_diffusion.smc.feynman_kac import (
+    LOG_PROB,
     BoundFeynmanKac,
     EvaluatedPotential,
     FeynmanKac,
     KernelProposal,
-    Proposal,
-    draw_step,
+    per_particle,
 )
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
@@ -89,14 +87,10 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         max_rows: int | None = 4096,
         potential: EvaluatedPotential | None = None,
     ) -> None:
-        super().__init__(model, max_rows=max_rows)
-        self.retained = _check_paths(model, retained)
-        inner = self._proposal
-        self._proposal = (
-            _RetainedKernel(inner, self.retained)
-            if isinstance(inner, KernelProposal)
-            else _RetainedProposal(inner, self.retained)
-        )
+        retained = _check_paths(model, retained)
+        # With the densities of the moves a retained path that the chain cannot take shows itself.
+        super().__init__(model, max_rows=max_rows, track_log_prob=True)
+        self.retained = retained
         if potential is not None:
             self.potential = potential
 
@@ -114,9 +108,9 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         carry = {**carry, **self._kernel.start_carry(tokens, generator, given=given)}
         if isinstance(self._proposal, KernelProposal):
             carry |= self._proposal.start(tokens, given)
-        log_p = self._kernel.prior_log_prob(self.retained[..., 0, :], self.model.chain.prompt)
-        _require(log_p > -math.inf, "starts from a state that the chain cannot start from")
-        return carry
+        log_p = per_particle(self._kernel.prior_log_prob(tokens, self.model.chain.prompt))
+        _require(log_p[:, :1] > -math.inf, "starts from a state that the chain cannot start from")
+        return {**carry, LOG_PROB: log_p}
 
     def move(
         self, carry: Carry, k: int, generator: torch.Generator | None
@@ -126,6 +120,10 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         possible = torch.isfinite(torch.as_tensor(log_ratio)[..., :1])
         _require(possible, f"makes a move of probability zero at step {k}")
         return moved, log_ratio
+
+    def _draw(self, moves: TorchDistribution, k: int, generator: torch.Generator | None) -> Tensor:
+        drawn = tokens_of(super()._draw(moves, k, generator))
+        return _hold(drawn, self.retained[..., k + 1, :])
 
     def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
         """Return ``log h_k``; at the end that of the retained path must be possible."""
@@ -141,8 +139,6 @@ class ConditionalRun:
 
     :param path: the next path of each run, int64 ``(R, *plates, T + 1, L)``.
     :param slot: the slot it was drawn from, int64 ``(R,)``; 0 is the retained one.
-    :param trace: the whole population.
-    :param engine: the bound model, with its counters.
     """
 
     path: Tensor
@@ -200,9 +196,7 @@ def conditional_smc(
     :param retained: paths, int64 ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2, the retained one included.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
-    :param generator: source of randomness.
     :param max_rows: largest number of rows sent to the network at once.
-    :param progress: called with ``(steps done, steps in all)``.
     :raises CapabilityError: if the chain has no density.
     :raises ValueError: if the settings or a retained path are impossible.
     """
@@ -276,11 +270,9 @@ def two_sided_evidence(
 ) -> EvidenceBounds:
     """Bracket ``log Z`` by as many plain as conditional runs, of one resampling scheme.
 
-    :param fk: the model.
     :param exact_paths: independent draws of ``p(path) G(x0) / Z``, ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
-    :param generator: source of randomness.
     :param max_rows: largest number of rows sent to the network at once.
     """
     plain = run_smc(
@@ -302,55 +294,6 @@ def two_sided_evidence(
         max_rows=max_rows,
     )
     return EvidenceBounds(plain.log_evidence, around.log_evidence)
-
-
-class _HeldStep(StepDistribution):
-    """A step whose draw has the retained state in slot 0; its density is the step's own."""
-
-    def __init__(self, inner: TorchDistribution, held: Tensor) -> None:
-        self.inner, self.held = inner, held
-        super().__init__(inner.batch_shape, inner.event_shape, validate_args=False)
-
-    def sample(
-        self,
-        sample_shape: Sequence[int] = torch.Size(),
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return _hold(tokens_of(draw_step(self.inner, generator)), self.held)
-
-    def draw(self, *noise: Tensor) -> Tensor:
-        drawn: Tensor = self.inner.draw(*noise)
-        return _hold(drawn, self.held)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        log_p: Tensor = self.inner.log_prob(value)
-        return log_p
-
-
-class _RetainedProposal:
-    """A proposal, or None for the chain's own step, with slot 0 held to a path."""
-
-    def __init__(self, inner: Proposal | None, path: Tensor) -> None:
-        self.inner, self.path = inner, path
-
-    def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
-        moves = step if self.inner is None else self.inner(step, carry, k)
-        return _HeldStep(moves, self.path[..., k + 1, :])
-
-
-class _RetainedKernel(KernelProposal):
-    """A kernel as a proposal, with slot 0 held to a path."""
-
-    def __init__(self, inner: KernelProposal, path: Tensor) -> None:
-        super().__init__(inner.kernel, inner.fixed)
-        self.path = path
-
-    def __call__(self, step: TokenStep, carry: Carry, k: int, /) -> TorchDistribution:
-        return _HeldStep(super().__call__(step, carry, k), self.path[..., k + 1, :])
-
-    def advance(self, carry: Carry, value: Value, k: int, step: TorchDistribution) -> Carry:
-        return super().advance(carry, value, k, step.inner)
 
 
 def _hold(tokens: Tensor, held: Tensor) -> Tensor:

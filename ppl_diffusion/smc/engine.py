@@ -96,7 +96,7 @@ def run_smc(
         "num_steps": fk.num_steps,
     }
     tokens = trace.carry["tokens"]
-    return ParticlePosterior(
+    posterior = ParticlePosterior(
         x0=tokens,
         times=torch.as_tensor(fk.chain.kernel.times, device="cpu"),
         samples={"x0": tokens},
@@ -107,15 +107,12 @@ def run_smc(
         seconds=time.perf_counter() - started,
         **trace.posterior_fields(),
     )
+    return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
 @dataclass
 class SMCTrace:
-    """Everything a run leaves behind.
-
-    :param carry: the final carry.
-    :param weights: the final weights.
-    """
+    """Everything a run leaves behind."""
 
     carry: Carry
     weights: Weights
@@ -174,16 +171,9 @@ def smc_loop(
 ) -> SMCTrace:
     """Move, weigh, resample: the algorithm itself, over any bound model.
 
-    :param engine: the bound model.
-    :param num_steps: number ``T`` of moves.
-    :param num_particles: particles ``N`` per run.
-    :param num_runs: runs ``R``.
-    :param resampler: resampling scheme.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
-    :param generator: source of randomness.
     :param record: name of the carry entry whose history is kept, a function that returns what is
         kept of a carry by name, or None.
-    :param progress: called after each step.
     """
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)

@@ -211,9 +211,6 @@ class BoundFeynmanKac:
     ) -> Carry:
         """Return the carry of the noisiest state, tokens ``(R, N, *plates, L)``.
 
-        :param runs: runs ``R``.
-        :param particles: particles ``N``.
-        :param generator: source of randomness.
         :param given: conditions of each particle, ``(R, N, *plates, *event)``; by default those of
             the chain.
         """
@@ -241,18 +238,20 @@ class BoundFeynmanKac:
         """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
-        value = draw_step(proposal, generator)
+        value = self._draw(proposal, k, generator)
         moved = self._kernel.advance(carry, value, k, step=step)
         if isinstance(self._proposal, KernelProposal):
             moved = {**moved, **self._proposal.advance(carry, value, k, proposal)}
-        if proposal is step and not self.track_log_prob:
+        own = proposal is step
+        if own and not self.track_log_prob:
             return moved, 0.0
         log_p = per_particle(step.log_prob(value))
         if self.track_log_prob:
             moved[LOG_PROB] = carry[LOG_PROB] + log_p
-        if proposal is step:
-            return moved, 0.0
-        return moved, log_p - per_particle(proposal.log_prob(value))
+        return moved, log_p - (log_p if own else per_particle(proposal.log_prob(value)))
+
+    def _draw(self, moves: TorchDistribution, k: int, generator: torch.Generator | None) -> Value:
+        return draw_step(moves, generator)
 
     def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
         """Return ``log h_k``, ``(R, N)``: the potential at ``T``, None where not evaluated."""
@@ -318,8 +317,6 @@ class KernelProposal:
 class EvaluatedPotential:
     """A potential asked once per distinct sequence, with the last answers kept.
 
-    :param potential: the potential.
-
     :ivar num_calls: sequences the potential was asked about.
     """
 
@@ -377,10 +374,7 @@ def _require_same_grid(model: Kernel, proposal: Kernel) -> None:
 
 
 def per_particle(values: Tensor) -> Tensor:
-    """Sum log-values over plates: ``(R, N, *plates) -> (R, N)``.
-
-    :param values: log-values.
-    """
+    """Sum log-values over plates: ``(R, N, *plates) -> (R, N)``."""
     return values.flatten(2).sum(-1) if values.ndim > 2 else values
 
 

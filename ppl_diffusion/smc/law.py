@@ -28,10 +28,7 @@ _PARAMETERS_READ = 32
 class Base:
     """One reverse chain of a law.
 
-    :param site: name of its site.
     :param kernel: what moves it, in the kernel's own words.
-    :param steps: number ``T`` of reverse steps.
-    :param length: number ``L`` of positions.
     :param plates: sizes of the plates it is in.
     :param given: names of the conditions that its law depends on.
     :param changes: what makes it another law than that of its network's own chain.
@@ -59,8 +56,6 @@ class Base:
     ) -> Base:
         """Return what a chain adds to a law.
 
-        :param chain: the chain.
-        :param site: name of its site.
         :param clamp: clamped tokens and where they are, both ``(L,)``, or None.
         """
         shape = (*chain.batch_shape, chain.length)
@@ -104,8 +99,6 @@ class Tilt:
 class Law:
     """What a result is exact for, or only aims at.
 
-    :param chains: the reverse chains.
-    :param tilts: what multiplies them.
     :param latents: other latents that particles hold.
     :param product: the chains' part of the density; ``"p(path)"`` is their own.
     :param exact: whether weighted particles are exact for it.
@@ -127,21 +120,18 @@ class Law:
     ) -> Law:
         """Return ``p(path) G(x0)``, exact where every chain's steps have a density.
 
-        :param chains: the reverse chains.
-        :param tilts: what multiplies them.
         :param latents: other latents.
         """
         chains = tuple(chains)
         unknown = [base.site for base in chains if not base.has_density]
         # Its weights may well be right, but nothing can hold its draws to what it promises.
-        why = f"the steps of {', '.join(unknown)} have no density ({SAMPLE_ONLY})" if unknown else ""
+        why = (
+            f"the steps of {', '.join(unknown)} have no density ({SAMPLE_ONLY})" if unknown else ""
+        )
         return cls(chains, tuple(tilts), tuple(latents), exact=not unknown, why=why)
 
     def but(self, **changes: Any) -> Law:
-        """Return the law with some fields changed.
-
-        :param changes: new values of fields.
-        """
+        """Return the law with some fields changed."""
         return replace(self, **changes)
 
     @property
@@ -157,7 +147,6 @@ class Law:
     def from_json(cls, data: Mapping[str, Any]) -> Law:
         """Return the law that :meth:`to_json` wrote.
 
-        :param data: what was written.
         :raises TypeError: if fields are missing or unknown.
         """
         given = dict(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,19 @@ class ParticlePosterior:
     seconds: float = math.nan
     compact_path: Tensor | None = None
     is_program: bool = False
+
+    def to(self, device: str | torch.device) -> ParticlePosterior:
+        """Return the same result with its arrays on a device.
+
+        :param device: the device.
+        """
+        moved: dict[str, Any] = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        samples = {name: value.to(device) for name, value in self.samples.items()}
+        return replace(self, samples=samples, **moved)
 
     @property
     def exact(self) -> bool:
@@ -168,7 +181,6 @@ class ParticlePosterior:
         """Draw equally weighted particles (stratified); never one of weight zero.
 
         :param num: number of draws (of draws per run if not pooled).
-        :param generator: source of randomness.
         :param pooled: draw from all runs, each in proportion to its evidence; otherwise from each
             run separately, leaving dead runs out.
         :returns: site values ``(num, ...)`` if pooled, else ``(alive runs, num, ...)``, with
@@ -190,19 +202,13 @@ class ParticlePosterior:
         return {"index": index, **drawn}
 
     def genealogy(self, run: int = 0) -> nx.DiGraph:
-        """Return one run's genealogy (see :func:`ppl_diffusion.smc.genealogy.genealogy_graph`).
-
-        :param run: which run.
-        """
+        """Return one run's genealogy (see :func:`ppl_diffusion.smc.genealogy.genealogy_graph`)."""
         if not 0 <= run < self.num_runs:
             raise ValueError(f"genealogy: run must lie in 0..{self.num_runs - 1}, got {run}.")
         return genealogy_graph(self.ancestors[:, run], self.eve[run], self.weights[run])
 
     def to_arviz(self, **options: Any) -> Any:
-        """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x).
-
-        :param options: of :func:`ppl_diffusion.diagnostics.to_arviz`.
-        """
+        """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x)."""
         # Here, not above: xarray is slow to import, and most runs never leave torch.
         from ppl_diffusion.smc.arviz_data import to_arviz
 
@@ -239,7 +245,6 @@ class ParticlePosterior:
     def load(cls, directory: str | Path) -> ParticlePosterior:
         """Read what :meth:`save` wrote.
 
-        :param directory: the folder.
         :raises FileNotFoundError: if it holds no posterior.
         :raises ValueError: if a file is damaged or of another format.
         """

@@ -110,7 +110,6 @@ class PathMove(ABC):
     def check(self, chain: ReverseChain) -> None:
         """Refuse a chain this move is wrong for.
 
-        :param chain: the chain.
         :raises CapabilityError: if it is.
         """
 
@@ -128,7 +127,6 @@ class PathMove(ABC):
         :param model: chain and potential.
         :param state: states of positive probability.
         :param beta: power of the potential in the invariant law.
-        :param generator: source of randomness.
         """
 
 
@@ -201,10 +199,7 @@ class OrderRefresh(PathMove):
 
     @staticmethod
     def fits(chain: ReverseChain) -> bool:
-        """Return whether this move is right for a chain.
-
-        :param chain: the chain.
-        """
+        """Return whether this move is right for a chain."""
         kernel = chain.kernel
         if type(kernel) is OrderedKernel:
             return kernel.capability != SAMPLE_ONLY

@@ -28,10 +28,7 @@ class Resampler(ABC):
 
     @abstractmethod
     def num_uniforms(self, num_particles: int) -> int:
-        """Return how many uniforms one run needs.
-
-        :param num_particles: number ``N`` of particles.
-        """
+        """Return how many uniforms one run needs."""
 
     @abstractmethod
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:

@@ -40,14 +40,12 @@ class FillTwist(ABC):
 
         :param carried: what :meth:`init` put into the carry, if anything.
         :param shape: shape ``(R, N, *plates, L)`` of the tokens.
-        :param generator: source of randomness.
         """
 
     def init(self, shape: tuple[int, ...], generator: Any) -> Tensor | None:
         """Return noise that travels with each particle, or None.
 
         :param shape: shape ``(R, N, *plates, L)`` of the tokens.
-        :param generator: source of randomness.
         """
         return None
 
@@ -55,7 +53,6 @@ class FillTwist(ABC):
         """Return completions, int64 ``(R, N, num_fills, *plates, L)``.
 
         :param log_x0: ``log p(x0 | x_k)`` per site, ``(R, N, *plates, L, V)``.
-        :param uniforms: from :meth:`uniforms`.
         """
         if uniforms is None:
             return log_x0.argmax(-1)[:, :, None]
@@ -181,11 +178,7 @@ def as_twist(twist: TwistLike) -> Twist | None:
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:
-    """Return the log of the mean of exponentials.
-
-    :param values: log-values.
-    :param dim: the dimension to average over.
-    """
+    """Return the log of the mean of exponentials."""
     return torch.logsumexp(values, dim) - math.log(values.shape[dim])
 
 

@@ -22,14 +22,12 @@ from ppl_diffusion.testing.devices import DeviceDiscipline as DeviceDiscipline
 from ppl_diffusion.testing.distribution_contract import DistributionContract as DistributionContract
 from ppl_diffusion.testing.kernel_contract import KernelContract as KernelContract
 from ppl_diffusion.testing.model_contract import ModelContract as ModelContract
-from ppl_diffusion.testing.motifs import MotifProblem as MotifProblem
 from ppl_diffusion.testing.oracles import ExactChain as ExactChain
 from ppl_diffusion.testing.oracles import chi_square_p_value as chi_square_p_value
 from ppl_diffusion.testing.oracles import total_variation as total_variation
 from ppl_diffusion.testing.oracles import z_score as z_score
 from ppl_diffusion.testing.path_laws import PathLaw as PathLaw
 from ppl_diffusion.testing.potential_contract import PotentialContract as PotentialContract
-from ppl_diffusion.testing.precision import trunc_probs as trunc_probs
 from ppl_diffusion.testing.resampler_contract import ResamplerContract as ResamplerContract
 from ppl_diffusion.testing.toys import PROCESSES as PROCESSES
 from ppl_diffusion.testing.toys import CountingDenoiser as CountingDenoiser

@@ -28,7 +28,6 @@ class ExactChain:
     """A reverse chain as an initial law and ``T`` transition matrices.
 
     :param states: all states, int64 ``(S ** L, L)``.
-    :param vocab_size: number ``V`` of clean tokens.
     :param initial: law of the noisiest state, float64 ``(S ** L,)``.
     :param matrices: transition matrices, float64 ``(T, S ** L, S ** L)``, rows sum to one.
     """

@@ -57,10 +57,7 @@ class PathLaw:
         return cls(path, (log_p - log_z).exp(), float(log_z))
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
-        """Return independent paths, int64 ``(num, T + 1, L)``.
-
-        :param num: how many.
-        """
+        """Return independent paths, int64 ``(num, T + 1, L)``."""
         return self.paths[torch.multinomial(self.probs, num, True, generator=generator)]
 
     def counts(self, paths: Tensor) -> Tensor:

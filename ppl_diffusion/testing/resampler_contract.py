@@ -33,7 +33,6 @@ class ResamplerContract:
     def ancestors(self, resampler: Resampler, log_weights: Tensor, seed: int = 0) -> Tensor:
         """Return ancestors for fresh uniforms, int64 shaped like the weights.
 
-        :param resampler: the scheme.
         :param log_weights: ``(*runs, N)``.
         :param seed: seed of the uniforms.
         """

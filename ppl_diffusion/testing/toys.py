@@ -116,8 +116,6 @@ def toy_potential(
 class CountingDenoiser:
     """A denoiser that counts its calls and the rows it was asked about.
 
-    :param denoiser: the denoiser to count.
-
     :ivar calls: calls so far.
     :ivar rows: rows so far.
     """

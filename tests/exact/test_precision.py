@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from coarse_race import JAX_FLOOR, TORCH_FLOOR, floored_race, trunc_probs
 
 from ppl_diffusion.kernels import Absorbing
 from ppl_diffusion.processes import mixture_sample
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.testing import chi_square_p_value
-from ppl_diffusion.testing.precision import JAX_FLOOR, TORCH_FLOOR, floored_race, trunc_probs
 
 
 def generator(seed=0):
