@@ -62,7 +62,15 @@ def _indent_example(app, what, name, obj, options, lines):  # type: ignore[no-un
         lines[1:] = [f"    {line}" if line else line for line in lines[1:]]
 
 
+def _skip_guests(app, what, name, obj, skip, options):  # type: ignore[no-untyped-def]
+    """Describe what a room hands on from another one on the page of the room that defines it."""
+    home = str(getattr(obj, "__module__", None)).split(".")
+    page = app.env.docname.removeprefix("reference/")
+    return True if what == "module" and home[0] == "ppl_diffusion" and home[1] != page else None
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is defined above."""
     app.add_directive("methods", MethodTable)
+    app.connect("autodoc-skip-member", _skip_guests)
     app.connect("autodoc-process-docstring", _indent_example)
