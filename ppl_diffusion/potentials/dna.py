@@ -12,7 +12,6 @@ from ppl_diffusion.errors import PotentialError
 Vocabulary = str | Sequence[str]
 """The letter of every token id, such as ``"ACGT"``."""
 
-COMPLEMENT = {"A": "T", "C": "G", "G": "C", "T": "A"}
 IUPAC = {
     "A": "A", "C": "C", "G": "G", "T": "T", "U": "T",
     "R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",
@@ -39,8 +38,6 @@ def parse_iupac(pattern: str) -> list[str]:
 def ids_of(letters: str, vocabulary: Vocabulary) -> list[int]:
     """Return the token id of each letter.
 
-    :param letters: such as ``"GC"``.
-    :param vocabulary: the letter of every token id.
     :raises ValueError: if a letter is not in the vocabulary.
     """
     known = list(vocabulary)
@@ -54,10 +51,7 @@ def ids_of(letters: str, vocabulary: Vocabulary) -> list[int]:
 
 
 def reverse_complement(columns: Tensor) -> Tensor:
-    """Return a table of per-position base values for the other strand.
-
-    :param columns: ``(W, 4)``, bases in the order A, C, G, T.
-    """
+    """Return per-position base values ``(W, 4)``, in the order A, C, G, T, for the other strand."""
     return columns.flip(0, 1)  # A=0 and T=3, C=1 and G=2
 
 
@@ -65,7 +59,6 @@ def spread_over(columns: Tensor, vocabulary: Vocabulary, absent: float) -> Tenso
     """Rearrange base columns into token columns.
 
     :param columns: ``(W, 4)``, bases in the order A, C, G, T.
-    :param vocabulary: the letter of every token id.
     :param absent: value of tokens that are no base.
     :returns: float64 ``(W, V)``.
     """
@@ -94,7 +87,6 @@ def check_tokens(x0: Tensor, vocab_size: int, width: int, name: str) -> None:
 
     :param x0: tokens, int64 ``(*batch, L)``.
     :param width: smallest length.
-    :param name: the potential's name.
     :raises PotentialError: if they are not.
     """
     if x0.shape[-1] < width:

@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ class _GaveUp(TimeoutError):
     """A call was still running when its time was over."""
 
 
+@dataclass(eq=False, repr=False)
 class SequenceFunction:
     """A function of sequences with a cache, an optional executor, and a policy for failures.
 
@@ -46,32 +48,25 @@ class SequenceFunction:
 
     A batch that raises is repeated one sequence at a time, so that one bad sequence is found and
     costs no other its value. Values that were finished before an error stay in the cache.
+
+    :ivar num_calls: sequences handed to ``fn`` so far, repetitions after a failure included.
+    :ivar num_failures: sequences rejected so far.
     """
 
-    def __init__(
-        self,
-        fn: RowFunction,
-        *,
-        name: str | None = None,
-        batch_size: int | None = None,
-        executor: Executor | None = None,
-        timeout: float | None = None,
-        on_error: OnError = "raise",
-        cache_size: int = 100_000,
-        worst: float | None = -math.inf,
-    ) -> None:
-        self.fn = fn
-        self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
-        self.batch_size = batch_size
-        self.executor = executor
-        self.timeout = timeout
-        self.on_error = on_error
-        self.cache_size = cache_size
-        self.worst = worst
-        self.num_calls = 0
-        """Sequences handed to ``fn`` so far, repetitions after a failure included."""
-        self.num_failures = 0
-        """Sequences rejected so far."""
+    fn: RowFunction
+    _: KW_ONLY
+    name: str | None = None
+    batch_size: int | None = None
+    executor: Executor | None = None
+    timeout: float | None = None
+    on_error: OnError = "raise"
+    cache_size: int = 100_000
+    worst: float | None = -math.inf
+    num_calls: int = field(default=0, init=False)
+    num_failures: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._check_options()
 
@@ -111,11 +106,9 @@ class SequenceFunction:
         """Yield ``(index, value)`` as values come in."""
         again: _Piece = []
         for piece, outcome in self._call(rows, self._split(unknown)):
-            if (
-                isinstance(outcome, Exception)
-                and len(piece) > 1
-                and not isinstance(outcome, _GaveUp)
-            ):
+            # What took too long once would take too long again.
+            failed = isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)
+            if failed and len(piece) > 1:
                 again += piece
             else:
                 yield from self._settle(rows, piece, outcome)
@@ -235,7 +228,3 @@ class SequenceFunction:
             number = getattr(self, option)
             if number is not None and number < 1:
                 raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
-
-
-def _worth_repeating(outcome: Tensor | Exception) -> bool:
-    return isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)

@@ -44,7 +44,8 @@ def read_motifs(path: str | Path) -> list[Motif]:
 
     :param path: plain or gzipped text.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is neither a MEME nor a JASPAR file, or damaged.
+    :raises ValueError: if it is neither a MEME nor a JASPAR file, or damaged; the text names the
+        line.
     """
     lines = _Lines(path)
     first = lines.peek()
@@ -59,12 +60,7 @@ def read_motifs(path: str | Path) -> list[Motif]:
 
 
 def read_meme(path: str | Path) -> list[Motif]:
-    """Read a minimal MEME file of DNA motifs.
-
-    :param path: plain or gzipped text.
-    :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if the file is damaged; the text names the line.
-    """
+    """Read a minimal MEME file of DNA motifs, with the errors of :func:`read_motifs`."""
     lines = _Lines(path)
     if not lines.peek().upper().startswith("MEME"):
         raise lines.error("a MEME file begins with 'MEME version 4'")
@@ -74,21 +70,14 @@ def read_meme(path: str | Path) -> list[Motif]:
 def read_jaspar(path: str | Path) -> list[Motif]:
     """Read JASPAR count matrices, with or without ``A [ ... ]`` around the counts.
 
-    :param path: plain or gzipped text.
-    :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if the file is damaged; the text names the line.
+    It raises the errors of :func:`read_motifs`.
     """
-    lines = _Lines(path)
-    if not lines.peek().startswith(">"):
-        raise lines.error("a JASPAR matrix begins with '>identifier name'")
-    return _parse_jaspar(lines)
+    return _parse_jaspar(_Lines(path))
 
 
 def find_motif(motifs: Sequence[Motif], name: str) -> Motif:
-    """Return the one matrix of that identifier or name.
+    """Return the one matrix of that identifier or name, case ignored.
 
-    :param motifs: matrices of a file.
-    :param name: identifier or name, case ignored.
     :raises ValueError: if there is none or more than one.
     """
     wanted = name.upper()
@@ -109,8 +98,7 @@ class _Lines:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        text = _read_text(self.path)
-        numbered = enumerate(text.splitlines(), start=1)
+        numbered = enumerate(_read_text(self.path).splitlines(), start=1)
         self._lines = [(number, line.strip()) for number, line in numbered if line.strip()]
         self._next = 0
         if not self._lines:
@@ -121,7 +109,6 @@ class _Lines:
         return self._lines[self._next][1] if self._next < len(self._lines) else ""
 
     def take(self) -> str:
-        """Return the next line."""
         line = self.peek()
         self._next += 1
         return line

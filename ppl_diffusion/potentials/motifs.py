@@ -103,7 +103,6 @@ class MotifMatrix(AbstractPotential):
         return torch.stack([scan(x0, table) for table in self._tables], dim=-2)
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return the score of the best hit, or the log of the mean odds."""
         scores = self.scores(x0).flatten(-2)
         if self.reduce == "max":
             return scores.amax(-1)

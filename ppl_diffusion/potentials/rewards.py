@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from concurrent.futures import Executor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.potentials.evaluation import OnError, RowFunction, SequenceFunction
+from ppl_diffusion.potentials.evaluation import RowFunction, SequenceFunction
 
 
 class _OfFunction(AbstractPotential):
@@ -41,15 +41,13 @@ class _OfFunction(AbstractPotential):
 class Reward(_OfFunction):
     """A reward at a temperature: ``log G = reward / temperature``.
 
-    Distinct sequences are evaluated once; see :class:`SequenceFunction` for the options that
-    concern slow and failing rewards.
+    Distinct sequences are evaluated once.
 
     :param fn: reward in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param temperature: reward units per nat; the lower, the stronger the tilt.
-    :param executor: where calls run.
-    :param timeout: seconds without progress before running calls are given up.
-    :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
     :param maximise: whether high values are good (docking scores are minimised).
+    :param calling: options of :class:`SequenceFunction`, such as ``executor`` and ``name``; with
+        ``on_error="reject"`` failed sequences get ``-inf`` and are counted.
     :raises PotentialError: when called, if the reward fails and ``on_error="raise"``.
 
     Example::
@@ -63,24 +61,11 @@ class Reward(_OfFunction):
         fn: RowFunction,
         temperature: float = 1.0,
         *,
-        batch_size: int | None = None,
-        executor: Executor | None = None,
-        timeout: float | None = None,
-        on_error: OnError = "raise",
         maximise: bool = True,
-        cache_size: int = 100_000,
-        name: str | None = None,
+        **calling: Any,
     ) -> None:
-        self.function = SequenceFunction(
-            fn,
-            name=name,
-            batch_size=batch_size,
-            executor=executor,
-            timeout=timeout,
-            on_error=on_error,
-            cache_size=cache_size,
-            worst=-math.inf if maximise else math.inf,
-        )
+        worst = -math.inf if maximise else math.inf
+        self.function = SequenceFunction(fn, worst=worst, **calling)
         _require_positive(f"{self.function.name}: temperature", temperature)
         self.name = f"{'' if maximise else '-'}{self.function.name} / {temperature:g}"
         self.temperature = float(temperature)
@@ -99,35 +84,12 @@ class Likelihood(_OfFunction):
     :param fn: the prediction in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param observed: the measurement, same units.
     :param sd: its standard deviation, same units.
-    :param executor: where calls run.
-    :param timeout: seconds without progress before running calls are given up.
-    :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
+    :param calling: options of :class:`SequenceFunction`, as for :class:`Reward`.
     :raises PotentialError: when called, if the prediction fails and ``on_error="raise"``.
     """
 
-    def __init__(
-        self,
-        fn: RowFunction,
-        observed: float,
-        sd: float,
-        *,
-        batch_size: int | None = None,
-        executor: Executor | None = None,
-        timeout: float | None = None,
-        on_error: OnError = "raise",
-        cache_size: int = 100_000,
-        name: str | None = None,
-    ) -> None:
-        self.function = SequenceFunction(
-            fn,
-            name=name,
-            batch_size=batch_size,
-            executor=executor,
-            timeout=timeout,
-            on_error=on_error,
-            cache_size=cache_size,
-            worst=None,
-        )
+    def __init__(self, fn: RowFunction, observed: float, sd: float, **calling: Any) -> None:
+        self.function = SequenceFunction(fn, worst=None, **calling)
         prediction = self.function.name
         _require_positive(f"{prediction}: sd", sd)
         if not math.isfinite(observed):
