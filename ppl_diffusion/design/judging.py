@@ -49,20 +49,15 @@ class Judges:
         return columns
 
     def _bound(self, tokens: Tensor, generator: torch.Generator) -> Columns:
-        marginal = self.chain.marginal()
-        terms = marginal.bound_samples(
-            tokens, num_samples=self.bound_samples, generator=generator
-        ).to(torch.float64)
-        error = terms.std(0) / math.sqrt(len(terms))
+        count, marginal = self.bound_samples, self.chain.marginal()
+        terms = marginal.bound_samples(tokens, num_samples=count, generator=generator).double()
+        error = terms.std(0) / math.sqrt(count)
         return {"log_prob_bound": terms.mean(0), "log_prob_bound_sd": error}
 
 
 def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dict[str, float]]:
     """Set the weighted designs against plain prior samples.
 
-    :param designs: the distinct designs.
-    :param columns: their scores.
-    :param prior: scores of prior samples.
     :returns: for each score the weighted mean of the designs with its standard error over runs
         (NaN for one run), and mean, standard deviation and 95th percentile of the prior samples.
     """

@@ -130,9 +130,9 @@ def _held_potential(target: Target, clamp: ClampProposal) -> AbstractPotential:
 
 def _held(method: Method, clamp: ClampProposal) -> Method:
     twist = getattr(method, "twist", None)
-    completes = isinstance(twist, FillTwist) or twist == "auto"
-    held = {"twist": HeldFill(method.fill, clamp)} if completes else {}
-    return dataclasses.replace(method, **held)
+    if not isinstance(twist, FillTwist) and twist != "auto":
+        return method
+    return dataclasses.replace(method, **{"twist": HeldFill(method.fill, clamp)})
 
 
 class HeldFill(FillTwist):
@@ -148,13 +148,11 @@ class HeldFill(FillTwist):
         self.base, self.clamp, self.num_fills = base, clamp, base.num_fills
 
     def init(self, shape: tuple[int, ...], generator: Any) -> Tensor | None:
-        """Return the noise of the inner fill."""
         return self.base.init(shape, generator)
 
     def uniforms(
         self, carried: Tensor | None, shape: tuple[int, ...], generator: Any
     ) -> Tensor | None:
-        """Return the noise of the inner fill."""
         return self.base.uniforms(carried, shape, generator)
 
     def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:

@@ -76,13 +76,7 @@ class Target:
 
     @property
     def masked(self) -> bool:
-        """Whether the prior is masked."""
         return self.chain.kernel.process.absorbing
-
-    @property
-    def num_fixed(self) -> int:
-        """Number of fixed bases."""
-        return 0 if self.pattern is None else int((self.pattern >= 0).sum())
 
     @property
     def clamp(self) -> ClampProposal | None:
@@ -92,11 +86,9 @@ class Target:
         return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Return sequences as text."""
         return list(self.prior.decode(tokens))
 
     def judges(self) -> Judges:
-        """Return who scores the designs."""
         gc = torch.tensor([BASES.index("G"), BASES.index("C")], device="cpu")
         return Judges(self.chain, gc, self.designer, self.judge)
 
@@ -104,7 +96,6 @@ class Target:
 def build_target(job: Job) -> Target:
     """Load what a job names and put the target together.
 
-    :param job: prior, question and search.
     :raises InputError: if the question does not fit the prior.
     """
     with user_input():
@@ -121,9 +112,15 @@ def build_target(job: Job) -> Target:
         motifs = [_motif(spec) for spec in job.question.motifs]
         job = _with_digests(job, motifs)
         potentials = _potentials(job.question, designer, motifs)
-        _try_potentials(potentials, prior.length)
+        # A motif wider than the sequence or an empty GC range must be found before the run.
+        for potential in potentials.values():
+            potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device="cpu"))
     pattern = _pattern(job.question, prior)
-    _require_something(job, potentials, pattern)
+    if not potentials and pattern is None:
+        why = "" if job.name in ORACLES else ", which has no expression oracle"
+        raise InputError(
+            f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
+        )
     _require_possible(job.question, pattern)
     chain = prior.chain(num_steps=job.search.num_steps)
     return Target(job, prior, chain, potentials, pattern, designer, judge)
@@ -158,12 +155,9 @@ def _prior_digest(prior: DiffusionProgram) -> str:
 
 
 def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
-    specs = tuple(
-        dataclasses.replace(
-            spec, digest=digest(repr(motif.sites), {"probabilities": motif.probabilities})
-        )
-        for spec, motif in zip(job.question.motifs, motifs, strict=True)
-    )
+    digests = (digest(repr(m.sites), {"probabilities": m.probabilities}) for m in motifs)
+    pairs = zip(job.question.motifs, digests, strict=True)
+    specs = tuple(dataclasses.replace(spec, digest=known) for spec, known in pairs)
     return dataclasses.replace(job, question=dataclasses.replace(job.question, motifs=specs))
 
 
@@ -207,12 +201,6 @@ def _motif(spec: MotifSpec) -> Motif:
     return motifs[0]
 
 
-def _try_potentials(potentials: Potentials, length: int) -> None:
-    # A motif wider than the sequence or an empty GC range must be found before the run.
-    for potential in potentials.values():
-        potential.lookahead(torch.zeros(1, length, dtype=torch.int64, device="cpu"))
-
-
 def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
     fixed = clamp_pattern(question.fix, prior.length)
     if not fixed:
@@ -221,14 +209,6 @@ def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
     for position, base in fixed.items():
         pattern[position] = BASES.index(base)
     return pattern
-
-
-def _require_something(job: Job, potentials: Potentials, pattern: Tensor | None) -> None:
-    if not potentials and pattern is None:
-        why = "" if job.name in ORACLES else ", which has no expression oracle"
-        raise InputError(
-            f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
-        )
 
 
 def _require_possible(question: Question, pattern: Tensor | None) -> None:

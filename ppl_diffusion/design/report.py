@@ -6,11 +6,11 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_diffusion.design.folder import whole_file
 from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:
@@ -43,11 +43,7 @@ def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) ->
 
 
 def fasta(sequences: Sequence[str], headers: Sequence[str]) -> str:
-    """Write sequences in FASTA format, one line each.
-
-    :param sequences: the sequences.
-    :param headers: one header per sequence, without ``>``.
-    """
+    """Write sequences in FASTA format, one line each; headers come without ``>``."""
     pairs = zip(headers, sequences, strict=True)
     return "".join(f">{header}\n{sequence}\n" for header, sequence in pairs)
 
@@ -62,10 +58,7 @@ def design_headers(designs: Designs) -> list[str]:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Write strict JSON: numbers that are not finite become null.
-
-    :param content: nested mappings, sequences, numbers and strings.
-    """
+    """Write strict JSON: numbers that are not finite become null."""
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
@@ -80,8 +73,6 @@ def save_netcdf(data: Any, path: Path) -> None:
 def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
     """Draw every diagnostic plot into a folder.
 
-    :param posterior: the particles.
-    :param folder: made if it is absent.
     :raises ParticleCollapse: if every run is dead; then nothing is written.
     """
     if not bool(posterior.alive.any()):
@@ -106,22 +97,13 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw a comparison into a file that appears whole or not at all.
-
-    :param comparison: contenders side by side.
-    :param path: the file; its ending says which kind of picture.
-    """
+    """Draw a comparison into a file, whose ending says which kind of picture."""
     from ppl_diffusion.diagnostics import plot_comparison
 
     figure = new_figure(12, 4.6)
     plot_comparison(comparison, ax=figure.subplots())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
+    with whole_file(path) as scratch:
         figure.savefig(scratch, dpi=120)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float) -> Figure:
