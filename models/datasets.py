@@ -36,11 +36,9 @@ class Sequences:
     :param test_family: family of near copies of each test row, int64 ``(k,)``.
     :param related: other rows, or all of them, to pretrain on, int64 ``(m, L)``.
     :param related_weights: how often each related row is drawn, relative, float64 ``(m,)``.
-    :param licence: one sentence on the licence of the data.
-    :param source: one sentence on where the data come from.
+    :param licence: one sentence, as ``source`` is, for the card of a prior.
     :param vocabulary: one letter per token id.
-    :param noun: what the sequences are, for the card of a prior.
-    :param unit: what a token is, for the same.
+    :param noun: what the sequences are, for the same; ``unit`` is what a token is.
     """
 
     train: Tensor
@@ -190,10 +188,7 @@ def reverse_complement(rows: Tensor) -> Tensor:
 
 
 def _read_text(folder: str | Path | None, part: str) -> str:
-    with gzip.open(
-        find_data(folder, _TEXT.format(part)), "rt", encoding="utf-8", newline=""
-    ) as file:
-        return file.read()
+    return gzip.decompress(find_data(folder, _TEXT.format(part)).read_bytes()).decode("utf-8")
 
 
 def _windows(text: str, vocabulary: str, stride: int) -> Tensor:

@@ -36,13 +36,11 @@ MIN_TIMES = 64
 class Evaluation:
     """Figures on the test rows; all in bits per token, errors are one standard error.
 
-    :param sequences: test rows.
     :param families: independent families among them.
     :param times: stratified times per row.
     :param bound: mean upper bound of the prior.
     :param bound_error: its standard error over families, noise of the times included.
     :param noise_error: the part of it that is due to the finite number of times.
-    :param order: order of the Markov chain.
     :param markov: mean code length of the Markov chain over all tokens.
     :param markov_full_context: the same without the first ``order`` tokens.
     :param quoted: that figure as it is quoted, NaN if it is not.

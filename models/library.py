@@ -31,7 +31,7 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
 
 
 def names() -> list[str]:
-    """:returns: names of the shipped priors."""
+    """Return the names of the shipped priors."""
     return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{PROGRAM_FILE}"))
 
 
@@ -45,11 +45,7 @@ def available() -> list[dict[str, Any]]:
 
 
 def read_card(name: str) -> dict[str, Any]:
-    """Return what is known about a shipped prior.
-
-    :param name: one of :func:`names`.
-    :returns: the contents of its ``card.json``.
-    """
+    """Return what is known about a shipped prior or oracle: the contents of its ``card.json``."""
     card: dict[str, Any] = json.loads((WEIGHTS / name / CARD_FILE).read_text(encoding="utf-8"))
     return card
 

@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 class MarkovBaseline:
-    """A homogeneous Markov chain of fixed order, fitted by smoothed counts.
+    """A homogeneous Markov chain with ``order`` tokens of context, fitted by smoothed counts.
 
     The first tokens of a sequence, which have no full context, are predicted by chains of lower
     order, so that the likelihood is that of a whole sequence.
 
     :param rows: training sequences, int64 ``(n, L)``.
-    :param order: number of tokens of context.
-    :param vocab_size: number of symbols ``V``.
     :param count: pseudo-count added to every cell.
     :param weights: how much each row counts, float64 ``(n,)``; 1 by default.
     """

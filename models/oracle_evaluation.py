@@ -36,7 +36,6 @@ class Promoters:
     :param x: bases, int64 ``(N, 80)``.
     :param y: expression in complex medium, float64 ``(N,)``.
     :param other: expression in defined medium, float64 ``(N,)``.
-    :param family: family of near copies, ``(N,)``.
     :param kind: 1 native, 2 random, 0, 3 and 4 designed, ``(N,)``.
     :param split: 0 train, 1 valid, 2 test, ``(N,)``.
     """

@@ -48,9 +48,7 @@ def make_chain(
 ) -> ReverseChain:
     """Return a prior's reverse chain under a named sampler.
 
-    :param program: the prior.
     :param sampler: one of :data:`SAMPLERS`.
-    :param settings: steps, schedule, blocks and filters.
     :raises ValueError: if the sampler, a filter or a schedule is unknown, or the sampler does not
         take one of the settings.
     :raises CapabilityError: if the prior's process cannot be run that way.

@@ -93,7 +93,6 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
 def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     """Train a prior by its recipe.
 
-    :param asked: options of :func:`ppl_diffusion.models.training.train`.
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.

@@ -136,11 +136,7 @@ def _held(method: Method, clamp: ClampProposal) -> Method:
 
 
 class HeldFill(FillTwist):
-    """Completions that hold the fixed bases wherever they still can.
-
-    :param base: how the other positions are filled.
-    :param clamp: the fixed bases.
-    """
+    """Completions by ``base`` that hold the fixed bases wherever they still can."""
 
     name = "held"
 

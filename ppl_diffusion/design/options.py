@@ -25,11 +25,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Use(NamedTuple):
-    """What an option is to one method.
-
-    :param default: what it is if nothing is said.
-    :param text: what it does.
-    """
+    """What an option is to one method: its default, and what it does."""
 
     default: Any
     text: str
@@ -42,12 +38,10 @@ class Use(NamedTuple):
 
 @dataclass
 class Option:
-    """One option, of one or several methods.
+    """One option, by the name of its field, with what it is to each method that has it.
 
-    :param name: the field it fills.
     :param kind: bool, int, float or str.
     :param choices: the words it may be, or none of them where any will do.
-    :param owners: the methods that have it.
     """
 
     name: str

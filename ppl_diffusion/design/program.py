@@ -51,8 +51,6 @@ class Target:
     """What a job samples from.
 
     :param job: the job, with every default filled in.
-    :param prior: the model program.
-    :param chain: its reverse chain.
     :param potentials: log-potentials by site name; their sum is what is added to the prior.
     :param pattern: fixed tokens, int64 ``(L,)``, -1 where free; None if nothing is fixed.
     :param designer: the oracle in the target, or None.

@@ -60,7 +60,6 @@ class Result:
 def design(target: Target, *, progress: Progress | None = None) -> Result:
     """Sample the posterior of a job, judge it, and compare it with the prior.
 
-    :param target: the job, made ready by :func:`build_target`.
     :param progress: called with ``(steps done, steps in all)``.
     :raises ParticleCollapse: if no sequence that meets the hard constraints was found.
     """

@@ -41,8 +41,6 @@ class Contender:
     """One result in a comparison.
 
     :param label: what tables call it.
-    :param posterior: its particles.
-    :param method: name of the method.
     :param asked: what was asked beyond what the law of the posterior knows, by name.
     :param scores: further values of each particle, ``(R, N)``, by name.
     :param seconds: wall time, or None where it is not known.
@@ -87,7 +85,6 @@ class Comparison:
         ``equal`` holds the figures of the runs that the budget pays for.
     :param evaluations: the budget: network rows of the cheapest contender.
     :param targets: the declared laws, by the letter rows call them.
-    :param notes: sentences that qualify the figures.
     """
 
     rows: list[dict[str, Any]]
@@ -102,14 +99,13 @@ class Comparison:
 
 
 def compare(contenders: Sequence[Contender]) -> Comparison:
-    """Set results side by side, as they are and at equal network evaluations.
+    """Set two or more results side by side, as they are and at equal network evaluations.
 
     ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs; its error is the spread of
     ``Z`` over *all* runs of the contender, divided by the root of the runs kept. Scores are means
     under the pooled weights, with the standard error over runs. ``hamming`` is the expected number
     of positions at which two draws differ.
 
-    :param contenders: at least two results.
     :raises ValueError: if there are fewer than two, two have one label, or one cost no rows.
     """
     labels = [contender.label for contender in contenders]

@@ -133,7 +133,6 @@ class SumPotential(AbstractPotential):
 class ScaledPotential(AbstractPotential):
     """``scale`` times a log-potential; a hard exclusion stays one for any positive scale.
 
-    :param base: the potential.
     :param scale: a finite, non-negative number; 0 switches the potential off.
     """
 

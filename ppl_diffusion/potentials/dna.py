@@ -86,7 +86,6 @@ def check_tokens(x0: Tensor, vocab_size: int, width: int, name: str) -> None:
     """Check that sequences are long enough and hold clean tokens only.
 
     :param x0: tokens, int64 ``(*batch, L)``.
-    :param width: smallest length.
     :raises PotentialError: if they are not.
     """
     if x0.shape[-1] < width:

@@ -34,7 +34,6 @@ class MotifMatrix(AbstractPotential):
     :param both_strands: whether the reverse complement is scanned as well.
     :param vocabulary: the letter of every token id; tokens that are no base score like the worst
         base of the column.
-    :param name: how errors and tables call it.
     """
 
     def __init__(
