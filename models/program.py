@@ -139,10 +139,9 @@ class DiffusionProgram(ABC):
 
         :raises ValueError: if a length or a letter is wrong.
         """
-        single = isinstance(text, str)
-        rows = [self._ids(row) for row in ([text] if single else text)]
+        rows = [self._ids(row) for row in ([text] if isinstance(text, str) else text)]
         ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return ids[0] if single else ids.reshape(len(rows), self.length)
+        return ids[0] if isinstance(text, str) else ids.reshape(len(rows), self.length)
 
     def decode(self, ids: Tensor) -> str | list[str]:
         """Turn token ids, int64 ``(L,)`` or ``(n, L)``, into one string or a list of them.

@@ -109,8 +109,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     out: Annotated[
-        Path | None,
-        typer.Option(help="FASTA, CSV or text file, by its ending; printed if absent."),
+        Path | None, typer.Option(help="FASTA, CSV or text file, by its ending; printed if absent.")
     ] = None,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""

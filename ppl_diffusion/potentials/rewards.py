@@ -57,12 +57,7 @@ class Reward(_OfFunction):
     """
 
     def __init__(
-        self,
-        fn: RowFunction,
-        temperature: float = 1.0,
-        *,
-        maximise: bool = True,
-        **calling: Any,
+        self, fn: RowFunction, temperature: float = 1.0, *, maximise: bool = True, **calling: Any
     ) -> None:
         worst = -math.inf if maximise else math.inf
         self.function = SequenceFunction(fn, worst=worst, **calling)
