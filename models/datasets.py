@@ -163,7 +163,8 @@ def _human_promoters(folder: str | Path | None) -> Sequences:
 
 def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
     """Windows of 128 characters of Shakespeare's plays."""
-    train, valid, test = (_read_text(folder, part) for part in ("train", "valid", "test"))
+    files = (find_data(folder, _TEXT.format(part)) for part in ("train", "valid", "test"))
+    train, valid, test = (gzip.decompress(file.read_bytes()).decode("utf-8") for file in files)
     vocabulary = "".join(sorted(set(train)))
     held_out = _windows(test, vocabulary, _WINDOW)
     return Sequences(
@@ -185,10 +186,6 @@ def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
 def reverse_complement(rows: Tensor) -> Tensor:
     """Return the other strand of rows ``(n, L)``; the ids of a base and its partner add to 3."""
     return 3 - rows.flip(-1)
-
-
-def _read_text(folder: str | Path | None, part: str) -> str:
-    return gzip.decompress(find_data(folder, _TEXT.format(part)).read_bytes()).decode("utf-8")
 
 
 def _windows(text: str, vocabulary: str, stride: int) -> Tensor:

@@ -151,16 +151,13 @@ def write_card(
         "note": note,
         "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR "
         f"--times {result.times}",
-        "metrics": {key: _rounded(value) for key, value in asdict(result).items()},
+        # JSON knows no NaN.
+        "metrics": {k: None if math.isnan(v) else round(v, 4) for k, v in asdict(result).items()},
     }
     text = json.dumps(card, indent=2)
     (folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
     text = _card_text(card, sequences.noun, sequences.unit)
     (folder / "card.md").write_text(text, encoding="utf-8")
-
-
-def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)  # JSON knows no NaN
 
 
 def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:

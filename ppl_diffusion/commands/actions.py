@@ -35,7 +35,10 @@ def list_models() -> None:
     ]
     header = ["name", "process", "length", "bits per token, bound", "Markov chain"]
     table("Priors", header, priors)
-    oracles = [[name, _correlations(read_card(name))] for name in list_oracles()]
+    oracles = []
+    for name in list_oracles():
+        parts = read_card(name)["metrics"].items()
+        oracles.append([name, ", ".join(f"{part}: {numbers['r']:.3f}" for part, numbers in parts)])
     table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
 
 
@@ -196,10 +199,6 @@ def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
     metrics = card["metrics"]
     bound = f"<= {metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
     return bound, f"{metrics['markov']:.4f} (order {metrics['order']})"
-
-
-def _correlations(card: dict[str, Any]) -> str:
-    return ", ".join(f"{part}: {metrics['r']:.3f}" for part, metrics in card["metrics"].items())
 
 
 def _readable(value: Any) -> object:

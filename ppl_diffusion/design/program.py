@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.design.checks import InputError, user_input
-from ppl_diffusion.design.judging import Judges
 from ppl_diffusion.design.question import Job, MotifSpec, Question, clamp_pattern
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
@@ -85,10 +84,6 @@ class Target:
 
     def decode(self, tokens: Tensor) -> list[str]:
         return list(self.prior.decode(tokens))
-
-    def judges(self) -> Judges:
-        gc = torch.tensor([BASES.index("G"), BASES.index("C")], device="cpu")
-        return Judges(self.chain, gc, self.designer, self.judge)
 
 
 def build_target(job: Job) -> Target:

@@ -13,7 +13,7 @@ import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.design.folder import MARKER, whole_folder
-from ppl_diffusion.design.judging import Columns, compare, standard_error
+from ppl_diffusion.design.judging import Columns, compare, scores, standard_error
 from ppl_diffusion.design.methods import infer
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
@@ -67,9 +67,8 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
     job = target.job
     posterior = infer(target, job.search, progress)
     designs = rank_designs(posterior)
-    judges = target.judges()
-    columns = judges.columns(designs.tokens, _stream(job, _JUDGES))
-    prior = judges.columns(_prior_samples(target, job), _stream(job, _JUDGES))
+    columns = scores(target, designs.tokens, _stream(job, _JUDGES))
+    prior = scores(target, _prior_samples(target, job), _stream(job, _JUDGES))
     summary = {
         **summarise(posterior, designs, job),
         "comparison": compare(designs, columns, prior),

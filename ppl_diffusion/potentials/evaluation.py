@@ -93,14 +93,10 @@ class SequenceFunction:
             self._cache.move_to_end(key)
         unknown = [i for i, key in enumerate(keys) if key not in found]
         for i, value in self._evaluate(rows, unknown):
-            found[keys[i]] = value
-            self._remember(keys[i], value)
+            found[keys[i]] = self._cache[keys[i]] = value
+            if len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
         return [found[key] for key in keys]
-
-    def _remember(self, key: bytes, value: float) -> None:
-        self._cache[key] = value
-        if len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
 
     def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:
         """Yield ``(index, value)`` as values come in."""
@@ -192,15 +188,13 @@ class SequenceFunction:
             values = [math.nan] * len(piece)
         else:
             values = outcome.tolist()
-            reasons = [self._fault(value) for value in values]
+            legal = (math.isfinite(value) or value == self.worst for value in values)
+            pairs = zip(values, legal, strict=True)
+            reasons = ["" if allowed else f"it returned {value}" for value, allowed in pairs]
         for i, value, reason in sorted(
             zip(piece, values, reasons, strict=True), key=lambda entry: bool(entry[2])
         ):
             yield i, self._reject(rows[i], reason, outcome) if reason else value
-
-    def _fault(self, value: float) -> str:
-        legal = math.isfinite(value) or value == self.worst
-        return "" if legal else f"it returned {value}"
 
     def _reject(self, row: Tensor, reason: str, outcome: Tensor | Exception) -> float:
         if self.on_error == "raise":

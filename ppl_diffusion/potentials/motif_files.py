@@ -152,7 +152,9 @@ def _parse_meme(lines: _Lines) -> list[Motif]:
     for line in lines:
         key = line.split()[0]
         if key.upper() == "ALPHABET=" or line.upper().startswith("ALPHABET ="):
-            _check_alphabet(line, lines)
+            alphabet = line.split("=", 1)[1].strip().upper()
+            if alphabet != _BASES:
+                raise lines.error_at_last(f"the alphabet must be {_BASES}, not {alphabet!r}")
         elif key == "MOTIF":
             label = line.split()[1:]
         elif line.startswith("letter-probability matrix"):
@@ -160,12 +162,6 @@ def _parse_meme(lines: _Lines) -> list[Motif]:
     if not motifs:
         raise lines.error("no letter-probability matrix was found")
     return motifs
-
-
-def _check_alphabet(line: str, lines: _Lines) -> None:
-    alphabet = line.split("=", 1)[1].strip().upper()
-    if alphabet != _BASES:
-        raise lines.error_at_last(f"the alphabet must be {_BASES}, not {alphabet!r}")
 
 
 def _meme_matrix(header: str, label: list[str], lines: _Lines) -> Motif:
