@@ -59,6 +59,7 @@ class Fit(lightning.LightningModule):
         if not isinstance(program.denoiser, torch.nn.Module):
             raise TypeError("Fit: the program must be built around a torch.nn.Module.")
         self.network = program.denoiser.train()
+        self.recipe, self.steps = recipe, steps
         # A plain attribute would be deep-copied with the module by the weight average.
         self._context = _Context(program, sequences, recipe, steps, seed)
         self.valid_bits = math.nan
@@ -70,16 +71,6 @@ class Fit(lightning.LightningModule):
     def objective(self) -> Objective:
         """What a step minimises."""
         return self._context.objective
-
-    @property
-    def recipe(self) -> Recipe:
-        """How it is minimised."""
-        return self._context.recipe
-
-    @property
-    def steps(self) -> int:
-        """Length of the run."""
-        return self._context.steps
 
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""

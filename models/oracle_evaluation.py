@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import sparse, special
 
-from ppl_diffusion.models.datasets import NATIVE, YEAST_FILE, find_data
+from ppl_diffusion.models.datasets import BASES, NATIVE, YEAST_FILE, find_data
+from ppl_diffusion.models.markov_baseline import kmers
 from ppl_diffusion.models.oracles import Oracle
 
 Array = NDArray[Any]
@@ -107,7 +108,9 @@ def _calibration(z: Array) -> dict[str, Any]:
 def evaluate_oracle(oracle: Oracle, data: Promoters) -> Report:
     """Evaluate an oracle on the test rows, on the native ones among them, and on other natives."""
     return {
-        part: evaluate_predictor(rows, *(a.double().numpy() for a in oracle.predict(_tokens(rows))))
+        part: evaluate_predictor(
+            rows, *(a.double().numpy() for a in oracle.predict(torch.from_numpy(rows.x)))
+        )
         for part, rows in _parts(data, oracle.config.half).items()
     }
 
@@ -132,10 +135,6 @@ def _parts(data: Promoters, half: str) -> dict[str, Promoters]:
         other = rows_of_half(data, HALVES[1 - HALVES.index(half)], split=0)
         parts["native, other half"] = other.where(other.kind == NATIVE)
     return parts
-
-
-def _tokens(rows: Promoters) -> torch.Tensor:
-    return torch.from_numpy(rows.x)
 
 
 def rows_of_half(data: Promoters, half: str, *, split: int) -> Promoters:
@@ -176,8 +175,7 @@ def fit_ridge(train: Promoters, k: int, penalty: float) -> tuple[Array, float]:
 
 
 def _count_kmers(x: Array, k: int) -> Any:
-    windows = np.lib.stride_tricks.sliding_window_view(x, k, axis=1)
-    index = windows @ (4 ** np.arange(k)[::-1])
+    index = kmers(torch.from_numpy(x), k, len(BASES)).numpy()
     starts = np.arange(len(x) + 1) * index.shape[1]
     counts = sparse.csr_array((np.ones(index.size), index.ravel(), starts), (len(x), 4**k))
     counts.sum_duplicates()
@@ -187,7 +185,9 @@ def _count_kmers(x: Array, k: int) -> Any:
 def error_correlation(oracles: Sequence[Oracle], data: Promoters) -> float:
     """Return how far two oracles err alike on test rows: the correlation of their residuals."""
     test = data.where(data.split == 2)
-    first, second = (oracle(_tokens(test)).double().numpy() - test.y for oracle in oracles)
+    first, second = (
+        oracle(torch.from_numpy(test.x)).double().numpy() - test.y for oracle in oracles
+    )
     return _pearson(first, second)
 
 

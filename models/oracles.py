@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.models.markov_baseline import kmers
+
 BASES = "ACGT"
 _WEIGHTS = Path(__file__).parent / "weights"
 _LOG_VARIANCE = (-6.0, 3.0)  # of the standardised target; keeps the likelihood finite in training
@@ -151,11 +153,7 @@ class KmerLinear(nn.Module):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Return the values ``(B,)`` of tokens ``(B, L)``, much faster than :meth:`forward`."""
-        windows = tokens.shape[1] - self.k + 1
-        index = tokens[:, :windows]
-        for i in range(1, self.k):
-            index = index * len(BASES) + tokens[:, i : i + windows]
-        return self.bias + self.weight[index].sum(-1)
+        return self.bias + self.weight[kmers(tokens, self.k, len(BASES))].sum(-1)
 
 
 class Oracle(nn.Module):

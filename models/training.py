@@ -185,10 +185,9 @@ def _trainer(
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
     # The average comes after the keeper, which looks while the averaged weights are in place.
-    callbacks: list[Callback] = [keeper, _fitting().WeightAverage(fit.recipe.ema_decay)]
-    callbacks.append(
-        ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
-    )
+    average = _fitting().WeightAverage(fit.recipe.ema_decay)
+    last = ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
+    callbacks: list[Callback] = [keeper, average, last]
     if not quiet:
         callbacks.append(RichProgressBar())
     return lightning.Trainer(
