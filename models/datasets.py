@@ -55,12 +55,10 @@ class Sequences:
 
     @property
     def length(self) -> int:
-        """Number of tokens of a sequence."""
         return self.train.shape[-1]
 
 
 def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
-    """Read a data set."""
     if name not in READERS:
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(READERS)}.")
     return READERS[name](folder)
@@ -219,7 +217,6 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
 
 
 def find_data(folder: str | Path | None, file: str) -> Path:
-    """Return the path of a file of the data folder."""
     folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
     if folder is None:
         raise FileNotFoundError(

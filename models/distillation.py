@@ -100,11 +100,9 @@ class Distillation(Objective):
         return z_t, z_s
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of the teacher."""
         return dict(self.teacher.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
         super().load_state_dict(state)
         self.teacher.load_state_dict(state)
 

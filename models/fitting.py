@@ -69,7 +69,6 @@ class Fit(lightning.LightningModule):
 
     @property
     def objective(self) -> Objective:
-        """What a step minimises."""
         return self._context.objective
 
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:

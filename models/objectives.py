@@ -54,7 +54,6 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(
                 "The checkpoint was written under another objective than "

@@ -57,7 +57,6 @@ class Promoters:
 
 
 def load_promoters(folder: str | Path | None = None) -> Promoters:
-    """Read the yeast promoters."""
     with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
         x, y, other = (z[k].astype(t) for k, t in _COLUMNS)
         return Promoters(x, y, other, z["family"], z["kind"], z["split"])
@@ -67,7 +66,6 @@ _COLUMNS = (("x", np.int64), ("y_complex", np.float64), ("y_defined", np.float64
 
 
 def evaluate_predictor(rows: Promoters, mean: Array, sd: Array | None = None) -> dict[str, Any]:
-    """Compare predictions with measurements."""
     result: dict[str, Any] = {
         "rows": len(rows),
         "families": len(np.unique(rows.family)),
@@ -192,7 +190,6 @@ def error_correlation(oracles: Sequence[Oracle], data: Promoters) -> float:
 
 
 def print_table(results: dict[str, Report]) -> None:
-    """Print one line for each predictor and part of the test rows."""
     table = Table("predictor", "rows of", *(heading for heading, _, _ in _COLUMNS_OF_TABLE))
     for predictor, parts in results.items():
         for part, metrics in parts.items():

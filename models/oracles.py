@@ -70,7 +70,6 @@ class OracleConfig:
 
     @classmethod
     def read(cls, path: Path) -> OracleConfig:
-        """Read a configuration written by :meth:`Oracle.save`."""
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**entries, "dilations": tuple(entries["dilations"])})

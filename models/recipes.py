@@ -93,7 +93,6 @@ class Recipe:
             raise ValueError(f"Recipe: {field_} is {getattr(self, field_)!r}; give {wanted}.")
 
     def with_objective(self, objective: str) -> Recipe:
-        """Return the recipe for another objective."""
         if objective not in OBJECTIVES:
             raise ValueError(
                 f"There is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}."
@@ -147,7 +146,6 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe of :data:`RECIPES`."""
     if name not in RECIPES:
         raise ValueError(
             f"There is no training recipe {name!r}: choose one of {', '.join(RECIPES)}."

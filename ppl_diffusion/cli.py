@@ -24,7 +24,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 
 
 def main() -> None:
-    """Entry point of the console script."""
     raise SystemExit(run())
 
 

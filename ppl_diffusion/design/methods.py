@@ -35,7 +35,6 @@ a wrong base on its way into the sequence meets it; finite, as a look-ahead must
 
 
 def infer(target: Target, search: Search, progress: Progress | None = None) -> ParticlePosterior:
-    """Sample the target by the method of a search."""
     plan = _plan(target, search)
     with user_input():
         runner = SMC(
@@ -54,8 +53,6 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the runner is given."""
-
     chain: ReverseChain
     potential: AbstractPotential
     method: Method

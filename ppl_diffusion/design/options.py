@@ -32,7 +32,6 @@ class Use(NamedTuple):
 
     @property
     def said(self) -> Any:
-        """The default in words, or a number."""
         return getattr(self.default, "name", self.default)
 
 
@@ -61,7 +60,6 @@ class Option:
 
     @property
     def help(self) -> str:
-        """What it does, for which methods."""
         said: dict[str, list[str]] = {}
         for method, use in self.owners.items():
             shown = "" if use.default is None else f" ({use.said})"
@@ -98,7 +96,6 @@ def options() -> dict[str, Option]:
 
 
 def options_of(method: str) -> list[Option]:
-    """Return the options of one method."""
     return [option for option in options().values() if method in option.owners]
 
 

@@ -77,7 +77,6 @@ class Target:
 
     @property
     def clamp(self) -> ClampProposal | None:
-        """A proposal that holds the fixed bases, if there are any."""
         if self.pattern is None:
             return None
         return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
@@ -155,7 +154,6 @@ def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
 
 
 def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
-    """Return a short digest of a text and named tensors."""
     total = hashlib.sha256(text.encode())
     for name, values in sorted(numbers.items()):
         total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())

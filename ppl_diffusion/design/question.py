@@ -86,7 +86,6 @@ class Question:
 
     @property
     def uses_oracle(self) -> bool:
-        """Whether the question is about expression."""
         return self.observe is not None or self.temperature is not None
 
 
@@ -158,7 +157,6 @@ def parse_forbid(text: str) -> str:
 
 
 def clamp_pattern(fix: tuple[tuple[int, str], ...], length: int) -> dict[int, str]:
-    """Merge fixed pieces into one base per position."""
     pattern: dict[int, str] = {}
     for start, bases in fix:
         if start + len(bases) > length:

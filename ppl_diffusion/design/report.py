@@ -25,7 +25,6 @@ PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
 
 
 def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) -> str:
-    """Write the ranked table."""
     numbers = {
         "weight": designs.weight,
         "copies": designs.copies,

@@ -79,7 +79,6 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
 
 
 def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[str, Any]:
-    """Collect evidence, trust and cost."""
     weights, eve = posterior.weights, posterior.eve
     joint = posterior.pooled_log_weights.flatten()
     return {

@@ -48,12 +48,10 @@ class AbstractConstraint(AbstractPotential):
         return self._checked_violation(x0) == 0
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return 0 where the constraint holds and ``-inf`` elsewhere."""
         zero = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
         return zero.masked_fill(~self.satisfied(x0), -math.inf)
 
     def lookahead(self, x0: Tensor) -> Tensor:
-        """Return ``-penalty * violation``."""
         return -self.penalty * self._checked_violation(x0)
 
     def _checked_violation(self, x0: Tensor) -> Tensor:
@@ -166,7 +164,6 @@ class _MotifConstraint(AbstractConstraint):
 
     @property
     def width(self) -> int:
-        """Bases of the motif."""
         return len(self._tables[0])
 
     def mismatches(self, x0: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ class PotentialFactor(TorchDistribution):
         super().__init__(x0.shape[:-1], torch.Size((0,)), validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Return the empty value of a unit."""
         return self.x0.new_empty((*sample_shape, *self.batch_shape, 0), dtype=torch.float64)
 
     def log_prob(self, value: Tensor) -> Tensor:

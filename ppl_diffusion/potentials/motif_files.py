@@ -34,7 +34,6 @@ class Motif:
     sites: float
 
     def potential(self, **options: Any) -> MotifMatrix:
-        """Return the matrix as a potential."""
         options = {"name": f"motif {self.name}", "sites": self.sites, **options}
         return MotifMatrix.from_probabilities(self.probabilities, **options)
 

@@ -88,7 +88,6 @@ class MotifMatrix(AbstractPotential):
 
     @property
     def width(self) -> int:
-        """Bases of the motif."""
         return len(self.log_odds)
 
     def scores(self, x0: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ class _OfFunction(AbstractPotential):
 
     @property
     def num_calls(self) -> int:
-        """Sequences handed to the function so far."""
         return self.function.num_calls
 
     @property
@@ -29,7 +28,6 @@ class _OfFunction(AbstractPotential):
         return self.function.num_failures
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return the log-potential, ``-inf`` where the function failed."""
         value = self.function(x0)
         return torch.where(value.isnan(), -math.inf, self._transform(value))
 
