@@ -22,9 +22,8 @@ from ppl_diffusion.potentials.dna import (
     check_tokens,
     ids_of,
     parse_iupac,
-    reverse_complement,
     scan,
-    spread_over,
+    strand_tables,
 )
 
 _BASES = "ACGT"
@@ -158,8 +157,7 @@ class _MotifConstraint(AbstractConstraint):
         self.motif, self.both_strands = motif.strip().upper(), both_strands
         allowed = parse_iupac(motif)
         mismatch = torch.tensor([[float(b not in bases) for b in _BASES] for bases in allowed])
-        strands = [mismatch, reverse_complement(mismatch)] if both_strands else [mismatch]
-        self._tables = [spread_over(strand, vocabulary, absent=1.0) for strand in strands]
+        self._tables = strand_tables(mismatch, vocabulary, absent=1.0, both_strands=both_strands)
         self._set_penalty(penalty)
 
     @property

@@ -50,21 +50,20 @@ def ids_of(letters: str, vocabulary: Vocabulary) -> list[int]:
     return [known.index(letter) for letter in letters]
 
 
-def reverse_complement(columns: Tensor) -> Tensor:
-    """Return per-position base values ``(W, 4)``, in the order A, C, G, T, for the other strand."""
-    return columns.flip(0, 1)  # A=0 and T=3, C=1 and G=2
-
-
-def spread_over(columns: Tensor, vocabulary: Vocabulary, absent: float) -> Tensor:
-    """Rearrange base columns into token columns.
+def strand_tables(
+    columns: Tensor, vocabulary: Vocabulary, *, absent: float, both_strands: bool
+) -> list[Tensor]:
+    """Rearrange base columns into token columns, for the forward strand and perhaps the other.
 
     :param columns: ``(W, 4)``, bases in the order A, C, G, T.
     :param absent: value of tokens that are no base.
-    :returns: float64 ``(W, V)``.
+    :returns: float64 ``(W, V)`` per strand, forward first.
     """
-    table = torch.full((len(columns), len(list(vocabulary))), absent, dtype=torch.float64)
-    table[:, ids_of("ACGT", vocabulary)] = columns.to(torch.float64)
-    return table
+    # A=0 and T=3, C=1 and G=2: flipping the bases complements, flipping the positions reverses.
+    strands = [columns, columns.flip(0, 1)] if both_strands else [columns]
+    blank = torch.full((len(columns), len(list(vocabulary))), absent, dtype=torch.float64)
+    ids = torch.tensor(ids_of("ACGT", vocabulary), device=blank.device)
+    return [blank.index_copy(1, ids, strand.to(blank)) for strand in strands]
 
 
 def scan(x0: Tensor, table: Tensor) -> Tensor:

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.potentials.dna import (
-    Vocabulary,
-    check_tokens,
-    reverse_complement,
-    scan,
-    spread_over,
-)
+from ppl_diffusion.potentials.dna import Vocabulary, check_tokens, scan, strand_tables
 
 Reduction = Literal["max", "logmeanexp"]
 _UNIFORM = (0.25, 0.25, 0.25, 0.25)
@@ -50,9 +44,8 @@ class MotifMatrix(AbstractPotential):
             raise ValueError(f'{name}: reduce is "max" or "logmeanexp", got {reduce!r}.')
         self.log_odds, self.reduce = columns, reduce
         self.both_strands, self.name = both_strands, name
-        strands = [columns, reverse_complement(columns)] if both_strands else [columns]
         worst = float(columns.min())
-        self._tables = [spread_over(strand, vocabulary, absent=worst) for strand in strands]
+        self._tables = strand_tables(columns, vocabulary, absent=worst, both_strands=both_strands)
 
     @classmethod
     def from_probabilities(
