@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
         its family was not imported.
     :raises FileNotFoundError: if the folder lacks a file.
     """
-    if str(name_or_dir) in names():
-        return _read(WEIGHTS / str(name_or_dir))
-    if str(name_or_dir) and Path(name_or_dir).is_dir():
-        return _read(Path(name_or_dir))
-    raise ValueError(
-        f"There is no prior {str(name_or_dir)!r}: give a folder or one of {', '.join(names())}."
-    )
+    return _read(find_folder(name_or_dir, names(), "prior"))
+
+
+def find_folder(name_or_dir: str | Path, shipped: Sequence[str], what: str) -> Path:
+    """Return the folder of something shipped, by its name, or the folder that was given.
+
+    :param what: what it holds, for the text of the ``ValueError`` if there is none.
+    """
+    text = str(name_or_dir)
+    folder = WEIGHTS / text if text in shipped else Path(text)
+    if not text or not folder.is_dir():
+        known = ", ".join(shipped)
+        raise ValueError(f"There is no {what} {text!r}: give a folder or one of {known}.")
+    return folder
 
 
 def names() -> list[str]:

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.models.library import WEIGHTS, find_folder
 from ppl_diffusion.models.markov_baseline import kmers
 
 BASES = "ACGT"
-_WEIGHTS = Path(__file__).parent / "weights"
 _LOG_VARIANCE = (-6.0, 3.0)  # of the standardised target; keeps the likelihood finite in training
 
 
@@ -292,19 +292,12 @@ def load_oracle(name_or_dir: str | Path) -> Oracle:
 
     :raises ValueError: if neither a shipped oracle nor a folder has that name.
     """
-    shipped = str(name_or_dir) in list_oracles()
-    folder = _WEIGHTS / str(name_or_dir) if shipped else Path(name_or_dir)
-    if folder.is_dir():
-        return Oracle.load(folder)
-    raise ValueError(
-        f"There is no oracle {str(name_or_dir)!r}: give a folder or one of "
-        f"{', '.join(list_oracles())}."
-    )
+    return Oracle.load(find_folder(name_or_dir, list_oracles(), "oracle"))
 
 
 def list_oracles() -> list[str]:
     """Return the names of the shipped oracles."""
-    return sorted(p.parent.name for p in _WEIGHTS.glob("*-oracle-*/config.json"))
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-oracle-*/config.json"))
 
 
 def _encode(bases: str) -> Tensor:

@@ -161,7 +161,7 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
     return {
         "network rows": [part["evaluations"] for part in parts],
         "log evidence (nats)": [
-            _estimate(part["log_evidence"], part["log_evidence_se"]) for part in parts
+            _with_error(part["log_evidence"], part["log_evidence_se"]) for part in parts
         ],
         "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [f"{part['ess']:.1f}" for part in parts],
@@ -173,17 +173,13 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
 
 def _score_cells(parts: Sequence[Mapping[str, Any]], name: str) -> list[object]:
     scores = [part["scores"].get(name, {"mean": None, "se": None}) for part in parts]
-    return [_estimate(score["mean"], score["se"]) for score in scores]
+    return [_with_error(score["mean"], score["se"]) for score in scores]
 
 
 def _share(row: Mapping[str, Any]) -> str:
     equal = row["equal"]
     share = f"{equal['num_runs']} of {row['num_runs']}"
     return f"{share}, scaled" if equal["how"] == "scaled" else share
-
-
-def _estimate(value: float | None, error: float | None) -> str:
-    return "n/a" if value is None else _with_error(value, math.nan if error is None else error)
 
 
 def _range(ends: Sequence[float] | None) -> str:
@@ -198,8 +194,9 @@ def _plain(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _with_error(value: float, error: float) -> str:
-    return f"{_cell(value)} ± {_cell(error)}" if math.isfinite(error) else _cell(value)
+def _with_error(value: float | None, error: float | None) -> str:
+    known = error is not None and math.isfinite(error)
+    return f"{_known(value)} ± {_cell(error)}" if known else _known(value)
 
 
 def _cell(value: object) -> str:
