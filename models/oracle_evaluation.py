@@ -28,6 +28,7 @@ Array = NDArray[Any]
 Report = dict[str, dict[str, Any]]
 HALVES = ("design", "judge")
 LEVELS = (0.5, 0.8, 0.95)
+_MEDIA = ("complex", "defined")
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,8 @@ class Promoters:
 
 def load_promoters(folder: str | Path | None = None) -> Promoters:
     with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
-        x, y, other = (z[k].astype(t) for k, t in _COLUMNS)
+        x, y, other = z["x"].astype(np.int64), *(z[f"y_{k}"].astype(float) for k in _MEDIA)
         return Promoters(x, y, other, z["family"], z["kind"], z["split"])
-
-
-_COLUMNS = (("x", np.int64), ("y_complex", np.float64), ("y_defined", np.float64))
 
 
 def evaluate_predictor(rows: Promoters, mean: Array, sd: Array | None = None) -> dict[str, Any]:

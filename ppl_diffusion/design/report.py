@@ -14,8 +14,6 @@ from ppl_diffusion.design.folder import whole_file
 from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ppl_diffusion.design.judging import Columns
     from ppl_diffusion.design.ranking import Designs
     from ppl_diffusion.diagnostics.comparison import Comparison
@@ -80,11 +78,13 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
             f"zero since step {int(posterior.died_at.max())}: make a run with more particles, a "
             "better twist or a weaker constraint."
         )
+    from matplotlib.figure import Figure
+
     from ppl_diffusion.diagnostics import plots
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in PLOTS:
-        figure = new_figure(7, 4.5)
+        figure = Figure(figsize=(7, 4.5), layout="constrained")  # without a window
         ax = figure.subplots()
         if name == "evidence" and not posterior.law.has_evidence:
             ax.set_axis_off()
@@ -97,22 +97,14 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
     """Draw a comparison into a file, whose ending says which kind of picture."""
+    from matplotlib.figure import Figure
+
     from ppl_diffusion.diagnostics import plot_comparison
 
-    figure = new_figure(12, 4.6)
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     plot_comparison(comparison, ax=figure.subplots())
     with whole_file(path) as scratch:
         figure.savefig(scratch, dpi=120)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure that no window ever shows."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def no_evidence(method: str) -> str:
