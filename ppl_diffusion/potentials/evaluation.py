@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ from ppl_diffusion.rows import distinct_rows
 OnError = Literal["raise", "reject"]
 RowFunction = Callable[[Tensor], Any]
 _Piece = list[int]
+
+
+class FunctionOptions(TypedDict, total=False):
+    """Options of a :class:`SequenceFunction` that the potentials made from one hand on."""
+
+    name: str | None
+    batch_size: int | None
+    executor: Executor | None
+    timeout: float | None
+    on_error: OnError
+    cache_size: int
 
 
 class _GaveUp(TimeoutError):
@@ -111,11 +122,8 @@ class SequenceFunction:
         """Yield ``(index, value)`` as values come in."""
         again: _Piece = []
         for piece, outcome in self._call(rows, self._split(unknown)):
-            if (
-                isinstance(outcome, Exception)
-                and len(piece) > 1
-                and not isinstance(outcome, _GaveUp)
-            ):
+            failed = isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)
+            if failed and len(piece) > 1:
                 again += piece
             else:
                 yield from self._settle(rows, piece, outcome)
@@ -235,7 +243,3 @@ class SequenceFunction:
             number = getattr(self, option)
             if number is not None and number < 1:
                 raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
-
-
-def _worth_repeating(outcome: Tensor | Exception) -> bool:
-    return isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)
