@@ -8,7 +8,7 @@ RUN := $(abspath $(BIN))
 # torch and the BLAS below it start one thread per core in every worker unless told otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint links floors typecheck format notebooks docs bench slow dist clean
+.PHONY: help install demo test lint links floors typecheck format notebooks docs figures bench slow dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ notebooks: install ## write each notebooks/*.ipynb from its .py twin
 docs: $(VENV)/.installed-docs ## build the HTML documentation in build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo 'open build/docs/index.html'
+
+figures: demo ## draw the picture of the README anew, from the demo
+	cp runs/demo/plots/ancestry.png docs/figures/demo.png
 
 bench: install ## the quick form of every benchmark
 	@set -e; for file in benchmarks/[a-z]*.py; do \

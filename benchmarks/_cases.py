@@ -25,15 +25,14 @@ from benchmarks._paths import (
 from benchmarks._problems import (
     ExactPosterior,
     Problem,
-    all_sequences,
     declared_log_z,
-    sequence_code,
     tabulated,
     total_variation,
 )
 from ppl_diffusion.denoisers import Denoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import Composition
+from ppl_diffusion.testing import all_states, state_index
 
 MAX_CELLS = 1000
 """Longest table of sequences whose distance is taken whole; beyond, that of single positions."""
@@ -110,7 +109,7 @@ class Case:
         size = self.chain.kernel.process.vocab_size
         mass = torch.ones(len(x0), dtype=torch.float64) if weights is None else weights
         if self.resolution == "sequences":
-            index = sequence_code(x0, size)
+            index = state_index(x0, size)
             return torch.bincount(index, mass, size ** x0.shape[-1])[None]
         hits = torch.nn.functional.one_hot(x0, size).to(torch.float64)
         return torch.einsum("nlv,n->lv", hits, mass)
@@ -141,7 +140,7 @@ class Case:
         table = self.reference.table
         if table is None:
             return None, None
-        x0 = all_sequences(self.chain.kernel.process.vocab_size, self.chain.length)
+        x0 = all_states(self.chain.kernel.process.vocab_size, self.chain.length)
         of_potential = None if self.log_potential is None else self.log_potential(x0) @ table
         return (
             None if of_potential is None else float(of_potential),
@@ -255,7 +254,7 @@ def _composed(
     name: str, setting: str, target: Composition, problems: Sequence[Problem], kernel: str
 ) -> Case:
     size, length = problems[0].vocab_size, problems[0].length
-    x0 = all_sequences(size, length)
+    x0 = all_states(size, length)
     log_joint = torch.zeros(len(x0), dtype=torch.float64)
     for problem, exponent in zip(problems, target.exponents, strict=True):
         log_joint = log_joint + exponent * problem.log_prior(x0)
@@ -336,7 +335,7 @@ class PerturbedDenoiser:
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return wrong log-probabilities, ``(*batch, L, V)``."""
-        index = sequence_code(tokens, self.vocab_size + 1)
+        index = state_index(tokens, self.vocab_size + 1)
         wrong = torch.log_softmax(self.base(tokens, t) + self.errors[index], -1)
         return torch.log((1 - self.uniform) * wrong.exp() + self.uniform / self.vocab_size)
 

@@ -1,4 +1,4 @@
-"""The methods of the accuracy benchmark: public inference programs with their settings.
+"""The methods of the accuracy benchmark, with their settings.
 
 A budget ``N`` is the number of sequences a method moves per step: particles, or all children of all
 lineages, or all candidates of a beam. So rows of one ``N`` ask for equally many network rows, and
@@ -9,41 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from benchmarks._cases import Case
-from ppl_diffusion.inference import (
-    BeamSearch,
-    BestOfN,
-    Corrector,
-    FKSteering,
-    ImportanceSampling,
-    SoftValueGuidance,
-    Tempering,
-    TwistedSampler,
-)
-from ppl_diffusion.smc import (
-    FeynmanKac,
-    ParticlePosterior,
-    PersistentFill,
-    SampledFill,
-    run_smc,
-)
+from ppl_diffusion.inference import SMC
+from ppl_diffusion.smc import PersistentFill, SampledFill
 
 LINEAGES = 4  # of properly weighted soft-value guidance
 CHILDREN = 4  # of each survivor of a beam
 KAPPA = 16.0  # the safe shrinkage: as many average completions as there are completions
 
 
-Build = Callable[[Case, int, int], "Program"]
-
-
-class Program(Protocol):
-    """An inference program, ready to be run."""
-
-    def run(self, *, seed: int | None = None) -> ParticlePosterior: ...
+Build = Callable[[Case, int, int], SMC]
 
 
 @dataclass(frozen=True)
@@ -51,7 +28,7 @@ class Method:
     """A row of a table.
 
     :param name: how tables call it.
-    :param build: ``(case, N, R) -> program``.
+    :param build: ``(case, N, R) -> the runner``.
     :param evidence: whether ``log_evidence`` estimates the case's normalising constant.
     :param width: sequences one particle holds at once (completions, children), for batching.
     :param costly: run fewer times.
@@ -64,81 +41,53 @@ class Method:
     costly: bool = False
 
 
-def _options(size: int, runs: int) -> dict[str, Any]:
-    return {"num_particles": size, "num_runs": runs, "store_path": False, "max_rows": None}
+def _program(method: str, **options: Any) -> Build:
+    """Give the whole budget to the particles of a method."""
+    return lambda case, size, runs: _runner(case, method, size, runs, **options)
 
 
-def _program(program: Callable[..., Program], /, **settings: Any) -> Build:
-    return lambda case, size, runs: program(
-        case.target, case.log_potential, **_options(size, runs), **settings
-    )
-
-
-def _lineages(lineages: int, **settings: Any) -> Build:
+def _lineages(lineages: int, **options: Any) -> Build:
     """Divide the budget among so many lineages of soft-value guidance."""
-    return lambda case, size, runs: SoftValueGuidance(
-        case.chain,
-        case.log_potential,
-        num_children=size // lineages,
-        **_options(lineages, runs),
-        **settings,
+    return lambda case, size, runs: _runner(
+        case, "soft-value", lineages, runs, num_children=size // lineages, **options
     )
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """Plain SMC without any look-ahead.
-
-    :param case: the case.
-    :param size: particles.
-    :param runs: runs.
-    """
-
-    case: Case
-    size: int
-    runs: int
-
-    def run(self, *, seed: int | None = None) -> ParticlePosterior:
-        """Run the engine itself.
-
-        :param seed: seed of the run.
-        """
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        assert self.case.log_potential is not None  # bare compositions have correctors
-        model = FeynmanKac(self.case.chain, self.case.log_potential)
-        return run_smc(model, self.size, self.runs, generator=generator, store_path=False)
+def _runner(case: Case, method: str, size: int, runs: int, **options: Any) -> SMC:
+    shape = {"num_particles": size, "num_runs": runs, "store_path": False, "max_rows": None}
+    return SMC(case.target, case.log_potential, method=method, **shape, **options)
 
 
-BEST_OF_N = Method("best-of-n", _program(BestOfN), evidence=False)
-IMPORTANCE = Method("importance", _program(ImportanceSampling))
-BOOTSTRAP = Method("bootstrap", Bootstrap)
-BEAM = Method("beam", _program(BeamSearch, num_children=CHILDREN), evidence=False)
+BEST_OF_N = Method("best-of-n", _program("best-of-n"), evidence=False)
+IMPORTANCE = Method("importance", _program("importance-sampling"))
+BOOTSTRAP = Method("bootstrap", _program("smc"))
+BEAM = Method("beam", _program("beam", num_children=CHILDREN), evidence=False)
 SVDD = (
     Method("svdd-argmax", _lineages(1, alpha=0.0, weighted=False), evidence=False),
     Method("svdd-soft", _lineages(1, alpha=1.0, weighted=False), evidence=False),
     Method(f"svdd-weighted-{LINEAGES}", _lineages(LINEAGES)),
 )
-ARGMAX = Method("argmax", _program(FKSteering))
-SAMPLE_1 = Method("sample-1", _program(FKSteering, twist=SampledFill(1)))
-SAMPLE_4 = Method("sample-4", _program(FKSteering, twist=SampledFill(4)), width=4)
-PERSISTENT_4 = Method("persistent-4", _program(FKSteering, twist=PersistentFill(4)), width=4)
+ARGMAX = Method("argmax", _program("steering"))
+SAMPLE_1 = Method("sample-1", _program("steering", twist=SampledFill(1)))
+SAMPLE_4 = Method("sample-4", _program("steering", twist=SampledFill(4)), width=4)
+PERSISTENT_4 = Method("persistent-4", _program("steering", twist=PersistentFill(4)), width=4)
 PERSISTENT_16 = Method(
-    "persistent-16", _program(FKSteering, twist=PersistentFill(16)), width=16, costly=True
+    "persistent-16", _program("steering", twist=PersistentFill(16)), width=16, costly=True
 )
 MAX_AND_SUM = tuple(
     Method(
         kind if closing == "exact" else f"{kind}-published",
-        _program(FKSteering, kind=kind, closing=closing),
+        _program("steering", kind=kind, closing=closing),
         evidence=closing == "exact",
     )
     for kind in ("max", "sum")
     for closing in ("exact", "published")
 )
-CLAMPED_ARGMAX = Method("clamped-argmax", _program(TwistedSampler, twist="argmax"), width=4)
+CLAMPED_ARGMAX = Method("clamped-argmax", _program("twisted", twist="argmax"), width=4)
 CLAMPED_SAMPLE = tuple(
     Method(
         f"clamped-sample-{fills}",
-        _program(TwistedSampler, twist=SampledFill(fills)),
+        _program("twisted", twist=SampledFill(fills)),
         width=4 * fills,
         costly=fills > 4,
     )
@@ -147,7 +96,7 @@ CLAMPED_SAMPLE = tuple(
 CLAMPED_PERSISTENT = tuple(
     Method(
         f"clamped-persistent-{fills}",
-        _program(TwistedSampler, twist=PersistentFill(fills)),
+        _program("twisted", twist=PersistentFill(fills)),
         width=4 * fills,
         costly=True,
     )
@@ -155,20 +104,20 @@ CLAMPED_PERSISTENT = tuple(
 )
 SURPRISE = Method(
     "surprise-exhaustive",
-    _program(TwistedSampler, twist="exhaustive", surprise=True),
+    _program("twisted", twist="exhaustive", surprise=True),
     width=250,
     costly=True,
 )
 REWEIGHTED = Method(
     "reweighted-16",
-    _program(TwistedSampler, twist=PersistentFill(16), proposal="reweighted", kappa=KAPPA),
+    _program("twisted", twist=PersistentFill(16), proposal="reweighted", kappa=KAPPA),
     width=16,
     costly=True,
 )
-TEMPERING = Method("tempering", _program(Tempering), width=8)
+TEMPERING = Method("tempering", _program("tempering"), width=8)
 
 LOCKSTEP, PATH, RATES = (
-    Method(name, _program(Corrector, method=name)) for name in ("lockstep", "path", "rates")
+    Method(name, _program("corrector", form=name)) for name in ("lockstep", "path", "rates")
 )
 
 ON_GRID = (BEST_OF_N, IMPORTANCE, BOOTSTRAP, ARGMAX, PERSISTENT_4, PERSISTENT_16)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +23,11 @@ from ppl_diffusion.design.program import (
     ORACLES,
 )
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference import (
-    BeamSearch,
-    BestOfN,
-    Corrector,
-    FKSteering,
-    ImportanceSampling,
-    Power,
-    SoftValueGuidance,
-    Tilt,
-    TwistedSampler,
-)
+from ppl_diffusion.inference import SMC, Power, Tilt
 from ppl_diffusion.kernels import InterpolatingKernel, first_hitting
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
 from ppl_diffusion.potentials import AbstractPotential, Potential, Reward
-from ppl_diffusion.smc import ParticlePosterior, PersistentFill
+from ppl_diffusion.smc import PersistentFill
 
 PRIOR = "yeast-promoter"
 NUM_STEPS = 64
@@ -125,15 +115,7 @@ class Lab:
         return expression.clamp_max(HIGHEST_EXPRESSION)
 
 
-class Program(Protocol):
-    """An inference program."""
-
-    def run(self, *, seed: int) -> ParticlePosterior:
-        """Return its particles."""
-        ...
-
-
-Build = Callable[[Lab, AbstractPotential, int], Program]
+Build = Callable[[Lab, AbstractPotential, int], SMC]
 
 
 @dataclass(frozen=True)
@@ -142,7 +124,7 @@ class Setting:
 
     :param method: what tables call the method.
     :param label: what tables call the point.
-    :param build: ``(lab, potential, number of particles) -> program``.
+    :param build: ``(lab, potential, number of particles) -> the runner``.
     :param temperature: of the reward.
     :param tempered: whether the temperature matters; it does not to searches.
     :param unit: the number of particles is a multiple of this.
@@ -194,58 +176,44 @@ class Plan:
         every = 4 if self.frugal else 1
         children = 2 if self.frugal else 4
         rarely = f", every {every}" if self.frugal else ""
-        yield "importance sampling", _importance
-        yield f"difference, argmax{rarely}", _steering("difference", "argmax", every)
-        yield f"difference, persistent{rarely}", _steering("difference", PersistentFill(4), every)
-        yield f"max, argmax{rarely}", _steering("max", "argmax", every)
+        yield "importance sampling", _program("importance-sampling")
+        yield f"difference, argmax{rarely}", _program("steering", every=every)
+        persistent = _program("steering", twist=PersistentFill(4), every=every)
+        yield f"difference, persistent{rarely}", persistent
+        yield f"max, argmax{rarely}", _program("steering", kind="max", every=every)
         yield f"soft value, {children} children", _soft_value(children, True)
         yield f"soft value, {children}, unweighted", _soft_value(children, False)
-        yield "twisted, reweighted", _reweighted(4 if self.frugal else 16)
+        fills = PersistentFill(4 if self.frugal else 16)
+        yield "twisted, reweighted", _program("twisted", twist=fills)
         yield "twisted, clamped", _clamped
         yield "corrector, Tilt", _corrector(1.0)
         yield f"corrector, Power {SHARPENED:g} + Tilt", _corrector(SHARPENED)
 
 
-def _prior(lab: Lab, potential: AbstractPotential, size: int) -> Program:
+def _program(method: str, **options: Any) -> Build:
+    return lambda lab, potential, size: _runner(lab.chain, potential, size, method, **options)
+
+
+def _runner(chain: Any, potential: Any, size: int, method: str, **options: Any) -> SMC:
+    return SMC(chain, potential, method=method, num_particles=size, store_path=False, **options)
+
+
+def _prior(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
     nothing = Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="0")
-    return ImportanceSampling(lab.chain, nothing, num_particles=size, store_path=False)
-
-
-def _importance(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-    return ImportanceSampling(lab.chain, potential, num_particles=size, store_path=False)
+    return _runner(lab.chain, nothing, size, "importance-sampling")
 
 
 def _best_of_n(strength: int) -> Setting:
     share = strength**2
 
-    def build(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-        keep = max(size // share, 1)
-        return BestOfN(lab.chain, potential, keep=keep, num_particles=size, store_path=False)
+    def build(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
+        return _runner(lab.chain, potential, size, "best-of-n", keep=max(size // share, 1))
 
     return Setting("best of N", f"keep 1/{share}", build)
 
 
-def _steering(kind: Any, twist: Any, every: int) -> Build:
-    def build(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-        options: dict[str, Any] = {"kind": kind, "twist": twist, "every": every}
-        return FKSteering(lab.chain, potential, num_particles=size, store_path=False, **options)
-
-    return build
-
-
 def _soft_value(children: int, weighted: bool, alpha: float = 1.0) -> Build:
-    def build(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-        return SoftValueGuidance(
-            lab.chain,
-            potential,
-            num_particles=size,
-            num_children=children,
-            alpha=alpha,
-            weighted=weighted,
-            store_path=False,
-        )
-
-    return build
+    return _program("soft-value", num_children=children, alpha=alpha, weighted=weighted)
 
 
 def _greedy(children: int) -> Setting:
@@ -254,36 +222,20 @@ def _greedy(children: int) -> Setting:
 
 
 def _beam(children: int) -> Setting:
-    def build(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-        return BeamSearch(
-            lab.chain,
-            potential,
-            num_particles=size,
-            num_children=children,
-            keep=size // children,
-            store_path=False,
-        )
+    def build(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
+        shares = {"num_children": children, "keep": size // children}
+        return _runner(lab.chain, potential, size, "beam", **shares)
 
     return Setting("beam", f"{children} children", build, unit=children)
 
 
-def _reweighted(fills: int) -> Build:
-    def build(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-        twist = PersistentFill(fills)
-        return TwistedSampler(
-            lab.chain, potential, num_particles=size, twist=twist, store_path=False
-        )
-
-    return build
-
-
-def _clamped(lab: Lab, potential: AbstractPotential, size: int) -> Program:
-    return TwistedSampler(lab.ordered, potential, num_particles=size, store_path=False)
+def _clamped(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
+    return _runner(lab.ordered, potential, size, "twisted")
 
 
 def _corrector(exponent: float) -> Build:
-    def build(lab: Lab, potential: AbstractPotential, size: int) -> Program:
+    def build(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
         base = lab.chain if exponent == 1 else Power(lab.chain, exponent)
-        return Corrector(Tilt(base, potential), num_particles=size, store_path=False)
+        return _runner(Tilt(base, potential), None, size, "corrector")
 
     return build

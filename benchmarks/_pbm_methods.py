@@ -1,4 +1,4 @@
-"""The methods of the PBM benchmark: programs of the library at one number of network rows.
+"""The methods of the PBM benchmark, all at one number of network rows.
 
 A method of size ``n`` asks for ``n`` network rows per step: ``n`` particles, or fewer lineages with
 ``n`` children between them. Equal rows are evaluated once, so it pays for fewer.
@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks._pbm_problem import BASES, Problem
-from benchmarks._problems import sequence_code
-from ppl_diffusion.inference import (
-    BeamSearch,
-    BestOfN,
-    Corrector,
-    FKSteering,
-    ImportanceSampling,
-    Power,
-    SoftValueGuidance,
-    Tempering,
-    TwistedSampler,
-)
+from ppl_diffusion.inference import SMC, Power, methods
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, PersistentFill, two_sided_evidence
 from ppl_diffusion.smc.twists import FillTwist, TwistLike, log_mean_exp
+from ppl_diffusion.testing import state_index
 
 MAX_ELEMENTS = 2_000_000  # of the largest array of a batch of runs: about what a cache holds
 COST_RUNS = 8  # rows are shared between runs that move side by side, so costs need runs alone
@@ -42,10 +32,10 @@ Sized = Callable[[Problem, int], Options]
 
 @dataclass(frozen=True)
 class Method:
-    """A program and how its options follow from the size.
+    """A method of the library and how its options follow from the size.
 
     :param name: how tables call it.
-    :param program: an inference program.
+    :param method: its name in the library.
     :param options: ``(problem, n) -> options``.
     :param num_fills: sequences per particle and step the potential may be asked about.
     :param plain: ``twist`` and ``ess_threshold`` of the same sampler as a plain
@@ -53,7 +43,7 @@ class Method:
     """
 
     name: str
-    program: Callable[..., Any]
+    method: str
     options: Sized
     num_fills: int = 1
     plain: tuple[TwistLike, float] | None = None
@@ -71,13 +61,12 @@ class Method:
             samples are the same.
         """
         options = {**self.options(problem, size), "num_runs": runs, "store_path": False}
-        if not cache and self.program in (FKSteering, SoftValueGuidance, TwistedSampler):
+        if not cache and "cache" in (f.name for f in fields(methods()[self.method])):
             options["cache"] = False
         if problem.power != 1:
             options["compose"] = lambda chain: Power(chain, problem.power)
-        program = self.program(problem.chain, problem.log_potential, **options)
-        posterior: ParticlePosterior = program.run(seed=seed)
-        return posterior
+        program = SMC(problem.chain, problem.log_potential, method=self.method, **options)
+        return program.run(seed=seed)
 
 
 def _particles(**options: Any) -> Sized:
@@ -99,26 +88,28 @@ def _exact(problem: Problem, size: int) -> Options:
 
 
 _WIDE = BASES * FILLS.num_fills
-_ASKING = _particles(twist=FILLS)
+_ASKING, _CLAMPED = _particles(twist=FILLS), _particles(twist=FILLS, clamp=True)
 
 METHODS = (
-    Method("importance", ImportanceSampling, _particles(), plain=(None, 0.0)),
-    Method("best-of-n", BestOfN, _particles()),
-    Method("beam", BeamSearch, _particles(num_children=4)),
-    Method("svdd argmax, published", SoftValueGuidance, _children(1, alpha=0.0, weighted=False)),
-    Method("svdd soft, published", SoftValueGuidance, _children(1, weighted=False)),
-    Method("svdd weighted, argmax", SoftValueGuidance, _children(4)),
-    Method("svdd weighted, persistent", SoftValueGuidance, _children(4, value=FILLS), 16),
-    Method("difference, argmax", FKSteering, _particles(), plain=("argmax", 0.5)),
-    Method("difference, persistent", FKSteering, _ASKING, 16, plain=(FILLS, 0.5)),
-    Method("corrector, argmax", Corrector, _particles()),
-    Method("corrector, clamped persistent", Corrector, _particles(twist=FILLS, clamp=True), _WIDE),
-    Method("clamped, argmax", TwistedSampler, _particles(twist="argmax"), BASES),
-    Method("clamped, persistent", TwistedSampler, _ASKING, _WIDE),
-    Method("surprise, persistent", TwistedSampler, _particles(twist=FILLS, surprise=True), _WIDE),
-    Method("reweighted, persistent", TwistedSampler, _particles(proposal="reweighted"), 16),
-    Method("tempering", Tempering, _tempered),
-    Method("exact twist", TwistedSampler, _exact, BASES),
+    Method("importance", "importance-sampling", _particles(), plain=(None, 0.0)),
+    Method("best-of-n", "best-of-n", _particles()),
+    Method("beam", "beam", _particles(num_children=4)),
+    Method("svdd argmax, published", "soft-value", _children(1, alpha=0.0, weighted=False)),
+    Method("svdd soft, published", "soft-value", _children(1, weighted=False)),
+    Method("svdd weighted, argmax", "soft-value", _children(4)),
+    Method("svdd weighted, persistent", "soft-value", _children(4, twist=FILLS), 16),
+    Method("difference, argmax", "steering", _particles(), plain=("argmax", 0.5)),
+    Method("difference, persistent", "steering", _ASKING, 16, plain=(FILLS, 0.5)),
+    Method("corrector, argmax", "corrector", _particles()),
+    Method(
+        "corrector, clamped persistent", "corrector", _particles(twist=FILLS, clamp=True), _WIDE
+    ),
+    Method("clamped, argmax", "twisted", _particles(twist="argmax"), BASES),
+    Method("clamped, persistent", "twisted", _ASKING, _WIDE),
+    Method("surprise, persistent", "twisted", _particles(twist=FILLS, surprise=True), _WIDE),
+    Method("reweighted, persistent", "twisted", _particles(proposal="reweighted"), 16),
+    Method("tempering", "tempering", _tempered),
+    Method("exact twist", "twisted", _exact, BASES),
 )
 
 
@@ -127,7 +118,7 @@ def methods_of(problem: Problem) -> tuple[Method, ...]:
 
     :param problem: the problem; only correctors take a power of the prior.
     """
-    return tuple(m for m in METHODS if problem.power == 1 or m.program is Corrector)
+    return tuple(m for m in METHODS if problem.power == 1 or m.method == "corrector")
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +126,7 @@ class Outcome:
     """What a method returned over all runs.
 
     :param codes: the sequences of all particles, by
-        :func:`~benchmarks._problems.sequence_code`, ``(R, N)``.
+        :func:`~ppl_diffusion.testing.state_index`, ``(R, N)``.
     :param weights: their weights, normalised in each run, ``(R, N)``.
     :param draws: one weighted draw per run, int64 ``(R, L)``.
     :param log_evidence: estimates of ``log Z``, ``(R,)``.
@@ -181,7 +172,7 @@ def run_method(problem: Problem, method: Method, size: int, runs: int) -> Outcom
     seconds = (time.perf_counter() - started) / runs
     generator = torch.Generator().manual_seed(runs)
     return Outcome(
-        codes=torch.cat([sequence_code(post.x0, BASES) for post in posts]),
+        codes=torch.cat([state_index(post.x0, BASES) for post in posts]),
         weights=torch.cat([post.weights for post in posts]),
         draws=torch.cat([_draws(post, generator) for post in posts]),
         log_evidence=torch.cat([post.log_evidence for post in posts]),

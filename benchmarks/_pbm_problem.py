@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks._problems import all_sequences, sequence_code, total_variation
+from benchmarks._problems import total_variation
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.testing import all_states, state_index
 
 FILE = Path("dna") / "pbm_8mer_escores.npz"
 BASES = 4
@@ -70,7 +71,7 @@ class Landscape:
     """The E-scores of every sequence of one length.
 
     :param scores: float64 ``(4 ** L,)`` of each factor, in the order of
-        :func:`~benchmarks._problems.sequence_code`.
+        :func:`~ppl_diffusion.testing.state_index`.
     :param length: number ``L`` of bases.
     """
 
@@ -93,7 +94,7 @@ class Landscape:
             raise DataError(f"benchmarks.pbm: {path} is no table of E-scores: {error}.") from error
         table = np.full((BASES ** words.shape[1], len(names)), np.nan)
         for strand in (words, BASES - 1 - words[:, ::-1]):
-            table[sequence_code(torch.from_numpy(strand.copy()), BASES).numpy()] = scores
+            table[state_index(torch.from_numpy(strand.copy()), BASES).numpy()] = scores
         if np.isnan(table).any():
             missing = int(np.isnan(table).any(1).sum())
             raise DataError(
@@ -151,7 +152,7 @@ class Problem:
     @cached_property
     def sequences(self) -> Tensor:
         """Every sequence, int64 ``(4 ** L, L)``."""
-        return all_sequences(BASES, self.length)
+        return all_states(BASES, self.length)
 
     @cached_property
     def log_p(self) -> Tensor:
@@ -195,7 +196,7 @@ class Problem:
 
         :param x0: int64 ``(*batch, L)``.
         """
-        return self.log_g[sequence_code(x0, BASES)]
+        return self.log_g[state_index(x0, BASES)]
 
     def mean(self, values: Tensor) -> float:
         """Return a posterior expectation.
@@ -239,7 +240,7 @@ class Problem:
         :param draws: int64 ``(n, L)``.
         """
         exact = torch.zeros(NUM_BINS, dtype=torch.float64).index_add(0, self.bins, self.law)
-        found = torch.bincount(self.bins[sequence_code(draws, BASES)], minlength=NUM_BINS)
+        found = torch.bincount(self.bins[state_index(draws, BASES)], minlength=NUM_BINS)
         return float(total_variation(found / len(draws), exact))
 
     @cached_property
@@ -249,7 +250,7 @@ class Problem:
             _sums(log.exp(), self.length) for log in (self.log_p + self.log_g, self.log_p)
         )
         log_h = (numerator / denominator).log()
-        return lambda carry, k: log_h[sequence_code(carry["tokens"], BASES + 1)]
+        return lambda carry, k: log_h[state_index(carry["tokens"], BASES + 1)]
 
     @property
     def _log_joint(self) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Kernel, Process, Uniform
+from ppl_diffusion.testing import all_states, state_index
 
 DATA = Path(__file__).with_name("problems.json")
 
@@ -135,26 +136,6 @@ class ExactPosterior:
     draw: Callable[[int, torch.Generator], Tensor]
 
 
-def all_sequences(vocab_size: int, length: int) -> Tensor:
-    """Return every sequence, int64 ``(V ** L, L)``, in the order of :func:`sequence_code`.
-
-    :param vocab_size: number of tokens.
-    :param length: number of positions.
-    """
-    grid = torch.cartesian_prod(*[torch.arange(vocab_size)] * length)
-    return grid.reshape(-1, length)
-
-
-def sequence_code(x0: Tensor, vocab_size: int) -> Tensor:
-    """Return the index of each sequence in :func:`all_sequences`.
-
-    :param x0: int64 ``(*batch, L)``.
-    :param vocab_size: number of tokens.
-    """
-    powers = vocab_size ** torch.arange(x0.shape[-1] - 1, -1, -1)
-    return (x0 * powers).sum(-1)
-
-
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """Return half the L1 distance over the last axis.
 
@@ -165,7 +146,7 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _enumerated_posterior(problem: Problem) -> ExactPosterior:
-    sequences = all_sequences(problem.vocab_size, problem.length)
+    sequences = all_states(problem.vocab_size, problem.length)
     log_joint = problem.log_prior(sequences) + problem.log_potential(sequences)
     return tabulated(log_joint, problem.vocab_size, problem.length)
 
@@ -173,11 +154,11 @@ def _enumerated_posterior(problem: Problem) -> ExactPosterior:
 def tabulated(log_joint: Tensor, vocab_size: int, length: int) -> ExactPosterior:
     """Return everything about a law whose unnormalised table is known.
 
-    :param log_joint: ``(V ** L,)``, in the order of :func:`all_sequences`.
+    :param log_joint: ``(V ** L,)``, in the order of :func:`all_states`.
     :param vocab_size: number ``V`` of tokens.
     :param length: number ``L`` of positions.
     """
-    sequences = all_sequences(vocab_size, length)
+    sequences = all_states(vocab_size, length)
     log_z = torch.logsumexp(log_joint, 0)
     table = (log_joint - log_z).exp()
     hits = torch.nn.functional.one_hot(sequences, vocab_size).to(torch.float64)
@@ -225,7 +206,7 @@ def declared_log_z(problem: Problem, num_steps: int) -> float:
     """
     if not problem.ends:
         return _gap_log_z(problem, num_steps)
-    log_g = problem.log_potential(all_sequences(problem.vocab_size, problem.length))
+    log_g = problem.log_potential(all_states(problem.vocab_size, problem.length))
     return math.log(float((chain_table(problem, num_steps) * log_g.exp()).sum()))
 
 
@@ -244,19 +225,19 @@ def chain_table(problem: Problem, num_steps: int) -> Tensor:
     log_d = kernel.denoiser(before, 0.5).gather(-1, after.clamp_max(mask - 1)[..., None])[..., 0]
     tokens = torch.where(revealed, log_d, 0.0).sum(-1).exp()
     num_revealed, num_masked = revealed.sum(-1), (after == mask).sum(-1)
-    origin, goal = sequence_code(before, mask + 1), sequence_code(after, mask + 1)
+    origin, goal = state_index(before, mask + 1), state_index(after, mask + 1)
     law = torch.zeros((mask + 1) ** problem.length, dtype=torch.float64)
     law[-1] = 1.0
     for reveal in torch.tensor(_reveal_probs(kernel), dtype=torch.float64):
         move = tokens * reveal**num_revealed * (1 - reveal) ** num_masked
         law = torch.zeros_like(law).index_add(0, goal, law[origin] * move)
-    return law[sequence_code(all_sequences(mask, problem.length), mask + 1)]
+    return law[state_index(all_states(mask, problem.length), mask + 1)]
 
 
 def _refinements(mask: int, length: int) -> tuple[Tensor, Tensor]:
     """Return all pairs of a masked state and one with the same or fewer masks."""
     pairs = [(v, v) for v in range(mask)] + [(mask, s) for s in range(mask + 1)]
-    chosen = torch.tensor(pairs)[all_sequences(len(pairs), length)]
+    chosen = torch.tensor(pairs)[all_states(len(pairs), length)]
     return chosen[..., 0], chosen[..., 1]
 
 

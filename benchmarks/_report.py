@@ -46,6 +46,19 @@ class Row:
         return {key: _finite(value) for key, value in {**head, **goal, **self.coordinates}.items()}
 
 
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written after minutes of measuring."""
+    if path is not None and not path.resolve().parent.is_dir():
+        folder = path.resolve().parent
+        raise typer.BadParameter(f"the folder {folder} does not exist; make it first.")
+    return path
+
+
+Quick = Annotated[bool, typer.Option(help="Finish within five minutes.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_in_a_folder, help="Write the rows to this file."),
+]
 Measure = Callable[[bool, Console], Iterable[Row]]
 
 
@@ -55,29 +68,21 @@ def run(measure: Measure) -> None:
     :param measure: ``(quick, console) -> rows``; prints its own tables.
     """
 
-    def command(
-        quick: Annotated[bool, typer.Option(help="Finish within five minutes.")] = False,
-        json_file: Annotated[
-            Path | None, typer.Option("--json", help="Write the rows to this file.")
-        ] = None,
-    ) -> None:
-        if json_file is not None and not json_file.resolve().parent.is_dir():
-            folder = json_file.resolve().parent
-            raise typer.BadParameter(f"--json: the folder {folder} does not exist; make it first.")
-        rows = list(measure(quick, _console()))
-        if json_file is not None:
-            write(rows, json_file)
+    def command(quick: Quick = False, json_file: JsonFile = None) -> None:
+        write(list(measure(quick, console())), json_file)
 
     command.__doc__ = (measure.__doc__ or "").partition("\n")[0]
     typer.run(command)
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
+def write(rows: Sequence[Row], path: Path | None) -> None:
     """Write rows as a JSON list of flat objects.
 
     :param rows: the rows.
-    :param path: the file.
+    :param path: the file, None for none.
     """
+    if path is None:
+        return
     text = json.dumps([row.flat() for row in rows], indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -105,9 +110,13 @@ def verdict(row: Row) -> str:
     return f"<= {row.goal:g}: {'[green]met[/]' if row.ok else '[red]missed[/]'}"
 
 
-def _console() -> Console:
+def console(width: int = 120) -> Console:
+    """Return where tables go.
+
+    :param width: columns of the widest table.
+    """
     # Without a terminal rich assumes 80 columns and would cut the tables.
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def _finite(value: Any) -> Any:

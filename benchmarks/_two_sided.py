@@ -1,12 +1,15 @@
-"""Bounds of ``log Z`` from both sides, for any program whose moves can be held to a path.
+"""Bounds of ``log Z`` from both sides, for any method whose moves can be held to a path.
 
 A plain run underestimates ``log Z`` on average; a conditional one, around an exact draw of the
 target, overestimates it (:mod:`ppl_diffusion.smc.conditional`). Slot 0 is held to its path where
-the engine makes its choices, so that it is weighed as any particle is.
+the method makes its choices, so that it is weighed as any particle is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,132 +17,155 @@ import torch
 from torch import Tensor
 
 from benchmarks._cases import Case
-from ppl_diffusion.inference import SiteRule
-from ppl_diffusion.inference._experts import ExpertEngine
-from ppl_diffusion.inference._lockstep import LockstepEngine
-from ppl_diffusion.inference.soft_value import SoftValueEngine
-from ppl_diffusion.inference.twisted import TwistedEngine
+from ppl_diffusion.inference import SMC, Method, SiteRule, SoftValueGuidance, TwistedSampler
+from ppl_diffusion.inference.experts import ExpertMover
+from ppl_diffusion.inference.lockstep import LockstepMover
+from ppl_diffusion.kernels import RevealStep
 from ppl_diffusion.kernels.base import Carry
-from ppl_diffusion.kernels.reveal_step import RevealStep
-from ppl_diffusion.smc import EvidenceBounds, Multinomial, smc_loop
+from ppl_diffusion.programs import Item
+from ppl_diffusion.smc import EvidenceBounds, Multinomial
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMultinomial
 
 
 def two_sided(
-    program: Any, case: Case, num_runs: int, generator: torch.Generator
+    program: SMC, case: Case, num_runs: int, generator: torch.Generator
 ) -> EvidenceBounds | None:
-    """Bracket ``log Z`` by as many plain as conditional runs of a program.
+    """Bracket ``log Z`` by as many plain as conditional runs of a method with honest weights.
 
-    :param program: an inference program with honest weights.
+    :param program: the runner.
     :param case: the case it was built for.
     :param num_runs: runs of each kind.
     :param generator: source of randomness.
     :returns: the bounds, or None where there are no exact paths or no way to hold to them.
     """
-    if case.draw_paths is None or not hasattr(program, "bind") or program.num_particles < 2:
+    if case.draw_paths is None or program.num_particles < 2 or not _can_hold(program.method):
         return None
-    task = program.task((), {})
-    paths = case.draw_paths(num_runs, generator)
-    around = hold(program.bind(task), paths)
-    if around is None:
-        return None
-    sides = ((program.bind(task), Multinomial()), (around, ConditionalMultinomial()))
-    with torch.no_grad():
+    around = hold(program.method, case.draw_paths(num_runs, generator))
+    sides = ((program.method, Multinomial()), (around, ConditionalMultinomial()))
+    with _global(generator):
         lower, upper = (
-            smc_loop(
-                engine,
-                engine.num_steps,
-                program.num_particles,
-                num_runs,
-                resampler,
-                program.ess_threshold,
-                generator,
-            ).log_evidence_steps[:, -1]
-            for engine, resampler in sides
+            SMC(
+                program.model,
+                program.potential,
+                method=method,
+                num_particles=program.num_particles,
+                num_runs=num_runs,
+                resampler=resampler,
+                ess_threshold=program.asked,
+                store_path=False,
+                max_rows=None,
+            )
+            .run()
+            .log_evidence
+            for method, resampler in sides
         )
     return EvidenceBounds(lower, upper)
 
 
-def hold(engine: Any, paths: Tensor) -> Any | None:
-    """Return an engine whose slot 0 follows a path in every run, or None where none is known.
+@contextlib.contextmanager
+def _global(generator: torch.Generator) -> Iterator[None]:
+    """Let a generator stand in for the global one, which runs without a seed draw from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        yield
+        generator.set_state(torch.get_rng_state())
 
-    :param engine: the engine of a program, changed in place.
+
+def _can_hold(method: Method) -> bool:
+    """Return whether slot 0 can follow a path: not where whole paths, or no declared law, move."""
+    return not method.keeps_paths and getattr(method, "form", None) != "rates"
+
+
+def hold(method: Method, paths: Tensor) -> Method:
+    """Return a method whose slot 0 follows a path in every run.
+
+    :param method: the method.
     :param paths: int64 ``(R, T + 1, L)``.
     """
-    if isinstance(engine, ExpertEngine):
-        if isinstance(engine, LockstepEngine):
-            engine.rule = _Along(paths, engine.kernel.process.vocab_size)
-        return _HeldExperts(engine, paths) if engine.exact else None
-    if isinstance(engine, TwistedEngine):
-        return _HeldTwisted(engine, paths)
-    if not hasattr(engine, "bound"):
-        return None
-    engine.bound = ConditionalFeynmanKac(engine.bound.model, paths, max_rows=None)
-    if isinstance(engine, SoftValueEngine):
-        _keep_first_child(engine)
-    return engine
+    choices: dict[str, Any] = {"mover": _held_mover(method.mover, paths)}
+    if isinstance(method, SoftValueGuidance):
+        choices["_choose"] = _first_child(method._choose)
+    if isinstance(method, TwistedSampler):
+        own = _TwistedChoices(method, paths)
+        choices |= {
+            "_positions": own.positions,
+            "_draw": own.draw,
+            "_reweighted": own.reweighted,
+        }
+    held = copy.copy(method)
+    vars(held).update(choices)
+    return held
+
+
+def _held_mover(make: Callable[..., Any], paths: Tensor) -> Callable[..., Any]:
+    def mover(*about: Any) -> Any:
+        own = make(*about)
+        if isinstance(own, ExpertMover):
+            return _HeldExperts(own, paths)
+        return ConditionalFeynmanKac(own.model, paths, max_rows=None)
+
+    return mover
+
+
+def _first_child(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make slot 0 choose its first child, the retained one."""
+
+    def held(*about: Any) -> Tensor:
+        chosen = choose(*about).clone()
+        chosen[:, 0] = 0
+        return chosen
+
+    return held
 
 
 class _HeldExperts:
     """A corrector whose slot 0 is moved on after every step: its weights do not see the tokens."""
 
-    def __init__(self, engine: ExpertEngine, paths: Tensor) -> None:
-        self.engine, self.paths, self.num_steps = engine, paths, engine.num_steps
-        self.log_twist, self.gather = engine.log_twist, engine.gather
+    def __init__(self, mover: ExpertMover, paths: Tensor) -> None:
+        self.mover, self.paths = mover, paths
+        if isinstance(mover, LockstepMover):
+            mover.rule = _Along(paths, mover.kernel.process.vocab_size)
 
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
-        return self._at(self.engine.init(runs, particles, generator), 0)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.mover, name)
 
-    def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
-        moved, log_ratio = self.engine.move(carry, k, generator)
+    def init(self, *about: Any) -> Carry:
+        return self._at(self.mover.init(*about), 0)
+
+    def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]:
+        moved, log_ratio = self.mover.move(carry, k, generator)
         return self._at(moved, k + 1), log_ratio
 
     def _at(self, carry: Carry, k: int) -> Carry:
         return {**carry, "tokens": _held(carry["tokens"], self.paths[:, k])}
 
 
-class _HeldTwisted:
-    """The choices of a twisted engine, slot 0 held to its path.
+@dataclass(frozen=True)
+class _TwistedChoices:
+    """The choices of a twisted sampler, slot 0 held to its path.
 
-    :param engine: the engine, whose choices are replaced.
+    :param method: the sampler.
     :param paths: int64 ``(R, T + 1, L)``.
     """
 
-    def __init__(self, engine: TwistedEngine, paths: Tensor) -> None:
-        self.paths, self.k, self.num_steps = paths, 0, engine.num_steps
-        self.log_twist, self.gather = engine.log_twist, engine.gather
-        self._engine_init, self._engine_move = engine.init, engine.move
-        self._engine_sites, self._engine_draw = engine._sites, engine._draw
-        self._engine_reweighted = engine._reweighted
-        vars(engine).update(_sites=self.sites, _draw=self.draw, _reweighted=self.reweighted)
+    method: TwistedSampler
+    paths: Tensor
 
-    def init(self, runs: int, particles: int, generator: torch.Generator | None) -> Carry:
-        carry = self._engine_init(runs, particles, generator)
-        return {**carry, "tokens": _held(carry["tokens"], self.paths[:, 0])}
+    def positions(self, item: Item, step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
+        found, valid = self.method._positions(item, step, noise)
+        return _held(found, self._site(item)), valid
 
-    def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
-        self.k = k
-        return self._engine_move(carry, k, generator)
+    def draw(self, item: Item, log_q: Tensor, noise: Tensor) -> Tensor:
+        token = self.paths[:, item.k + 1].gather(1, self._site(item))
+        return _held(self.method._draw(item, log_q, noise), token)
 
-    def sites(self, step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
-        found, valid = self._engine_sites(step, noise)
-        return _held(found, self._site), valid
+    def reweighted(self, run: Any, state: Any, item: Item, *about: Any) -> HeldMove:
+        moves = self.method._reweighted(run, state, item, *about)
+        return HeldMove(moves, self.paths[:, item.k + 1])
 
-    def draw(self, log_q: Tensor, noise: Tensor) -> Tensor:
-        token = self.paths[:, self.k + 1].gather(1, self._site)
-        return _held(self._engine_draw(log_q, noise), token)
-
-    def reweighted(self, step: Any, guess: Tensor) -> HeldMove:
-        return HeldMove(self._engine_reweighted(step, guess), self.paths[:, self.k + 1])
-
-    @property
-    def _site(self) -> Tensor:
-        """The position that the retained path reveals, ``(R, 1)``."""
-        changed = self.paths[:, self.k] != self.paths[:, self.k + 1]
+    def _site(self, item: Item) -> Tensor:
+        """Return the position that the retained path reveals, ``(R, 1)``."""
+        changed = self.paths[:, item.k] != self.paths[:, item.k + 1]
         return changed.to(torch.int64).argmax(-1, keepdim=True)
 
 
@@ -164,11 +190,6 @@ class HeldMove:
         return log_p
 
 
-def _held(values: Tensor, kept: Tensor) -> Tensor:
-    """Return ``values (R, N, ...)`` with ``kept (R, ...)`` in slot 0."""
-    return torch.cat([kept[:, None], values[:, 1:]], 1)
-
-
 class _Along(SiteRule):
     """A random order, but in slot 0 that of the retained path."""
 
@@ -182,13 +203,6 @@ class _Along(SiteRule):
         return _held(noise, -self.hidden.to(noise.dtype))
 
 
-def _keep_first_child(engine: SoftValueEngine) -> None:
-    """Make slot 0 choose its first child, the retained one."""
-    choose = engine._choose
-
-    def held(log_score: Tensor, generator: torch.Generator | None) -> Tensor:
-        chosen = choose(log_score, generator).clone()
-        chosen[:, 0] = 0
-        return chosen
-
-    vars(engine)["_choose"] = held
+def _held(values: Tensor, kept: Tensor) -> Tensor:
+    """Return ``values (R, N, ...)`` with ``kept (R, ...)`` in slot 0."""
+    return torch.cat([kept[:, None], values[:, 1:]], 1)

@@ -25,23 +25,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks._paths import ordered
 from benchmarks._problems import Problem
 from benchmarks._report import Row, run, table
 from ppl_diffusion import models
-from ppl_diffusion.denoisers import Denoiser, EvaluatedDenoiser, MarkovDenoiser
+from ppl_diffusion.denoisers import Denoiser, EvaluatedDenoiser
 from ppl_diffusion.denoisers.base import Wrapper
 from ppl_diffusion.denoisers.evaluation import Rows
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference import FKSteering, SoftValueGuidance, TwistedSampler
-from ppl_diffusion.inference._lookahead import UncachedPotential
-from ppl_diffusion.kernels import Absorbing, OrderedKernel
-from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, PersistentFill, run_smc
+from ppl_diffusion.inference import SMC
+from ppl_diffusion.kernels import OrderedKernel
+from ppl_diffusion.programs.sources import UncachedPotential
+from ppl_diffusion.smc import ParticlePosterior, PersistentFill
 
 PRIOR, GROUP = "yeast-promoter", 8
 """The shipped prior, and how many positions it reveals per step here."""
-
-WHERE_ASKED = ("ppl_diffusion.smc.feynman_kac", "ppl_diffusion.inference.twisted")
-"""Modules whose runs hold the caches that are taken away."""
 
 LogPotential = Callable[[Tensor], Tensor]
 
@@ -53,6 +51,13 @@ class UncachedDenoiser(EvaluatedDenoiser):
         return self._evaluate(Rows.of(tokens, given), t).reshape(*tokens.shape, -1)
 
 
+UNCACHED = {
+    "ppl_diffusion.smc.feynman_kac.EvaluatedDenoiser": UncachedDenoiser,
+    "ppl_diffusion.programs.sources.EvaluatedPotential": UncachedPotential,
+}
+"""What stands for each cache where it is taken away."""
+
+
 @contextlib.contextmanager
 def caches(on: bool) -> Iterator[None]:
     """Run with caches, or without any.
@@ -60,9 +65,8 @@ def caches(on: bool) -> Iterator[None]:
     :param on: whether with them.
     """
     with contextlib.ExitStack() as stack:
-        for module in WHERE_ASKED if not on else ():
-            stack.enter_context(patch(f"{module}.EvaluatedDenoiser", UncachedDenoiser))
-            stack.enter_context(patch(f"{module}.EvaluatedPotential", UncachedPotential))
+        for name, plain in UNCACHED.items() if not on else ():
+            stack.enter_context(patch(name, plain))
         yield
 
 
@@ -122,34 +126,34 @@ class Size:
         return Size(2 * self.particles, 2 * self.runs, 2 * self.children, 2 * self.fills)
 
 
-def smc(chain: ReverseChain, log_g: LogPotential, size: Size, seed: int) -> ParticlePosterior:
-    """Run the engine on a bare chain, looking ahead by the likeliest completion."""
-    generator = torch.Generator().manual_seed(seed)
-    model = FeynmanKac(chain, log_g)
-    return run_smc(model, size.particles, size.runs, generator=generator, max_rows=None)
+def smc(
+    chain: ReverseChain,
+    log_g: LogPotential,
+    size: Size,
+    seed: int,
+    method: str = "smc",
+    **options: Any,
+) -> ParticlePosterior:
+    """Run a method on a bare chain; most look ahead by the likeliest completion."""
+    shape = {"num_particles": size.particles, "num_runs": size.runs, "max_rows": None}
+    return SMC(chain, log_g, method=method, **shape, **options).run(seed=seed)
 
 
 def steering(chain: ReverseChain, log_g: LogPotential, size: Size, seed: int) -> ParticlePosterior:
     """Run steering by persistent completions."""
-    return FKSteering(chain, log_g, twist=PersistentFill(size.fills), **_shape(size)).run(seed=seed)
+    return smc(chain, log_g, size, seed, "steering", twist=PersistentFill(size.fills))
 
 
 def soft_value(
     chain: ReverseChain, log_g: LogPotential, size: Size, seed: int
 ) -> ParticlePosterior:
     """Run soft-value guidance by the likeliest completion of each child."""
-    guided = SoftValueGuidance(chain, log_g, num_children=size.children, **_shape(size))
-    return guided.run(seed=seed)
+    return smc(chain, log_g, size, seed, "soft-value", num_children=size.children)
 
 
 def twisted(chain: ReverseChain, log_g: LogPotential, size: Size, seed: int) -> ParticlePosterior:
     """Run the clamped look-ahead by persistent completions of every child."""
-    twist = PersistentFill(size.fills)
-    return TwistedSampler(chain, log_g, twist=twist, **_shape(size)).run(seed=seed)
-
-
-def _shape(size: Size) -> dict[str, Any]:
-    return {"num_particles": size.particles, "num_runs": size.runs, "max_rows": None}
+    return smc(chain, log_g, size, seed, "twisted", twist=PersistentFill(size.fills))
 
 
 Method = Callable[[ReverseChain, LogPotential, Size, int], ParticlePosterior]
@@ -186,10 +190,7 @@ def chain_of(problem: str) -> tuple[ReverseChain, LogPotential]:
     """
     if problem.startswith("B"):
         toy = Problem.load(problem)
-        process = Absorbing(toy.vocab_size)
-        denoiser = MarkovDenoiser(toy.initial, toy.transition, process)
-        kernel = OrderedKernel(process, denoiser, length=toy.length)
-        return ReverseChain(kernel, toy.length), toy.log_potential
+        return ordered(toy.chain(1)), toy.log_potential
     prior: Any = models.load(problem)
     kernel = OrderedKernel(prior.process, prior.denoiser, length=prior.length, group_size=GROUP)
     return ReverseChain(kernel, prior.length), _gc_steps

@@ -19,7 +19,6 @@ files is read.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +39,7 @@ from benchmarks._pareto_measure import (
 )
 from benchmarks._pareto_methods import Lab, Plan, Setting
 from benchmarks._pareto_plot import plot
-from benchmarks._report import Row, table, write
+from benchmarks._report import JsonFile, Quick, Row, console, table, write
 
 FULL = (Plan("evaluations", 1600, 4), Plan("calls", 1000, 4))
 QUICK = (
@@ -197,29 +196,21 @@ def measure(
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Finish within five minutes.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the rows to this file, as they come.")
-    ] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
     plot_file: Annotated[
         Path, typer.Option("--plot", help="Draw the comparison into this image.")
     ] = DEFAULT_PLOT,
 ) -> None:
     """Compare guided methods by expression, naturalness and diversity of promoters."""
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        folder = json_file.resolve().parent
-        raise typer.BadParameter(f"--json: the folder {folder} does not exist; make it first.")
-    console = Console(width=None if sys.stdout.isatty() else 190)
+    screen = console(190)
     wall, processor = time.perf_counter(), time.process_time()
 
-    def save(rows: Sequence[Row]) -> None:
-        if json_file is not None:
-            write(rows, json_file)
-
-    rows = measure(QUICK if quick else FULL, console, save)
+    # The file is written as rows come: a run of hours may be cut off.
+    rows = measure(QUICK if quick else FULL, screen, lambda found: write(found, json_file))
     plot([row.coordinates for row in rows], plot_file)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    console.print(
+    screen.print(
         f"The plot is in {plot_file}. This took {wall / 60:.1f} minutes, "
         f"and {processor / 60:.1f} minutes of processor time.",
         highlight=False,

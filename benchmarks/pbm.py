@@ -11,7 +11,6 @@ numbers at every weight. The data are not shipped.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +34,7 @@ from benchmarks._pbm_methods import (
 )
 from benchmarks._pbm_problem import DataError, Landscape, Problem, find_data
 from benchmarks._pbm_tables import grid_table, problem_table
-from benchmarks._report import Row, write
+from benchmarks._report import JsonFile, Quick, Row, console, write
 from ppl_diffusion.smc import ArgmaxFill
 
 TEMPERATURE = 0.05  # E-score per nat
@@ -299,10 +298,8 @@ def measure(landscape: Landscape, plan: Plan, console: Console) -> list[Row]:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Finish within three minutes.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the rows to this file.")
-    ] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -312,19 +309,13 @@ def main(
     ] = None,
 ) -> None:
     """Compare methods on measured binding landscapes whose posteriors are known exactly."""
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        folder = json_file.resolve().parent
-        raise typer.BadParameter(f"--json: the folder {folder} does not exist; make it first.")
     try:
         landscape = Landscape.load(find_data(data))
         make_problems(landscape)
     except DataError as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    rows = measure(landscape, QUICK if quick else FULL, console)
-    if json_file is not None:
-        write(rows, json_file)
+    write(measure(landscape, QUICK if quick else FULL, console(140)), json_file)
 
 
 if __name__ == "__main__":

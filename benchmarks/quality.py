@@ -11,10 +11,8 @@ are standard errors, by leaving out one sequence at a time. Nothing but committe
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated
 
@@ -23,7 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks._references import Reference, find_reference, letter_entropy
-from benchmarks._report import Row, table, write
+from benchmarks._report import JsonFile, Quick, Row, console, table, write
 from benchmarks._stopwatch import Stopwatch
 from ppl_diffusion import models
 from ppl_diffusion.denoisers.transformer import Transformer
@@ -246,25 +244,21 @@ def load_prior(name: str, console: Console) -> DiffusionProgram | None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Finish within five minutes.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the rows to this file.")
-    ] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
     prior: Annotated[
         list[str] | None, typer.Option(help="Name or folder of a prior; may be repeated.")
     ] = None,
 ) -> None:
     """Compare samplers by the quality of what they draw from the shipped priors."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    rows: list[Row] = []
+    screen, rows = console(), list[Row]()
     for name in prior or PRIORS:
-        program = load_prior(name, console)
+        program = load_prior(name, screen)
         if program is not None:
             reference = find_reference(program.vocabulary, program.length)
-            rows += measure_prior(program, reference, make_plan(program, quick), console)
-            print_prior([row for row in rows if row.coordinates["prior"] == program.name], console)
-    if json_file is not None:
-        write(rows, json_file)
+            rows += measure_prior(program, reference, make_plan(program, quick), screen)
+            print_prior([row for row in rows if row.coordinates["prior"] == program.name], screen)
+    write(rows, json_file)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ Form = Literal["auto", "lockstep", "path", "rates"]
 @register
 @dataclass(frozen=True)
 class Corrector(LookingAhead):
-    """Sample from a composition of chains, with its log normalising constant.
+    """Sample powers, products and mixtures of chains, weighed for what their steps get wrong.
 
     The target of :class:`~ppl_diffusion.inference.SMC` is a composition, or (with ``compose``) a
     chain or a program, each of whose chains is then composed.
@@ -135,10 +135,7 @@ class Corrector(LookingAhead):
         return base if isinstance(base, Composition) else Composition([(base, 1.0)])
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
-        """Return the experts of a site.
-
-        :raises CapabilityError: if a chain of a program is composed with a potential.
-        """
+        """Return the experts of a site."""
         if isinstance(source, ComposedSource):
             composed = source.composition
         else:
@@ -291,8 +288,10 @@ def order_inconsistency(
     _check_sequences(chain, x0, num_orders)
     kernel = OrderedKernel(chain.kernel.process, chain.kernel.denoiser, length=chain.length)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    rank = torch.rand(len(x0), num_orders, chain.length, generator=generator).argsort(-1)
-    revealed = rank[..., None, :] < torch.arange(chain.length + 1)[:, None]
+    shape = (len(x0), num_orders, chain.length)
+    rank = torch.rand(shape, generator=generator, device="cpu").argsort(-1).to(x0.device)
+    steps = torch.arange(chain.length + 1, device=x0.device)
+    revealed = rank[..., None, :] < steps[:, None]
     path = torch.where(revealed, x0[:, None, None, :], kernel.process.vocab_size)
     with torch.no_grad():
         return kernel.path_log_prob(path, given=chain.given).std(-1)
@@ -314,7 +313,7 @@ def _check_sequences(chain: ReverseChain, x0: Tensor, num_orders: int) -> None:
 
 
 def _zero(x0: Tensor) -> Tensor:
-    return torch.zeros(x0.shape[:-1], dtype=torch.float64)
+    return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
 
 
 _NOTHING = Potential(_zero, name="0")

@@ -81,7 +81,8 @@ class LeftToRight(SiteRule):
 
     def scores(self, tokens: Tensor, log_law: Tensor | None, noise: Tensor) -> Tensor:
         """Return minus the position."""
-        return -torch.arange(tokens.shape[-1], dtype=torch.float64).expand(tokens.shape)
+        place = torch.arange(tokens.shape[-1], dtype=torch.float64, device=tokens.device)
+        return -place.expand(tokens.shape)
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,7 @@ _SAMPLED = ("sampled-confidence", "low-confidence", "low_confidence", "remask-lo
 
 
 def as_site_rule(rule: str | SiteRule) -> SiteRule:
-    """Return a site rule from its name.
-
-    :param rule: a name from :data:`SITE_RULES`, or a rule.
-    :raises CapabilityError: if the rule ranks positions by the tokens just sampled.
-    :raises ValueError: if the name is unknown.
-    """
+    """Return a site rule from its name."""
     if isinstance(rule, SiteRule):
         return rule
     if rule in _SAMPLED:
@@ -186,10 +182,7 @@ class LockstepMover(ExpertMover):
     def move(
         self, carry: Carry, k: int, generator: Any, look: Look | None = None
     ) -> tuple[Carry, Tensor | float]:
-        """Reveal positions; a token's log-weight is ``log sum_v prod_m D_m(v)**b_m``.
-
-        :param look: what every token of a chosen position promises, which then chooses among them.
-        """
+        """Reveal positions; a token's log-weight is ``log sum_v prod_m D_m(v)**b_m``."""
         tokens, fixed = carry["tokens"], self.chain.fixed
         noise = uniforms((2, *tokens.shape), generator=generator, device=tokens.device)
         seen = zip(self.kernels, self.carries(carry), strict=True)
@@ -256,5 +249,5 @@ def _own_reveals(chain: ReverseChain) -> tuple[int, int]:
     raise CapabilityError(
         f"Corrector: lockstep reveals need a masked chain at kappa=1 whose law is its denoiser's, "
         f"which {kernel!r} is not; use InterpolatingKernel or OrderedKernel (clock='mean'), or "
-        "method='path' for other processes."
+        "form='path' for other processes."
     )

@@ -54,12 +54,7 @@ class Lookahead(ABC):
         """
 
     def score(self, run: Bound, state: State, guess: Any) -> Tensor:
-        """Return ``log h``, float64 ``(R, N)``.
-
-        :param run: the run.
-        :param state: the states.
-        :param guess: the guesses.
-        """
+        """Return ``log h``, float64 ``(R, N)``."""
         return per_particle(self.score_each(run, state, guess, next(iter(run.sites))))
 
     @abstractmethod
@@ -163,10 +158,10 @@ class Exhaustive(Lookahead):
                 "TwistedSampler: twist='exhaustive' rates sequences alone, and the program has "
                 "other latents, or plates; use a fill such as PersistentFill(16)."
             )
-        grid = torch.cartesian_prod(*[torch.arange(size)] * length)
+        grid = torch.cartesian_prod(*[torch.arange(size, device=run.device)] * length)
         self.sequences, self.vocab_size = grid.reshape(-1, length), size
         ends = {"sites": {site.name: {"tokens": self.sequences[None]}}, "latents": {}}
-        ends["log_r"] = torch.zeros((1, len(self.sequences)), dtype=torch.float64)  # type: ignore[assignment]
+        ends["log_r"] = grid.new_zeros((1, len(self.sequences)), dtype=torch.float64)  # type: ignore[assignment]
         self.log_g = run.source.final(ends)[0][0]
 
     def guess(self, run: Bound, state: State, generator: Any) -> Tensor:
@@ -194,7 +189,9 @@ class Exhaustive(Lookahead):
         if last:
             return run.source.children({}, item.site, positions, tokens, state, last=True)
         held = torch.zeros_like(guess[..., :1]).expand_as(guess)
-        here = torch.arange(guess.shape[-2]) == positions[..., None]  # (*B, m, L)
+        here = (
+            torch.arange(guess.shape[-2], device=guess.device) == positions[..., None]
+        )  # (*B, m, L)
         free = torch.where(here[..., None], held[..., None, :, :], guess[..., None, :, :])
         terms, token = self._log_terms(free), self.sequences.T[positions]  # (*B, m, S)
         top = terms.amax(-1, keepdim=True).clamp_min(IMPOSSIBLE)

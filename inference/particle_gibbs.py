@@ -243,17 +243,13 @@ class GibbsSampler:
             name: torch.stack([trace.nodes[name]["value"].detach() for trace in traces])
             for name in self.program.latents
         }
-        empty = torch.zeros(runs, 0, dtype=torch.float64)
+        empty = torch.zeros(runs, 0, dtype=torch.float64, device="cpu")
         paths, trace = self._first_paths(latents)
         ess = torch.zeros_like(trace.ess)
         return GibbsState(paths, latents, ess[:, 0], ess, empty)
 
     def sweep(self, state: GibbsState, *, reverse: bool = False) -> GibbsState:
-        """Return the state after one update of both blocks.
-
-        :param state: where the chains stand.
-        :param reverse: update the latents first: with reversible blocks, the time reversal.
-        """
+        """Return the state after one update of both blocks."""
         blocks = [self.update_paths, self.update_latents]
         for update in reversed(blocks) if reverse else blocks:
             state = update(state)
@@ -302,13 +298,7 @@ class GibbsSampler:
         settings: Mapping[str, Any],
         seconds: float,
     ) -> GibbsPosterior:
-        """Return draws as a posterior, with all sites of the program.
-
-        :param draws: the states of the kept sweeps.
-        :param updated: whether each state of the path changed in the sweep, ``(C, S, T + 1)``.
-        :param settings: what was chosen.
-        :param seconds: wall time.
-        """
+        """Return draws as a posterior, with all sites of the program."""
         paths = {n: torch.stack([s.paths[n] for s in draws], 1) for n in self.sites}
         latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
         samples, log_density = self._values(paths, latents)
@@ -377,7 +367,7 @@ class GibbsSampler:
         slot = torch.multinomial(trace.weights.normalised, 1)
         whole = run.own_paths(trace.carry, trace.paths())
         paths = {
-            name: path[torch.arange(len(slot)), slot[:, 0]].to(torch.int64)
+            name: path[torch.arange(len(slot), device=slot.device), slot[:, 0]].to(torch.int64)
             for name, path in whole.items()
         }
         return paths, run.gather(trace.carry, slot), trace
@@ -412,7 +402,7 @@ class GibbsSampler:
                     sites = {**state["sites"], name: carry}
                     state = {**state, "sites": sites, "log_g": moved.log_g}
                     accepted.append(done[:, 0].to(torch.float64))
-        empty = torch.zeros(self.options.num_runs, 0, dtype=torch.float64)
+        empty = torch.zeros(self.options.num_runs, 0, dtype=torch.float64, device="cpu")
         return paths, torch.stack(accepted, -1) if accepted else empty
 
     def _moved(
@@ -435,7 +425,7 @@ class GibbsSampler:
         known = {n: v.flatten(0, 1) for n, v in (dict(paths) | dict(latents)).items()}
         parts: dict[str, list[Tensor]] = {}
         density = []
-        for rows in torch.arange(shape.numel()).split(MAX_ROWS):
+        for rows in torch.arange(shape.numel(), device="cpu").split(MAX_ROWS):
             with torch.no_grad():
                 run = self.program.evaluate({n: v[rows] for n, v in known.items()}, len(rows))
             density.append(run.log_density(self.program.latents))

@@ -39,7 +39,7 @@ class _GridMover(ExpertMover):
         for kernel in kernels:
             if not is_plain_mixture(kernel):
                 ordered = isinstance(kernel, OrderedKernel)
-                instead = "use method='lockstep'" if ordered else "build the chain with kappa=1"
+                instead = "use form='lockstep'" if ordered else "build the chain with kappa=1"
                 raise CapabilityError(
                     f"Corrector: the path-power target needs InterpolatingKernel at kappa=1, got "
                     f"{kernel!r}; {instead}."
@@ -65,13 +65,14 @@ class _GridMover(ExpertMover):
         """Draw from the tempered prior ``m**B``."""
         shape = (*batch, self.chain.length)
         log_m = self._log_tempered_prior()
-        tokens = draw_categorical(log_m.expand(*shape, -1), uniforms(shape, generator=generator))
+        noise = uniforms(shape, generator=generator, device=log_m.device)
+        tokens = draw_categorical(log_m.expand(*shape, -1), noise)
         prompt = self.chain.prompt
         tokens = tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
         return self.kernel.start_carry(tokens, generator, given=given)
 
     def _log_tempered_prior(self) -> Tensor:
-        prior = torch.as_tensor(self.kernel.process.prior)
+        prior = torch.as_tensor(self.kernel.process.prior, device=self.kernel.device)
         return log_product([prior.log()], [self.order]) if self.order else _support(prior)
 
     def _with_prior(self, log_ratio: Tensor, tokens: Tensor, k: int) -> Tensor:
@@ -112,7 +113,8 @@ class PathPowerMover(_GridMover):
         tokens = carry["tokens"]
         log_g = self._log_factor(carry, k)
         total = torch.logsumexp(log_g, -1)
-        drawn = draw_categorical(log_g, uniforms(tokens.shape, generator=generator))
+        noise = uniforms(tokens.shape, generator=generator, device=tokens.device)
+        drawn = draw_categorical(log_g, noise)
         # A site that no expert can move is dead: any token will do, and a mask would not.
         drawn = torch.where(total == -torch.inf, 0, drawn)
         moved = {**carry, "tokens": drawn}
@@ -150,8 +152,8 @@ class RateMover(_GridMover):
         super().__init__(composition, **options)
         if self.order <= 0:
             raise ValueError(
-                f"Corrector: method='rates' needs exponents with a positive sum, got {self.order}; "
-                "use method='path'."
+                f"Corrector: form='rates' needs exponents with a positive sum, got {self.order}; "
+                "use form='path'."
             )
 
     @property
@@ -174,7 +176,7 @@ class RateMover(_GridMover):
         duration = (end - start) / middle
         free = torch.ones_like(tokens, dtype=torch.bool)
         free = free if self.chain.fixed is None else free & ~self.chain.fixed
-        u_jump, u_token = uniforms((2, *tokens.shape), generator=generator)
+        u_jump, u_token = uniforms((2, *tokens.shape), generator=generator, device=tokens.device)
         jumps = free & (u_jump < -torch.expm1(-duration * rates.sum(-1)))
         drawn = draw_categorical(rates.log(), u_token)
         log_ratio = torch.where(free, duration * growth, 0.0)

@@ -52,7 +52,7 @@ GREED = 2.0
 @register
 @dataclass(frozen=True)
 class SoftValueGuidance(LookingAhead):
-    """Choosing among children.
+    """Keep one of ``M`` children by what it promises, and pay for the choice.
 
     :param twist: the guess of the value: ``"argmax"``, ``"persistent"``, ``"sample"`` or a fill
         twist (posterior mean), or a function ``(carry, k) -> log h (R, N)``, such as a trained
@@ -106,14 +106,14 @@ class SoftValueGuidance(LookingAhead):
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """The value of the noisiest states is taken to be constant."""
-        return {**state, LOG_H: torch.zeros(run.shape, dtype=torch.float64)}
+        return {**state, LOG_H: run.zeros}
 
     def move(
         self, run: Bound, state: State, group: int, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
         """Draw children, choose one of each family, and return what the choice costs."""
         state = run.open(state, group, generator)
-        first = torch.arange(run.shape[1]) * self.num_children  # of each family
+        first = torch.arange(run.shape[1], device=run.device) * self.num_children  # of each family
         children, log_ratio, log_h = self._children(run, state, group, generator)
         gain = (log_h + log_ratio).reshape(*run.shape, -1)
         log_score = self._log_score(gain)
@@ -134,7 +134,8 @@ class SoftValueGuidance(LookingAhead):
         self, run: Bound, state: State, group: int, generator: torch.Generator | None
     ) -> tuple[State, Tensor, Tensor]:
         """Return all children side by side, ``log K - log M`` and values, each ``(R, N * M)``."""
-        family = torch.arange(run.shape[1]).repeat_interleave(self.num_children)
+        lineages = torch.arange(run.shape[1], device=run.device)
+        family = lineages.repeat_interleave(self.num_children)
         repeated = run.gather(state, family.expand(run.shape[0], -1))
         children, log_ratio = super().move(run, repeated, group, generator)
         if group + 1 == len(run.groups):
@@ -142,7 +143,7 @@ class SoftValueGuidance(LookingAhead):
             log_h: Tensor = children["log_g"]
         else:
             log_h = self.rate(run, children, generator)
-        return children, torch.as_tensor(log_ratio).expand_as(log_h), log_h
+        return children, (log_h.new_zeros(()) + log_ratio).expand_as(log_h), log_h
 
     def _check_greed(self, run: Bound, gain: Tensor, log_score: Tensor, k: int) -> None:
         """Take exactness back, or warn, where the choice is greedier than weights can undo."""
@@ -172,10 +173,10 @@ class SoftValueGuidance(LookingAhead):
     def _choose(self, log_score: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the chosen child of each family, int64 ``(R, N)``."""
         if log_score.shape[-1] == 1:
-            return torch.zeros(log_score.shape[:-1], dtype=torch.int64)
+            return log_score.new_zeros(log_score.shape[:-1], dtype=torch.int64)
         top = log_score.amax(-1, keepdim=True)
         level = torch.where(top == -torch.inf, 0.0, log_score - top)
-        noise = uniforms(tuple(log_score.shape[:-1]), generator=generator)
+        noise = uniforms(tuple(log_score.shape[:-1]), generator=generator, device=log_score.device)
         chosen: Tensor = draw_categorical(level, noise)
         return chosen
 

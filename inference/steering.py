@@ -43,7 +43,7 @@ RUNNING, LOG_H = "steering/running", "steering/log_h"
 @register
 @dataclass(frozen=True)
 class FKSteering(LookingAhead):
-    """Feynman-Kac steering.
+    """Move by the chain, weigh by what completions score: their difference, max, sum or each.
 
     :param twist: how states are scored, as in :class:`LookingAhead`.
     :param proposal: how particles move, as there.
@@ -98,16 +98,13 @@ class FKSteering(LookingAhead):
         return self.closing == "published" and self.kind in ("max", "sum")
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
-        """Find out which steps are scored.
-
-        :raises ValueError: if the interval holds no step of the chain.
-        """
+        """Find out which steps are scored."""
         super().prepare(run, resampler, ess_threshold)
         run.notes["scored"] = _scored_steps(self.num_steps(run), self.every, self.interval)
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
         """Nothing is scored yet."""
-        zeros = torch.zeros(run.shape, dtype=torch.float64)
+        zeros = run.zeros
         # Before the first score a maximum is -inf: starting it at 0 would ignore negative scores.
         start = torch.full_like(zeros, -torch.inf) if self.kind == "max" else zeros
         return {**state, RUNNING: start, LOG_H: zeros}

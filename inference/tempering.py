@@ -25,6 +25,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_moves
 from ppl_diffusion.kernels.base import GIVEN
+from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.sources import State
@@ -49,7 +50,7 @@ _BISECTIONS = 60
 @register
 @dataclass(frozen=True)
 class Tempering(Method):
-    """Tempered SMC over whole paths.
+    """Mask whole paths again and reveal them again, under a potential that grows.
 
     ``ess_threshold`` of the runner is what the pilot aims at: powers are such that the ESS falls to
     this fraction of the particles whose potential is not zero. Every stage is resampled.
@@ -79,10 +80,7 @@ class Tempering(Method):
             object.__setattr__(self, "powers", _check_powers(self.powers))
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
-        """Moves are made for equally weighted particles: always resample.
-
-        :raises ValueError: if the threshold, which the pilot aims at, or the sweeps are no use.
-        """
+        """Moves are made for equally weighted particles: always resample."""
         if not 0 < ess_threshold < 1 or self.num_sweeps < 1:
             raise ValueError(
                 "Tempering: ess_threshold must lie between 0 and 1 and num_sweeps be >= 1, got "
@@ -91,11 +89,7 @@ class Tempering(Method):
         return resampler if self.waste_free is None else WasteFree(self.waste_free), 2.0
 
     def prepare(self, run: Bound, resampler: Resampler, ess_threshold: float) -> None:
-        """Choose moves, and a ladder by a pilot run.
-
-        :raises CapabilityError: if a move is wrong for a chain.
-        :raises ValueError: if the pilot finds no ladder.
-        """
+        """Choose moves, and a ladder by a pilot run."""
         moves = {site.name: self._moves_of(site.chain) for site in run.source.chains}
         run.notes |= {"moves": moves, "share": ess_threshold}
         run.notes["powers"] = self.powers or self._find_powers(run, resampler, ess_threshold)
@@ -112,7 +106,7 @@ class Tempering(Method):
 
     def times(self, run: Bound) -> Tensor:
         """Return ``1 - b`` of the stages."""
-        return 1.0 - torch.tensor(run.notes["powers"], dtype=torch.float64)
+        return 1.0 - torch.tensor(run.notes["powers"], dtype=torch.float64, device="cpu")
 
     def begin(self, run: Bound, generator: torch.Generator | None) -> State:
         """Draw latents from their law, and whole paths from the chains."""
@@ -163,7 +157,7 @@ class Tempering(Method):
             for _ in range(self.num_sweeps):
                 state = self._sweep(run, state, power, generator)
             return state
-        heads = torch.arange(0, state["log_g"].shape[1], length)
+        heads = torch.arange(0, state["log_g"].shape[1], length, device=run.device)
         states = [run.gather(state, heads.expand(len(state["log_g"]), -1))]
         for _ in range(length - 1):
             states.append(self._sweep(run, states[-1], power, generator))
@@ -201,10 +195,7 @@ class Tempering(Method):
         }
 
     def _find_powers(self, run: Bound, resampler: Resampler, share: float) -> list[float]:
-        """Return a ladder found by one pilot run of ``N`` particles.
-
-        :raises ValueError: if no particle has ``G > 0``, or the ladder does not reach 1.
-        """
+        """Return a ladder found by one pilot run of ``N`` particles."""
         size = run.shape[1]
         pilot, powers = run.at((1, size)), [0.0]
         state = self.begin(pilot, None)
@@ -214,8 +205,8 @@ class Tempering(Method):
             powers.append(power)
             if power == 1.0:
                 return powers
-            uniforms = torch.rand(1, resampler.num_uniforms(size), dtype=torch.float64)
-            state = run.gather(state, resampler(uniforms, weights.log))
+            noise = uniforms((1, resampler.num_uniforms(size)), device=run.device)
+            state = run.gather(state, resampler(noise, weights.log))
             state = self._chains(pilot, state, power, None)
         raise ValueError(
             f"Tempering: {MAX_STAGES} stages reach power {powers[-1]:.3g} only; use more "
@@ -257,26 +248,13 @@ def _side_by_side(states: Sequence[Any]) -> Any:
 
 
 def default_moves(chain: ReverseChain) -> tuple[PathMove, ...]:
-    """Return a suffix of half the steps and, where it is right, a new order of reveals.
-
-    :param chain: the chain.
-    """
+    """Return a suffix of half the steps and, where it is right, a new order of reveals."""
     suffix = SuffixRefresh(max(1, (chain.num_steps + 1) // 2))
     return (OrderRefresh(), suffix) if OrderRefresh.fits(chain) else (suffix,)
 
 
 def next_power(log_g: Tensor, power: float, share: float) -> float:
-    """Return the largest next power at which the effective sample size is what is asked for.
-
-    The step from ``power`` to ``b`` weighs by ``G^(b - power)``, whose effective sample size
-    falls as ``b`` grows; bisection finds ``ESS(b) = share * n``, or 1 where it stays above.
-
-    :param log_g: ``log G`` of equally weighted particles, ``(N,)``.
-    :param power: the present power.
-    :param share: effective sample size aimed at, as a share of the ``n`` particles with ``G > 0``:
-        those with ``G = 0`` die at any positive power, however small.
-    :raises ValueError: if no particle has ``G > 0``.
-    """
+    """Return the largest next power at which the effective sample size is what is asked for."""
     alive = log_g[log_g > -torch.inf]
     if not len(alive):
         raise ValueError(

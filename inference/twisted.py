@@ -65,7 +65,7 @@ ProposalLike = Literal["clamped", "reweighted"] | Proposal
 @register
 @dataclass(frozen=True)
 class TwistedSampler(Method):
-    """Twisted sequential Monte Carlo.
+    """Move by what each token would pay: clamped, reweighted, or by a proposal of yours.
 
     With several chains each item of the schedule moves one of them, all others being at their
     guesses; in a plate every element asks about its own children, with the others at theirs.
@@ -180,11 +180,7 @@ class TwistedSampler(Method):
         return self.twist if isinstance(self.twist, FillTwist) else None
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
-        """Choose the look-ahead.
-
-        :raises CapabilityError: if a function of the state meets plates or several chains.
-        :raises ValueError: if completions are reweighted that the look-ahead does not have.
-        """
+        """Choose the look-ahead."""
         fill = self._fill_of(run.source)
         run.fill = fill or ArgmaxFill()
         lookahead = self._lookahead(run, fill)
@@ -257,12 +253,12 @@ class TwistedSampler(Method):
         u_order, u_token = uniforms(
             (2, *step.tokens.shape), generator=generator, device=step.tokens.device
         )
-        positions, valid = _next_positions(step, u_order)
+        positions, valid = self._positions(item, step, u_order)
         guess, lookahead = self._guess(run, state, generator), run.notes["lookahead"]
         log_d = step.log_probs.take_along_dim(positions[..., None], -2)  # (*B, m, V)
         ahead = self._ahead(run, state, item, step, guess, positions, log_d)
         log_q = _tilted(log_d, ahead)
-        chosen = draw_categorical(log_q, u_token.gather(-1, positions))[..., None]
+        chosen = self._draw(item, log_q, u_token.gather(-1, positions))[..., None]
         ratio = (log_d - log_q).gather(-1, chosen)[..., 0]
         log_ratio = per_particle(torch.where(valid, ratio, 0.0).sum(-1))
         kept = step.tokens.gather(-1, positions)
@@ -280,6 +276,19 @@ class TwistedSampler(Method):
             guess = lookahead.moved(run, guess, item.site, tokens, changed)
             log_h = lookahead.score(run, moved, guess)
         return {**moved, LOG_H: log_h}, log_ratio
+
+    # Both choices are methods, so that a conditional run can hold one particle to a path.
+
+    def _positions(self, item: Item, step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the positions revealed next, int64 ``(*B, m)``, and which of them are any."""
+        key = torch.where(step.eligible, noise, -1.0)
+        positions = key.topk(min(step.count, key.shape[-1]), -1).indices
+        return positions, step.eligible.gather(-1, positions)
+
+    def _draw(self, item: Item, log_q: Tensor, noise: Tensor) -> Tensor:
+        """Return a token of each position, int64 ``(*B, m)``."""
+        drawn: Tensor = draw_categorical(log_q, noise)
+        return drawn
 
     def _ahead(
         self,
@@ -375,13 +384,6 @@ class TwistedSampler(Method):
 def _gradients(run: Bound, given: Any = None) -> int:
     proposals = {id(p): p for p in [given, *(site.twist for site in run.source.chains)]}
     return sum(p.num_calls for p in proposals.values() if isinstance(p, GradientProposal))
-
-
-def _next_positions(step: RevealStep, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions revealed next, int64 ``(*B, m)``, and which of them are any."""
-    key = torch.where(step.eligible, noise, -1.0)
-    positions = key.topk(min(step.count, key.shape[-1]), -1).indices
-    return positions, step.eligible.gather(-1, positions)
 
 
 def _tilted(log_d: Tensor, ahead: Tensor) -> Tensor:

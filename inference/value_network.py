@@ -262,9 +262,10 @@ def _only_chain(run: Bound, owner: str) -> ReverseChain:
 def _residual(run: Bound, method: Bootstrap, tokens: Tensor, k: int, num_children: int) -> Tensor:
     (runs, size), name = tokens.shape[:2], run.only.name
     carry = run.movers[name].kernel.start_carry(tokens, given=run.only.chain.given)
-    zeros = torch.zeros((runs, size), dtype=torch.float64)
+    zeros = torch.zeros((runs, size), dtype=torch.float64, device=tokens.device)
     state = {"sites": {name: carry}, "latents": {}, "log_r": zeros, "done": {name: k}}
-    family = torch.arange(size).repeat_interleave(num_children).expand(runs, -1)
+    each = torch.arange(size, device=tokens.device)
+    family = each.repeat_interleave(num_children).expand(runs, -1)
     children, _ = run.step(run.gather(state, family), Item(name, k), None)
     last = k + 1 == run.steps[name]
     ahead = run.final(children)["log_g"] if last else method.rate(run, children, None)
@@ -293,7 +294,7 @@ def _training_states(
     rows = path[0].flatten(0, -3)
     if loss == "mean":  # a mean regression needs numbers: what is forbidden gets a penalty
         log_g = log_g.clamp_min(FORBIDDEN_GUESS)
-    k = torch.randint(rows.shape[1] - 1, (len(rows), states_per_path))
+    k = torch.randint(rows.shape[1] - 1, (len(rows), states_per_path), device=rows.device)
     states = rows.gather(1, k[..., None].expand(*k.shape, rows.shape[-1]))
     return states.flatten(0, 1), k.flatten(), log_g.repeat_interleave(states_per_path)
 
@@ -318,12 +319,13 @@ def _train(
     learning_rate: float,
 ) -> Tensor:
     tokens, times, log_y = data
-    losses = torch.empty(num_updates)
+    losses = torch.empty(num_updates, device="cpu")
     with torch.enable_grad():
         optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
         for update in range(num_updates):
-            rows = torch.randint(len(tokens), (min(batch_size, len(tokens)),))
+            size = (min(batch_size, len(tokens)),)
+            rows = torch.randint(len(tokens), size, device=tokens.device)
             value = loss(network(tokens[rows], times[rows]), log_y[rows]).mean()
             optimiser.zero_grad()
             value.backward()

@@ -35,14 +35,7 @@ a wrong base on its way into the sequence meets it; finite, as a look-ahead must
 
 
 def infer(target: Target, search: Search, progress: Progress | None = None) -> ParticlePosterior:
-    """Sample the target by the method of a search.
-
-    :param target: what is sampled.
-    :param search: how.
-    :param progress: called with ``(steps done, steps in all)``.
-    :returns: the particles; their ``law`` declares what they are for.
-    :raises InputError: if the method has no answer on such a prior.
-    """
+    """Sample the target by the method of a search."""
     plan = _plan(target, search)
     with user_input():
         runner = SMC(
@@ -105,11 +98,7 @@ def _ordered(target: Target) -> ReverseChain:
 
 
 def _declared(law: Law, target: Target, plan: _Plan) -> Law:
-    """Return the law in terms of what was asked, however the method came to it.
-
-    Fixed bases are a clamp, not the proposal or the constraint that held them; and a product of one
-    chain is that chain.
-    """
+    """Return the law in terms of what was asked, however the method came to it."""
     asked = ChainSite("x", plan.chain, target.clamp).base
     (known,) = law.chains
     held = dataclasses.replace(known, clamped=asked.clamped, digest=asked.digest)
@@ -132,7 +121,7 @@ def _product(law: Law, plan: _Plan) -> str:
 
 def _held_potential(target: Target, clamp: ClampProposal) -> AbstractPotential:
     rule = Constraint(
-        lambda x0: ((x0 != clamp.tokens) & clamp.mask).sum(-1),
+        lambda x0: ((x0 != clamp.tokens.to(x0.device)) & clamp.mask.to(x0.device)).sum(-1),
         penalty=MISMATCH_PENALTY,
         name="the fixed bases",
     )
@@ -171,7 +160,7 @@ class HeldFill(FillTwist):
     def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
         """Return completions; a position that was given another base keeps it."""
         size = log_x0.shape[-1]
-        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0.dtype).log()
+        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0).log()
         possible = (log_x0 + known).amax(-1) > -torch.inf
-        held = (self.clamp.mask & possible)[..., None]
+        held = (self.clamp.mask.to(possible.device) & possible)[..., None]
         return self.base.fill(torch.where(held, known, log_x0), uniforms)

@@ -34,6 +34,11 @@ class Use(NamedTuple):
     default: Any
     text: str
 
+    @property
+    def said(self) -> Any:
+        """The default in words, or a number."""
+        return getattr(self.default, "name", self.default)
+
 
 @dataclass
 class Option:
@@ -64,9 +69,9 @@ class Option:
     def help(self) -> str:
         """What it does, for which methods."""
         said: dict[str, list[str]] = {}
-        for method, (default, text) in self.owners.items():
-            shown = "" if default is None else f" ({getattr(default, 'name', default)})"
-            said.setdefault(text, []).append(method + shown)
+        for method, use in self.owners.items():
+            shown = "" if use.default is None else f" ({use.said})"
+            said.setdefault(use.text, []).append(method + shown)
         words = [f"One of {', '.join(self.choices)}."] if self.choices else []
         return " ".join([*(f"{', '.join(who)}: {text}" for text, who in said.items()), *words])
 
@@ -98,12 +103,13 @@ def options() -> dict[str, Option]:
     return {**found, **_of_the_job(found["twist"])}
 
 
-def spoken(text: str, method: str) -> str:
-    """Return what a method says about its fields in the words of the command line.
+def options_of(method: str) -> list[Option]:
+    """Return the options of one method."""
+    return [option for option in options().values() if method in option.owners]
 
-    :param text: the sentence, which begins with the name of its class.
-    :param method: its name in the registry.
-    """
+
+def spoken(text: str, method: str) -> str:
+    """Return what a method says about its fields in the words of the command line."""
     text = re.sub(rf"^{methods()[method].__name__}: ", f"{method}: ", text)
     for option in options().values():
         text = re.sub(rf"\b{option.name}=False", option.off, text)

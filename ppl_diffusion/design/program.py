@@ -71,7 +71,7 @@ class Target:
     def potential(self) -> AbstractPotential:
         """What is added to the log-probability of the prior."""
         if not self.potentials:
-            return Potential(lambda x0: torch.zeros(x0.shape[:-1]), name="0")
+            return Potential(lambda x0: x0.new_zeros(x0.shape[:-1], dtype=torch.float32), name="0")
         return SumPotential(tuple(self.potentials.values()))
 
     @property
@@ -92,15 +92,12 @@ class Target:
         return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Return sequences as text.
-
-        :param tokens: int64 ``(M, L)``.
-        """
+        """Return sequences as text."""
         return list(self.prior.decode(tokens))
 
     def judges(self) -> Judges:
         """Return who scores the designs."""
-        gc = torch.tensor([BASES.index("G"), BASES.index("C")])
+        gc = torch.tensor([BASES.index("G"), BASES.index("C")], device="cpu")
         return Judges(self.chain, gc, self.designer, self.judge)
 
 
@@ -171,12 +168,7 @@ def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
 
 
 def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
-    """Return a short digest of a text and named tensors.
-
-    :param text: what else counts.
-    :param numbers: tensors by name; names, shapes, types and values count.
-    :returns: 12 hexadecimal digits of a SHA-256.
-    """
+    """Return a short digest of a text and named tensors."""
     total = hashlib.sha256(text.encode())
     for name, values in sorted(numbers.items()):
         total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
@@ -218,14 +210,14 @@ def _motif(spec: MotifSpec) -> Motif:
 def _try_potentials(potentials: Potentials, length: int) -> None:
     # A motif wider than the sequence or an empty GC range must be found before the run.
     for potential in potentials.values():
-        potential.lookahead(torch.zeros(1, length, dtype=torch.int64))
+        potential.lookahead(torch.zeros(1, length, dtype=torch.int64, device="cpu"))
 
 
 def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
     fixed = clamp_pattern(question.fix, prior.length)
     if not fixed:
         return None
-    pattern = torch.full((prior.length,), -1, dtype=torch.int64)
+    pattern = torch.full((prior.length,), -1, dtype=torch.int64, device="cpu")
     for position, base in fixed.items():
         pattern[position] = BASES.index(base)
     return pattern
@@ -247,7 +239,7 @@ def _require_possible(question: Question, pattern: Tensor | None) -> None:
     for motif in question.forbid:
         rule = ForbiddenMotif(motif)
         for piece in filter(None, text.split(".")):
-            ids = torch.tensor([[BASES.index(base) for base in piece]])
+            ids = torch.tensor([[BASES.index(base) for base in piece]], device="cpu")
             if len(piece) >= len(motif) and float(rule(ids)) == -math.inf:
                 raise InputError(f"The fixed bases {piece} hold the forbidden {motif}: drop one.")
     if question.gc is not None:

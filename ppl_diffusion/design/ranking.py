@@ -34,19 +34,11 @@ class Designs:
 
 
 def rank_designs(posterior: ParticlePosterior) -> Designs:
-    """Merge copies and order by pooled weight, then potential, then sequence.
-
-    Runs are pooled in proportion to their evidence estimates, which makes their union properly
-    weighted.
-
-    :param posterior: particles of ``R`` runs over sequences ``(R, N, L)``.
-    :returns: the designs of positive weight.
-    :raises ParticleCollapse: if no run is alive.
-    """
+    """Merge copies and order by pooled weight, then potential, then sequence."""
     num_runs, num_particles, length = posterior.x0.shape
     weight = posterior.pooled_log_weights.exp().flatten()
     tokens, inverse = torch.unique(posterior.x0.reshape(-1, length), dim=0, return_inverse=True)
-    run = torch.arange(num_runs).repeat_interleave(num_particles)
+    run = torch.arange(num_runs, device=inverse.device).repeat_interleave(num_particles)
     merged = _Merge(inverse, len(tokens))
     designs = Designs(
         tokens=tokens,
@@ -65,14 +57,14 @@ class _Merge:
     size: int
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
-        out = torch.zeros(self.size, dtype=values.dtype)
+        out = values.new_zeros(self.size)
         return out.scatter_reduce(0, self.inverse, values, how, include_self=False)
 
 
 def _by_run(posterior: ParticlePosterior, inverse: Tensor, size: int) -> Tensor:
     index = inverse.reshape(posterior.log_weights.shape)[posterior.alive]
     weights = posterior.weights[posterior.alive]
-    return torch.zeros(len(weights), size, dtype=weights.dtype).scatter_add(1, index, weights)
+    return weights.new_zeros(len(weights), size).scatter_add(1, index, weights)
 
 
 def _order(designs: Designs) -> Tensor:

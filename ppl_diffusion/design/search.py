@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ppl_diffusion.design.checks import InputError, at_least, one_of, positive
-from ppl_diffusion.design.options import DEFAULTS, NONE, options, spoken
+from ppl_diffusion.design.options import DEFAULTS, NONE, options, options_of, spoken
 from ppl_diffusion.inference import Method, methods
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
@@ -47,13 +47,19 @@ class Search:
         for name, low in (("num_particles", 2), ("num_runs", 1), ("num_steps", 1), ("seed", 0)):
             at_least(name.replace("num_", "the number of "), getattr(self, name), low)
         self._check_options()
+        if "fills" in self.options and "twist" not in self.options:
+            # Counting completions says that they are random.
+            object.__setattr__(self, "options", {**self.options, "twist": PersistentFill.name})
         self._check_resampling(self.make())
 
     def settings(self) -> dict[str, Any]:
-        """:returns: everything that was asked for, ready for JSON."""
+        """:returns: everything that decides the result, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
-        asked = {name: value for name, value in values.items() if value is not None}
-        return {**asked, **self.options}
+        usual = {o.name: o.owners[self.method].said for o in options_of(self.method)}
+        known = {**values, **usual, **self.options}
+        if known.get("twist") not in RANDOM_FILLS:
+            known.pop("fills", None)
+        return {name: value for name, value in known.items() if value is not None}
 
     def make(self) -> Method:
         """:returns: the method, with its options.
@@ -63,18 +69,15 @@ class Search:
         cls = methods()[self.method]
         known = {f.name for f in fields(cls)}
         asked = {**DEFAULTS.get(self.method, {}), **self.options}
-        if "twist" in asked or "fills" in asked:
-            asked["twist"] = self._twist(asked)
+        if "twist" in asked:
+            asked["twist"] = self._twist(asked["twist"])
         try:
             return cls(**{name: value for name, value in asked.items() if name in known})
         except (ValueError, TypeError) as error:
             raise InputError(spoken(str(error), self.method)) from error
 
-    def _twist(self, asked: Mapping[str, Any]) -> FillTwist | str | None:
-        """Return the look-ahead; counting its completions says that they are random."""
+    def _twist(self, name: str) -> FillTwist | str | None:
         fills: int | None = self.options.get("fills")
-        counted = fills is not None and "twist" not in self.options
-        name: str = "persistent" if counted else asked["twist"]
         if name in RANDOM_FILLS:
             return RANDOM_FILLS[name]() if fills is None else RANDOM_FILLS[name](fills)
         if fills is not None:

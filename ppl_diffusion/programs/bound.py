@@ -94,8 +94,8 @@ class Bound:
         total = len(self.groups)
         for mover in self.movers.values():
             if mover.kernel.num_steps == total:
-                return torch.as_tensor(mover.kernel.times)
-        return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+                return torch.as_tensor(mover.kernel.times, device="cpu")
+        return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64, device="cpu")
 
     def at(self, shape: tuple[int, int]) -> Bound:
         """Return the same run with other numbers of runs and particles; all else is shared.
@@ -107,9 +107,15 @@ class Bound:
         return other
 
     @property
+    def device(self) -> torch.device:
+        """Where the particles live: where the network of the first chain does."""
+        device: torch.device = next(iter(self.movers.values())).kernel.device
+        return device
+
+    @property
     def zeros(self) -> Tensor:
         """A zero for every particle, float64 ``(R, N)``."""
-        return torch.zeros(self.shape, dtype=torch.float64)
+        return torch.zeros(self.shape, dtype=torch.float64, device=self.device)
 
     @property
     def needs_program(self) -> bool:
@@ -304,7 +310,8 @@ class Bound:
             tokens: Tensor = state["sites"][name]["tokens"]
             return tokens
         chain = self.sites[name].chain
-        return torch.zeros((*self.shape, *chain.batch_shape, chain.length), dtype=torch.uint8)
+        shape = (*self.shape, *chain.batch_shape, chain.length)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     def own_paths(self, state: State, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the path of every chain, its own steps alone, ``(R, N, *plates, T + 1, L)``.

@@ -82,7 +82,7 @@ class Program:
                 f"{owner}: {self.name} has no unobserved ReverseChain site; sample one as it is "
                 "(no to_event), for instance pyro.sample('path', prior.chain(num_steps=64))."
             )
-        self.shapes = {s["name"]: torch.as_tensor(s["value"]).shape for s in sites}
+        self.shapes = {s["name"]: torch.Size(getattr(s["value"], "shape", ())) for s in sites}
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.nesting = max(map(depth, sites))
         drawn = [s for s in sites if not s["is_observed"] and not is_deterministic(s)]
@@ -97,6 +97,12 @@ class Program:
         self.reads: frozenset[str] = frozenset()
         self.shows: frozenset[str] = frozenset()
         self._check(sites)
+
+    @property
+    def device(self) -> torch.device:
+        """Where particles live: where the network of the first chain does."""
+        device: torch.device = self.chains[0].chain.kernel.device
+        return device
 
     @property
     def name(self) -> str:
@@ -297,7 +303,7 @@ class Program:
             self._refuse_unlike(name, rows)
         if not self.vectorize:
             return
-        absent = torch.zeros(run.size, dtype=torch.float64)
+        absent = torch.zeros(run.size, dtype=torch.float64, device=self.device)
         for row in rows.singles:
             trace = self.trace({name: value[row] for name, value in rows.values(run).items()})
             single = ProgramRun(self, [trace], 1).log_densities(self.latents)
@@ -345,10 +351,7 @@ class Program:
     def _find_missed_parents(
         self, densities: Mapping[str, Tensor], run: ProgramRun, rows: _Rows
     ) -> None:
-        """Take all earlier sites as parents where a law changes with what it is not known to read.
-
-        Sound, since the order of a program is an order of ancestry; it costs waiting or redrawing.
-        """
+        """Take all earlier sites as parents where a law changes with what it should not read."""
         for name in self.latents:
             if not self.above(name) and _varies(densities[name], rows.sequences):
                 self._depends_on_all_before(name)
@@ -440,20 +443,16 @@ class _Rows:
 
 
 def trial_sequences(site: ChainSite, number: int) -> Tensor:
-    """Return clean sequences to try a program on, int64 ``(number, *plates, L)``.
-
-    At every position they have as many different tokens as can be, so that little is left to luck.
-
-    :param site: the chain site.
-    :param number: how many.
-    """
-    chain, row = site.chain, torch.arange(number)
+    """Return clean sequences to try a program on, int64 ``(number, *plates, L)``."""
+    chain = site.chain
+    device = chain.kernel.device
+    row = torch.arange(number, device=device)
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
     if size <= number:  # one order of the alphabet after the other
-        orders = torch.rand(-(-number // size), *shape, size).argsort(-1)
+        orders = torch.rand(-(-number // size), *shape, size, device=device).argsort(-1)
         tokens = torch.cat(list(orders), -1)[..., :number]
     else:  # orders of a large alphabet would not fit into memory
-        tokens = (torch.randint(size, shape)[..., None] + row) % size
+        tokens = (torch.randint(size, shape, device=device)[..., None] + row) % size
     return _prompted(tokens.movedim(-1, 0), site)
 
 
@@ -461,22 +460,21 @@ def _two_constants(site: ChainSite) -> Tensor:
     """Return two sequences, each of one token."""
     chain = site.chain
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    tokens = (torch.randint(size, ()) + torch.arange(2)) % size
+    device = chain.kernel.device
+    first = torch.randint(size, (), device=device)
+    tokens = (first + torch.arange(2, device=device)) % size
     return _prompted(tokens.reshape(2, *[1] * len(shape)).expand(2, *shape), site)
 
 
 def _prompted(tokens: Tensor, site: ChainSite) -> Tensor:
     if site.chain.prompt is None:
         return tokens
-    prompt = site.chain.prompt.cpu()
+    prompt = site.chain.prompt
     return torch.where(prompt >= 0, prompt, tokens)
 
 
 def _histories(clean: Tensor, site: ChainSite) -> Tensor:
-    """Return paths to clean sequences, noise until the end first, then noise that gives way.
-
-    They are :data:`NUM_HISTORIES` for each sequence: one alone may not have the token that shows.
-    """
+    """Return paths to clean sequences, noise until the end first, then noise that gives way."""
     chain, shape = site.chain, torch.Size((NUM_HISTORIES, *clean.shape))
     noise = chain.kernel.init_carry(shape[:-1], chain.length, prompt=chain.prompt)["tokens"]
     step = torch.arange(chain.num_steps + 1, device=clean.device)[:, None]
@@ -486,7 +484,8 @@ def _histories(clean: Tensor, site: ChainSite) -> Tensor:
 
 
 def _empty_path(name: str, chain: ReverseChain) -> Tensor:
-    return torch.zeros((*chain.batch_shape, *chain.event_shape), dtype=torch.int64)
+    shape = (*chain.batch_shape, *chain.event_shape)
+    return torch.zeros(shape, dtype=torch.int64, device=chain.kernel.device)
 
 
 def _same_chain(site: dict[str, Any], known: ChainSite) -> bool:

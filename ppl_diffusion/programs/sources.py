@@ -249,7 +249,7 @@ class ProgramSource(Source):
         first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
         chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
         known = {name: value[first] for name, value in (chains | latents).items()}
-        chunks = torch.arange(len(first)).split(MAX_ROWS)
+        chunks = torch.arange(len(first), device=first.device).split(MAX_ROWS)
         parts = [self._finished(known, part, first[part], state, whole) for part in chunks]
         log_g = torch.cat([value for value, _ in parts])[inverse]
         names = [n for n in parts[0][1] if all(n in values for _, values in parts)]
@@ -270,10 +270,7 @@ class ProgramSource(Source):
         return log_g, run.samples(leave_out=self.program.chain_names)
 
     def _require_same_conditions(self, run: ProgramRun, rows: Tensor, state: State) -> None:
-        """Refuse particles that did not move under the condition the program gives them in the end.
-
-        It costs nothing, and finds a dependence that the reading of the program missed.
-        """
+        """Refuse particles that moved under another condition than they have in the end."""
         for site in self.chains:
             carried = state["sites"][site.name].get("given") or {}
             for name, value in run.given(site.name).items():
@@ -314,7 +311,8 @@ class ProgramSource(Source):
         for name, surrogate in self._surrogates.items():
             value = surrogate.lookahead(fills[name])  # (R, N, F, *plates)
             total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
-        return torch.as_tensor(total)
+        assert isinstance(total, Tensor)
+        return total
 
     def _guessed(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, last: bool
@@ -324,8 +322,8 @@ class ProgramSource(Source):
         drawn = len(latents) < len(self.program.latents) or len(rows) < len(self.chains)
         first, inverse = self._distinct(rows, latents, keep_all=drawn)
         keys = None if drawn or last else self._keys(rows, latents)[first]
-        values = torch.empty(len(first), dtype=torch.float64)
-        new = torch.ones(len(first), dtype=torch.bool)
+        values = torch.empty(len(first), dtype=torch.float64, device=first.device)
+        new = torch.ones(len(first), dtype=torch.bool, device=first.device)
         if keys is not None and self._memory is not None:
             index = self._memory.find(keys)
             values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
@@ -355,7 +353,8 @@ class ProgramSource(Source):
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool
     ) -> tuple[Tensor, Tensor]:
         if keep_all:
-            every = torch.arange(len(next(iter(rows.values()))))
+            tokens = next(iter(rows.values()))
+            every = torch.arange(len(tokens), device=tokens.device)
             return every, every
         return distinct_rows(self._keys(rows, latents))
 
@@ -398,12 +397,7 @@ def with_sites(x: Tensor, sites: Tensor, values: Tensor) -> Tensor:
 
 
 def require_finite(value: Tensor, name: str) -> Tensor:
-    """Return look-aheads after checking that they are finite.
-
-    :param value: look-aheads.
-    :param name: the potential's name.
-    :raises PotentialError: if one is not.
-    """
+    """Return look-aheads after checking that they are finite."""
     if not bool(torch.isfinite(value).all()):
         raise PotentialError(
             f"the look-ahead of {name} is not finite for {int((~value.isfinite()).sum())} of "

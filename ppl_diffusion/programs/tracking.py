@@ -61,7 +61,8 @@ class _StandIn(TorchDistribution):
         super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return sum((0.0 * x.to(torch.float64).sum() for x in self.given.values()), torch.zeros(()))
+        none = torch.zeros((), device=value.device)
+        return sum((0.0 * x.to(torch.float64).sum() for x in self.given.values()), none)
 
 
 class SameRows(Messenger):
@@ -81,8 +82,7 @@ class SameRows(Messenger):
 def _random_path(chain: ReverseChain) -> Tensor:
     """Return a random clean sequence repeated: one that argmax guesses would not show."""
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)
-    clean = torch.randint(size, shape)
+    clean = torch.randint(size, shape, device=chain.kernel.device)
     if chain.prompt is not None:
-        prompt = chain.prompt.cpu()
-        clean = torch.where(prompt >= 0, prompt, clean)
+        clean = torch.where(chain.prompt >= 0, chain.prompt, clean)
     return clean[..., None, :].expand(*shape[:-1], chain.num_steps + 1, -1).clone()

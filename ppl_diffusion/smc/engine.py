@@ -96,7 +96,7 @@ def run_smc(
         "num_steps": fk.num_steps,
     }
     tokens = trace.carry["tokens"]
-    return ParticlePosterior(
+    posterior = ParticlePosterior(
         x0=tokens,
         times=torch.as_tensor(fk.chain.kernel.times, device="cpu"),
         samples={"x0": tokens},
@@ -107,6 +107,7 @@ def run_smc(
         seconds=time.perf_counter() - started,
         **trace.posterior_fields(),
     )
+    return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,19 @@ class ParticlePosterior:
     seconds: float = math.nan
     compact_path: Tensor | None = None
     is_program: bool = False
+
+    def to(self, device: str | torch.device) -> ParticlePosterior:
+        """Return the same result with its arrays on a device.
+
+        :param device: the device.
+        """
+        moved: dict[str, Any] = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        samples = {name: value.to(device) for name, value in self.samples.items()}
+        return replace(self, samples=samples, **moved)
 
     @property
     def exact(self) -> bool:

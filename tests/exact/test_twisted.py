@@ -468,8 +468,8 @@ DEFECTS = [_ForgetsProposal, _ClosesWithTheGuess, _RevealsTheMostConfident]
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_each_defect_is_seen(defect):
+    method = defect(twist=PersistentFill(1))
     with pytest.raises(AssertionError, match="standard errors off"):
-        method = defect(twist=PersistentFill(1))
         check(ordered_chain(), GOAL, method=method, runs=2000, ess_threshold=1.01)
 
 

@@ -19,6 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from ppl_diffusion.smc import ArgmaxFill
+from ppl_diffusion.testing import state_index
 
 ROOT = str(Path(__file__).parents[2])
 FACTORS = ("SIX6", "PAX6", "PAX3")
@@ -189,7 +190,7 @@ def test_correctors_target_the_squared_prior(landscape):
 
 
 def test_outcomes_keep_weights_and_draws_with_their_words(problem):
-    methods, code = module("_pbm_methods"), module("_problems").sequence_code
+    methods, code = module("_pbm_methods"), state_index
     method = next(m for m in methods.METHODS if m.name == "importance")
     outcome = methods.run_method(problem, method, 6, 20)
     log_g = problem.log_g[outcome.codes]

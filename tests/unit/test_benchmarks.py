@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.kernels import Absorbing
+from ppl_diffusion.testing import all_states
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -31,7 +32,7 @@ def problem(name, **changes):
 
 
 def log_joint(given):
-    sequences = module("_problems").all_sequences(given.vocab_size, given.length)
+    sequences = all_states(given.vocab_size, given.length)
     log_p = given.chain(1).kernel.denoiser.log_prob(sequences)
     return sequences, log_p + given.log_potential(sequences)
 
@@ -74,7 +75,7 @@ def test_exact_draws_follow_the_marginals():
 def test_the_law_of_the_finite_chain_is_its_marginal(num_steps):
     problems = module("_problems")
     short = problem("B0", length=3)
-    sequences = problems.all_sequences(3, 3)
+    sequences = all_states(3, 3)
     exact = short.chain(num_steps).marginal().log_prob(sequences).exp()
     law = problems.chain_table(short, num_steps)
     torch.testing.assert_close(law, exact, rtol=0, atol=1e-13)
@@ -86,7 +87,7 @@ def test_gaps_agree_with_enumeration(num_steps):
     problems = module("_problems")
     short = problem("B1", length=4)
     law = problems.chain_table(short, num_steps)
-    log_g = short.log_potential(problems.all_sequences(4, 4))
+    log_g = short.log_potential(all_states(4, 4))
     expected = float(torch.log((law * log_g.exp()).sum()))
     assert problems.declared_log_z(short, num_steps) == pytest.approx(expected, abs=1e-12)
 
@@ -101,7 +102,7 @@ def test_the_declared_target_approaches_the_ideal_one():
 
 def test_the_denoiser_of_a_problem_is_exact():
     given = problem("B0")
-    sequences = module("_problems").all_sequences(3, 5)
+    sequences = all_states(3, 5)
     denoiser = given.chain(1).kernel.denoiser
     table = TableDenoiser(denoiser.log_prob(sequences).exp().reshape(3, 3, 3, 3, 3), Absorbing(3))
     state = torch.tensor([[3, 1, 3, 3, 0], [3, 3, 3, 3, 3]])

@@ -160,7 +160,12 @@ def test_defaults_depend_on_the_method():
         "num_steps": 64,
         "seed": 0,
         "method": "smc",
+        "twist": "persistent",
+        "fills": 4,
+        "twist_every": 1,
     }
+    assert make_search("steering", fills=8).settings()["twist"] == "persistent"
+    assert "fills" not in make_search("steering").settings()
     assert make_search().make().twist == PersistentFill(4)
     assert make_search("soft-value").make().num_children == 4
     assert make_search("steering", fills=8).make().twist == PersistentFill(8)
@@ -225,6 +230,6 @@ def test_impossible_methods(asked, sentence):
 
 
 def test_fixed_bases_on_a_uniform_prior_are_refused_where_they_cannot_be_held():
-    for method in ("twisted", "corrector", "guided-lineages", "beam", "tempering"):
+    for method in ("twisted", "corrector", "guided-lineages", "tempering"):
         with pytest.raises(InputError, match="holds fixed bases on masked priors alone"):
             infer(make_target(Uniform(4), FIXED), make_search(method))

@@ -150,7 +150,7 @@ def test_options_are_checked():
         SMC(composition, method="corrector", clamp=True, twist=None)
     with pytest.raises(ValueError, match="compose changes a chain"):
         SMC(composition, method="corrector", compose=lambda chain: chain).run()
-    with pytest.raises(TypeError, match="takes no arguments .* composition"):
+    with pytest.raises(TypeError, match=r"takes no arguments .* composition"):
         SMC(composition, method="corrector").run(3)
     for options in ({"sites": "entropy"}, {"group_size": 2}, {"clamp": True}):
         with pytest.raises(ValueError, match="belong to lockstep reveals"):
