@@ -14,13 +14,7 @@ from ppl_diffusion.smc.rejuvenation import PathMove
 
 
 def require_counts(owner: str, num_particles: Any, num_runs: Any) -> None:
-    """Refuse numbers of particles and runs that are not whole and positive.
-
-    :param owner: what the refusal calls the method.
-    :param num_particles: particles.
-    :param num_runs: runs.
-    :raises ValueError: if one is not.
-    """
+    """Refuse numbers of particles and runs that are not whole and positive."""
     whole = all(isinstance(n, Integral) for n in (num_particles, num_runs))
     if not whole or num_particles < 1 or num_runs < 1:
         raise ValueError(
@@ -30,16 +24,7 @@ def require_counts(owner: str, num_particles: Any, num_runs: Any) -> None:
 
 
 def require_target(owner: str, model: Any, potential: Any, takes_nothing: bool) -> None:
-    """Refuse what is no target, or comes without (or with) a potential that it needs (or brings).
-
-    :param owner: what the refusal calls the method.
-    :param model: what is to be sampled.
-    :param potential: the potential given with it, or None.
-    :param takes_nothing: whether a chain may come without a potential.
-    :raises TypeError: if it is a distribution, which is a function too, or no function, or a bare
-        chain comes without a potential.
-    :raises ValueError: if a program comes with a potential.
-    """
+    """Refuse what is no target, or lacks a potential that it needs, or has one too many."""
     if isinstance(model, Composition):
         return
     if isinstance(model, ReverseChain):
@@ -67,12 +52,7 @@ def require_target(owner: str, model: Any, potential: Any, takes_nothing: bool) 
 
 
 def require_moves(owner: str, moves: Any) -> tuple[PathMove, ...]:
-    """Return path moves, refusing anything else.
-
-    :param owner: what the refusal calls the method.
-    :param moves: the moves, in order.
-    :raises TypeError: if they are not path moves.
-    """
+    """Return path moves, refusing anything else."""
     given = tuple(moves) if isinstance(moves, Iterable) else (moves,)
     wrong = [move for move in given if not isinstance(move, PathMove)]
     if wrong or not isinstance(moves, Iterable):

@@ -115,10 +115,7 @@ class GuidedLineages(TwistedSampler):
     ess_threshold: ClassVar[float] = 0.0
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
-        """Lineages are never resampled.
-
-        :raises ValueError: if a threshold was asked for.
-        """
+        """Lineages are never resampled."""
         if ess_threshold:
             raise ValueError(
                 "GuidedLineages: lineages are never resampled; use TwistedSampler for that."
@@ -193,10 +190,7 @@ class BeamSearch(LookingAhead):
     def move(
         self, run: Bound, state: State, group: int, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Move and rate; a candidate that another one equals already is dead.
-
-        The loop's weights are the candidates' own ratings: what a parent was rated is given back.
-        """
+        """Move and rate; a candidate that another one equals already is dead."""
         moved, _ = super().move(run, state, group, generator)
         if group + 1 == len(run.groups):
             moved = run.final(moved)
@@ -236,10 +230,7 @@ class KeepBest(Resampler):
     name = "keep-best"
 
     def num_uniforms(self, num_particles: int) -> int:
-        """None: nothing is drawn.
-
-        :raises ValueError: if the copies do not divide the particles.
-        """
+        """None: nothing is drawn."""
         if num_particles % self.copies:
             raise ValueError(
                 f"BeamSearch: num_children must divide num_particles, got {self.copies} and "
@@ -248,12 +239,7 @@ class KeepBest(Resampler):
         return 0
 
     def __call__(self, uniforms: Tensor, log_weights: Tensor) -> Tensor:
-        """Return the ancestor of every new particle, int64 ``(*runs, N)``.
-
-        :param uniforms: not used.
-        :param log_weights: what particles are ranked by, ``(*runs, N)``; ``-inf`` never survives
-            where another does.
-        """
+        """Return the ancestor of every new particle, int64 ``(*runs, N)``."""
         size = log_weights.shape[-1]
         order = log_weights.argsort(dim=-1, descending=True, stable=True)
         alive = (log_weights > -torch.inf).sum(-1, keepdim=True).clamp_min(1)

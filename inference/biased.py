@@ -11,12 +11,7 @@ from ppl_diffusion.smc.posterior import ParticlePosterior
 
 
 def reweighted(posterior: ParticlePosterior, log_weights: Tensor, why: str) -> ParticlePosterior:
-    """Return a result with weights that are exact for nothing, and no evidence.
-
-    :param posterior: the result.
-    :param log_weights: the new weights, normalised in each living run, ``(R, N)``.
-    :param why: what the draws are, in words.
-    """
+    """Return a result with weights that are exact for nothing, and no evidence."""
     nothing = torch.where(posterior.alive, torch.nan, -torch.inf).to(torch.float64)
     return replace(
         posterior,
@@ -29,12 +24,7 @@ def reweighted(posterior: ParticlePosterior, log_weights: Tensor, why: str) -> P
 
 
 def best_only(posterior: ParticlePosterior, keep: int, why: str) -> ParticlePosterior:
-    """Return a result whose weight lies, equally, on the best particles of each run.
-
-    :param posterior: the result.
-    :param keep: particles kept per run.
-    :param why: what the draws are, in words.
-    """
+    """Return a result whose weight lies, equally, on the best particles of each run."""
     log_g = torch.where(posterior.log_weights == -torch.inf, -torch.inf, posterior.log_potential)
     best, index = log_g.topk(min(keep, log_g.shape[1]), -1)
     kept = (best > -torch.inf).sum(-1, keepdim=True).clamp_min(1)
@@ -44,9 +34,5 @@ def best_only(posterior: ParticlePosterior, keep: int, why: str) -> ParticlePost
 
 
 def equal_weights(posterior: ParticlePosterior, why: str) -> ParticlePosterior:
-    """Return a result whose particles count alike, but for those the potential forbids.
-
-    :param posterior: the result.
-    :param why: what the draws are, in words.
-    """
+    """Return a result whose particles count alike, but for those the potential forbids."""
     return best_only(posterior, posterior.num_particles, why)

@@ -45,10 +45,7 @@ class LookingAhead(Method):
         return self.twist if isinstance(self.twist, FillTwist) else ArgmaxFill()
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
-        """Return the mover of a site by its chain, or the proposal.
-
-        :raises CapabilityError: if a proposal meets a twisted site, or several chains.
-        """
+        """Return the mover of a site by its chain, or the proposal."""
         proposal: Any = self.proposal
         if proposal is None:
             proposal = held_proposal(site)
@@ -65,12 +62,7 @@ class LookingAhead(Method):
         return chain_mover(site, self.twist, proposal, max_rows=max_rows)
 
     def rate(self, run: Bound, state: State, generator: torch.Generator | None) -> Tensor:
-        """Return ``log h`` of states, float64 ``(R, N)``.
-
-        :param run: the run.
-        :param state: the states.
-        :param generator: source of randomness.
-        """
+        """Return ``log h`` of states, float64 ``(R, N)``."""
         if not isinstance(self.twist, CallableTwist):
             return run.look(state, generator)
         name = run.only.name
@@ -78,10 +70,7 @@ class LookingAhead(Method):
         return self.twist(carry, state["done"][name], tuple(carry["tokens"].shape[:2]))
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
-        """Refuse functions of one chain's state where there are several.
-
-        :raises CapabilityError: if there are.
-        """
+        """Refuse functions of one chain's state where there are several."""
         if isinstance(self.twist, CallableTwist) and len(run.sites) > 1:
             raise CapabilityError(
                 f"{type(self).__name__}: a twist given by a function sees the carry of one chain, "

@@ -7,41 +7,35 @@ does not refuse the target gets some, each twice as large as the last, within a 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.baselines import BestOfN, ImportanceSampling
 from ppl_diffusion.inference.check_pilots import (
     COSTS,
-    RUNS,
+    PLAIN,
     Candidate,
+    Search,
+    applicable,
     cost_of,
-    evidence_error,
-    within,
 )
-from ppl_diffusion.inference.check_table import table, warnings_of
 from ppl_diffusion.inference.compositions import Composition
-from ppl_diffusion.inference.correctors import ComposedSource, Corrector
 from ppl_diffusion.inference.smc import SMC, Target
-from ppl_diffusion.programs.method import Method, methods
-from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, Source
+from ppl_diffusion.programs.method import Method
+from ppl_diffusion.programs.sources import PotentialLike, ProgramSource
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
-PLAIN = ImportanceSampling.name
+COARSE, COLLAPSED, SLOW, NOISE = 1.0, 0.1, 0.1, 0.01
+"""Warned of: large errors (nats), a low ESS (share), slow calls (s). Nats within NOISE agree."""
 
-CHEAP_FIRST = (PLAIN, "steering-strided", "smc", "twisted")
-"""Who is tried first, since the pilots' share may not do for all."""
-
-PATIENCE, LEAST_PARTICLES, FEW = 120.0, 8, 4
-"""Seconds that pilots may take, whatever the budget; particles that a run of several has at least;
-particles of a first pilot, and draws below which weights mean nothing."""
+FORM = "{:<22}{:>6}{:>8}{:>16}{:>8}{:>8}{:>8}{:>11} {:>23}  {}"
+HEADS = ["method", "pilot", "ESS", "log-evidence", "rows", "calls", "ms", "NxR", "error", "remark"]
+CAPTION = """\
+From small pilots, approximate. rows, calls, ms: per particle, as a rule at most (equal rows are
+paid once). error: of the log-evidence at NxR, which the rest affords; nats, with 90 % interval."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +68,7 @@ class Check:
 
         :param seed: seed of the run.
         """
-        args, kwargs = self._given
-        return self.program.run(*args, seed=seed, **kwargs)
+        return self.program.run(*self._given[0], seed=seed, **self._given[1])
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the row of a method.
@@ -138,186 +131,104 @@ def check(
     """
     budget: dict[str, float | None] = {"num_evaluations": num_evaluations}
     budget |= {"num_potential_calls": num_potential_calls, "seconds": seconds}
-    _require_numbers(budget, num_runs=num_runs, max_particles=max_particles)
+    sizes = {"num_runs": num_runs, "max_particles": max_particles}
+    for name, value in (budget | sizes).items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"check: {name} must be positive and finite, got {value}.")
+    if all(value is None for value in budget.values()):
+        raise ValueError(f"check: nothing limits the run; give {', '.join(budget)}, or several.")
     if not 0 < pilot_share <= 0.5:
         raise ValueError(f"check: pilot_share must lie in (0, 0.5], got {pilot_share}.")
     given = ((target, potential), tuple(args), dict(kwargs or {}))
     source = SMC(target, potential, **options)._source(*given[1:])  # may refuse it
-    known = _candidates(source, isinstance(target, Composition), candidates or {})
+    known = applicable(source, isinstance(target, Composition), candidates or {})
     limit = cost_of(*(math.inf if value is None else value for value in budget.values()))
     # Programs that read whole paths are refused without them; others need not pay for them.
     whole = isinstance(source, ProgramSource) and bool(source.program.reads)
     seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     pilots = {"given": given, "store_path": whole, **options}
-    search = _Search(known, pilots, limit, pilot_share, num_runs, max_particles, seed)
+    search = Search(known, pilots, limit, pilot_share, num_runs, max_particles, seed)
     search.spent = cost_of(calls=source.num_calls)  # what the reading of a program took
-    best, reason = search.run(_plain_cost(source))
-    rows = [search.row(candidate, best) for candidate in search.candidates]
+    best, reason = search.run(source)
     row = search.row(best, best)
     size = {name: row[name] for name in ("num_particles", "num_runs")}
     return Check(
         recommended=best.name,
         program=SMC(target, potential, method=best.method, **size, **options),
         reason=reason,
-        rows=rows,
+        rows=[search.row(candidate, best) for candidate in search.candidates],
         warnings=warnings_of(search.tried, best, row),
         pilot_cost=dict(zip(COSTS, search.spent.tolist(), strict=True)),
         _given=given[1:],
     )
 
 
-def _require_numbers(budget: dict[str, float | None], **sizes: int) -> None:
-    if all(value is None for value in budget.values()):
-        raise ValueError(f"check: nothing limits the run; give {', '.join(budget)}, or several.")
-    for name, value in budget.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"check: {name} must be positive and finite, got {value}.")
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"check: {name} must be >= 1, got {size}.")
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the rows of a check as the lines of a table."""
+    cells = [[row["name"], *_numbers(row), row["status"]] for row in rows]
+    return [FORM.format(*line) for line in (HEADS, *cells)] + [CAPTION]
 
 
-def _candidates(source: Source, composed: bool, extra: Mapping[str, Method]) -> list[Candidate]:
-    """Return the methods to try, in the order in which they are."""
-    found: dict[str, Method] = {}
-    for name, cls in methods().items():
-        # Only correctors take compositions; of a plain chain they sample another law (reveals).
-        if cls.exact and issubclass(cls, Corrector) == composed:
-            found[name] = cls()
-            if "variants" in vars(cls):  # inherited ones are those of another method
-                found |= cls.variants(source)  # type: ignore[attr-defined]
-    found |= extra
-    order = [n for n in CHEAP_FIRST if n in found] + [n for n in found if n not in CHEAP_FIRST]
-    known = []
-    for name in order:
-        with contextlib.suppress(CapabilityError):
-            found[name].require(source)
-            known.append(Candidate(name, found[name]))
-    return known
+def _numbers(row: dict[str, Any]) -> list[str]:
+    seen, cost, size, error = ["-"] * 3, ["-"] * 3, "-", "-"
+    if "num_particles" in row:
+        particles, runs = row["num_particles"], row["num_runs"]
+        scaled = zip(COSTS, (1, 1, 1e3), strict=True)
+        cost = [f"{row[name] * scale / (particles * runs):.3g}" for name, scale in scaled]
+        size = f"{particles} x {runs}"
+    if "error" in row:
+        found = f"{row['log_evidence']:.2f} ± {row['log_evidence_error']:.2g}"
+        seen = [str(row["pilot_particles"]), f"{row['ess']:.1%}", found]
+        error = "{error:.2g} ({error_low:.2g}..{error_high:.2g})".format(**row)
+    return [*seen, *cost, size, error]
 
 
-def _plain_cost(source: Source) -> Tensor:
-    """Return the most that a plain draw can cost."""
-    chains = [site.chain for site in source.chains]
-    if isinstance(source, ComposedSource):
-        chains = list(source.composition.chains)
-    plates = [chain.num_steps * math.prod(chain.batch_shape) for chain in chains]
-    each = [getattr(chain.kernel.denoiser, "network_rows", 1) for chain in chains]
-    return cost_of(sum(map(math.prod, zip(plates, each, strict=True))), 1)
+def warnings_of(tried: list[Candidate], best: Candidate, row: dict[str, Any]) -> list[str]:
+    """Return what a user should know of the pilots and of what is recommended."""
+    if not tried:
+        return [*_of_best(best, row)]
+    if all(math.isinf(c.seen) for c in tried):
+        return ["Every pilot died; look ahead by what grades the way to G > 0, like a Constraint."]
+    plain = tried[0].last if tried[0].name == PLAIN else None
+    return [*_of_potential(plain), *_of_pilots(tried), *_of_best(best, row)]
 
 
-@dataclass
-class _Search:
-    """One dry run: candidates, what pilots are given, the budget, and sizes."""
+def _of_potential(plain: ParticlePosterior | None) -> Iterator[str]:
+    if plain is None:
+        return
+    log_g = plain.log_potential.flatten()
+    dead = float((log_g == -math.inf).double().mean())
+    if dead > 0.5:
+        yield f"The potential is -inf on {dead:.0%} of {len(log_g)} draws of the chain."
+    elif float(log_g.max() - log_g.min()) == 0:
+        yield f"The potential is the same on all {len(log_g)} draws of the chain."
+    each = plain.seconds / plain.num_potential_calls
+    if each > SLOW:
+        yield f"Plain draws take {each:.2g} s per call; give num_potential_calls or seconds."
 
-    candidates: list[Candidate]
-    options: dict[str, Any]
-    limit: Tensor
-    share: float
-    num_runs: int
-    max_particles: int
-    seed: int
-    spent: Tensor = field(default_factory=cost_of)
 
-    @property
-    def tried(self) -> list[Candidate]:
-        return [c for c in self.candidates if c.pilots]
+def _of_pilots(tried: list[Candidate]) -> Iterator[str]:
+    for candidate in tried:
+        died = int((~candidate.last.alive).sum())
+        if died:
+            yield f"The pilot of {candidate.name} died in {died} of {candidate.last.num_runs} runs."
+        elif candidate.ess < COLLAPSED:
+            yield f"The pilot of {candidate.name} collapsed to an ESS of {candidate.ess:.1%}."
+    # Estimates fall short much more often than they overshoot: the largest is to be trusted.
+    top = max(tried, key=lambda c: c.evidence_range[0])
+    short = [c.name for c in tried if c.evidence_range[1] < top.evidence_range[0] - NOISE]
+    if short:
+        found = f"{top.name} finds a log-evidence of {top.last.pooled_log_evidence:.1f}"
+        yield f"Pilots disagree: {found}, {', '.join(short)} less; trust the former."
 
-    def _end(self, part: float) -> Tensor:
-        """Return what pilots together may take; nobody waits for them for ever."""
-        most = cost_of(math.inf, math.inf, PATIENCE)
-        return torch.minimum(self.limit * self.share, most) * part
 
-    def run(self, plain: Tensor) -> tuple[Candidate, str]:
-        """Spend the pilots' share; return what is recommended, and why."""
-        if within(self.spent + plain * RUNS * FEW, self._end(1.0)):
-            for number, candidate in enumerate(self.candidates):
-                self._try(candidate, len(self.candidates) - number)
-        if not self.tried:
-            return self._untried(plain)
-        while self._grow(self._best()[0], self._end(1.0)):  # its cost is what must be right
-            pass
-        return self._best()
-
-    def _try(self, candidate: Candidate, waiting: int) -> None:
-        """Give a method an equal part of what is left, or what plain draws took if that is more."""
-        tried, left = self.tried, self._end(0.5) - self.spent
-        limit = part = left / waiting
-        if len(tried) < 2:  # nothing is learned from a single method
-            limit = self._end(1.0) - self.spent
-        elif within(first := tried[0].each * RUNS * FEW, left):
-            limit = torch.maximum(part, first)
-        candidate.status, end = "no pilot: too dear", self.spent + part
-        if bool((limit > 0).all()):
-            self._pilot(candidate, FEW, limit)
-            while self._grow(candidate, end):
-                pass
-
-    def _grow(self, candidate: Candidate, end: Tensor) -> bool:
-        """Run a pilot of twice the size, if it ends in time."""
-        size = 2 * candidate.size
-        affordable = within(self.spent + size * candidate.each, end) and size <= self.max_particles
-        if candidate.stopped or not affordable:
-            return False
-        self._pilot(candidate, size // RUNS, end - self.spent)
-        return not candidate.stopped
-
-    def _pilot(self, candidate: Candidate, size: int, limit: Tensor) -> None:
-        seed = self.seed + len(candidate.pilots)
-        self.spent = self.spent + candidate.pilot(size, limit, seed, **self.options)
-
-    @property
-    def _floor(self) -> float:
-        """The best lower bound of the log-evidence from any method."""
-        return max(c.evidence_range[0] for c in self.tried)
-
-    def _shape(self, candidate: Candidate) -> tuple[int, int]:
-        """Return particles and runs of the largest run that the rest of the budget affords."""
-        most = float(((self.limit - self.spent) / candidate.each.clamp_min(1e-12)).min())
-        size = int(max(1.0, min(self.max_particles, most)))
-        runs = max(1, min(self.num_runs, size // LEAST_PARTICLES))
-        return size // runs, runs
-
-    def _error(self, candidate: Candidate) -> float:
-        return evidence_error(candidate.variance(self._floor), math.prod(self._shape(candidate)))
-
-    def _best(self) -> tuple[Candidate, str]:
-        """Return what is recommended, and why."""
-        first, best = self.tried[0], min(self.tried, key=self._error)
-        # Where at least half of plain draws count, nothing needs the cleverer ones.
-        if first.name == PLAIN and first.variance(self._floor) <= 1:
-            return (
-                first,
-                f"steering is not needed: the ESS of plain draws is {first.ess:.0%} of them",
-            )
-        if math.isinf(best.seen):
-            return best, "every pilot of every method died, so that nothing speaks for any of them"
-        error = f"about {self._error(best):.2g} nats at this size"
-        return best, f"in pilots it tended to have the smallest error for its cost, {error}"
-
-    def _untried(self, plain: Tensor) -> tuple[Candidate, str]:
-        """Recommend plain draws, or their best, by what they cost at most."""
-        refused = [c.status for c in self.candidates if c.status.startswith("refused: ")]
-        if len(refused) == len(self.candidates):
-            raise CapabilityError(f"check: no method takes this target. {' '.join(refused[:1])}")
-        first = self.candidates[0]
-        first.each = plain
-        size = math.prod(self._shape(first))
-        if first.name == PLAIN and 1 < size < FEW:
-            first = Candidate(BestOfN.name, BestOfN(), plain)
-            self.candidates.insert(0, first)
-        drawn = f"about {size} trajectories" if size > 1 else "one trajectory"
-        return first, f"the budget affords {drawn} and no pilot; so few gain little from look-ahead"
-
-    def row(self, candidate: Candidate, best: Candidate) -> dict[str, Any]:
-        """Return what a report says of a method."""
-        status = "recommended" if candidate is best else candidate.status
-        row: dict[str, Any] = {"name": candidate.name, "status": status}
-        if not bool(candidate.each.any()):
-            return row
-        particles, runs = self._shape(candidate)
-        cost = (candidate.each * particles * runs).tolist()
-        row |= {"num_particles": particles, "num_runs": runs, **dict(zip(COSTS, cost, strict=True))}
-        if candidate.pilots:
-            row |= candidate.shown(self._floor, particles * runs)
-        return row
+def _of_best(best: Candidate, row: dict[str, Any]) -> Iterator[str]:
+    if row["num_particles"] == 1:
+        yield "Nothing can be said about a target from one weighted draw; give a larger budget."
+    elif row["num_runs"] == 1:
+        yield "One run is all there is, and does not show its own spread."
+    if not best.pilots:
+        yield "The budget is too small for pilots: costs are upper bounds, and nothing was tried."
+    elif row["error"] > COARSE:
+        error = f"the predicted error of the log-evidence is {row['error']:.2g} nats"
+        yield f"The budget is small for this target: {error}; take more, or a milder potential."

@@ -143,11 +143,7 @@ class Tilt(Composition):
 def parts_of(
     base: ReverseChain | Composition,
 ) -> tuple[Sequence[tuple[ReverseChain, float]], AbstractPotential | None]:
-    """Return the experts with their exponents, and the potential, of a chain or a composition.
-
-    :param base: a chain or a composition.
-    :raises TypeError: if it is neither.
-    """
+    """Return the experts with their exponents, and the potential, of a chain or a composition."""
     if isinstance(base, Composition):
         return base.experts, base.potential
     if isinstance(base, ReverseChain):

@@ -135,10 +135,7 @@ class Corrector(LookingAhead):
         return base if isinstance(base, Composition) else Composition([(base, 1.0)])
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
-        """Return the experts of a site.
-
-        :raises CapabilityError: if a chain of a program is composed with a potential.
-        """
+        """Return the experts of a site."""
         if isinstance(source, ComposedSource):
             composed = source.composition
         else:

@@ -106,10 +106,7 @@ class ExpertMover(ABC):
         """Return the carry after step ``k`` and the log of what it is weighed by, ``(R, N)``."""
 
     def carries(self, carry: Carry) -> list[Carry]:
-        """Return what each expert sees of a carry: the tokens, and the conditions it reads.
-
-        :param carry: the carry of the site.
-        """
+        """Return what each expert sees of a carry: the tokens, and the conditions it reads."""
         given, found = carry.get(GIVEN) or {}, []
         for kernel in self.kernels:
             own: Carry = {"tokens": carry["tokens"]}
@@ -119,20 +116,12 @@ class ExpertMover(ABC):
         return found
 
     def cavities(self, carry: Carry, k: int) -> list[Tensor]:
-        """Return each expert's prediction of the clean tokens, ``(*batch, L, V)``.
-
-        :param carry: the carry of the site.
-        :param k: index into the time grid.
-        """
+        """Return each expert's prediction of the clean tokens, ``(*batch, L, V)``."""
         seen = zip(self.kernels, self.carries(carry), strict=True)
         return [kernel.cavity_log_probs(own, k) for kernel, own in seen]
 
     def posterior_mean(self, carry: Carry, k: int) -> Tensor:
-        """Return what a look-ahead fills states with: the composed law of the clean tokens.
-
-        :param carry: the carry of the site.
-        :param k: index into the time grid.
-        """
+        """Return what a look-ahead fills states with: the composed law of the clean tokens."""
         log_c = normalised(log_product(self.cavities(carry, k), self.exponents))
         alpha = float(self.kernel.alphas[k])
         mean: Tensor = log_posterior_mean(self.kernel.process, carry["tokens"], log_c, alpha)
@@ -146,20 +135,14 @@ class ExpertMover(ABC):
 
 
 def normalised(log_g: Tensor) -> Tensor:
-    """Return rows that sum to one; a row without mass becomes flat, which only a guess may use.
-
-    :param log_g: log-weights, ``(..., n)``.
-    """
+    """Return rows that sum to one; a row without mass becomes flat, which only a guess may use."""
     total = torch.logsumexp(log_g, -1, keepdim=True)
     empty = total == -torch.inf
     return torch.where(empty, 0.0, log_g - torch.where(empty, 0.0, total)).log_softmax(-1)
 
 
 def is_plain_mixture(kernel: Kernel) -> bool:
-    """Return whether a kernel is the ancestral kernel of its denoiser on a time grid.
-
-    :param kernel: the kernel.
-    """
+    """Return whether a kernel is the ancestral kernel of its denoiser on a time grid."""
     if not isinstance(kernel, InterpolatingKernel) or kernel.capability != FACTORISED:
         return False
     return kernel.mixes and kernel.markov and kernel.ancestral

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_diffusion.smc import arviz_data
 from ppl_diffusion.smc.law import Law
 
 
@@ -111,6 +110,9 @@ class GibbsPosterior:
         ``sample_stats`` holds the log-density, the smallest ESS of each conditional SMC and how
         much of the path each sweep changed.
         """
+        # Here, not above: xarray is slow to import, and most runs never leave torch.
+        from ppl_diffusion.smc import arviz_data
+
         chains = np.arange(self.num_runs)
         names = arviz_data.stored_names(self.samples)
         variables = {"x0": self._variable("x0", self.x0)}
@@ -122,6 +124,8 @@ class GibbsPosterior:
         return arviz_data.make_container(groups, self._attributes())
 
     def _variable(self, name: str, value: Tensor) -> tuple[tuple[str, ...], Any]:
+        from ppl_diffusion.smc import arviz_data
+
         plates, array = self.x0.ndim - 3, value.detach().numpy()
         inner = [f"{name}_dim_{i}" for i in range(array.ndim - 2)]
         if array.dtype.kind in "iu" and array.shape == tuple(self.x0.shape):
@@ -143,6 +147,8 @@ class GibbsPosterior:
         return statistics
 
     def _attributes(self) -> dict[str, Any]:
+        from ppl_diffusion.smc import arviz_data
+
         facts = {
             "inference_library": "ppl_diffusion",
             "target": self.target,

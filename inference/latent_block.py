@@ -53,11 +53,7 @@ class LatentBlock:
     def update(
         self, paths: Mapping[str, Tensor], latents: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the latents of all chains after their transitions, each ``(C, ...)``.
-
-        :param paths: the chains' paths, each ``(C, *plates, T + 1, L)``.
-        :param latents: where the latents stand, each ``(C, ...)``.
-        """
+        """Return the latents of all chains after their transitions, each ``(C, ...)``."""
         drawn = []
         for c in range(len(next(iter(paths.values())))):
             self.paths = {name: path[c] for name, path in paths.items()}
@@ -96,11 +92,7 @@ class _GivenChains(Messenger):
 
 
 def require_continuous(program: Program) -> None:
-    """Refuse latents that NUTS cannot move.
-
-    :param program: the program.
-    :raises CapabilityError: if one of them is discrete.
-    """
+    """Refuse latents that NUTS cannot move."""
     for site in program.trace({}).nodes.values():
         if site["type"] != "sample" or site["is_observed"] or is_deterministic(site):
             continue

@@ -120,12 +120,7 @@ _SAMPLED = ("sampled-confidence", "low-confidence", "low_confidence", "remask-lo
 
 
 def as_site_rule(rule: str | SiteRule) -> SiteRule:
-    """Return a site rule from its name.
-
-    :param rule: a name from :data:`SITE_RULES`, or a rule.
-    :raises CapabilityError: if the rule ranks positions by the tokens just sampled.
-    :raises ValueError: if the name is unknown.
-    """
+    """Return a site rule from its name."""
     if isinstance(rule, SiteRule):
         return rule
     if rule in _SAMPLED:
@@ -187,10 +182,7 @@ class LockstepMover(ExpertMover):
     def move(
         self, carry: Carry, k: int, generator: Any, look: Look | None = None
     ) -> tuple[Carry, Tensor | float]:
-        """Reveal positions; a token's log-weight is ``log sum_v prod_m D_m(v)**b_m``.
-
-        :param look: what every token of a chosen position promises, which then chooses among them.
-        """
+        """Reveal positions; a token's log-weight is ``log sum_v prod_m D_m(v)**b_m``."""
         tokens, fixed = carry["tokens"], self.chain.fixed
         noise = uniforms((2, *tokens.shape), generator=generator, device=tokens.device)
         seen = zip(self.kernels, self.carries(carry), strict=True)

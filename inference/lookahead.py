@@ -54,12 +54,7 @@ class Lookahead(ABC):
         """
 
     def score(self, run: Bound, state: State, guess: Any) -> Tensor:
-        """Return ``log h``, float64 ``(R, N)``.
-
-        :param run: the run.
-        :param state: the states.
-        :param guess: the guesses.
-        """
+        """Return ``log h``, float64 ``(R, N)``."""
         return per_particle(self.score_each(run, state, guess, next(iter(run.sites))))
 
     @abstractmethod

@@ -249,11 +249,7 @@ class GibbsSampler:
         return GibbsState(paths, latents, ess[:, 0], ess, empty)
 
     def sweep(self, state: GibbsState, *, reverse: bool = False) -> GibbsState:
-        """Return the state after one update of both blocks.
-
-        :param state: where the chains stand.
-        :param reverse: update the latents first: with reversible blocks, the time reversal.
-        """
+        """Return the state after one update of both blocks."""
         blocks = [self.update_paths, self.update_latents]
         for update in reversed(blocks) if reverse else blocks:
             state = update(state)
@@ -302,13 +298,7 @@ class GibbsSampler:
         settings: Mapping[str, Any],
         seconds: float,
     ) -> GibbsPosterior:
-        """Return draws as a posterior, with all sites of the program.
-
-        :param draws: the states of the kept sweeps.
-        :param updated: whether each state of the path changed in the sweep, ``(C, S, T + 1)``.
-        :param settings: what was chosen.
-        :param seconds: wall time.
-        """
+        """Return draws as a posterior, with all sites of the program."""
         paths = {n: torch.stack([s.paths[n] for s in draws], 1) for n in self.sites}
         latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
         samples, log_density = self._values(paths, latents)

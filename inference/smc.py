@@ -254,14 +254,7 @@ class _Engine:
 def as_method(
     method: Method | str | None, default: type[Method], options: dict[str, Any]
 ) -> Method:
-    """Return a method from its name and options.
-
-    :param method: a name, an instance, or None for the default.
-    :param default: the default.
-    :param options: options of the method.
-    :raises TypeError: if an instance comes with options, or an option is not the method's.
-    :raises ValueError: if the name is unknown.
-    """
+    """Return a method from its name and options."""
     if isinstance(method, Method):
         if options:
             raise TypeError(
@@ -287,10 +280,7 @@ def as_method(
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed what happens inside and leave the global random state alone; None does neither.
-
-    :param seed: the seed.
-    """
+    """Seed what happens inside and leave the global random state alone; None does neither."""
     if seed is None:
         yield
         return

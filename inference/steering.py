@@ -98,10 +98,7 @@ class FKSteering(LookingAhead):
         return self.closing == "published" and self.kind in ("max", "sum")
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
-        """Find out which steps are scored.
-
-        :raises ValueError: if the interval holds no step of the chain.
-        """
+        """Find out which steps are scored."""
         super().prepare(run, resampler, ess_threshold)
         run.notes["scored"] = _scored_steps(self.num_steps(run), self.every, self.interval)
 

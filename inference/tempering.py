@@ -80,10 +80,7 @@ class Tempering(Method):
             object.__setattr__(self, "powers", _check_powers(self.powers))
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
-        """Moves are made for equally weighted particles: always resample.
-
-        :raises ValueError: if the threshold, which the pilot aims at, or the sweeps are no use.
-        """
+        """Moves are made for equally weighted particles: always resample."""
         if not 0 < ess_threshold < 1 or self.num_sweeps < 1:
             raise ValueError(
                 "Tempering: ess_threshold must lie between 0 and 1 and num_sweeps be >= 1, got "
@@ -92,11 +89,7 @@ class Tempering(Method):
         return resampler if self.waste_free is None else WasteFree(self.waste_free), 2.0
 
     def prepare(self, run: Bound, resampler: Resampler, ess_threshold: float) -> None:
-        """Choose moves, and a ladder by a pilot run.
-
-        :raises CapabilityError: if a move is wrong for a chain.
-        :raises ValueError: if the pilot finds no ladder.
-        """
+        """Choose moves, and a ladder by a pilot run."""
         moves = {site.name: self._moves_of(site.chain) for site in run.source.chains}
         run.notes |= {"moves": moves, "share": ess_threshold}
         run.notes["powers"] = self.powers or self._find_powers(run, resampler, ess_threshold)
@@ -202,10 +195,7 @@ class Tempering(Method):
         }
 
     def _find_powers(self, run: Bound, resampler: Resampler, share: float) -> list[float]:
-        """Return a ladder found by one pilot run of ``N`` particles.
-
-        :raises ValueError: if no particle has ``G > 0``, or the ladder does not reach 1.
-        """
+        """Return a ladder found by one pilot run of ``N`` particles."""
         size = run.shape[1]
         pilot, powers = run.at((1, size)), [0.0]
         state = self.begin(pilot, None)
@@ -258,26 +248,13 @@ def _side_by_side(states: Sequence[Any]) -> Any:
 
 
 def default_moves(chain: ReverseChain) -> tuple[PathMove, ...]:
-    """Return a suffix of half the steps and, where it is right, a new order of reveals.
-
-    :param chain: the chain.
-    """
+    """Return a suffix of half the steps and, where it is right, a new order of reveals."""
     suffix = SuffixRefresh(max(1, (chain.num_steps + 1) // 2))
     return (OrderRefresh(), suffix) if OrderRefresh.fits(chain) else (suffix,)
 
 
 def next_power(log_g: Tensor, power: float, share: float) -> float:
-    """Return the largest next power at which the effective sample size is what is asked for.
-
-    The step from ``power`` to ``b`` weighs by ``G^(b - power)``, whose effective sample size
-    falls as ``b`` grows; bisection finds ``ESS(b) = share * n``, or 1 where it stays above.
-
-    :param log_g: ``log G`` of equally weighted particles, ``(N,)``.
-    :param power: the present power.
-    :param share: effective sample size aimed at, as a share of the ``n`` particles with ``G > 0``:
-        those with ``G = 0`` die at any positive power, however small.
-    :raises ValueError: if no particle has ``G > 0``.
-    """
+    """Return the largest next power at which the effective sample size is what is asked for."""
     alive = log_g[log_g > -torch.inf]
     if not len(alive):
         raise ValueError(

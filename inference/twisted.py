@@ -180,11 +180,7 @@ class TwistedSampler(Method):
         return self.twist if isinstance(self.twist, FillTwist) else None
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
-        """Choose the look-ahead.
-
-        :raises CapabilityError: if a function of the state meets plates or several chains.
-        :raises ValueError: if completions are reweighted that the look-ahead does not have.
-        """
+        """Choose the look-ahead."""
         fill = self._fill_of(run.source)
         run.fill = fill or ArgmaxFill()
         lookahead = self._lookahead(run, fill)

@@ -62,26 +62,14 @@ class Sequences:
 
 
 def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
-    """Read a data set.
-
-    :param name: a key of :data:`READERS`.
-    :param folder: the folder that holds ``dna/`` and ``text/``; by default the environment variable
-        ``PPL_DIFFUSION_DATA``.
-    :raises ValueError: if there is no data set of that name.
-    :raises FileNotFoundError: if the folder is not given or lacks the file.
-    """
+    """Read a data set."""
     if name not in READERS:
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(READERS)}.")
     return READERS[name](folder)
 
 
 def check_sequences(sequences: Sequences, recipe: Recipe) -> None:
-    """Refuse data that a recipe cannot be followed with.
-
-    :raises ValueError: if rows are absent, of unlike lengths, no int64 ids or no clean tokens; if
-        related rows are asked for and absent, or their weights no weights; or if ``both_strands``
-        is asked of other than four letters.
-    """
+    """Refuse data that a recipe cannot be followed with."""
     for part in ("train", "valid", "test", "related"):
         if len(getattr(sequences, part)):
             _check_rows(sequences, part)
@@ -132,13 +120,7 @@ def _check_related(sequences: Sequences, recipe: Recipe) -> None:
 
 
 def _yeast_promoters(folder: str | Path | None) -> Sequences:
-    """Native yeast promoter fragments, 80 bases.
-
-    Half of the mass of the related rows goes to all training rows of the assay, each family of near
-    copies counting once, and half to draws from an order-3 Markov chain fitted to the native
-    training rows and their reverse complements: there are only 156 native families, and from the
-    chain's draws the network learns to infer from any visible subset without seeing them again.
-    """
+    """Native yeast promoter fragments, 80 bases."""
     with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
         x, kind, split, family = (z[key] for key in ("x", "kind", "split", "family"))
     rows = torch.from_numpy(x.astype(np.int64))
@@ -182,11 +164,7 @@ def _human_promoters(folder: str | Path | None) -> Sequences:
 
 
 def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
-    """Windows of 128 characters of Shakespeare's plays.
-
-    The vocabulary is that of the training part. Training windows overlap, each beginning an eighth
-    of a window after the last; those for validation and test do not. There are no related rows.
-    """
+    """Windows of 128 characters of Shakespeare's plays."""
     train, valid, test = (_read_text(folder, part) for part in ("train", "valid", "test"))
     vocabulary = "".join(sorted(set(train)))
     held_out = _windows(test, vocabulary, _WINDOW)
@@ -249,12 +227,7 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
 
 
 def find_data(folder: str | Path | None, file: str) -> Path:
-    """Return the path of a file of the data folder.
-
-    :param folder: see :func:`load_sequences`.
-    :param file: its path below the folder.
-    :raises FileNotFoundError: if the folder is not given or lacks the file.
-    """
+    """Return the path of a file of the data folder."""
     folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
     if folder is None:
         raise FileNotFoundError(

@@ -79,10 +79,7 @@ class Distillation(Objective):
         return self.first_delta * 2.0 ** min(step // self._round_length, self.rounds - 1)
 
     def loss(self, rows: Tensor, step: int) -> Tensor:
-        """Return ``KL(student(z_t, t) || teacher(z_s, s))``, summed over sites.
-
-        At the first step of a round the teacher becomes the student.
-        """
+        """Return ``KL(student(z_t, t) || teacher(z_s, s))``, summed over sites."""
         begins = step % self._round_length == 0 and step < self.rounds * self._round_length
         if begins:
             self.teacher.load_state_dict(self.student.state_dict())
@@ -96,13 +93,7 @@ class Distillation(Objective):
         return (ahead.exp() * (ahead - target)).sum((-1, -2)).mean()
 
     def coupled(self, rows: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw noised rows at two times out of the same Gaussian latents.
-
-        :param rows: clean tokens, int64 ``(n, L)``.
-        :param t: one time per row, float64 ``(n,)``.
-        :param s: another, ``(n,)``.
-        :returns: two int64 tensors ``(n, L)``, each distributed as the program's process.
-        """
+        """Draw noised rows at two times out of the same Gaussian latents."""
         size = self.program.denoiser.vocab_size
         noise = self.program.process.schedule.log1m_alpha(torch.stack([t, s])[..., None])
         drawn_from = uniforms((3, *rows.shape), device=rows.device)
@@ -124,12 +115,7 @@ class Distillation(Objective):
 
 
 def latent_levels(log_noise: Tensor, vocab_size: int) -> Tensor:
-    """Return the ``mu`` of the Gaussian latents whose argmax has a given noise level.
-
-    :param log_noise: ``log(1 - alpha)``, float64, any shape.
-    :param vocab_size: number ``V`` of tokens.
-    :returns: ``mu`` with ``T(mu) = alpha`` to 2e-5; infinite without noise, 0 without signal.
-    """
+    """Return the ``mu`` of the Gaussian latents whose argmax has a given noise level."""
     gammas, noise = _noise_table(vocab_size, log_noise.device)
     right = torch.searchsorted(noise, log_noise).clamp(1, len(noise) - 1)
     left = right - 1

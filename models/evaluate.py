@@ -74,12 +74,7 @@ def evaluate(
     times: int = MIN_TIMES,
     seed: int = 0,
 ) -> Evaluation:
-    """Bound the test rows and compare with a Markov chain fitted on the training rows.
-
-    :param recipe: names the order of the chain and the quoted figure.
-    :param times: stratified times per row, two or more.
-    :param seed: seed of times and noise.
-    """
+    """Bound the test rows and compare with a Markov chain fitted on the training rows."""
     terms = _bound_terms(program, sequences.test, times, seed)
     bound = terms.mean(0)
     chain = MarkovBaseline(sequences.train, recipe.markov_order, len(program.vocabulary))
@@ -147,10 +142,7 @@ def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> No
 def write_card(
     folder: Path, name: str, sequences: Sequences, result: Evaluation, *, note: str = ""
 ) -> None:
-    """Write ``card.json`` and the same as ``card.md``.
-
-    :param note: what else a reader should know of how the prior was trained.
-    """
+    """Write ``card.json`` and the same as ``card.md``."""
     recipe = find_recipe(name)
     card: dict[str, Any] = {
         "name": name,

@@ -56,10 +56,7 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned.
-
-        :raises ValueError: if it comes from another objective.
-        """
+        """Take up what :meth:`state_dict` returned."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(
                 "The checkpoint was written under another objective than "
@@ -144,12 +141,7 @@ class Curriculum(Objective):
 
 
 def duo_schedule(vocab_size: int, alphas: tuple[float, float]) -> DuoSchedule:
-    """Return the schedule of Gaussian latents with given signal levels at its two ends.
-
-    The published window, -3.55 to -1.85, is that of alpha from 0.95 to 0.05 at ``V = 50,257``.
-
-    :raises ValueError: unless ``0 < low < high < 1``.
-    """
+    """Return the schedule of Gaussian latents with given signal levels at its two ends."""
     low, high = alphas
     if not 0.0 < low < high < 1.0:
         raise ValueError(f"curriculum: alphas must satisfy 0 < low < high < 1, got {alphas}.")
@@ -160,11 +152,7 @@ def duo_schedule(vocab_size: int, alphas: tuple[float, float]) -> DuoSchedule:
 
 
 def uniform_network(program: DiffusionProgram, objective: str) -> Transformer:
-    """Return the network of a uniform program; ``objective`` says who asks.
-
-    :raises ValueError: if the process is not uniform.
-    :raises TypeError: if the denoiser is not a :class:`Transformer`.
-    """
+    """Return the network of a uniform program; ``objective`` says who asks."""
     if not isinstance(program.process, Uniform):
         raise ValueError(
             f"{objective}: only the uniform process is the argmax of a Gaussian one, but "

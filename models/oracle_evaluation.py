@@ -57,12 +57,7 @@ class Promoters:
 
 
 def load_promoters(folder: str | Path | None = None) -> Promoters:
-    """Read the yeast promoters.
-
-    :param folder: the folder that holds ``dna/``; by default the environment variable
-        ``PPL_DIFFUSION_DATA``.
-    :raises FileNotFoundError: if the file is not there.
-    """
+    """Read the yeast promoters."""
     with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
         x, y, other = (z[k].astype(t) for k, t in _COLUMNS)
         return Promoters(x, y, other, z["family"], z["kind"], z["split"])
@@ -72,15 +67,7 @@ _COLUMNS = (("x", np.int64), ("y_complex", np.float64), ("y_defined", np.float64
 
 
 def evaluate_predictor(rows: Promoters, mean: Array, sd: Array | None = None) -> dict[str, Any]:
-    """Compare predictions with measurements.
-
-    :param rows: the measurements.
-    :param mean: predicted expression, ``(N,)``.
-    :param sd: predicted standard deviation, ``(N,)``.
-    :returns: ``rows``, ``families``, Pearson ``r`` with the central 95 % ``r_interval`` of a
-        bootstrap over families, ``rmse``, and with ``sd`` also ``z_sd`` and the ``coverage`` of the
-        central intervals of :data:`LEVELS`.
-    """
+    """Compare predictions with measurements."""
     result: dict[str, Any] = {
         "rows": len(rows),
         "families": len(np.unique(rows.family)),
@@ -119,15 +106,7 @@ def _calibration(z: Array) -> dict[str, Any]:
 
 
 def evaluate_oracle(oracle: Oracle, data: Promoters) -> Report:
-    """Evaluate an oracle on the test rows, on the native ones among them, and on other natives.
-
-    The test rows hold only eleven native families. The native train rows that were dealt to the
-    other half are as unknown to the oracle as test rows and hold about eighty.
-
-    :param oracle: the oracle.
-    :param data: all rows.
-    :returns: part -> metrics of :func:`evaluate_predictor`.
-    """
+    """Evaluate an oracle on the test rows, on the native ones among them, and on other natives."""
     return {
         part: evaluate_predictor(rows, *(a.double().numpy() for a in oracle.predict(_tokens(rows))))
         for part, rows in _parts(data, oracle.config.half).items()
@@ -167,15 +146,7 @@ def rows_of_half(data: Promoters, half: str, *, split: int) -> Promoters:
 
 
 def assign_halves(family: Array, kind: Array) -> NDArray[np.int64]:
-    """Deal families to the two halves: 0 designs, 1 judges.
-
-    Families are taken the largest first and equals in the order of ``sha256("oracle|<family>")``;
-    each goes to the half that has fewer rows so far of the kind of the family's first row.
-
-    :param family: family of each row, ``(N,)``.
-    :param kind: kind of each row, ``(N,)``.
-    :returns: half of each row, ``(N,)``.
-    """
+    """Deal families to the two halves: 0 designs, 1 judges."""
     names, first, inverse, size = np.unique(
         family, return_index=True, return_inverse=True, return_counts=True
     )
@@ -196,13 +167,7 @@ def ridge(train: Promoters, test: Promoters, k: int, penalty: float = 1000.0) ->
 
 
 def fit_ridge(train: Promoters, k: int, penalty: float) -> tuple[Array, float]:
-    """Fit expression to centred k-mer counts.
-
-    :param train: rows to fit.
-    :param k: length of a k-mer.
-    :param penalty: on the squared weights.
-    :returns: weight of each k-mer in alphabetical order, ``(4**k,)``, and the intercept.
-    """
+    """Fit expression to centred k-mer counts."""
     counts = _count_kmers(train.x, k)
     centre, level = np.asarray(counts.mean(0)).ravel(), train.y.mean()
     gram = (counts.T @ counts).toarray() - len(train) * np.outer(centre, centre)
@@ -228,10 +193,7 @@ def error_correlation(oracles: Sequence[Oracle], data: Promoters) -> float:
 
 
 def print_table(results: dict[str, Report]) -> None:
-    """Print one line for each predictor and part of the test rows.
-
-    :param results: predictor -> part -> metrics.
-    """
+    """Print one line for each predictor and part of the test rows."""
     table = Table("predictor", "rows of", *(heading for heading, _, _ in _COLUMNS_OF_TABLE))
     for predictor, parts in results.items():
         for part, metrics in parts.items():

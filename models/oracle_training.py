@@ -96,11 +96,7 @@ class _Fit(lightning.LightningModule):
 def fit(
     data: Promoters, half: str, config: OracleConfig, recipe: Recipe, *, progress: bool = True
 ) -> Oracle:
-    """Fit and calibrate an oracle on one half of the families of all rows.
-
-    :param config: shape; units and calibration are filled in.
-    :param progress: show a progress bar.
-    """
+    """Fit and calibrate an oracle on one half of the families of all rows."""
     train = rows_of_half(data, half, split=0)
     target = train.y
     centre, scale = float(target.mean()), float(target.std())

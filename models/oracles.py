@@ -74,10 +74,7 @@ class OracleConfig:
 
     @classmethod
     def read(cls, path: Path) -> OracleConfig:
-        """Read a configuration written by :meth:`Oracle.save`.
-
-        :raises ValueError: if the file is not a configuration of this version.
-        """
+        """Read a configuration written by :meth:`Oracle.save`."""
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**entries, "dilations": tuple(entries["dilations"])})
@@ -124,10 +121,7 @@ class Member(nn.Module):
         )
 
     def forward(self, one_hot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict mean, log-variance, and the mean of an auxiliary target used only in training.
-
-        :param one_hot: float ``(B, 4, length + width - 1)``, bases in the order A, C, G, T.
-        """
+        """Predict mean, log-variance, and the mean of an auxiliary target used only in training."""
         hits = F.max_pool1d(F.relu(self.norm(self._scan_strands(one_hot))), self.pool)
         mean, log_variance, auxiliary = self.head(self.blocks(self.mix(hits))).unbind(-1)
         return mean, log_variance.clamp(*_LOG_VARIANCE), auxiliary

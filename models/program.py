@@ -394,12 +394,7 @@ class DiffusionProgram(ABC):
 
 
 def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one time per row, one from each of as many strata of ``(0, 1)``, in random order.
-
-    :param rows: ``(n, ...)``; only ``n`` counts.
-    :param generator: source of the times.
-    :returns: float64 ``(n,)``.
-    """
+    """Draw one time per row, one from each of as many strata of ``(0, 1)``, in random order."""
     source = _source(rows.device, generator)
     order = torch.randperm(len(rows), generator=generator, device=source)
     return _stratified(order.to(rows.device), len(rows), generator)

@@ -95,14 +95,7 @@ class Recipe:
             raise ValueError(f"Recipe: {field_} is {getattr(self, field_)!r}; give {wanted}.")
 
     def with_objective(self, objective: str) -> Recipe:
-        """Return the recipe for another objective.
-
-        Distillation goes at a fifth of the learning rate, which does not fall: its last rounds
-        look the farthest ahead.
-
-        :param objective: one of :data:`OBJECTIVES`.
-        :raises ValueError: if there is none of that name.
-        """
+        """Return the recipe for another objective."""
         if objective not in OBJECTIVES:
             raise ValueError(
                 f"There is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}."
@@ -159,10 +152,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe of :data:`RECIPES`.
-
-    :raises ValueError: if there is none of that name.
-    """
+    """Return a recipe of :data:`RECIPES`."""
     if name not in RECIPES:
         raise ValueError(
             f"There is no training recipe {name!r}: choose one of {', '.join(RECIPES)}."

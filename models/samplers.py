@@ -68,12 +68,7 @@ def make_chain(
 
 
 def filtered(denoiser: Denoiser, filters: Sequence[str]) -> Denoiser:
-    """Return a denoiser behind filters given as text.
-
-    :param denoiser: the denoiser.
-    :param filters: ``name:number`` each, the first acts first.
-    :raises ValueError: if one is unknown, or its number is missing or out of range.
-    """
+    """Return a denoiser behind filters given as text."""
     for text in filters:
         name, _, number = text.partition(":")
         if name not in FILTERS:

@@ -37,13 +37,7 @@ def check_target(folder: Path, *, replace: bool) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
-    """Give a scratch folder that becomes ``folder`` when the block ends well.
-
-    :param folder: the place to fill.
-    :param replace: whether an earlier run folder may be replaced.
-    :returns: the scratch folder, beside the target, removed when the block raises.
-    :raises InputError: as :func:`check_target`.
-    """
+    """Give a scratch folder that becomes ``folder`` when the block ends well."""
     check_target(folder, replace=replace)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -36,15 +36,7 @@ class Judges:
     bound_samples: int = 16
 
     def columns(self, tokens: Tensor, generator: torch.Generator) -> Columns:
-        """Score sequences.
-
-        :param tokens: int64 ``(M, L)``.
-        :param generator: randomness of the bound.
-        :returns: one float64 tensor ``(M,)`` per column: ``log_prob_bound`` (nats, an estimate of
-            a lower bound on the prior's log-probability), its standard error ``_sd``, ``gc``, and
-            ``expression_design``, ``expression_judge`` with their predictive ``_sd`` where there
-            are oracles.
-        """
+        """Score sequences."""
         columns = {
             **self._bound(tokens, generator),
             "gc": torch.isin(tokens, self.gc.to(tokens.device)).to(torch.float64).mean(-1),
@@ -88,9 +80,6 @@ def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dic
 
 
 def standard_error(values: Tensor) -> float:
-    """Standard error of a mean over runs; NaN for a single run.
-
-    :param values: one value per run, ``(R,)``.
-    """
+    """Standard error of a mean over runs; NaN for a single run."""
     count = len(values)
     return float(values.std()) / math.sqrt(count) if count > 1 else math.nan

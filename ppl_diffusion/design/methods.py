@@ -35,14 +35,7 @@ a wrong base on its way into the sequence meets it; finite, as a look-ahead must
 
 
 def infer(target: Target, search: Search, progress: Progress | None = None) -> ParticlePosterior:
-    """Sample the target by the method of a search.
-
-    :param target: what is sampled.
-    :param search: how.
-    :param progress: called with ``(steps done, steps in all)``.
-    :returns: the particles; their ``law`` declares what they are for.
-    :raises InputError: if the method has no answer on such a prior.
-    """
+    """Sample the target by the method of a search."""
     plan = _plan(target, search)
     with user_input():
         runner = SMC(
@@ -105,11 +98,7 @@ def _ordered(target: Target) -> ReverseChain:
 
 
 def _declared(law: Law, target: Target, plan: _Plan) -> Law:
-    """Return the law in terms of what was asked, however the method came to it.
-
-    Fixed bases are a clamp, not the proposal or the constraint that held them; and a product of one
-    chain is that chain.
-    """
+    """Return the law in terms of what was asked, however the method came to it."""
     asked = ChainSite("x", plan.chain, target.clamp).base
     (known,) = law.chains
     held = dataclasses.replace(known, clamped=asked.clamped, digest=asked.digest)

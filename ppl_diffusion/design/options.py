@@ -104,19 +104,12 @@ def options() -> dict[str, Option]:
 
 
 def options_of(method: str) -> list[Option]:
-    """Return the options of one method.
-
-    :param method: its name; one that nobody registered has none.
-    """
+    """Return the options of one method."""
     return [option for option in options().values() if method in option.owners]
 
 
 def spoken(text: str, method: str) -> str:
-    """Return what a method says about its fields in the words of the command line.
-
-    :param text: the sentence, which begins with the name of its class.
-    :param method: its name in the registry.
-    """
+    """Return what a method says about its fields in the words of the command line."""
     text = re.sub(rf"^{methods()[method].__name__}: ", f"{method}: ", text)
     for option in options().values():
         text = re.sub(rf"\b{option.name}=False", option.off, text)

@@ -92,10 +92,7 @@ class Target:
         return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Return sequences as text.
-
-        :param tokens: int64 ``(M, L)``.
-        """
+        """Return sequences as text."""
         return list(self.prior.decode(tokens))
 
     def judges(self) -> Judges:
@@ -171,12 +168,7 @@ def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
 
 
 def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
-    """Return a short digest of a text and named tensors.
-
-    :param text: what else counts.
-    :param numbers: tensors by name; names, shapes, types and values count.
-    :returns: 12 hexadecimal digits of a SHA-256.
-    """
+    """Return a short digest of a text and named tensors."""
     total = hashlib.sha256(text.encode())
     for name, values in sorted(numbers.items()):
         total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())

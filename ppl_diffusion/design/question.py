@@ -159,13 +159,7 @@ def parse_forbid(text: str) -> str:
 
 
 def clamp_pattern(fix: tuple[tuple[int, str], ...], length: int) -> dict[int, str]:
-    """Merge fixed pieces into one base per position.
-
-    :param fix: ``(position, bases)`` pairs.
-    :param length: length of the sequence.
-    :returns: base of each fixed position.
-    :raises InputError: if a piece runs past the end or two pieces disagree.
-    """
+    """Merge fixed pieces into one base per position."""
     pattern: dict[int, str] = {}
     for start, bases in fix:
         if start + len(bases) > length:

@@ -34,15 +34,7 @@ class Designs:
 
 
 def rank_designs(posterior: ParticlePosterior) -> Designs:
-    """Merge copies and order by pooled weight, then potential, then sequence.
-
-    Runs are pooled in proportion to their evidence estimates, which makes their union properly
-    weighted.
-
-    :param posterior: particles of ``R`` runs over sequences ``(R, N, L)``.
-    :returns: the designs of positive weight.
-    :raises ParticleCollapse: if no run is alive.
-    """
+    """Merge copies and order by pooled weight, then potential, then sequence."""
     num_runs, num_particles, length = posterior.x0.shape
     weight = posterior.pooled_log_weights.exp().flatten()
     tokens, inverse = torch.unique(posterior.x0.reshape(-1, length), dim=0, return_inverse=True)

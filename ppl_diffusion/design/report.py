@@ -25,13 +25,7 @@ PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
 
 
 def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) -> str:
-    """Write the ranked table.
-
-    :param designs: ``M`` distinct designs, heaviest first.
-    :param columns: scores, each ``(M,)``.
-    :param sequences: the designs as text.
-    :returns: CSV text with a header.
-    """
+    """Write the ranked table."""
     numbers = {
         "weight": designs.weight,
         "copies": designs.copies,
@@ -59,10 +53,7 @@ def fasta(sequences: Sequence[str], headers: Sequence[str]) -> str:
 
 
 def design_headers(designs: Designs) -> list[str]:
-    """Name designs by rank, with weight and log-potential.
-
-    :param designs: the designs.
-    """
+    """Name designs by rank, with weight and log-potential."""
     pairs = zip(designs.weight.tolist(), designs.log_potential.tolist(), strict=True)
     return [
         f"design_{rank} weight={weight:.6g} log_potential={potential:.6g}"
@@ -79,11 +70,7 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 
 def save_netcdf(data: Any, path: Path) -> None:
-    """Write ArviZ data without its time stamp, so that the same seed gives the same bytes.
-
-    :param data: ``InferenceData`` or ``DataTree``.
-    :param path: the file.
-    """
+    """Write ArviZ data without its time stamp, so that the same seed gives the same bytes."""
     groups = data.groups() if callable(data.groups) else data.groups
     for node in (data, *(data[name] for name in groups if name != "/")):
         node.attrs.pop("created_at", None)
@@ -138,11 +125,7 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure that no window ever shows.
-
-    :param width: in inches.
-    :param height: in inches.
-    """
+    """Return a figure that no window ever shows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -152,10 +135,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def no_evidence(method: str) -> str:
-    """Say in a sentence why a result has no evidence.
-
-    :param method: the method's name.
-    """
+    """Say in a sentence why a result has no evidence."""
     return f"{method} declares no law here, so that there is no evidence to estimate."
 
 

@@ -84,12 +84,7 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
 
 
 def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[str, Any]:
-    """Collect evidence, trust and cost.
-
-    :param posterior: the particles.
-    :param designs: the distinct designs.
-    :param job: what was asked.
-    """
+    """Collect evidence, trust and cost."""
     weights = posterior.weights
     joint = posterior.pooled_log_weights.flatten()
     return {

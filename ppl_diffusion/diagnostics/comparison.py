@@ -174,10 +174,7 @@ def _kept(contender: Contender, budget: int) -> tuple[str, int, float]:
 
 
 def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any]:
-    """Return the figures of the first runs, with errors scaled by the root of what they overspend.
-
-    Runs are independent and none was looked at, so that the first are as good as any.
-    """
+    """Return the figures of the first runs, errors scaled by the root of what they overspend."""
     posterior = contender.posterior
     weights = _pooled_weights(posterior, kept)
     scores = {LOG_POTENTIAL: as_array(posterior.log_potential), **contender.scores}
@@ -195,10 +192,7 @@ def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any
 
 
 def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.float64]:
-    """Return weights over the first runs, each run in proportion to its evidence, ``(kept, N)``.
-
-    Without an evidence to estimate (NaN) runs count alike.
-    """
+    """Return weights over the first runs, each run in proportion to its evidence, ``(kept, N)``."""
     log_evidence = as_array(posterior.log_evidence)[:kept, None]
     log_w = as_array(posterior.log_weights)[:kept]
     log_w = log_w + np.where(np.isnan(log_evidence), 0.0, log_evidence)

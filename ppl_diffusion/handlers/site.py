@@ -162,10 +162,7 @@ class SiteMessenger(Messenger):
         self._met = 0
 
     def on(self, fn: Callable[..., Any] | None) -> Any:
-        """Return the handled program, or this context manager where there is none.
-
-        :param fn: the program, or None.
-        """
+        """Return the handled program, or this context manager where there is none."""
         return self if fn is None else self(fn)
 
     def _pyro_sample(self, msg: Any) -> None:

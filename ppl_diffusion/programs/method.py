@@ -295,10 +295,7 @@ def can_hold(site: ChainSite) -> bool:
 
 
 def described(value: Any) -> Any:
-    """Return an option in JSON types.
-
-    :param value: the option.
-    """
+    """Return an option in JSON types."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

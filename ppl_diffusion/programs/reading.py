@@ -351,10 +351,7 @@ class Program:
     def _find_missed_parents(
         self, densities: Mapping[str, Tensor], run: ProgramRun, rows: _Rows
     ) -> None:
-        """Take all earlier sites as parents where a law changes with what it is not known to read.
-
-        Sound, since the order of a program is an order of ancestry; it costs waiting or redrawing.
-        """
+        """Take all earlier sites as parents where a law changes with what it should not read."""
         for name in self.latents:
             if not self.above(name) and _varies(densities[name], rows.sequences):
                 self._depends_on_all_before(name)
@@ -446,13 +443,7 @@ class _Rows:
 
 
 def trial_sequences(site: ChainSite, number: int) -> Tensor:
-    """Return clean sequences to try a program on, int64 ``(number, *plates, L)``.
-
-    At every position they have as many different tokens as can be, so that little is left to luck.
-
-    :param site: the chain site.
-    :param number: how many.
-    """
+    """Return clean sequences to try a program on, int64 ``(number, *plates, L)``."""
     chain = site.chain
     device = chain.kernel.device
     row = torch.arange(number, device=device)
@@ -483,10 +474,7 @@ def _prompted(tokens: Tensor, site: ChainSite) -> Tensor:
 
 
 def _histories(clean: Tensor, site: ChainSite) -> Tensor:
-    """Return paths to clean sequences, noise until the end first, then noise that gives way.
-
-    They are :data:`NUM_HISTORIES` for each sequence: one alone may not have the token that shows.
-    """
+    """Return paths to clean sequences, noise until the end first, then noise that gives way."""
     chain, shape = site.chain, torch.Size((NUM_HISTORIES, *clean.shape))
     noise = chain.kernel.init_carry(shape[:-1], chain.length, prompt=chain.prompt)["tokens"]
     step = torch.arange(chain.num_steps + 1, device=clean.device)[:, None]

@@ -65,10 +65,7 @@ class ProgramRun:
 
     @property
     def site_names(self) -> list[str]:
-        """Names of all sites with a value of their own, in program order.
-
-        A site that some particles do not have is one of density one for them.
-        """
+        """Names of all sites with a value of their own, in program order."""
         owner = self.program.owner
         names = [s["name"] for trace in self.traces for s in sample_sites(trace, owner)]
         return list(dict.fromkeys(names))
@@ -78,11 +75,7 @@ class ProgramRun:
         return cast(dict[str, Any], next(nodes))
 
     def value(self, name: str) -> Tensor | None:
-        """Return a site's value for every particle, ``(size, *plates, *event)``.
-
-        :param name: site name.
-        :returns: None where the value is not a tensor of the expected size, or not always there.
-        """
+        """Return a site's value for every particle, ``(size, *plates, *event)``."""
         if not all(name in trace.nodes for trace in self.traces):
             return None
         values = [trace.nodes[name]["value"] for trace in self.traces]
@@ -97,10 +90,7 @@ class ProgramRun:
         return value.reshape(self.size, *own) if value.numel() == self.size * own.numel() else None
 
     def given(self, name: str) -> dict[str, Tensor]:
-        """Return the conditions of a chain, each ``(size, *plates, *event)``.
-
-        :param name: site name of the chain.
-        """
+        """Return the conditions of a chain, each ``(size, *plates, *event)``."""
         chains = [chain_of(trace.nodes[name]["fn"]) for trace in self.traces]
         names = chains[0].given or {}
         return {c: self._condition(name, [chain.given[c] for chain in chains], c) for c in names}
@@ -118,39 +108,25 @@ class ProgramRun:
         return value.reshape(-1, *own, *inner).expand(self.size, *own, *inner)
 
     def is_latent_or_deterministic(self, name: str) -> bool:
-        """Return whether a site belongs into the posterior's samples.
-
-        :param name: site name.
-        """
+        """Return whether a site belongs into the posterior's samples."""
         site = self._node(name)
         return not site["is_observed"] or is_deterministic(site)
 
     def samples(self, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return the values of all latent and deterministic sites that have one per particle.
-
-        :param leave_out: names of sites not wanted.
-        """
+        """Return the values of all latent and deterministic sites that have one per particle."""
         names = [n for n in self.site_names if n not in leave_out]
         values = {n: self.value(n) for n in names if self.is_latent_or_deterministic(n)}
         return {name: value for name, value in values.items() if value is not None}
 
     def log_density(self, latents: Collection[str], *, lookahead: bool = False) -> Tensor:
-        """Return the log-density of observations and some latents, float64 ``(size,)``.
-
-        :param latents: the latents whose density counts; others are fresh draws of their own law.
-        :param lookahead: score guesses: a mild penalty for each site that forbids the guess, and
-            potentials by their own look-ahead.
-        """
+        """Return the log-density of observations and some latents, float64 ``(size,)``."""
         total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
         for value in self.log_densities(latents, lookahead=lookahead).values():
             total = total + value
         return total
 
     def latent_log_density(self, latents: Collection[str]) -> Tensor:
-        """Return the log-density of some latents alone, float64 ``(size,)``.
-
-        :param latents: their names.
-        """
+        """Return the log-density of some latents alone, float64 ``(size,)``."""
         total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
         for name in latents:
             total = total + self.site_log_density(name)
@@ -159,11 +135,7 @@ class ProgramRun:
     def log_densities(
         self, latents: Collection[str], *, lookahead: bool = False
     ) -> dict[str, Tensor]:
-        """Return the log-density of each scored site, float64 ``(size,)`` each.
-
-        :param latents: as in :meth:`log_density`.
-        :param lookahead: as in :meth:`log_density`.
-        """
+        """Return the log-density of each scored site, float64 ``(size,)`` each."""
         unscored = set(self.program.latents) - set(latents)
         names = [name for name in self.density_names if name not in unscored]
         return {name: self.site_log_density(name, lookahead=lookahead) for name in names}
@@ -180,12 +152,7 @@ class ProgramRun:
         return [name for name in self.site_names if is_deterministic(self._node(name))]
 
     def site_log_density(self, name: str, *, lookahead: bool = False) -> Tensor:
-        """Return the log-density of one site, float64 ``(size,)``.
-
-        :param name: site name.
-        :param lookahead: as in :meth:`log_density`.
-        :raises PotentialError: if it is NaN or ``+inf``.
-        """
+        """Return the log-density of one site, float64 ``(size,)``."""
         values = [scored_log_prob(trace.nodes.get(name), lookahead) for trace in self.traces]
         if self._together:
             _require_own_dimensions(values[0], self.program, name)
@@ -204,11 +171,7 @@ class ProgramRun:
 
 
 def scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:
-    """Return the log-density of a site's value, scaled and masked; 0 where there is no site.
-
-    :param site: the site of a trace, or None.
-    :param lookahead: ask potentials for their own look-ahead.
-    """
+    """Return the log-density of a site's value, scaled and masked; 0 where there is no site."""
     if site is None:
         return torch.zeros((), device="cpu")  # a scalar goes along with terms of any device
     fn = site["fn"]

@@ -31,11 +31,7 @@ Plan = Callable[[Mapping[str, int], "torch.Generator | None"], list[Group]]
 
 
 def lockstep(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
-    """Return groups in which all sites move on, each on its own grid.
-
-    :param steps: number of steps of each site.
-    :param generator: not used.
-    """
+    """Return groups in which all sites move on, each on its own grid."""
     total = max(steps.values())
     return [
         tuple(
@@ -48,20 +44,12 @@ def lockstep(steps: Mapping[str, int], generator: torch.Generator | None = None)
 
 
 def sequential(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
-    """Return groups of one move: one site after the other.
-
-    :param steps: number of steps of each site.
-    :param generator: not used.
-    """
+    """Return groups of one move: one site after the other."""
     return [(Item(site, k),) for site, n in steps.items() for k in range(n)]
 
 
 def interleaved(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
-    """Return groups of one move, in one random order for all particles.
-
-    :param steps: number of steps of each site.
-    :param generator: source of randomness.
-    """
+    """Return groups of one move, in one random order for all particles."""
     bag = [site for site, n in steps.items() for _ in range(n)]
     done = dict.fromkeys(steps, -1)
     groups: list[Group] = []
@@ -93,10 +81,7 @@ def as_plan(schedule: str | Plan) -> Plan:
 
 
 def stages(above: Mapping[str, set[str]]) -> list[list[str]]:
-    """Return the sites in stages: those of a stage depend on finished ones of earlier stages only.
-
-    :param above: the chains that each chain depends on, in program order.
-    """
+    """Return the sites in stages, each of which depends on earlier stages only."""
     level: dict[str, int] = {}
     for site, parents in above.items():  # program order is an order of ancestry
         level[site] = 1 + max((level[parent] for parent in parents), default=-1)
@@ -109,14 +94,7 @@ def groups_of(
     steps: Mapping[str, int],
     generator: torch.Generator | None = None,
 ) -> list[Group]:
-    """Return all groups of a run, stage after stage.
-
-    :param plan: the schedule of one stage.
-    :param staged: the sites of each stage.
-    :param steps: number of steps of each site.
-    :param generator: source of randomness.
-    :raises ValueError: if a schedule does not make every step of every site once, in order.
-    """
+    """Return all groups of a run, stage after stage."""
     groups: list[Group] = []
     for sites in staged:
         own = plan({site: steps[site] for site in sites}, generator)

@@ -56,10 +56,7 @@ class ChainSite:
 
 
 def program_name(model: Callable[..., Any]) -> str:
-    """Return the name of a program, that of the inner one where handlers are wrapped around it.
-
-    :param model: the program.
-    """
+    """Return the name of a program, that of the inner one where handlers are wrapped around it."""
     while isinstance(model, partial):
         # Pyro binds a handler and the program it is called with as the arguments of one function.
         bound = bool(model.args) and isinstance(model.args[0], Messenger)
@@ -68,23 +65,13 @@ def program_name(model: Callable[..., Any]) -> str:
 
 
 def sample_sites(trace: Trace, owner: str) -> list[dict[str, Any]]:
-    """Return the sample sites of a trace, plates left out.
-
-    :param trace: a trace of the program.
-    :param owner: what refusals call the method.
-    :raises CapabilityError: if a plate is subsampled.
-    """
+    """Return the sample sites of a trace, plates left out."""
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
     return [site for site in sites if not is_plate(site, owner)]
 
 
 def is_plate(site: dict[str, Any], owner: str) -> bool:
-    """Return whether a site is a plate's own, which is no value of the program.
-
-    :param site: a site of a trace.
-    :param owner: what refusals call the method.
-    :raises CapabilityError: if the plate is subsampled.
-    """
+    """Return whether a site is a plate's own, which is no value of the program."""
     if not site_is_subsample(site):
         return False
     if (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
@@ -104,27 +91,18 @@ def is_deterministic(site: dict[str, Any]) -> bool:
 
 
 def is_chain(site: dict[str, Any]) -> bool:
-    """Return whether a site is an unobserved reverse chain.
-
-    :param site: a site of a trace.
-    """
+    """Return whether a site is an unobserved reverse chain."""
     return isinstance(site["fn"], ReverseChain | ProposedChain) and not site["is_observed"]
 
 
 def chain_of(fn: ReverseChain | ProposedChain) -> ReverseChain:
-    """Return the chain below a site's distribution.
-
-    :param fn: the distribution.
-    """
+    """Return the chain below a site's distribution."""
     chain: ReverseChain = fn.chain if isinstance(fn, ProposedChain) else fn
     return chain
 
 
 def chain_site(site: dict[str, Any]) -> ChainSite:
-    """Return what a program says about one of its reverse chains.
-
-    :param site: a site of a trace.
-    """
+    """Return what a program says about one of its reverse chains."""
     fn, steering = site["fn"], site["infer"].get("steer")
     steering = getattr(fn, "steering", None) if steering is None else as_steering(steering)
     return ChainSite(
@@ -133,9 +111,6 @@ def chain_site(site: dict[str, Any]) -> ChainSite:
 
 
 def depth(site: dict[str, Any]) -> int:
-    """Return how many batch dimensions a site uses, counted from the right.
-
-    :param site: a site of a trace.
-    """
+    """Return how many batch dimensions a site uses, counted from the right."""
     frames = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
     return max([len(site["fn"].batch_shape), *frames])

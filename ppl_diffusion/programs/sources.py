@@ -270,10 +270,7 @@ class ProgramSource(Source):
         return log_g, run.samples(leave_out=self.program.chain_names)
 
     def _require_same_conditions(self, run: ProgramRun, rows: Tensor, state: State) -> None:
-        """Refuse particles that did not move under the condition the program gives them in the end.
-
-        It costs nothing, and finds a dependence that the reading of the program missed.
-        """
+        """Refuse particles that moved under another condition than they have in the end."""
         for site in self.chains:
             carried = state["sites"][site.name].get("given") or {}
             for name, value in run.given(site.name).items():
@@ -400,12 +397,7 @@ def with_sites(x: Tensor, sites: Tensor, values: Tensor) -> Tensor:
 
 
 def require_finite(value: Tensor, name: str) -> Tensor:
-    """Return look-aheads after checking that they are finite.
-
-    :param value: look-aheads.
-    :param name: the potential's name.
-    :raises PotentialError: if one is not.
-    """
+    """Return look-aheads after checking that they are finite."""
     if not bool(torch.isfinite(value).all()):
         raise PotentialError(
             f"the look-ahead of {name} is not finite for {int((~value.isfinite()).sum())} of "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import networkx as nx
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def trace_back(history: list[Tensor], ancestors: Tensor) -> Tensor:
@@ -77,6 +81,8 @@ def genealogy_graph(ancestors: Tensor, eve: Tensor, weights: Tensor) -> nx.DiGra
     :param eve: int64 ``(N,)``, the root of each final particle.
     :param weights: normalised weights, float64 ``(N,)``.
     """
+    import networkx as nx  # here, not above: most runs draw no graph
+
     steps, size = ancestors.shape
     graph = nx.DiGraph(num_steps=steps, num_particles=size)
     roots = torch.arange(size, device=ancestors.device)

@@ -1,6 +1,5 @@
 """The dry run: what it recommends, what its predictions are worth, what it refuses."""
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -24,11 +23,12 @@ from ppl_diffusion.inference import (
     Tilt,
     TwistedSampler,
     check,
+    check_pilots,
     methods,
     register,
 )
+from ppl_diffusion.inference.check import warnings_of
 from ppl_diffusion.inference.check_pilots import Candidate, evidence_error
-from ppl_diffusion.inference.check_table import warnings_of
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential, factor
 from ppl_diffusion.programs.method import METHODS
@@ -356,7 +356,7 @@ def test_a_slow_potential_is_told():
 
 
 def test_pilots_have_patience_only_for_so_long(monkeypatch):
-    monkeypatch.setattr(sys.modules["ppl_diffusion.inference.check"], "PATIENCE", 0.05)
+    monkeypatch.setattr(check_pilots, "PATIENCE", 0.05)
 
     def dock(x0):
         time.sleep(0.01 * len(x0))
@@ -391,8 +391,8 @@ def test_potentials_that_raise_are_named():
         ({"num_evaluations": 0}, "num_evaluations must be positive and finite, got 0"),
         ({"seconds": -1.0}, "seconds must be positive and finite, got -1"),
         ({"pilot_share": 0.9}, r"pilot_share must lie in \(0, 0.5\], got 0.9"),
-        ({"num_runs": 0}, "num_runs must be >= 1, got 0"),
-        ({"max_particles": 0}, "max_particles must be >= 1, got 0"),
+        ({"num_runs": 0}, "num_runs must be positive and finite, got 0"),
+        ({"max_particles": 0}, "max_particles must be positive and finite, got 0"),
     ],
     ids=str,
 )
