@@ -166,8 +166,8 @@ class Law:
         why = f": {self.why}" if self.why else ""
         evidence = "; log_evidence estimates the log of its normalising constant"
         return (
-            f"{'' if self.exact else 'approximately '}{self.product}{tilt} of {self._chains}{latents}"
-            f"{held}{self._under}, normalised{given}{why}{evidence if self.has_evidence else ''}"
+            f"{'' if self.exact else 'approximately '}{self.product}{tilt} of {self._chains}"
+            f"{latents}{held}{self._under}, normalised{given}{why}{evidence if self.has_evidence else ''}"
         )
 
     @property

@@ -182,7 +182,7 @@ def test_unlike_chains_move_side_by_side_and_one_may_be_twisted():
         return 0 * log_probs
 
     post = ParticleGibbs(twist(pair, logits=logits, sites=["b"]), **SHORT).run()
-    assert post.samples["a"].shape[-2] == 4 and post.samples["b"].shape[-2] == 3
+    assert {name: post.samples[name].shape[-2] for name in "ab"} == {"a": 4, "b": 3}
     assert set(calls) == {0, 1}
 
 
