@@ -164,10 +164,11 @@ class Law:
         given = f", with log G = {names}" if names else ""
         latents = f", together with the latents {', '.join(self.latents)}" if self.latents else ""
         why = f": {self.why}" if self.why else ""
-        evidence = "; log_evidence estimates the log of its normalising constant"
+        estimated = "; log_evidence estimates the log of its normalising constant"
+        evidence = estimated if self.has_evidence else ""
         return (
             f"{'' if self.exact else 'approximately '}{self.product}{tilt} of {self._chains}"
-            f"{latents}{held}{self._under}, normalised{given}{why}{evidence if self.has_evidence else ''}"
+            f"{latents}{held}{self._under}, normalised{given}{why}{evidence}"
         )
 
     @property
