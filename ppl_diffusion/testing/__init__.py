@@ -22,7 +22,6 @@ from ppl_diffusion.testing.devices import DeviceDiscipline as DeviceDiscipline
 from ppl_diffusion.testing.distribution_contract import DistributionContract as DistributionContract
 from ppl_diffusion.testing.kernel_contract import KernelContract as KernelContract
 from ppl_diffusion.testing.model_contract import ModelContract as ModelContract
-from ppl_diffusion.testing.motifs import MotifProblem as MotifProblem
 from ppl_diffusion.testing.oracles import ExactChain as ExactChain
 from ppl_diffusion.testing.oracles import chi_square_p_value as chi_square_p_value
 from ppl_diffusion.testing.oracles import total_variation as total_variation

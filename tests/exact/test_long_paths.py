@@ -1,6 +1,6 @@
 """M2 at 200 positions, continued: correctors, certain weights, conditional SMC and path moves.
 
-The testbed is :class:`~ppl_diffusion.testing.MotifProblem` with a prompt, four tokens, exact draws
+The testbed is :class:`motif_problem.MotifProblem` with a prompt, four tokens, exact draws
 of whole paths. Means are held at four standard errors: false alarm 6e-5 each for a normal mean,
 below .1 % for the file, once, at the fixed seeds; what the exact value makes certain to round-off.
 """
@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from motif_problem import MotifProblem
 
 from ppl_diffusion.inference import SMC, Power, Product
 from ppl_diffusion.potentials import Constraint
 from ppl_diffusion.smc import FeynmanKac, rejuvenation
 from ppl_diffusion.smc.conditional import conditional_smc, two_sided_evidence
 from ppl_diffusion.smc.rejuvenation import OrderRefresh, PathModel, SuffixRefresh
-from ppl_diffusion.testing import MotifProblem, z_score
+from ppl_diffusion.testing import z_score
 
 MAX_Z = 4.0
 LONG = MotifProblem.random(4, 200).with_gaps(2, 10)

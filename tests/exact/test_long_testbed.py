@@ -2,7 +2,7 @@
 
 A Markov chain rewarded for a motif: a string-matching automaton gives the exact ``log Z``, value of
 every masked state, posterior marginals and draws at any length
-(:class:`~ppl_diffusion.testing.MotifProblem`). Means are held at four standard errors: false alarm
+(:class:`motif_problem.MotifProblem`). Means are held at four standard errors: false alarm
 6e-5 each for a normal mean, below .2 % for the file, once, at the fixed seeds.
 """
 
@@ -12,12 +12,13 @@ from functools import partial
 
 import pytest
 import torch
+from motif_problem import MotifProblem
 
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing
 from ppl_diffusion.smc import PersistentFill
-from ppl_diffusion.testing import MotifProblem, all_states, chi_square_p_value, state_index, z_score
+from ppl_diffusion.testing import all_states, chi_square_p_value, state_index, z_score
 
 MAX_Z = 4.0
 
