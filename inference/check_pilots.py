@@ -278,8 +278,11 @@ class Search:
         limit = part = left / waiting
         if len(tried) < 2:  # nothing is learned from a single method
             limit = self._end(1.0) - self.spent
-        elif within(first := tried[0].each * RUNS * FEW, left):
-            limit = torch.maximum(part, first)
+        else:
+            plain = tried[0].pilots[0]  # most of its time is overhead, which look-ahead may double
+            calls = plain.num_potential_calls
+            first = cost_of(plain.num_evaluations, calls, 2 * plain.seconds)
+            limit = torch.maximum(part, first) if within(first, left) else part
         candidate.status, end = "no pilot: too dear", self.spent + part
         if bool((limit > 0).all()):
             self._pilot(candidate, FEW, limit)

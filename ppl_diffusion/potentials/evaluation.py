@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ from ppl_diffusion.rows import distinct_rows
 OnError = Literal["raise", "reject"]
 RowFunction = Callable[[Tensor], Any]
 _Piece = list[int]
+
+
+class FunctionOptions(TypedDict, total=False):
+    """Options of a :class:`SequenceFunction` that the potentials made from one hand on."""
+
+    name: str | None
+    batch_size: int | None
+    executor: Executor | None
+    timeout: float | None
+    on_error: OnError
+    cache_size: int
 
 
 class _GaveUp(TimeoutError):

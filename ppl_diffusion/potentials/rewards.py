@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.potentials.evaluation import RowFunction, SequenceFunction
+from ppl_diffusion.potentials.evaluation import FunctionOptions, RowFunction, SequenceFunction
 
 
 class _OfFunction(AbstractPotential):
@@ -39,13 +39,12 @@ class _OfFunction(AbstractPotential):
 class Reward(_OfFunction):
     """A reward at a temperature: ``log G = reward / temperature``.
 
-    Distinct sequences are evaluated once.
+    Distinct sequences are evaluated once; the options that concern slow and failing rewards are
+    those of :class:`SequenceFunction`. A rejected sequence gets ``-inf`` and is counted.
 
     :param fn: reward in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param temperature: reward units per nat; the lower, the stronger the tilt.
     :param maximise: whether high values are good (docking scores are minimised).
-    :param calling: options of :class:`SequenceFunction`, such as ``executor`` and ``name``; with
-        ``on_error="reject"`` failed sequences get ``-inf`` and are counted.
     :raises PotentialError: when called, if the reward fails and ``on_error="raise"``.
 
     Example::
@@ -55,10 +54,15 @@ class Reward(_OfFunction):
     """
 
     def __init__(
-        self, fn: RowFunction, temperature: float = 1.0, *, maximise: bool = True, **calling: Any
+        self,
+        fn: RowFunction,
+        temperature: float = 1.0,
+        *,
+        maximise: bool = True,
+        **options: Unpack[FunctionOptions],
     ) -> None:
         worst = -math.inf if maximise else math.inf
-        self.function = SequenceFunction(fn, worst=worst, **calling)
+        self.function = SequenceFunction(fn, worst=worst, **options)
         _require_positive(f"{self.function.name}: temperature", temperature)
         self.name = f"{'' if maximise else '-'}{self.function.name} / {temperature:g}"
         self.temperature = float(temperature)
@@ -77,12 +81,14 @@ class Likelihood(_OfFunction):
     :param fn: the prediction in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param observed: the measurement, same units.
     :param sd: its standard deviation, same units.
-    :param calling: options of :class:`SequenceFunction`, as for :class:`Reward`.
+    :param options: those of :class:`SequenceFunction`; a rejected sequence gets ``-inf``.
     :raises PotentialError: when called, if the prediction fails and ``on_error="raise"``.
     """
 
-    def __init__(self, fn: RowFunction, observed: float, sd: float, **calling: Any) -> None:
-        self.function = SequenceFunction(fn, worst=None, **calling)
+    def __init__(
+        self, fn: RowFunction, observed: float, sd: float, **options: Unpack[FunctionOptions]
+    ) -> None:
+        self.function = SequenceFunction(fn, worst=None, **options)
         prediction = self.function.name
         _require_positive(f"{prediction}: sd", sd)
         if not math.isfinite(observed):
