@@ -108,8 +108,11 @@ def _require_admissible(groups: list[Group], steps: Mapping[str, int]) -> None:
     for item in (item for group in groups for item in group):
         made.setdefault(item.site, []).append(item.k)
     wanted = {site: list(range(n)) for site, n in steps.items()}
-    if made != wanted or not all(groups):
+    # Paths are recorded after every group: a second move of a site would hide the first.
+    once = all(len({item.site for item in group}) == len(group) > 0 for group in groups)
+    if made != wanted or not once:
         raise ValueError(
-            "schedule: every step of every chain must be made once, in its own order, and a chain "
-            f"may start only when all it depends on is finished; got {made} for {dict(steps)}."
+            "schedule: every step of every chain must be made once, in its own order, at most one "
+            "of each in a group, and a chain may start only when all it depends on is finished; "
+            f"got {made} for {dict(steps)}."
         )
