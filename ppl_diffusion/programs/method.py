@@ -27,6 +27,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
@@ -83,7 +84,13 @@ class Method(ABC):
 
         :param model: the chain.
         :param potential: ``log G``.
+        :raises CapabilityError: if it is a composition, and the method moves a chain.
         """
+        if not isinstance(model, ReverseChain):
+            raise CapabilityError(
+                f"{type(self).__name__}: it moves one chain, and the target is a composition of "
+                "chains; use method='corrector'."
+            )
         assert potential is not None
         return ChainSource(model, potential, cache=getattr(self, "cache", True))
 
