@@ -187,7 +187,7 @@ class Exhaustive(Lookahead):
     ) -> Tensor:
         """Return the expectations with one position held, from one pass over the sequences each."""
         if last:
-            return run.source.children({}, item.site, positions, tokens, state, last=True)
+            return _ends(run, state, item, positions, tokens)
         held = torch.zeros_like(guess[..., :1]).expand_as(guess)
         here = (
             torch.arange(guess.shape[-2], device=guess.device) == positions[..., None]
@@ -260,12 +260,16 @@ class OfState(Lookahead):
     ) -> Tensor:
         """Return the twists of all children, from one call."""
         if last:
-            return run.source.children(
-                {item.site: guess[:, :, None]}, item.site, positions, tokens, state, last=True
-            )
+            return _ends(run, state, item, positions, tokens)
         states = with_sites(guess[..., None, None, :], positions[..., None], tokens)
         return self._at(states.flatten(1, 3), item.k + 1).reshape(tokens.shape)
 
     def moved(self, run: Bound, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Tensor:
         """Return the child."""
         return tokens
+
+
+def _ends(run: Bound, state: State, item: Item, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Return what the children are worth that complete the state, which then needs no guess."""
+    own = {item.site: state["sites"][item.site]["tokens"][:, :, None]}
+    return run.source.children(own, item.site, positions, tokens, state, last=True)

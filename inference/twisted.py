@@ -214,7 +214,10 @@ class TwistedSampler(Method):
         self, run: Bound, state: State, group: int, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
         """Move, and look ahead from the children where their parents did not."""
-        moved, log_ratio = super().move(run, state, group, generator)
+        opened = run.open(state, group, generator)
+        if opened is not state:  # a guess made before knows nothing of chains that begin here
+            opened = {**opened, GUESS: None}
+        moved, log_ratio = super().move(run, opened, group, generator)
         if moved[LOG_H] is None and moved is not state and group + 1 < len(run.groups):
             moved = self._look(run, moved, generator)
         return moved, log_ratio

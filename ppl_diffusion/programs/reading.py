@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
-from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, scored_log_prob
+from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
     chain_of,
@@ -334,9 +334,11 @@ class Program:
     ) -> None:
         shown = {n: v for n in run.deterministic_names if (v := run.value(n)) is not None}
         for chain, behind in rows.histories.items():
-            if not all(_same(value[behind], value[rows.pairs]) for value in densities.values()):
+            if not all(
+                same_values(value[behind], value[rows.pairs]) for value in densities.values()
+            ):
                 self.reads = self.reads | {chain}
-            reading = {n for n, v in shown.items() if not _same(v[behind], v[rows.pairs])}
+            reading = {n for n, v in shown.items() if not same_values(v[behind], v[rows.pairs])}
             self.shows = self.shows | reading
         missing = {n for n in run.density_names if n not in self.density_shapes}
         if missing and len(run.traces) > 1:  # a site that only some rows have
@@ -505,10 +507,6 @@ def _close(value: float, other: float) -> bool:
     return math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-4)
 
 
-def _same(value: Tensor, other: Tensor) -> bool:
-    return torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
 def _varies(values: Tensor, rows: list[int]) -> bool:
     some = values[rows]
-    return any(not _same(some[0], row) for row in some[1:])
+    return any(not same_values(some[0], row) for row in some[1:])

@@ -170,6 +170,13 @@ class ProgramRun:
         return value
 
 
+def same_values(value: Tensor, other: Tensor) -> bool:
+    """Return whether values are equal, up to what float32 networks round off."""
+    if not value.is_floating_point():
+        return torch.equal(value, other)
+    return torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:
     """Return the log-density of a site's value, scaled and masked; 0 where there is no site."""
     if site is None:

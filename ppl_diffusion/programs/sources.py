@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
+from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
 from ppl_diffusion.programs.reading import Program
-from ppl_diffusion.programs.run import ProgramRun
+from ppl_diffusion.programs.run import ProgramRun, same_values
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.rows import RowTable, distinct_rows
@@ -272,10 +273,12 @@ class ProgramSource(Source):
     def _require_same_conditions(self, run: ProgramRun, rows: Tensor, state: State) -> None:
         """Refuse particles that moved under another condition than they have in the end."""
         for site in self.chains:
-            carried = state["sites"][site.name].get("given") or {}
+            carried = state["sites"][site.name].get(GIVEN) or {}
             for name, value in run.given(site.name).items():
-                moved_by = carried[name].flatten(0, 1)[rows]
-                if not torch.equal(moved_by.to(value), value):
+                # Carries of whole sequences hold tokens alone: they moved by the chain's own.
+                own = carried[name].flatten(0, 1)[rows] if carried else site.chain.given[name]
+                # A network rounds otherwise on another number of rows, so equal is not the same.
+                if not same_values(own.to(value).expand_as(value), value):
                     raise CapabilityError(
                         f"{self.program.owner}: particles of the chain {site.name!r} of "
                         f"{self.program.name} moved under another {name!r} than the program gives "
@@ -299,19 +302,21 @@ class ProgramSource(Source):
             if clamp is None or site.name not in held:
                 continue
             guess = held[site.name]
+            tokens, mask = clamp.beside(guess)
             if site.name in self.holding:
-                held[site.name] = torch.where(clamp.mask, clamp.tokens, guess)
+                held[site.name] = torch.where(mask, tokens, guess)
                 continue
-            wrong = ((guess != clamp.tokens) & clamp.mask).flatten(3).sum(-1)
+            wrong = ((guess != tokens) & mask).flatten(3).sum(-1)
             penalty = penalty + FORBIDDEN_GUESS * wrong.to(torch.float64)
         return held, penalty
 
     def _surrogate(self, fills: Fills) -> Tensor:
-        total: Tensor | float = 0.0
-        for name, surrogate in self._surrogates.items():
-            value = surrogate.lookahead(fills[name])  # (R, N, F, *plates)
+        some = next(iter(fills.values()))
+        total = torch.zeros(some.shape[:3], dtype=torch.float64, device=some.device)
+        # Chains that wait for another one to end have no completions yet, and nothing to add.
+        for name in self._surrogates.keys() & fills.keys():
+            value = self._surrogates[name].lookahead(fills[name])  # (R, N, F, *plates)
             total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
-        assert isinstance(total, Tensor)
         return total
 
     def _guessed(
