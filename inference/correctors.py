@@ -108,10 +108,7 @@ class Corrector(LookingAhead):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries where there is a potential to ask about every token.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries where there is a potential to ask about every token."""
         masked = all(site.chain.kernel.process.absorbing for site in source.chains)
         return {f"{cls.name}-clamped": cls(clamp=True)} if masked and source.law.tilts else {}
 
@@ -240,7 +237,6 @@ class ComposedSource(ChainSource):
     """A composition of chains, tilted by a potential.
 
     :param composition: the chains with their exponents.
-    :param potential: ``log G``.
     """
 
     def __init__(self, composition: Composition, potential: PotentialLike) -> None:

@@ -36,22 +36,11 @@ class Lookahead(ABC):
 
     @abstractmethod
     def guess(self, run: Bound, state: State, generator: Any) -> Any:
-        """Return the guess of every state.
-
-        :param run: the run.
-        :param state: the states.
-        :param generator: source of randomness.
-        """
+        """Return the guess of every state."""
 
     @abstractmethod
     def score_each(self, run: Bound, state: State, guess: Any, site: str) -> Tensor:
-        """Return ``log h``, float64, broadcastable to ``(*B,)`` of a site.
-
-        :param run: the run.
-        :param state: the states.
-        :param guess: the guesses.
-        :param site: name of the site.
-        """
+        """Return ``log h``, float64, broadcastable to ``(*B,)`` of a site."""
 
     def score(self, run: Bound, state: State, guess: Any) -> Tensor:
         """Return ``log h``, float64 ``(R, N)``."""
@@ -71,9 +60,6 @@ class Lookahead(ABC):
     ) -> Tensor:
         """Return ``log h`` of the states with one position set, float64 ``(*B, m, s)``.
 
-        :param run: the run.
-        :param state: the states.
-        :param guess: the guesses.
         :param item: the move that is considered.
         :param positions: int64 ``(*B, m)``, each changed alone.
         :param tokens: int64 ``(*B, m, s)``, what each is set to.
@@ -84,8 +70,6 @@ class Lookahead(ABC):
     def moved(self, run: Bound, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Any:
         """Return the guess with several positions set: the parent's guess about its child.
 
-        :param run: the run.
-        :param guess: the guesses.
         :param site: the site that moved.
         :param tokens: int64 ``(*B, L)``, the child.
         :param changed: bool ``(*B, L)``, the positions it was given.

@@ -94,10 +94,7 @@ class SoftValueGuidance(LookingAhead):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries: fewer children, which are paid for one by one.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries: fewer children, which are paid for one by one."""
         return {f"{cls.name}-4": cls(num_children=4)}
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:

@@ -82,10 +82,7 @@ class FKSteering(LookingAhead):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries: few looks, and completions that are not the likeliest.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries: few looks, and completions that are not the likeliest."""
         steps = max(site.chain.num_steps for site in source.chains)
         every = max(1, steps // (CHECKED_LOOKS + 1))
         strided = {"strided": cls(every=every, interval=(every, steps))} if every > 1 else {}

@@ -130,10 +130,7 @@ class TwistedSampler(Method):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries where every token of a position is asked about.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries where every token of a position is asked about."""
         kernels = [site.chain.kernel for site in source.chains]
         if any(kernel.capability != ORDERED for kernel in kernels):
             return {}

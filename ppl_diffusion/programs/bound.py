@@ -49,7 +49,8 @@ MakeMover = Callable[[ChainSite], Mover]
 class Bound:
     """What a method may ask about its particles during one run.
 
-    :param source: what is sampled.
+    States are returned anew, never changed in place: the engine still holds the old ones.
+
     :param movers: how the particles of each site move.
     :param plan: who moves at each step.
     :param fill: how unfinished sequences are completed.
@@ -128,7 +129,6 @@ class Bound:
     def chain(self, name: str, given: Mapping[str, Tensor] | None = None) -> ReverseChain:
         """Return a chain around its counted network, under the conditions of particles.
 
-        :param name: its site.
         :param given: conditions ``(R, N, *plates, *event)``; None takes the chain's own.
         """
         chain = self.sites[name].chain
@@ -153,7 +153,6 @@ class Bound:
     def start(self, generator: Any, latents: Mapping[str, Tensor] | None = None) -> State:
         """Return the noisiest states, each with its draw of what comes before them.
 
-        :param generator: source of randomness.
         :param latents: values of latents that are not to be drawn, each ``(R, N, ...)``.
         """
         state: State = {"sites": {}, "latents": dict(latents or {}), "log_r": self.zeros}
@@ -163,9 +162,7 @@ class Bound:
     def open(self, state: State, group: int, generator: Any) -> State:
         """Return states in which the chains that start at a group have begun.
 
-        :param state: the states.
         :param group: index of the group that is made next.
-        :param generator: source of randomness.
         """
         names = self.openings.get(group)
         if names is None or all(name in state["sites"] for name in names):
@@ -219,7 +216,6 @@ class Bound:
     def place(self, name: str, chain: ReverseChain) -> Tensor:
         """Return a guessed path of a chain that has not begun, under the condition it has here.
 
-        :param name: its site.
         :param chain: its distribution in this evaluation of the program.
         """
         kernel = self.movers[name].kernel
@@ -231,19 +227,13 @@ class Bound:
     # Moving.
 
     def step(self, state: State, item: Item, generator: Any) -> tuple[State, Tensor | float]:
-        """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0.
-
-        :param state: the states.
-        :param item: the move.
-        :param generator: source of randomness.
-        """
+        """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0."""
         carry, ratio = self.movers[item.site].move(state["sites"][item.site], item.k, generator)
         return self.moved(state, item, carry), ratio
 
     def moved(self, state: State, item: Item, carry: Carry) -> State:
         """Return states in which one site has another carry.
 
-        :param state: the states.
         :param item: the move that was made.
         :param carry: its carry after the move.
         """
@@ -257,8 +247,6 @@ class Bound:
     ) -> dict[str, Tensor]:
         """Return completions of every site that has begun, ``(R, N, F, *plates, L)``.
 
-        :param state: the states.
-        :param generator: source of randomness.
         :param fill: how they are completed.
         """
         twist, found = fill or self.fill, {}
@@ -272,25 +260,16 @@ class Bound:
         return found
 
     def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
-        """Return ``log h`` of states whose completions are known, float64 ``(R, N)``.
-
-        :param state: the states.
-        :param fills: their completions.
-        """
+        """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
         return per_particle(log_mean_exp(self.source.look(fills, state), 2))
 
     def look(self, state: State, generator: Any) -> Tensor:
-        """Return ``log h`` of states by new completions, float64 ``(R, N)``.
-
-        :param state: the states.
-        :param generator: source of randomness.
-        """
+        """Return ``log h`` of states by new completions, float64 ``(R, N)``."""
         return self.score(state, self.guess(state, generator))
 
     def final(self, state: State, paths: Mapping[str, Tensor] | None = None) -> State:
         """Return finished states that know ``log_g`` and the values of all sites (``values``).
 
-        :param state: the states.
         :param paths: whole paths of every site, where they are kept.
         """
         log_g, values = self.source.final(state, paths)
@@ -299,10 +278,7 @@ class Bound:
     # Paths.
 
     def record(self, state: State) -> dict[str, Tensor]:
-        """Return what is kept of the states after every group.
-
-        :param state: the states.
-        """
+        """Return what is kept of the states after every group."""
         return {name: self._tokens(state, name) for name in self.sites}
 
     def _tokens(self, state: State, name: str) -> Tensor:
@@ -316,7 +292,6 @@ class Bound:
     def own_paths(self, state: State, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the path of every chain, its own steps alone, ``(R, N, *plates, T + 1, L)``.
 
-        :param state: the final states.
         :param recorded: states after every group, the start first.
         """
         found = {}
@@ -332,7 +307,6 @@ class Bound:
     def gather(state: State, ancestors: Tensor) -> State:
         """Return the states of the chosen ancestors.
 
-        :param state: the states.
         :param ancestors: int64 ``(R, N')``.
         """
         gathered: State = take_particles(state, ancestors)
@@ -344,7 +318,6 @@ def chain_mover(
 ) -> BoundFeynmanKac:
     """Return the mover of a site by its own chain, or by a proposal.
 
-    :param site: the site.
     :param fill: the twist whose noise travels with the particles, or None.
     :param proposal: how particles move; None is the chain itself.
     :param max_rows: largest number of rows sent to the network at once.

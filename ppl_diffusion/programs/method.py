@@ -63,6 +63,10 @@ class Needs:
 class Method(ABC):
     """A way of steering particles; its fields are its options.
 
+    Every hook may ask the ``run`` (:class:`~ppl_diffusion.programs.Bound`) about the particles,
+    whose ``state`` it never changes in place, and draws from the ``generator`` (None is the global
+    one).
+
     :cvar name: its name, in the registry and on the command line.
     :cvar exact: whether its weights are exact for the law it declares, as it comes.
     :cvar needs: what it cannot do without.
@@ -83,7 +87,6 @@ class Method(ABC):
         """Return a bare chain, or a composition, with its potential.
 
         :param model: the chain.
-        :param potential: ``log G``.
         :raises CapabilityError: if it is a composition, and the method moves a chain.
         """
         if not isinstance(model, ReverseChain):
@@ -102,8 +105,6 @@ class Method(ABC):
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return how the particles of a site move: here by its chain, its twist and its clamp.
 
-        :param site: the site.
-        :param source: what is sampled.
         :param max_rows: largest number of rows sent to the network at once.
         """
         proposal = held_proposal(site)
@@ -122,7 +123,6 @@ class Method(ABC):
     ) -> None:
         """Look at the run before it starts.
 
-        :param run: the run.
         :param resampler: how particles are resampled.
         :param ess_threshold: the threshold asked for.
         """
@@ -136,32 +136,17 @@ class Method(ABC):
         return run.times
 
     def begin(self, run: Bound, generator: torch.Generator | None) -> State:
-        """Return the states at the start.
-
-        :param run: the run.
-        :param generator: source of randomness.
-        """
+        """Return the states at the start."""
         return self.start(run, run.start(generator), generator)
 
     def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
-        """Return the states at the start, with slots of the method's own.
-
-        :param run: the run.
-        :param state: the noisiest states.
-        :param generator: source of randomness.
-        """
+        """Return the states at the start, with slots of the method's own."""
         return state
 
     def move(
         self, run: Bound, state: State, group: int, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Return the states after a group of moves, and the log of what they are weighed by.
-
-        :param run: the run.
-        :param state: the states.
-        :param group: index of the group.
-        :param generator: source of randomness.
-        """
+        """Return the states after a group of moves, and the log of what they are weighed by."""
         state, total = run.open(state, group, generator), 0.0
         for item in run.groups[group]:
             state, ratio = self.step(run, state, item, generator)
@@ -171,13 +156,7 @@ class Method(ABC):
     def step(
         self, run: Bound, state: State, item: Item, generator: torch.Generator | None
     ) -> tuple[State, Tensor | float]:
-        """Return the states after one move of one site, and ``log K - log M``, ``(R, N)``.
-
-        :param run: the run.
-        :param state: the states.
-        :param item: the move.
-        :param generator: source of randomness.
-        """
+        """Return the states after one move of one site, and ``log K - log M``, ``(R, N)``."""
         return run.step(state, item, generator)
 
     def look(
@@ -185,56 +164,36 @@ class Method(ABC):
     ) -> Tensor | None:
         """Return ``log h``, finite, ``(R, N)``; None keeps the last one.
 
-        :param run: the run.
-        :param state: the states.
         :param group: groups made so far; not called when all are.
-        :param generator: source of randomness.
         """
         return None
 
     def pay(self, run: Bound, state: State) -> Tensor:
         """Return the log of what finished particles are weighed by in the end, ``(R, N)``.
 
-        :param run: the run.
         :param state: finished states; ``state["log_g"]`` is the potential itself.
         """
         log_g: Tensor = state["log_g"]
         return log_g
 
     def law(self, run: Bound) -> Law:
-        """Return what weighted particles are exact for.
-
-        :param run: the run.
-        """
+        """Return what weighted particles are exact for."""
         return run.source.law
 
     def num_calls(self, run: Bound) -> int:
-        """Return how many sequences were asked about so far.
-
-        :param run: the run.
-        """
+        """Return how many sequences were asked about so far."""
         return run.source.num_calls
 
     def paths(self, run: Bound, state: State) -> dict[str, Tensor] | None:
-        """Return whole paths where particles carry them, or None.
-
-        :param run: the run.
-        :param state: the final states.
-        """
+        """Return whole paths where particles carry them, or None."""
         return None
 
     def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
-        """Return the result as the method means it.
-
-        :param posterior: the weighted particles.
-        """
+        """Return the result as the method means it."""
         return posterior
 
     def settings(self, run: Bound) -> dict[str, Any]:
-        """Return what was chosen, in JSON types.
-
-        :param run: the run.
-        """
+        """Return what was chosen, in JSON types."""
         return {f.name: described(getattr(self, f.name)) for f in fields(self)}
 
     def require(self, source: Source) -> None:
@@ -279,18 +238,12 @@ class Method(ABC):
 
 
 def held_proposal(site: ChainSite) -> Any:
-    """Return how a site wants to be moved, with clamped tokens held where its kernel can.
-
-    :param site: the site.
-    """
+    """Return how a site wants to be moved, with clamped tokens held where its kernel can."""
     return site.proposal if can_hold(site) else site.twist
 
 
 def can_hold(site: ChainSite) -> bool:
-    """Return whether clamped tokens can be held: not where they may be masked again on the way.
-
-    :param site: the site.
-    """
+    """Return whether clamped tokens can be held: not where they may be masked again on the way."""
     kernel = site.chain.kernel
     if site.clamp is None:
         return False

@@ -66,8 +66,6 @@ class Source(ABC):
         Elements are the plates of a bare chain, whose potentials multiply, and nothing for a
         program, whose density is that of all of them.
 
-        :param fills: completions of every open site.
-        :param state: the states they complete.
         :param last: they are no guesses but the ends themselves, which may be forbidden.
         """
 
@@ -84,11 +82,9 @@ class Source(ABC):
     ) -> Tensor:
         """Return what completions promise with one position set, float64 ``(R, N, *plates, m, s)``.
 
-        :param fills: completions of every open site.
         :param site: the site that is changed.
         :param positions: int64 ``(R, N, *plates, m)``, each changed alone.
         :param tokens: int64 ``(R, N, *plates, m, s)``, what each is set to.
-        :param state: the states.
         :param last: nothing is left to be guessed then.
         """
 
@@ -98,7 +94,6 @@ class Source(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``log G`` of finished states, float64 ``(R, N)``, and the values of all sites.
 
-        :param state: the states.
         :param paths: whole paths of every site, ``(R, N, *plates, T + 1, L)``, where they are kept.
         """
 
@@ -107,7 +102,6 @@ class ChainSource(Source):
     """One chain and one potential: a program of one site, which nobody has to read.
 
     :param chain: the reverse chain.
-    :param potential: ``log G``.
     :param cache: ask the potential once per distinct sequence.
     """
 
