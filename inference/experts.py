@@ -15,6 +15,7 @@ from ppl_diffusion.kernels import FACTORISED, InterpolatingKernel, Kernel
 from ppl_diffusion.kernels.base import GIVEN, Carry
 from ppl_diffusion.kernels.path_power import log_product
 from ppl_diffusion.processes.mixture import log_posterior_mean
+from ppl_diffusion.programs.sources import Rng
 from ppl_diffusion.smc.twists import FILL_UNIFORMS, FillTwist, Twist
 
 
@@ -78,7 +79,7 @@ class ExpertMover(ABC):
         self,
         runs: int,
         particles: int,
-        generator: torch.Generator | None,
+        generator: Rng,
         given: Mapping[str, Tensor] | None = None,
     ) -> Carry:
         """Return the noisiest states, tokens ``(R, N, *plates, L)``."""
@@ -93,7 +94,7 @@ class ExpertMover(ABC):
     def _start(
         self,
         batch: Sequence[int],
-        generator: torch.Generator | None,
+        generator: Rng,
         given: Mapping[str, Tensor],
     ) -> Carry:
         chain = self.chain

@@ -20,7 +20,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import ProgramSource, Source, State
+from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.twists import FillTwist, log_mean_exp
 
@@ -36,10 +36,10 @@ class Mover(Protocol):
     @property
     def num_evaluations(self) -> int: ...
     def init(
-        self, runs: int, particles: int, generator: Any, given: Mapping[str, Tensor] | None = None
+        self, runs: int, particles: int, generator: Rng, given: Mapping[str, Tensor] | None = None
     ) -> Carry: ...
-    def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]: ...
-    def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Any) -> Tensor: ...
+    def move(self, carry: Carry, k: int, generator: Rng) -> tuple[Carry, Tensor | float]: ...
+    def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Rng) -> Tensor: ...
 
 
 MakeMover = Callable[[ChainSite], Mover]
@@ -150,7 +150,7 @@ class Bound:
                 start += 1
         return found
 
-    def start(self, generator: Any, latents: Mapping[str, Tensor] | None = None) -> State:
+    def start(self, generator: Rng, latents: Mapping[str, Tensor] | None = None) -> State:
         """Return the noisiest states, each with its draw of what comes before them.
 
         :param latents: values of latents that are not to be drawn, each ``(R, N, ...)``.
@@ -159,7 +159,7 @@ class Bound:
         state |= {"done": {}, "noisiest": {}}
         return self.open(state, 0, generator)
 
-    def open(self, state: State, group: int, generator: Any) -> State:
+    def open(self, state: State, group: int, generator: Rng) -> State:
         """Return states in which the chains that start at a group have begun.
 
         :param group: index of the group that is made next.
@@ -182,7 +182,7 @@ class Bound:
         return self._open_by_program(state, latents, bound, generator)
 
     def _begin(
-        self, state: State, given: Mapping[str, Mapping[str, Tensor] | None], generator: Any
+        self, state: State, given: Mapping[str, Mapping[str, Tensor] | None], generator: Rng
     ) -> State:
         begun = {n: self.movers[n].init(*self.shape, generator, g) for n, g in given.items()}
         done = {**state["done"], **dict.fromkeys(begun, 0)}
@@ -190,7 +190,7 @@ class Bound:
         return {**state, "sites": {**state["sites"], **begun}, "done": done, "noisiest": noisiest}
 
     def _open_by_program(
-        self, state: State, latents: list[str], bound: list[str], generator: Any
+        self, state: State, latents: list[str], bound: list[str], generator: Rng
     ) -> State:
         """Run the program once: it draws its latents and computes the conditions of its chains."""
         program = self.program
@@ -226,7 +226,7 @@ class Bound:
 
     # Moving.
 
-    def step(self, state: State, item: Item, generator: Any) -> tuple[State, Tensor | float]:
+    def step(self, state: State, item: Item, generator: Rng) -> Moved:
         """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0."""
         carry, ratio = self.movers[item.site].move(state["sites"][item.site], item.k, generator)
         return self.moved(state, item, carry), ratio
@@ -240,10 +240,19 @@ class Bound:
         done = {**state["done"], item.site: item.k + 1}
         return {**state, "sites": {**state["sites"], item.site: carry}, "done": done}
 
+    def ends_with(self, state: State, site: str) -> bool:
+        """Return whether nothing is left to be guessed once a site is complete.
+
+        The elements of a plate of a program share one density, so that each waits for the others.
+        """
+        others = (name for name in self.sites if name != site)
+        finished = all(state["done"].get(name) == self.steps[name] for name in others)
+        return finished and not (self.source.is_program and self.sites[site].chain.batch_shape)
+
     # Looking ahead.
 
     def guess(
-        self, state: State, generator: Any, fill: FillTwist | None = None
+        self, state: State, generator: Rng, fill: FillTwist | None = None
     ) -> dict[str, Tensor]:
         """Return completions of every site that has begun, ``(R, N, F, *plates, L)``.
 
@@ -263,7 +272,7 @@ class Bound:
         """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
         return per_particle(log_mean_exp(self.source.look(fills, state), 2))
 
-    def look(self, state: State, generator: Any) -> Tensor:
+    def look(self, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states by new completions, float64 ``(R, N)``."""
         return self.score(state, self.guess(state, generator))
 

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
@@ -34,7 +33,7 @@ from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import ChainSource, PotentialLike, Source, State
+from ppl_diffusion.programs.sources import ChainSource, Moved, PotentialLike, Rng, Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -135,17 +134,15 @@ class Method(ABC):
         """Return the times between the steps, float64 ``(num_steps + 1,)``."""
         return run.times
 
-    def begin(self, run: Bound, generator: torch.Generator | None) -> State:
+    def begin(self, run: Bound, generator: Rng) -> State:
         """Return the states at the start."""
         return self.start(run, run.start(generator), generator)
 
-    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+    def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Return the states at the start, with slots of the method's own."""
         return state
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Return the states after a group of moves, and the log of what they are weighed by."""
         state, total = run.open(state, group, generator), 0.0
         for item in run.groups[group]:
@@ -153,15 +150,11 @@ class Method(ABC):
             total = total + ratio  # type: ignore[assignment]
         return state, total
 
-    def step(
-        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
         """Return the states after one move of one site, and ``log K - log M``, ``(R, N)``."""
         return run.step(state, item, generator)
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return ``log h``, finite, ``(R, N)``; None keeps the last one.
 
         :param group: groups made so far; not called when all are.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,26 @@ Fills = Mapping[str, Tensor]
 
 State = dict[str, Any]
 """A particle's state: ``sites`` (the carry of each chain), ``latents``, ``log_r``, and slots."""
+
+Rng = torch.Generator | None
+"""Source of randomness; None is the global one."""
+
+Moved = tuple[State, Tensor | float]
+"""States after a move, and the log of what they are weighed by, ``(R, N)`` or a number."""
+
+
+class Changes(NamedTuple):
+    """Tokens that positions of one site might be set to, each of them alone.
+
+    :param site: name of the chain site.
+    :param positions: int64 ``(R, N, *plates, m)``.
+    :param tokens: int64 ``(R, N, *plates, m, s)``.
+    """
+
+    site: str
+    positions: Tensor
+    tokens: Tensor
+
 
 PotentialLike = AbstractPotential | Callable[[Tensor], Tensor]
 
@@ -71,20 +91,11 @@ class Source(ABC):
 
     @abstractmethod
     def children(
-        self,
-        fills: Fills,
-        site: str,
-        positions: Tensor,
-        tokens: Tensor,
-        state: State,
-        *,
-        last: bool = False,
+        self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
         """Return what completions promise with one position set, float64 ``(R, N, *plates, m, s)``.
 
-        :param site: the site that is changed.
-        :param positions: int64 ``(R, N, *plates, m)``, each changed alone.
-        :param tokens: int64 ``(R, N, *plates, m, s)``, what each is set to.
+        :param changes: what is set, all else being as completed.
         :param last: nothing is left to be guessed then.
         """
 
@@ -129,16 +140,10 @@ class ChainSource(Source):
         return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
 
     def children(
-        self,
-        fills: Fills,
-        site: str,
-        positions: Tensor,
-        tokens: Tensor,
-        state: State,
-        *,
-        last: bool = False,
+        self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
         """Ask about all children's completions in one batch."""
+        _, positions, tokens = changes
         if last:
             unfinished = state["sites"]["x"]["tokens"][..., None, None, :]
             return self.potential(with_sites(unfinished, positions[..., None], tokens))
@@ -201,16 +206,10 @@ class ProgramSource(Source):
         return value - state["log_r"][..., None] if latents else value
 
     def children(
-        self,
-        fills: Fills,
-        site: str,
-        positions: Tensor,
-        tokens: Tensor,
-        state: State,
-        *,
-        last: bool = False,
+        self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
         """Score the whole program with one position of one site set, all else at its guess."""
+        site, positions, tokens = changes
         own = fills[site]  # (R, N, F, *plates, L)
         runs, size, num_fills, *plates, length = own.shape
         elements = torch.Size(plates).numel()
