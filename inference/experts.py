@@ -76,11 +76,7 @@ class ExpertMover(ABC):
         return self.exponents == (1.0,)
 
     def init(
-        self,
-        runs: int,
-        particles: int,
-        generator: Rng,
-        given: Mapping[str, Tensor] | None = None,
+        self, runs: int, particles: int, generator: Rng, given: Mapping[str, Tensor] | None = None
     ) -> Carry:
         """Return the noisiest states, tokens ``(R, N, *plates, L)``."""
         batch = (runs, particles, *self.chain.batch_shape)
@@ -91,12 +87,7 @@ class ExpertMover(ABC):
             carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
         return carry
 
-    def _start(
-        self,
-        batch: Sequence[int],
-        generator: Rng,
-        given: Mapping[str, Tensor],
-    ) -> Carry:
+    def _start(self, batch: Sequence[int], generator: Rng, given: Mapping[str, Tensor]) -> Carry:
         chain = self.chain
         return self.kernel.init_carry(
             batch, chain.length, prompt=chain.prompt, generator=generator, given=given

@@ -57,12 +57,7 @@ class _GridMover(ExpertMover):
         """``B``, the sum of the exponents."""
         return sum(self.exponents)
 
-    def _start(
-        self,
-        batch: Sequence[int],
-        generator: Rng,
-        given: Mapping[str, Tensor],
-    ) -> Carry:
+    def _start(self, batch: Sequence[int], generator: Rng, given: Mapping[str, Tensor]) -> Carry:
         """Draw from the tempered prior ``m**B``."""
         shape = (*batch, self.chain.length)
         log_m = self._log_tempered_prior()

@@ -135,7 +135,7 @@ class SMC:
         started = time.perf_counter()
         with torch.no_grad(), seeded(seed):
             run = self.bind(args, kwargs)
-            engine = _Engine(self.method, run, self.store_path)
+            engine = Engine(self.method, run, self.store_path)
             trace = smc_loop(
                 engine,
                 self.method.num_steps(run),
@@ -222,7 +222,7 @@ class SMC:
         return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
-class _Engine:
+class Engine:
     """A method over bound states, as the SMC loop sees it."""
 
     def __init__(self, method: Method, run: Bound, store_path: bool) -> None:
