@@ -190,11 +190,7 @@ class BeamSearch(LookingAhead):
     def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move and rate; a candidate that another one equals already is dead."""
         moved, _ = super().move(run, state, group, generator)
-        if group + 1 == len(run.groups):
-            moved = run.final(moved)
-            score: Tensor = moved["log_g"]
-        else:
-            score = self.rate(run, moved, generator)
+        moved, score = self.rated(run, moved, group, generator)
         given_back: Tensor = state[SCORE]
         ratio = given_back.masked_fill(_is_copy(moved), -torch.inf)
         return {**moved, SCORE: score}, ratio

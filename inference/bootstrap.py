@@ -68,6 +68,13 @@ class LookingAhead(Method):
         carry = state["sites"][name]
         return self.twist(carry, state["done"][name], tuple(carry["tokens"].shape[:2]))
 
+    def rated(self, run: Bound, state: State, group: int, generator: Rng) -> tuple[State, Tensor]:
+        """Return states after a group with their ``log h``: the potential itself at the end."""
+        if group + 1 < len(run.groups):
+            return state, self.rate(run, state, generator)
+        ended = run.final(state)
+        return ended, ended["log_g"]
+
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Refuse functions of one chain's state where there are several."""
         if isinstance(self.twist, CallableTwist) and len(run.sites) > 1:

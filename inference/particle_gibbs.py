@@ -216,12 +216,7 @@ class GibbsSampler:
     def _require_movable(self) -> None:
         require_continuous(self.program)
         program, moves = self.program, self.options.moves
-        if program.reads:
-            raise CapabilityError(
-                f"ParticleGibbs: {program.name} reads the path at site {min(program.reads)!r}, not "
-                "only its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
-                "store_path=True."
-            )
+        program.require_clean_sequences()
         for site in self.sites.values():
             for move in moves:
                 move.check(site.chain)
@@ -435,7 +430,7 @@ class GibbsSampler:
 class _GivenLatents(Engine):
     """The bootstrap filter with all latents held at the chains' values."""
 
-    def __init__(self, run: Bound, latents: Mapping[str, Tensor], twist: FillTwist | None) -> None:
+    def __init__(self, run: Bound, latents: Mapping[str, Tensor], twist: TwistLike) -> None:
         super().__init__(Bootstrap(twist=twist), run, store_path=False)
         self.latents = {
             name: value[:, None].expand(value.shape[0], run.shape[1], *value.shape[1:])

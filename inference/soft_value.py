@@ -133,11 +133,7 @@ class SoftValueGuidance(LookingAhead):
         family = lineages.repeat_interleave(self.num_children)
         repeated = run.gather(state, family.expand(run.shape[0], -1))
         children, log_ratio = super().move(run, repeated, group, generator)
-        if group + 1 == len(run.groups):
-            children = run.final(children)
-            log_h: Tensor = children["log_g"]
-        else:
-            log_h = self.rate(run, children, generator)
+        children, log_h = self.rated(run, children, group, generator)
         return children, (log_h.new_zeros(()) + log_ratio).expand_as(log_h), log_h
 
     def _check_greed(self, run: Bound, gain: Tensor, log_score: Tensor, k: int) -> None:

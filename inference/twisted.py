@@ -44,7 +44,7 @@ from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Changes, Moved, Rng, Source, State
-from ppl_diffusion.smc.feynman_kac import Proposal, per_particle
+from ppl_diffusion.smc.feynman_kac import Proposal, draw_step, per_particle
 from ppl_diffusion.smc.twists import (
     ArgmaxFill,
     CallableTwist,
@@ -233,7 +233,7 @@ class TwistedSampler(Method):
             if isinstance(proposal, str)
             else proposal(step, carry, item.k)
         )
-        tokens = moves.sample() if generator is None else moves.sample(generator=generator)
+        tokens = draw_step(moves, generator)
         moved = run.moved(state, item, kernel.advance(carry, tokens, item.k, step=step))
         log_ratio = per_particle(step.log_prob(tokens) - moves.log_prob(tokens))
         return {**moved, GUESS: None, LOG_H: None}, log_ratio

@@ -268,8 +268,7 @@ def _residual(run: Bound, method: Bootstrap, tokens: Tensor, k: int, num_childre
     each = torch.arange(size, device=tokens.device)
     family = each.repeat_interleave(num_children).expand(runs, -1)
     children, _ = run.step(run.gather(state, family), Item(name, k), None)
-    last = k + 1 == run.steps[name]
-    ahead = run.final(children)["log_g"] if last else method.rate(run, children, None)
+    ahead = method.rated(run, children, k, None)[1]
     here = method.rate(run, state, None)
     return log_mean_exp(ahead.reshape(runs, size, num_children), -1) - here
 

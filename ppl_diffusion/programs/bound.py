@@ -65,13 +65,11 @@ class Bound:
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.source.chains}
-        program = self.source.program if isinstance(self.source, ProgramSource) else None
-        self.program = program
+        self.program = program = self.source.program
         above = {n: set() if program is None else program.above(n) for n in self.sites}
         self.stages = stages(above)
-        steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
-        self.steps = steps
-        self.groups: list[Group] = groups_of(self.plan, self.stages, steps)
+        self.steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
+        self.groups: list[Group] = groups_of(self.plan, self.stages, self.steps)
         self.openings = self._openings()
         self.notes: dict[str, Any] = {}
         """What a method wants to remember of the run itself."""

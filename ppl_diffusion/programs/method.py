@@ -195,39 +195,39 @@ class Method(ABC):
         :param source: what is to be sampled.
         :raises CapabilityError: if it does.
         """
-        needs, owner, program = self.needs, type(self).__name__, getattr(source, "program", None)
         for site in source.chains:
-            kernel = site.chain.kernel
-            if needs.density and kernel.capability == SAMPLE_ONLY:
-                raise CapabilityError(
-                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} "
-                    f"is {SAMPLE_ONLY}; use SMC without one."
-                )
-            if needs.own_moves and site.twist is not None:
-                raise CapabilityError(
-                    f"{owner} moves particles its own way and has no use for the twist of the "
-                    f"program {program.name}; take the twist off, or use another method."  # type: ignore[union-attr]
-                )
+            self._require_movable(site, source)
+        program, needs = source.program, self.needs
         if program is None:
             return
-        if needs.clean_sequences and program.reads:
-            raise CapabilityError(
-                f"{owner}: {program.name} reads the path at site {min(program.reads)!r}, not only "
-                "its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
-                "store_path=True."
-            )
+        if needs.clean_sequences:
+            program.require_clean_sequences()
         if needs.one_chain and len(source.chains) > 1:
             raise CapabilityError(
-                f"{owner}: {program.name} has several chain sites, and this moves one; use another "
-                "method, or run the chains apart."
+                f"{type(self).__name__}: {program.name} has several chain sites, and this moves "
+                "one; use another method, or run the chains apart."
             )
-        if needs.free_chains:
-            for site in source.chains:
-                if program.above(site.name):
-                    raise CapabilityError(
-                        f"{owner}: the chain {site.name!r} of {program.name} depends on the "
-                        "sequence of another one, which is moved again here; use SMC."
-                    )
+
+    def _require_movable(self, site: ChainSite, source: Source) -> None:
+        needs, owner, kernel = self.needs, type(self).__name__, site.chain.kernel
+        program = source.program
+        if needs.density and kernel.capability == SAMPLE_ONLY:
+            raise CapabilityError(
+                f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} is "
+                f"{SAMPLE_ONLY}; use SMC without one."
+            )
+        if program is None:
+            return
+        if needs.own_moves and site.twist is not None:
+            raise CapabilityError(
+                f"{owner} moves particles its own way and has no use for the twist of the program "
+                f"{program.name}; take the twist off, or use another method."
+            )
+        if needs.free_chains and program.above(site.name):
+            raise CapabilityError(
+                f"{owner}: the chain {site.name!r} of {program.name} depends on the sequence of "
+                "another one, which is moved again here; use SMC."
+            )
 
 
 def held_proposal(site: ChainSite) -> Any:

@@ -135,6 +135,18 @@ class Program:
         """
         return self.ancestors(name) & set(self.chain_names)
 
+    def require_clean_sequences(self) -> None:
+        """Refuse densities that read more of a path than its end.
+
+        :raises CapabilityError: if there are any.
+        """
+        if self.reads:
+            raise CapabilityError(
+                f"{self.owner}: {self.name} reads the path at site {min(self.reads)!r}, not only "
+                "its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
+                "store_path=True."
+            )
+
     @property
     def carried(self) -> list[str]:
         """Latents that particles inherit: drawn before a chain moves, or between two chains."""

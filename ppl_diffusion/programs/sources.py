@@ -62,12 +62,16 @@ class Source(ABC):
     """What is sampled: its chains, and how states are weighed.
 
     :ivar chains: the chain sites, in program order.
-    :ivar law: what weighted particles are exact for.
-    :ivar is_program: whether it is a Pyro program.
+    :ivar program: the Pyro program that it reads, or None.
     """
 
     chains: list[ChainSite]
-    is_program: bool = False
+    program: Program | None = None
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it is a Pyro program."""
+        return self.program is not None
 
     @property
     @abstractmethod
@@ -169,7 +173,7 @@ class ProgramSource(Source):
     :ivar place: gives chains that have not begun a path, guessed under their conditions.
     """
 
-    is_program = True
+    program: Program
     place: Place | None = None
 
     def __init__(self, program: Program, holding: set[str]) -> None:
