@@ -9,7 +9,7 @@ gathers all of it, so whatever a particle remembers it keeps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,15 +42,13 @@ class Mover(Protocol):
     def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Rng) -> Tensor: ...
 
 
-MakeMover = Callable[[ChainSite], Mover]
-
-
 @dataclass
 class Bound:
     """What a method may ask about its particles during one run.
 
     States are returned anew, never changed in place: the engine still holds the old ones.
 
+    :param source: what is sampled.
     :param movers: how the particles of each site move.
     :param plan: who moves at each step.
     :param fill: how unfinished sequences are completed.
@@ -138,6 +136,7 @@ class Bound:
 
     def _openings(self) -> dict[int, list[str]]:
         """Return the sites of each stage by the group before which they open."""
+        # Not before: a chain that began on its parent's guess would move by another law.
         found, start = {}, 0
         for sites in self.stages:
             found[start] = list(sites)
@@ -166,10 +165,12 @@ class Bound:
         if names is None or all(name in state["sites"] for name in names):
             return state
         program = self.program
+        # Chains that nothing feeds begin without a run of the program, which costs a row each.
         free = [n for n in names if program is None or not program.ancestors(n)]
         state = self._begin(state, {name: None for name in free}, generator)
         if program is None:
             return state
+        # A latent below an unfinished chain waits: its law is not known before its parents are.
         finished = {n for n, k in state["done"].items() if k == self.steps[n]}
         latents = [
             n for n in program.carried if n not in state["latents"] and program.above(n) <= finished
@@ -191,6 +192,7 @@ class Bound:
         self, state: State, latents: list[str], bound: list[str], generator: Rng
     ) -> State:
         """Run the program once: it draws its latents and computes the conditions of its chains."""
+        # The program is the only description there is of how conditions come about.
         program = self.program
         assert program is not None
         size = torch.Size(self.shape).numel()
@@ -203,6 +205,8 @@ class Bound:
             value = run.value(name)
             assert value is not None  # latents are tensors
             drawn[name] = value.reshape(*self.shape, *value.shape[1:])
+        # What they were drawn with is kept, and divided by: a law that was misread in part then
+        # costs variance, never truth (importance sampling on the extended space).
         log_r = state["log_r"] + run.latent_log_density(latents).reshape(self.shape)
         given = {
             name: {c: x.reshape(*self.shape, *x.shape[1:]) for c, x in run.given(name).items()}
@@ -216,6 +220,7 @@ class Bound:
 
         :param chain: its distribution in this evaluation of the program.
         """
+        # Any look-ahead telescopes away, so that the likeliest tokens are good enough.
         kernel = self.movers[name].kernel
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
@@ -303,6 +308,7 @@ class Bound:
         """
         found = {}
         for name, path in recorded.items():
+            # The record has an entry for every group, also for those that moved other chains.
             own = [
                 g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)
             ]

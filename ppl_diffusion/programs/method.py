@@ -47,14 +47,12 @@ class Needs:
     :param density: every chain's kernel must have a density.
     :param own_moves: it moves particles its own way, and has no use for a twisted site.
     :param clean_sequences: densities must read paths through ``chain.x0(path)`` only.
-    :param one_chain: it takes programs with one chain site.
     :param free_chains: no chain may depend on another chain's sequence.
     """
 
     density: bool = False
     own_moves: bool = False
     clean_sequences: bool = True
-    one_chain: bool = False
     free_chains: bool = False
 
 
@@ -197,16 +195,8 @@ class Method(ABC):
         """
         for site in source.chains:
             self._require_movable(site, source)
-        program, needs = source.program, self.needs
-        if program is None:
-            return
-        if needs.clean_sequences:
-            program.require_clean_sequences()
-        if needs.one_chain and len(source.chains) > 1:
-            raise CapabilityError(
-                f"{type(self).__name__}: {program.name} has several chain sites, and this moves "
-                "one; use another method, or run the chains apart."
-            )
+        if source.program is not None and self.needs.clean_sequences:
+            source.program.require_clean_sequences()
 
     def _require_movable(self, site: ChainSite, source: Source) -> None:
         needs, owner, kernel = self.needs, type(self).__name__, site.chain.kernel

@@ -150,6 +150,7 @@ class Program:
     @property
     def carried(self) -> list[str]:
         """Latents that particles inherit: drawn before a chain moves, or between two chains."""
+        # What a chain reads must travel with the particle: drawn anew it would be another's.
         feeding = {a for chain in self.chain_names for a in self.ancestors(chain)}
         return [name for name in self.latents if name in feeding or not self.above(name)]
 
@@ -235,6 +236,7 @@ class Program:
         scored = [s for s in sites if not is_chain(s) and not is_deterministic(s)]
         alone = {s["name"]: detach_provenance(scored_log_prob(s, False)) for s in scored}
         self.density_shapes = {name: value.shape for name, value in alone.items()}
+        # Reading must not move the draws that follow, nor stop at values it made up itself.
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)
             tracked = {name: float(value.sum()) for name, value in alone.items()}
@@ -378,6 +380,7 @@ class Program:
                 self._depends_on_all_before(site.name)
 
     def _depends_on_all_before(self, name: str) -> None:
+        # Program order is an order of ancestry: too many parents cost waiting, too few the truth.
         self.parents[name] = set(self.order[: self.order.index(name)])
 
 

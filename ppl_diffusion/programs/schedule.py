@@ -32,6 +32,7 @@ Plan = Callable[[Mapping[str, int], "torch.Generator | None"], list[Group]]
 
 def lockstep(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
     """Return groups in which all sites move on, each on its own grid."""
+    # A chain of n steps moves where n t / T passes a whole number: spread evenly, all end at T.
     total = max(steps.values())
     return [
         tuple(
@@ -50,6 +51,7 @@ def sequential(steps: Mapping[str, int], generator: torch.Generator | None = Non
 
 def interleaved(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
     """Return groups of one move, in one random order for all particles."""
+    # One order for all: counts that differ between particles would only add noise to the weights.
     bag = [site for site, n in steps.items() for _ in range(n)]
     done = dict.fromkeys(steps, -1)
     groups: list[Group] = []

@@ -200,13 +200,14 @@ class ProgramSource(Source):
 
     def look(self, fills: Fills, state: State, *, last: bool = False) -> Tensor:
         """Score every completion as a guess; steering hints take the place of the program."""
-        if self._surrogates and not last:
+        if self._surrogates and not last:  # cheaper than the program, and free to be wrong
             return self._surrogate(fills)
         held, penalty = (dict(fills), 0.0) if last else self._held(fills)
         shape = next(iter(fills.values())).shape[:3]
         latents = {n: _repeat(x, shape[2]).flatten(0, 2) for n, x in state["latents"].items()}
         rows = {name: x.flatten(0, 2) for name, x in held.items()}
         value = self._guessed(rows, latents, last=last).reshape(shape) + penalty
+        # The density counts the latents' own law, which they were drawn with already.
         return value - state["log_r"][..., None] if latents else value
 
     def children(
@@ -244,6 +245,7 @@ class ProgramSource(Source):
         latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
         x0 = {s.name: state["sites"][s.name]["tokens"].flatten(0, 1) for s in self.chains}
         whole = paths is not None and bool(program.reads | program.shows)
+        # Whole paths are seldom equal, and latents drawn here differ where sequences do not.
         first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
         chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
         known = {name: value[first] for name, value in (chains | latents).items()}
@@ -362,6 +364,7 @@ class ProgramSource(Source):
 
     def _keys(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
         """Return the flat view that a cache needs: tokens, and latents by value."""
+        # By tokens alone, particles with other latents would get the first one's answer.
         return torch.cat([bits(x) for x in [*rows.values(), *latents.values()]], -1)
 
 
