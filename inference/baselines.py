@@ -27,7 +27,7 @@ from ppl_diffusion.inference.twisted import TwistedSampler
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Needs, held_proposal, register
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Source, State, bits
+from ppl_diffusion.programs.sources import Moved, Rng, Source, State, bits
 from ppl_diffusion.rows import hash_rows
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
@@ -183,27 +183,19 @@ class BeamSearch(LookingAhead):
         proposal = held_proposal(site) if self.proposal is None else self.proposal
         return chain_mover(site, self.twist, proposal, max_rows=max_rows)
 
-    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+    def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Nobody rates the noisiest states."""
         return {**state, SCORE: run.zeros}
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move and rate; a candidate that another one equals already is dead."""
         moved, _ = super().move(run, state, group, generator)
-        if group + 1 == len(run.groups):
-            moved = run.final(moved)
-            score: Tensor = moved["log_g"]
-        else:
-            score = self.rate(run, moved, generator)
+        moved, score = self.rated(run, moved, group, generator)
         given_back: Tensor = state[SCORE]
         ratio = given_back.masked_fill(_is_copy(moved), -torch.inf)
         return {**moved, SCORE: score}, ratio
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the rating of each candidate."""
         score: Tensor = state[SCORE]
         return score

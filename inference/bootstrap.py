@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
@@ -17,7 +16,7 @@ from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, held_proposal, register
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Source, State
+from ppl_diffusion.programs.sources import Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.twists import ArgmaxFill, CallableTwist, FillTwist, TwistLike, as_twist
 
@@ -61,7 +60,7 @@ class LookingAhead(Method):
             )
         return chain_mover(site, self.twist, proposal, max_rows=max_rows)
 
-    def rate(self, run: Bound, state: State, generator: torch.Generator | None) -> Tensor:
+    def rate(self, run: Bound, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states, float64 ``(R, N)``."""
         if not isinstance(self.twist, CallableTwist):
             return run.look(state, generator)
@@ -74,6 +73,13 @@ class LookingAhead(Method):
         own = [type(site.twist).__name__ for site in run.source.chains if site.twist is not None]
         chosen = super().settings(run)
         return {**chosen, "proposal": " + ".join(dict.fromkeys(own))} if own else chosen
+
+    def rated(self, run: Bound, state: State, group: int, generator: Rng) -> tuple[State, Tensor]:
+        """Return states after a group with their ``log h``: the potential itself at the end."""
+        if group + 1 < len(run.groups):
+            return state, self.rate(run, state, generator)
+        ended = run.final(state)
+        return ended, ended["log_g"]
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Refuse functions of one chain's state where there are several."""
@@ -106,9 +112,7 @@ class Bootstrap(LookingAhead):
         if self.twist_every < 1:
             raise ValueError(f"SMC: twist_every must be >= 1, got {self.twist_every}.")
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead where it is due."""
         if self.twist is None or group % self.twist_every:
             return None

@@ -153,9 +153,7 @@ def parts_of(
     )
 
 
-def _merged(
-    experts: Sequence[tuple[ReverseChain, float]],
-) -> list[tuple[ReverseChain, float]]:
+def _merged(experts: Sequence[tuple[ReverseChain, float]]) -> list[tuple[ReverseChain, float]]:
     merged: list[tuple[ReverseChain, float]] = []
     for chain, exponent in experts:
         if not math.isfinite(exponent):

@@ -39,7 +39,10 @@ from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import (
     ChainSource,
+    Changes,
+    Moved,
     PotentialLike,
+    Rng,
     Source,
     State,
     as_potential,
@@ -108,10 +111,7 @@ class Corrector(LookingAhead):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries where there is a potential to ask about every token.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries where there is a potential to ask about every token."""
         masked = all(site.chain.kernel.process.absorbing for site in source.chains)
         return {f"{cls.name}-clamped": cls(clamp=True)} if masked and source.law.tilts else {}
 
@@ -163,9 +163,7 @@ class Corrector(LookingAhead):
         automatic = "lockstep" if masked else "path"
         return automatic if self.form == "auto" else self.form
 
-    def step(
-        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
         """Move by the experts; with ``clamp`` the look-ahead has a say in which token it is."""
         mover: Any = run.movers[item.site]
         if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
@@ -178,30 +176,20 @@ class Corrector(LookingAhead):
         return run.moved(state, item, carry), ratio
 
     def _children(
-        self,
-        run: Bound,
-        state: State,
-        item: Item,
-        chosen: Tensor,
-        group_size: int,
-        generator: torch.Generator | None,
+        self, run: Bound, state: State, item: Item, chosen: Tensor, group_size: int, generator: Rng
     ) -> Tensor:
         """Return what every token of each chosen position promises, ``(m, V)``."""
         most = int(chosen.sum(-1).max())
         positions = chosen.to(torch.int8).topk(most, -1).indices.sort(-1).values
         size = run.movers[item.site].kernel.process.vocab_size
         tokens = torch.arange(size, device=chosen.device).expand(*positions.shape, size)
-        others = any(state["done"].get(n, -1) < run.steps[n] for n in run.sites if n != item.site)
-        several = run.source.is_program and chosen.ndim > 3
-        last = item.k + 1 == run.steps[item.site] and group_size == 1 and not (others or several)
-        values = run.source.children(
-            run.guess(state, generator), item.site, positions, tokens, state, last=last
-        )
+        last = item.k + 1 == run.steps[item.site] and group_size == 1
+        last = last and run.ends_with(state, item.site)
+        changes = Changes(item.site, positions, tokens)
+        values = run.source.children(run.guess(state, generator), changes, state, last=last)
         return values[chosen.gather(-1, positions)]
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead, where there is a potential to look at."""
         if self.twist is None or not run.source.law.tilts:
             return None
@@ -240,7 +228,6 @@ class ComposedSource(ChainSource):
     """A composition of chains, tilted by a potential.
 
     :param composition: the chains with their exponents.
-    :param potential: ``log G``.
     """
 
     def __init__(self, composition: Composition, potential: PotentialLike) -> None:

@@ -15,6 +15,7 @@ from ppl_diffusion.kernels import FACTORISED, InterpolatingKernel, Kernel
 from ppl_diffusion.kernels.base import GIVEN, Carry
 from ppl_diffusion.kernels.path_power import log_product
 from ppl_diffusion.processes.mixture import log_posterior_mean
+from ppl_diffusion.programs.sources import Rng
 from ppl_diffusion.smc.twists import FILL_UNIFORMS, FillTwist, Twist
 
 
@@ -75,11 +76,7 @@ class ExpertMover(ABC):
         return self.exponents == (1.0,)
 
     def init(
-        self,
-        runs: int,
-        particles: int,
-        generator: torch.Generator | None,
-        given: Mapping[str, Tensor] | None = None,
+        self, runs: int, particles: int, generator: Rng, given: Mapping[str, Tensor] | None = None
     ) -> Carry:
         """Return the noisiest states, tokens ``(R, N, *plates, L)``."""
         batch = (runs, particles, *self.chain.batch_shape)
@@ -90,12 +87,7 @@ class ExpertMover(ABC):
             carry = carry if noise is None else {**carry, FILL_UNIFORMS: noise}
         return carry
 
-    def _start(
-        self,
-        batch: Sequence[int],
-        generator: torch.Generator | None,
-        given: Mapping[str, Tensor],
-    ) -> Carry:
+    def _start(self, batch: Sequence[int], generator: Rng, given: Mapping[str, Tensor]) -> Carry:
         chain = self.chain
         return self.kernel.init_carry(
             batch, chain.length, prompt=chain.prompt, generator=generator, given=given

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.programs.bound import Bound
-from ppl_diffusion.programs.schedule import Item
-from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import State, with_sites
+from ppl_diffusion.programs.sources import Changes, Rng, State, with_sites
 from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.twists import CallableTwist, FillTwist, log_mean_exp
 
@@ -30,62 +28,45 @@ IMPOSSIBLE = -50.0
 
 
 class Lookahead(ABC):
-    """How a guess is made and read."""
+    """How a guess is made and read.
+
+    :param run: the run.
+    """
 
     name: str
 
-    @abstractmethod
-    def guess(self, run: Bound, state: State, generator: Any) -> Any:
-        """Return the guess of every state.
-
-        :param run: the run.
-        :param state: the states.
-        :param generator: source of randomness.
-        """
+    def __init__(self, run: Bound) -> None:
+        self.run = run
 
     @abstractmethod
-    def score_each(self, run: Bound, state: State, guess: Any, site: str) -> Tensor:
-        """Return ``log h``, float64, broadcastable to ``(*B,)`` of a site.
+    def guess(self, state: State, generator: Rng) -> Any:
+        """Return the guess of every state."""
 
-        :param run: the run.
-        :param state: the states.
-        :param guess: the guesses.
-        :param site: name of the site.
-        """
+    @abstractmethod
+    def score_each(self, state: State, guess: Any, site: str) -> Tensor:
+        """Return ``log h``, float64, broadcastable to ``(*B,)`` of a site."""
 
-    def score(self, run: Bound, state: State, guess: Any) -> Tensor:
+    def score(self, state: State, guess: Any) -> Tensor:
         """Return ``log h``, float64 ``(R, N)``."""
-        return per_particle(self.score_each(run, state, guess, next(iter(run.sites))))
+        return per_particle(self.score_each(state, guess, next(iter(self.run.sites))))
 
     @abstractmethod
-    def children(
-        self,
-        run: Bound,
-        state: State,
-        guess: Any,
-        item: Item,
-        positions: Tensor,
-        tokens: Tensor,
-        *,
-        last: bool,
-    ) -> Tensor:
+    def children(self, state: State, guess: Any, changes: Changes, *, last: bool) -> Tensor:
         """Return ``log h`` of the states with one position set, float64 ``(*B, m, s)``.
 
-        :param run: the run.
-        :param state: the states.
-        :param guess: the guesses.
-        :param item: the move that is considered.
-        :param positions: int64 ``(*B, m)``, each changed alone.
-        :param tokens: int64 ``(*B, m, s)``, what each is set to.
+        :param changes: what is set.
         :param last: nothing is left to be guessed then: return the potential itself.
         """
 
+    def _ends(self, state: State, changes: Changes) -> Tensor:
+        """Return what children are worth that complete the state, which needs no guess then."""
+        own = {changes.site: state["sites"][changes.site]["tokens"][:, :, None]}
+        return self.run.source.children(own, changes, state, last=True)
+
     @abstractmethod
-    def moved(self, run: Bound, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Any:
+    def moved(self, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Any:
         """Return the guess with several positions set: the parent's guess about its child.
 
-        :param run: the run.
-        :param guess: the guesses.
         :param site: the site that moved.
         :param tokens: int64 ``(*B, L)``, the child.
         :param changed: bool ``(*B, L)``, the positions it was given.
@@ -95,37 +76,29 @@ class Lookahead(ABC):
 class Fills(Lookahead):
     """Completions by a fill twist; ``log h`` is the log-mean-exp of what they promise.
 
+    :param run: the run.
     :param twist: how completions are drawn.
     """
 
-    def __init__(self, twist: FillTwist) -> None:
+    def __init__(self, run: Bound, twist: FillTwist) -> None:
+        super().__init__(run)
         self.twist, self.name = twist, twist.name
 
-    def guess(self, run: Bound, state: State, generator: Any) -> dict[str, Tensor]:
+    def guess(self, state: State, generator: Rng) -> dict[str, Tensor]:
         """Return the completions of every site."""
-        return run.guess(state, generator, self.twist)
+        return self.run.guess(state, generator, self.twist)
 
-    def score_each(self, run: Bound, state: State, guess: Any, site: str) -> Tensor:
+    def score_each(self, state: State, guess: Any, site: str) -> Tensor:
         """Return the log-mean-exp over completions."""
-        value = log_mean_exp(run.source.look(guess, state), 2)
+        value = log_mean_exp(self.run.source.look(guess, state), 2)
         idle = guess[site].ndim - 2 - value.ndim  # plates of a program, which share one density
         return value.reshape(*value.shape, *[1] * idle)
 
-    def children(
-        self,
-        run: Bound,
-        state: State,
-        guess: Any,
-        item: Item,
-        positions: Tensor,
-        tokens: Tensor,
-        *,
-        last: bool,
-    ) -> Tensor:
+    def children(self, state: State, guess: Any, changes: Changes, *, last: bool) -> Tensor:
         """Ask about all children's completions in one batch."""
-        return run.source.children(guess, item.site, positions, tokens, state, last=last)
+        return self.run.source.children(guess, changes, state, last=last)
 
-    def moved(self, run: Bound, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Any:
+    def moved(self, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Any:
         """Return the completions with the child's tokens in place."""
         own = torch.where(changed[:, :, None], tokens[:, :, None], guess[site])
         return {**guess, site: own}
@@ -146,6 +119,7 @@ class Exhaustive(Lookahead):
     name = "exhaustive"
 
     def __init__(self, run: Bound) -> None:
+        super().__init__(run)
         site = run.only
         size, length = site.chain.kernel.process.vocab_size, site.chain.length
         if size**length > MAX_SEQUENCES:
@@ -164,30 +138,21 @@ class Exhaustive(Lookahead):
         ends["log_r"] = grid.new_zeros((1, len(self.sequences)), dtype=torch.float64)  # type: ignore[assignment]
         self.log_g = run.source.final(ends)[0][0]
 
-    def guess(self, run: Bound, state: State, generator: Any) -> Tensor:
+    def guess(self, state: State, generator: Rng) -> Tensor:
         """Return the law of the completions."""
-        name = run.only.name
-        kernel = run.movers[name].kernel
+        name = self.run.only.name
+        kernel = self.run.movers[name].kernel
         return kernel.posterior_mean(state["sites"][name], state["done"][name])
 
-    def score_each(self, run: Bound, state: State, guess: Any, site: str) -> Tensor:
+    def score_each(self, state: State, guess: Any, site: str) -> Tensor:
         """Return the log of the expectation over completions."""
         return torch.logsumexp(self._log_terms(guess), -1).clamp_min(IMPOSSIBLE)
 
-    def children(
-        self,
-        run: Bound,
-        state: State,
-        guess: Any,
-        item: Item,
-        positions: Tensor,
-        tokens: Tensor,
-        *,
-        last: bool,
-    ) -> Tensor:
+    def children(self, state: State, guess: Any, changes: Changes, *, last: bool) -> Tensor:
         """Return the expectations with one position held, from one pass over the sequences each."""
         if last:
-            return run.source.children({}, item.site, positions, tokens, state, last=True)
+            return self._ends(state, changes)
+        _, positions, tokens = changes
         held = torch.zeros_like(guess[..., :1]).expand_as(guess)
         here = (
             torch.arange(guess.shape[-2], device=guess.device) == positions[..., None]
@@ -199,7 +164,7 @@ class Exhaustive(Lookahead):
         by_token = mass.scatter_add(-1, token, (terms - top).exp()).log() + top
         return by_token.gather(-1, tokens).clamp_min(IMPOSSIBLE)
 
-    def moved(self, run: Bound, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Tensor:
+    def moved(self, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Tensor:
         """Return the law with the child's tokens certain."""
         certain = torch.nn.functional.one_hot(
             tokens.clamp_max(self.vocab_size - 1), self.vocab_size
@@ -220,14 +185,16 @@ class OfState(Lookahead):
     The guess is the state itself, int64 ``(R, N, L)``; children are shown as further particles,
     in a carry that holds tokens alone.
 
+    :param run: the run.
     :param twist: the function.
-    :param site: the chain site.
     :raises CapabilityError: if the chain has plates.
     """
 
     name = "callable"
 
-    def __init__(self, twist: CallableTwist, site: ChainSite) -> None:
+    def __init__(self, run: Bound, twist: CallableTwist) -> None:
+        super().__init__(run)
+        site = run.only
         if site.chain.batch_shape:
             raise CapabilityError(
                 "TwistedSampler: a twist given by a function sees whole particles, not the "
@@ -235,37 +202,26 @@ class OfState(Lookahead):
             )
         self.twist, self.site = twist, site.name
 
-    def guess(self, run: Bound, state: State, generator: Any) -> Tensor:
+    def guess(self, state: State, generator: Rng) -> Tensor:
         """Return the state."""
         tokens: Tensor = state["sites"][self.site]["tokens"]
         return tokens
 
-    def score_each(self, run: Bound, state: State, guess: Any, site: str) -> Tensor:
+    def score_each(self, state: State, guess: Any, site: str) -> Tensor:
         """Return the twist of the state."""
         return self._at(guess, state["done"][self.site])
 
     def _at(self, states: Tensor, k: int) -> Tensor:
         return self.twist({"tokens": states}, k, (states.shape[0], states.shape[1]))
 
-    def children(
-        self,
-        run: Bound,
-        state: State,
-        guess: Any,
-        item: Item,
-        positions: Tensor,
-        tokens: Tensor,
-        *,
-        last: bool,
-    ) -> Tensor:
+    def children(self, state: State, guess: Any, changes: Changes, *, last: bool) -> Tensor:
         """Return the twists of all children, from one call."""
         if last:
-            return run.source.children(
-                {item.site: guess[:, :, None]}, item.site, positions, tokens, state, last=True
-            )
+            return self._ends(state, changes)
+        site, positions, tokens = changes
         states = with_sites(guess[..., None, None, :], positions[..., None], tokens)
-        return self._at(states.flatten(1, 3), item.k + 1).reshape(tokens.shape)
+        return self._at(states.flatten(1, 3), state["done"][site] + 1).reshape(tokens.shape)
 
-    def moved(self, run: Bound, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Tensor:
+    def moved(self, guess: Any, site: str, tokens: Tensor, changed: Tensor) -> Tensor:
         """Return the child."""
         return tokens

@@ -31,12 +31,13 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse
 from ppl_diffusion.inference.arguments import require_moves, require_target
+from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
-from ppl_diffusion.inference.smc import seeded
+from ppl_diffusion.inference.smc import Engine, seeded
 from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.potentials import factor
-from ppl_diffusion.programs.bound import Bound, Mover, no_potential
+from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import can_hold, held_proposal
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.schedule import Plan, as_plan
@@ -44,7 +45,7 @@ from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, State, as_potential
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMultinomial
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
-from ppl_diffusion.smc.feynman_kac import FeynmanKac
+from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
@@ -215,12 +216,7 @@ class GibbsSampler:
     def _require_movable(self) -> None:
         require_continuous(self.program)
         program, moves = self.program, self.options.moves
-        if program.reads:
-            raise CapabilityError(
-                f"ParticleGibbs: {program.name} reads the path at site {min(program.reads)!r}, not "
-                "only its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
-                "store_path=True."
-            )
+        program.require_clean_sequences()
         for site in self.sites.values():
             for move in moves:
                 move.check(site.chain)
@@ -329,16 +325,12 @@ class GibbsSampler:
     def _prior_program(self) -> None:
         self.program.model(*self.program.args, **self.program.kwargs)
 
-    def _feynman_kac(self, site: ChainSite) -> FeynmanKac:
-        twist, proposal = self.options.twist, held_proposal(site)
-        return FeynmanKac(site.chain, no_potential, twist=twist, proposal=proposal)
-
-    def _free(self, site: ChainSite) -> Mover:
-        return self._feynman_kac(site).bind(max_rows=self.options.max_rows)
+    def _free(self, site: ChainSite) -> BoundFeynmanKac:
+        options = self.options
+        return chain_mover(site, options.twist, held_proposal(site), max_rows=options.max_rows)
 
     def _retained(self, site: ChainSite, path: Tensor) -> Mover:
-        model = self._feynman_kac(site)
-        return ConditionalFeynmanKac(model, path, max_rows=self.options.max_rows)
+        return ConditionalFeynmanKac(self._free(site).model, path, max_rows=self.options.max_rows)
 
     def _bound(self, mover: Callable[[ChainSite], Mover]) -> Bound:
         options = self.options
@@ -354,7 +346,7 @@ class GibbsSampler:
         self, run: Bound, latents: Mapping[str, Tensor], resampler: Resampler
     ) -> tuple[dict[str, Tensor], State, SMCTrace]:
         """Move a population given the latents; return one particle of each chain, by weight."""
-        engine = _GivenLatents(run, latents, look=self.options.twist is not None)
+        engine = _GivenLatents(run, latents, self.options.twist)
         with torch.no_grad():
             trace = smc_loop(
                 engine,
@@ -438,11 +430,11 @@ class GibbsSampler:
         return values, torch.cat(density).reshape(shape)
 
 
-class _GivenLatents:
-    """Bound states as the SMC loop sees them, with all latents held at the chains' values."""
+class _GivenLatents(Engine):
+    """The bootstrap filter with all latents held at the chains' values."""
 
-    def __init__(self, run: Bound, latents: Mapping[str, Tensor], *, look: bool) -> None:
-        self.run, self.look, self.gather = run, look, run.gather
+    def __init__(self, run: Bound, latents: Mapping[str, Tensor], twist: TwistLike) -> None:
+        super().__init__(Bootstrap(twist=twist), run, store_path=False)
         self.latents = {
             name: value[:, None].expand(value.shape[0], run.shape[1], *value.shape[1:])
             for name, value in latents.items()
@@ -450,21 +442,6 @@ class _GivenLatents:
 
     def init(self, runs: int, particles: int, generator: Any) -> State:
         return self.run.start(generator, self.latents)
-
-    def move(self, carry: State, k: int, generator: Any) -> tuple[State, Tensor | float]:
-        state, total = self.run.open(carry, k, generator), 0.0
-        for item in self.run.groups[k]:
-            state, ratio = self.run.step(state, item, generator)
-            total = total + ratio  # type: ignore[assignment]
-        return state, total
-
-    def log_twist(self, carry: State, k: int, generator: Any) -> Tensor | None:
-        return self.run.look(carry, generator) if self.look else None
-
-    def close(self, carry: State, generator: Any, paths: Any) -> tuple[State, Tensor]:
-        state = self.run.final(carry)
-        log_g: Tensor = state["log_g"]
-        return state, log_g
 
 
 def _bare(chain: ReverseChain, potential: PotentialLike | None) -> Callable[[], None]:

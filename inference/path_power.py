@@ -28,6 +28,7 @@ from ppl_diffusion.kernels.path_power import (
     log_product,
 )
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.programs.sources import Rng
 from ppl_diffusion.smc.feynman_kac import per_particle
 
 
@@ -56,12 +57,7 @@ class _GridMover(ExpertMover):
         """``B``, the sum of the exponents."""
         return sum(self.exponents)
 
-    def _start(
-        self,
-        batch: Sequence[int],
-        generator: torch.Generator | None,
-        given: Mapping[str, Tensor],
-    ) -> Carry:
+    def _start(self, batch: Sequence[int], generator: Rng, given: Mapping[str, Tensor]) -> Carry:
         """Draw from the tempered prior ``m**B``."""
         shape = (*batch, self.chain.length)
         log_m = self._log_tempered_prior()
@@ -106,9 +102,7 @@ class PathPowerMover(_GridMover):
             f"the reverse kernels times the forward kernel^{1 - self.order:g}"
         )
 
-    def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
+    def move(self, carry: Carry, k: int, generator: Rng) -> tuple[Carry, Tensor | float]:
         """Draw every site from its factor; the weight is the product of the factors' sums."""
         tokens = carry["tokens"]
         log_g = self._log_factor(carry, k)
@@ -164,9 +158,7 @@ class RateMover(_GridMover):
             f"only in the limit of many steps ({self.kernel.num_steps} here)"
         )
 
-    def move(
-        self, carry: Carry, k: int, generator: torch.Generator | None
-    ) -> tuple[Carry, Tensor | float]:
+    def move(self, carry: Carry, k: int, generator: Rng) -> tuple[Carry, Tensor | float]:
         """Jump at most once per site, and add the weight rate of the step."""
         tokens, process = carry["tokens"], self.kernel.process
         log_c = self.cavities(carry, k)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.arguments import require_counts, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
@@ -135,7 +134,7 @@ class SMC:
         started = time.perf_counter()
         with torch.no_grad(), seeded(seed):
             run = self.bind(args, kwargs)
-            engine = _Engine(self.method, run, self.store_path)
+            engine = Engine(self.method, run, self.store_path)
             trace = smc_loop(
                 engine,
                 self.method.num_steps(run),
@@ -158,12 +157,8 @@ class SMC:
         """
         source = self._source(args, kwargs)
         self.method.require(source)
-        if isinstance(source, ProgramSource) and source.program.reads and not self.store_path:
-            raise CapabilityError(
-                f"{self.owner}: {source.program.name} reads the path at site "
-                f"{min(source.program.reads)!r}, not only its clean sequence chain.x0(path); use "
-                "ppl_diffusion.inference.SMC with store_path=True."
-            )
+        if source.program is not None and not self.store_path:
+            source.program.require_clean_sequences()
         run = Bound(
             source=source,
             movers={s.name: self.method.mover(s, source, self.max_rows) for s in source.chains},
@@ -222,7 +217,7 @@ class SMC:
         return posterior.to("cpu")  # where people look at results, whatever they ran on
 
 
-class _Engine:
+class Engine:
     """A method over bound states, as the SMC loop sees it."""
 
     def __init__(self, method: Method, run: Bound, store_path: bool) -> None:

@@ -31,7 +31,7 @@ from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, register
-from ppl_diffusion.programs.sources import Source, State
+from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -94,23 +94,18 @@ class SoftValueGuidance(LookingAhead):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries: fewer children, which are paid for one by one.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries: fewer children, which are paid for one by one."""
         return {f"{cls.name}-4": cls(num_children=4)}
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
         """Lineages that nothing weighs are never resampled."""
         return resampler, ess_threshold if self.weighted else 0.0
 
-    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+    def start(self, run: Bound, state: State, generator: Rng) -> State:
         """The value of the noisiest states is taken to be constant."""
         return {**state, LOG_H: run.zeros}
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Draw children, choose one of each family, and return what the choice costs."""
         state = run.open(state, group, generator)
         first = torch.arange(run.shape[1], device=run.device) * self.num_children  # of each family
@@ -131,18 +126,14 @@ class SoftValueGuidance(LookingAhead):
         return moved, paid + log_ratio.gather(1, index)
 
     def _children(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
+        self, run: Bound, state: State, group: int, generator: Rng
     ) -> tuple[State, Tensor, Tensor]:
         """Return all children side by side, ``log K - log M`` and values, each ``(R, N * M)``."""
         lineages = torch.arange(run.shape[1], device=run.device)
         family = lineages.repeat_interleave(self.num_children)
         repeated = run.gather(state, family.expand(run.shape[0], -1))
         children, log_ratio = super().move(run, repeated, group, generator)
-        if group + 1 == len(run.groups):
-            children = run.final(children)
-            log_h: Tensor = children["log_g"]
-        else:
-            log_h = self.rate(run, children, generator)
+        children, log_h = self.rated(run, children, group, generator)
         return children, (log_h.new_zeros(()) + log_ratio).expand_as(log_h), log_h
 
     def _check_greed(self, run: Bound, gain: Tensor, log_score: Tensor, k: int) -> None:
@@ -170,7 +161,7 @@ class SoftValueGuidance(LookingAhead):
             return gain / self.alpha
         return torch.where(gain == gain.amax(-1, keepdim=True), 0.0, -torch.inf)
 
-    def _choose(self, log_score: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _choose(self, log_score: Tensor, generator: Rng) -> Tensor:
         """Return the chosen child of each family, int64 ``(R, N)``."""
         if log_score.shape[-1] == 1:
             return log_score.new_zeros(log_score.shape[:-1], dtype=torch.int64)
@@ -180,9 +171,7 @@ class SoftValueGuidance(LookingAhead):
         chosen: Tensor = draw_categorical(level, noise)
         return chosen
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the value of each lineage; without weights nothing counts."""
         log_h: Tensor = state[LOG_H]
         return log_h if self.weighted else None

@@ -27,7 +27,7 @@ from torch import Tensor
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, register
-from ppl_diffusion.programs.sources import Source, State
+from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.twists import PersistentFill
 
@@ -82,10 +82,7 @@ class FKSteering(LookingAhead):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries: few looks, and completions that are not the likeliest.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries: few looks, and other completions."""
         steps = max(site.chain.num_steps for site in source.chains)
         every = max(1, steps // (CHECKED_LOOKS + 1))
         strided = {"strided": cls(every=every, interval=(every, steps))} if every > 1 else {}
@@ -102,16 +99,14 @@ class FKSteering(LookingAhead):
         super().prepare(run, resampler, ess_threshold)
         run.notes["scored"] = _scored_steps(self.num_steps(run), self.every, self.interval)
 
-    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+    def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Nothing is scored yet."""
         zeros = run.zeros
         # Before the first score a maximum is -inf: starting it at 0 would ignore negative scores.
         start = torch.full_like(zeros, -torch.inf) if self.kind == "max" else zeros
         return {**state, RUNNING: start, LOG_H: zeros}
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move, then score the new state where it is due."""
         moved, log_ratio = super().move(run, state, group, generator)
         if group + 1 in run.notes["scored"]:
@@ -120,9 +115,7 @@ class FKSteering(LookingAhead):
             moved = {**moved, RUNNING: running, LOG_H: log_h}
         return moved, log_ratio
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the log of the product of potentials so far."""
         log_h: Tensor = state[LOG_H]
         return log_h

@@ -28,7 +28,7 @@ from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, Needs, register
-from ppl_diffusion.programs.sources import State
+from ppl_diffusion.programs.sources import Moved, Rng, State
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.rejuvenation import (
     OrderRefresh,
@@ -108,7 +108,7 @@ class Tempering(Method):
         """Return ``1 - b`` of the stages."""
         return 1.0 - torch.tensor(run.notes["powers"], dtype=torch.float64, device="cpu")
 
-    def begin(self, run: Bound, generator: torch.Generator | None) -> State:
+    def begin(self, run: Bound, generator: Rng) -> State:
         """Draw latents from their law, and whole paths from the chains."""
         state: State = {"sites": {}, "latents": {}, "log_r": run.zeros}
         if run.needs_program:
@@ -131,9 +131,7 @@ class Tempering(Method):
         states = run.sites[name].chain.kernel.process.num_states
         return torch.uint8 if states <= 256 else torch.int32
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move by kernels that leave the target of the stage invariant."""
         if group == 0:  # the chains' own law: these are independent draws of it
             return state, 0.0
@@ -144,13 +142,11 @@ class Tempering(Method):
         before, after = (tilt(s["log_g"], power) for s in (state, moved))
         return moved, before - after
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the log of the potential to the power of the stage."""
         return tilt(state["log_g"], run.notes["powers"][group])
 
-    def _chains(self, run: Bound, state: State, power: float, generator: Any) -> State:
+    def _chains(self, run: Bound, state: State, power: float, generator: Rng) -> State:
         """Move every particle, or make each resampled one the head of a waste-free chain."""
         length = self.waste_free
         if length is None:
@@ -164,14 +160,14 @@ class Tempering(Method):
         together: State = _side_by_side(states)
         return together
 
-    def _sweep(self, run: Bound, state: State, power: float, generator: Any) -> State:
+    def _sweep(self, run: Bound, state: State, power: float, generator: Rng) -> State:
         for name, moves in run.notes["moves"].items():
             for move in moves:
                 state = self._moved(run, state, name, move, power, generator)
         return state
 
     def _moved(
-        self, run: Bound, state: State, name: str, move: PathMove, power: float, generator: Any
+        self, run: Bound, state: State, name: str, move: PathMove, power: float, generator: Rng
     ) -> State:
         """Move the paths of one site; what is drawn with a proposal is kept where that is."""
         carry, values = state["sites"][name], state["values"]

@@ -43,8 +43,8 @@ from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Source, State
-from ppl_diffusion.smc.feynman_kac import Proposal, per_particle
+from ppl_diffusion.programs.sources import Changes, Moved, Rng, Source, State
+from ppl_diffusion.smc.feynman_kac import Proposal, draw_step, per_particle
 from ppl_diffusion.smc.twists import (
     ArgmaxFill,
     CallableTwist,
@@ -130,10 +130,7 @@ class TwistedSampler(Method):
 
     @classmethod
     def variants(cls, source: Source) -> dict[str, Method]:
-        """Return what else ``check`` tries where every token of a position is asked about.
-
-        :param source: what is sampled.
-        """
+        """Return what else ``check`` tries where every token of a position is asked about."""
         kernels = [site.chain.kernel for site in source.chains]
         if any(kernel.capability != ORDERED for kernel in kernels):
             return {}
@@ -194,34 +191,33 @@ class TwistedSampler(Method):
 
     def _lookahead(self, run: Bound, fill: FillTwist | None) -> Lookahead:
         if fill is not None:
-            return Fills(fill)
+            return Fills(run, fill)
         if len(run.sites) > 1:
             raise CapabilityError(
                 "TwistedSampler: with several chains particles look ahead by completions; use "
                 "'argmax', 'persistent' or a fill twist."
             )
         if isinstance(self.twist, CallableTwist):
-            return OfState(self.twist, run.only)
+            return OfState(run, self.twist)
         return Exhaustive(run)
 
     # Moving.
 
-    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
+    def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Nobody has looked ahead yet."""
         return {**state, GUESS: None, LOG_H: None}
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move, and look ahead from the children where their parents did not."""
-        moved, log_ratio = super().move(run, state, group, generator)
+        opened = run.open(state, group, generator)
+        if opened is not state:  # a guess made before knows nothing of chains that begin here
+            opened = {**opened, GUESS: None}
+        moved, log_ratio = super().move(run, opened, group, generator)
         if moved[LOG_H] is None and moved is not state and group + 1 < len(run.groups):
             moved = self._look(run, moved, generator)
         return moved, log_ratio
 
-    def step(
-        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
+    def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
         """Move one site by what its children promise, and return ``log K - log q``, ``(R, N)``."""
         site, mover = run.sites[item.site], run.movers[item.site]
         carry, kernel = state["sites"][item.site], mover.kernel
@@ -237,18 +233,13 @@ class TwistedSampler(Method):
             if isinstance(proposal, str)
             else proposal(step, carry, item.k)
         )
-        tokens = moves.sample() if generator is None else moves.sample(generator=generator)
+        tokens = draw_step(moves, generator)
         moved = run.moved(state, item, kernel.advance(carry, tokens, item.k, step=step))
         log_ratio = per_particle(step.log_prob(tokens) - moves.log_prob(tokens))
         return {**moved, GUESS: None, LOG_H: None}, log_ratio
 
     def _clamped(
-        self,
-        run: Bound,
-        state: State,
-        item: Item,
-        step: RevealStep,
-        generator: torch.Generator | None,
+        self, run: Bound, state: State, item: Item, step: RevealStep, generator: Rng
     ) -> tuple[State, Tensor]:
         u_order, u_token = uniforms(
             (2, *step.tokens.shape), generator=generator, device=step.tokens.device
@@ -273,8 +264,8 @@ class TwistedSampler(Method):
             log_h = ahead.gather(-1, chosen)[..., 0, 0]
         else:  # several positions at once: the parent's guess with all of them in place
             changed = tokens != step.tokens
-            guess = lookahead.moved(run, guess, item.site, tokens, changed)
-            log_h = lookahead.score(run, moved, guess)
+            guess = lookahead.moved(guess, item.site, tokens, changed)
+            log_h = lookahead.score(moved, guess)
         return {**moved, LOG_H: log_h}, log_ratio
 
     # Both choices are methods, so that a conditional run can hold one particle to a path.
@@ -303,30 +294,19 @@ class TwistedSampler(Method):
         """Return ``W(v)``, float64 ``(*B, m, V)``: the potential itself where nothing is left."""
         size, top, lookahead = log_d.shape[-1], self.top, run.notes["lookahead"]
         scored = log_d.topk(min(top or size, size), -1).indices
-        values = lookahead.children(
-            run, state, guess, item, positions, scored, last=self._is_last(run, state, item, step)
-        )
+        changes, last = Changes(item.site, positions, scored), self._is_last(run, state, item, step)
+        values = lookahead.children(state, guess, changes, last=last)
         if scored.shape[-1] == size:
             return torch.empty_like(values).scatter(-1, scored, values)
-        rest = lookahead.score_each(run, state, guess, item.site)[..., None, None]
+        rest = lookahead.score_each(state, guess, item.site)[..., None, None]
         return rest.expand(log_d.shape).scatter(-1, scored, values)
 
     def _is_last(self, run: Bound, state: State, item: Item, step: RevealStep) -> bool:
         """Whether one position is left and no other chain is unfinished."""
-        others = [name for name in run.sites if name != item.site]
-        open_still = any(state["done"].get(name, -1) < run.steps[name] for name in others)
-        several = run.source.is_program and step.tokens.ndim > 3
         masks = (step.tokens == step.log_probs.shape[-1]).sum(-1)
-        return step.count == 1 and not (open_still or several or bool((masks > 1).any()))
+        return step.count == 1 and run.ends_with(state, item.site) and bool((masks <= 1).all())
 
-    def _reweighted(
-        self,
-        run: Bound,
-        state: State,
-        item: Item,
-        step: Step,
-        generator: torch.Generator | None,
-    ) -> Step:
+    def _reweighted(self, run: Bound, state: State, item: Item, step: Step, generator: Rng) -> Step:
         """Tilt the prediction by what completions with each token pay, over what all of them do."""
         guess = self._guess(run, state, generator)
         own = guess[item.site].movedim(2, -2)  # (*B, F, L)
@@ -344,19 +324,17 @@ class TwistedSampler(Method):
 
     # Looking ahead.
 
-    def _guess(self, run: Bound, state: State, generator: torch.Generator | None) -> Any:
+    def _guess(self, run: Bound, state: State, generator: Rng) -> Any:
         """Return the guess a parent left, or a new one."""
         known = state[GUESS]
-        return run.notes["lookahead"].guess(run, state, generator) if known is None else known
+        return run.notes["lookahead"].guess(state, generator) if known is None else known
 
-    def _look(self, run: Bound, moved: State, generator: torch.Generator | None) -> State:
+    def _look(self, run: Bound, moved: State, generator: Rng) -> State:
         """Return states with a new guess and its score."""
         guess = self._guess(run, moved, generator)
-        return {**moved, GUESS: guess, LOG_H: run.notes["lookahead"].score(run, moved, guess)}
+        return {**moved, GUESS: guess, LOG_H: run.notes["lookahead"].score(moved, guess)}
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return ``log h``: constant at the start."""
         log_h: Tensor | None = state[LOG_H]
         if log_h is None:

@@ -120,7 +120,7 @@ class LearnedValue:
         self._require_same_chain(tokens.shape[-1], k)
         rows = tokens.reshape(-1, tokens.shape[-1])
         with torch.no_grad():
-            value = self.network(rows, self.times[k].expand(len(rows)))
+            value = self.network(rows, self.times[k].to(rows.device).expand(len(rows)))
         return (value.to(torch.float64) + self.offset).reshape(tokens.shape[:-1])
 
     def _require_same_chain(self, length: int, k: int) -> None:
@@ -191,7 +191,8 @@ def fit_value(
         data = (tokens, paths.times[k], (log_g - offset).to(torch.float32))
         losses = _train(network, data, _LOSSES[loss], num_updates, batch_size, learning_rate)
     return LearnedValue(
-        network.requires_grad_(False).eval(),
+        # Trained on the CPU, where posteriors are; asked where the chain moves.
+        network.requires_grad_(False).eval().to(chain.kernel.device),
         paths.times,
         offset,
         losses,
@@ -243,9 +244,9 @@ def bellman_residuals(
                 f"bellman_residuals: a step of {type(kernel).__name__} depends on more "
                 "than the tokens, which is not stored; use a chain whose kernel is Markov."
             )
-        states = path[..., :-1, :].unbind(-2)
+        states = path.to(run.device)[..., :-1, :].unbind(-2)
         found = [_residual(run, method, state, k, num_children) for k, state in enumerate(states)]
-    return _weighted_variance(torch.stack(found, -1), posterior.pooled_log_weights.exp())
+    return _weighted_variance(torch.stack(found, -1).cpu(), posterior.pooled_log_weights.exp())
 
 
 def _only_chain(run: Bound, owner: str) -> ReverseChain:
@@ -267,8 +268,7 @@ def _residual(run: Bound, method: Bootstrap, tokens: Tensor, k: int, num_childre
     each = torch.arange(size, device=tokens.device)
     family = each.repeat_interleave(num_children).expand(runs, -1)
     children, _ = run.step(run.gather(state, family), Item(name, k), None)
-    last = k + 1 == run.steps[name]
-    ahead = run.final(children)["log_g"] if last else method.rate(run, children, None)
+    ahead = method.rated(run, children, k, None)[1]
     here = method.rate(run, state, None)
     return log_mean_exp(ahead.reshape(runs, size, num_children), -1) - here
 

@@ -67,18 +67,19 @@ class ClampProposal:
                 "kappa = 1, or condition by a potential that is -inf elsewhere."
             )
         self._require_agreeing_prompt(step)
-        tokens, mask = self._beside(step.tokens)
+        tokens, mask = self.beside(step.tokens)
         known = torch.nn.functional.one_hot(tokens, self.vocab_size).to(step.log_probs).log()
         return step.with_log_probs(torch.where(mask[:, None], known, step.log_probs))
 
-    def _beside(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def beside(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens and mask where states live."""
         # The user need not know where the network lives; where all is on one device this is free.
         return self.tokens.to(states.device), self.mask.to(states.device)
 
     def _require_agreeing_prompt(self, step: Step) -> None:
         if step.fixed is None:
             return
-        tokens, mask = self._beside(step.tokens)
+        tokens, mask = self.beside(step.tokens)
         clash = step.fixed & mask & (step.tokens != tokens)
         if bool(clash.any()):
             position = int(clash.reshape(-1, len(mask)).any(0).nonzero()[0])
@@ -93,7 +94,7 @@ class ClampProposal:
         :param other: another clamp of the same chain.
         :raises ValueError: if they disagree at a position.
         """
-        tokens, mask = other._beside(self.tokens)
+        tokens, mask = other.beside(self.tokens)
         both = self.mask & mask
         if not torch.equal(self.tokens[both], tokens[both]):
             raise ValueError("clamp: two clamps want different tokens at the same position.")
@@ -105,7 +106,7 @@ class ClampProposal:
 
         :param x0: int64 ``(*batch, L)``.
         """
-        tokens, mask = self._beside(x0)
+        tokens, mask = self.beside(x0)
         return ((x0 == tokens) | ~mask).all(-1)
 
 

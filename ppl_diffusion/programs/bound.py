@@ -9,7 +9,7 @@ gathers all of it, so whatever a particle remembers it keeps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import ProgramSource, Source, State
+from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.twists import FillTwist, log_mean_exp
 
@@ -36,18 +36,17 @@ class Mover(Protocol):
     @property
     def num_evaluations(self) -> int: ...
     def init(
-        self, runs: int, particles: int, generator: Any, given: Mapping[str, Tensor] | None = None
+        self, runs: int, particles: int, generator: Rng, given: Mapping[str, Tensor] | None = None
     ) -> Carry: ...
-    def move(self, carry: Carry, k: int, generator: Any) -> tuple[Carry, Tensor | float]: ...
-    def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Any) -> Tensor: ...
-
-
-MakeMover = Callable[[ChainSite], Mover]
+    def move(self, carry: Carry, k: int, generator: Rng) -> tuple[Carry, Tensor | float]: ...
+    def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Rng) -> Tensor: ...
 
 
 @dataclass
 class Bound:
     """What a method may ask about its particles during one run.
+
+    States are returned anew, never changed in place: the engine still holds the old ones.
 
     :param source: what is sampled.
     :param movers: how the particles of each site move.
@@ -64,13 +63,11 @@ class Bound:
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.source.chains}
-        program = self.source.program if isinstance(self.source, ProgramSource) else None
-        self.program = program
+        self.program = program = self.source.program
         above = {n: set() if program is None else program.above(n) for n in self.sites}
         self.stages = stages(above)
-        steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
-        self.steps = steps
-        self.groups: list[Group] = groups_of(self.plan, self.stages, steps)
+        self.steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
+        self.groups: list[Group] = groups_of(self.plan, self.stages, self.steps)
         self.openings = self._openings()
         self.notes: dict[str, Any] = {}
         """What a method wants to remember of the run itself."""
@@ -128,7 +125,6 @@ class Bound:
     def chain(self, name: str, given: Mapping[str, Tensor] | None = None) -> ReverseChain:
         """Return a chain around its counted network, under the conditions of particles.
 
-        :param name: its site.
         :param given: conditions ``(R, N, *plates, *event)``; None takes the chain's own.
         """
         chain = self.sites[name].chain
@@ -140,6 +136,7 @@ class Bound:
 
     def _openings(self) -> dict[int, list[str]]:
         """Return the sites of each stage by the group before which they open."""
+        # Not before: a chain that began on its parent's guess would move by another law.
         found, start = {}, 0
         for sites in self.stages:
             found[start] = list(sites)
@@ -150,31 +147,30 @@ class Bound:
                 start += 1
         return found
 
-    def start(self, generator: Any, latents: Mapping[str, Tensor] | None = None) -> State:
+    def start(self, generator: Rng, latents: Mapping[str, Tensor] | None = None) -> State:
         """Return the noisiest states, each with its draw of what comes before them.
 
-        :param generator: source of randomness.
         :param latents: values of latents that are not to be drawn, each ``(R, N, ...)``.
         """
         state: State = {"sites": {}, "latents": dict(latents or {}), "log_r": self.zeros}
         state |= {"done": {}, "noisiest": {}}
         return self.open(state, 0, generator)
 
-    def open(self, state: State, group: int, generator: Any) -> State:
+    def open(self, state: State, group: int, generator: Rng) -> State:
         """Return states in which the chains that start at a group have begun.
 
-        :param state: the states.
         :param group: index of the group that is made next.
-        :param generator: source of randomness.
         """
         names = self.openings.get(group)
         if names is None or all(name in state["sites"] for name in names):
             return state
         program = self.program
+        # Chains that nothing feeds begin without a run of the program, which costs a row each.
         free = [n for n in names if program is None or not program.ancestors(n)]
         state = self._begin(state, {name: None for name in free}, generator)
         if program is None:
             return state
+        # A latent below an unfinished chain waits: its law is not known before its parents are.
         finished = {n for n, k in state["done"].items() if k == self.steps[n]}
         latents = [
             n for n in program.carried if n not in state["latents"] and program.above(n) <= finished
@@ -185,7 +181,7 @@ class Bound:
         return self._open_by_program(state, latents, bound, generator)
 
     def _begin(
-        self, state: State, given: Mapping[str, Mapping[str, Tensor] | None], generator: Any
+        self, state: State, given: Mapping[str, Mapping[str, Tensor] | None], generator: Rng
     ) -> State:
         begun = {n: self.movers[n].init(*self.shape, generator, g) for n, g in given.items()}
         done = {**state["done"], **dict.fromkeys(begun, 0)}
@@ -193,9 +189,10 @@ class Bound:
         return {**state, "sites": {**state["sites"], **begun}, "done": done, "noisiest": noisiest}
 
     def _open_by_program(
-        self, state: State, latents: list[str], bound: list[str], generator: Any
+        self, state: State, latents: list[str], bound: list[str], generator: Rng
     ) -> State:
         """Run the program once: it draws its latents and computes the conditions of its chains."""
+        # The program is the only description there is of how conditions come about.
         program = self.program
         assert program is not None
         size = torch.Size(self.shape).numel()
@@ -208,6 +205,8 @@ class Bound:
             value = run.value(name)
             assert value is not None  # latents are tensors
             drawn[name] = value.reshape(*self.shape, *value.shape[1:])
+        # What they were drawn with is kept, and divided by: a law that was misread in part then
+        # costs variance, never truth (importance sampling on the extended space).
         log_r = state["log_r"] + run.latent_log_density(latents).reshape(self.shape)
         given = {
             name: {c: x.reshape(*self.shape, *x.shape[1:]) for c, x in run.given(name).items()}
@@ -219,9 +218,9 @@ class Bound:
     def place(self, name: str, chain: ReverseChain) -> Tensor:
         """Return a guessed path of a chain that has not begun, under the condition it has here.
 
-        :param name: its site.
         :param chain: its distribution in this evaluation of the program.
         """
+        # Any look-ahead telescopes away, so that the likeliest tokens are good enough.
         kernel = self.movers[name].kernel
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
@@ -230,35 +229,36 @@ class Bound:
 
     # Moving.
 
-    def step(self, state: State, item: Item, generator: Any) -> tuple[State, Tensor | float]:
-        """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0.
-
-        :param state: the states.
-        :param item: the move.
-        :param generator: source of randomness.
-        """
+    def step(self, state: State, item: Item, generator: Rng) -> Moved:
+        """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0."""
         carry, ratio = self.movers[item.site].move(state["sites"][item.site], item.k, generator)
         return self.moved(state, item, carry), ratio
 
     def moved(self, state: State, item: Item, carry: Carry) -> State:
         """Return states in which one site has another carry.
 
-        :param state: the states.
         :param item: the move that was made.
         :param carry: its carry after the move.
         """
         done = {**state["done"], item.site: item.k + 1}
         return {**state, "sites": {**state["sites"], item.site: carry}, "done": done}
 
+    def ends_with(self, state: State, site: str) -> bool:
+        """Return whether nothing is left to be guessed once a site is complete.
+
+        The elements of a plate of a program share one density, so that each waits for the others.
+        """
+        others = (name for name in self.sites if name != site)
+        finished = all(state["done"].get(name) == self.steps[name] for name in others)
+        return finished and not (self.source.is_program and self.sites[site].chain.batch_shape)
+
     # Looking ahead.
 
     def guess(
-        self, state: State, generator: Any, fill: FillTwist | None = None
+        self, state: State, generator: Rng, fill: FillTwist | None = None
     ) -> dict[str, Tensor]:
         """Return completions of every site that has begun, ``(R, N, F, *plates, L)``.
 
-        :param state: the states.
-        :param generator: source of randomness.
         :param fill: how they are completed.
         """
         twist, found = fill or self.fill, {}
@@ -272,25 +272,16 @@ class Bound:
         return found
 
     def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
-        """Return ``log h`` of states whose completions are known, float64 ``(R, N)``.
-
-        :param state: the states.
-        :param fills: their completions.
-        """
+        """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
         return per_particle(log_mean_exp(self.source.look(fills, state), 2))
 
-    def look(self, state: State, generator: Any) -> Tensor:
-        """Return ``log h`` of states by new completions, float64 ``(R, N)``.
-
-        :param state: the states.
-        :param generator: source of randomness.
-        """
+    def look(self, state: State, generator: Rng) -> Tensor:
+        """Return ``log h`` of states by new completions, float64 ``(R, N)``."""
         return self.score(state, self.guess(state, generator))
 
     def final(self, state: State, paths: Mapping[str, Tensor] | None = None) -> State:
         """Return finished states that know ``log_g`` and the values of all sites (``values``).
 
-        :param state: the states.
         :param paths: whole paths of every site, where they are kept.
         """
         log_g, values = self.source.final(state, paths)
@@ -299,10 +290,7 @@ class Bound:
     # Paths.
 
     def record(self, state: State) -> dict[str, Tensor]:
-        """Return what is kept of the states after every group.
-
-        :param state: the states.
-        """
+        """Return what is kept of the states after every group."""
         return {name: self._tokens(state, name) for name in self.sites}
 
     def _tokens(self, state: State, name: str) -> Tensor:
@@ -316,11 +304,11 @@ class Bound:
     def own_paths(self, state: State, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the path of every chain, its own steps alone, ``(R, N, *plates, T + 1, L)``.
 
-        :param state: the final states.
         :param recorded: states after every group, the start first.
         """
         found = {}
         for name, path in recorded.items():
+            # The record has an entry for every group, also for those that moved other chains.
             own = [
                 g + 1 for g, group in enumerate(self.groups) if any(i.site == name for i in group)
             ]
@@ -332,7 +320,6 @@ class Bound:
     def gather(state: State, ancestors: Tensor) -> State:
         """Return the states of the chosen ancestors.
 
-        :param state: the states.
         :param ancestors: int64 ``(R, N')``.
         """
         gathered: State = take_particles(state, ancestors)
@@ -344,7 +331,6 @@ def chain_mover(
 ) -> BoundFeynmanKac:
     """Return the mover of a site by its own chain, or by a proposal.
 
-    :param site: the site.
     :param fill: the twist whose noise travels with the particles, or None.
     :param proposal: how particles move; None is the chain itself.
     :param max_rows: largest number of rows sent to the network at once.

@@ -24,16 +24,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
+from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import ChainSource, PotentialLike, Source, State
+from ppl_diffusion.programs.sources import ChainSource, Moved, PotentialLike, Rng, Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -47,20 +47,22 @@ class Needs:
     :param density: every chain's kernel must have a density.
     :param own_moves: it moves particles its own way, and has no use for a twisted site.
     :param clean_sequences: densities must read paths through ``chain.x0(path)`` only.
-    :param one_chain: it takes programs with one chain site.
     :param free_chains: no chain may depend on another chain's sequence.
     """
 
     density: bool = False
     own_moves: bool = False
     clean_sequences: bool = True
-    one_chain: bool = False
     free_chains: bool = False
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A way of steering particles; its fields are its options.
+
+    Every hook may ask the ``run`` (:class:`~ppl_diffusion.programs.Bound`) about the particles,
+    whose ``state`` it never changes in place, and draws from the ``generator`` (None is the global
+    one).
 
     :cvar name: its name, in the registry and on the command line.
     :cvar exact: whether its weights are exact for the law it declares, as it comes.
@@ -82,8 +84,13 @@ class Method(ABC):
         """Return a bare chain, or a composition, with its potential.
 
         :param model: the chain.
-        :param potential: ``log G``.
+        :raises CapabilityError: if it is a composition, and the method moves a chain.
         """
+        if not isinstance(model, ReverseChain):
+            raise CapabilityError(
+                f"{type(self).__name__}: it moves one chain, and the target is a composition of "
+                "chains; use method='corrector'."
+            )
         assert potential is not None
         return ChainSource(model, potential, cache=getattr(self, "cache", True))
 
@@ -95,8 +102,6 @@ class Method(ABC):
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return how the particles of a site move: here by its chain, its twist and its clamp.
 
-        :param site: the site.
-        :param source: what is sampled.
         :param max_rows: largest number of rows sent to the network at once.
         """
         proposal = held_proposal(site)
@@ -115,7 +120,6 @@ class Method(ABC):
     ) -> None:
         """Look at the run before it starts.
 
-        :param run: the run.
         :param resampler: how particles are resampled.
         :param ess_threshold: the threshold asked for.
         """
@@ -128,106 +132,59 @@ class Method(ABC):
         """Return the times between the steps, float64 ``(num_steps + 1,)``."""
         return run.times
 
-    def begin(self, run: Bound, generator: torch.Generator | None) -> State:
-        """Return the states at the start.
-
-        :param run: the run.
-        :param generator: source of randomness.
-        """
+    def begin(self, run: Bound, generator: Rng) -> State:
+        """Return the states at the start."""
         return self.start(run, run.start(generator), generator)
 
-    def start(self, run: Bound, state: State, generator: torch.Generator | None) -> State:
-        """Return the states at the start, with slots of the method's own.
-
-        :param run: the run.
-        :param state: the noisiest states.
-        :param generator: source of randomness.
-        """
+    def start(self, run: Bound, state: State, generator: Rng) -> State:
+        """Return the states at the start, with slots of the method's own."""
         return state
 
-    def move(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
-        """Return the states after a group of moves, and the log of what they are weighed by.
-
-        :param run: the run.
-        :param state: the states.
-        :param group: index of the group.
-        :param generator: source of randomness.
-        """
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
+        """Return the states after a group of moves, and the log of what they are weighed by."""
         state, total = run.open(state, group, generator), 0.0
         for item in run.groups[group]:
             state, ratio = self.step(run, state, item, generator)
             total = total + ratio  # type: ignore[assignment]
         return state, total
 
-    def step(
-        self, run: Bound, state: State, item: Item, generator: torch.Generator | None
-    ) -> tuple[State, Tensor | float]:
-        """Return the states after one move of one site, and ``log K - log M``, ``(R, N)``.
-
-        :param run: the run.
-        :param state: the states.
-        :param item: the move.
-        :param generator: source of randomness.
-        """
+    def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
+        """Return the states after one move of one site, and ``log K - log M``, ``(R, N)``."""
         return run.step(state, item, generator)
 
-    def look(
-        self, run: Bound, state: State, group: int, generator: torch.Generator | None
-    ) -> Tensor | None:
+    def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return ``log h``, finite, ``(R, N)``; None keeps the last one.
 
-        :param run: the run.
-        :param state: the states.
         :param group: groups made so far; not called when all are.
-        :param generator: source of randomness.
         """
         return None
 
     def pay(self, run: Bound, state: State) -> Tensor:
         """Return the log of what finished particles are weighed by in the end, ``(R, N)``.
 
-        :param run: the run.
         :param state: finished states; ``state["log_g"]`` is the potential itself.
         """
         log_g: Tensor = state["log_g"]
         return log_g
 
     def law(self, run: Bound) -> Law:
-        """Return what weighted particles are exact for.
-
-        :param run: the run.
-        """
+        """Return what weighted particles are exact for."""
         return run.source.law
 
     def num_calls(self, run: Bound) -> int:
-        """Return how many sequences were asked about so far.
-
-        :param run: the run.
-        """
+        """Return how many sequences were asked about so far."""
         return run.source.num_calls
 
     def paths(self, run: Bound, state: State) -> dict[str, Tensor] | None:
-        """Return whole paths where particles carry them, or None.
-
-        :param run: the run.
-        :param state: the final states.
-        """
+        """Return whole paths where particles carry them, or None."""
         return None
 
     def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
-        """Return the result as the method means it.
-
-        :param posterior: the weighted particles.
-        """
+        """Return the result as the method means it."""
         return posterior
 
     def settings(self, run: Bound) -> dict[str, Any]:
-        """Return what was chosen, in JSON types.
-
-        :param run: the run.
-        """
+        """Return what was chosen, in JSON types."""
         return {f.name: described(getattr(self, f.name)) for f in fields(self)}
 
     def require(self, source: Source) -> None:
@@ -236,54 +193,40 @@ class Method(ABC):
         :param source: what is to be sampled.
         :raises CapabilityError: if it does.
         """
-        needs, owner, program = self.needs, type(self).__name__, getattr(source, "program", None)
         for site in source.chains:
-            kernel = site.chain.kernel
-            if needs.density and kernel.capability == SAMPLE_ONLY:
-                raise CapabilityError(
-                    f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} "
-                    f"is {SAMPLE_ONLY}; use SMC without one."
-                )
-            if needs.own_moves and site.twist is not None:
-                raise CapabilityError(
-                    f"{owner} moves particles its own way and has no use for the twist of the "
-                    f"program {program.name}; take the twist off, or use another method."  # type: ignore[union-attr]
-                )
+            self._require_movable(site, source)
+        if source.program is not None and self.needs.clean_sequences:
+            source.program.require_clean_sequences()
+
+    def _require_movable(self, site: ChainSite, source: Source) -> None:
+        needs, owner, kernel = self.needs, type(self).__name__, site.chain.kernel
+        program = source.program
+        if needs.density and kernel.capability == SAMPLE_ONLY:
+            raise CapabilityError(
+                f"{owner}: a proposal needs a kernel with a density, {type(kernel).__name__} is "
+                f"{SAMPLE_ONLY}; use SMC without one."
+            )
         if program is None:
             return
-        if needs.clean_sequences and program.reads:
+        if needs.own_moves and site.twist is not None:
             raise CapabilityError(
-                f"{owner}: {program.name} reads the path at site {min(program.reads)!r}, not only "
-                "its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
-                "store_path=True."
+                f"{owner} moves particles its own way and has no use for the twist of the program "
+                f"{program.name}; take the twist off, or use another method."
             )
-        if needs.one_chain and len(source.chains) > 1:
+        if needs.free_chains and program.above(site.name):
             raise CapabilityError(
-                f"{owner}: {program.name} has several chain sites, and this moves one; use another "
-                "method, or run the chains apart."
+                f"{owner}: the chain {site.name!r} of {program.name} depends on the sequence of "
+                "another one, which is moved again here; use SMC."
             )
-        if needs.free_chains:
-            for site in source.chains:
-                if program.above(site.name):
-                    raise CapabilityError(
-                        f"{owner}: the chain {site.name!r} of {program.name} depends on the "
-                        "sequence of another one, which is moved again here; use SMC."
-                    )
 
 
 def held_proposal(site: ChainSite) -> Any:
-    """Return how a site wants to be moved, with clamped tokens held where its kernel can.
-
-    :param site: the site.
-    """
+    """Return how a site wants to be moved, with clamped tokens held where its kernel can."""
     return site.proposal if can_hold(site) else site.twist
 
 
 def can_hold(site: ChainSite) -> bool:
-    """Return whether clamped tokens can be held: not where they may be masked again on the way.
-
-    :param site: the site.
-    """
+    """Return whether clamped tokens can be held: not where they may be masked again on the way."""
     kernel = site.chain.kernel
     if site.clamp is None:
         return False

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
-from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, scored_log_prob
+from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
     chain_of,
@@ -135,9 +135,22 @@ class Program:
         """
         return self.ancestors(name) & set(self.chain_names)
 
+    def require_clean_sequences(self) -> None:
+        """Refuse densities that read more of a path than its end.
+
+        :raises CapabilityError: if there are any.
+        """
+        if self.reads:
+            raise CapabilityError(
+                f"{self.owner}: {self.name} reads the path at site {min(self.reads)!r}, not only "
+                "its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
+                "store_path=True."
+            )
+
     @property
     def carried(self) -> list[str]:
         """Latents that particles inherit: drawn before a chain moves, or between two chains."""
+        # What a chain reads must travel with the particle: drawn anew it would be another's.
         feeding = {a for chain in self.chain_names for a in self.ancestors(chain)}
         return [name for name in self.latents if name in feeding or not self.above(name)]
 
@@ -223,6 +236,7 @@ class Program:
         scored = [s for s in sites if not is_chain(s) and not is_deterministic(s)]
         alone = {s["name"]: detach_provenance(scored_log_prob(s, False)) for s in scored}
         self.density_shapes = {name: value.shape for name, value in alone.items()}
+        # Reading must not move the draws that follow, nor stop at values it made up itself.
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)
             tracked = {name: float(value.sum()) for name, value in alone.items()}
@@ -334,9 +348,11 @@ class Program:
     ) -> None:
         shown = {n: v for n in run.deterministic_names if (v := run.value(n)) is not None}
         for chain, behind in rows.histories.items():
-            if not all(_same(value[behind], value[rows.pairs]) for value in densities.values()):
+            if not all(
+                same_values(value[behind], value[rows.pairs]) for value in densities.values()
+            ):
                 self.reads = self.reads | {chain}
-            reading = {n for n, v in shown.items() if not _same(v[behind], v[rows.pairs])}
+            reading = {n for n, v in shown.items() if not same_values(v[behind], v[rows.pairs])}
             self.shows = self.shows | reading
         missing = {n for n in run.density_names if n not in self.density_shapes}
         if missing and len(run.traces) > 1:  # a site that only some rows have
@@ -364,6 +380,7 @@ class Program:
                 self._depends_on_all_before(site.name)
 
     def _depends_on_all_before(self, name: str) -> None:
+        # Program order is an order of ancestry: too many parents cost waiting, too few the truth.
         self.parents[name] = set(self.order[: self.order.index(name)])
 
 
@@ -505,10 +522,6 @@ def _close(value: float, other: float) -> bool:
     return math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-4)
 
 
-def _same(value: Tensor, other: Tensor) -> bool:
-    return torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
 def _varies(values: Tensor, rows: list[int]) -> bool:
     some = values[rows]
-    return any(not _same(some[0], row) for row in some[1:])
+    return any(not same_values(some[0], row) for row in some[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol, cast
 
 import torch
@@ -107,30 +107,24 @@ class ProgramRun:
         inner = value.shape[value.ndim - event :]
         return value.reshape(-1, *own, *inner).expand(self.size, *own, *inner)
 
-    def is_latent_or_deterministic(self, name: str) -> bool:
-        """Return whether a site belongs into the posterior's samples."""
-        site = self._node(name)
-        return not site["is_observed"] or is_deterministic(site)
-
     def samples(self, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
         """Return the values of all latent and deterministic sites that have one per particle."""
-        names = [n for n in self.site_names if n not in leave_out]
-        values = {n: self.value(n) for n in names if self.is_latent_or_deterministic(n)}
-        return {name: value for name, value in values.items() if value is not None}
+        nodes = {n: self._node(n) for n in self.site_names if n not in leave_out}
+        # Deterministic sites are observed ones to Pyro; they are no data.
+        kept = [n for n, s in nodes.items() if not s["is_observed"] or is_deterministic(s)]
+        return {name: value for name in kept if (value := self.value(name)) is not None}
 
     def log_density(self, latents: Collection[str], *, lookahead: bool = False) -> Tensor:
         """Return the log-density of observations and some latents, float64 ``(size,)``."""
-        total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
-        for value in self.log_densities(latents, lookahead=lookahead).values():
-            total = total + value
-        return total
+        return self._total(self.log_densities(latents, lookahead=lookahead).values())
 
     def latent_log_density(self, latents: Collection[str]) -> Tensor:
         """Return the log-density of some latents alone, float64 ``(size,)``."""
-        total = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
-        for name in latents:
-            total = total + self.site_log_density(name)
-        return total
+        return self._total(self.site_log_density(name) for name in latents)
+
+    def _total(self, densities: Iterable[Tensor]) -> Tensor:
+        zeros = torch.zeros(self.size, dtype=torch.float64, device=self.program.device)
+        return sum(densities, zeros)
 
     def log_densities(
         self, latents: Collection[str], *, lookahead: bool = False
@@ -168,6 +162,13 @@ class ProgramRun:
                 "it."
             )
         return value
+
+
+def same_values(value: Tensor, other: Tensor) -> bool:
+    """Return whether values are equal, up to what float32 networks round off."""
+    if not value.is_floating_point():
+        return torch.equal(value, other)
+    return torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def scored_log_prob(site: dict[str, Any] | None, lookahead: bool) -> Tensor:

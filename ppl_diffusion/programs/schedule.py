@@ -32,6 +32,7 @@ Plan = Callable[[Mapping[str, int], "torch.Generator | None"], list[Group]]
 
 def lockstep(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
     """Return groups in which all sites move on, each on its own grid."""
+    # A chain of n steps moves where n t / T passes a whole number: spread evenly, all end at T.
     total = max(steps.values())
     return [
         tuple(
@@ -50,6 +51,7 @@ def sequential(steps: Mapping[str, int], generator: torch.Generator | None = Non
 
 def interleaved(steps: Mapping[str, int], generator: torch.Generator | None = None) -> list[Group]:
     """Return groups of one move, in one random order for all particles."""
+    # One order for all: counts that differ between particles would only add noise to the weights.
     bag = [site for site, n in steps.items() for _ in range(n)]
     done = dict.fromkeys(steps, -1)
     groups: list[Group] = []
@@ -108,8 +110,11 @@ def _require_admissible(groups: list[Group], steps: Mapping[str, int]) -> None:
     for item in (item for group in groups for item in group):
         made.setdefault(item.site, []).append(item.k)
     wanted = {site: list(range(n)) for site, n in steps.items()}
-    if made != wanted or not all(groups):
+    # Paths are recorded after every group: a second move of a site would hide the first.
+    once = all(len({item.site for item in group}) == len(group) > 0 for group in groups)
+    if made != wanted or not once:
         raise ValueError(
-            "schedule: every step of every chain must be made once, in its own order, and a chain "
-            f"may start only when all it depends on is finished; got {made} for {dict(steps)}."
+            "schedule: every step of every chain must be made once, in its own order, at most one "
+            "of each in a group, and a chain may start only when all it depends on is finished; "
+            f"got {made} for {dict(steps)}."
         )

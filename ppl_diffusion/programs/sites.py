@@ -83,10 +83,7 @@ def is_plate(site: dict[str, Any], owner: str) -> bool:
 
 
 def is_deterministic(site: dict[str, Any]) -> bool:
-    """Return whether a site is a :func:`pyro.deterministic`.
-
-    :param site: a site of a trace.
-    """
+    """Return whether a site is a :func:`pyro.deterministic`."""
     return bool(site["infer"].get("_deterministic", False))
 
 

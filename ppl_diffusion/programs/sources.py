@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
+from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
 from ppl_diffusion.programs.reading import Program
-from ppl_diffusion.programs.run import ProgramRun
+from ppl_diffusion.programs.run import ProgramRun, same_values
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.rows import RowTable, distinct_rows
@@ -34,6 +35,26 @@ Fills = Mapping[str, Tensor]
 State = dict[str, Any]
 """A particle's state: ``sites`` (the carry of each chain), ``latents``, ``log_r``, and slots."""
 
+Rng = torch.Generator | None
+"""Source of randomness; None is the global one."""
+
+Moved = tuple[State, Tensor | float]
+"""States after a move, and the log of what they are weighed by, ``(R, N)`` or a number."""
+
+
+class Changes(NamedTuple):
+    """Tokens that positions of one site might be set to, each of them alone.
+
+    :param site: name of the chain site.
+    :param positions: int64 ``(R, N, *plates, m)``.
+    :param tokens: int64 ``(R, N, *plates, m, s)``.
+    """
+
+    site: str
+    positions: Tensor
+    tokens: Tensor
+
+
 PotentialLike = AbstractPotential | Callable[[Tensor], Tensor]
 
 
@@ -41,12 +62,16 @@ class Source(ABC):
     """What is sampled: its chains, and how states are weighed.
 
     :ivar chains: the chain sites, in program order.
-    :ivar law: what weighted particles are exact for.
-    :ivar is_program: whether it is a Pyro program.
+    :ivar program: the Pyro program that it reads, or None.
     """
 
     chains: list[ChainSite]
-    is_program: bool = False
+    program: Program | None = None
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it is a Pyro program."""
+        return self.program is not None
 
     @property
     @abstractmethod
@@ -65,29 +90,16 @@ class Source(ABC):
         Elements are the plates of a bare chain, whose potentials multiply, and nothing for a
         program, whose density is that of all of them.
 
-        :param fills: completions of every open site.
-        :param state: the states they complete.
         :param last: they are no guesses but the ends themselves, which may be forbidden.
         """
 
     @abstractmethod
     def children(
-        self,
-        fills: Fills,
-        site: str,
-        positions: Tensor,
-        tokens: Tensor,
-        state: State,
-        *,
-        last: bool = False,
+        self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
         """Return what completions promise with one position set, float64 ``(R, N, *plates, m, s)``.
 
-        :param fills: completions of every open site.
-        :param site: the site that is changed.
-        :param positions: int64 ``(R, N, *plates, m)``, each changed alone.
-        :param tokens: int64 ``(R, N, *plates, m, s)``, what each is set to.
-        :param state: the states.
+        :param changes: what is set, all else being as completed.
         :param last: nothing is left to be guessed then.
         """
 
@@ -97,7 +109,6 @@ class Source(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``log G`` of finished states, float64 ``(R, N)``, and the values of all sites.
 
-        :param state: the states.
         :param paths: whole paths of every site, ``(R, N, *plates, T + 1, L)``, where they are kept.
         """
 
@@ -106,7 +117,6 @@ class ChainSource(Source):
     """One chain and one potential: a program of one site, which nobody has to read.
 
     :param chain: the reverse chain.
-    :param potential: ``log G``.
     :param cache: ask the potential once per distinct sequence.
     """
 
@@ -134,16 +144,10 @@ class ChainSource(Source):
         return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
 
     def children(
-        self,
-        fills: Fills,
-        site: str,
-        positions: Tensor,
-        tokens: Tensor,
-        state: State,
-        *,
-        last: bool = False,
+        self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
         """Ask about all children's completions in one batch."""
+        _, positions, tokens = changes
         if last:
             unfinished = state["sites"]["x"]["tokens"][..., None, None, :]
             return self.potential(with_sites(unfinished, positions[..., None], tokens))
@@ -169,7 +173,7 @@ class ProgramSource(Source):
     :ivar place: gives chains that have not begun a path, guessed under their conditions.
     """
 
-    is_program = True
+    program: Program
     place: Place | None = None
 
     def __init__(self, program: Program, holding: set[str]) -> None:
@@ -196,26 +200,21 @@ class ProgramSource(Source):
 
     def look(self, fills: Fills, state: State, *, last: bool = False) -> Tensor:
         """Score every completion as a guess; steering hints take the place of the program."""
-        if self._surrogates and not last:
+        if self._surrogates and not last:  # cheaper than the program, and free to be wrong
             return self._surrogate(fills)
         held, penalty = (dict(fills), 0.0) if last else self._held(fills)
         shape = next(iter(fills.values())).shape[:3]
         latents = {n: _repeat(x, shape[2]).flatten(0, 2) for n, x in state["latents"].items()}
         rows = {name: x.flatten(0, 2) for name, x in held.items()}
         value = self._guessed(rows, latents, last=last).reshape(shape) + penalty
+        # The density counts the latents' own law, which they were drawn with already.
         return value - state["log_r"][..., None] if latents else value
 
     def children(
-        self,
-        fills: Fills,
-        site: str,
-        positions: Tensor,
-        tokens: Tensor,
-        state: State,
-        *,
-        last: bool = False,
+        self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
         """Score the whole program with one position of one site set, all else at its guess."""
+        site, positions, tokens = changes
         own = fills[site]  # (R, N, F, *plates, L)
         runs, size, num_fills, *plates, length = own.shape
         elements = torch.Size(plates).numel()
@@ -246,6 +245,7 @@ class ProgramSource(Source):
         latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
         x0 = {s.name: state["sites"][s.name]["tokens"].flatten(0, 1) for s in self.chains}
         whole = paths is not None and bool(program.reads | program.shows)
+        # Whole paths are seldom equal, and latents drawn here differ where sequences do not.
         first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
         chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
         known = {name: value[first] for name, value in (chains | latents).items()}
@@ -272,10 +272,12 @@ class ProgramSource(Source):
     def _require_same_conditions(self, run: ProgramRun, rows: Tensor, state: State) -> None:
         """Refuse particles that moved under another condition than they have in the end."""
         for site in self.chains:
-            carried = state["sites"][site.name].get("given") or {}
+            carried = state["sites"][site.name].get(GIVEN) or {}
             for name, value in run.given(site.name).items():
-                moved_by = carried[name].flatten(0, 1)[rows]
-                if not torch.equal(moved_by.to(value), value):
+                # Carries of whole sequences hold tokens alone: they moved by the chain's own.
+                own = carried[name].flatten(0, 1)[rows] if carried else site.chain.given[name]
+                # A network rounds otherwise on another number of rows, so equal is not the same.
+                if not same_values(own.to(value).expand_as(value), value):
                     raise CapabilityError(
                         f"{self.program.owner}: particles of the chain {site.name!r} of "
                         f"{self.program.name} moved under another {name!r} than the program gives "
@@ -299,19 +301,21 @@ class ProgramSource(Source):
             if clamp is None or site.name not in held:
                 continue
             guess = held[site.name]
+            tokens, mask = clamp.beside(guess)
             if site.name in self.holding:
-                held[site.name] = torch.where(clamp.mask, clamp.tokens, guess)
+                held[site.name] = torch.where(mask, tokens, guess)
                 continue
-            wrong = ((guess != clamp.tokens) & clamp.mask).flatten(3).sum(-1)
+            wrong = ((guess != tokens) & mask).flatten(3).sum(-1)
             penalty = penalty + FORBIDDEN_GUESS * wrong.to(torch.float64)
         return held, penalty
 
     def _surrogate(self, fills: Fills) -> Tensor:
-        total: Tensor | float = 0.0
-        for name, surrogate in self._surrogates.items():
-            value = surrogate.lookahead(fills[name])  # (R, N, F, *plates)
+        some = next(iter(fills.values()))
+        total = torch.zeros(some.shape[:3], dtype=torch.float64, device=some.device)
+        # Chains that wait for another one to end have no completions yet, and nothing to add.
+        for name in self._surrogates.keys() & fills.keys():
+            value = self._surrogates[name].lookahead(fills[name])  # (R, N, F, *plates)
             total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
-        assert isinstance(total, Tensor)
         return total
 
     def _guessed(
@@ -360,6 +364,7 @@ class ProgramSource(Source):
 
     def _keys(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
         """Return the flat view that a cache needs: tokens, and latents by value."""
+        # By tokens alone, particles with other latents would get the first one's answer.
         return torch.cat([bits(x) for x in [*rows.values(), *latents.values()]], -1)
 
 

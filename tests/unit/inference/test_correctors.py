@@ -150,6 +150,8 @@ def test_options_are_checked():
         SMC(composition, method="corrector", clamp=True, twist=None)
     with pytest.raises(ValueError, match="compose changes a chain"):
         SMC(composition, method="corrector", compose=lambda chain: chain).run()
+    with pytest.raises(CapabilityError, match="TwistedSampler: it moves one chain, and the target"):
+        SMC(composition, method="twisted").run()
     with pytest.raises(TypeError, match=r"takes no arguments .* composition"):
         SMC(composition, method="corrector").run(3)
     for options in ({"sites": "entropy"}, {"group_size": 2}, {"clamp": True}):

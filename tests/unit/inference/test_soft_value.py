@@ -242,3 +242,9 @@ def test_a_value_of_another_chain_says_which():
 def test_a_value_of_another_shape_is_told_what_a_state_is():
     with pytest.raises(ValueError, match=r"expected \(3, 32\): .*times their children"):
         guide(twist=lambda carry, k: torch.zeros(3, 8))
+
+
+def test_a_learned_value_is_asked_where_its_network_lives():
+    value = fit_value(toy_chain(), toy_potential(3, 2), num_paths=4, num_updates=1, seed=0)
+    value.network.to("meta")  # stands for an accelerator: mixing devices fails here too
+    assert value({"tokens": torch.zeros(2, 5, 2, dtype=torch.int64, device="meta")}, 1).is_meta

@@ -210,6 +210,10 @@ def backwards(steps, generator=None):
     return [(Item(site, k),) for site, n in steps.items() for k in reversed(range(n))]
 
 
+def hurried(steps, generator=None):
+    return [tuple(Item(site, k) for k in range(n)) for site, n in steps.items()]
+
+
 @pytest.mark.parametrize("schedule", ["lockstep", "sequential", "interleaved"])
 @pytest.mark.parametrize("method", METHODS[:4])
 def test_the_order_of_moves_is_no_part_of_the_target(schedule, method):
@@ -224,11 +228,11 @@ def test_the_order_of_moves_is_no_part_of_the_target(schedule, method):
         assert bool(torch.isfinite(chain.log_prob(posterior.samples[name])).all())
 
 
-def test_schedules_that_skip_or_turn_back_are_refused():
+def test_schedules_that_skip_or_hurry_or_turn_back_are_refused():
     with pytest.raises(ValueError, match="unknown schedule 'zigzag'; choose one of lockstep"):
         SMC(several, schedule="zigzag")
     chains = toy_chain(), toy_chain()
-    for wrong in (backwards, lambda steps, generator=None: []):
+    for wrong in (backwards, hurried, lambda steps, generator=None: []):
         with pytest.raises(ValueError, match="must be made once, in its own order"):
             SMC(several, schedule=wrong).run(*chains)
 

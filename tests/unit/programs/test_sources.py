@@ -5,16 +5,22 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import Steering, clamp
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.inference.smc import seeded
+from ppl_diffusion.kernels import Absorbing, OrderedKernel
 from ppl_diffusion.potentials import Constraint, Potential, factor
 from ppl_diffusion.programs import Program
 from ppl_diffusion.programs.sources import ChainSource, ProgramSource
+from ppl_diffusion.testing.conditional import LabelledTables, TiltedSites
 from ppl_diffusion.testing.oracles import ExactChain, z_score
-from ppl_diffusion.testing.toys import toy_chain, toy_potential
+from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
 GOAL = toy_potential(3, 2, scale=1.5)
+TABLES = [random_joint(3, 2, seed=seed, sharpness=2.0) for seed in (1, 2, 3)]
+LABELLED = OrderedKernel(Absorbing(3), LabelledTables(TABLES, Absorbing(3)), length=2)
+TILTED = OrderedKernel(Absorbing(2), TiltedSites(Absorbing(2)), length=2)
 
 
 def design(chain, hint=None):
@@ -127,6 +133,59 @@ def test_a_steering_hint_is_the_lookahead():
         source = source_of(design, toy_chain(), hint)
         torch.testing.assert_close(lookahead(source, all_x0()), guide.lookahead(all_x0()))
         torch.testing.assert_close(potential(source, all_x0()), log_potential(all_x0()))
+
+
+def labelled(label):
+    chain = ReverseChain(LABELLED, 2, given={"label": torch.tensor(label)})
+    factor("goal", GOAL, chain.x0(pyro.sample("path", chain)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "tempering"}, {"method": "twisted", "twist": "exhaustive"}]
+)
+def test_a_label_that_nothing_draws_need_not_travel_with_the_particles(options):
+    posterior = SMC(labelled, num_particles=16, num_runs=200, **options).run(1, seed=0)
+    evidence = float((TABLES[1].flatten() * GOAL(all_x0()).exp()).sum())
+    assert abs(z_score(posterior.log_evidence.exp(), evidence)) < 4  # false alarm 6e-5
+
+
+def hinted_later(chain, hint):
+    x = chain.x0(pyro.sample("first", chain))
+    second = ReverseChain(LABELLED, 2, given={"label": x[..., 0]})
+    z = second.x0(pyro.sample("second", second, infer={} if hint is None else {"steer": hint}))
+    factor("goal", GOAL, z)
+
+
+@pytest.mark.parametrize("hint", [None, Steering(GOAL)])
+@pytest.mark.parametrize("method", ["smc", "twisted", "soft-value"])
+def test_a_chain_that_waits_for_another_is_looked_ahead_when_it_begins(method, hint):
+    chain = toy_chain("uniform", num_steps=3)
+    size = {"num_particles": 8, "num_runs": 200, "ess_threshold": 0.9}
+    posterior = SMC(hinted_later, method=method, **size).run(chain, hint, seed=1)
+    each = torch.stack([(table.flatten() * GOAL(all_x0()).exp()).sum() for table in TABLES])
+    evidence = float((ExactChain.of(chain).x0_law() * each[all_x0()[:, 0]]).sum())
+    assert abs(z_score(posterior.log_evidence.exp(), evidence)) < 4  # false alarm 6e-5
+
+
+def computed():
+    z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+    # Networks round so: their sums run in another order on another number of rows.
+    chain = ReverseChain(TILTED, 2, given={"cond": z + 1e-9 * z.numel()})
+    factor("zeros", Potential(lambda x: (x == 0).sum(-1)), chain.x0(pyro.sample("path", chain)))
+
+
+def test_a_condition_may_round_otherwise_on_another_number_of_rows():
+    posterior = SMC(computed, num_particles=50, ess_threshold=2.0).run(seed=0)
+    assert len(posterior.samples["z"].unique()) < 50  # so that fewer rows are asked about
+    assert posterior.exact
+
+
+def test_a_clamp_follows_guesses_to_their_device():
+    held = clamp(design, tokens=torch.tensor([1, 2]), mask=torch.tensor([True, False]))
+    guesses = {"path": torch.zeros(1, 4, 1, 2, dtype=torch.int64, device="meta")}
+    for holding in ([], ["path"]):
+        held_there, _ = source_of(held, toy_chain(), holding=holding)._held(guesses)
+        assert held_there["path"].is_meta
 
 
 def test_what_cannot_be_read_says_so():
