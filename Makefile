@@ -8,7 +8,7 @@ RUN := $(abspath $(BIN))
 # torch and the BLAS below it start one thread per core in every worker unless told otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint links floors typecheck format notebooks docs figures bench slow dist clean
+.PHONY: help install demo test lint links floors typecheck format notebooks docs figures bench slow gpu dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -75,6 +75,9 @@ bench: install ## the quick form of every benchmark
 
 slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+gpu: install ## the tests that need an accelerator
+	$(BIN)/python -m pytest -m gpu
 
 dist: install ## build the wheel and the source archive
 	$(BIN)/python -m build

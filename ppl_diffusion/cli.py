@@ -21,6 +21,7 @@ app = typer.Typer(
 Name = Annotated[str, Argument(help="Shipped prior, or folder that holds one.")]
 Steps = Annotated[int, Option(help="Steps of the reverse chain.")]
 Seed = Annotated[int, Option(help="Seed; the same seed gives the same files.")]
+Device = Annotated[str, Option(help="Where to compute: cpu, cuda, cuda:1, mps, ...")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -106,6 +107,7 @@ def sample(
         ),
     ] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     out: Annotated[
         Path | None, Option(help="FASTA, CSV or text file, by its ending; printed if absent.")
     ] = None,
@@ -115,7 +117,9 @@ def sample(
     from ppl_diffusion.models.samplers import SamplerSettings
 
     settings = SamplerSettings(steps, kappa_schedule, block, tuple(filter_ or ()))
-    draw_samples(name, num=num, seed=seed, sampler=sampler, settings=settings, out=out)
+    draw_samples(
+        name, num=num, seed=seed, sampler=sampler, settings=settings, out=out, device=device
+    )
 
 
 @app.command(cls=MethodCommand)
@@ -126,6 +130,7 @@ def design(
     runs: Annotated[int, Option(help="Independent runs.")] = 4,
     steps: Steps = 64,
     seed: Seed = 0,
+    device: Device = "cpu",
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
     force: Annotated[bool, Option("--force", help="Replace an earlier run.")] = False,
     observe: Annotated[
@@ -202,6 +207,7 @@ def design(
         method=asked.pop("method", "smc"),
         resampler=asked.pop("resampler", None),
         ess_threshold=ess_threshold,
+        device=None if device == "cpu" else device,
         options=asked,
     )
     place = out or Path("runs") / Path(name).name
@@ -226,6 +232,7 @@ def train(
         str | None, Option(help="Prior to start from; distillation starts from the shipped NAME.")
     ] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -241,6 +248,7 @@ def train(
         objective=objective,
         init=init,
         seed=seed,
+        device=device,
         resume=resume,
         quiet=quiet,
     )

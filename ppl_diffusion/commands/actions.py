@@ -13,7 +13,7 @@ import torch
 
 from ppl_diffusion.commands.complain import NoAnswer, Stopped
 from ppl_diffusion.commands.tables import comparison_tables, design_tables, progress_bar, table
-from ppl_diffusion.design.checks import InputError, at_least, user_input
+from ppl_diffusion.design.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.report import fasta, json_text, save_comparison
@@ -43,7 +43,14 @@ def list_models() -> None:
 
 
 def draw_samples(
-    name: str, *, num: int, seed: int, sampler: str, settings: SamplerSettings, out: Path | None
+    name: str,
+    *,
+    num: int,
+    seed: int,
+    sampler: str,
+    settings: SamplerSettings,
+    out: Path | None,
+    device: str,
 ) -> None:
     """Draw sequences from a prior and print them or write a file.
 
@@ -61,7 +68,7 @@ def draw_samples(
     if out is not None:
         check_file(out)
     with user_input():
-        prior = load(name)
+        prior = load(name).to(usable_device(device))
         chain = make_chain(prior, sampler, settings)
     generator = torch.Generator().manual_seed(seed)
     sequences = list(prior.decode(chain.x0(chain.sample((num,), generator=generator))))
@@ -104,6 +111,7 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
 
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
     at_least("seed", asked["seed"], 0)
+    asked["device"] = usable_device(asked["device"])
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
     try:

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ppl_diffusion.errors import CapabilityError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_COUNT = 10**7
 """Largest number of particles, runs, steps or samples that is taken seriously."""
@@ -59,3 +63,19 @@ def positive(what: str, value: float | None) -> None:
     finite(what, value)
     if value is not None and value <= 0:
         raise InputError(f"{what[0].upper()}{what[1:]} must be above 0, not {value}.")
+
+
+def usable_device(name: str) -> "torch.device":
+    """Return a device on which tensors can be made.
+
+    :raises InputError: if there is none of that name here.
+    """
+    import torch  # the command line asks for help without it
+
+    try:
+        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        (why, *_) = str(error).splitlines()
+        raise InputError(
+            f"The device {name!r} cannot be used here ({why}): choose another --device."
+        ) from error

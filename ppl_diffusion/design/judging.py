@@ -17,7 +17,7 @@ BOUND_SAMPLES = 16
 
 def scores(target: Target, tokens: Tensor, generator: torch.Generator) -> Columns:
     """Score sequences: how natural the prior finds them, their GC, and what the oracles say."""
-    marginal = target.chain.marginal()
+    tokens, marginal = tokens.to(target.prior.device), target.chain.marginal()
     terms = marginal.bound_samples(tokens, num_samples=BOUND_SAMPLES, generator=generator).double()
     gc = torch.tensor([BASES.index(base) for base in "GC"], device=tokens.device)
     columns = {
@@ -30,7 +30,7 @@ def scores(target: Target, tokens: Tensor, generator: torch.Generator) -> Column
             mean, sd = oracle.predict(tokens)
             columns[f"expression_{name}"] = mean.double()
             columns[f"expression_{name}_sd"] = sd.double()
-    return columns
+    return {name: values.cpu() for name, values in columns.items()}
 
 
 def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dict[str, float]]:

@@ -91,7 +91,8 @@ def build_target(job: Job) -> Target:
     :raises InputError: if the question does not fit the prior.
     """
     with user_input():
-        prior = load(job.name)
+        device = job.search.device or "cpu"
+        prior = load(job.name).to(device)
     if prior.vocabulary != BASES:
         raise InputError(
             f"Designs are made of the bases ACGT, but the prior {job.name!r} writes "
@@ -106,7 +107,7 @@ def build_target(job: Job) -> Target:
         potentials = _potentials(job.question, designer, motifs)
         # A motif wider than the sequence or an empty GC range must be found before the run.
         for potential in potentials.values():
-            potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device="cpu"))
+            potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device=device))
     pattern = _pattern(job.question, prior)
     if not potentials and pattern is None:
         why = "" if job.name in ORACLES else ", which has no expression oracle"
@@ -121,7 +122,7 @@ def build_target(job: Job) -> Target:
 def _oracles(prior: DiffusionProgram, question: Question) -> tuple[Oracle | None, Oracle | None]:
     if prior.name in ORACLES:
         designer, judge = ORACLES[prior.name]
-        return load_oracle(designer), load_oracle(judge)
+        return load_oracle(designer).to(prior.device), load_oracle(judge).to(prior.device)
     if question.uses_oracle:
         raise InputError(
             f"The prior {prior.name!r} has no expression oracle: ask for --motif, --gc, --forbid "

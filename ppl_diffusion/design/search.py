@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ppl_diffusion.design.checks import InputError, at_least, one_of, positive
+from ppl_diffusion.design.checks import InputError, at_least, one_of, positive, usable_device
 from ppl_diffusion.design.options import DEFAULTS, NONE, options, options_of, spoken
 from ppl_diffusion.inference import Method, methods
 from ppl_diffusion.smc import RESAMPLERS
@@ -28,6 +28,7 @@ class Search:
     :param resampler: resampling scheme; None for the runner's own.
     :param ess_threshold: resample when the effective sample size falls below this share; None for
         the method's own.
+    :param device: where to compute; None for the CPU.
     :param options: what is asked of the method, by :func:`ppl_diffusion.design.options.options`.
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
@@ -39,6 +40,7 @@ class Search:
     method: str = "smc"
     resampler: str | None = None
     ess_threshold: float | None = None
+    device: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class Search:
             # Counting completions says that they are random.
             object.__setattr__(self, "options", {**self.options, "twist": PersistentFill.name})
         self._check_resampling(self.make())
+        if self.device is not None:
+            usable_device(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, ready for JSON."""

@@ -158,6 +158,22 @@ def test_design_honours_fixed_bases_motifs_and_forbidden_motifs(prior, tmp_path,
     assert "log evidence" in capsys.readouterr().out
 
 
+@pytest.mark.gpu
+def test_the_demo_runs_on_an_accelerator(tmp_path):
+    """The evidences of the demo agree with the CPU's within 4 standard errors."""
+    evidences = []
+    for device, seed in (("cpu", "0"), ("cuda", "1")):
+        out = tmp_path / device
+        asked = ["--device", device, "--seed", seed, "--out", str(out), "--quiet"]
+        assert run(["design", "yeast-promoter", *asked]) == 0
+        evidences.append(
+            torch.tensor(json.loads((out / "summary.json").read_text())["log_evidence"])
+        )
+    here, there = evidences
+    error = (here.var() / len(here) + there.var() / len(there)).sqrt()
+    assert float((here.mean() - there.mean()).abs()) < 4 * float(error)
+
+
 def test_diagnose_reads_a_run(design_run, tmp_path, capsys):
     assert run(["diagnose", str(design_run), "--plots", str(tmp_path / "plots")]) == 0
     assert "evidence" in capsys.readouterr().out
@@ -217,6 +233,9 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["sample", "PRIOR", "--steps", "-3"], "must be at least 1, not -3"),
     (["sample", "PRIOR", "--num", "1", "--steps", "1", "--out", "HOME"], "name of a file"),
     (["sample", "HOME"], "holds no prior"),
+    (["sample", "PRIOR", "--device", "meta"], "The device 'meta' cannot be used here"),
+    (["design", "PRIOR", "--gc", "0", "1", "--device", "abacus"], "The device 'abacus' cannot"),
+    (["train", "yeast-promoter", "--device", "abacus"], "choose another --device"),
     (["train", "nonsuch"], "nonsuch"),
     (["train", "yeast-promoter", "--data", "HOME"], "yeast_promoters_80bp.npz"),
     (["train", "yeast-promoter", "--data", "HOME", "--steps", "0"], "at least 1, not 0"),

@@ -8,10 +8,11 @@ from ppl_diffusion.design.program import build_target
 from ppl_diffusion.design.question import InputError, Job, MotifSpec, Question, Search
 from ppl_diffusion.design.run import design
 from ppl_diffusion.handlers import clamp
-from ppl_diffusion.inference import SMC
+from ppl_diffusion.inference import SMC, methods
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.potentials import GCContent, find_motif, read_motifs
 from ppl_diffusion.potentials.factor import factor
+from ppl_diffusion.testing.devices import DeviceDiscipline
 
 LENGTH = 12
 MATRICES = """\
@@ -72,6 +73,16 @@ def test_job_and_program_have_the_same_target(prior, matrices):
     assert float(error) < 1.0  # the comparison has power
 
 
+@pytest.mark.parametrize("method", methods())
+def test_a_run_says_where_its_tensors_live(prior, matrices, method):
+    """With everything asked for, so that each part of a design meets the device of its prior."""
+    question = Question(gc=(0.1, 0.9), motifs=(MotifSpec(matrices, "M2", 0.5),), fix=((3, "TA"),))
+    search = Search(num_particles=16, num_runs=2, num_steps=LENGTH, method=method)
+    target = build_target(Job(prior[1], question, search))
+    with DeviceDiscipline():
+        design(target)
+
+
 def test_without_a_question_about_expression_the_default_is_filled_in(prior, monkeypatch):
     from ppl_diffusion.design import program as module
 
@@ -80,6 +91,9 @@ def test_without_a_question_about_expression_the_default_is_filled_in(prior, mon
 
         def __call__(self, tokens):
             return (tokens == 0).sum(-1).to(torch.float32)
+
+        def to(self, device):
+            return self
 
     monkeypatch.setitem(module.ORACLES, "tiny", ("design", "judge"))
     monkeypatch.setattr(module, "load_oracle", lambda name: Counter())
