@@ -30,7 +30,7 @@ from benchmarks._problems import Problem
 from benchmarks._report import Row, run, table
 from ppl_diffusion import models
 from ppl_diffusion.denoisers import Denoiser, EvaluatedDenoiser
-from ppl_diffusion.denoisers.base import forward_parameters
+from ppl_diffusion.denoisers.base import Wrapper
 from ppl_diffusion.denoisers.evaluation import Rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC
@@ -70,7 +70,7 @@ def caches(on: bool) -> Iterator[None]:
         yield
 
 
-class CountedDenoiser:
+class CountedDenoiser(Wrapper):
     """A denoiser that counts its batches.
 
     :param denoiser: the denoiser.
@@ -80,9 +80,7 @@ class CountedDenoiser:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser, self.batches = denoiser, 0
-        self.vocab_size, self.kind = denoiser.vocab_size, denoiser.kind
-        self.time_free = denoiser.time_free
-        forward_parameters(self, denoiser)
+        self.adopt(denoiser)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
         """Return the denoiser's output."""

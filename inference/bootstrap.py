@@ -75,6 +75,12 @@ class LookingAhead(Method):
         ended = run.final(state)
         return ended, ended["log_g"]
 
+    def settings(self, run: Bound) -> dict[str, Any]:
+        """Return what was chosen; a twisted site brings its own proposal."""
+        own = [type(site.twist).__name__ for site in run.source.chains if site.twist is not None]
+        chosen = super().settings(run)
+        return {**chosen, "proposal": " + ".join(dict.fromkeys(own))} if own else chosen
+
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Refuse functions of one chain's state where there are several."""
         if isinstance(self.twist, CallableTwist) and len(run.sites) > 1:

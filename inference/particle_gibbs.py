@@ -283,8 +283,11 @@ class GibbsSampler:
     @property
     def law(self) -> Law:
         """The law that every sweep leaves invariant."""
-        why = "the invariant law of a Markov chain, whose draws are correlated"
-        return self.source.law.but(why=why)
+        why = (
+            "the invariant law of a Markov chain, whose draws are correlated; log_evidence is that "
+            "of conditional runs given the latents, too large on average"
+        )
+        return self.source.law.but(why=why, has_evidence=False)
 
     def collect(
         self,

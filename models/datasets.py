@@ -36,11 +36,9 @@ class Sequences:
     :param test_family: family of near copies of each test row, int64 ``(k,)``.
     :param related: other rows, or all of them, to pretrain on, int64 ``(m, L)``.
     :param related_weights: how often each related row is drawn, relative, float64 ``(m,)``.
-    :param licence: one sentence on the licence of the data.
-    :param source: one sentence on where the data come from.
+    :param licence: one sentence, as ``source`` is, for the card of a prior.
     :param vocabulary: one letter per token id.
-    :param noun: what the sequences are, for the card of a prior.
-    :param unit: what a token is, for the same.
+    :param noun: what the sequences are, for the same; ``unit`` is what a token is.
     """
 
     train: Tensor
@@ -57,12 +55,10 @@ class Sequences:
 
     @property
     def length(self) -> int:
-        """Number of tokens of a sequence."""
         return self.train.shape[-1]
 
 
 def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
-    """Read a data set."""
     if name not in READERS:
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(READERS)}.")
     return READERS[name](folder)
@@ -165,7 +161,8 @@ def _human_promoters(folder: str | Path | None) -> Sequences:
 
 def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
     """Windows of 128 characters of Shakespeare's plays."""
-    train, valid, test = (_read_text(folder, part) for part in ("train", "valid", "test"))
+    files = (find_data(folder, _TEXT.format(part)) for part in ("train", "valid", "test"))
+    train, valid, test = (gzip.decompress(file.read_bytes()).decode("utf-8") for file in files)
     vocabulary = "".join(sorted(set(train)))
     held_out = _windows(test, vocabulary, _WINDOW)
     return Sequences(
@@ -187,13 +184,6 @@ def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
 def reverse_complement(rows: Tensor) -> Tensor:
     """Return the other strand of rows ``(n, L)``; the ids of a base and its partner add to 3."""
     return 3 - rows.flip(-1)
-
-
-def _read_text(folder: str | Path | None, part: str) -> str:
-    with gzip.open(
-        find_data(folder, _TEXT.format(part)), "rt", encoding="utf-8", newline=""
-    ) as file:
-        return file.read()
 
 
 def _windows(text: str, vocabulary: str, stride: int) -> Tensor:
@@ -227,7 +217,6 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
 
 
 def find_data(folder: str | Path | None, file: str) -> Path:
-    """Return the path of a file of the data folder."""
     folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
     if folder is None:
         raise FileNotFoundError(

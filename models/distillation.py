@@ -46,7 +46,6 @@ class Distillation(Objective):
     :param program: the program to distil, of a uniform process around a trained
         :class:`~ppl_diffusion.denoisers.transformer.Transformer`; trained in place.
     :param steps: optimiser steps of the whole run, dealt out to the rounds in equal parts.
-    :param rounds: how many rounds there are.
     :param first_delta: the step of the first round; doubled for each of the others.
     :raises ValueError: if the process is not uniform, the number of rounds is none, or the last
         step would exceed the time there is.
@@ -101,11 +100,9 @@ class Distillation(Objective):
         return z_t, z_s
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of the teacher."""
         return dict(self.teacher.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
         super().load_state_dict(state)
         self.teacher.load_state_dict(state)
 

@@ -36,13 +36,11 @@ MIN_TIMES = 64
 class Evaluation:
     """Figures on the test rows; all in bits per token, errors are one standard error.
 
-    :param sequences: test rows.
     :param families: independent families among them.
     :param times: stratified times per row.
     :param bound: mean upper bound of the prior.
     :param bound_error: its standard error over families, noise of the times included.
     :param noise_error: the part of it that is due to the finite number of times.
-    :param order: order of the Markov chain.
     :param markov: mean code length of the Markov chain over all tokens.
     :param markov_full_context: the same without the first ``order`` tokens.
     :param quoted: that figure as it is quoted, NaN if it is not.
@@ -153,16 +151,13 @@ def write_card(
         "note": note,
         "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR "
         f"--times {result.times}",
-        "metrics": {key: _rounded(value) for key, value in asdict(result).items()},
+        # JSON knows no NaN.
+        "metrics": {k: None if math.isnan(v) else round(v, 4) for k, v in asdict(result).items()},
     }
     text = json.dumps(card, indent=2)
     (folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
     text = _card_text(card, sequences.noun, sequences.unit)
     (folder / "card.md").write_text(text, encoding="utf-8")
-
-
-def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)  # JSON knows no NaN
 
 
 def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,7 @@ class Fit(lightning.LightningModule):
     run goes on exactly as the unbroken one would have.
 
     :param program: the program; its denoiser is trained in place.
-    :param sequences: the data.
-    :param recipe: the optimisation.
     :param steps: length of the run, in optimiser steps.
-    :param seed: seed of everything random.
     :param origin: what the run began with, as JSON knows it; kept in its checkpoints.
     :raises TypeError: if the program has no network to train.
 
@@ -61,6 +59,7 @@ class Fit(lightning.LightningModule):
         if not isinstance(program.denoiser, torch.nn.Module):
             raise TypeError("Fit: the program must be built around a torch.nn.Module.")
         self.network = program.denoiser.train()
+        self.recipe, self.steps = recipe, steps
         # A plain attribute would be deep-copied with the module by the weight average.
         self._context = _Context(program, sequences, recipe, steps, seed)
         self.valid_bits = math.nan
@@ -70,18 +69,7 @@ class Fit(lightning.LightningModule):
 
     @property
     def objective(self) -> Objective:
-        """What a step minimises."""
         return self._context.objective
-
-    @property
-    def recipe(self) -> Recipe:
-        """How it is minimised."""
-        return self._context.recipe
-
-    @property
-    def steps(self) -> int:
-        """Length of the run."""
-        return self._context.steps
 
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""
@@ -122,10 +110,7 @@ class Fit(lightning.LightningModule):
             return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the objective must remember, and what the run began with."""
@@ -150,54 +135,43 @@ class Fit(lightning.LightningModule):
         return DataLoader(chosen, batch_size=512, num_workers=0)  # type: ignore[arg-type]
 
 
+@dataclass(eq=False)
 class _Context:
     """What a fit refers to but does not own; shared, not copied, by the weight average."""
 
-    def __init__(
-        self,
-        program: DiffusionProgram,
-        sequences: Sequences,
-        recipe: Recipe,
-        steps: int,
-        seed: int,
-    ) -> None:
-        self.program, self.sequences, self.recipe = program, sequences, recipe
-        self.steps, self.seed = steps, seed
-        make = _OBJECTIVES[recipe.objective]
-        self.objective = make(program, steps=steps, **recipe.options)
+    program: DiffusionProgram
+    sequences: Sequences
+    recipe: Recipe
+    steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        make, options = _OBJECTIVES[self.recipe.objective], self.recipe.options
+        self.objective = make(self.program, steps=self.steps, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
         return self
 
     def draw(self, step: int) -> Tensor:
         """Draw the rows of a step from torch's global generator, which the step has seeded."""
-        rows = self._draw_rows(step)
-        if not self.recipe.both_strands:
+        recipe, sequences = self.recipe, self.sequences
+        count = round(recipe.shares[step >= recipe.switch * self.steps] * recipe.batch_size)
+        rows = sequences.train[torch.randint(len(sequences.train), (count,))]
+        if rest := recipe.batch_size - count:
+            picks = torch.multinomial(sequences.related_weights, rest, replacement=True)
+            rows = torch.cat([rows, sequences.related[picks]])
+        if not recipe.both_strands:
             return rows
         turned = torch.rand(len(rows), 1) < 0.5
         return torch.where(turned, reverse_complement(rows), rows)
 
-    def _draw_rows(self, step: int) -> Tensor:
-        recipe, sequences = self.recipe, self.sequences
-        share = recipe.shares[step >= recipe.switch * self.steps]
-        count = round(share * recipe.batch_size)
-        own = sequences.train[torch.randint(len(sequences.train), (count,))]
-        if count == recipe.batch_size:
-            return own
-        picks = torch.multinomial(
-            sequences.related_weights, recipe.batch_size - count, replacement=True
-        )
-        return torch.cat([own, sequences.related[picks]])
-
 
 class KeepBest(Callback):
-    """Save the program whenever its validation bound improves.
+    """Save the program into a folder whenever its validation bound improves.
 
     Under objectives that do not lower the bound it is saved at every validation. Weights without a
     finite bound are never saved. Must stand before the weight average in the list of callbacks, so
     that it runs while the averaged weights are in place.
-
-    :param folder: where the best program goes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -225,9 +199,7 @@ class KeepBest(Callback):
 class WeightAverage(EMAWeightAveraging):
     """Exponential moving average that forgets the random start.
 
-    The decay grows as ``(1 + k) / (10 + k)`` up to its final value.
-
-    :param decay: final decay per step.
+    The decay per step grows as ``(1 + k) / (10 + k)`` up to its final value.
     """
 
     def __init__(self, decay: float) -> None:
@@ -242,7 +214,5 @@ def _parameter_groups(network: torch.nn.Module, weight_decay: float) -> list[dic
     tables = ("stem", "label")  # a row of a table is a vector of its own
     matrices = [p for name, p in named if p.ndim > 1 and not name.startswith(tables)]
     rest = [p for name, p in named if p.ndim <= 1 or name.startswith(tables)]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    decayed = {"params": matrices, "weight_decay": weight_decay}
+    return [decayed, {"params": rest, "weight_decay": 0.0}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,24 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
         its family was not imported.
     :raises FileNotFoundError: if the folder lacks a file.
     """
-    if str(name_or_dir) in names():
-        return _read(WEIGHTS / str(name_or_dir))
-    if str(name_or_dir) and Path(name_or_dir).is_dir():
-        return _read(Path(name_or_dir))
-    raise ValueError(
-        f"There is no prior {str(name_or_dir)!r}: give a folder or one of {', '.join(names())}."
-    )
+    return _read(find_folder(name_or_dir, names(), "prior"))
+
+
+def find_folder(name_or_dir: str | Path, shipped: Sequence[str], what: str) -> Path:
+    """Return the folder of something shipped, by its name, or the folder that was given.
+
+    :param what: what it holds, for the text of the ``ValueError`` if there is none.
+    """
+    text = str(name_or_dir)
+    folder = WEIGHTS / text if text in shipped else Path(text)
+    if not text or not folder.is_dir():
+        known = ", ".join(shipped)
+        raise ValueError(f"There is no {what} {text!r}: give a folder or one of {known}.")
+    return folder
 
 
 def names() -> list[str]:
-    """:returns: names of the shipped priors."""
+    """Return the names of the shipped priors."""
     return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{PROGRAM_FILE}"))
 
 
@@ -45,11 +53,7 @@ def available() -> list[dict[str, Any]]:
 
 
 def read_card(name: str) -> dict[str, Any]:
-    """Return what is known about a shipped prior.
-
-    :param name: one of :func:`names`.
-    :returns: the contents of its ``card.json``.
-    """
+    """Return what is known about a shipped prior or oracle: the contents of its ``card.json``."""
     card: dict[str, Any] = json.loads((WEIGHTS / name / CARD_FILE).read_text(encoding="utf-8"))
     return card
 

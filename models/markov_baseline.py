@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 class MarkovBaseline:
-    """A homogeneous Markov chain of fixed order, fitted by smoothed counts.
+    """A homogeneous Markov chain with ``order`` tokens of context, fitted by smoothed counts.
 
     The first tokens of a sequence, which have no full context, are predicted by chains of lower
     order, so that the likelihood is that of a whole sequence.
 
     :param rows: training sequences, int64 ``(n, L)``.
-    :param order: number of tokens of context.
-    :param vocab_size: number of symbols ``V``.
     :param count: pseudo-count added to every cell.
     :param weights: how much each row counts, float64 ``(n,)``; 1 by default.
     """
@@ -46,27 +44,31 @@ class MarkovBaseline:
         rows = torch.empty(count, 0, dtype=torch.int64, device=self._tables[0].device)
         for position in range(length):
             order = min(position, self.order)
-            context = self._contexts(rows[:, position - order :], order, beyond=True)[:, -1]
+            context = kmers(rows[:, position - order :], order, self.vocab_size)[:, -1]
             drawn = torch.multinomial(self._tables[order][context], 1, generator=generator)
             rows = torch.cat([rows, drawn], dim=1)
         return rows
 
     def _fit(self, rows: Tensor, order: int, count: float, weights: Tensor) -> Tensor:
         size = self.vocab_size
-        cells = self._contexts(rows, order) * size + rows[:, order:]
+        cells = kmers(rows, order, size)[:, :-1] * size + rows[:, order:]
         mass = weights[:, None].expand(cells.shape).flatten()
         counts = torch.bincount(cells.flatten(), mass, minlength=size ** (order + 1)) + count
         table = counts.reshape(-1, size)
         return table / table.sum(1, keepdim=True)
 
     def _bits(self, rows: Tensor, order: int) -> Tensor:
-        shares = self._tables[order][self._contexts(rows, order), rows[:, order:]]
-        return -shares.log() / math.log(2.0)
+        contexts = kmers(rows, order, self.vocab_size)[:, :-1]
+        return -self._tables[order][contexts, rows[:, order:]].log() / math.log(2.0)
 
-    def _contexts(self, rows: Tensor, order: int, *, beyond: bool = False) -> Tensor:
-        """Number the contexts of the tokens from ``order`` on, and of one ``beyond`` the end."""
-        count = rows.shape[1] - order + beyond
-        contexts = torch.zeros(len(rows), count, dtype=torch.int64, device=rows.device)
-        for shift in range(order):
-            contexts = contexts * self.vocab_size + rows[:, shift : shift + count]
-        return contexts
+
+def kmers(rows: Tensor, k: int, size: int) -> Tensor:
+    """Return the numbers of all k-mers of rows ``(n, L)`` over ``size`` symbols, in base ``size``.
+
+    :returns: int64 ``(n, L - k + 1)``; all 0 for ``k`` = 0.
+    """
+    count = rows.shape[1] - k + 1
+    numbers = torch.zeros(len(rows), count, dtype=torch.int64, device=rows.device)
+    for shift in range(k):
+        numbers = numbers * size + rows[:, shift : shift + count]
+    return numbers

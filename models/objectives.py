@@ -31,8 +31,6 @@ class Objective(ABC):
     Everything random comes from torch's global generator, which the caller seeds, so that a step
     can be repeated.
 
-    :param program: the program whose network is trained.
-    :param steps: optimiser steps of the whole run.
 
     :cvar best_is_kept: whether the weights with the best validation bound are kept, not the last.
     """
@@ -56,7 +54,6 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(
                 "The checkpoint was written under another objective than "
@@ -80,9 +77,7 @@ class Curriculum(Objective):
     bound; the second part, without soft inputs, trains the bound itself.
 
     :param program: the program, of a uniform process around a :class:`Transformer`.
-    :param steps: optimiser steps of the whole run.
     :param share: share of the steps that read soft inputs.
-    :param tau: temperature.
     :param top_k: how many entries of the latent are drawn beside the clean token's; None for all
         ``V``, which is also what happens where ``V`` is at most ``top_k + 1``.
     :param alphas: lowest and highest signal level at which soft inputs are drawn.

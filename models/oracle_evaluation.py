@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy import sparse, special
 
-from ppl_diffusion.models.datasets import NATIVE, YEAST_FILE, find_data
+from ppl_diffusion.models.datasets import BASES, NATIVE, YEAST_FILE, find_data
+from ppl_diffusion.models.markov_baseline import kmers
 from ppl_diffusion.models.oracles import Oracle
 
 Array = NDArray[Any]
 Report = dict[str, dict[str, Any]]
 HALVES = ("design", "judge")
 LEVELS = (0.5, 0.8, 0.95)
+_MEDIA = ("complex", "defined")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Promoters:
     :param x: bases, int64 ``(N, 80)``.
     :param y: expression in complex medium, float64 ``(N,)``.
     :param other: expression in defined medium, float64 ``(N,)``.
-    :param family: family of near copies, ``(N,)``.
     :param kind: 1 native, 2 random, 0, 3 and 4 designed, ``(N,)``.
     :param split: 0 train, 1 valid, 2 test, ``(N,)``.
     """
@@ -57,17 +58,12 @@ class Promoters:
 
 
 def load_promoters(folder: str | Path | None = None) -> Promoters:
-    """Read the yeast promoters."""
     with np.load(find_data(folder, YEAST_FILE), allow_pickle=False) as z:
-        x, y, other = (z[k].astype(t) for k, t in _COLUMNS)
+        x, y, other = z["x"].astype(np.int64), *(z[f"y_{k}"].astype(float) for k in _MEDIA)
         return Promoters(x, y, other, z["family"], z["kind"], z["split"])
 
 
-_COLUMNS = (("x", np.int64), ("y_complex", np.float64), ("y_defined", np.float64))
-
-
 def evaluate_predictor(rows: Promoters, mean: Array, sd: Array | None = None) -> dict[str, Any]:
-    """Compare predictions with measurements."""
     result: dict[str, Any] = {
         "rows": len(rows),
         "families": len(np.unique(rows.family)),
@@ -108,7 +104,9 @@ def _calibration(z: Array) -> dict[str, Any]:
 def evaluate_oracle(oracle: Oracle, data: Promoters) -> Report:
     """Evaluate an oracle on the test rows, on the native ones among them, and on other natives."""
     return {
-        part: evaluate_predictor(rows, *(a.double().numpy() for a in oracle.predict(_tokens(rows))))
+        part: evaluate_predictor(
+            rows, *(a.double().numpy() for a in oracle.predict(torch.from_numpy(rows.x)))
+        )
         for part, rows in _parts(data, oracle.config.half).items()
     }
 
@@ -133,10 +131,6 @@ def _parts(data: Promoters, half: str) -> dict[str, Promoters]:
         other = rows_of_half(data, HALVES[1 - HALVES.index(half)], split=0)
         parts["native, other half"] = other.where(other.kind == NATIVE)
     return parts
-
-
-def _tokens(rows: Promoters) -> torch.Tensor:
-    return torch.from_numpy(rows.x)
 
 
 def rows_of_half(data: Promoters, half: str, *, split: int) -> Promoters:
@@ -177,8 +171,7 @@ def fit_ridge(train: Promoters, k: int, penalty: float) -> tuple[Array, float]:
 
 
 def _count_kmers(x: Array, k: int) -> Any:
-    windows = np.lib.stride_tricks.sliding_window_view(x, k, axis=1)
-    index = windows @ (4 ** np.arange(k)[::-1])
+    index = kmers(torch.from_numpy(x), k, len(BASES)).numpy()
     starts = np.arange(len(x) + 1) * index.shape[1]
     counts = sparse.csr_array((np.ones(index.size), index.ravel(), starts), (len(x), 4**k))
     counts.sum_duplicates()
@@ -188,12 +181,13 @@ def _count_kmers(x: Array, k: int) -> Any:
 def error_correlation(oracles: Sequence[Oracle], data: Promoters) -> float:
     """Return how far two oracles err alike on test rows: the correlation of their residuals."""
     test = data.where(data.split == 2)
-    first, second = (oracle(_tokens(test)).double().numpy() - test.y for oracle in oracles)
+    first, second = (
+        oracle(torch.from_numpy(test.x)).double().numpy() - test.y for oracle in oracles
+    )
     return _pearson(first, second)
 
 
 def print_table(results: dict[str, Report]) -> None:
-    """Print one line for each predictor and part of the test rows."""
     table = Table("predictor", "rows of", *(heading for heading, _, _ in _COLUMNS_OF_TABLE))
     for predictor, parts in results.items():
         for part, metrics in parts.items():

@@ -35,9 +35,7 @@ class Recipe:
     """How an oracle is fitted.
 
     :param epochs: passes over the training rows.
-    :param batch_size: sequences per gradient step.
     :param learning_rate: peak of the one-cycle schedule (AdamW).
-    :param weight_decay: of AdamW.
     :param auxiliary: weight of the squared error on expression in defined medium, a second noisy
         view of the same promoter.
     :param family_power: a row of a family of ``n`` weighs ``n ** -family_power``.
@@ -87,10 +85,7 @@ class _Fit(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, recipe.learning_rate, total_steps=self.steps, pct_start=0.2
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def fit(
@@ -98,9 +93,7 @@ def fit(
 ) -> Oracle:
     """Fit and calibrate an oracle on one half of the families of all rows."""
     train = rows_of_half(data, half, split=0)
-    target = train.y
-    centre, scale = float(target.mean()), float(target.std())
-    config = replace(config, half=half, centre=centre, scale=scale)
+    config = replace(config, half=half, centre=float(train.y.mean()), scale=float(train.y.std()))
     torch.manual_seed(recipe.seed)
     oracle = Oracle(config)
     loader = _loader(train, config, recipe)

@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.models.library import WEIGHTS, find_folder
+from ppl_diffusion.models.markov_baseline import kmers
+
 BASES = "ACGT"
-_WEIGHTS = Path(__file__).parent / "weights"
 _LOG_VARIANCE = (-6.0, 3.0)  # of the standardised target; keeps the likelihood finite in training
 
 
@@ -33,23 +35,17 @@ _LOG_VARIANCE = (-6.0, 3.0)  # of the standardised target; keeps the likelihood 
 class OracleConfig:
     """Everything but the weights.
 
-    :param name: name of the artefact.
     :param half: which half of the families it was fitted on, ``"design"`` or ``"judge"``.
     :param members: networks in the ensemble, the linear member not counted.
     :param kmer: bases of a k-mer of the linear member.
-    :param length: bases of a sequence.
-    :param left: constant bases before the sequence in the assay, read by the first layer.
-    :param right: constant bases after it.
+    :param left: constant bases before the sequence in the assay, and ``right`` after it, read by
+        the first layer.
     :param filters: motif filters of the first layer, each used on both strands.
     :param width: bases under one filter.
     :param pool: neighbouring positions of which the best hit is kept.
-    :param channels: channels of the residual blocks.
     :param kernel: positions under one residual convolution.
-    :param dilations: dilation of each residual block.
-    :param hidden: units of the last hidden layer.
     :param dropout: share of the units left out in training.
-    :param centre: mean of the training target, in expression units.
-    :param scale: standard deviation of the training target, in expression units.
+    :param centre: mean of the training target in expression units, and ``scale`` its deviation.
     :param spread: factor on every predicted standard deviation, fitted on validation sequences.
     """
 
@@ -74,7 +70,6 @@ class OracleConfig:
 
     @classmethod
     def read(cls, path: Path) -> OracleConfig:
-        """Read a configuration written by :meth:`Oracle.save`."""
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**entries, "dilations": tuple(entries["dilations"])})
@@ -157,11 +152,7 @@ class KmerLinear(nn.Module):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Return the values ``(B,)`` of tokens ``(B, L)``, much faster than :meth:`forward`."""
-        windows = tokens.shape[1] - self.k + 1
-        index = tokens[:, :windows]
-        for i in range(1, self.k):
-            index = index * len(BASES) + tokens[:, i : i + windows]
-        return self.bias + self.weight[index].sum(-1)
+        return self.bias + self.weight[kmers(tokens, self.k, len(BASES))].sum(-1)
 
 
 class Oracle(nn.Module):
@@ -192,16 +183,10 @@ class Oracle(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name of the artefact."""
         return self.config.name
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Predict the mean expression.
-
-        :param tokens: int64 ``(*batch, length)``, A=0, C=1, G=2, T=3.
-        :returns: float32 ``(*batch,)`` in the units of the assay (0 to 17).
-        :raises ValueError: if the length or a token is wrong.
-        """
+        """Predict the mean expression, float32 ``(*batch,)``, as :meth:`predict` does."""
         return self.predict(tokens)[0]
 
     @torch.no_grad()
@@ -209,13 +194,13 @@ class Oracle(nn.Module):
         """Predict mean and standard deviation of a measurement of each sequence.
 
         :param tokens: int64 ``(*batch, length)``, A=0, C=1, G=2, T=3.
-        :param chunk_size: sequences evaluated at once.
-        :returns: two float32 tensors ``(*batch,)`` in the units of the assay.
+        :returns: two float32 tensors ``(*batch,)`` in the units of the assay (0 to 17).
         :raises ValueError: if the length or a token is wrong.
         """
         self._check(tokens)
         rows = tokens.reshape(-1, self.length)
-        pieces = [self._predict(part) for part in rows.split(chunk_size)]
+        parts = rows.split(chunk_size)
+        pieces = [self._combine(one_hot(part), self.linear.look_up(part)) for part in parts]
         mean, sd = (torch.cat(part) for part in zip(*pieces, strict=True))
         return mean.reshape(tokens.shape[:-1]), sd.reshape(tokens.shape[:-1])
 
@@ -226,9 +211,6 @@ class Oracle(nn.Module):
         :returns: mean and standard deviation, ``(B,)`` each.
         """
         return self._combine(probabilities, self.linear(probabilities))
-
-    def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self._combine(one_hot(tokens), self.linear.look_up(tokens))
 
     def _combine(self, probabilities: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the ensemble, every member counting alike."""
@@ -308,23 +290,14 @@ def one_hot(tokens: Tensor) -> Tensor:
 def load_oracle(name_or_dir: str | Path) -> Oracle:
     """Load a shipped oracle by name, or any oracle from its folder.
 
-    :param name_or_dir: ``"yeast-oracle-design"``, ``"yeast-oracle-judge"``, or a folder.
     :raises ValueError: if neither a shipped oracle nor a folder has that name.
     """
-    shipped = _WEIGHTS / str(name_or_dir)
-    if str(name_or_dir) in list_oracles():
-        return Oracle.load(shipped)
-    if Path(name_or_dir).is_dir():
-        return Oracle.load(name_or_dir)
-    raise ValueError(
-        f"There is no oracle {str(name_or_dir)!r}: give a folder or one of "
-        f"{', '.join(list_oracles())}."
-    )
+    return Oracle.load(find_folder(name_or_dir, list_oracles(), "oracle"))
 
 
 def list_oracles() -> list[str]:
-    """:returns: names of the shipped oracles."""
-    return sorted(p.parent.name for p in _WEIGHTS.glob("*-oracle-*/config.json"))
+    """Return the names of the shipped oracles."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-oracle-*/config.json"))
 
 
 def _encode(bases: str) -> Tensor:

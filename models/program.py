@@ -47,10 +47,8 @@ class DiffusionProgram(ABC):
     to a class with ``save_pretrained`` and ``from_pretrained``; one whose constructor takes more
     arguments adds them to :meth:`settings`.
 
-    :param denoiser: predictor of clean tokens.
     :param vocabulary: one symbol per token, in the order of the ids.
     :param length: number ``L`` of tokens of a sequence.
-    :param name: what the prior is called in messages.
     :param schedule: signal schedule (linear by default). Trained bounds do not depend on it.
     :raises ValueError: if the vocabulary does not fit the denoiser or has repeated symbols.
 
@@ -126,7 +124,6 @@ class DiffusionProgram(ABC):
     def to(self, device: torch.device | str) -> Self:
         """Move the network, in place as torch does, and return the program.
 
-        :param device: where chains, losses and bounds are to be computed.
         :raises CapabilityError: if the denoiser cannot be moved.
         """
         if not hasattr(self.denoiser, "to"):
@@ -142,11 +139,9 @@ class DiffusionProgram(ABC):
 
         :raises ValueError: if a length or a letter is wrong.
         """
-        if isinstance(text, str):
-            return torch.tensor(self._ids(text), dtype=torch.int64, device=self.device)
-        rows = [self._ids(row) for row in text]
+        rows = [self._ids(row) for row in ([text] if isinstance(text, str) else text)]
         ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return ids.reshape(len(rows), self.length)
+        return ids[0] if isinstance(text, str) else ids.reshape(len(rows), self.length)
 
     def decode(self, ids: Tensor) -> str | list[str]:
         """Turn token ids, int64 ``(L,)`` or ``(n, L)``, into one string or a list of them.
@@ -247,7 +242,6 @@ class DiffusionProgram(ABC):
         :param labels: classes of the rows, int64 ``(n,)``, for a network with ``num_classes``.
         :param label_dropout: share of the labels that are withheld, so that one network learns the
             conditional and the unconditional prior (Ho and Salimans 2022, arXiv 2207.12598).
-        :param generator: source of the times and of the noise.
         :returns: nats per sequence, a differentiable float64 scalar.
         """
         given = self.given
@@ -277,11 +271,8 @@ class DiffusionProgram(ABC):
                 "num_classes."
             )
         whole = isinstance(labels, Tensor) and labels.dtype == torch.int64
-        if (
-            not whole
-            or labels.shape != shape
-            or not bool(((labels >= 0) & (labels < classes)).all())
-        ):
+        fitting = whole and labels.shape == shape
+        if not fitting or not bool(((labels >= 0) & (labels < classes)).all()):
             raise ValueError(
                 f"{self.name}: labels must be int64 of shape {shape}, one class in "
                 f"0..{classes - 1} each; convert or mend them."
@@ -301,7 +292,6 @@ class DiffusionProgram(ABC):
 
         :param x0: clean tokens, int64 ``(n, L)``.
         :param num_times: terms, and network rows, per sequence.
-        :param generator: source of the times and of the noise.
         :returns: nats, float64 ``(num_times, n)``.
         """
         strata = torch.arange(num_times, device=x0.device)[:, None].expand(num_times, len(x0))
@@ -334,7 +324,6 @@ class DiffusionProgram(ABC):
     def save(self, directory: str | Path) -> None:
         """Write the network and ``program.json``, for :func:`ppl_diffusion.models.load` to read.
 
-        :param directory: folder, made if it is absent.
         :raises TypeError: if the denoiser is not of the class :attr:`network`.
         """
         if not isinstance(self.denoiser, self.network):
@@ -359,7 +348,6 @@ class DiffusionProgram(ABC):
     def restore(cls, directory: str | Path, **settings: Any) -> Self:
         """Read back what :meth:`save` wrote, in evaluation mode and without gradients.
 
-        :param directory: folder of the network.
         :param settings: what :meth:`settings` returned.
         :raises ValueError: if the schedule is of a class that was not imported.
         """
@@ -376,8 +364,9 @@ class DiffusionProgram(ABC):
 
     def _ids(self, text: str) -> list[int]:
         if len(text) != self.length:
+            shown = text if len(text) <= 20 else text[:17] + "..."
             raise ValueError(
-                f"{self.name}: a sequence has {self.length} letters, but {_shorten(text)!r} has "
+                f"{self.name}: a sequence has {self.length} letters, but {shown!r} has "
                 f"{len(text)}; cut or pad it."
             )
         for position, letter in enumerate(text):
@@ -407,10 +396,6 @@ def _source(device: torch.device, generator: torch.Generator | None) -> torch.de
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     jitter = uniforms(strata.shape, generator=generator, device=strata.device)
     return ((strata + jitter) / count).clamp(_TIME_MARGIN, 1.0 - _TIME_MARGIN)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 20 else text[:17] + "..."
 
 
 def _shown(letter: str) -> str:

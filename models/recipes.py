@@ -31,18 +31,16 @@ class Recipe:
     :param family: ``"masked"``, ``"uniform"``, or another family whose module was imported.
     :param dataset: a key of :data:`ppl_diffusion.models.datasets.READERS`.
     :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`.
-    :param steps: optimiser steps.
-    :param batch_size: sequences per step.
-    :param learning_rate: peak of the cosine schedule (AdamW).
+    :param steps: optimiser steps, of ``batch_size`` sequences each.
+    :param learning_rate: peak of the cosine schedule (AdamW), after ``warmup`` linear steps.
     :param weight_decay: of AdamW, on matrices only.
-    :param warmup: steps of linear warm-up.
     :param ema_decay: decay of the moving average of the weights, per step.
     :param switch: share of the steps after which the second phase begins.
     :param shares: share of a batch drawn from the law to be learnt, in either phase.
     :param both_strands: whether every row is replaced by its reverse complement half of the time.
     :param validate_every: steps between validations.
-    :param valid_times: times per validation sequence.
-    :param valid_rows: how many validation sequences, spread over all of them, or None for all.
+    :param valid_rows: how many validation sequences, spread over all of them, or None for all;
+        each is bounded at ``valid_times`` times.
     :param objective: what a step minimises, one of :data:`OBJECTIVES`.
     :param options: further arguments of the objective,
         :class:`~ppl_diffusion.models.objectives.Curriculum` or
@@ -95,7 +93,6 @@ class Recipe:
             raise ValueError(f"Recipe: {field_} is {getattr(self, field_)!r}; give {wanted}.")
 
     def with_objective(self, objective: str) -> Recipe:
-        """Return the recipe for another objective."""
         if objective not in OBJECTIVES:
             raise ValueError(
                 f"There is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}."
@@ -109,24 +106,21 @@ class Recipe:
 
 _SHAPE = {"dim": 96, "depth": 3, "heads": 4, "mlp_ratio": 2.0, "learned_positions": True}
 
+_YEAST = Recipe(
+    family="masked",
+    dataset="yeast",
+    shape={**_SHAPE, "dim": 64, "stem_width": 7, "dropout": 0.1},
+    steps=3500,
+    shares=(0.2, 0.5),
+    both_strands=True,
+    quoted_baseline=1.9116,
+)
+_TIMED = {**_YEAST.shape, "time_conditioning": True}
+
 RECIPES: dict[str, Recipe] = {
-    "yeast-promoter": Recipe(
-        family="masked",
-        dataset="yeast",
-        shape={**_SHAPE, "dim": 64, "stem_width": 7, "dropout": 0.1},
-        steps=3500,
-        shares=(0.2, 0.5),
-        both_strands=True,
-        quoted_baseline=1.9116,
-    ),
-    "yeast-promoter-uniform": Recipe(
-        family="uniform",
-        dataset="yeast",
-        shape={**_SHAPE, "dim": 64, "stem_width": 7, "dropout": 0.1, "time_conditioning": True},
-        steps=3000,
-        shares=(0.2, 0.5),
-        both_strands=True,
-        quoted_baseline=1.9116,
+    "yeast-promoter": _YEAST,
+    "yeast-promoter-uniform": dataclasses.replace(
+        _YEAST, family="uniform", shape=_TIMED, steps=3000
     ),
     "human-promoter": Recipe(
         family="masked",
@@ -152,7 +146,6 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe of :data:`RECIPES`."""
     if name not in RECIPES:
         raise ValueError(
             f"There is no training recipe {name!r}: choose one of {', '.join(RECIPES)}."

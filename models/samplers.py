@@ -48,9 +48,7 @@ def make_chain(
 ) -> ReverseChain:
     """Return a prior's reverse chain under a named sampler.
 
-    :param program: the prior.
     :param sampler: one of :data:`SAMPLERS`.
-    :param settings: steps, schedule, blocks and filters.
     :raises ValueError: if the sampler, a filter or a schedule is unknown, or the sampler does not
         take one of the settings.
     :raises CapabilityError: if the prior's process cannot be run that way.
@@ -123,10 +121,6 @@ def _confidence(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     return ConfidenceKernel(process, program.denoiser, psi=psi)
 
 
-def _first_hitting(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
-    return _ordered(program, clock="sampled")
-
-
 def _parallel(program: DiffusionProgram, settings: SamplerSettings) -> Kernel:
     steps = settings.num_steps or DEFAULT_STEPS
     return _ordered(program, group_size=_smallest_group(program.length, program.length, steps))
@@ -163,7 +157,7 @@ SAMPLERS: Mapping[str, tuple[frozenset[str], Build]] = {
     "ancestral": (frozenset({"num_steps"}), _ancestral),
     "psi": (frozenset({"num_steps", "kappa_schedule"}), _psi),
     "confidence": (frozenset({"num_steps", "kappa_schedule"}), _confidence),
-    "first-hitting": (frozenset(), _first_hitting),
+    "first-hitting": (frozenset(), lambda program, _: _ordered(program, clock="sampled")),
     "parallel": (frozenset({"num_steps"}), _parallel),
     "semi-autoregressive": (frozenset({"num_steps", "block"}), _semi_autoregressive),
 }

@@ -51,10 +51,8 @@ class TrainingRun:
     """What a training run left behind.
 
     :param program: the program at its best validation bound.
-    :param folder: the folder of the run.
     :param valid_bits: that bound, in bits per token, with few times per sequence.
-    :param best_step: the optimiser step at which it was reached.
-    :param steps: optimiser steps taken in all.
+    :param best_step: the optimiser step at which it was reached, of all ``steps``.
     """
 
     program: DiffusionProgram
@@ -83,20 +81,16 @@ def train(
 
     :param name: a recipe of :data:`ppl_diffusion.models.recipes.RECIPES`, or the name of a new
         prior if ``recipe`` and ``sequences`` are given.
-    :param out: folder of the run.
     :param data: the folder that holds ``dna/`` and ``text/``; by default ``PPL_DIFFUSION_DATA``.
-    :param steps: optimiser steps; those of the recipe if None.
-    :param seed: seed of the weights, the batches and the noise.
+    :param seed: of the weights, the batches and the noise.
     :param resume: go on from ``last.ckpt`` in ``out``, with the recipe, ``seed`` and ``init`` that
         the run began with; ``steps`` may be others.
-    :param quiet: no progress bar.
     :param objective: what a step minimises, one of
         :data:`~ppl_diffusion.models.recipes.OBJECTIVES`; that of the recipe if None.
     :param init: the prior to start from, a shipped name or a folder. By default training starts
         anew, and distillation from the shipped prior ``name``. The shape of its network stands in
         place of that of the recipe, also in ``run.json``.
-    :param recipe: a recipe of one's own.
-    :param sequences: data of one's own.
+    :param recipe: a recipe of one's own, as ``sequences`` are one's own data.
     :param device: where the network is trained; the program that comes back is on the CPU.
     :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, the
         data do not suit the recipe, or the checkpoint is damaged or of another run.
@@ -191,10 +185,9 @@ def _trainer(
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
     # The average comes after the keeper, which looks while the averaged weights are in place.
-    callbacks: list[Callback] = [keeper, _fitting().WeightAverage(fit.recipe.ema_decay)]
-    callbacks.append(
-        ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
-    )
+    average = _fitting().WeightAverage(fit.recipe.ema_decay)
+    last = ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
+    callbacks: list[Callback] = [keeper, average, last]
     if not quiet:
         callbacks.append(RichProgressBar())
     return lightning.Trainer(

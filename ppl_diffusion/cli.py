@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ppl_diffusion import __version__
 from ppl_diffusion.commands.complain import exit_code
@@ -17,14 +18,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Name = Annotated[str, typer.Argument(help="Shipped prior, or folder that holds one.")]
-Steps = Annotated[int, typer.Option(help="Steps of the reverse chain.")]
-Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same files.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Name = Annotated[str, Argument(help="Shipped prior, or folder that holds one.")]
+Steps = Annotated[int, Option(help="Steps of the reverse chain.")]
+Seed = Annotated[int, Option(help="Seed; the same seed gives the same files.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 
 
 def main() -> None:
-    """Entry point of the console script."""
     raise SystemExit(run())
 
 
@@ -42,10 +42,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
     import_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--import",
             metavar="MODULE",
             help="Import a module first, which defines priors or methods. Repeatable.",
@@ -72,17 +72,17 @@ def models() -> None:
 @app.command()
 def sample(
     name: Name,
-    num: Annotated[int, typer.Option(help="How many sequences.")] = 10,
+    num: Annotated[int, Option(help="How many sequences.")] = 10,
     sampler: Annotated[
         str,
-        typer.Option(
+        Option(
             help="ancestral, psi, confidence, first-hitting, parallel or semi-autoregressive; "
             "the last four need a masked prior."
         ),
     ] = "ancestral",
     steps: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Steps of the chain, 64 by default; at most so many for parallel, and for "
             "semi-autoregressive, which reveals one position per step by default; first-hitting "
             "takes one step per position."
@@ -90,18 +90,16 @@ def sample(
     ] = None,
     kappa_schedule: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="NAME[:NUMBERS]",
             help="For psi and confidence: remdm-cap:0.02, remdm-rescale:0.05, remdm-loop:0.01, "
             "constant:0.95,t_on=0.5, forward-backward, dfm, predictor-corrector, ...",
         ),
     ] = None,
-    block: Annotated[
-        int | None, typer.Option(help="Positions per block of semi-autoregressive.")
-    ] = None,
+    block: Annotated[int | None, Option(help="Positions per block of semi-autoregressive.")] = None,
     filter_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--filter",
             metavar="NAME:NUMBER",
             help="nucleus:P, nucleus-drop:P or temperature:T. Repeatable, the first acts first.",
@@ -109,8 +107,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     out: Annotated[
-        Path | None,
-        typer.Option(help="FASTA, CSV or text file, by its ending; printed if absent."),
+        Path | None, Option(help="FASTA, CSV or text file, by its ending; printed if absent.")
     ] = None,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""
@@ -125,54 +122,54 @@ def sample(
 def design(
     context: typer.Context,
     name: Name,
-    particles: Annotated[int, typer.Option(help="Particles per run.")] = 64,
-    runs: Annotated[int, typer.Option(help="Independent runs.")] = 4,
+    particles: Annotated[int, Option(help="Particles per run.")] = 64,
+    runs: Annotated[int, Option(help="Independent runs.")] = 4,
     steps: Steps = 64,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME if absent.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run.")] = False,
+    out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace an earlier run.")] = False,
     observe: Annotated[
-        float | None, typer.Option(help="Observed expression: Normal(oracle(x), SD).")
+        float | None, Option(help="Observed expression: Normal(oracle(x), SD).")
     ] = None,
     sd: Annotated[
-        float | None, typer.Option(help="Standard deviation of --observe, 0.5 by default.")
+        float | None, Option(help="Standard deviation of --observe, 0.5 by default.")
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(
+        Option(
             "--temperature",
             "--reward-temperature",
             help="Reward oracle(x) / TEMPERATURE; what a prior with an oracle does by default.",
         ),
     ] = None,
     no_expression: Annotated[
-        bool, typer.Option("--no-expression", help="Ask for no expression at all.")
+        bool, Option("--no-expression", help="Ask for no expression at all.")
     ] = False,
     motif: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="FILE[@NAME][:WEIGHT]",
             help="Reward the best hit of a MEME or JASPAR matrix. Repeatable.",
         ),
     ] = None,
     gc: Annotated[
-        tuple[float, float] | None, typer.Option(help="Lowest and highest GC content, as shares.")
+        tuple[float, float] | None, Option(help="Lowest and highest GC content, as shares.")
     ] = None,
     forbid: Annotated[
         list[str] | None,
-        typer.Option(metavar="IUPAC", help="Motif that occurs on neither strand. Repeatable."),
+        Option(metavar="IUPAC", help="Motif that occurs on neither strand. Repeatable."),
     ] = None,
     fix: Annotated[
         list[str] | None,
-        typer.Option(metavar="POS:BASES", help="Fixed bases, counted from 0. Repeatable."),
+        Option(metavar="POS:BASES", help="Fixed bases, counted from 0. Repeatable."),
     ] = None,
     ess_threshold: Annotated[
         float | None,
-        typer.Option(help="Resample below this share of effective particles; the method's own."),
+        Option(help="Resample below this share of effective particles; the method's own."),
     ] = None,
     method_module: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             MODULE,
             metavar="MODULE",
             help="Import a module first, which registers a method; its name and fields are then "
@@ -213,27 +210,23 @@ def design(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="Recipe, by the name of its prior.")],
+    name: Annotated[str, Argument(help="Recipe, by the name of its prior.")],
     data: Annotated[
         Path | None,
-        typer.Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/, molecules/, ..."),
+        Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/, molecules/, ..."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/train-NAME.")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the run; runs/train-NAME.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps; those of the recipe if absent.")
+        int | None, Option(help="Optimiser steps; those of the recipe if absent.")
     ] = None,
     objective: Annotated[
-        str | None,
-        typer.Option(help="nelbo, curriculum or distillation; that of the recipe if absent."),
+        str | None, Option(help="nelbo, curriculum or distillation; that of the recipe if absent.")
     ] = None,
     init: Annotated[
-        str | None,
-        typer.Option(help="Prior to start from; distillation starts from the shipped NAME."),
+        str | None, Option(help="Prior to start from; distillation starts from the shipped NAME.")
     ] = None,
     seed: Seed = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a prior by its recipe."""
@@ -255,10 +248,8 @@ def train(
 
 @app.command()
 def diagnose(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder written by design.")],
-    plots: Annotated[
-        Path | None, typer.Option(help="Also draw the plots into this folder.")
-    ] = None,
+    folder: Annotated[Path, Argument(metavar="RUN", help="Folder written by design.")],
+    plots: Annotated[Path | None, Option(help="Also draw the plots into this folder.")] = None,
 ) -> None:
     """Print how far the particles of a run can be trusted."""
     from ppl_diffusion.commands.actions import diagnose_run
@@ -269,13 +260,13 @@ def diagnose(
 @app.command()
 def compare(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN ...", help="Folders written by design.")
+        list[Path], Argument(metavar="RUN RUN ...", help="Folders written by design.")
     ],
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw them: .png, .pdf or .svg.")
+        Path | None, Option(metavar="FILE", help="Also draw them: .png, .pdf or .svg.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the figures as JSON.")
+        Path | None, Option(metavar="FILE", help="Also write the figures as JSON.")
     ] = None,
 ) -> None:
     """Set runs side by side, as they are and at equal network evaluations.

@@ -35,7 +35,10 @@ def list_models() -> None:
     ]
     header = ["name", "process", "length", "bits per token, bound", "Markov chain"]
     table("Priors", header, priors)
-    oracles = [[name, _correlations(read_card(name))] for name in list_oracles()]
+    oracles = []
+    for name in list_oracles():
+        parts = read_card(name)["metrics"].items()
+        oracles.append([name, ", ".join(f"{part}: {numbers['r']:.3f}" for part, numbers in parts)])
     table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
 
 
@@ -44,11 +47,6 @@ def draw_samples(
 ) -> None:
     """Draw sequences from a prior and print them or write a file.
 
-    :param name: shipped prior, or folder of one.
-    :param num: how many sequences.
-    :param seed: seed of the draws.
-    :param sampler: name of the sampler.
-    :param settings: what is asked of it.
     :param out: ``.csv`` for a table, anything else for FASTA, or for plain text where the symbols
         are no letters; standard output if None.
     :raises InputError: if a name, a number or the place is wrong.
@@ -79,10 +77,6 @@ def draw_samples(
 def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
     """Run a design job, write its folder, print its tables.
 
-    :param job: prior, question and search.
-    :param out: the run folder.
-    :param replace: whether an earlier run may be replaced.
-    :param quiet: print nothing.
     :raises InputError: if something asked for cannot be done.
     """
     from ppl_diffusion.design.program import build_target
@@ -102,10 +96,6 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
 def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     """Train a prior by its recipe.
 
-    :param name: name of the recipe.
-    :param out: folder of the run.
-    :param quiet: print nothing.
-    :param asked: options of :func:`ppl_diffusion.models.training.train`.
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
@@ -124,20 +114,15 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     except KeyboardInterrupt as error:
         raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error
     if not quiet:
-        rows = [
-            ["best validation bound (bits per token, <=)", run.valid_bits],
-            ["at step", run.best_step],
-            ["of steps", run.steps],
-        ]
+        bound = ["best validation bound (bits per token, <=)", run.valid_bits]
+        rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 
 
 def diagnose_run(folder: Path, *, plots: Path | None) -> None:
-    """Print the summary of a run folder.
+    """Print the summary of a folder written by ``design``, or by ``ParticlePosterior.save``.
 
-    :param folder: a folder written by ``design``, or by ``ParticlePosterior.save``.
-    :param plots: also draw the plots into this folder.
     :raises InputError: if it holds no run.
     :raises ParticleCollapse: if plots are asked for of a run without a living particle.
     """
@@ -151,8 +136,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
         figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
     rows = [[key, _readable(value)] for key, value in figures.items()]
     table(f"Particles of {folder}", ["quantity", "value"], rows)
-    note = disagreement(posterior.log_evidence) if posterior.law.has_evidence else None
-    if note is not None:
+    if posterior.law.has_evidence and (note := disagreement(posterior.log_evidence)):
         print(f"Note: {note}")
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
@@ -162,19 +146,15 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
 
 
 def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None) -> None:
-    """Print run folders side by side.
+    """Print such folders side by side.
 
-    :param folders: folders written by ``design``, or by ``ParticlePosterior.save``.
-    :param plot: also draw them into this file.
-    :param out: also write the figures into this JSON file.
     :raises InputError: if they cannot be compared, or a file cannot be written.
     """
     from ppl_diffusion.design.contenders import read_contenders
     from ppl_diffusion.diagnostics.comparison import compare
 
-    for place in (plot, out):
-        if place is not None:
-            check_file(place)
+    for place in filter(None, (plot, out)):
+        check_file(place)
     if plot is not None:
         _check_plot(plot)
     contenders = read_contenders(folders)
@@ -219,10 +199,6 @@ def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
     metrics = card["metrics"]
     bound = f"<= {metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
     return bound, f"{metrics['markov']:.4f} (order {metrics['order']})"
-
-
-def _correlations(card: dict[str, Any]) -> str:
-    return ", ".join(f"{part}: {metrics['r']:.3f}" for part, metrics in card["metrics"].items())
 
 
 def _readable(value: Any) -> object:

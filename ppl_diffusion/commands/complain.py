@@ -32,9 +32,6 @@ def exit_code(command: Callable[[], object]) -> int:
     Bad input gives 2, a run that could not give an answer gives 1, Ctrl-C gives 130. Errors that
     are no user's fault pass through with their traceback, and so does everything when the
     environment variable ``PPL_DIFFUSION_DEBUG`` is set.
-
-    :param command: the command to run.
-    :returns: the exit code.
     """
     if os.environ.get(DEBUG):
         return _code(command())
@@ -46,7 +43,7 @@ def exit_code(command: Callable[[], object]) -> int:
         # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (typer.TyperException, InputError) as error:
+    except (typer.TyperException, InputError, PotentialError) as error:
         return complain(error, USAGE)
     except OSError as error:
         return complain(f"{error.strerror or error}: {error.filename}", USAGE)
@@ -54,8 +51,6 @@ def exit_code(command: Callable[[], object]) -> int:
         return complain("Stopped: no run folder was written.", STOPPED)
     except Stopped as error:
         return complain(error, STOPPED)
-    except PotentialError as error:
-        return complain(error, USAGE)
     except (ParticleCollapse, NoAnswer) as error:
         return complain(error, FAILED)
     except (MemoryError, RuntimeError) as error:
@@ -65,12 +60,7 @@ def exit_code(command: Callable[[], object]) -> int:
 
 
 def complain(error: object, code: int) -> int:
-    """Print one sentence on standard error.
-
-    :param error: an exception or a text.
-    :param code: the exit code to hand back.
-    :returns: ``code``.
-    """
+    """Print an exception or a text as one sentence on standard error, and return the code."""
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     print(f"ppl-diffusion: {' '.join(text.split())}", file=sys.stderr)
     return code

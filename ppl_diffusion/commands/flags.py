@@ -46,7 +46,6 @@ class MethodCommand(TyperCommand):
 def import_modules(names: Sequence[str]) -> None:
     """Import a user's modules, those of the working folder last.
 
-    :param names: their names.
     :raises InputError: if one cannot be found.
     """
     if "" not in sys.path:

@@ -25,17 +25,10 @@ _LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
 def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
     """Show a bar on standard error.
 
-    :param label: what is going on.
-    :param quiet: show nothing.
     :returns: ``advance(step, total)``, which moves the bar to ``step`` of ``total``.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*shown, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
     task = bar.add_task(label, total=None)
 
     def advance(step: int, total: int, *_: Any) -> None:
@@ -50,12 +43,7 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
 
 
 def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table on standard output; numbers stand to the right.
-
-    :param title: line above the table, or None.
-    :param header: names of the columns.
-    :param rows: cells.
-    """
+    """Print a table on standard output; numbers stand to the right."""
     body = [list(row) for row in rows]
     out = Table(title=title, title_justify="left")
     for position, name in enumerate(header):
@@ -68,10 +56,7 @@ def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[obje
 
 
 def design_tables(result: Result) -> None:
-    """Print the heaviest designs, the comparison with the prior, and the cost.
-
-    :param result: a finished run.
-    """
+    """Print the heaviest designs, the comparison with the prior, and the cost."""
     _designs(result)
     _comparison(result)
     _cost(result)
@@ -80,15 +65,9 @@ def design_tables(result: Result) -> None:
 def _designs(result: Result) -> None:
     names = [name for name in result.columns if not name.endswith("_sd")]
     shown = range(min(8, len(result.sequences)))
-    rows = [
-        [
-            rank + 1,
-            float(result.designs.weight[rank]),
-            float(result.designs.log_potential[rank]),
-            *(float(result.columns[name][rank]) for name in names),
-        ]
-        for rank in shown
-    ]
+    designs = result.designs
+    columns = (designs.weight, designs.log_potential, *(result.columns[name] for name in names))
+    rows = [[rank + 1, *(float(column[rank]) for column in columns)] for rank in shown]
     table("Designs by weight", ["rank", "weight", "log G", *map(_plain, names)], rows)
     for rank in shown:  # below the table, where a narrow terminal cannot cut them
         print(f"{rank + 1:>4}  {result.sequences[rank]}")
@@ -130,10 +109,7 @@ def _cost(result: Result) -> None:
 
 
 def comparison_tables(comparison: Comparison) -> None:
-    """Print contenders side by side: as they are, at equal evaluations, and what to mind.
-
-    :param comparison: the contenders.
-    """
+    """Print contenders side by side: as they are, at equal evaluations, and what to mind."""
     rows = comparison.rows
     labels = [str(row["label"]) for row in rows]
     as_they_are: dict[str, list[object]] = {
@@ -149,15 +125,13 @@ def comparison_tables(comparison: Comparison) -> None:
     }
     _side_by_side("Runs as they are", labels, as_they_are)
     shares = [row["equal"] for row in rows]
+    budget = comparison.evaluations
     equal: dict[str, list[object]] = {
         "runs kept": [_share(row) for row in rows],
-        "rows kept of budget": [
-            f"{row['equal']['evaluations'] / comparison.evaluations:.0%}" for row in rows
-        ],
+        "rows kept of budget": [f"{share['evaluations'] / budget:.0%}" for share in shares],
         **_figures(shares),
     }
-    title = f"At equal evaluations: {comparison.evaluations} network rows"
-    _side_by_side(title, labels, equal)
+    _side_by_side(f"At equal evaluations: {budget} network rows", labels, equal)
     for letter, target in comparison.targets.items():
         print(f"{letter}: {target}")
     for note in comparison.notes:
@@ -187,7 +161,7 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
     return {
         "network rows": [part["evaluations"] for part in parts],
         "log evidence (nats)": [
-            _estimate(part["log_evidence"], part["log_evidence_se"]) for part in parts
+            _with_error(part["log_evidence"], part["log_evidence_se"]) for part in parts
         ],
         "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [f"{part['ess']:.1f}" for part in parts],
@@ -199,17 +173,13 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
 
 def _score_cells(parts: Sequence[Mapping[str, Any]], name: str) -> list[object]:
     scores = [part["scores"].get(name, {"mean": None, "se": None}) for part in parts]
-    return [_estimate(score["mean"], score["se"]) for score in scores]
+    return [_with_error(score["mean"], score["se"]) for score in scores]
 
 
 def _share(row: Mapping[str, Any]) -> str:
     equal = row["equal"]
     share = f"{equal['num_runs']} of {row['num_runs']}"
     return f"{share}, scaled" if equal["how"] == "scaled" else share
-
-
-def _estimate(value: float | None, error: float | None) -> str:
-    return "n/a" if value is None else _with_error(value, math.nan if error is None else error)
 
 
 def _range(ends: Sequence[float] | None) -> str:
@@ -224,8 +194,9 @@ def _plain(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _with_error(value: float, error: float) -> str:
-    return f"{_cell(value)} ± {_cell(error)}" if math.isfinite(error) else _cell(value)
+def _with_error(value: float | None, error: float | None) -> str:
+    known = error is not None and math.isfinite(error)
+    return f"{_known(value)} ± {_cell(error)}" if known else _known(value)
 
 
 def _cell(value: object) -> str:

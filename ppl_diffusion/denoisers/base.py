@@ -56,12 +56,18 @@ def conditions_of(denoiser: Denoiser) -> Mapping[str, int]:
     return getattr(denoiser, "conditions", {})
 
 
-def forward_parameters(wrapper: Denoiser, denoiser: Denoiser) -> None:
-    """Give a wrapper the ``parameters()`` and ``to()`` of what it wraps, if that has them."""
-    for name in ("parameters", "to"):
-        found = getattr(denoiser, name, None)
-        if found is not None:  # its absence says something too: unknown is not "none"
-            vars(wrapper)[name] = found
+class Wrapper:
+    """A denoiser around another one."""
+
+    vocab_size: int
+    kind: Kind
+    time_free: bool
+
+    def adopt(self, denoiser: Denoiser, *names: str) -> None:
+        """Take over what every denoiser says of itself, and what this one says of ``names``."""
+        for name in ("vocab_size", "kind", "time_free", "parameters", "to", *names):
+            if hasattr(denoiser, name):  # its absence says something too: unknown is not "none"
+                vars(self)[name] = getattr(denoiser, name)
 
 
 def move(network: object, device: torch.device | str) -> None:

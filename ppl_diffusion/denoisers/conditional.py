@@ -19,19 +19,18 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers.base import (
     Denoiser,
-    Kind,
+    Wrapper,
     conditions_of,
-    forward_parameters,
     move,
 )
 from ppl_diffusion.denoisers.checks import clean_log_probs, require_rows
-from ppl_diffusion.denoisers.filters import forward_optional, peel
+from ppl_diffusion.denoisers.filters import peel
 from ppl_diffusion.denoisers.guidance import guided_log_probs
 from ppl_diffusion.denoisers.prediction import has_head
 from ppl_diffusion.errors import CapabilityError
 
 
-class Labelled:
+class Labelled(Wrapper):
     """A class-conditional network with its label filled in: a denoiser like any other.
 
     The network is called as ``network(tokens, t, label=label)``, and so is its ``hidden`` if it has
@@ -51,13 +50,9 @@ class Labelled:
         self.network, self.num_classes = network, _num_classes(network)
         self.label = label if label == "given" else _check_label(label, self.num_classes)
         self.conditions: Mapping[str, int] = {"label": 0} if label == "given" else {}
-        self.vocab_size: int = network.vocab_size
-        self.kind: Kind = network.kind
-        self.time_free: bool = network.time_free
-        forward_parameters(self, network)
-        forward_optional(self, network, "process")
+        self.adopt(network, "process")
         if has_head(network):
-            forward_optional(self, network, "head", "hidden_size")
+            self.adopt(network, "head", "hidden_size")
             vars(self)["hidden"] = self._hidden
 
     @property
@@ -85,7 +80,7 @@ class Labelled:
         return f"Labelled({type(self.network).__name__}, {label})"
 
 
-class Paired:
+class Paired(Wrapper):
     """A conditional and an unconditional denoiser asked at the same states.
 
     What they return is checked before the two are put together, by the rules of the kernels.
@@ -102,16 +97,16 @@ class Paired:
     def __init__(self, conditional: Denoiser, unconditional: Denoiser) -> None:
         _check_pair(conditional, unconditional)
         self.conditional, self.unconditional = conditional, unconditional
-        self.vocab_size: int = conditional.vocab_size
+        self.vocab_size, self.kind = conditional.vocab_size, conditional.kind
         self.output_size = 2 * self.vocab_size
-        self.kind: Kind = conditional.kind
-        self.time_free: bool = conditional.time_free and unconditional.time_free
+        self.time_free = conditional.time_free and unconditional.time_free
         self.network_rows = sum(getattr(part, "network_rows", 1) for part in self._parts)
         self.excludes_tokens = any(getattr(p, "excludes_tokens", False) for p in self._parts)
         if all(hasattr(part, "parameters") for part in self._parts):
             vars(self)["parameters"] = self._all_parameters
         for part in self._parts:
-            forward_optional(self, part, "process")
+            if hasattr(part, "process"):
+                self.process = part.process
 
     @property
     def changes(self) -> tuple[str, ...]:

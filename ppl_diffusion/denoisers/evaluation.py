@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.base import Denoiser, Wrapper
 from ppl_diffusion.denoisers.checks import require_rows
-from ppl_diffusion.denoisers.filters import forward_optional
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.rows import RowTable, distinct_rows
 
@@ -57,7 +56,7 @@ class _Last(NamedTuple):
     output: Tensor
 
 
-class EvaluatedDenoiser:
+class EvaluatedDenoiser(Wrapper):
     """A denoiser with row deduplication, reuse and counters.
 
     Outputs are those of the wrapped denoiser; reuse is skipped while gradients are recorded. Rows
@@ -79,9 +78,6 @@ class EvaluatedDenoiser:
         self.denoiser = denoiser
         self.reuse = reuse
         self.max_rows = max_rows
-        self.vocab_size: int = denoiser.vocab_size
-        self.kind: Kind = denoiser.kind
-        self.time_free: bool = denoiser.time_free
         self._network_rows: int = getattr(denoiser, "network_rows", 1)
         # A denoiser made of several knows better than its caller what a row cost.
         self._is_counter = hasattr(denoiser, "rows_evaluated")
@@ -94,16 +90,8 @@ class EvaluatedDenoiser:
             vars(self)["hidden_size"] = denoiser.hidden_size  # type: ignore[attr-defined]
         self._memory: tuple[float, RowTable] | None = None
         self._last: _Last | None = None
-        forward_parameters(self, denoiser)
-        forward_optional(
-            self,
-            denoiser,
-            "changes",
-            "conditions",
-            "excludes_tokens",
-            "output_size",
-            "network_rows",
-        )
+        optional = ("changes", "conditions", "excludes_tokens", "output_size", "network_rows")
+        self.adopt(denoiser, *optional)
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``."""

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
+from ppl_diffusion.denoisers.base import Denoiser, Wrapper
 from ppl_diffusion.denoisers.checks import clean_log_probs
 from ppl_diffusion.denoisers.prediction import has_head
 from ppl_diffusion.errors import CapabilityError
 
 
-class Filter(ABC):
+class Filter(Wrapper, ABC):
     """Base of the filters: the wrapped denoiser with :meth:`filter_rows` behind its head.
 
     ``hidden``, ``head``, ``hidden_size``, ``process`` and ``parameters`` exist where the wrapped
@@ -48,14 +48,10 @@ class Filter(ABC):
                 "filter each of its parts instead."
             )
         self.denoiser = denoiser
-        self.vocab_size: int = denoiser.vocab_size
-        self.kind: Kind = denoiser.kind
-        self.time_free: bool = denoiser.time_free
         self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
-        forward_parameters(self, denoiser)
-        forward_optional(self, denoiser, "process", "network_rows", "conditions")
+        self.adopt(denoiser, "process", "network_rows", "conditions")
         if has_head(denoiser):
-            forward_optional(self, denoiser, "hidden", "hidden_size")
+            self.adopt(denoiser, "hidden", "hidden_size")
             vars(self)["head"] = self._filtered_head
 
     @property
@@ -177,15 +173,6 @@ class Nucleus(Filter):
     def __repr__(self) -> str:
         crossing = "" if self.keep_crossing else ", keep_crossing=False"
         return f"Nucleus({self.denoiser!r}, {self.p:g}{crossing})"
-
-
-def forward_optional(wrapper: Denoiser, denoiser: Denoiser, *names: str) -> None:
-    """Give a wrapper those optional attributes that the wrapped denoiser has.
-
-    :param names: attributes to look for.
-    """
-    found = {name: getattr(denoiser, name) for name in names if hasattr(denoiser, name)}
-    vars(wrapper).update(found)
 
 
 def peel(denoiser: Denoiser) -> tuple[Denoiser, list[Filter]]:

@@ -27,13 +27,9 @@ def user_input() -> Iterator[None]:
     except InputError:
         raise
     except (CapabilityError, ValueError, KeyError, OSError, ModuleNotFoundError) as error:
-        raise InputError(_text(error)) from error
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    return str(error)
+        # The text of a KeyError is the repr of its key.
+        quoted = isinstance(error, KeyError) and error.args
+        raise InputError(str(error.args[0] if quoted else error)) from error
 
 
 def at_least(what: str, value: int, low: int) -> None:

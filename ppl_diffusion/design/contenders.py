@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,32 +30,28 @@ SCORES = ("expression_judge", "expression_design", "log_prob_bound", "gc")
 
 
 def read_contenders(folders: Sequence[Path]) -> list[Contender]:
-    """Read run folders to be compared.
+    """Read folders written by ``design``, or by ``ParticlePosterior.save``, to be compared.
 
-    :param folders: folders written by ``design``, or by ``ParticlePosterior.save``.
     :returns: one contender per folder, called by its last name where that is unambiguous.
     :raises InputError: if there are fewer than two, one is given twice, holds no run, is damaged,
         or holds the same particles as another.
     """
     if len(folders) < 2:
         raise InputError("One run has nothing to be compared with: give two or more run folders.")
-    places = Counter(folder.resolve() for folder in folders)
-    twice = next((folder for folder in folders if places[folder.resolve()] > 1), None)
-    if twice is not None:
-        raise InputError(f"The run folder {str(twice)!r} is given twice: give each once.")
-    names = Counter(folder.resolve().name for folder in folders)
-    contenders = [
-        _read(folder, folder.resolve().name if names[folder.resolve().name] == 1 else str(folder))
-        for folder in folders
-    ]
+    places = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"The run folder {str(folder)!r} is given twice: give each once.")
+    names = [place.name for place in places]
+    labels = [n if names.count(n) == 1 else str(f) for n, f in zip(names, folders, strict=True)]
+    contenders = list(map(_read, folders, labels))
     _require_different(contenders)
     return contenders
 
 
 def load_particles(folder: Path) -> ParticlePosterior:
-    """Load the particles of a run folder.
+    """Load the particles of such a folder.
 
-    :param folder: a folder written by ``design``, or by ``ParticlePosterior.save``.
     :raises InputError: if it holds none.
     """
     from ppl_diffusion.smc import ParticlePosterior
@@ -76,8 +72,8 @@ def _check_entries(folder: Path, posterior: ParticlePosterior) -> None:
         if type(value) is not int or value < 0:
             raise _damaged(folder, f"{name} is {value!r}, no count")
     for name in ("exact", "has_evidence"):
-        if type(getattr(posterior.law, name)) is not bool:
-            said = getattr(posterior.law, name)
+        said = getattr(posterior.law, name)
+        if type(said) is not bool:
             raise _damaged(folder, f"{name} of its law is {said!r}, neither true nor false")
     if type(posterior.seconds) not in (int, float):
         raise _damaged(folder, f"seconds is {posterior.seconds!r}, no number")
@@ -105,7 +101,11 @@ def _read(folder: Path, label: str) -> Contender:
             label,
             posterior,
             method=_method(settings["search"]),
-            asked=_asked(settings),
+            # The law knows potentials by name; the question has digests of their numbers.
+            asked={
+                "prior": settings["prior_digest"],
+                "question": json.dumps(settings["question"], sort_keys=True),
+            },
             scores=_scores(folder, posterior),
             seconds=None if summary["seconds"] is None else float(summary["seconds"]),
         )
@@ -121,14 +121,6 @@ def _method(search: Mapping[str, Any]) -> str:
     own = {name: value for name, value in search.items() if name not in numbers}
     unusual = [f"{name} {value}" for name, value in own.items() if usual.get(name) != value]
     return ", ".join([method, *unusual])
-
-
-def _asked(settings: Mapping[str, Any]) -> dict[str, str]:
-    # The law knows potentials by name; the question has digests of their numbers.
-    return {
-        "prior": settings["prior_digest"],
-        "question": json.dumps(settings["question"], sort_keys=True),
-    }
 
 
 def _scores(folder: Path, posterior: ParticlePosterior) -> dict[str, NDArray[np.float64]]:
@@ -147,14 +139,11 @@ def _scores(folder: Path, posterior: ParticlePosterior) -> dict[str, NDArray[np.
 
 
 def _require_different(contenders: Sequence[Contender]) -> None:
-    for number, one in enumerate(contenders):
-        for other in contenders[:number]:
-            if _same(one.posterior, other.posterior):
-                raise InputError(
-                    f"The runs {other.label!r} and {one.label!r} hold the same particles, so that "
-                    "they would only seem to agree: give one of them."
-                )
-
-
-def _same(one: ParticlePosterior, other: ParticlePosterior) -> bool:
-    return torch.equal(one.x0, other.x0) and torch.equal(one.log_weights, other.log_weights)
+    for one, other in combinations(contenders, 2):
+        first, second = one.posterior, other.posterior
+        alike = torch.equal(first.log_weights, second.log_weights)
+        if alike and torch.equal(first.x0, second.x0):
+            raise InputError(
+                f"The runs {one.label!r} and {other.label!r} hold the same particles, so that they "
+                "would only seem to agree: give one of them."
+            )

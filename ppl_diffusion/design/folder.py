@@ -15,8 +15,6 @@ MARKER = "summary.json"
 def check_target(folder: Path, *, replace: bool) -> None:
     """Refuse a place that a run folder cannot take, before any work is done.
 
-    :param folder: where the run is to be written.
-    :param replace: whether an earlier run folder may be replaced.
     :raises InputError: if the place is a file, is not writable, or holds something else.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -52,7 +50,6 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
 def check_file(path: Path) -> None:
     """Check that a file can be written, before any work is done for it.
 
-    :param path: the file.
     :raises InputError: if the place is a folder, lies in a file, or is a packed file.
     """
     if path.is_dir():
@@ -62,21 +59,27 @@ def check_file(path: Path) -> None:
     _check_parent(path)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a scratch file that becomes ``path`` when the block ends well.
 
-    :param path: the file.
-    :param text: its content.
     :raises InputError: if the place is a folder or is not writable.
     """
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # The ending stays: it says which kind of picture Matplotlib draws.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        yield scratch
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _check_parent(place: Path) -> None:

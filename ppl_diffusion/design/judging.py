@@ -3,66 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ppl_diffusion.design.program import BASES, Target
 from ppl_diffusion.design.ranking import Designs
 
-if TYPE_CHECKING:
-    from ppl_diffusion.distributions import ReverseChain
-    from ppl_diffusion.models import Oracle
-
 Columns = dict[str, Tensor]
+BOUND_SAMPLES = 16
+"""Noise levels per sequence for the prior bound."""
 
 
-@dataclass(frozen=True)
-class Judges:
-    """Who scores a sequence.
-
-    :param chain: the prior; its bound says how natural a sequence is.
-    :param gc: ids of the tokens that count as GC.
-    :param designer: the oracle that designed, or None.
-    :param judge: an oracle fitted on other families of sequences, or None.
-    :param bound_samples: noise levels per sequence for the prior bound.
-    """
-
-    chain: ReverseChain
-    gc: Tensor
-    designer: Oracle | None = None
-    judge: Oracle | None = None
-    bound_samples: int = 16
-
-    def columns(self, tokens: Tensor, generator: torch.Generator) -> Columns:
-        """Score sequences."""
-        columns = {
-            **self._bound(tokens, generator),
-            "gc": torch.isin(tokens, self.gc.to(tokens.device)).to(torch.float64).mean(-1),
-        }
-        for name, oracle in (("design", self.designer), ("judge", self.judge)):
-            if oracle is not None:
-                mean, sd = oracle.predict(tokens)
-                columns[f"expression_{name}"] = mean.to(torch.float64)
-                columns[f"expression_{name}_sd"] = sd.to(torch.float64)
-        return columns
-
-    def _bound(self, tokens: Tensor, generator: torch.Generator) -> Columns:
-        marginal = self.chain.marginal()
-        terms = marginal.bound_samples(
-            tokens, num_samples=self.bound_samples, generator=generator
-        ).to(torch.float64)
-        error = terms.std(0) / math.sqrt(len(terms))
-        return {"log_prob_bound": terms.mean(0), "log_prob_bound_sd": error}
+def scores(target: Target, tokens: Tensor, generator: torch.Generator) -> Columns:
+    """Score sequences: how natural the prior finds them, their GC, and what the oracles say."""
+    marginal = target.chain.marginal()
+    terms = marginal.bound_samples(tokens, num_samples=BOUND_SAMPLES, generator=generator).double()
+    gc = torch.tensor([BASES.index(base) for base in "GC"], device=tokens.device)
+    columns = {
+        "log_prob_bound": terms.mean(0),
+        "log_prob_bound_sd": terms.std(0) / math.sqrt(BOUND_SAMPLES),
+        "gc": torch.isin(tokens, gc).double().mean(-1),
+    }
+    for name, oracle in (("design", target.designer), ("judge", target.judge)):
+        if oracle is not None:
+            mean, sd = oracle.predict(tokens)
+            columns[f"expression_{name}"] = mean.double()
+            columns[f"expression_{name}_sd"] = sd.double()
+    return columns
 
 
 def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dict[str, float]]:
     """Set the weighted designs against plain prior samples.
 
-    :param designs: the distinct designs.
-    :param columns: their scores.
-    :param prior: scores of prior samples.
     :returns: for each score the weighted mean of the designs with its standard error over runs
         (NaN for one run), and mean, standard deviation and 95th percentile of the prior samples.
     """

@@ -35,7 +35,6 @@ a wrong base on its way into the sequence meets it; finite, as a look-ahead must
 
 
 def infer(target: Target, search: Search, progress: Progress | None = None) -> ParticlePosterior:
-    """Sample the target by the method of a search."""
     plan = _plan(target, search)
     with user_input():
         runner = SMC(
@@ -54,8 +53,6 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the runner is given."""
-
     chain: ReverseChain
     potential: AbstractPotential
     method: Method
@@ -130,17 +127,13 @@ def _held_potential(target: Target, clamp: ClampProposal) -> AbstractPotential:
 
 def _held(method: Method, clamp: ClampProposal) -> Method:
     twist = getattr(method, "twist", None)
-    completes = isinstance(twist, FillTwist) or twist == "auto"
-    held = {"twist": HeldFill(method.fill, clamp)} if completes else {}
-    return dataclasses.replace(method, **held)
+    if not isinstance(twist, FillTwist) and twist != "auto":
+        return method
+    return dataclasses.replace(method, **{"twist": HeldFill(method.fill, clamp)})
 
 
 class HeldFill(FillTwist):
-    """Completions that hold the fixed bases wherever they still can.
-
-    :param base: how the other positions are filled.
-    :param clamp: the fixed bases.
-    """
+    """Completions by ``base`` that hold the fixed bases wherever they still can."""
 
     name = "held"
 
@@ -148,13 +141,11 @@ class HeldFill(FillTwist):
         self.base, self.clamp, self.num_fills = base, clamp, base.num_fills
 
     def init(self, shape: tuple[int, ...], generator: Any) -> Tensor | None:
-        """Return the noise of the inner fill."""
         return self.base.init(shape, generator)
 
     def uniforms(
         self, carried: Tensor | None, shape: tuple[int, ...], generator: Any
     ) -> Tensor | None:
-        """Return the noise of the inner fill."""
         return self.base.uniforms(carried, shape, generator)
 
     def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:

@@ -25,29 +25,22 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Use(NamedTuple):
-    """What an option is to one method.
-
-    :param default: what it is if nothing is said.
-    :param text: what it does.
-    """
+    """What an option is to one method: its default, and what it does."""
 
     default: Any
     text: str
 
     @property
     def said(self) -> Any:
-        """The default in words, or a number."""
         return getattr(self.default, "name", self.default)
 
 
 @dataclass
 class Option:
-    """One option, of one or several methods.
+    """One option, by the name of its field, with what it is to each method that has it.
 
-    :param name: the field it fills.
     :param kind: bool, int, float or str.
     :param choices: the words it may be, or none of them where any will do.
-    :param owners: the methods that have it.
     """
 
     name: str
@@ -67,7 +60,6 @@ class Option:
 
     @property
     def help(self) -> str:
-        """What it does, for which methods."""
         said: dict[str, list[str]] = {}
         for method, use in self.owners.items():
             shown = "" if use.default is None else f" ({use.said})"
@@ -104,7 +96,6 @@ def options() -> dict[str, Option]:
 
 
 def options_of(method: str) -> list[Option]:
-    """Return the options of one method."""
     return [option for option in options().values() if method in option.owners]
 
 

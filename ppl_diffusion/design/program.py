@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.design.checks import InputError, user_input
-from ppl_diffusion.design.judging import Judges
 from ppl_diffusion.design.question import Job, MotifSpec, Question, clamp_pattern
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
@@ -51,8 +50,6 @@ class Target:
     """What a job samples from.
 
     :param job: the job, with every default filled in.
-    :param prior: the model program.
-    :param chain: its reverse chain.
     :param potentials: log-potentials by site name; their sum is what is added to the prior.
     :param pattern: fixed tokens, int64 ``(L,)``, -1 where free; None if nothing is fixed.
     :param designer: the oracle in the target, or None.
@@ -76,35 +73,21 @@ class Target:
 
     @property
     def masked(self) -> bool:
-        """Whether the prior is masked."""
         return self.chain.kernel.process.absorbing
 
     @property
-    def num_fixed(self) -> int:
-        """Number of fixed bases."""
-        return 0 if self.pattern is None else int((self.pattern >= 0).sum())
-
-    @property
     def clamp(self) -> ClampProposal | None:
-        """A proposal that holds the fixed bases, if there are any."""
         if self.pattern is None:
             return None
         return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Return sequences as text."""
         return list(self.prior.decode(tokens))
-
-    def judges(self) -> Judges:
-        """Return who scores the designs."""
-        gc = torch.tensor([BASES.index("G"), BASES.index("C")], device="cpu")
-        return Judges(self.chain, gc, self.designer, self.judge)
 
 
 def build_target(job: Job) -> Target:
     """Load what a job names and put the target together.
 
-    :param job: prior, question and search.
     :raises InputError: if the question does not fit the prior.
     """
     with user_input():
@@ -121,9 +104,15 @@ def build_target(job: Job) -> Target:
         motifs = [_motif(spec) for spec in job.question.motifs]
         job = _with_digests(job, motifs)
         potentials = _potentials(job.question, designer, motifs)
-        _try_potentials(potentials, prior.length)
+        # A motif wider than the sequence or an empty GC range must be found before the run.
+        for potential in potentials.values():
+            potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device="cpu"))
     pattern = _pattern(job.question, prior)
-    _require_something(job, potentials, pattern)
+    if not potentials and pattern is None:
+        why = "" if job.name in ORACLES else ", which has no expression oracle"
+        raise InputError(
+            f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
+        )
     _require_possible(job.question, pattern)
     chain = prior.chain(num_steps=job.search.num_steps)
     return Target(job, prior, chain, potentials, pattern, designer, judge)
@@ -158,17 +147,13 @@ def _prior_digest(prior: DiffusionProgram) -> str:
 
 
 def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
-    specs = tuple(
-        dataclasses.replace(
-            spec, digest=digest(repr(motif.sites), {"probabilities": motif.probabilities})
-        )
-        for spec, motif in zip(job.question.motifs, motifs, strict=True)
-    )
+    digests = (digest(repr(m.sites), {"probabilities": m.probabilities}) for m in motifs)
+    pairs = zip(job.question.motifs, digests, strict=True)
+    specs = tuple(dataclasses.replace(spec, digest=known) for spec, known in pairs)
     return dataclasses.replace(job, question=dataclasses.replace(job.question, motifs=specs))
 
 
 def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
-    """Return a short digest of a text and named tensors."""
     total = hashlib.sha256(text.encode())
     for name, values in sorted(numbers.items()):
         total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
@@ -207,12 +192,6 @@ def _motif(spec: MotifSpec) -> Motif:
     return motifs[0]
 
 
-def _try_potentials(potentials: Potentials, length: int) -> None:
-    # A motif wider than the sequence or an empty GC range must be found before the run.
-    for potential in potentials.values():
-        potential.lookahead(torch.zeros(1, length, dtype=torch.int64, device="cpu"))
-
-
 def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
     fixed = clamp_pattern(question.fix, prior.length)
     if not fixed:
@@ -221,14 +200,6 @@ def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
     for position, base in fixed.items():
         pattern[position] = BASES.index(base)
     return pattern
-
-
-def _require_something(job: Job, potentials: Potentials, pattern: Tensor | None) -> None:
-    if not potentials and pattern is None:
-        why = "" if job.name in ORACLES else ", which has no expression oracle"
-        raise InputError(
-            f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
-        )
 
 
 def _require_possible(question: Question, pattern: Tensor | None) -> None:

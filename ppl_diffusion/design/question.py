@@ -78,11 +78,14 @@ class Question:
             )
         if self.uses_oracle and not self.expression:
             raise InputError("--no-expression contradicts --observe and --temperature: drop one.")
-        _check_gc(self.gc)
+        if self.gc is not None and not 0.0 <= self.gc[0] <= self.gc[1] <= 1.0:
+            raise InputError(
+                f"The GC range {self.gc[0]} to {self.gc[1]} is not a range of shares: "
+                "give two numbers with 0 <= LOW <= HIGH <= 1."
+            )
 
     @property
     def uses_oracle(self) -> bool:
-        """Whether the question is about expression."""
         return self.observe is not None or self.temperature is not None
 
 
@@ -90,9 +93,7 @@ class Question:
 class Job:
     """A prior by name, a question about it, and a search.
 
-    :param name: name of a shipped prior, or a folder that holds one.
-    :param question: what is asked.
-    :param search: how hard to look.
+    :param name: of a shipped prior, or a folder that holds one.
     :param prior_digest: of the prior's numbers, once they are read: folders may change.
     """
 
@@ -102,7 +103,7 @@ class Job:
     prior_digest: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """:returns: everything that decides the result, ready for JSON."""
+        """Return everything that decides the result, ready for JSON."""
         asked = {f.name: getattr(self.question, f.name) for f in fields(self.question)}
         asked["motifs"] = [motif.settings() for motif in self.question.motifs]
         known = {} if self.prior_digest is None else {"prior_digest": self.prior_digest}
@@ -112,7 +113,6 @@ class Job:
 def parse_motif(text: str) -> MotifSpec:
     """Read ``FILE[@NAME][:WEIGHT]``.
 
-    :param text: the option as typed.
     :raises InputError: if the weight is not a finite number or the file is not there.
     """
     place, _, tail = text.rpartition(":")
@@ -133,7 +133,6 @@ def parse_motif(text: str) -> MotifSpec:
 def parse_fix(text: str) -> tuple[int, str]:
     """Read ``POS:BASES``; positions count from 0.
 
-    :param text: the option as typed.
     :raises InputError: if it does not have that form.
     """
     match = re.fullmatch(r"(\d+):([A-Za-z]+)", text.strip())
@@ -150,7 +149,6 @@ def parse_fix(text: str) -> tuple[int, str]:
 def parse_forbid(text: str) -> str:
     """Read a forbidden motif in IUPAC letters.
 
-    :param text: the option as typed.
     :raises InputError: if it is empty or holds another letter.
     """
     motif = text.strip().upper()
@@ -159,7 +157,6 @@ def parse_forbid(text: str) -> str:
 
 
 def clamp_pattern(fix: tuple[tuple[int, str], ...], length: int) -> dict[int, str]:
-    """Merge fixed pieces into one base per position."""
     pattern: dict[int, str] = {}
     for start, bases in fix:
         if start + len(bases) > length:
@@ -195,11 +192,3 @@ def _only_letters(what: str, text: str, letters: str) -> None:
     if not text or wrong:
         found = "is empty" if not text else f"holds {', '.join(wrong)}"
         raise InputError(f"{what[0].upper()}{what[1:]} {found}: use only the letters {letters}.")
-
-
-def _check_gc(gc: tuple[float, float] | None) -> None:
-    if gc is not None and not 0.0 <= gc[0] <= gc[1] <= 1.0:
-        raise InputError(
-            f"The GC range {gc[0]} to {gc[1]} is not a range of shares: "
-            "give two numbers with 0 <= LOW <= HIGH <= 1."
-        )

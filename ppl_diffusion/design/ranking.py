@@ -39,26 +39,20 @@ def rank_designs(posterior: ParticlePosterior) -> Designs:
     weight = posterior.pooled_log_weights.exp().flatten()
     tokens, inverse = torch.unique(posterior.x0.reshape(-1, length), dim=0, return_inverse=True)
     run = torch.arange(num_runs, device=inverse.device).repeat_interleave(num_particles)
-    merged = _Merge(inverse, len(tokens))
+
+    def merged(values: Tensor, how: str) -> Tensor:
+        out = values.new_zeros(len(tokens))
+        return out.scatter_reduce(0, inverse, values, how, include_self=False)
+
     designs = Designs(
         tokens=tokens,
-        weight=merged.reduce(weight, "sum"),
+        weight=merged(weight, "sum"),
         run_weight=_by_run(posterior, inverse, len(tokens)),
-        copies=merged.reduce(torch.ones_like(run), "sum"),
-        run=merged.reduce(run, "amin"),
-        log_potential=merged.reduce(posterior.log_potential.flatten(), "amax"),
+        copies=merged(torch.ones_like(run), "sum"),
+        run=merged(run, "amin"),
+        log_potential=merged(posterior.log_potential.flatten(), "amax"),
     )
     return _take(designs, _order(designs))
-
-
-@dataclass(frozen=True)
-class _Merge:
-    inverse: Tensor
-    size: int
-
-    def reduce(self, values: Tensor, how: str) -> Tensor:
-        out = values.new_zeros(self.size)
-        return out.scatter_reduce(0, self.inverse, values, how, include_self=False)
 
 
 def _by_run(posterior: ParticlePosterior, inverse: Tensor, size: int) -> Tensor:

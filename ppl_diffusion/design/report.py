@@ -6,16 +6,14 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_diffusion.design.folder import whole_file
 from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ppl_diffusion.design.judging import Columns
     from ppl_diffusion.design.ranking import Designs
     from ppl_diffusion.diagnostics.comparison import Comparison
@@ -25,7 +23,6 @@ PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
 
 
 def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) -> str:
-    """Write the ranked table."""
     numbers = {
         "weight": designs.weight,
         "copies": designs.copies,
@@ -43,11 +40,7 @@ def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) ->
 
 
 def fasta(sequences: Sequence[str], headers: Sequence[str]) -> str:
-    """Write sequences in FASTA format, one line each.
-
-    :param sequences: the sequences.
-    :param headers: one header per sequence, without ``>``.
-    """
+    """Write sequences in FASTA format, one line each; headers come without ``>``."""
     pairs = zip(headers, sequences, strict=True)
     return "".join(f">{header}\n{sequence}\n" for header, sequence in pairs)
 
@@ -62,10 +55,7 @@ def design_headers(designs: Designs) -> list[str]:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Write strict JSON: numbers that are not finite become null.
-
-    :param content: nested mappings, sequences, numbers and strings.
-    """
+    """Write strict JSON: numbers that are not finite become null."""
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
@@ -80,8 +70,6 @@ def save_netcdf(data: Any, path: Path) -> None:
 def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
     """Draw every diagnostic plot into a folder.
 
-    :param posterior: the particles.
-    :param folder: made if it is absent.
     :raises ParticleCollapse: if every run is dead; then nothing is written.
     """
     if not bool(posterior.alive.any()):
@@ -90,11 +78,13 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
             f"zero since step {int(posterior.died_at.max())}: make a run with more particles, a "
             "better twist or a weaker constraint."
         )
+    from matplotlib.figure import Figure
+
     from ppl_diffusion.diagnostics import plots
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in PLOTS:
-        figure = new_figure(7, 4.5)
+        figure = Figure(figsize=(7, 4.5), layout="constrained")  # without a window
         ax = figure.subplots()
         if name == "evidence" and not posterior.law.has_evidence:
             ax.set_axis_off()
@@ -106,32 +96,15 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw a comparison into a file that appears whole or not at all.
-
-    :param comparison: contenders side by side.
-    :param path: the file; its ending says which kind of picture.
-    """
-    from ppl_diffusion.diagnostics import plot_comparison
-
-    figure = new_figure(12, 4.6)
-    plot_comparison(comparison, ax=figure.subplots())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(scratch, dpi=120)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure that no window ever shows."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw a comparison into a file, whose ending says which kind of picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    from ppl_diffusion.diagnostics import plot_comparison
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    plot_comparison(comparison, ax=figure.subplots())
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=120)
 
 
 def no_evidence(method: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.design.folder import MARKER, whole_folder
-from ppl_diffusion.design.judging import Columns, compare, standard_error
+from ppl_diffusion.design.judging import Columns, compare, scores, standard_error
 from ppl_diffusion.design.methods import infer
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ppl_diffusion.smc.engine import Progress
 
 NUM_PRIOR_SAMPLES = 256
+_POOLED = ("pooled", "standard_error", "range")
 # Streams of random numbers that must not depend on each other.
 _JUDGES, _PRIOR = 1, 2
 
@@ -43,10 +44,7 @@ _JUDGES, _PRIOR = 1, 2
 class Result:
     """A finished run.
 
-    :param job: what was asked.
-    :param posterior: the weighted particles.
-    :param designs: distinct sequences, heaviest first.
-    :param sequences: the same as text.
+    :param designs: distinct sequences, heaviest first; ``sequences`` are the same as text.
     :param columns: their scores, each ``(M,)``.
     :param summary: what ``summary.json`` holds.
     """
@@ -62,18 +60,15 @@ class Result:
 def design(target: Target, *, progress: Progress | None = None) -> Result:
     """Sample the posterior of a job, judge it, and compare it with the prior.
 
-    :param target: the job, made ready by :func:`build_target`.
     :param progress: called with ``(steps done, steps in all)``.
-    :returns: the result; nothing is written.
     :raises ParticleCollapse: if no sequence that meets the hard constraints was found.
     """
     started = time.perf_counter()
     job = target.job
     posterior = infer(target, job.search, progress)
     designs = rank_designs(posterior)
-    judges = target.judges()
-    columns = judges.columns(designs.tokens, _stream(job, _JUDGES))
-    prior = judges.columns(_prior_samples(target, job), _stream(job, _JUDGES))
+    columns = scores(target, designs.tokens, _stream(job, _JUDGES))
+    prior = scores(target, _prior_samples(target, job), _stream(job, _JUDGES))
     summary = {
         **summarise(posterior, designs, job),
         "comparison": compare(designs, columns, prior),
@@ -84,8 +79,7 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
 
 
 def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[str, Any]:
-    """Collect evidence, trust and cost."""
-    weights = posterior.weights
+    weights, eve = posterior.weights, posterior.eve
     joint = posterior.pooled_log_weights.flatten()
     return {
         "prior": job.name,
@@ -94,10 +88,7 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "ess": (1.0 / (weights**2).sum(-1)).tolist(),
         "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
         "num_dead_runs": int((~posterior.alive).sum()),
-        "root_ancestors": [
-            len(eve[weight > 0].unique())
-            for eve, weight in zip(posterior.eve, weights, strict=True)
-        ],
+        "root_ancestors": [len(e[w > 0].unique()) for e, w in zip(eve, weights, strict=True)],
         "unique": len(designs),
         "num_particles": posterior.num_runs * posterior.num_particles,
         "evaluations": posterior.num_evaluations,
@@ -113,14 +104,9 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
 def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
     if not posterior.law.has_evidence:
         nothing = [None] * posterior.num_runs
-        return {
-            "log_evidence": nothing,
-            "log_evidence_pooled": None,
-            "log_evidence_standard_error": None,
-            "log_evidence_range": None,
-            "evidence_relative_variance": nothing,
-            "evidence_note": no_evidence(method),
-        }
+        missing = dict.fromkeys(f"log_evidence_{name}" for name in _POOLED)
+        told = {"evidence_relative_variance": nothing, "evidence_note": no_evidence(method)}
+        return {"log_evidence": nothing, **missing, **told}
     pooled = posterior.pooled_log_evidence
     note = disagreement(posterior.log_evidence)
     return {
@@ -138,9 +124,6 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> None:
 
     The same seed gives the same bytes in every file but ``summary.json``, which holds the seconds.
 
-    :param result: a finished run.
-    :param folder: where to.
-    :param replace: whether an earlier run may be replaced.
     :raises InputError: if the place cannot be taken.
     """
     designs, sequences = result.designs, result.sequences
@@ -158,10 +141,8 @@ def _prior_samples(target: Target, job: Job) -> torch.Tensor:
     chain = target.chain
     # Half of a masked chain's steps reveal nothing in a given row; those cost no evaluation.
     kernel = chain.kernel.with_denoiser(EvaluatedDenoiser(chain.kernel.denoiser, max_rows=4096))
-    path = ReverseChain(kernel, chain.length).sample(
-        (NUM_PRIOR_SAMPLES,), generator=_stream(job, _PRIOR)
-    )
-    return chain.x0(path)
+    cheaper, generator = ReverseChain(kernel, chain.length), _stream(job, _PRIOR)
+    return chain.x0(cheaper.sample((NUM_PRIOR_SAMPLES,), generator=generator))
 
 
 def _stream(job: Job, number: int) -> torch.Generator:

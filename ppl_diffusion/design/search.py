@@ -21,11 +21,9 @@ RANDOM_FILLS: dict[str, type[PersistentFill | SampledFill]] = {
 class Search:
     """How hard to look, and how.
 
-    :param num_particles: particles per run.
     :param num_runs: independent runs, for the error bar of the evidence.
     :param num_steps: steps of the reverse chain; methods that reveal a given number of bases at a
         time reveal as many as end within so many steps.
-    :param seed: seed of every random number.
     :param method: name of a registered method.
     :param resampler: resampling scheme; None for the runner's own.
     :param ess_threshold: resample when the effective sample size falls below this share; None for
@@ -53,7 +51,7 @@ class Search:
         self._check_resampling(self.make())
 
     def settings(self) -> dict[str, Any]:
-        """:returns: everything that decides the result, ready for JSON."""
+        """Return everything that decides the result, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
         usual = {o.name: o.owners[self.method].said for o in options_of(self.method)}
         known = {**values, **usual, **self.options}
@@ -62,7 +60,7 @@ class Search:
         return {name: value for name, value in known.items() if value is not None}
 
     def make(self) -> Method:
-        """:returns: the method, with its options.
+        """Return the method, with its options.
 
         :raises InputError: if it refuses them.
         """

@@ -1,29 +1,20 @@
 """Plot of a comparison: evidence, a score against its cost, and effective sample size."""
 
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppl_diffusion.diagnostics._plot_data import PlotData
 from ppl_diffusion.diagnostics.comparison import LOG_POTENTIAL, Comparison
-from ppl_diffusion.diagnostics.plots import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    _axes,
-    _legend_line,
-    _panels,
-)
+from ppl_diffusion.diagnostics.plots import COLOURS, GREY, legend_line, new_axes, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+_FIGURES = ("log_evidence", "log_evidence_se", "ess", "evaluations")
 _SHIFTS = (-0.12, 0.12)
 _MARKERS = "osD^vP*X<>"
 """Colours come round after seven results, and markers move on: seventy look different."""
@@ -32,35 +23,35 @@ _MARKERS = "osD^vP*X<>"
 def plot_comparison_data(comparison: Comparison, *, score: str | None = None) -> PlotData:
     """Numbers of :func:`plot_comparison`; the second axis holds the run as it is and its share.
 
-    :param comparison: contenders side by side.
     :param score: name of the score; by default the first that all have besides the potential.
     :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``log_evidence_se``, ``score``,
         ``score_se``, ``ess`` and ``evaluations`` ``(C, 2)``, NaN where there is none;
         ``log_evidence_range`` ``(C, 2, 2)``, lowest and highest run; ``name`` of the score ``()``.
     :raises ValueError: if not every contender has the score.
     """
-    names = _common_scores(comparison)
-    name = _default_score(names) if score is None else score
+    each = [row["scores"] for row in comparison.rows]
+    names = [name for name in each[0] if all(name in scores for scores in each)]
+    beside = [name for name in names if name != LOG_POTENTIAL]
+    name = score or next(iter(beside), LOG_POTENTIAL)
     if name not in names:
         raise ValueError(
             f"plot_comparison: not every result has the score {name!r}; choose of "
             f"{', '.join(names)}."
         )
     pairs = [(row, row["equal"]) for row in comparison.rows]
-    data = {
-        key: np.array([[_number(part[key]) for part in pair] for pair in pairs])
-        for key in ("log_evidence", "log_evidence_se", "ess", "evaluations")
-    }
-    data["log_evidence_range"] = np.array(
-        [[part["log_evidence_range"] or (np.nan, np.nan) for part in pair] for pair in pairs]
-    )
-    for key, part in (("score", "mean"), ("score_se", "se")):
-        data[key] = np.array([[_number(p["scores"][name][part]) for p in pair] for pair in pairs])
+
+    def column(number: Callable[[Mapping[str, Any]], Any]) -> NDArray[np.float64]:
+        # None becomes NaN
+        return np.array([[number(part) for part in pair] for pair in pairs], dtype=np.float64)
+
     return {
         "label": np.array([row["label"] for row in comparison.rows]),
         "target": np.array([row["target"] for row in comparison.rows]),
         "name": np.array(name),
-        **data,
+        "score": column(lambda part: part["scores"][name]["mean"]),
+        "score_se": column(lambda part: part["scores"][name]["se"]),
+        "log_evidence_range": column(lambda part: part["log_evidence_range"] or (None, None)),
+        **{key: column(itemgetter(key)) for key in _FIGURES},
     }
 
 
@@ -73,15 +64,13 @@ def plot_comparison(
     bars are one standard error, and thin lines run from the lowest to the highest single run.
     Letters say which evidences have one target; a result without evidence has no mark.
 
-    :param comparison: contenders side by side.
     :param score: name of the score; by default the first that all have besides the potential.
     :param ax: where to draw; the panels become its ``child_axes``.
-    :raises ImportError: if Matplotlib is not installed.
     :raises ValueError: if not every contender has the score.
     """
     data = plot_comparison_data(comparison, score=score)
-    ax = _axes(ax, (12.0, 4.2))
-    evidence, against, size = _panels(
+    ax = new_axes(ax, (12.0, 4.2))
+    evidence, against, size = panels(
         ax, (0.0, 0.0, 0.27, 1.0), (0.36, 0.0, 0.27, 1.0), (0.73, 0.0, 0.27, 1.0)
     )
     _by_contender(evidence, data, "log_evidence", "log evidence (nats)", letters=True)
@@ -125,8 +114,8 @@ def _against_cost(ax: "Axes", data: PlotData) -> None:
         for part in (0, 1):
             value, error = data["score"][place, part], data["score_se"][place, part]
             _mark(ax, data["evaluations"][place, part], value, error, place, part)
-        _legend_line(ax, str(label), marker=_marker(place), ls="", color=_colour(place))
-    _legend_line(ax, "equal evaluations", marker="o", ls="", color=GREY, mfc="white")
+        legend_line(ax, str(label), marker=_marker(place), ls="", color=_colour(place))
+    legend_line(ax, "equal evaluations", marker="o", ls="", color=GREY, mfc="white")
     title = str(data["name"]).replace("_", " ")
     ax.set(xlabel="network rows", title=title)
     ax.set_xlim(0, 1.08 * data["evaluations"].max())
@@ -144,21 +133,8 @@ def _mark(ax: "Axes", x: float, y: float, error: float, place: int, part: int) -
 
 
 def _colour(place: int) -> str:
-    return _COLOURS[place % len(_COLOURS)]
+    return COLOURS[place % len(COLOURS)]
 
 
 def _marker(place: int) -> str:
-    return _MARKERS[place // len(_COLOURS) % len(_MARKERS)]
-
-
-def _common_scores(comparison: Comparison) -> list[str]:
-    first = comparison.rows[0]["scores"]
-    return [name for name in first if all(name in row["scores"] for row in comparison.rows)]
-
-
-def _default_score(names: list[str]) -> str:
-    return next((name for name in names if name != LOG_POTENTIAL), LOG_POTENTIAL)
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else float(value)
+    return _MARKERS[place // len(COLOURS) % len(_MARKERS)]

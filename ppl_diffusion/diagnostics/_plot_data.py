@@ -135,10 +135,7 @@ def plot_token_entropy_data(posterior: "ParticlePosterior") -> PlotData:
     """
     weights = np.exp(as_array(posterior.pooled_log_weights)).reshape(-1)
     tokens = as_array(posterior.x0).reshape(len(weights), -1)
-    data: PlotData = {
-        "position": np.arange(tokens.shape[1]),
-        "entropy": _entropy(tokens, weights),
-    }
+    data: PlotData = {"position": np.arange(tokens.shape[1]), "entropy": _entropy(tokens, weights)}
     if posterior.path is not None:
         path = np.moveaxis(as_array(posterior.path), -2, 0)
         frames = path.reshape(len(path), len(weights), -1)

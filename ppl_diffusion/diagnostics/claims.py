@@ -13,11 +13,13 @@ MAX_ERROR = 0.5
 """Relative standard error of the mean above which it says little: it cannot exceed 1."""
 
 
-def evidence_range(log_evidence: Any) -> tuple[float, float] | None:
-    """Return the lowest and the highest log evidence of the living runs, None if none lives.
+def number_or_none(value: Any) -> float | None:
+    """Return a number as JSON can say it, which knows no NaN."""
+    return float(value) if np.isfinite(value) else None
 
-    :param log_evidence: one per run, ``(R,)``, in nats.
-    """
+
+def evidence_range(log_evidence: Any) -> tuple[float, float] | None:
+    """Return the ends of the log evidences ``(R,)`` of the living runs, None if none lives."""
     values = as_array(log_evidence)
     living = values[np.isfinite(values)]
     return (float(living.min()), float(living.max())) if len(living) else None

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from ppl_diffusion.diagnostics.claims import disagreement, evidence_range
+from ppl_diffusion.diagnostics.claims import disagreement, evidence_range, number_or_none
 from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, pooled_log_evidence
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ class Contender:
     """One result in a comparison.
 
     :param label: what tables call it.
-    :param posterior: its particles.
-    :param method: name of the method.
     :param asked: what was asked beyond what the law of the posterior knows, by name.
     :param scores: further values of each particle, ``(R, N)``, by name.
     :param seconds: wall time, or None where it is not known.
@@ -87,7 +85,6 @@ class Comparison:
         ``equal`` holds the figures of the runs that the budget pays for.
     :param evaluations: the budget: network rows of the cheapest contender.
     :param targets: the declared laws, by the letter rows call them.
-    :param notes: sentences that qualify the figures.
     """
 
     rows: list[dict[str, Any]]
@@ -97,23 +94,18 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything in JSON types."""
-        return {
-            "evaluations": self.evaluations,
-            "targets": self.targets,
-            "notes": self.notes,
-            "runs": self.rows,
-        }
+        told = {name: getattr(self, name) for name in ("evaluations", "targets", "notes")}
+        return {**told, "runs": self.rows}
 
 
 def compare(contenders: Sequence[Contender]) -> Comparison:
-    """Set results side by side, as they are and at equal network evaluations.
+    """Set two or more results side by side, as they are and at equal network evaluations.
 
     ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs; its error is the spread of
     ``Z`` over *all* runs of the contender, divided by the root of the runs kept. Scores are means
     under the pooled weights, with the standard error over runs. ``hamming`` is the expected number
     of positions at which two draws differ.
 
-    :param contenders: at least two results.
     :raises ValueError: if there are fewer than two, two have one label, or one cost no rows.
     """
     labels = [contender.label for contender in contenders]
@@ -177,7 +169,7 @@ def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any
     """Return the figures of the first runs, errors scaled by the root of what they overspend."""
     posterior = contender.posterior
     weights = _pooled_weights(posterior, kept)
-    scores = {LOG_POTENTIAL: as_array(posterior.log_potential), **contender.scores}
+    values = {LOG_POTENTIAL: as_array(posterior.log_potential), **contender.scores}
     share = math.sqrt(overspent / kept)
     return {
         "num_runs": kept,
@@ -185,9 +177,7 @@ def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any
         **_evidence(posterior, kept, share),
         "ess": float(1 / (weights**2).sum()) if weights.any() else 0.0,
         **_diversity(posterior, weights),
-        "scores": {
-            name: _score(posterior, values, weights, share) for name, values in scores.items()
-        },
+        "scores": {name: _score(posterior, of, weights, share) for name, of in values.items()},
     }
 
 
@@ -205,8 +195,8 @@ def _evidence(posterior: "ParticlePosterior", kept: int, share: float) -> dict[s
         return {"log_evidence": None, "log_evidence_se": None, "log_evidence_range": None}
     log_evidence = as_array(posterior.log_evidence)
     return {
-        "log_evidence": _number(pooled_log_evidence(log_evidence[:kept])),
-        "log_evidence_se": _number(across_run_sd(log_evidence) * share),
+        "log_evidence": number_or_none(pooled_log_evidence(log_evidence[:kept])),
+        "log_evidence_se": number_or_none(across_run_sd(log_evidence) * share),
         "log_evidence_range": evidence_range(log_evidence[:kept]),
     }
 
@@ -236,10 +226,8 @@ def _score(
     alive = as_array(posterior.alive)
     per_run = _mean(as_array(posterior.weights)[alive], values[alive])
     spread = per_run.std(ddof=1) if len(per_run) > 1 else math.nan
-    return {
-        "mean": _number(_mean(weights, values[: len(weights)]).sum()),
-        "se": _number(spread * share),
-    }
+    mean = _mean(weights, values[: len(weights)]).sum()
+    return {"mean": number_or_none(mean), "se": number_or_none(spread * share)}
 
 
 def _mean(weights: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -255,11 +243,8 @@ def _mean(weights: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[
 def _letters(contenders: Iterable[Contender]) -> list[str]:
     targets = [contender.target for contender in contenders]
     found = list(dict.fromkeys(targets))
-    return [_letter(found.index(target)) for target in targets]
-
-
-def _letter(number: int) -> str:
-    return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
+    names = [chr(ord("A") + n % 26) + str(n // 26 or "") for n in range(len(found))]
+    return [names[found.index(target)] for target in targets]
 
 
 def _notes(
@@ -278,12 +263,11 @@ def _notes(
     asked = [c.asked for c in contenders]
     if any(one != asked[0] or UNKNOWN in one.values() for one in asked):
         yield f"The results {_differences(asked)}: a higher score of one proves nothing."
-    for contender in contenders:
-        if contender.posterior.law.has_evidence:
-            said = disagreement(contender.posterior.log_evidence)
-            if said is not None:
-                yield f"{contender.label}: {said}"
-    lawless = [c.label for c in contenders if not c.posterior.law.has_evidence]
+    lawful = [c for c in contenders if c.posterior.law.has_evidence]
+    for contender in lawful:
+        if said := disagreement(contender.posterior.log_evidence):
+            yield f"{contender.label}: {said}"
+    lawless = [c.label for c in contenders if c not in lawful]
     if lawless:
         yield (
             f"No law is declared for {', '.join(lawless)}: there is no evidence, and scores are "
@@ -319,7 +303,3 @@ def _differences(targets: Sequence[Mapping[str, Hashable]]) -> str:
         return f"differ in {known or 'the kernels of their chains'}"
     doubt = f"{unknown}, unknown for some"
     return f"differ in {known}, and perhaps in {doubt}" if known else f"may differ in {doubt}"
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

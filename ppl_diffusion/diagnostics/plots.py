@@ -2,7 +2,8 @@
 
 Every function draws into ``ax`` (a new figure by default) and returns it; two that need a second
 panel put both inside ``ax`` as ``ax.child_axes``. The numbers alone come from the function of the
-same name with ``_data``. Matplotlib is imported when a plot is drawn, from the extra ``plot``.
+same name with ``_data``. Matplotlib is imported when a plot is drawn, from the extra ``plot``;
+without it there is an ``ImportError``.
 Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers.
 """
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, GREY, PALE = "#E69F00", "#56B4E9", "#000000", "#707070", "#D9D9D9"
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
-_ROOT_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+_ROOT_COLOURS = COLOURS[:-1]  # black is for totals
 _MAX_FAINT_EDGES = 50_000
 _MAX_LINEAGES = 1_000
 
@@ -39,19 +41,15 @@ def plot_ess(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Ax
     """Effective sample size over ``N`` at each reverse step, one line per run.
 
     Dots mark the steps where a run was resampled, the dashed line the threshold that asks for it.
-
-    :param posterior: the result of a particle run.
-    :param ax: where to draw.
-    :raises ImportError: if Matplotlib is not installed.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     data = plot_ess_data(posterior)
     for fraction, resampled in zip(data["ess_fraction"], data["resampled"], strict=True):
         ax.plot(data["step"], fraction, color=BLUE, alpha=_alpha(posterior), lw=1.2)
         ax.plot(data["step"][resampled], fraction[resampled], "o", color=VERMILLION, ms=3.5)
-    _legend_line(ax, "one run", color=BLUE)
+    legend_line(ax, "one run", color=BLUE)
     if data["resampled"].any():
-        _legend_line(ax, "resampled", color=VERMILLION, marker="o", ls="", ms=3.5)
+        legend_line(ax, "resampled", color=VERMILLION, marker="o", ls="", ms=3.5)
     if np.isfinite(data["threshold"]):
         ax.axhline(float(data["threshold"]), color=GREY, ls="--", lw=1, label="threshold")
     ax.set(xlabel="reverse step", ylabel="ESS / particles", ylim=(-0.02, 1.05))
@@ -67,29 +65,18 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
     tree has collapsed and its estimate is too sure. A dead run's line stops where it died. The
     grey band runs from the lowest to the highest run; where they disagree a line says that no
     deviation is an error of their mean.
-
-    :param posterior: the result of a particle run.
-    :param ax: where to draw.
-    :raises ImportError: if Matplotlib is not installed.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     data = plot_evidence_data(posterior)
     step, pooled, spread = data["step"], _finite(data["pooled"]), data["across_run_sd"]
     _range_of_runs(ax, data)
     for run in _finite(data["log_evidence"]):
         ax.plot(step, run, color=BLUE, alpha=_alpha(posterior), lw=0.9)
-    _legend_line(ax, "one run", color=BLUE, lw=0.9)
+    legend_line(ax, "one run", color=BLUE, lw=0.9)
     ax.plot(step, pooled, color=BLACK, lw=1.8, label="log of the mean over runs")
     if np.isfinite(spread).any():
-        ax.fill_between(
-            step,
-            pooled - spread,
-            pooled + spread,
-            color=SKY,
-            alpha=0.35,
-            lw=0,
-            label="±1 sd across runs",
-        )
+        style: dict[str, Any] = {"color": SKY, "alpha": 0.35, "lw": 0}
+        ax.fill_between(step, pooled - spread, pooled + spread, label="±1 sd across runs", **style)
     _genealogical_bar(ax, data)
     ax.set(xlabel="reverse step", ylabel="log evidence (nats)")
     _legend_above(ax)
@@ -116,16 +103,11 @@ def _genealogical_bar(ax: "Axes", data: PlotData) -> None:
     if np.isfinite(sd) and np.isfinite(data["pooled"][-1]):
         # beside the last step, so that band and bar can be compared
         at = data["step"][-1] + 0.03 * len(data["step"])
-        style: dict[str, Any] = {
-            "color": VERMILLION,
-            "capsize": 4,
-            "marker": "o",
-            "ms": 4,
-            "lw": 1.6,
-        }
-        ax.errorbar(at, data["pooled"][-1], yerr=sd, label="±1 genealogical sd", ls="", **style)
+        style: dict[str, Any] = {"color": VERMILLION, "capsize": 4, "ms": 4, "lw": 1.6, "ls": ""}
+        end = data["pooled"][-1]
+        ax.errorbar(at, end, yerr=sd, label="±1 genealogical sd", marker="o", **style)
     else:
-        _legend_line(ax, "genealogical sd: degenerate", color=VERMILLION, ls="")
+        legend_line(ax, "genealogical sd: degenerate", color=VERMILLION, ls="")
 
 
 def plot_weights(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Axes":
@@ -133,13 +115,9 @@ def plot_weights(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) ->
 
     A weight of ``1 / N`` stands at 0 of the histogram; weights of zero are counted in its title.
     The right panel has one line per run; the dotted curve is that of equal weights.
-
-    :param posterior: the result of a particle run.
-    :param ax: where to draw; both panels become its ``child_axes``.
-    :raises ImportError: if Matplotlib is not installed.
     """
-    ax = _axes(ax, (9.0, 3.6))
-    left, right = _panels(ax, (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 0.4, 1.0))
+    ax = new_axes(ax, (9.0, 3.6))
+    left, right = panels(ax, (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 0.4, 1.0))
     data = plot_weights_data(posterior)
     left.hist(data["log10_scaled"], bins=30, color=BLUE)
     left.axvline(0.0, color=GREY, ls="--", lw=1)
@@ -164,14 +142,10 @@ def plot_ancestry(
     the pale ones are left out above 50,000 edges. Below: how many roots are left, which bounds
     the number of independent samples of the early steps.
 
-    :param posterior: the result of a particle run.
-    :param run: which run.
-    :param ax: where to draw; both panels become its ``child_axes``.
-    :raises ImportError: if Matplotlib is not installed.
     :raises IndexError: if there is no such run.
     """
-    ax = _axes(ax, (7.0, 5.0))
-    tree, count = _panels(ax, (0.0, 0.32, 1.0, 0.68), (0.0, 0.0, 1.0, 0.26))
+    ax = new_axes(ax, (7.0, 5.0))
+    tree, count = panels(ax, (0.0, 0.32, 1.0, 0.68), (0.0, 0.0, 1.0, 0.26))
     data = plot_ancestry_data(posterior, run=run)
     _draw_tree(tree, data)
     title = f"run {run}" if data["weight"].any() else f"run {run} (dead)"
@@ -193,11 +167,10 @@ def _draw_tree(ax: "Axes", data: PlotData) -> None:
         ax.add_collection(LineCollection(list(segments[colours == kind]), colors=kind, lw=width))
     for root, colour in _coloured_roots(data).items():
         ax.add_collection(LineCollection(list(segments[colours == colour]), colors=colour, lw=1.0))
-        share = data["weight"][root]
-        _legend_line(ax, f"Eve {root}: {share:.0%}", color=colour)
+        legend_line(ax, f"Eve {root}: {data['weight'][root]:.0%}", color=colour)
     ax.set_ylim(-1, data["root"].shape[1])
     if _coloured_roots(data):
-        _legend_beside(ax)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
 
 
 def _tree_segments(data: PlotData) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
@@ -236,12 +209,9 @@ def plot_token_entropy(posterior: "ParticlePosterior", *, ax: "Axes | None" = No
     It shows where and when the particles commit themselves; a position that is certain long
     before the end was fixed by few ancestors.
 
-    :param posterior: the result of a particle run.
-    :param ax: where to draw.
-    :raises ImportError: if Matplotlib is not installed.
     :raises ParticleCollapse: if every run is dead.
     """
-    ax = _axes(ax, (7.5, 3.8))
+    ax = new_axes(ax, (7.5, 3.8))
     data = plot_token_entropy_data(posterior)
     if "entropy_steps" in data:
         image = ax.imshow(data["entropy_steps"], aspect="auto", cmap="cividis", vmin=0.0)
@@ -262,7 +232,8 @@ def plot_token_entropy(posterior: "ParticlePosterior", *, ax: "Axes | None" = No
 # drawing
 
 
-def _axes(ax: "Axes | None", size: tuple[float, float] = (6.4, 3.8)) -> "Axes":
+def new_axes(ax: "Axes | None", size: tuple[float, float] = (6.4, 3.8)) -> "Axes":
+    """Return ``ax``, or the axes of a new figure if it is None."""
     if ax is not None:
         return ax
     try:
@@ -274,7 +245,8 @@ def _axes(ax: "Axes | None", size: tuple[float, float] = (6.4, 3.8)) -> "Axes":
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 
-def _panels(ax: "Axes", *bounds: tuple[float, float, float, float]) -> list["Axes"]:
+def panels(ax: "Axes", *bounds: tuple[float, float, float, float]) -> list["Axes"]:
+    """Put panels into ``ax``, each at left, bottom, width and height in shares of it."""
     ax.set_axis_off()
     return [ax.inset_axes(box) for box in bounds]
 
@@ -287,20 +259,12 @@ def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _legend_line(ax: "Axes", label: str, **style: Any) -> None:
+def legend_line(ax: "Axes", label: str, **style: Any) -> None:
+    """Name in the legend what has many lines, or none of its own."""
     ax.plot([], [], label=label, **style)
 
 
 def _legend_above(ax: "Axes") -> None:
     columns = 3 if len(ax.get_legend_handles_labels()[1]) == 3 else 2
-    ax.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize="small",
-    )
-
-
-def _legend_beside(ax: "Axes") -> None:
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    where: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    ax.legend(**where, ncols=columns, frameon=False, fontsize="small")

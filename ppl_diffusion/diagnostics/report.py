@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.diagnostics.claims import number_or_none
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, genealogical_sd
 from ppl_diffusion.smc.weights import Weights
@@ -51,15 +52,12 @@ def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
         **_diversity(posterior),
         "num_evaluations": posterior.num_evaluations,
         "num_potential_calls": posterior.num_potential_calls,
-        "seconds": _number(posterior.seconds),
+        "seconds": number_or_none(posterior.seconds),
     }
 
 
 def summary_table(posterior: "ParticlePosterior") -> "Table":
-    """The figures of :func:`summary` as a table for the terminal.
-
-    :param posterior: the result of a particle run.
-    """
+    """The figures of :func:`summary` as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -75,10 +73,10 @@ def _evidence(posterior: "ParticlePosterior") -> dict[str, Any]:
         return {**dict.fromkeys(names), "log_evidence_per_run": [None] * posterior.num_runs}
     log_evidence = as_array(posterior.log_evidence)
     error = across_run_sd(log_evidence) / np.sqrt(posterior.num_runs)
-    tree = _number(genealogical_sd(log_evidence, as_array(posterior.evidence_variance)))
+    tree = number_or_none(genealogical_sd(log_evidence, as_array(posterior.evidence_variance)))
     return {
-        "log_evidence": _number(posterior.pooled_log_evidence),
-        "log_evidence_se": _number(error),
+        "log_evidence": number_or_none(posterior.pooled_log_evidence),
+        "log_evidence_se": number_or_none(error),
         "genealogical_sd": "degenerate" if tree is None else tree,
         "log_evidence_per_run": _numbers(log_evidence),
     }
@@ -101,12 +99,8 @@ def _diversity(posterior: "ParticlePosterior") -> dict[str, Any]:
     held = np.isfinite(as_array(posterior.log_weights))
     sequences = as_array(posterior.x0.flatten(2))[held]
     eves = as_array(posterior.eve)
-    return {
-        "num_unique_x0": len(np.unique(sequences, axis=0)),
-        "num_eves_per_run": [
-            len(np.unique(run[keep])) for run, keep in zip(eves, held, strict=True)
-        ],
-    }
+    roots = [len(np.unique(run[keep])) for run, keep in zip(eves, held, strict=True)]
+    return {"num_unique_x0": len(np.unique(sequences, axis=0)), "num_eves_per_run": roots}
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -159,9 +153,5 @@ def _text(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def _numbers(values: NDArray[np.float64]) -> list[float | None]:
-    return [_number(value) for value in values]
+    return list(map(number_or_none, values))

@@ -117,7 +117,6 @@ class ClassifierKernel(Kernel):
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> StateStep:
         """Return the distribution of the next state.
 
-        :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         :raises PotentialError: if the classifier misbehaves or excludes every state of a site.
         """
         tokens = carry["tokens"]
@@ -160,10 +159,7 @@ class ClassifierKernel(Kernel):
         return self.kernel.asks_denoiser(carry, k)
 
     def check_length(self, length: int) -> None:
-        """Refuse a number of positions that the guided kernel cannot run.
-
-        :raises ValueError: if that kernel was built for another one.
-        """
+        """Refuse a number of positions that the guided kernel cannot run."""
         self.kernel.check_length(length)
 
     def declared_parameters(self) -> list[Tensor] | None:

@@ -88,10 +88,7 @@ class ConfidenceKernel(InterpolatingKernel):
         return {**carry, CONFIDENCE: none}
 
     def site_kappa(self, carry: Carry, k: int) -> Tensor:
-        """Return the Psi parameter of every site, ``1 - sigma^l / (1 - b)``.
-
-        :returns: float64 ``(*batch, L)``.
-        """
+        """Return the Psi parameter of every site, ``1 - sigma^l / (1 - b)``."""
         doubt = torch.exp(-carry[CONFIDENCE])
         total = doubt.sum(-1, keepdim=True)
         share = doubt / torch.where(total > 0, total, 1.0)

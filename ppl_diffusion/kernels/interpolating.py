@@ -104,8 +104,6 @@ class InterpolatingKernel(Kernel):
         """Return the distribution of the next state.
 
         A step without progress (a repeated time at ``kappa = 1``) makes no network call.
-
-        :raises ValueError: if ``k`` is no step of the grid, or the denoiser misbehaves.
         """
         self._check_step(k)
         tokens = carry["tokens"]
@@ -162,10 +160,7 @@ class InterpolatingKernel(Kernel):
         return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
 
     def check_length(self, length: int) -> None:
-        """Refuse a length for which there is another number of ``kappa`` per step.
-
-        :raises ValueError: if ``kappa`` is ``(T, L')`` with another ``L'``.
-        """
+        """Refuse a length for which there is another number of ``kappa`` per step."""
         if self.kappa.ndim == 2 and self.kappa.shape[1] not in (1, length):
             raise ValueError(
                 f"{type(self).__name__}: kappa is for {self.kappa.shape[1]} sites, but the chain "

@@ -127,10 +127,7 @@ class OrderedKernel(Kernel):
         return carry
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> RevealStep:
-        """Return the distribution of the next state.
-
-        :raises ValueError: if ``k`` is no step, or the denoiser misbehaves.
-        """
+        """Return the distribution of the next state."""
         self._check_step(k)
         tokens, order = carry["tokens"], carry.get(LEVELS)
         self.check_length(tokens.shape[-1])
@@ -234,10 +231,7 @@ class OrderedKernel(Kernel):
         return (*super().changes, *(phrase for phrase, applies in own if applies))
 
     def check_length(self, length: int) -> None:
-        """Refuse a length that the kernel was not built for.
-
-        :raises ValueError: if it is another one.
-        """
+        """Refuse a length that the kernel was not built for."""
         if length != self.length:
             raise ValueError(
                 f"{type(self).__name__}: built for {self.length} positions, got {length}; build "

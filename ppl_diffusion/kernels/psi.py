@@ -33,22 +33,6 @@ from ppl_diffusion.kernels.kappa_rules import (
 from ppl_diffusion.processes.base import Process, whole_number
 from ppl_diffusion.processes.schedules import Schedule
 
-__all__ = [
-    "SCHEDULES",
-    "PsiSchedule",
-    "ancestral",
-    "constant",
-    "dfm_corrector",
-    "forward_backward",
-    "parse_psi",
-    "predictor_corrector",
-    "profile",
-    "remdm_cap",
-    "remdm_loop",
-    "remdm_rescale",
-    "rescale_duo_compat",
-]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PsiSchedule:

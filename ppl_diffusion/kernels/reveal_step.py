@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
-from ppl_diffusion.kernels.shapes import check_value
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 
 
@@ -71,16 +70,7 @@ class RevealStep(StepDistribution):
         """How many positions are revealed, int64 ``(*batch,)``."""
         return self.eligible.sum(-1).clamp_max(self.count)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the exact log-probability of a next state.
-
-        :param value: states, int64 ``(*sample, *batch, L)``.
-        :returns: float64, the broadcast batch shape; ``-inf`` for impossible moves.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        value = check_value(self, value)
-        tokens, value = torch.broadcast_tensors(self.tokens, value)
+    def _score(self, tokens: Tensor, value: Tensor) -> Tensor:
         size = self.num_states - 1
         changed = value != tokens
         legal = (~changed | (self.eligible & (value >= 0) & (value < size))).all(-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_diffusion.kernels.shapes import check_value
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.processes.noise import draw_categorical
 
@@ -47,22 +46,9 @@ class StateStep(StepDistribution):
         self.fixed = None if fixed is None else fixed.expand(*batch, length)
         super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the exact log-probability of a next state.
-
-        :param value: states, int64 ``(*sample, *batch, L)``.
-        :returns: float64, the broadcast batch shape; ``-inf`` for impossible moves.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        value = check_value(self, value)
-        tokens, value = torch.broadcast_tensors(self.tokens, value)
+    def _site_log_probs(self, tokens: Tensor, value: Tensor) -> Tensor:
         table = self.log_probs.expand(*value.shape, -1)
-        site = table.gather(-1, value[..., None])[..., 0]
-        if self.fixed is not None:
-            kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
-            site = torch.where(self.fixed, kept, site)
-        return site.sum(-1)
+        return table.gather(-1, value[..., None])[..., 0]
 
     def dense_log_probs(self) -> Tensor:
         """Return the law of every site as a table, float64 ``(*batch, L, S)``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_diffusion.denoisers.prediction import DensePrediction, Prediction
-from ppl_diffusion.kernels.shapes import check_expand, enumerated
+from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
 from ppl_diffusion.processes.noise import uniforms
 
 MAX_ENUMERATE = 2**16
@@ -68,6 +68,27 @@ class StepDistribution(TorchDistribution):
         noise = uniforms(shape, generator=generator, device=device)
         with torch.no_grad():
             return self.draw(*noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log-probability of a next state.
+
+        :param value: states, int64 ``(*sample, *batch, L)``.
+        :returns: float64, the broadcast batch shape; ``-inf`` for impossible moves.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        value = check_value(self, value)
+        return self._score(*torch.broadcast_tensors(self.tokens, value))
+
+    def _score(self, tokens: Tensor, value: Tensor) -> Tensor:
+        site = self._site_log_probs(tokens, value)
+        if self.fixed is not None:
+            kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
+            site = torch.where(self.fixed, kept, site)
+        return site.sum(-1)
+
+    def _site_log_probs(self, tokens: Tensor, value: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @property
     def wants_gradient(self) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction, as_prediction
 from ppl_diffusion.kernels._sparse import sparse_draw, sparse_log_prob
 from ppl_diffusion.kernels.kappa_rules import kappa_room
-from ppl_diffusion.kernels.shapes import check_value
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.mixture import mixture_log_prob, mixture_sample, site_weights
@@ -98,26 +97,12 @@ class TokenStep(StepDistribution):
         holes = bool((self.process.prior == 0).any())
         return bool(torch.any(self._kappa < (1 if holes else 0)))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the exact log-probability of a next state.
-
-        :param value: states, int64 ``(*sample, *batch, L)``.
-        :returns: float64, the broadcast batch shape; ``-inf`` for impossible moves.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        value = check_value(self, value)
-        tokens, value = torch.broadcast_tensors(self.tokens, value)
+    def _site_log_probs(self, tokens: Tensor, value: Tensor) -> Tensor:
         if self._sparse:
             prediction = self.prediction.expand(value.shape[:-1])
-            site = sparse_log_prob(self.process, tokens, value, prediction, self._levels)
-        else:
-            log_c = self.log_probs.expand(*value.shape, -1)
-            site = mixture_log_prob(self.process, tokens, value, log_c, *self._levels)
-        if self.fixed is not None:
-            kept = torch.where(value == tokens, 0.0, -torch.inf).to(site.dtype)
-            site = torch.where(self.fixed, kept, site)
-        return site.sum(-1)
+            return sparse_log_prob(self.process, tokens, value, prediction, self._levels)
+        log_c = self.log_probs.expand(*value.shape, -1)
+        return mixture_log_prob(self.process, tokens, value, log_c, *self._levels)
 
     def draw(self, u_move: Tensor, u_token: Tensor) -> Tensor:  # type: ignore[override]
         """Turn uniforms into next states; the same uniforms give the same states."""

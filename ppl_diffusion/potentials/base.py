@@ -120,7 +120,6 @@ class SumPotential(AbstractPotential):
         self.name = " + ".join(term.name for term in terms)
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return the sum of the terms."""
         return torch.stack([term(x0) for term in self.terms]).sum(0)
 
     def lookahead(self, x0: Tensor) -> Tensor:
@@ -134,7 +133,6 @@ class SumPotential(AbstractPotential):
 class ScaledPotential(AbstractPotential):
     """``scale`` times a log-potential; a hard exclusion stays one for any positive scale.
 
-    :param base: the potential.
     :param scale: a finite, non-negative number; 0 switches the potential off.
     """
 
@@ -145,12 +143,10 @@ class ScaledPotential(AbstractPotential):
         self.name = f"{scale:g} * {base.name}"
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return the scaled log-potential."""
         value = self.base(x0)
         return value * self.scale if self.scale > 0 else torch.zeros_like(value)
 
     def lookahead(self, x0: Tensor) -> Tensor:
-        """Return the scaled look-ahead."""
         return self.scale * self.base.lookahead(x0)
 
     def __repr__(self) -> str:
@@ -164,8 +160,6 @@ def _terms(potential: AbstractPotential) -> tuple[AbstractPotential, ...]:
 def check_log_potential(value: Tensor, x0: Tensor, name: str) -> Tensor:
     """Return ``value`` in float64 after checking its shape and that it is not NaN or ``+inf``.
 
-    :param value: what the potential returned.
-    :param name: the potential's name, for the error text.
     :raises PotentialError: if a check fails.
     """
     try:

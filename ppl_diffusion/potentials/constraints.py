@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,8 @@ from ppl_diffusion.potentials.dna import (
     check_tokens,
     ids_of,
     parse_iupac,
-    reverse_complement,
     scan,
-    spread_over,
+    strand_tables,
 )
 
 _BASES = "ACGT"
@@ -43,20 +43,14 @@ class AbstractConstraint(AbstractPotential):
         """
 
     def satisfied(self, x0: Tensor) -> Tensor:
-        """Return whether each sequence is allowed.
-
-        :param x0: clean tokens, int64 ``(*batch, L)``.
-        :returns: bool ``(*batch,)``.
-        """
+        """Return whether each sequence ``(*batch, L)`` is allowed, bool ``(*batch,)``."""
         return self._checked_violation(x0) == 0
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return 0 where the constraint holds and ``-inf`` elsewhere."""
         zero = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
         return zero.masked_fill(~self.satisfied(x0), -math.inf)
 
     def lookahead(self, x0: Tensor) -> Tensor:
-        """Return ``-penalty * violation``."""
         return -self.penalty * self._checked_violation(x0)
 
     def _checked_violation(self, x0: Tensor) -> Tensor:
@@ -98,7 +92,6 @@ class Constraint(AbstractConstraint):
         self._set_penalty(penalty)
 
     def violation(self, x0: Tensor) -> Tensor:
-        """Return what the function returns."""
         return self.fn(x0)
 
     def __repr__(self) -> str:
@@ -132,7 +125,6 @@ class GCContent(AbstractConstraint):
         self._set_penalty(penalty)
 
     def violation(self, x0: Tensor) -> Tensor:
-        """Return the number of bases too few or too many."""
         check_tokens(x0, len(self._counts), 1, self.name)
         length = x0.shape[-1]
         # The tolerance keeps bounds such as 0.55 * 80 = 44.00000000000001 inclusive.
@@ -151,26 +143,29 @@ class GCContent(AbstractConstraint):
 class _MotifConstraint(AbstractConstraint):
     """Counts mismatches of an IUPAC pattern at every position, on the better strand."""
 
+    _kind: ClassVar[str]
+
     def __init__(
-        self, motif: str, both_strands: bool, vocabulary: Vocabulary, penalty: float
+        self,
+        motif: str,
+        *,
+        both_strands: bool = True,
+        vocabulary: Vocabulary = _BASES,
+        penalty: float = 1.0,
     ) -> None:
+        self.name = f"{self._kind} motif {motif}"
         self.motif, self.both_strands = motif.strip().upper(), both_strands
         allowed = parse_iupac(motif)
         mismatch = torch.tensor([[float(b not in bases) for b in _BASES] for bases in allowed])
-        strands = [mismatch, reverse_complement(mismatch)] if both_strands else [mismatch]
-        self._tables = [spread_over(strand, vocabulary, absent=1.0) for strand in strands]
+        self._tables = strand_tables(mismatch, vocabulary, absent=1.0, both_strands=both_strands)
         self._set_penalty(penalty)
 
     @property
     def width(self) -> int:
-        """Bases of the motif."""
         return len(self._tables[0])
 
     def mismatches(self, x0: Tensor) -> Tensor:
-        """Return the mismatches at every position, on the better strand.
-
-        :returns: float64 ``(*batch, L - W + 1)``.
-        """
+        """Return those of the better strand, float64 ``(*batch, L - W + 1)``."""
         return torch.stack([scan(x0, table) for table in self._tables]).amin(0)
 
     def __repr__(self) -> str:
@@ -187,16 +182,7 @@ class ForbiddenMotif(_MotifConstraint):
     :raises ValueError: if the motif is no IUPAC pattern.
     """
 
-    def __init__(
-        self,
-        motif: str,
-        *,
-        both_strands: bool = True,
-        vocabulary: Vocabulary = _BASES,
-        penalty: float = 1.0,
-    ) -> None:
-        self.name = f"forbidden motif {motif}"
-        super().__init__(motif, both_strands, vocabulary, penalty)
+    _kind = "forbidden"
 
     def violation(self, x0: Tensor) -> Tensor:
         """Return the number of occurrences; a sequence shorter than the motif holds none."""
@@ -213,28 +199,18 @@ class RequiredMotif(_MotifConstraint):
 
     :param motif: IUPAC pattern, such as ``"TATAWAW"``.
     :param min_count: occurrences needed; they may overlap.
-    :param both_strands: whether an occurrence on the other strand counts.
-    :param vocabulary: the letter of every token id.
-    :param penalty: nats per mismatch in the look-ahead.
-    :raises ValueError: if the motif is no IUPAC pattern.
+    :param options: as for :class:`ForbiddenMotif`; ``penalty`` is in nats per mismatch.
+    :raises ValueError: if the motif is no IUPAC pattern, or the number is not positive.
     """
 
-    def __init__(
-        self,
-        motif: str,
-        *,
-        min_count: int = 1,
-        both_strands: bool = True,
-        vocabulary: Vocabulary = _BASES,
-        penalty: float = 1.0,
-    ) -> None:
-        self.name = f"required motif {motif}"
+    _kind = "required"
+
+    def __init__(self, motif: str, *, min_count: int = 1, **options: Any) -> None:
+        super().__init__(motif, **options)
         if min_count < 1:
             raise ValueError(f"{self.name}: min_count must be at least 1, got {min_count}.")
         self.min_count = min_count
-        super().__init__(motif, both_strands, vocabulary, penalty)
 
     def violation(self, x0: Tensor) -> Tensor:
-        """Return the mismatches of the best positions."""
         check_tokens(x0, self._tables[0].shape[1], self.width + self.min_count - 1, self.name)
         return self.mismatches(x0).topk(self.min_count, largest=False).values.sum(-1)

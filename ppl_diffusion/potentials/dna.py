@@ -12,7 +12,6 @@ from ppl_diffusion.errors import PotentialError
 Vocabulary = str | Sequence[str]
 """The letter of every token id, such as ``"ACGT"``."""
 
-COMPLEMENT = {"A": "T", "C": "G", "G": "C", "T": "A"}
 IUPAC = {
     "A": "A", "C": "C", "G": "G", "T": "T", "U": "T",
     "R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",
@@ -39,8 +38,6 @@ def parse_iupac(pattern: str) -> list[str]:
 def ids_of(letters: str, vocabulary: Vocabulary) -> list[int]:
     """Return the token id of each letter.
 
-    :param letters: such as ``"GC"``.
-    :param vocabulary: the letter of every token id.
     :raises ValueError: if a letter is not in the vocabulary.
     """
     known = list(vocabulary)
@@ -53,25 +50,20 @@ def ids_of(letters: str, vocabulary: Vocabulary) -> list[int]:
     return [known.index(letter) for letter in letters]
 
 
-def reverse_complement(columns: Tensor) -> Tensor:
-    """Return a table of per-position base values for the other strand.
+def strand_tables(
+    columns: Tensor, vocabulary: Vocabulary, *, absent: float, both_strands: bool
+) -> list[Tensor]:
+    """Rearrange base columns into token columns, for the forward strand and perhaps the other.
 
     :param columns: ``(W, 4)``, bases in the order A, C, G, T.
-    """
-    return columns.flip(0, 1)  # A=0 and T=3, C=1 and G=2
-
-
-def spread_over(columns: Tensor, vocabulary: Vocabulary, absent: float) -> Tensor:
-    """Rearrange base columns into token columns.
-
-    :param columns: ``(W, 4)``, bases in the order A, C, G, T.
-    :param vocabulary: the letter of every token id.
     :param absent: value of tokens that are no base.
-    :returns: float64 ``(W, V)``.
+    :returns: float64 ``(W, V)`` per strand, forward first.
     """
-    table = torch.full((len(columns), len(list(vocabulary))), absent, dtype=torch.float64)
-    table[:, ids_of("ACGT", vocabulary)] = columns.to(torch.float64)
-    return table
+    # A=0 and T=3, C=1 and G=2: flipping the bases complements, flipping the positions reverses.
+    strands = [columns, columns.flip(0, 1)] if both_strands else [columns]
+    blank = torch.full((len(columns), len(list(vocabulary))), absent, dtype=torch.float64)
+    ids = torch.tensor(ids_of("ACGT", vocabulary), device=blank.device)
+    return [blank.index_copy(1, ids, strand.to(blank)) for strand in strands]
 
 
 def scan(x0: Tensor, table: Tensor) -> Tensor:
@@ -93,8 +85,6 @@ def check_tokens(x0: Tensor, vocab_size: int, width: int, name: str) -> None:
     """Check that sequences are long enough and hold clean tokens only.
 
     :param x0: tokens, int64 ``(*batch, L)``.
-    :param width: smallest length.
-    :param name: the potential's name.
     :raises PotentialError: if they are not.
     """
     if x0.shape[-1] < width:

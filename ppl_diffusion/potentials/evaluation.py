@@ -12,7 +12,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,10 +26,22 @@ RowFunction = Callable[[Tensor], Any]
 _Piece = list[int]
 
 
+class FunctionOptions(TypedDict, total=False):
+    """Options of a :class:`SequenceFunction` that the potentials made from one hand on."""
+
+    name: str | None
+    batch_size: int | None
+    executor: Executor | None
+    timeout: float | None
+    on_error: OnError
+    cache_size: int
+
+
 class _GaveUp(TimeoutError):
     """A call was still running when its time was over."""
 
 
+@dataclass(eq=False, repr=False)
 class SequenceFunction:
     """A function of sequences with a cache, an optional executor, and a policy for failures.
 
@@ -46,32 +59,25 @@ class SequenceFunction:
 
     A batch that raises is repeated one sequence at a time, so that one bad sequence is found and
     costs no other its value. Values that were finished before an error stay in the cache.
+
+    :ivar num_calls: sequences handed to ``fn`` so far, repetitions after a failure included.
+    :ivar num_failures: sequences rejected so far.
     """
 
-    def __init__(
-        self,
-        fn: RowFunction,
-        *,
-        name: str | None = None,
-        batch_size: int | None = None,
-        executor: Executor | None = None,
-        timeout: float | None = None,
-        on_error: OnError = "raise",
-        cache_size: int = 100_000,
-        worst: float | None = -math.inf,
-    ) -> None:
-        self.fn = fn
-        self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
-        self.batch_size = batch_size
-        self.executor = executor
-        self.timeout = timeout
-        self.on_error = on_error
-        self.cache_size = cache_size
-        self.worst = worst
-        self.num_calls = 0
-        """Sequences handed to ``fn`` so far, repetitions after a failure included."""
-        self.num_failures = 0
-        """Sequences rejected so far."""
+    fn: RowFunction
+    _: KW_ONLY
+    name: str | None = None
+    batch_size: int | None = None
+    executor: Executor | None = None
+    timeout: float | None = None
+    on_error: OnError = "raise"
+    cache_size: int = 100_000
+    worst: float | None = -math.inf
+    num_calls: int = field(default=0, init=False)
+    num_failures: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._check_options()
 
@@ -98,24 +104,18 @@ class SequenceFunction:
             self._cache.move_to_end(key)
         unknown = [i for i, key in enumerate(keys) if key not in found]
         for i, value in self._evaluate(rows, unknown):
-            found[keys[i]] = value
-            self._remember(keys[i], value)
+            found[keys[i]] = self._cache[keys[i]] = value
+            if len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
         return [found[key] for key in keys]
-
-    def _remember(self, key: bytes, value: float) -> None:
-        self._cache[key] = value
-        if len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
 
     def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:
         """Yield ``(index, value)`` as values come in."""
         again: _Piece = []
         for piece, outcome in self._call(rows, self._split(unknown)):
-            if (
-                isinstance(outcome, Exception)
-                and len(piece) > 1
-                and not isinstance(outcome, _GaveUp)
-            ):
+            # What took too long once would take too long again.
+            failed = isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)
+            if failed and len(piece) > 1:
                 again += piece
             else:
                 yield from self._settle(rows, piece, outcome)
@@ -199,15 +199,13 @@ class SequenceFunction:
             values = [math.nan] * len(piece)
         else:
             values = outcome.tolist()
-            reasons = [self._fault(value) for value in values]
+            legal = (math.isfinite(value) or value == self.worst for value in values)
+            pairs = zip(values, legal, strict=True)
+            reasons = ["" if allowed else f"it returned {value}" for value, allowed in pairs]
         for i, value, reason in sorted(
             zip(piece, values, reasons, strict=True), key=lambda entry: bool(entry[2])
         ):
             yield i, self._reject(rows[i], reason, outcome) if reason else value
-
-    def _fault(self, value: float) -> str:
-        legal = math.isfinite(value) or value == self.worst
-        return "" if legal else f"it returned {value}"
 
     def _reject(self, row: Tensor, reason: str, outcome: Tensor | Exception) -> float:
         if self.on_error == "raise":
@@ -235,7 +233,3 @@ class SequenceFunction:
             number = getattr(self, option)
             if number is not None and number < 1:
                 raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
-
-
-def _worth_repeating(outcome: Tensor | Exception) -> bool:
-    return isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)

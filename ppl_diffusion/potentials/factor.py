@@ -27,14 +27,10 @@ class PotentialFactor(TorchDistribution):
         super().__init__(x0.shape[:-1], torch.Size((0,)), validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Return the empty value of a unit."""
         return self.x0.new_empty((*sample_shape, *self.batch_shape, 0), dtype=torch.float64)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return ``log G(x0)``, float64, the batch shape.
-
-        :param value: the empty value.
-        """
+        """Return ``log G(x0)``, float64, the batch shape."""
         shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-1])
         return self.potential(self.x0).expand(shape)
 
@@ -45,7 +41,6 @@ class PotentialFactor(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: PotentialFactor | None = None
     ) -> PotentialFactor:
-        """Return the factor with larger batch dimensions."""
         new = self._get_checked_instance(PotentialFactor, _instance)
         new.potential = self.potential
         new.x0 = self.x0.expand(*batch_shape, self.x0.shape[-1])
@@ -63,7 +58,6 @@ def factor(
     Unlike a plain factor it tells inference programs how to score an unfinished sequence, so a
     hard constraint guides particles instead of only judging the finished ones.
 
-    :param name: site name.
     :param potential: the potential, or a function ``x0 (*batch, L) -> log G (*batch,)``, which
         becomes a :class:`~ppl_diffusion.potentials.Potential`.
     :param x0: clean tokens, int64 ``(*batch, L)``.

@@ -34,7 +34,6 @@ class Motif:
     sites: float
 
     def potential(self, **options: Any) -> MotifMatrix:
-        """Return the matrix as a potential."""
         options = {"name": f"motif {self.name}", "sites": self.sites, **options}
         return MotifMatrix.from_probabilities(self.probabilities, **options)
 
@@ -44,7 +43,8 @@ def read_motifs(path: str | Path) -> list[Motif]:
 
     :param path: plain or gzipped text.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is neither a MEME nor a JASPAR file, or damaged.
+    :raises ValueError: if it is neither a MEME nor a JASPAR file, or damaged; the text names the
+        line.
     """
     lines = _Lines(path)
     first = lines.peek()
@@ -59,12 +59,7 @@ def read_motifs(path: str | Path) -> list[Motif]:
 
 
 def read_meme(path: str | Path) -> list[Motif]:
-    """Read a minimal MEME file of DNA motifs.
-
-    :param path: plain or gzipped text.
-    :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if the file is damaged; the text names the line.
-    """
+    """Read a minimal MEME file of DNA motifs, with the errors of :func:`read_motifs`."""
     lines = _Lines(path)
     if not lines.peek().upper().startswith("MEME"):
         raise lines.error("a MEME file begins with 'MEME version 4'")
@@ -74,21 +69,14 @@ def read_meme(path: str | Path) -> list[Motif]:
 def read_jaspar(path: str | Path) -> list[Motif]:
     """Read JASPAR count matrices, with or without ``A [ ... ]`` around the counts.
 
-    :param path: plain or gzipped text.
-    :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if the file is damaged; the text names the line.
+    It raises the errors of :func:`read_motifs`.
     """
-    lines = _Lines(path)
-    if not lines.peek().startswith(">"):
-        raise lines.error("a JASPAR matrix begins with '>identifier name'")
-    return _parse_jaspar(lines)
+    return _parse_jaspar(_Lines(path))
 
 
 def find_motif(motifs: Sequence[Motif], name: str) -> Motif:
-    """Return the one matrix of that identifier or name.
+    """Return the one matrix of that identifier or name, case ignored.
 
-    :param motifs: matrices of a file.
-    :param name: identifier or name, case ignored.
     :raises ValueError: if there is none or more than one.
     """
     wanted = name.upper()
@@ -109,8 +97,7 @@ class _Lines:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        text = _read_text(self.path)
-        numbered = enumerate(text.splitlines(), start=1)
+        numbered = enumerate(_read_text(self.path).splitlines(), start=1)
         self._lines = [(number, line.strip()) for number, line in numbered if line.strip()]
         self._next = 0
         if not self._lines:
@@ -121,7 +108,6 @@ class _Lines:
         return self._lines[self._next][1] if self._next < len(self._lines) else ""
 
     def take(self) -> str:
-        """Return the next line."""
         line = self.peek()
         self._next += 1
         return line
@@ -165,7 +151,9 @@ def _parse_meme(lines: _Lines) -> list[Motif]:
     for line in lines:
         key = line.split()[0]
         if key.upper() == "ALPHABET=" or line.upper().startswith("ALPHABET ="):
-            _check_alphabet(line, lines)
+            alphabet = line.split("=", 1)[1].strip().upper()
+            if alphabet != _BASES:
+                raise lines.error_at_last(f"the alphabet must be {_BASES}, not {alphabet!r}")
         elif key == "MOTIF":
             label = line.split()[1:]
         elif line.startswith("letter-probability matrix"):
@@ -173,12 +161,6 @@ def _parse_meme(lines: _Lines) -> list[Motif]:
     if not motifs:
         raise lines.error("no letter-probability matrix was found")
     return motifs
-
-
-def _check_alphabet(line: str, lines: _Lines) -> None:
-    alphabet = line.split("=", 1)[1].strip().upper()
-    if alphabet != _BASES:
-        raise lines.error_at_last(f"the alphabet must be {_BASES}, not {alphabet!r}")
 
 
 def _meme_matrix(header: str, label: list[str], lines: _Lines) -> Motif:

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.potentials.dna import (
-    Vocabulary,
-    check_tokens,
-    reverse_complement,
-    scan,
-    spread_over,
-)
+from ppl_diffusion.potentials.dna import Vocabulary, check_tokens, scan, strand_tables
 
 Reduction = Literal["max", "logmeanexp"]
 _UNIFORM = (0.25, 0.25, 0.25, 0.25)
@@ -34,7 +28,6 @@ class MotifMatrix(AbstractPotential):
     :param both_strands: whether the reverse complement is scanned as well.
     :param vocabulary: the letter of every token id; tokens that are no base score like the worst
         base of the column.
-    :param name: how errors and tables call it.
     """
 
     def __init__(
@@ -51,9 +44,8 @@ class MotifMatrix(AbstractPotential):
             raise ValueError(f'{name}: reduce is "max" or "logmeanexp", got {reduce!r}.')
         self.log_odds, self.reduce = columns, reduce
         self.both_strands, self.name = both_strands, name
-        strands = [columns, reverse_complement(columns)] if both_strands else [columns]
         worst = float(columns.min())
-        self._tables = [spread_over(strand, vocabulary, absent=worst) for strand in strands]
+        self._tables = strand_tables(columns, vocabulary, absent=worst, both_strands=both_strands)
 
     @classmethod
     def from_probabilities(
@@ -89,7 +81,6 @@ class MotifMatrix(AbstractPotential):
 
     @property
     def width(self) -> int:
-        """Bases of the motif."""
         return len(self.log_odds)
 
     def scores(self, x0: Tensor) -> Tensor:
@@ -103,7 +94,6 @@ class MotifMatrix(AbstractPotential):
         return torch.stack([scan(x0, table) for table in self._tables], dim=-2)
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return the score of the best hit, or the log of the mean odds."""
         scores = self.scores(x0).flatten(-2)
         if self.reduce == "max":
             return scores.amax(-1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from concurrent.futures import Executor
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.potentials.evaluation import OnError, RowFunction, SequenceFunction
+from ppl_diffusion.potentials.evaluation import FunctionOptions, RowFunction, SequenceFunction
 
 
 class _OfFunction(AbstractPotential):
@@ -20,7 +20,6 @@ class _OfFunction(AbstractPotential):
 
     @property
     def num_calls(self) -> int:
-        """Sequences handed to the function so far."""
         return self.function.num_calls
 
     @property
@@ -29,7 +28,6 @@ class _OfFunction(AbstractPotential):
         return self.function.num_failures
 
     def log_potential(self, x0: Tensor) -> Tensor:
-        """Return the log-potential, ``-inf`` where the function failed."""
         value = self.function(x0)
         return torch.where(value.isnan(), -math.inf, self._transform(value))
 
@@ -41,14 +39,11 @@ class _OfFunction(AbstractPotential):
 class Reward(_OfFunction):
     """A reward at a temperature: ``log G = reward / temperature``.
 
-    Distinct sequences are evaluated once; see :class:`SequenceFunction` for the options that
-    concern slow and failing rewards.
+    Distinct sequences are evaluated once; the options that concern slow and failing rewards are
+    those of :class:`SequenceFunction`. A rejected sequence gets ``-inf`` and is counted.
 
     :param fn: reward in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param temperature: reward units per nat; the lower, the stronger the tilt.
-    :param executor: where calls run.
-    :param timeout: seconds without progress before running calls are given up.
-    :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
     :param maximise: whether high values are good (docking scores are minimised).
     :raises PotentialError: when called, if the reward fails and ``on_error="raise"``.
 
@@ -63,24 +58,11 @@ class Reward(_OfFunction):
         fn: RowFunction,
         temperature: float = 1.0,
         *,
-        batch_size: int | None = None,
-        executor: Executor | None = None,
-        timeout: float | None = None,
-        on_error: OnError = "raise",
         maximise: bool = True,
-        cache_size: int = 100_000,
-        name: str | None = None,
+        **options: Unpack[FunctionOptions],
     ) -> None:
-        self.function = SequenceFunction(
-            fn,
-            name=name,
-            batch_size=batch_size,
-            executor=executor,
-            timeout=timeout,
-            on_error=on_error,
-            cache_size=cache_size,
-            worst=-math.inf if maximise else math.inf,
-        )
+        worst = -math.inf if maximise else math.inf
+        self.function = SequenceFunction(fn, worst=worst, **options)
         _require_positive(f"{self.function.name}: temperature", temperature)
         self.name = f"{'' if maximise else '-'}{self.function.name} / {temperature:g}"
         self.temperature = float(temperature)
@@ -99,35 +81,14 @@ class Likelihood(_OfFunction):
     :param fn: the prediction in its own units, ``x0 (B, L) int64 -> (B,)``.
     :param observed: the measurement, same units.
     :param sd: its standard deviation, same units.
-    :param executor: where calls run.
-    :param timeout: seconds without progress before running calls are given up.
-    :param on_error: ``"raise"``, or ``"reject"`` to give failed sequences ``-inf`` and count them.
+    :param options: those of :class:`SequenceFunction`; a rejected sequence gets ``-inf``.
     :raises PotentialError: when called, if the prediction fails and ``on_error="raise"``.
     """
 
     def __init__(
-        self,
-        fn: RowFunction,
-        observed: float,
-        sd: float,
-        *,
-        batch_size: int | None = None,
-        executor: Executor | None = None,
-        timeout: float | None = None,
-        on_error: OnError = "raise",
-        cache_size: int = 100_000,
-        name: str | None = None,
+        self, fn: RowFunction, observed: float, sd: float, **options: Unpack[FunctionOptions]
     ) -> None:
-        self.function = SequenceFunction(
-            fn,
-            name=name,
-            batch_size=batch_size,
-            executor=executor,
-            timeout=timeout,
-            on_error=on_error,
-            cache_size=cache_size,
-            worst=None,
-        )
+        self.function = SequenceFunction(fn, worst=None, **options)
         prediction = self.function.name
         _require_positive(f"{prediction}: sd", sd)
         if not math.isfinite(observed):

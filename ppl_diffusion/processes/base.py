@@ -87,13 +87,7 @@ class Process:
         """
         xp = array_namespace(uniforms)
         cdf = xp.asarray(self._prior_cdf, dtype=float64_of(xp), device=device_of(uniforms))
-        index = xp.searchsorted(
-            cdf,
-            uniforms.reshape(-1).astype(float)
-            if _is_jax(xp)
-            else xp.astype(uniforms.reshape(-1), cdf.dtype),
-            side="right",
-        )
+        index = xp.searchsorted(cdf, xp.astype(uniforms.reshape(-1), cdf.dtype), side="right")
         return xp.astype(index.reshape(uniforms.shape), int64_of(xp))
 
     def corrupt(self, x0: Array, alpha: Array, u_keep: Array, u_prior: Array) -> Array:
@@ -165,9 +159,3 @@ def whole_number(value: Any, name: str) -> int:
     if count < 1:
         raise ValueError(f"{name} must be >= 1, got {count}.")
     return count
-
-
-def _is_jax(xp: object) -> bool:
-    from array_api_compat import is_jax_namespace
-
-    return bool(is_jax_namespace(xp))

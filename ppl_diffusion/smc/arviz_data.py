@@ -93,10 +93,6 @@ def to_arviz(
     return make_container(groups, _attributes(posterior, weights, seed))
 
 
-# ----------------------------------------------------------------------------------------------
-# which particles become draws
-
-
 def _draw_index(
     posterior: ParticlePosterior, weights: str, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -115,10 +111,6 @@ def _draw_index(
         )
     uniforms = np.random.default_rng(seed).random((runs, particles))
     return alive, Stratified().draw(uniforms[alive], log_weights[alive])
-
-
-# ----------------------------------------------------------------------------------------------
-# groups
 
 
 def _draws(
@@ -207,10 +199,6 @@ def _constant_data(posterior: ParticlePosterior, vocabulary: Sequence[str]) -> x
     return xr.Dataset({"token_id": (("token",), ids)}, coords={"token": tokens})
 
 
-# ----------------------------------------------------------------------------------------------
-# variables
-
-
 def _sites(posterior: ParticlePosterior) -> dict[str, Variable]:
     """Every site of the program under its stored name, with its dims after (chain, draw)."""
     names = stored_names(posterior.samples)
@@ -286,10 +274,6 @@ def make_dataset(variables: dict[str, Variable], runs: NDArray[np.int64]) -> xr.
     if "draw" in dataset.sizes:
         dataset = dataset.assign_coords(draw=np.arange(dataset.sizes["draw"]))
     return dataset.assign_coords(chain=runs, run=("chain", runs))
-
-
-# ----------------------------------------------------------------------------------------------
-# container
 
 
 def _attributes(posterior: ParticlePosterior, weights: str, seed: int) -> dict[str, Any]:

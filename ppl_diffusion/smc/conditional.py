@@ -49,14 +49,10 @@ class ConditionalMultinomial(Resampler):
     """Slot 0 keeps itself; the others draw independently, in the order drawn (unsorted).
 
     Given that slot 0 survives this is the law of multinomial ancestors, so that ``E[copies]`` is
-    *not* ``N w``: for conditional SMC only.
+    *not* ``N w``: for conditional SMC only. The uniform of slot 0 is not used.
     """
 
     name = "conditional-multinomial"
-
-    def num_uniforms(self, num_particles: int) -> int:
-        """One uniform per particle; that of slot 0 is not used."""
-        return num_particles
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = array_namespace(weights)
@@ -302,7 +298,7 @@ def _hold(tokens: Tensor, held: Tensor) -> Tensor:
 
 
 def _require(fine: Tensor, what: str) -> None:
-    bad = (~fine).flatten(1).any(-1) if fine.ndim > 1 else ~fine
+    bad = (~fine).flatten(1).any(-1)
     if bool(bad.any()):
         run = int(bad.nonzero()[0])
         raise ValueError(

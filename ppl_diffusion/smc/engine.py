@@ -216,19 +216,13 @@ class _Log:
         self.record = record
         self.history = [] if record is None else [self._kept(carry)]
         self.ancestors: list[Tensor] = []
-        self.ess: list[Tensor] = []
-        self.log_evidence: list[Tensor] = []
-        self.alive: list[Tensor] = []
-        self.resampled: list[Tensor] = []
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(
         self, carry: Carry, weights: Weights, log_z: Tensor, parents: Tensor, due: Tensor
     ) -> None:
         self.ancestors.append(parents)
-        self.ess.append(weights.ess)
-        self.log_evidence.append(log_z + weights.log_mean)
-        self.alive.append(weights.alive)
-        self.resampled.append(due)
+        self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due))
         if self.record is not None:
             self.history.append(self._kept(carry))
 
@@ -246,15 +240,17 @@ class _Log:
         return _paths([*self.history, self._kept(carry)], ancestors)
 
     def trace(self, carry: Carry, weights: Weights, log_potential: Tensor) -> SMCTrace:
-        steps_alive = torch.stack(self.alive, -1).sum(-1)
-        died = steps_alive < len(self.alive)  # the dead stay dead
+        columns = zip(*self.steps, strict=True)
+        ess, log_evidence, alive, resampled = (torch.stack(column, -1) for column in columns)
+        steps_alive = alive.sum(-1)
+        died = steps_alive < len(self.steps)  # the dead stay dead
         return SMCTrace(
             carry=carry,
             weights=weights,
             log_potential=log_potential,
-            log_evidence_steps=torch.stack(self.log_evidence, -1),
-            ess=torch.stack(self.ess, -1),
-            resampled=torch.stack(self.resampled, -1),
+            log_evidence_steps=log_evidence,
+            ess=ess,
+            resampled=resampled,
             ancestors=torch.stack(self.ancestors),
             died_at=torch.where(died, steps_alive, -1),
             history=self.history,

@@ -156,7 +156,7 @@ class Law:
 
     def __str__(self) -> str:
         held = "".join(f", {words}" for words in self._held)
-        if not self.has_evidence:
+        if not (self.has_evidence or self.exact):
             where = f"; the chain is{held.removeprefix(',')}" if held else ""
             return f"{self.why}; {NO_EVIDENCE}{where}"
         tilt = "".join(f" * {factor}" for factor in dict.fromkeys(t.factor for t in self.tilts))
@@ -164,10 +164,11 @@ class Law:
         given = f", with log G = {names}" if names else ""
         latents = f", together with the latents {', '.join(self.latents)}" if self.latents else ""
         why = f": {self.why}" if self.why else ""
+        estimated = "; log_evidence estimates the log of its normalising constant"
+        evidence = estimated if self.has_evidence else ""
         return (
-            f"{'' if self.exact else 'approximately '}{self.product}{tilt} of "
-            f"{self._chains}{latents}{held}{self._under}, normalised{given}{why}; "
-            "log_evidence estimates the log of its normalising constant"
+            f"{'' if self.exact else 'approximately '}{self.product}{tilt} of {self._chains}"
+            f"{latents}{held}{self._under}, normalised{given}{why}{evidence}"
         )
 
     @property

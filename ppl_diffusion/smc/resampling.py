@@ -26,9 +26,9 @@ class Resampler(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def num_uniforms(self, num_particles: int) -> int:
-        """Return how many uniforms one run needs."""
+        """Return how many uniforms one run needs, one per particle unless a scheme says other."""
+        return num_particles
 
     @abstractmethod
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
@@ -65,23 +65,18 @@ class Multinomial(Resampler):
 
     name = "multinomial"
 
-    def num_uniforms(self, num_particles: int) -> int:
-        """One uniform per particle."""
-        return num_particles
-
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         return _inverse_cdf(weights, uniforms)
 
 
 @dataclass(frozen=True)
 class Residual(Resampler):
-    """``floor(N w)`` certain copies, the rest drawn independently from the fractions."""
+    """``floor(N w)`` certain copies, the rest drawn independently from the fractions.
+
+    The uniforms of the certain copies are not used.
+    """
 
     name = "residual"
-
-    def num_uniforms(self, num_particles: int) -> int:
-        """One uniform per particle; those of the certain copies are not used."""
-        return num_particles
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = array_namespace(weights)
@@ -106,10 +101,6 @@ class Stratified(Resampler):
     """One draw in each of ``N`` equal strata."""
 
     name = "stratified"
-
-    def num_uniforms(self, num_particles: int) -> int:
-        """One uniform per stratum."""
-        return num_particles
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         return self.draw(uniforms, array_namespace(weights).log(weights))
@@ -150,14 +141,11 @@ class Systematic(Resampler):
 class SSP(Resampler):
     """Srinivasan sampling: fractions are settled pair by pair (Gerber et al. 2019, Alg. 2).
 
-    As low in variance as the comb and provably consistent. A scan of length ``N``.
+    As low in variance as the comb and provably consistent. A scan of length ``N``: one uniform per
+    settled pair, the last for the remainder of round-off.
     """
 
     name = "ssp"
-
-    def num_uniforms(self, num_particles: int) -> int:
-        """One uniform per settled pair, the last for the remainder of round-off."""
-        return num_particles
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = array_namespace(weights)

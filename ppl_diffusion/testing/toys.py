@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
-from ppl_diffusion.denoisers.base import Denoiser, Kind, forward_parameters
-from ppl_diffusion.denoisers.filters import forward_optional
+from ppl_diffusion.denoisers.base import Denoiser, Kind, Wrapper
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import (
     Absorbing,
@@ -113,7 +112,7 @@ def toy_potential(
     return Potential(lambda x0: table[x0.unbind(-1)], name="toy")
 
 
-class CountingDenoiser:
+class CountingDenoiser(Wrapper):
     """A denoiser that counts its calls and the rows it was asked about.
 
     :ivar calls: calls so far.
@@ -122,12 +121,8 @@ class CountingDenoiser:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
-        self.vocab_size: int = denoiser.vocab_size
-        self.kind: Kind = denoiser.kind
-        self.time_free: bool = denoiser.time_free
         self.calls = self.rows = 0
-        forward_parameters(self, denoiser)
-        forward_optional(self, denoiser, "conditions")
+        self.adopt(denoiser, "conditions")
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return the denoiser's log-probabilities, ``(*batch, L, V)``."""

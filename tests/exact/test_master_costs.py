@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser, _Rows
+from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser, Rows
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import PersistentFill
@@ -40,7 +40,7 @@ def network_requests(monkeypatch):
     requests = []
 
     def ask_all(self, tokens, t):
-        rows = _Rows.of(tokens, {})
+        rows = Rows.of(tokens, {})
         requests.append((None if self.time_free else float(t), rows.tokens))
         return self._evaluate(rows, t).reshape(*tokens.shape, -1)
 

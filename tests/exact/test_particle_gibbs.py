@@ -7,6 +7,7 @@ seeds: below 0.2 % for the file.
 """
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +18,7 @@ from scipy.stats import chisquare, kstest, norm
 
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference import _gibbs_blocks
+from ppl_diffusion.inference import particle_gibbs
 from ppl_diffusion.inference.particle_gibbs import GibbsSampler, GibbsState, ParticleGibbs
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials import Potential
@@ -72,7 +73,7 @@ def sampler_at(y=DATA, **options):
 
 def state_of(path, offset):
     ess = torch.zeros(len(path), LENGTH, dtype=torch.float64)
-    return GibbsState(path, {"offset": offset}, ess[:, 0], ess, ess[:, :0])
+    return GibbsState({"path": path}, {"offset": offset}, ess[:, 0], ess, ess[:, :0])
 
 
 def exact_draws(num, seed=0):
@@ -103,11 +104,12 @@ def test_path_updates_are_invariant(moves):
 def test_latents_of_another_chain_are_not_invariant(monkeypatch):
     """The failing twin: every path weighed by the first chain's latents."""
 
-    def first(self, program, site, latents):
-        latents = {n: v[:1].expand_as(v) for n, v in latents.items()}
-        self.program, self.site, self.latents = program, site, latents
+    right = particle_gibbs._GivenLatents.__init__
 
-    monkeypatch.setattr(_gibbs_blocks.GivenLatents, "__init__", first)
+    def first(self, run, latents, *, look):
+        right(self, run, {n: v[:1].expand_as(v) for n, v in latents.items()}, look=look)
+
+    monkeypatch.setattr(particle_gibbs._GivenLatents, "__init__", first)
     law, state = exact_draws(4000)
     assert min(p_values(law, sampler_at(num_runs=4000).update_paths(state))) < 1e-3 * LEVEL
 
@@ -125,10 +127,7 @@ def test_latents_given_a_stale_path_are_not_invariant(monkeypatch):
     """The failing twin of the sweep: NUTS still sees the path of another chain."""
     law, state = exact_draws(220)
     sampler = sampler_at(num_runs=220)
-    shifted = GibbsState(
-        state.path.roll(1, 0),
-        **{k: getattr(state, k) for k in ("latents", "log_evidence", "ess", "accept")},
-    )
+    shifted = replace(state, paths={"path": state.path.roll(1, 0)})
     for _ in range(2):
         shifted = sampler.update_latents(shifted)
     state = state_of(state.path, shifted.latents["offset"])

@@ -11,7 +11,7 @@ from pyro.infer import Importance
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal, clamp, log_weight, steer
-from ppl_diffusion.inference import SMC, FKSteering
+from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, run_smc
@@ -92,7 +92,8 @@ def test_positions_revealed_in_groups_are_clamped_too(group_size):
     assert bool((held(trace.nodes["x"]["value"]) == 0).all())
     assert abs(z_score(weights, evidence)) < 4
     wrapped = clamp(program, tokens=TOKENS, mask=MASK)
-    for chosen in (SMC(wrapped, num_particles=8, num_runs=400), FKSteering(wrapped, num_runs=400)):
+    for method, size in (("smc", 8), ("steering", 256)):
+        chosen = SMC(wrapped, method=method, num_particles=size, num_runs=400)
         posterior = chosen.run(chain, seed=1)
         assert abs(z_score(posterior.log_evidence.exp(), evidence)) < 4
         assert bool((held(posterior.x0[posterior.weights > 0]) == 0).all())
