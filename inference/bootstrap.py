@@ -68,18 +68,18 @@ class LookingAhead(Method):
         carry = state["sites"][name]
         return self.twist(carry, state["done"][name], tuple(carry["tokens"].shape[:2]))
 
-    def settings(self, run: Bound) -> dict[str, Any]:
-        """Return what was chosen; a twisted site brings its own proposal."""
-        own = [type(site.twist).__name__ for site in run.source.chains if site.twist is not None]
-        chosen = super().settings(run)
-        return {**chosen, "proposal": " + ".join(dict.fromkeys(own))} if own else chosen
-
     def rated(self, run: Bound, state: State, group: int, generator: Rng) -> tuple[State, Tensor]:
         """Return states after a group with their ``log h``: the potential itself at the end."""
         if group + 1 < len(run.groups):
             return state, self.rate(run, state, generator)
         ended = run.final(state)
         return ended, ended["log_g"]
+
+    def settings(self, run: Bound) -> dict[str, Any]:
+        """Return what was chosen; a twisted site brings its own proposal."""
+        own = [type(site.twist).__name__ for site in run.source.chains if site.twist is not None]
+        chosen = super().settings(run)
+        return {**chosen, "proposal": " + ".join(dict.fromkeys(own))} if own else chosen
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Refuse functions of one chain's state where there are several."""

@@ -7,9 +7,9 @@ and a particle holds the states of all chains and one draw of every other latent
 
     weight = p(latents, observations | x0) / r(latents)
 
-with ``r`` the law the latents were drawn from, given a first guess of the sequences. Latents that
-come after the sequences are drawn anew whenever the program is asked. Take the program away from
-here and give it to ``pyro.infer.Importance``: the answer is the same.
+with ``r`` the law the latents were drawn from, when the first chain began that may read them.
+Latents that come after the sequences are drawn anew whenever the program is asked. Take the program
+away from here and give it to ``pyro.infer.Importance``: the answer is the same.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sources import (
+    Moved,
     PotentialLike,
     ProgramSource,
+    Rng,
     Source,
     State,
 )
@@ -193,8 +195,9 @@ class SMC:
         samples = dict(state["values"])
         if run.source.is_program:
             samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
-        fields_known = {**trace.posterior_fields(), "log_potential": state["log_g"]}
-        fields_known["compact_path"] = None if paths is None else paths[first]
+        # The loop knows what paid, which a method may have changed; and no path of one's own steps.
+        known = trace.posterior_fields() | {"log_potential": state["log_g"]}
+        known["compact_path"] = None if paths is None else paths[first]
         posterior = ParticlePosterior(
             x0=state["sites"][first]["tokens"],
             times=self.method.times(run),
@@ -212,7 +215,7 @@ class SMC:
             },
             seconds=time.perf_counter() - started,
             is_program=run.source.is_program,
-            **fields_known,
+            **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
 
@@ -224,19 +227,19 @@ class Engine:
         self.method, self.run, self.store_path = method, run, store_path
         self.gather = run.gather
 
-    def init(self, runs: int, particles: int, generator: Any) -> State:
+    def init(self, runs: int, particles: int, generator: Rng) -> State:
         return self.method.begin(self.run, generator)
 
-    def move(self, carry: State, k: int, generator: Any) -> tuple[State, Tensor | float]:
+    def move(self, carry: State, k: int, generator: Rng) -> Moved:
         return self.method.move(self.run, carry, k, generator)
 
-    def log_twist(self, carry: State, k: int, generator: Any) -> Tensor | None:
+    def log_twist(self, carry: State, k: int, generator: Rng) -> Tensor | None:
         return self.method.look(self.run, carry, k, generator)
 
     def close(
         self, carry: State, generator: Any, recorded: Callable[[], dict[str, Tensor]]
     ) -> tuple[State, Tensor]:
-        if "log_g" not in carry:
+        if "log_g" not in carry:  # some methods had to rate the ends before they chose
             paths = None
             program = self.run.program
             if self.store_path and program is not None and program.reads | program.shows:
@@ -279,6 +282,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[]):
+    # Seeding seeds every accelerator, too.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

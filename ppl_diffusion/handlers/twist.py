@@ -34,8 +34,7 @@ def twist(
     ``q ∝ p exp(psi)`` and carries the weight ``prod p / q``. Any finite ``psi`` is valid and a bad
     one only adds variance. With a :func:`~ppl_diffusion.handlers.steer` around it or inside of it
     the particles of every run move by the twist. So do those of
-    :class:`ppl_diffusion.inference.SMC`, and of the programs with a ``proposal`` where the program
-    has no other chain and no other latent; programs that move their own way refuse a twist.
+    :class:`ppl_diffusion.inference.SMC`; methods that move their own way refuse a twist.
 
     :param fn: a program to wrap; without it, use ``twist`` as a context manager. Wrap the
         program for ``pyro.infer.Importance``, which blocks all handlers outside of it.
