@@ -106,8 +106,8 @@ def test_latents_of_another_chain_are_not_invariant(monkeypatch):
 
     right = particle_gibbs._GivenLatents.__init__
 
-    def first(self, run, latents, *, look):
-        right(self, run, {n: v[:1].expand_as(v) for n, v in latents.items()}, look=look)
+    def first(self, run, latents, twist):
+        right(self, run, {n: v[:1].expand_as(v) for n, v in latents.items()}, twist)
 
     monkeypatch.setattr(particle_gibbs._GivenLatents, "__init__", first)
     law, state = exact_draws(4000)
