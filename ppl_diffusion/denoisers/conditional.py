@@ -50,6 +50,9 @@ class Labelled(Wrapper):
         self.network, self.num_classes = network, _num_classes(network)
         self.label = label if label == "given" else _check_label(label, self.num_classes)
         self.conditions: Mapping[str, int] = {"label": 0} if label == "given" else {}
+        # A class in words: nothing else tells the laws of two labels apart.
+        fixed = not (self.conditions or self.unconditional)
+        self.changes: tuple[str, ...] = (f"label {self.label}",) if fixed else ()
         self.adopt(network, "process")
         if has_head(network):
             self.adopt(network, "head", "hidden_size")

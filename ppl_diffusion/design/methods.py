@@ -96,7 +96,7 @@ def _ordered(target: Target) -> ReverseChain:
 
 def _declared(law: Law, target: Target, plan: _Plan) -> Law:
     """Return the law in terms of what was asked, however the method came to it."""
-    asked = ChainSite("x", plan.chain, target.clamp).base
+    asked = ChainSite("x", plan.chain, target.clamp).base()
     (known,) = law.chains
     held = dataclasses.replace(known, clamped=asked.clamped, digest=asked.digest)
     tilts = tuple(dataclasses.replace(tilt, of=target.potential.name) for tilt in law.tilts)

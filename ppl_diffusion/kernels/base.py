@@ -365,7 +365,8 @@ class Kernel(ABC):
         """Return whether step ``k`` from this carry costs a network call."""
         return not self._revealed(carry["tokens"])
 
-    def _check_step(self, k: int) -> None:
+    def check_step(self, k: int) -> None:
+        """:raises ValueError: if the chain has no step ``k``."""
         if not 0 <= k < self.num_steps:
             raise ValueError(f"step index k must lie in 0..{self.num_steps - 1}, got {k}.")
 

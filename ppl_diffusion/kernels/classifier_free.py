@@ -111,7 +111,7 @@ class ClassifierFreeKernel(InterpolatingKernel):
         """
         if not self._tabulates:
             return super().step(carry, k, fixed=fixed)
-        self._check_step(k)
+        self.check_step(k)
         tokens = carry["tokens"]
         cavities = self._cavities(carry, k) if self._moves(k) else (self._flat(tokens),) * 2
         table = self._guided_bridge(tokens, cavities, k, float(self.alphas[k + 1]), fixed)

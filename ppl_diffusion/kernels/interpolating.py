@@ -105,7 +105,7 @@ class InterpolatingKernel(Kernel):
 
         A step without progress (a repeated time at ``kappa = 1``) makes no network call.
         """
-        self._check_step(k)
+        self.check_step(k)
         tokens = carry["tokens"]
         return TokenStep(
             self.process,

@@ -128,7 +128,7 @@ class OrderedKernel(Kernel):
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> RevealStep:
         """Return the distribution of the next state."""
-        self._check_step(k)
+        self.check_step(k)
         tokens, order = carry["tokens"], carry.get(LEVELS)
         self.check_length(tokens.shape[-1])
         eligible = self._eligible(tokens, k)

@@ -58,6 +58,7 @@ class Program:
     :ivar chains: its chain sites, in program order.
     :ivar latents: names of its other latents, in program order.
     :ivar parents: chains and latents that each chain and latent depends on directly.
+    :ivar observed: values of the observed sites, the data.
     :ivar reads: chain sites of which a density reads more than the clean sequence.
     :ivar shows: deterministic sites whose values read more than that.
     :ivar num_rows: particles the program was evaluated for so far, those of the reading included.
@@ -82,10 +83,12 @@ class Program:
                 f"{owner}: {self.name} has no unobserved ReverseChain site; sample one as it is "
                 "(no to_event), for instance pyro.sample('path', prior.chain(num_steps=64))."
             )
+        self._require_unscaled(sites)
         self.shapes = {s["name"]: torch.Size(getattr(s["value"], "shape", ())) for s in sites}
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.nesting = max(map(depth, sites))
         drawn = [s for s in sites if not s["is_observed"] and not is_deterministic(s)]
+        self.observed = [s["value"] for s in sites if s["is_observed"]]
         self.order = [s["name"] for s in drawn]
         self.latents = [s["name"] for s in drawn if not is_chain(s)]
         self.parents = {
@@ -144,7 +147,7 @@ class Program:
             raise CapabilityError(
                 f"{self.owner}: {self.name} reads the path at site {min(self.reads)!r}, not only "
                 "its clean sequence chain.x0(path); use ppl_diffusion.inference.SMC with "
-                "store_path=True."
+                "method='smc' and store_path=True."
             )
 
     @property
@@ -210,11 +213,20 @@ class Program:
             if site is None or not is_chain(site) or not _same_chain(site, known):
                 raise CapabilityError(
                     f"{self.owner}: the chain at site {known.name!r} of {self.name} is not the "
-                    "same on every run (it is chosen by, or built from, another site); pass what "
+                    "same on every run; build its denoiser outside of the program, and pass what "
                     "changes as a condition of one chain, prior.labelled(label) or given=."
                 )
 
     # Reading.
+
+    def _require_unscaled(self, sites: list[dict[str, Any]]) -> None:
+        for site in sites:
+            free = not site["is_observed"] and not is_deterministic(site)
+            if free and float(torch.as_tensor(site["scale"], device="cpu").max()) != 1.0:
+                raise CapabilityError(
+                    f"{self.owner}: the site {site['name']!r} of {self.name} is scaled, but "
+                    "particles are drawn by its own law; scale observations only."
+                )
 
     def _tracked(self) -> tuple[list[dict[str, Any]], Mapping[str, Collection[str]]]:
         """Run the program once with values that know where they come from."""

@@ -41,11 +41,13 @@ class ChainSite:
         """How the site wants to be moved: by its twist, with the clamped tokens held."""
         return joined(self.twist, self.clamp)
 
-    @property
-    def base(self) -> Base:
-        """What it adds to a law."""
+    def base(self, *, drawn: bool = False) -> Base:
+        """Return what it adds to a law.
+
+        :param drawn: whether its conditions are drawn with it.
+        """
         clamp = None if self.clamp is None else (self.clamp.tokens, self.clamp.mask)
-        return Base.of(self.chain, self.name, clamp)
+        return Base.of(self.chain, self.name, clamp, drawn=drawn)
 
     def as_path(self, clean: Tensor) -> Tensor:
         """Return clean sequences repeated as if each were a whole path, ``(*batch, T + 1, L)``.

@@ -23,7 +23,7 @@ from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.rows import RowTable, distinct_rows
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
-from ppl_diffusion.smc.law import Law, Tilt
+from ppl_diffusion.smc.law import Law, Tilt, digest
 from ppl_diffusion.smc.twists import log_mean_exp
 
 MAX_ROWS = 4096
@@ -130,7 +130,7 @@ class ChainSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)``."""
-        return Law.tilted([self.chains[0].base], [Tilt(self.given.name)])
+        return Law.tilted([self.chains[0].base()], [Tilt(self.given.name)])
 
     @property
     def num_calls(self) -> int:
@@ -189,8 +189,10 @@ class ProgramSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)`` with everything the program scores as ``log G``."""
-        chains = [site.base for site in self.chains]
-        return Law.tilted(chains, [Tilt(f"the program {self.program.name}")], self.program.latents)
+        program = self.program
+        chains = [site.base(drawn=bool(program.ancestors(site.name))) for site in self.chains]
+        tilt = Tilt(f"the program {program.name}", digest=digest(program.observed))
+        return Law.tilted(chains, [tilt], program.latents)
 
     @property
     def num_calls(self) -> int:

@@ -34,7 +34,7 @@ class Base:
     :param changes: what makes it another law than that of its network's own chain.
     :param clamped: clamped positions, over all plates.
     :param prompted: prompted positions, over all plates.
-    :param digest: of the network, and of the clamped and prompted tokens.
+    :param digest: of the network, the clamped and prompted tokens, and conditions that are fixed.
     :param has_density: whether its steps have a density, by which anyone could check them.
     """
 
@@ -52,26 +52,34 @@ class Base:
 
     @classmethod
     def of(
-        cls, chain: ReverseChain, site: str = "x", clamp: tuple[Tensor, Tensor] | None = None
+        cls,
+        chain: ReverseChain,
+        site: str = "x",
+        clamp: tuple[Tensor, Tensor] | None = None,
+        *,
+        drawn: bool = False,
     ) -> Base:
         """Return what a chain adds to a law.
 
         :param clamp: clamped tokens and where they are, both ``(L,)``, or None.
+        :param drawn: whether the conditions are drawn with the chain, so that no value is part of
+            the law.
         """
         shape = (*chain.batch_shape, chain.length)
         tokens, mask = (None, None) if clamp is None else clamp
         held = [part for part in (tokens, mask, chain.prompt) if part is not None]
+        held += [] if drawn else list(chain.given.values())
         return cls(
             site=site,
             kernel=repr(chain.kernel),
             steps=chain.num_steps,
             length=chain.length,
             plates=tuple(chain.batch_shape),
-            given=tuple(getattr(chain, "given", None) or ()),
+            given=tuple(chain.given),
             changes=chain.kernel.changes,
             clamped=0 if mask is None else int(mask.expand(shape).sum()),
             prompted=0 if chain.fixed is None else int(chain.fixed.expand(shape).sum()),
-            digest=_digest([*(chain.kernel.declared_parameters() or []), *held]),
+            digest=digest([*(chain.kernel.declared_parameters() or []), *held]),
             has_density=chain.kernel.capability != SAMPLE_ONLY,
         )
 
@@ -89,10 +97,12 @@ class Tilt:
 
     :param of: the name of ``log G``: a potential, or a program.
     :param factor: how ``G`` enters.
+    :param digest: of what a program observes; functions are known by their names alone.
     """
 
     of: str
     factor: str = "G(x0)"
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,7 @@ def _described(chain: Base) -> str:
     return f"{chain.site!r} ({', '.join(facts)})"
 
 
-def _digest(tensors: list[Tensor]) -> str:
+def digest(tensors: list[Tensor]) -> str:
     """Return a short fingerprint of shapes and some of the numbers: cheap, and enough to differ."""
     known = hashlib.sha1(usedforsecurity=False)
     for tensor in tensors:

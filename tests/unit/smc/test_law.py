@@ -3,15 +3,20 @@
 import json
 from dataclasses import replace
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC, FKSteering, Power, Tilt, methods
-from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, OrderedKernel
+from ppl_diffusion.models import MaskedDiffusion
+from ppl_diffusion.potentials import factor
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
 from ppl_diffusion.smc.law import Base, Law
+from ppl_diffusion.testing.conditional import LabelledTables
 from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
 GOAL = toy_potential(3, 2)
@@ -125,3 +130,45 @@ def test_a_damaged_law_is_refused(tmp_path):
 def test_held_positions_are_counted_over_plates():
     base = replace(Base.of(CHAIN.expand([3]), "path"), clamped=3)
     assert base.held == ["clamped at 3 of 6 positions"]
+
+
+def labelled(label):
+    tables = LabelledTables([random_joint(3, 2, seed=seed) for seed in (0, 1)], Absorbing(3))
+    kernel = InterpolatingKernel(Absorbing(3), tables, num_steps=3)
+    return ReverseChain(kernel, 2, given={"label": torch.tensor(label)})
+
+
+def observing(y):
+    x = CHAIN.x0(pyro.sample("path", CHAIN))
+    pyro.sample("y", dist.Normal(x.sum(-1).double(), 1.0), obs=y)
+
+
+def conditional():
+    label = pyro.sample("label", dist.Bernoulli(0.5)).long()
+    chain = ReverseChain(TABLES, 2, given={"label": label})
+    factor("goal", GOAL, chain.x0(pyro.sample("path", chain)))
+
+
+TABLES = labelled(0).kernel
+
+
+def test_conditions_and_data_are_part_of_the_law():
+    assert FeynmanKac(labelled(0), GOAL).law != FeynmanKac(labelled(1), GOAL).law
+    one, same, two = (SMC(observing, **SMALL).run(torch.tensor(y)).law for y in (1.0, 1.0, 2.0))
+    assert one == same != two
+
+
+def test_conditions_that_are_drawn_are_no_part_of_the_law():
+    runs = [("smc", 0), ("smc", 1), ("twisted", 0)]
+    assert len({SMC(conditional, method=m, **SMALL).run(seed=s).law for m, s in runs}) == 1
+
+
+def test_the_classes_of_a_network_have_different_laws():
+    prior = MaskedDiffusion.build("abc", 2, dim=8, depth=1, heads=2, num_classes=2)
+
+    def law(label):
+        kernel = InterpolatingKernel(Absorbing(3), prior.labelled(label), num_steps=2)
+        return FeynmanKac(ReverseChain(kernel, 2), GOAL).law
+
+    assert len({law(label) for label in (0, 1, None)}) == 3
+    assert "under label 1" in str(law(1))
