@@ -187,9 +187,10 @@ class ReverseChain(TorchDistribution):
         if whole is not None:
             return whole
         if not self.kernel.has_path_density:
+            inner = "an integral over what its steps draw beside the tokens"
             raise IntractableLogProb(
-                f"log_prob: the density of a path of {type(self.kernel).__name__} is an integral "
-                "over what its steps draw beside the tokens; use run_smc, which needs none."
+                f"log_prob: the density of a path of {type(self.kernel).__name__} is "
+                f"{inner if self.kernel.blocks else 'not known'}; use run_smc, which needs none."
             )
         states = path.unbind(-2)
         log_p = self.kernel.prior_log_prob(states[0], self.prompt)
