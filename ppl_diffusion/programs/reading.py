@@ -88,7 +88,8 @@ class Program:
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.nesting = max(map(depth, sites))
         drawn = [s for s in sites if not s["is_observed"] and not is_deterministic(s)]
-        self.observed = [s["value"] for s in sites if s["is_observed"]]
+        data = [s for s in sites if s["is_observed"] and not is_deterministic(s)]
+        self.observed = [s["value"] for s in data]
         self.order = [s["name"] for s in drawn]
         self.latents = [s["name"] for s in drawn if not is_chain(s)]
         self.parents = {
