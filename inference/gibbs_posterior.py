@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.posterior import Draws
 
 
 @dataclass(frozen=True, eq=False)
-class GibbsPosterior:
+class GibbsPosterior(Draws):
     """``C`` Markov chains of ``S`` draws, after warm-up; immutable.
 
     :param x0: clean sequences, int64 ``(C, S, *plates, L)``.
@@ -55,29 +56,9 @@ class GibbsPosterior:
     is_program: bool = False
 
     @property
-    def exact(self) -> bool:
-        """Whether the law is the one the program declares."""
-        return self.law.exact
-
-    @property
-    def target(self) -> str:
-        """The law in words."""
-        return str(self.law)
-
-    @property
-    def num_runs(self) -> int:
-        """Number ``C`` of Markov chains."""
-        return self.x0.shape[0]
-
-    @property
     def num_samples(self) -> int:
         """Number ``S`` of draws per chain."""
         return self.x0.shape[1]
-
-    @property
-    def path(self) -> Tensor | None:
-        """Whole paths, int64 ``(C, S, *plates, T + 1, L)``, or None if they were not stored."""
-        return None if self.compact_path is None else self.compact_path.to(torch.int64)
 
     @property
     def update_rate(self) -> Tensor:

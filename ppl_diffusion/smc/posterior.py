@@ -29,8 +29,36 @@ _FORMAT = 3
 _SITE = "samples."
 
 
+class Draws:
+    """What weighted particles and draws of Markov chains share: ``R`` runs of ``N`` draws."""
+
+    x0: Tensor
+    law: Law
+    compact_path: Tensor | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the draws are exact for :attr:`law`."""
+        return self.law.exact
+
+    @property
+    def target(self) -> str:
+        """The law in words."""
+        return str(self.law)
+
+    @property
+    def num_runs(self) -> int:
+        """Number ``R`` of independent runs, or of Markov chains."""
+        return self.x0.shape[0]
+
+    @property
+    def path(self) -> Tensor | None:
+        """Whole paths, int64 ``(R, N, *plates, T + 1, L)``, or None if they were not stored."""
+        return None if self.compact_path is None else self.compact_path.to(torch.int64)
+
+
 @dataclass(frozen=True, eq=False)
-class ParticlePosterior:
+class ParticlePosterior(Draws):
     """``R`` runs of ``N`` weighted particles; immutable.
 
     :param x0: clean sequences, int64 ``(R, N, *plates, L)`` (of the first chain site).
@@ -93,21 +121,6 @@ class ParticlePosterior:
         return replace(self, samples=samples, **moved)
 
     @property
-    def exact(self) -> bool:
-        """Whether the weights are exact for :attr:`law`."""
-        return self.law.exact
-
-    @property
-    def target(self) -> str:
-        """The law in words."""
-        return str(self.law)
-
-    @property
-    def num_runs(self) -> int:
-        """Number ``R`` of independent runs."""
-        return self.log_weights.shape[0]
-
-    @property
     def num_particles(self) -> int:
         """Number ``N`` of particles per run."""
         return self.log_weights.shape[1]
@@ -116,11 +129,6 @@ class ParticlePosterior:
     def num_steps(self) -> int:
         """Number ``T`` of steps."""
         return self.ancestors.shape[0]
-
-    @property
-    def path(self) -> Tensor | None:
-        """Whole paths, int64 ``(R, N, *plates, T + 1, L)``, or None if they were not stored."""
-        return None if self.compact_path is None else self.compact_path.to(torch.int64)
 
     @property
     def alive(self) -> Tensor:

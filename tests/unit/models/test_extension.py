@@ -8,6 +8,7 @@ import json
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,11 +37,11 @@ class Pairs(nn.Module):
 
     def save_pretrained(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.table.detach(), folder / "table.pt")
+        save_file({"table": self.table.detach()}, folder / "table.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder):
-        table = torch.load(folder / "table.pt", weights_only=True)
+        table = load_file(folder / "table.safetensors")["table"]
         network = cls(table.shape[1], table.shape[0])
         network.load_state_dict({"table": table})
         return network
