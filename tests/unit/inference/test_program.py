@@ -34,6 +34,7 @@ STEERING, TWISTED, TEMPERING, CORRECTOR, IMPORTANCE_SAMPLING, BEST_OF_N, BEAM = 
         "beam",
     )
 )
+LOOKING = [SMC, STEERING, TWISTED, TEMPERING]
 
 
 def owner(method):
@@ -81,17 +82,7 @@ def test_an_object_goes_by_its_class():
     assert Program(Assay(), (toy_chain(),), {}).name == "Assay"
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        SMC,
-        STEERING,
-        TWISTED,
-        TEMPERING,
-        CORRECTOR,
-        ParticleGibbs,
-    ],
-)
+@pytest.mark.parametrize("method", [*LOOKING, CORRECTOR, ParticleGibbs])
 def test_errors_name_the_method_and_advise_what_it_has(method):
     with pytest.raises(ValueError, match=f"^{owner(method)}: empty has no unobserved"):
         method(empty, num_particles=4).run()
@@ -232,17 +223,7 @@ def test_a_program_that_is_random_given_its_values_is_refused(method):
         method(noisy, num_particles=4).run(toy_chain())
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        SMC,
-        STEERING,
-        TWISTED,
-        TEMPERING,
-        CORRECTOR,
-        ParticleGibbs,
-    ],
-)
+@pytest.mark.parametrize("method", [*LOOKING, CORRECTOR, ParticleGibbs])
 def test_a_target_says_what_is_held(method):
     options = {"num_samples": 1, "num_warmup": 0} if method is ParticleGibbs else {}
 
@@ -296,15 +277,7 @@ def test_a_bare_chain_says_what_it_was_prompted_with():
     )
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        SMC,
-        STEERING,
-        TWISTED,
-        TEMPERING,
-    ],
-)
+@pytest.mark.parametrize("method", LOOKING)
 def test_whole_paths_are_no_draws_of_a_posterior(method):
     def program(chain):
         with pyro.plate("two", 2):
@@ -319,15 +292,7 @@ def test_whole_paths_are_no_draws_of_a_posterior(method):
     assert shown.dims[-1] == "position"
 
 
-CHAIN_PROGRAMS = [
-    STEERING,
-    TWISTED,
-    TEMPERING,
-    IMPORTANCE_SAMPLING,
-]
-
-
-@pytest.mark.parametrize("method", [SMC, *CHAIN_PROGRAMS, ParticleGibbs])
+@pytest.mark.parametrize("method", [*LOOKING, IMPORTANCE_SAMPLING, ParticleGibbs])
 @pytest.mark.parametrize("number", [-3, 0, 2.5])
 @pytest.mark.parametrize("name", ["num_particles", "num_runs"])
 def test_counts_are_checked_before_anything(method, number, name):
@@ -336,7 +301,7 @@ def test_counts_are_checked_before_anything(method, number, name):
         method(design, **{name: number})
 
 
-@pytest.mark.parametrize("method", [*CHAIN_PROGRAMS, ParticleGibbs])
+@pytest.mark.parametrize("method", [*LOOKING[1:], IMPORTANCE_SAMPLING, ParticleGibbs])
 def test_the_marginal_of_a_chain_is_no_chain(method):
     with pytest.raises(TypeError, match=f"^{owner(method)}: .* ChainMarginal, .* pass the chain"):
         method(toy_chain().marginal(), GOAL, num_particles=4).run()
