@@ -128,7 +128,8 @@ class SMC:
         :param seed: seed of this run; the global random state is left alone if it is given.
         :param kwargs: keyword arguments of the program.
         :returns: the weighted particles; ``law`` says what they are exact for, ``samples`` holds
-            every site, ``(R, N, ...)``.
+            every site, ``(R, N, ...)``, but for deterministic ones that show whole paths where the
+            method keeps none: ``settings["left_out"]`` names them.
         :raises ValueError: if the program has no chain site, or does not broadcast.
         :raises CapabilityError: if it is random from run to run, or lacks what the method needs.
         :raises PotentialError: if a potential or a site's density is NaN or ``+inf``.
@@ -195,6 +196,9 @@ class SMC:
         samples = dict(state["values"])
         if run.source.is_program:
             samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
+        shown = frozenset() if run.program is None else run.program.shows
+        # Values that read whole paths, where the method did not keep these: not lost in silence.
+        left_out = {"left_out": sorted(shown - samples.keys())} if shown - samples.keys() else {}
         # The loop knows what paid, which a method may have changed; and no path of one's own steps.
         known = trace.posterior_fields() | {"log_potential": state["log_g"]}
         known["compact_path"] = None if paths is None else paths[first]
@@ -210,6 +214,7 @@ class SMC:
                 "resampler": self.resampler.name,
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
+                **left_out,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },

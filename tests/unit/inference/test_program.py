@@ -198,11 +198,20 @@ def test_the_trial_changes_no_draw(monkeypatch):
 @pytest.mark.parametrize("method", [SMC, STEERING])
 def test_a_deterministic_site_needs_the_path_it_reads(method):
     chain = ordered_chain()
-    kept = method(shown, num_particles=4).run(chain, seed=0).samples
+    posterior = method(shown, num_particles=4).run(chain, seed=0)
+    kept = posterior.samples
+    assert "left_out" not in posterior.settings
     assert set(kept) == {"path", "x", "revealed"}
     assert bool((kept["revealed"] == torch.arange(3)).all())
-    without = method(shown, num_particles=4, store_path=False).run(chain, seed=0).samples
-    assert set(without) == {"x"}
+    without = method(shown, num_particles=4, store_path=False).run(chain, seed=0)
+    assert set(without.samples) == {"x"}
+    assert without.settings["left_out"] == ["revealed"]
+
+
+def test_methods_that_rate_ends_alone_say_what_they_leave_out():
+    posterior = SMC(shown, method="soft-value", num_particles=4).run(ordered_chain(), seed=0)
+    assert posterior.settings["left_out"] == ["revealed"]
+    assert set(posterior.samples) == {"path", "x"}
 
 
 def test_particle_gibbs_shows_deterministic_sites_of_whole_paths():
