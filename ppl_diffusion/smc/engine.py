@@ -25,7 +25,7 @@ from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
-from ppl_diffusion.smc.twists import Carry
+from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
 from ppl_diffusion.smc.weights import Weights
 
 Progress = Callable[[int, int], None]
@@ -36,6 +36,11 @@ class Engine(Protocol):
 
     An engine may have a method ``close(carry, generator, paths) -> (carry, log_twist)``, which then
     takes the place of the last ``log_twist``; ``paths()`` gives the whole paths recorded so far.
+    It may have a method ``renew(carry, log_twist, k, generator) -> (carry, log_twist)``, called
+    before each move: a kernel that leaves the law of the weighted states invariant, chosen before
+    the run. Weights are left alone then, and the twist that is carried is replaced.
+
+    Carries hold ``LOG_BASE``: what each particle stands for in the law of the moves alone.
     """
 
     def init(self, runs: int, particles: int, generator: Any) -> Carry: ...
@@ -121,6 +126,7 @@ class SMCTrace:
     ess: Tensor
     resampled: Tensor
     ancestors: Tensor
+    log_mass: Tensor
     died_at: Tensor
     history: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -152,6 +158,7 @@ class SMCTrace:
             "ess": self.ess,
             "resampled": self.resampled,
             "died_at": self.died_at,
+            "log_mass": self.log_mass,
             "log_potential": self.log_potential,
             "compact_path": self.path(),
         }
@@ -179,13 +186,19 @@ def smc_loop(
     shape = (num_runs, num_particles)
     carry = engine.init(num_runs, num_particles, generator)
     device = _device(carry)
+    carry = {**carry, LOG_BASE: torch.zeros(shape, dtype=torch.float64, device=device)}
     parents = identity = torch.arange(num_particles, device=device).expand(shape)
     twist = engine.log_twist(carry, 0, generator)
     twist = torch.zeros(shape, dtype=torch.float64, device=device) if twist is None else twist
     weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
     log = _Log(record, carry)
     for k in range(num_steps):
-        carry, log_ratio = engine.move(carry, k, generator)
+        if hasattr(engine, "renew"):
+            carry, twist = engine.renew(carry, twist, k, generator)
+        base = _base(weights, log_z, twist)
+        carry, log_ratio = engine.move({**carry, LOG_BASE: base}, k, generator)
+        base = base + log_ratio
+        carry = {**carry, LOG_BASE: base}
         if k + 1 == num_steps and hasattr(engine, "close"):
             so_far = partial(log.paths, carry, parents)
             carry, ahead = engine.close(carry, generator, so_far)
@@ -195,7 +208,7 @@ def smc_loop(
         weights, twist = weights.add(log_ratio + ahead - twist), ahead
         _check_weights(weights, k)
         due = weights.alive & (weights.ess < ess_threshold * num_particles) & (k + 1 < num_steps)
-        log.add(carry, weights, log_z, parents, due)
+        log.add(carry, weights, log_z, parents, due, log_mean_exp(base, 1))
         parents = identity
         if bool(due.any()):
             log_z = torch.where(due, log_z + weights.log_mean, log_z)
@@ -216,13 +229,19 @@ class _Log:
         self.record = record
         self.history = [] if record is None else [self._kept(carry)]
         self.ancestors: list[Tensor] = []
-        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(
-        self, carry: Carry, weights: Weights, log_z: Tensor, parents: Tensor, due: Tensor
+        self,
+        carry: Carry,
+        weights: Weights,
+        log_z: Tensor,
+        parents: Tensor,
+        due: Tensor,
+        log_mass: Tensor,
     ) -> None:
         self.ancestors.append(parents)
-        self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due))
+        self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due, log_mass))
         if self.record is not None:
             self.history.append(self._kept(carry))
 
@@ -241,7 +260,7 @@ class _Log:
 
     def trace(self, carry: Carry, weights: Weights, log_potential: Tensor) -> SMCTrace:
         columns = zip(*self.steps, strict=True)
-        ess, log_evidence, alive, resampled = (torch.stack(column, -1) for column in columns)
+        ess, log_evidence, alive, resampled, mass = (torch.stack(x, -1) for x in columns)
         steps_alive = alive.sum(-1)
         died = steps_alive < len(self.steps)  # the dead stay dead
         return SMCTrace(
@@ -252,9 +271,16 @@ class _Log:
             ess=ess,
             resampled=resampled,
             ancestors=torch.stack(self.ancestors),
+            log_mass=mass,
             died_at=torch.where(died, steps_alive, -1),
             history=self.history,
         )
+
+
+def _base(weights: Weights, log_z: Tensor, twist: Tensor) -> Tensor:
+    """Return the log of the weights with all twists taken off again; their mean is one."""
+    base = log_z[:, None] + weights.log - twist
+    return torch.where(weights.log == -math.inf, -math.inf, base)
 
 
 def _paths(history: list[dict[str, Tensor]], ancestors: Tensor) -> dict[str, Tensor]:

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 ARRAYS_FILE = "particles.safetensors"
 META_FILE = "particles.json"
-_FORMAT = 3
+_FORMAT = 4
 _SITE = "samples."
+_OPTIONAL = ("compact_path", "log_mass")
+"""Arrays that some results do without."""
 
 
 class Draws:
@@ -82,6 +84,12 @@ class ParticlePosterior(Draws):
     :param law: what the weights are exact for, or aim at.
     :param settings: what was chosen, in JSON types.
     :param seconds: wall time.
+    :param log_mass: log of the share of the chain's own law that the particles still stand for,
+        after each step, float64 ``(R, T)``; its exponential has expectation one. None if unknown.
+    :param num_move_rows: rows of the program evaluated to move latents.
+    :param num_move_gradients: how many of these were differentiated.
+    :param num_scout_rows: rows of networks and programs that the scout run asked for, of those in
+        ``num_evaluations``, ``num_potential_calls`` and ``num_move_rows``.
     :param compact_path: stored paths in a small integer type, or None.
     :param is_program: whether the draws are those of a program (then functions get ``samples``).
     """
@@ -106,6 +114,10 @@ class ParticlePosterior(Draws):
     seconds: float = math.nan
     compact_path: Tensor | None = None
     is_program: bool = False
+    log_mass: Tensor | None = None
+    num_move_rows: int = 0
+    num_move_gradients: int = 0
+    num_scout_rows: int = 0
 
     def to(self, device: str | torch.device) -> ParticlePosterior:
         """Return the same result with its arrays on a device.
@@ -245,7 +257,7 @@ class ParticlePosterior(Draws):
                 arrays[item.name] = value
             elif item.name == "law":
                 meta["law"] = self.law.to_json()
-            elif item.name not in ("samples", "compact_path"):
+            elif item.name not in ("samples", *_OPTIONAL):
                 meta[item.name] = json_types(value)
         return {name: value.contiguous().clone() for name, value in arrays.items()}, meta
 
@@ -314,9 +326,9 @@ def _check_names(directory: Path, arrays: Mapping[str, Tensor], meta: Mapping[st
     _compare(directory, META_FILE, set(meta), numbers | {"sites"})
     if not isinstance(meta["sites"], list):
         raise _damaged(directory, f"'sites' in {META_FILE} is no list")
-    kept = {name for name, is_array in names.items() if is_array and name != "compact_path"}
+    kept = {name for name, is_array in names.items() if is_array and name not in _OPTIONAL}
     sites = {f"{_SITE}{name}" for name in meta["sites"]}
-    _compare(directory, ARRAYS_FILE, set(arrays) - {"compact_path"}, kept | sites)
+    _compare(directory, ARRAYS_FILE, set(arrays) - set(_OPTIONAL), kept | sites)
 
 
 def _read_law(directory: Path, data: Any) -> Law:

@@ -21,6 +21,8 @@ from ppl_diffusion.processes.noise import draw_categorical, uniforms
 
 Carry = dict[str, Any]
 FILL_UNIFORMS = "fill_uniforms"
+LOG_BASE = "log_base"
+"""Log-weights of particles under the law of the moves alone, ``(R, N)``: no twist, no potential."""
 
 
 class FillTwist(ABC):
