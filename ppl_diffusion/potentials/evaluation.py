@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
+from ppl_diffusion.potentials.failures import report
 from ppl_diffusion.rows import distinct_rows
 
 OnError = Literal["raise", "reject"]
@@ -62,6 +63,7 @@ class SequenceFunction:
 
     :ivar num_calls: sequences handed to ``fn`` so far, repetitions after a failure included.
     :ivar num_failures: sequences rejected so far.
+    :ivar first_failure: the first of them and its reason, in words; None while there is none.
     """
 
     fn: RowFunction
@@ -75,6 +77,7 @@ class SequenceFunction:
     worst: float | None = -math.inf
     num_calls: int = field(default=0, init=False)
     num_failures: int = field(default=0, init=False)
+    first_failure: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
@@ -107,6 +110,7 @@ class SequenceFunction:
             found[keys[i]] = self._cache[keys[i]] = value
             if len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
+        report(str(self.name), found, self.first_failure)
         return [found[key] for key in keys]
 
     def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:
@@ -215,6 +219,7 @@ class SequenceFunction:
                 'or pass on_error="reject" to give such sequences probability zero.'
             ) from cause
         self.num_failures += 1
+        self.first_failure = self.first_failure or f"{reason}, on the sequence {row.tolist()}"
         return math.nan
 
     def _check_options(self) -> None:

@@ -66,3 +66,16 @@ def count_distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number of distinct values along the last axis."""
     ordered = np.sort(values, axis=-1)
     return 1 + (np.diff(ordered, axis=-1) != 0).sum(-1)
+
+
+def effective_distinct(labels: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Effective number of distinct labels: one over the sum of their squared weights, ``(R,)``.
+
+    :param labels: what particles are counted by, ``(R, N)``.
+    :param weights: normalised, ``(R, N)``.
+    """
+    found = [
+        np.bincount(np.unique(label, return_inverse=True)[1].reshape(-1), weights=weight)
+        for label, weight in zip(labels, weights, strict=True)
+    ]
+    return np.array([1 / (share**2).sum() for share in found], dtype=np.float64)
