@@ -14,7 +14,7 @@ from ppl_diffusion.diagnostics.plots import COLOURS, GREY, legend_line, new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIGURES = ("log_evidence", "log_evidence_se", "ess", "evaluations")
+_FIGURES = ("log_evidence", "ess", "evaluations")
 _SHIFTS = (-0.12, 0.12)
 _MARKERS = "osD^vP*X<>"
 """Colours come round after seven results, and markers move on: seventy look different."""
@@ -24,9 +24,9 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
     """Numbers of :func:`plot_comparison`; the second axis holds the run as it is and its share.
 
     :param score: name of the score; by default the first that all have besides the potential.
-    :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``log_evidence_se``, ``score``,
-        ``score_se``, ``ess`` and ``evaluations`` ``(C, 2)``, NaN where there is none;
-        ``log_evidence_range`` ``(C, 2, 2)``, lowest and highest run; ``name`` of the score ``()``.
+    :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``score``, ``score_se``, ``ess``
+        and ``evaluations`` ``(C, 2)``, NaN where there is none; ``log_evidence_interval`` and
+        ``log_evidence_range`` (lowest and highest run) ``(C, 2, 2)``; ``name`` of the score ``()``.
     :raises ValueError: if not every contender has the score.
     """
     each = [row["scores"] for row in comparison.rows]
@@ -50,6 +50,7 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
         "name": np.array(name),
         "score": column(lambda part: part["scores"][name]["mean"]),
         "score_se": column(lambda part: part["scores"][name]["se"]),
+        "log_evidence_interval": column(lambda part: part["log_evidence_interval"] or (None, None)),
         "log_evidence_range": column(lambda part: part["log_evidence_range"] or (None, None)),
         **{key: column(itemgetter(key)) for key in _FIGURES},
     }
@@ -61,7 +62,8 @@ def plot_comparison(
     """Evidence, a score against network rows, and effective sample size of several results.
 
     Filled marks are the runs as they are, open ones the share that the common budget pays for;
-    bars are one standard error, and thin lines run from the lowest to the highest single run.
+    bars are 95 % of the evidence (none where runs disagree) and one standard error of the score,
+    and thin lines run from the lowest to the highest single run.
     Letters say which evidences have one target; a result without evidence has no mark.
 
     :param score: name of the score; by default the first that all have besides the potential.
@@ -83,11 +85,13 @@ def plot_comparison(
 def _by_contender(
     ax: "Axes", data: PlotData, key: str, title: str, *, letters: bool = False
 ) -> None:
-    errors = data.get(f"{key}_se", np.full_like(data[key], np.nan))
+    ends = data.get(f"{key}_interval", np.full((*data[key].shape, 2), np.nan))
     places = range(len(data["label"]))
     for part, shift in enumerate(_SHIFTS):
         for place in places:
-            value, error = data[key][place, part], errors[place, part]
+            value, (low, high) = data[key][place, part], ends[place, part]
+            # The mean of the runs may lie outside what its own law gives it.
+            error = np.array([[value - low], [high - value]]).clip(0)
             _mark(ax, place + shift, value, error, place, part)
     names = [
         f"{label} ({target})" if letters else str(label)
@@ -124,10 +128,10 @@ def _against_cost(ax: "Axes", data: PlotData) -> None:
     ax.legend(**where, ncols=columns, frameon=False, fontsize="small")
 
 
-def _mark(ax: "Axes", x: float, y: float, error: float, place: int, part: int) -> None:
+def _mark(ax: "Axes", x: float, y: float, error: Any, place: int, part: int) -> None:
     style: dict[str, Any] = {"color": _colour(place), "ms": 6, "capsize": 3}
     face = _colour(place) if part == 0 else "white"
-    bar = error if np.isfinite(error) else None
+    bar = error if np.isfinite(error).all() else None
     if np.isfinite(y):
         ax.errorbar(x, y, yerr=bar, mfc=face, ls="", marker=_marker(place), **style)
 

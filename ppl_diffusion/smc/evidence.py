@@ -14,6 +14,7 @@ of 20 at most (Markov).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +88,25 @@ class Evidence:
 
     def __str__(self) -> str:
         """Return a phrase: the value, and how sure it is."""
-        if self.num_dead == self.num_runs:
-            return "-inf (every run is dead)"
-        if self.interval is not None:
-            low, high = self.interval
-            return f"{self.log_mean:.3f} [{low:.3f}, {high:.3f}]"
-        if self.bound is None or self.ends is None:
-            return f"{self.log_mean:.3f} (one run: no error)"
-        low, high = self.ends
-        return (
-            f"{self.log_mean:.3f} (no error; runs from {low:.1f} to {high:.1f}, "
-            f"at least {self.bound:.1f} at {LEVEL:.0%})"
-        )
+        return phrase(self.log_mean, self.interval, self.bound)
+
+
+def phrase(
+    log_mean: float, interval: Sequence[float] | None = None, bound: float | None = None
+) -> str:
+    """Return an evidence in words, without an error where none is known.
+
+    :param log_mean: in nats, as the others.
+    :param interval: at 95 %, or None.
+    :param bound: what the truth is no less than at 95 %, or None for a single run.
+    """
+    if log_mean == -math.inf:
+        return "-inf (every run is dead)"
+    if interval is not None:
+        low, high = interval
+        return f"{log_mean:.4g} [{low:.4g}, {high:.4g}]"
+    known = "one run" if bound is None else f"no error, at least {bound:.4g} at 95 %"
+    return f"{log_mean:.4g} ({known})"
 
 
 def lognormal_interval(
