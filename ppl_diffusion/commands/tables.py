@@ -136,7 +136,7 @@ def comparison_tables(comparison: Comparison) -> None:
         "seconds": [_known(row["seconds"]) for row in rows],
         "root ancestors, worst run": [_known(row["root_ancestors"]) for row in rows],
         "k-hat": [_known(row["khat"]) for row in rows],
-        "warnings": [", ".join(row["warnings"]) or "none" for row in rows],
+        "warnings": [len(row["warnings"]) for row in rows],
         **_figures(rows),
     }
     _side_by_side("Runs as they are", labels, as_they_are)
@@ -176,13 +176,22 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
     names = dict.fromkeys(name for part in parts for name in part["scores"])
     return {
         "network rows": [part["evaluations"] for part in parts],
-        "log evidence (nats), 95 %": list(map(evidence_text, parts)),
+        "log evidence (nats)": [_known(part["log_evidence"]) for part in parts],
+        "log evidence, 95 %": list(map(_interval, parts)),
         "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [f"{part['ess']:.1f}" for part in parts],
         "distinct designs": [part["unique"] for part in parts],
         "Hamming of two draws": [_known(part["hamming"]) for part in parts],
         **{_LABELS.get(name, _plain(name)): _score_cells(parts, name) for name in names},
     }
+
+
+def _interval(part: Mapping[str, Any]) -> str:
+    if part["log_evidence_interval"] is not None:
+        low, high = part["log_evidence_interval"]
+        return f"[{_cell(low)}, {_cell(high)}]"
+    bound = part["log_evidence_bound"]
+    return "n/a" if bound is None else f">= {_cell(bound)}"
 
 
 def _score_cells(parts: Sequence[Mapping[str, Any]], name: str) -> list[object]:

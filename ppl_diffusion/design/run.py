@@ -27,7 +27,7 @@ from ppl_diffusion.design.report import (
     save_netcdf,
     save_plots,
 )
-from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range
+from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
 from ppl_diffusion.diagnostics.report import root_ancestors
 from ppl_diffusion.distributions import ReverseChain
 
@@ -115,7 +115,9 @@ def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
         "log_evidence": posterior.log_evidence.tolist(),
         "log_evidence_pooled": posterior.pooled_log_evidence,
         "log_evidence_range": evidence_range(posterior.log_evidence),
-        "evidence_relative_variance": posterior.evidence_variance.tolist(),
+        "evidence_relative_variance": list(
+            map(number_or_none, posterior.evidence_variance.tolist())
+        ),
     }
 
 
