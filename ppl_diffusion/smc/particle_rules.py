@@ -40,7 +40,7 @@ def _worst(values: Floats, runs: NDArray[np.int64], bad: NDArray[np.bool_]) -> t
     """Return the index of the smallest value, its run in words, and how many others are bad."""
     at = int(np.argmin(np.where(bad, values, np.inf)))
     others = int(bad.sum()) - 1
-    return at, f"run {runs[at]}", f" (and in {others} of {len(runs)} others)" if others else ""
+    return at, f"run {runs[at]}", f" (and in {others} of {len(runs) - 1} others)" if others else ""
 
 
 # ----------------------------------------------------------------------------------------------

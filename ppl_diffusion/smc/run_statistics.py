@@ -78,4 +78,5 @@ def effective_distinct(labels: NDArray[Any], weights: NDArray[np.float64]) -> ND
         np.bincount(np.unique(label, return_inverse=True)[1].reshape(-1), weights=weight)
         for label, weight in zip(labels, weights, strict=True)
     ]
-    return np.array([1 / (share**2).sum() for share in found], dtype=np.float64)
+    # Rounded, so that ten equal shares are ten and not a little less.
+    return np.round([1 / (share**2).sum() for share in found], 9)
