@@ -187,7 +187,7 @@ def table(length, scale, twist, seed):
     return smc(chain, toy_potential(length=length, scale=scale, seed=seed + 1), twist, seed, 256)
 
 
-TWIST = "argmax"
+TWIST = "defensive"
 GOOD = {
     "motif of 8": lambda seed: smc(markov(8), motif(0.5), TWIST, seed, 128),
     "motif of 16": lambda seed: smc(markov(16), motif(0.7), TWIST, seed, 256),

@@ -88,10 +88,13 @@ def test_chains_of_other_spreads_do_not_agree(good):
 
 @pytest.mark.parametrize(("rho", "fires"), [(0.5, False), (0.97, True)])
 def test_bulk_ess(good, rho, fires):
-    """An autoregressive chain of 2000 draws is worth 2000 (1 - rho) / (1 + rho): 667, or 30."""
+    """An autoregressive chain of 2000 draws is worth 2000 (1 - rho) / (1 + rho): 667, or 30.
+
+    Estimates from so short a chain are too high by up to a factor of two.
+    """
     posterior = replace(good, log_density=autoregressive(rho))
     expected = CHAINS * DRAWS * (1 - rho) / (1 + rho)
-    assert split_ess(posterior.log_density) == pytest.approx(expected, rel=0.5)
+    assert 0.7 * expected < split_ess(posterior.log_density) < 2 * expected
     assert ("ess" in kinds(posterior)) == fires
 
 
@@ -136,7 +139,7 @@ def test_failures_are_counted_wherever_the_function_stands():
         x = chain.x0(pyro.sample("path", chain))
         pyro.factor("dock", Reward(dock, on_error="reject")(x))
 
-    options = {"num_samples": 5, "num_warmup": 0, "num_particles": 16, "num_runs": 1}
+    options = {"num_samples": 5, "num_warmup": 0, "num_particles": 64, "num_runs": 1}
     told = ParticleGibbs(docked, twist=None, **options).run(seed=0).settings["failures"]["dock"]
     assert 0 < told["failed"] < told["asked"] <= 27
     assert told["failed"] <= 19  # with a zero; 8 of 27 have none
