@@ -33,8 +33,10 @@ def test_a_second_look_is_held_against_the_first():
     """The failing twin forgets that the population follows the first look already."""
     log_g, base, first = log(1.0, 1.0), log(1.0, 1.0), log(0.1, 1.9)
     once = lookahead_cost([first], log_g, base, threshold=0.9)
-    assert lookahead_cost([first, first], log_g, base, threshold=0.9) == pytest.approx(once)
     assert once == pytest.approx((1 / 0.1 + 1 / 1.9) / 2)
+    nearly_same = log(0.09, 1.91)  # steeper, and nothing to resample for
+    assert lookahead_cost([first, nearly_same], log_g, base, threshold=0.9) == pytest.approx(once)
+    assert lookahead_cost([nearly_same], log_g, base, threshold=0.9) > once
 
 
 def test_a_floor_bounds_the_cost():
