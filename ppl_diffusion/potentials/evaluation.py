@@ -196,11 +196,9 @@ class SequenceFunction:
         self, rows: Tensor, piece: _Piece, outcome: _Outcome
     ) -> Iterator[tuple[int, float]]:
         """Apply the policy to what came back for one piece."""
-        if isinstance(outcome, Exception):
-            outcome, cause = [_reason(outcome)] * len(piece), outcome
-        else:
-            cause = None
-        answers = [self._check(value) for value in outcome]
+        cause = outcome if isinstance(outcome, Exception) else None
+        found = [_reason(outcome)] * len(piece) if isinstance(outcome, Exception) else outcome
+        answers = [self._check(value) for value in found]
         for i, answer in sorted(
             zip(piece, answers, strict=True), key=lambda entry: isinstance(entry[1], str)
         ):
