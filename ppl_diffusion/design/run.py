@@ -131,10 +131,14 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> None:
         timeless = dataclasses.replace(result.posterior, seconds=math.nan)
         timeless.save(place / "particles")
         save_netcdf(timeless.to_arviz(vocabulary=list("ACGT")), place / "posterior.nc")
-        (place / "designs.csv").write_text(designs_csv(designs, result.columns, sequences))
-        (place / "designs.fasta").write_text(fasta(sequences, design_headers(designs)))
+        (place / "designs.csv").write_text(
+            designs_csv(designs, result.columns, sequences), encoding="utf-8"
+        )
+        (place / "designs.fasta").write_text(
+            fasta(sequences, design_headers(designs)), encoding="utf-8"
+        )
         save_plots(timeless, place / "plots")
-        (place / MARKER).write_text(json_text(result.summary))
+        (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
 
 
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:
