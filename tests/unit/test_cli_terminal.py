@@ -10,6 +10,7 @@ import torch
 
 from ppl_diffusion.cli import run
 from ppl_diffusion.commands.terminal import plain, readable_streams
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
@@ -157,12 +158,16 @@ def test_a_run_that_was_written_is_read_again(places):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_damaged_motif_beside_the_one_asked_for_is_one_sentence(places, tmp_path, capsys):
+def test_a_damaged_motif_is_one_sentence(places, tmp_path, monkeypatch, capsys):
+    def stub(*_, **__):
+        raise ParticleCollapse("enough")
+
+    monkeypatch.setattr("ppl_diffusion.design.run.design", stub)
     matrices = tmp_path / "two.jaspar"
     sound = ">M1 sound\nA [9 1]\nC [1 9]\nG [0 0]\nT [0 0]\n"
     matrices.write_text(sound + sound.replace("M1 sound", "M2 torn").replace("[9", "[x"))
     asked = ["--motif", f"{matrices}@M1", *SMALL, "--out", str(tmp_path / "r")]
-    assert run(["design", str(places["PRIOR"]), *asked]) == 0
+    assert run(["design", str(places["PRIOR"]), *asked]) == 1
     err = [line for line in capsys.readouterr().err.splitlines() if "motif" in line]
     assert len(err) == 1
     assert err[0].startswith("ppl-diffusion: The motif file")
