@@ -8,8 +8,9 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 _PACKAGE = Path(__file__).parents[1]
 _HANDLER = "ppl-diffusion-stand-ins"
@@ -44,9 +45,9 @@ def plain(text: str, encoding: str) -> str:
 @contextmanager
 def readable_streams() -> Iterator[None]:
     """Let standard output and error write stand-ins for what they cannot write."""
-    changed: list[tuple[TextIO, str]] = []
+    changed: list[tuple[TextIOWrapper, str | None]] = []
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none, and writes everything
+        if isinstance(stream, TextIOWrapper):  # a notebook's is none, and writes everything
             changed.append((stream, stream.errors))
             stream.reconfigure(errors=_HANDLER)
     try:
@@ -54,7 +55,7 @@ def readable_streams() -> Iterator[None]:
     finally:
         for stream, errors in changed:
             with suppress(OSError, ValueError):  # the reader may have gone
-                stream.reconfigure(errors=errors)  # type: ignore[attr-defined]
+                stream.reconfigure(errors=errors)
 
 
 @contextmanager
