@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.commands.complain import OK, NoAnswer, Stopped, complain
-from ppl_diffusion.commands.tables import comparison_tables, design_tables, progress_bar, table
+from ppl_diffusion.commands.tables import (
+    comparison_tables,
+    design_tables,
+    progress_bar,
+    table,
+    warnings,
+)
 from ppl_diffusion.design.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
@@ -22,7 +28,6 @@ if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SamplerSettings
 
 PLOT_KINDS = (".png", ".pdf", ".svg")
-OF_EVIDENCE = ("log_evidence", "log_evidence_se", "genealogical_sd", "log_evidence_per_run")
 
 
 def list_models() -> None:
@@ -138,25 +143,27 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics.claims import disagreement
+    from ppl_diffusion.diagnostics.claims import EVIDENCE, claim
 
     posterior = load_particles(folder)
     figures = summary(posterior)
+    sentences = figures.pop("warnings")
+    target = [claim(figures)]
+    left_out = {"target", "exact"}
     if not posterior.law.has_evidence:
-        figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
-    rows = [[key, _readable(value)] for key, value in figures.items()]
-    table(f"Particles of {folder}", ["quantity", "value"], rows)
-    if posterior.law.has_evidence and (note := disagreement(posterior.log_evidence)):
-        print(f"Note: {note}")
+        left_out |= {*EVIDENCE, "genealogical_sd", "log_evidence_per_run"}
+    rows = [[key, _readable(value)] for key, value in figures.items() if key not in left_out]
+    table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
+    warnings(sentences)
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
 
-        left_out = save_plots(posterior, plots)
-        if left_out is not None and not any(plots.glob("*.png")):
-            raise NoAnswer(left_out)
+        missing = save_plots(posterior, plots)
+        if missing is not None and not any(plots.glob("*.png")):
+            raise NoAnswer(missing)
         print(f"wrote {plots}")
-        if left_out is not None:
-            complain(left_out, OK)
+        if missing is not None:
+            complain(missing, OK)
 
 
 def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None) -> None:
@@ -214,5 +221,5 @@ def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
 
 def _readable(value: Any) -> object:
     if isinstance(value, list | tuple):
-        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-    return value
+        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(_readable(v)) for v in value)
+    return "n/a" if value is None else value

@@ -34,9 +34,9 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
 
     :param score: name of the score; by default the first that all have besides the potential.
     :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``score``, ``score_se``, ``ess``
-        and ``evaluations`` ``(C, 2)``, NaN where there is none; ``log_evidence_range``
-        ``(C, 2, 2)``, lowest and highest run; ``log_evidence_runs`` ``(C, 2, R)``, every run, NaN
-        beyond those there are; ``name`` of the score ``()``.
+        and ``evaluations`` ``(C, 2)``, NaN where there is none; ``log_evidence_interval`` and
+        ``log_evidence_range`` (lowest and highest run) ``(C, 2, 2)``; ``log_evidence_runs``
+        ``(C, 2, R)``, every run, NaN beyond those there are; ``name`` of the score ``()``.
     :raises ValueError: if not every contender has the score.
     """
     each = [row["scores"] for row in comparison.rows]
@@ -60,6 +60,7 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
         "name": np.array(name),
         "score": column(lambda part: part["scores"][name]["mean"]),
         "score_se": column(lambda part: part["scores"][name]["se"]),
+        "log_evidence_interval": column(lambda part: part["log_evidence_interval"] or (None, None)),
         "log_evidence_range": column(lambda part: part["log_evidence_range"] or (None, None)),
         "log_evidence_runs": _single_runs(comparison),
         **{key: column(itemgetter(key)) for key in _FIGURES},
@@ -84,8 +85,9 @@ def plot_comparison(
 
     Filled marks are the runs as they are, open ones the share that the common budget pays for.
     Evidences stand in one panel for each target letter, because those of different laws cannot be
-    compared: dots are single runs, marks the log of their mean, thin lines go from the lowest to
-    the highest. A result without evidence has no mark. Bars of the score are one standard error.
+    compared: dots are single runs, thin lines go from the lowest to the highest, marks are the log
+    of their mean, and broad lines its 95 % interval, which is missing where runs disagree. A result
+    without evidence has no mark. Bars of the score are one standard error.
 
     :param score: name of the score; by default the first that all have besides the potential.
     :param ax: where to draw; the panels become its ``child_axes``, those of evidence first.
@@ -123,12 +125,15 @@ def _by_contender(ax: "Axes", data: PlotData, key: str, title: str, places: list
 
 
 def _single(ax: "Axes", data: PlotData, places: list[int]) -> None:
-    """Draw single runs: how far they are apart says more than any error of theirs."""
+    """Draw single runs, and what they are sure of together."""
     for at, place in enumerate(places):
         for part, shift in enumerate(_SHIFTS):
             low, high = finite(data["log_evidence_range"][place, part])
             if high > low:
                 ax.vlines(at + shift, low, high, color=_colour(place), lw=0.8, alpha=0.6)
+            low, high = finite(data["log_evidence_interval"][place, part])
+            if high > low:
+                ax.vlines(at + shift, low, high, color=_colour(place), lw=5, alpha=0.25)
             runs = finite(data["log_evidence_runs"][place, part])
             ax.scatter(np.full(len(runs), at + shift), runs, s=8, color=_colour(place), alpha=0.6)
 

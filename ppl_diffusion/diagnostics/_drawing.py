@@ -93,7 +93,7 @@ def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def warn_above(ax: "Axes", posterior: "ParticlePosterior") -> None:
     """Name above a plot what the result is warned about."""
-    kinds = [str(getattr(one, "kind", one)) for one in getattr(posterior, "warnings", ())]
+    kinds = dict.fromkeys(verdict.kind for verdict in posterior.warnings)
     if kinds:
-        said = f"see posterior.warnings: {', '.join(dict.fromkeys(kinds))}"
+        said = f"see posterior.warnings: {', '.join(kinds)}"
         ax.set_title(said, loc="left", color=VERMILLION, fontsize="small", pad=14)

@@ -38,13 +38,17 @@ def plot_evidence_data(posterior: "ParticlePosterior") -> PlotData:
     """Numbers of :func:`plot_evidence`, in nats.
 
     :returns: ``step`` ``(T,)`` from 1; ``log_evidence`` ``(R, T)`` running estimates; ``pooled``
-        ``(T,)``, log of their mean over runs (dead runs as 0).
+        ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, 95 % of the
+        final one, NaN where runs give none.
     """
     steps = as_array(posterior.log_evidence_steps)
+    found = posterior.evidence
+    interval = found.interval if found is not None and found.interval is not None else (np.nan,) * 2
     return {
         "step": np.arange(1, posterior.num_steps + 1),
         "log_evidence": steps,
         "pooled": pooled_log_evidence(steps),
+        "interval": np.array(interval, dtype=np.float64),
     }
 
 

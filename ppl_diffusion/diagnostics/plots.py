@@ -81,8 +81,8 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
     """Running log evidence of each run and of all together; a point is where a run ends.
 
     The black line is the log of the mean evidence (unbiased before the logarithm), in which a dead
-    run, whose line stops where it died, counts as zero. Single runs show how sure it is; where they
-    disagree a line says that no spread of theirs is an error of their mean.
+    run, whose line stops where it died, counts as zero. Beside its end stands the 95 % interval of
+    all runs together; where they disagree there is none, and a line says so.
     """
     ax = new_axes(ax)
     data = plot_evidence_data(posterior)
@@ -93,11 +93,19 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
         ax.plot(step[-1:], values[-1:], **_dots(run, ms=5))
     name_runs(ax, run_names(posterior), lw=0.9)
     ax.plot(step, finite(data["pooled"]), color=BLACK, lw=1.8, label="log of the mean")
+    _draw_interval(ax, data)
     _say_about_runs(ax, posterior, data)
     ax.set(xlabel="reverse step", ylabel="log evidence (nats)")
     legend_beside(ax)
     warn_above(ax, posterior)
     return ax
+
+
+def _draw_interval(ax: "Axes", data: PlotData) -> None:
+    low, high = finite(data["interval"])
+    if high > low:
+        at = data["step"][-1] + 0.03 * len(data["step"])
+        ax.vlines(at, low, high, color=BLACK, lw=4, alpha=0.4, label="95 % interval")
 
 
 def _say_about_runs(ax: "Axes", posterior: "ParticlePosterior", data: PlotData) -> None:

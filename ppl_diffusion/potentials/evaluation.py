@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.answers import WrongAnswer, read_answer
+from ppl_diffusion.potentials.failures import report
 from ppl_diffusion.rows import distinct_rows
 
 OnError = Literal["raise", "reject"]
@@ -117,6 +118,7 @@ class SequenceFunction:
             self.num_sequences += 1
             if len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
+        report(str(self.name), found, self.first_failure)
         return [found[key] for key in keys]
 
     def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:

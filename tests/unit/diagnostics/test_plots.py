@@ -225,7 +225,7 @@ def test_a_legend_names_so_many_runs_as_look_different(make_posterior):
     assert labels[23:25] == ["run 23", "and 16 more"]
 
 
-def test_evidence_plot_shows_the_runs_themselves_and_no_error(make_posterior):
+def test_evidence_plot_shows_the_runs_themselves_and_their_interval(make_posterior):
     posterior = make_posterior()
     ax = diagnostics.plot_evidence(posterior)
     for run, values in enumerate(posterior.log_evidence_steps):
@@ -233,9 +233,11 @@ def test_evidence_plot_shows_the_runs_themselves_and_no_error(make_posterior):
         np.testing.assert_array_equal(line.get_ydata(), values)
         np.testing.assert_array_equal(point.get_ydata(), values[-1:])
         assert line.get_color() == point.get_color()
-    assert labels_of(ax) == ["run 0", "run 1", "run 2", "log of the mean"]
-    assert not ax.collections  # bands
-    assert not ax.containers  # bars
+    assert labels_of(ax) == ["run 0", "run 1", "run 2", "log of the mean", "95 % interval"]
+    (bar,) = ax.collections
+    (ends,) = bar.get_segments()
+    assert tuple(ends[:, 1]) == posterior.evidence.interval
+    assert not ax.containers
 
 
 def test_evidence_plot_says_when_runs_disagree(make_posterior):
@@ -245,8 +247,19 @@ def test_evidence_plot_says_when_runs_disagree(make_posterior):
     steps[0] -= 5.8 + steps[0, -1] - steps[1, -1]
     steps[2] = steps[1]
     apart = replace(posterior, log_evidence_steps=steps, log_evidence=steps[:, -1])
-    (text,) = diagnostics.plot_evidence(apart).texts
-    assert "runs disagree by 5.8 nats" in text.get_text()
+    ax = diagnostics.plot_evidence(apart)
+    assert "runs disagree by 5.8 nats" in ax.texts[0].get_text()
+    assert not ax.collections  # no error where none is known
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_name_what_the_result_is_warned_about(make_posterior, name):
+    quiet, dead = make_posterior(particles=100), make_posterior(particles=100, dead=[1])
+    kinds = [verdict.kind for verdict in dead.warnings]
+    assert "dead" in kinds
+    said = getattr(diagnostics, name)(dead).get_title(loc="left")
+    assert said == f"see posterior.warnings: {', '.join(kinds)}"
+    assert bool(quiet.warnings) == bool(getattr(diagnostics, name)(quiet).get_title(loc="left"))
 
 
 def test_weights_plot_shows_every_particle_and_the_khat(make_posterior):
