@@ -116,8 +116,9 @@ def _say_about_runs(ax: "Axes", posterior: "ParticlePosterior", data: PlotData) 
     elif disagreement(data["log_evidence"][:, -1]) is not None:
         ends = data["log_evidence"][:, -1]
         ends = ends[np.isfinite(ends)]
-        apart = f"runs disagree by {ends.max() - ends.min():.1f} nats"
-        said = f"{apart}: the error of their mean is not known"
+        apart = float(ends.max() - ends.min())
+        nats = f"{apart:.1f}" if apart < 1e6 else f"{apart:.0e}"
+        said = f"runs disagree by {nats} nats: the error of their mean is not known"
         ax.text(0.02, 0.02, said, transform=ax.transAxes, color=VERMILLION, fontsize="small")
 
 
@@ -196,7 +197,9 @@ def plot_ancestry(
         tree.set_title(f"{names[number]}: {roots} roots", fontsize="medium")
         tree.title.set_color(run_style(number)["color"] if len(runs) > 1 else BLACK)
         tree.set(xlim=(0, posterior.num_steps))
-        tree.tick_params(labelbottom=False, labelleft=len(runs) == 1)
+        tree.tick_params(labelbottom=False)
+        if len(runs) > 1:
+            tree.set(xticks=[], yticks=[])  # the counts below have the same steps
     if len(runs) == 1:
         trees[0].set_ylabel("particle, by descent")
         _name_roots(trees[0], each[runs[0]])

@@ -82,26 +82,21 @@ CASES = {
 }
 
 
-def draw(figure):
-    """Draw everything that is in a figure, which is when Matplotlib fails."""
-    figure.savefig(io.BytesIO(), format="png", dpi=40)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", PLOTS)
 def test_every_plot_is_drawn(make_posterior, name, case):
     figure = Figure(figsize=(7, 4.5))
     ax = figure.subplots()
     assert getattr(diagnostics, f"plot_{name}")(CASES[case](make_posterior), ax=ax) is ax
-    draw(figure)
+    figure.draw_without_rendering()
 
 
-@pytest.mark.parametrize("case", ["a dead run", "one step", "many runs"])
+@pytest.mark.parametrize("case", ["a dead run", "many runs", "enormous evidences"])
 @pytest.mark.parametrize("name", PLOTS)
-def test_a_layout_finds_room_for_it(make_posterior, name, case):
+def test_a_layout_finds_room_for_it_in_a_file(make_posterior, name, case):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     getattr(diagnostics, f"plot_{name}")(CASES[case](make_posterior), ax=figure.subplots())
-    draw(figure)
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
 
 
 COMPARED = [name for name in CASES if "evidence" in name]
@@ -114,7 +109,7 @@ def test_every_result_is_compared_in_a_plot(make_posterior, case):
     pair = [Contender("usual", usual), Contender(case, CASES[case](make_posterior))]
     figure = Figure(figsize=(12, 4.6))
     plot_comparison(compare(pair), ax=figure.subplots())
-    draw(figure)
+    figure.draw_without_rendering()
 
 
 @pytest.mark.parametrize("name", ["$1$ & $x_2^", "_run", "run\\frac {d} é"])
@@ -122,7 +117,7 @@ def test_a_label_is_shown_as_it_is(make_posterior, name):
     pair = [Contender(label, make_posterior(seed=len(label))) for label in ("plain one", name)]
     figure = Figure()
     ax = plot_comparison(compare(pair), ax=figure.subplots())
-    draw(figure)
+    figure.draw_without_rendering()
     legend = [text.get_text().strip() for text in ax.child_axes[1].get_legend().get_texts()]
     assert legend[1].replace("\\$", "$") == name
 
