@@ -151,3 +151,13 @@ def test_evidences_of_different_laws_never_share_an_axis(make_posterior):
     runs = [collection.get_offsets()[:, 1] for collection in panels[0].collections]
     each = posteriors[0].log_evidence.tolist()
     assert any(sorted(np.asarray(values).tolist()) == sorted(each) for values in runs)
+
+
+@pytest.mark.parametrize("case", ["equal up to rounding", "equal weights", "one particle has all"])
+def test_weights_without_a_range_have_a_bar_that_is_seen(make_posterior, case):
+    posterior = CASES[case](make_posterior)
+    left, _ = diagnostics.plot_weights(posterior, ax=Figure().subplots()).child_axes
+    bars = [patch.get_data() for patch in left.patches]
+    counts = [bar.values - bar.baseline for bar in bars]
+    assert sum(map(np.sum, counts)) == int((posterior.weights > 0).sum())
+    assert all(np.diff(bar.edges).min() > 0.01 for bar in bars)
