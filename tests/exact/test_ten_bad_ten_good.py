@@ -183,11 +183,12 @@ def uniform(seed):
 
 
 def table(length, scale, twist, seed):
-    chain = first_hitting(random_joint(3, length, seed=seed))
-    return smc(chain, toy_potential(length=length, scale=scale, seed=seed + 1), twist, seed, 256)
+    chain = first_hitting(random_joint(3, length))
+    return smc(chain, toy_potential(length=length, scale=scale), twist, seed, 256)
 
 
 TWIST = "defensive"
+"""The default of every method."""
 GOOD = {
     "motif of 8": lambda seed: smc(markov(8), motif(0.5), TWIST, seed, 128),
     "motif of 16": lambda seed: smc(markov(16), motif(0.7), TWIST, seed, 256),
