@@ -11,6 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ppl_diffusion.commands.terminal import plain
 from ppl_diffusion.diagnostics.claims import claim, evidence_text
 
 if TYPE_CHECKING:
@@ -48,15 +49,21 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
 
 def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table on standard output; numbers stand to the right."""
+    console = Console(markup=False, emoji=False)  # names of folders may hold brackets
+
+    def said(text: str) -> str:
+        # Before the table is laid out: a stand-in may be longer.
+        return plain(text, console.encoding)
+
     body = [list(row) for row in rows]
-    out = Table(title=title, title_justify="left")
-    for position, name in enumerate(header):
+    out = Table(title=title and said(title), title_justify="left")
+    for position, name in enumerate(map(said, header)):
         numeric = body and all(isinstance(row[position], int | float) for row in body)
         side: JustifyMethod = "right" if numeric else "left"
         out.add_column(name, justify=side, overflow="fold", no_wrap=name == "name")
     for row in body:
-        out.add_row(*map(_cell, row))
-    Console().print(out)
+        out.add_row(*(said(_cell(value)) for value in row))
+    console.print(out)
 
 
 def design_tables(result: Result) -> None:

@@ -121,11 +121,12 @@ def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
     }
 
 
-def write_run(result: Result, folder: Path, *, replace: bool) -> None:
+def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """Write the run folder, whole or not at all.
 
     The same seed gives the same bytes in every file but ``summary.json``, which holds the seconds.
 
+    :returns: a sentence about plots that could not be drawn, None if all were.
     :raises InputError: if the place cannot be taken.
     """
     designs, sequences = result.designs, result.sequences
@@ -133,10 +134,15 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> None:
         timeless = dataclasses.replace(result.posterior, seconds=math.nan)
         timeless.save(place / "particles")
         save_netcdf(timeless.to_arviz(vocabulary=list("ACGT")), place / "posterior.nc")
-        (place / "designs.csv").write_text(designs_csv(designs, result.columns, sequences))
-        (place / "designs.fasta").write_text(fasta(sequences, design_headers(designs)))
-        save_plots(timeless, place / "plots")
-        (place / MARKER).write_text(json_text(result.summary))
+        (place / "designs.csv").write_text(
+            designs_csv(designs, result.columns, sequences), encoding="utf-8"
+        )
+        (place / "designs.fasta").write_text(
+            fasta(sequences, design_headers(designs)), encoding="utf-8"
+        )
+        left_out = save_plots(timeless, place / "plots")
+        (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
+    return left_out
 
 
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:

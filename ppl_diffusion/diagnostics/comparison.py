@@ -150,10 +150,17 @@ def _row(contender: Contender, letter: str, budget: int) -> dict[str, Any]:
         "num_dead_runs": int((~as_array(posterior.alive)).sum()),
         "potential_calls": posterior.num_potential_calls,
         "seconds": contender.seconds,
+        "log_evidence_per_run": _runs(posterior),
         **_trust(posterior),
         **_figures(contender, posterior.num_runs, 1.0),
         "equal": {"how": how, **_figures(contender, kept, overspent)},
     }
+
+
+def _runs(posterior: "ParticlePosterior") -> list[float | None]:
+    if not posterior.law.has_evidence:
+        return []
+    return [number_or_none(value) for value in as_array(posterior.log_evidence)]
 
 
 def _trust(posterior: "ParticlePosterior") -> dict[str, Any]:
@@ -237,7 +244,8 @@ def _score(
         return {"mean": None, "se": None}
     alive = as_array(posterior.alive)
     per_run = _mean(as_array(posterior.weights)[alive], values[alive])
-    spread = per_run.std(ddof=1) if len(per_run) > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # infinite scores have no spread
+        spread = per_run.std(ddof=1) if len(per_run) > 1 else math.nan
     mean = _mean(weights, values[: len(weights)]).sum()
     return {"mean": number_or_none(mean), "se": number_or_none(spread * share)}
 

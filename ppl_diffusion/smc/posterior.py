@@ -283,7 +283,7 @@ class ParticlePosterior(Draws):
         arrays, meta = self._split()
         save_file(arrays, directory / ARRAYS_FILE)
         text = json.dumps({"format": _FORMAT, **meta}, indent=1, sort_keys=True)
-        (directory / META_FILE).write_text(text + "\n")
+        (directory / META_FILE).write_text(text + "\n", encoding="utf-8")
         return directory
 
     def _split(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -346,7 +346,7 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "give a folder that ParticlePosterior.save or a design run wrote."
             )
     try:
-        meta = json.loads((directory / META_FILE).read_text())
+        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
         with safe_open(directory / ARRAYS_FILE, framework="pt") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:

@@ -24,16 +24,6 @@ def relative_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.exp(log_evidence - safe)
 
 
-def across_run_sd(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Relative standard deviation of one run's evidence, from the spread over runs (axis 0).
-
-    By the delta method this is also the standard deviation of its logarithm. NaN for one run.
-    """
-    if len(log_evidence) < 2:
-        return np.full(log_evidence.shape[1:], np.nan)
-    return np.asarray(np.std(relative_evidence(log_evidence), axis=0, ddof=1))
-
-
 def genealogical_sd(log_evidence: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
     """Relative standard deviation of one run's evidence, from its family tree.
 
