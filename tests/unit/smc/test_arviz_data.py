@@ -9,9 +9,9 @@ import torch
 
 from ppl_diffusion.diagnostics import khat, to_arviz
 from ppl_diffusion.errors import ParticleCollapse
-from ppl_diffusion.smc import arviz_data
+from ppl_diffusion.smc import arviz_data, arviz_layout
 
-arviz = arviz_data._import_arviz()
+arviz = arviz_layout.import_arviz()
 ARVIZ_MAJOR = int(arviz.__version__.split(".")[0])
 only_1x = pytest.mark.skipif(ARVIZ_MAJOR < 1, reason="needs ArviZ 1.x (Python 3.12)")
 only_0x = pytest.mark.skipif(ARVIZ_MAJOR >= 1, reason="needs ArviZ 0.x")
@@ -319,7 +319,7 @@ def test_container_follows_the_installed_major(make_posterior, monkeypatch):
     class Future:
         __version__ = "1.3.0"
 
-    monkeypatch.setattr(arviz_data, "_import_arviz", lambda: Future)
+    monkeypatch.setattr(arviz_layout, "import_arviz", lambda: Future)
     tree = to_arviz(make_posterior())
     assert isinstance(tree, xarray.DataTree)
     assert set(tree.children) == {"posterior", "sample_stats", "smc", "smc_history"}

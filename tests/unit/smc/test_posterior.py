@@ -13,7 +13,7 @@ from ppl_diffusion.diagnostics import summary, summary_table, to_arviz
 from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
-from ppl_diffusion.smc.posterior import ARRAYS_FILE, META_FILE
+from ppl_diffusion.smc.posterior_files import ARRAYS_FILE, META_FILE
 from ppl_diffusion.testing import toy_markov_chain, toy_potential, z_score
 
 NEVER = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf))
