@@ -32,7 +32,6 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse
 from ppl_diffusion.inference.arguments import require_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
-from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
 from ppl_diffusion.inference.smc import Engine
 from ppl_diffusion.kernels.base import GIVEN
@@ -47,6 +46,7 @@ from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, State, 
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMultinomial
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
 from ppl_diffusion.smc.resampling import Multinomial, Resampler

@@ -16,14 +16,14 @@ weighted              chain, particle, ...   the particles themselves, with log_
 smc                   chain, step            ess, log_evidence, log_evidence_increment,
                                              resampled, n_unique, n_root_ancestors, log_mass
 smc                   chain                  total_log_evidence, evidence_variance, khat, died_at
-smc_history           chain, step, draw      ancestor; stored paths as (chain, draw, state, position)
+smc_history           chain, step, draw      ancestor; stored paths: chain, draw, state, position
 observed_data         plates                 what the program observed, where it is known
 constant_data         token                  token_id, labelled by the vocabulary
-log_likelihood        chain, draw, plates    on request: each observed element, not summed, not scaled
+log_likelihood        chain, draw, plates    on request: each observed element, unscaled
 log_prior             chain, draw, plates    with it: latents
 log_factors           chain, draw, plates    with it: factors, by their names
 posterior_predictive  chain, draw, plates    on request: new data for each draw
-prior                 chain, draw, ...       on request: draws without data; ``prior_sequences``, too
+prior                 chain, draw, ...       on request: draws without data (``prior_sequences``)
 prior_predictive      chain, draw, plates    with it: data for these
 ====================  =====================  ==================================================
 

@@ -30,7 +30,7 @@ Draws = Any
 
 _DIMENSIONS = ("chain", "draw", "particle", "position", "state", "step", "path_move", "token")
 _TAKEN = re.compile(
-    "|".join([*_DIMENSIONS, "run", "ancestor", r"plate_\d+", r".*_dim_\d+", "position_.*"]),
+    "|".join([*_DIMENSIONS, "run", "ancestor", r"plate_\d+", r".*_dim_\d+", ".*_position"]),
     re.DOTALL,
 )
 
@@ -139,7 +139,7 @@ class Layout:
         return self.names.get(site, site.replace("/", "."))
 
     def _position(self, site: str, length: int) -> str:
-        return "position" if length == self.x0.shape[-1] else f"position_{self.name(site)}"
+        return "position" if length == self.x0.shape[-1] else f"{self.name(site)}_position"
 
     def _plates(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Return the dimensions of the plates of a site of numbers."""

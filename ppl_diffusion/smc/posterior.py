@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from ppl_diffusion.smc.origin import Origin
+
 
 @dataclass(frozen=True, eq=False)
 class ParticlePosterior(Draws, kind="particles"):
@@ -139,8 +140,45 @@ class ParticlePosterior(Draws, kind="particles"):
             raise ValueError(f"genealogy: run must lie in 0..{self.num_runs - 1}, got {run}.")
         return genealogy_graph(self.ancestors[:, run], self.eve[run], self.weights[run])
 
+    def reweight(
+        self, *args: Any, temperature: float = 1.0, force: bool = False, **kwargs: Any
+    ) -> ParticlePosterior:
+        """Return this run for another potential, temperature or observation.
+
+        Sequences, latents, lineage and cost are kept; weights, evidence, law and the values of
+        deterministic sites change. ``exp`` of the new evidences is unbiased. Their ratios to the
+        old ones are in ``settings["log_evidence_ratio"]``, run by run (they share each run's error,
+        which only the spread over runs shows), what was done in ``settings["reweighted_from"]``.
+
+        :param args: the new potential of a bare chain; of a program its new arguments, at which it
+            runs again with the same latents. None keeps what there was, for another temperature.
+        :param temperature: the target is ``p G^(1 / temperature)``; for a program ``G`` is all
+            that its latents were not drawn by: the likelihood, where they come from their prior.
+        :param force: return weights that would be refused.
+        :param kwargs: keyword arguments of the program.
+        :raises CapabilityError: where the weights are not to be used: k-hat above 0.7 with few
+            effective particles, a run with fewer than ten of these or with one root ancestor, a
+            potential that allows what the old one excluded; or where the arguments change a chain.
+        :raises ParticleCollapse: if no particle meets the new potential.
+        :raises ValueError: if the program is not known, because the run was read from a file.
+
+        Example::
+
+            colder = posterior.reweight(temperature=0.5)
+            other = posterior.reweight(y=torch.tensor(11.0))
+        """
+        # Here, not above: it makes results from results.
+        from ppl_diffusion.smc.reweighting import reweight
+
+        return cast(
+            ParticlePosterior, reweight(self, args, kwargs, temperature=temperature, force=force)
+        )
+
     def to_arviz(self, **options: Any) -> Any:
-        """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x)."""
+        """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x).
+
+        :param options: those of :func:`ppl_diffusion.smc.arviz_data.to_arviz`.
+        """
         # Here, not above: xarray is slow to import, and most runs never leave torch.
         from ppl_diffusion.smc.arviz_data import to_arviz
 

@@ -1,7 +1,7 @@
 """The file format of results: one for weighted particles and for draws of Markov chains.
 
-Arrays are in ``particles.safetensors``, everything else in ``particles.json``, whose ``"kind"`` says
-which class of result it is.
+Arrays are in ``particles.safetensors``, everything else in ``particles.json``, whose ``"kind"``
+says which class of result it is.
 """
 
 from __future__ import annotations
