@@ -126,7 +126,7 @@ class Replay:
         found = {}
         for site in self.program.data:
             value = run.value(site.name)
-            if value is None:
+            if value is None or value.shape[1:] != site.value.shape:
                 raise ValueError(
                     f"the site {site.name!r} of {self.program.name} draws fewer values than it "
                     "was given as data; put it into a plate."

@@ -10,10 +10,10 @@ posterior             chain, draw, ...       every site of the program but its s
 sequences             chain, draw, ...       ``x0`` and other clean sequences
 sample_stats          chain, draw            log_weight, log_potential, root_ancestor,
                                              particle, is_valid
-weighted              chain, particle, ...   the particles themselves, with log_weight,
+weighted_data         chain, particle, ...   the particles themselves, with log_weight,
                                              log_potential, root_ancestor (beside resampled
                                              draws only)
-smc                   chain, step            ess, log_evidence, log_evidence_increment,
+smc                   chain, step            time, ess, log_evidence, log_evidence_increment,
                                              resampled, n_unique, n_root_ancestors, log_mass
 smc                   chain                  total_log_evidence, evidence_variance, khat, died_at
 smc_history           chain, step, draw      ancestor; stored paths: chain, draw, state, position
@@ -81,7 +81,7 @@ def to_arviz(
 
     ArviZ summaries and plots ignore weights, so by default each run is resampled (stratified) to
     ``N`` equally weighted draws; ``sample_stats.particle`` says which particle a draw came from,
-    and the group ``weighted`` holds the particles with their weights. Across-draw ``rhat`` and
+    and the group ``weighted_data`` holds the particles with their weights. Across-draw ``rhat`` and
     ``ess`` of such draws are meaningless, because particles of one run share ancestors; compare
     *chains* (runs). A dead run (evidence zero) cannot be resampled and is left out of
     ``posterior`` and ``sample_stats``; chain labels keep the run numbers. The ``smc`` groups are
@@ -131,7 +131,7 @@ def to_arviz(
     if not groups["posterior"].data_vars:  # a bare chain: summaries need a number to look at
         groups["posterior"] = groups["sample_stats"][["log_potential"]]
     if weights == "resample":
-        groups["weighted"] = _weighted(posterior, table)
+        groups["weighted_data"] = _weighted(posterior, table)
     if past := _history(posterior, table, history):
         groups["smc_history"] = make_dataset(past, np.arange(posterior.num_runs))
     if vocabulary is not None:
@@ -206,7 +206,10 @@ def _sample_stats(
 
 
 def _weighted(posterior: ParticlePosterior, table: SiteTable) -> xr.Dataset:
-    """Return the particles themselves, whose weights are lost to resampled draws."""
+    """Return the particles themselves, whose weights are lost to resampled draws.
+
+    ArviZ makes tables of all groups that are not called data; a column for each particle is none.
+    """
     columns = {
         "log_weight": as_array(posterior.log_weights),
         "log_potential": as_array(posterior.log_potential),
@@ -224,6 +227,7 @@ def _smc(posterior: ParticlePosterior) -> xr.Dataset:
     with np.errstate(invalid="ignore"):  # -inf minus -inf after a run has died
         increment = np.diff(log_evidence, axis=1, prepend=0.0)
     by_step = {
+        "time": np.broadcast_to(as_array(posterior.times)[1:], log_evidence.shape),
         "ess": as_array(posterior.ess),
         "log_evidence": log_evidence,
         "log_evidence_increment": increment,
@@ -241,8 +245,7 @@ def _smc(posterior: ParticlePosterior) -> xr.Dataset:
     }
     variables: dict[str, Variable] = {k: (("chain", "step"), v) for k, v in by_step.items()}
     variables |= {k: (("chain",), v) for k, v in by_run.items()}
-    dataset = make_dataset(variables, np.arange(posterior.num_runs))
-    return dataset.assign_coords(time=("step", as_array(posterior.times)[1:]))
+    return make_dataset(variables, np.arange(posterior.num_runs))
 
 
 def _history(

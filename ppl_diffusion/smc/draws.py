@@ -75,6 +75,11 @@ class Draws(ABC):
         """Runs with any draw of positive weight, bool ``(R,)``."""
 
     @property
+    def weights(self) -> Tensor:
+        """Weights that sum to one in each living run, float64 ``(R, N)``; zero in a dead one."""
+        return self.own_log_weights().exp()
+
+    @property
     @abstractmethod
     def pooled_log_weights(self) -> Tensor:
         """Log-weights over all runs, ``(R, N)``; their exponentials sum to one."""

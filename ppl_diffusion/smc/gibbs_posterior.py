@@ -85,18 +85,13 @@ class GibbsPosterior(Draws, kind="chains"):
         return torch.ones(self.num_runs, dtype=torch.bool, device=self.x0.device)
 
     @property
-    def log_weights(self) -> Tensor:
-        """Equal log-weights, float64 ``(C, S)``; they sum to one in each chain."""
-        return self.log_density.new_full(self.log_density.shape, -math.log(self.num_samples))
-
-    @property
     def pooled_log_weights(self) -> Tensor:
         """Equal log-weights over all chains, float64 ``(C, S)``; they sum to one."""
-        return self.log_weights - math.log(self.num_runs)
+        return self.own_log_weights() - math.log(self.num_runs)
 
     def own_log_weights(self) -> Tensor:
-        """Return the equal log-weights."""
-        return self.log_weights
+        """Return equal log-weights, which sum to one in each chain."""
+        return self.log_density.new_full(self.log_density.shape, -math.log(self.num_samples))
 
     def to_arviz(self, **options: Any) -> Any:
         """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x), chains and draws as such.
