@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from ppl_diffusion.programs.reading import Program
@@ -44,4 +43,4 @@ def attach(
             f"attach: this is no result of {origin.program.name} at these arguments: its law is "
             f"'{posterior.target}', not '{theirs}'; give the program and what it was run with."
         )
-    return replace(posterior, origin=origin, plates=origin.plates)
+    return posterior.with_origin(origin)

@@ -166,6 +166,13 @@ class Draws(ABC):
     def to_arviz(self, **options: Any) -> Any:
         """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x)."""
 
+    def with_origin(self, origin: Origin) -> Self:
+        """Return the same result with the program that it came from.
+
+        :param origin: the program.
+        """
+        return replace(self, origin=origin, plates=origin.plates)  # type: ignore[type-var]
+
     def require_origin(self, what: str) -> Origin:
         """Return the program that the draws came from.
 
