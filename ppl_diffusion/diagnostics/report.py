@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.diagnostics.chain_report import chain_summary
 from ppl_diffusion.diagnostics.claims import number_or_none
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, genealogical_sd
 from ppl_diffusion.smc.weights import Weights
@@ -19,7 +21,7 @@ KHAT_LIMIT = 0.7
 """Above this k-hat weighted means are not to be trusted (Vehtari et al. 2024)."""
 
 
-def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
+def summary(posterior: "ParticlePosterior | GibbsPosterior") -> dict[str, Any]:
     """Figures that say what a particle run found and how far to trust it; all JSON types.
 
     ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs, dead runs counting as 0:
@@ -37,8 +39,11 @@ def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
     share ancestors and stand in no order. Compare runs, and read ``num_eves``, instead.
 
     :param posterior: ``R`` runs of ``N`` particles.
-    :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``.
+    :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``. For draws of
+        :class:`~ppl_diffusion.inference.ParticleGibbs`, what :func:`chain_summary` returns.
     """
+    if isinstance(posterior, GibbsPosterior):
+        return chain_summary(posterior)
     weights = as_array(posterior.log_weights)
     return {
         "target": posterior.target,
@@ -56,13 +61,16 @@ def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
     }
 
 
-def summary_table(posterior: "ParticlePosterior") -> "Table":
+def summary_table(posterior: "ParticlePosterior | GibbsPosterior") -> "Table":
     """The figures of :func:`summary` as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("quantity", "value", title="Particle posterior")
-    for quantity, value in _rows(summary(posterior)):
+    facts = summary(posterior)
+    is_chains = isinstance(posterior, GibbsPosterior)
+    table = Table("quantity", "value", title="Markov chains" if is_chains else "Particle posterior")
+    plain = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    for quantity, value in plain if is_chains else _rows(facts):
         table.add_row(Text(quantity), Text(value))
     return table
 

@@ -203,7 +203,7 @@ def _reasons(old: ParticlePosterior, new: ParticlePosterior, num_excluded: int) 
         )
     # What is broken before cannot be mended by weights.
     broken = [v for v in getattr(old, "warnings", ()) if getattr(v, "level", "") == "broken"]
-    reasons += [f"the run itself is not to be used ({verdict.text})" for verdict in broken]
+    reasons += [f"the run itself is not to be used ({verdict})" for verdict in broken]
     return reasons + _of_weights(new)
 
 

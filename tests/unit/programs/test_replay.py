@@ -1,5 +1,6 @@
 """Programs run again on finished draws: element by element, without data, from a file."""
 
+import json
 import pickle
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from ppl_diffusion.diagnostics import summary, summary_table
 from ppl_diffusion.inference import SMC, ParticleGibbs, attach
 from ppl_diffusion.potentials import factor
 from ppl_diffusion.smc import Draws, GibbsPosterior, ParticlePosterior
@@ -161,6 +163,18 @@ def test_chains_have_the_surface_of_particles(chains):
     mean = chains.expectation(lambda s: s["gain"])
     torch.testing.assert_close(mean, chains.samples["gain"].double().mean(1))
     assert chains.to_arviz().smc_history["path"].dims[2:] == ("promoter", "state", "position")
+
+
+def test_chains_have_a_summary(chains):
+    facts = summary(chains)
+    json.dumps(facts, allow_nan=False)
+    assert facts["rhat_of"] in {"gain", "mean", "log_density"}
+    assert facts["ess_bulk"] > 0
+    assert (facts["num_runs"], facts["num_draws"]) == (2, 5)
+    assert summary_table(chains).row_count == len(facts)
+    short = {**GIBBS, "num_runs": 1, "num_samples": 2}
+    one = ParticleGibbs(CHAIN, toy_potential(), **short).run(seed=0)
+    assert summary(one)["rhat"] is None
 
 
 def test_a_pickle_does_without_the_program(posterior):
