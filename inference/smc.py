@@ -27,6 +27,7 @@ from ppl_diffusion.inference.arguments import require_counts, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.inference.correctors import Corrector
+from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
@@ -135,7 +136,7 @@ class SMC:
         :raises PotentialError: if a potential or a site's density is NaN or ``+inf``.
         """
         started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
+        with torch.no_grad(), seeded(seed), watch_failures() as failures:
             run = self.bind(args, kwargs)
             engine = Engine(self.method, run, self.store_path)
             trace = smc_loop(
@@ -149,7 +150,7 @@ class SMC:
                 record=run.record if self.store_path and not self.method.keeps_paths else None,
                 progress=self.progress,
             )
-            posterior = self._posterior(run, trace, seed, started)
+            posterior = self._posterior(run, trace, failures.settings(), seed, started)
         return self.method.finish(posterior)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
@@ -187,7 +188,12 @@ class SMC:
         return ProgramSource(program, holding)
 
     def _posterior(
-        self, run: Bound, trace: SMCTrace, seed: int | None, started: float
+        self,
+        run: Bound,
+        trace: SMCTrace,
+        failures: dict[str, Any],
+        seed: int | None,
+        started: float,
     ) -> ParticlePosterior:
         state: State = trace.carry
         paths = None
@@ -219,6 +225,7 @@ class SMC:
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
                 **left_out,
+                **failures,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.smc.chain_rules import judge_chains
 from ppl_diffusion.smc.draws import Draws
 from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.verdict import Verdict
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc.origin import Origin
@@ -79,6 +82,15 @@ class GibbsPosterior(Draws, kind="chains"):
         """
         return self.updated.to(torch.float64).mean((0, 1))
 
+    @cached_property
+    def _verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(judge_chains(self))
+
+    @property
+    def warnings(self) -> list[Verdict]:
+        """What is wrong with this result, a sentence each, the worst first; empty if nothing is."""
+        return list(self._verdicts)
+
     @property
     def alive(self) -> Tensor:
         """All chains, bool ``(C,)``."""
@@ -118,5 +130,5 @@ class GibbsPosterior(Draws, kind="chains"):
     def __repr__(self) -> str:
         return (
             f"GibbsPosterior({self.num_runs} chains x {self.num_samples} draws, "
-            f"{self.num_divergences} divergences)"
+            f"warnings: {', '.join(verdict.kind for verdict in self._verdicts) or 'none'})"
         )

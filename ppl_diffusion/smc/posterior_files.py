@@ -36,7 +36,7 @@ def write_posterior(posterior: Any, directory: Path, kind: str) -> Path:
     arrays, meta = _split(posterior)
     save_file(arrays, directory / ARRAYS_FILE)
     text = json.dumps({"format": FORMAT, "kind": kind, **meta}, indent=1, sort_keys=True)
-    (directory / META_FILE).write_text(text + "\n")
+    (directory / META_FILE).write_text(text + "\n", encoding="utf-8")
     return directory
 
 
@@ -98,7 +98,7 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "give a folder that ParticlePosterior.save or a design run wrote."
             )
     try:
-        meta = json.loads((directory / META_FILE).read_text())
+        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
         with safe_open(directory / ARRAYS_FILE, framework="pt") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
