@@ -35,8 +35,6 @@ MIN_ESS, MIN_ESS_SHARE = 10.0, 0.02
 """Least effective sample size of a run, in particles and as a share of them."""
 MIN_ROOTS = 2.0
 """Least effective number of root ancestors of a run that was resampled."""
-FAR = 2.0
-"""Nats between two evidences beyond which earlier resampling followed another potential."""
 
 # Known by its fields: naming the class, whose ``reweight`` this file is, would close a circle.
 ParticlePosterior = Any
@@ -248,11 +246,6 @@ def _described(
     ratio = new.log_evidence - old.log_evidence
     pooled = new.pooled_log_evidence - old.pooled_log_evidence
     known: dict[str, Any] = {"target": old.target, "temperature": temperature, "forced": reasons}
-    if bool(old.resampled.any()) and abs(pooled) > FAR:
-        known["note"] = (
-            f"the evidence changed by {pooled:+.1f} nats and earlier resampling followed the old "
-            "potential: run again to confirm"
-        )
     settings = {
         **old.settings,
         "reweighted_from": json_types(known),

@@ -121,7 +121,7 @@ def test_words_costs_and_lineage():
     torch.testing.assert_close(other.log_evidence_steps[:, -1], other.log_evidence)
     pooled = other.pooled_log_evidence - posterior.pooled_log_evidence
     assert other.settings["log_evidence_ratio_pooled"] == pytest.approx(pooled)
-    assert "note" not in other.settings["reweighted_from"]
+    assert "reweighted" not in {verdict.kind for verdict in other.warnings}
     twice = other.reweight(OLD)
     torch.testing.assert_close(twice.log_evidence, posterior.log_evidence)
 
@@ -131,9 +131,10 @@ def test_weights_that_are_not_to_be_used_are_refused():
     steep = Potential(lambda x0: 20.0 * NEW(x0), name="steep")
     with pytest.raises(CapabilityError, match="effective sample size of a run falls to"):
         posterior.reweight(steep)
-    forced = posterior.reweight(steep, force=True).settings["reweighted_from"]
-    assert "effective sample size" in " ".join(forced["forced"])
-    assert "earlier resampling followed the old potential" in forced["note"]
+    forced = posterior.reweight(steep, force=True)
+    reasons = forced.settings["reweighted_from"]["forced"]
+    assert "effective sample size" in " ".join(reasons)
+    assert "earlier resampling followed the old potential" in " ".join(forced.warnings)
     one_root = dataclasses.replace(posterior, eve=torch.zeros_like(posterior.eve))
     with pytest.raises(CapabilityError, match=r"1\.0 root ancestors"):
         one_root.reweight(temperature=1.1)
