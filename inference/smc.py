@@ -14,9 +14,8 @@ away from here and give it to ``pyro.infer.Importance``: the answer is the same.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +32,7 @@ from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sources import (
     Moved,
@@ -246,9 +246,18 @@ class SMC:
             },
             seconds=time.perf_counter() - started,
             is_program=run.source.is_program,
+            **_origin(run),
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
+
+
+def _origin(run: Bound) -> dict[str, Any]:
+    """Return the fields by which a result remembers its program."""
+    if run.program is None:
+        return {}
+    replay = Replay(run.program)
+    return {"origin": replay, "plates": replay.plates}
 
 
 class Engine:
@@ -305,15 +314,3 @@ def as_method(
             f"{', '.join(own) or 'none'}."
         )
     return cls(**options)
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed what happens inside and leave the global random state alone; None does neither."""
-    if seed is None:
-        yield
-        return
-    # Seeding seeds every accelerator, too.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

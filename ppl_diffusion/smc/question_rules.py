@@ -16,6 +16,7 @@ ParticlePosterior = Any
 
 FORBIDDEN, SURVIVORS = 0.9, 25
 FAILED = 0.5
+FAR = 2.0
 REVEALS = 4.0
 ACCEPTED = 0.02
 COST = 5.0
@@ -111,6 +112,23 @@ def lookahead(posterior: ParticlePosterior) -> Verdict | None:
         where="all runs",
         value=cost,
         limit=COST,
+    )
+
+
+def reweighted(posterior: ParticlePosterior) -> Verdict | None:
+    """Judge whether a reweighted run went far from what its resampling followed."""
+    ratio = posterior.settings.get("log_evidence_ratio_pooled")
+    was_resampled = bool(posterior.resampled.any())
+    if ratio is None or not was_resampled or not abs(ratio) > FAR:
+        return None
+    return Verdict(
+        f"reweighting changed the log evidence by {ratio:+.1f} nats (limit {FAR:g}), and earlier "
+        "resampling followed the old potential; run again to confirm.",
+        kind="reweighted",
+        level="note",
+        where="the evidence",
+        value=ratio,
+        limit=FAR,
     )
 
 

@@ -29,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     *SEARCH_RULES,
     question_rules.stuck,
     question_rules.lookahead,
+    question_rules.reweighted,
 )
 
 
