@@ -103,6 +103,10 @@ def _resample(run: Bound, trace: SMCTrace, resampler: Resampler) -> None:
     trace.carry = run.gather(trace.carry, chosen)
     if trace.history:
         trace.history[-1] = take_particles(trace.history[-1], chosen)
-    trace.ancestors = torch.cat([trace.ancestors[:-1], trace.ancestors[-1:].gather(-1, chosen[None])])
-    trace.resampled = torch.cat([trace.resampled[:, :-1], trace.resampled[:, -1:] | due[:, None]], 1)
+    trace.ancestors = torch.cat(
+        [trace.ancestors[:-1], trace.ancestors[-1:].gather(-1, chosen[None])]
+    )
+    trace.resampled = torch.cat(
+        [trace.resampled[:, :-1], trace.resampled[:, -1:] | due[:, None]], 1
+    )
     trace.weights = Weights(torch.where(due[:, None], 0.0, weights.log))

@@ -156,9 +156,7 @@ def _detached(value: Any) -> Any:
     return value.detach()
 
 
-def _accepted(
-    spot: Spot, proposed: Spot, log_ratio: Tensor, generator: Any
-) -> tuple[Spot, Tensor]:
+def _accepted(spot: Spot, proposed: Spot, log_ratio: Tensor, generator: Any) -> tuple[Spot, Tensor]:
     """Accept by the ratio; what has no density, or is no number, is never gone to."""
     noise = uniforms(log_ratio.shape, generator=generator, device=log_ratio.device)
     taken = (noise.log() < log_ratio) & (proposed.log_r > -torch.inf)
@@ -179,9 +177,10 @@ def gibbs(
     total = len(site.values)
     others = min(total - 1, limit)
     elements = site.index(spot.latents[site.name]).shape[-1]
-    chosen = torch.randperm(elements, generator=generator)[: max(1, limit // max(others, 1))]
+    some = max(1, limit // max(others, 1))
+    chosen = uniforms((elements,), generator=generator, device="cpu").argsort()[:some].tolist()
     changed = torch.zeros_like(spot.log_h)
-    for element in chosen.tolist() if others else ():
+    for element in chosen if others else ():
         spot, moved = _gibbs_element(spot, ahead, site, element, others, generator)
         changed = changed + moved / len(chosen)
     return spot, changed

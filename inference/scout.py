@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.latent_moves import MAX_ASKED, RealMove, Spot, gibbs
 from ppl_diffusion.inference.latent_sites import Coordinates, LatentSites
 from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method
+from ppl_diffusion.programs.run import same_values
 from ppl_diffusion.programs.sources import Rng, State
 from ppl_diffusion.smc.twists import LOG_BASE
 
@@ -180,7 +182,7 @@ class LatentMover:
         self, spot: Spot, ahead: Ahead, move: RealMove | None, n: int, generator: Rng
     ) -> tuple[Spot, Tensor]:
         """Move continuous latents together, and draw discrete ones anew; return what moved."""
-        moved = torch.ones((), dtype=torch.float64)
+        moved = torch.ones_like(spot.log_h)
         if move is not None:
             fills = next((x.shape[2] for x in ahead.kept.values() if isinstance(x, Tensor)), 1)
             spot, taken = move(spot, ahead, self.sites.real.of(spot.latents), generator)
@@ -203,10 +205,9 @@ class LatentMover:
 
     # Finding out.
 
-    def _learn(
-        self, spot: Spot, ahead: Ahead, group: int, weights: Tensor, generator: Rng
-    ) -> Spot:
+    def _learn(self, spot: Spot, ahead: Ahead, group: int, weights: Tensor, generator: Rng) -> Spot:
         """Move until latents have left where they were, and note what that took."""
+        _require_same_law(spot, ahead)
         real = self.sites.real.of(spot.latents)
         move, shares, before = None, [], None
         if real.sites:
@@ -244,6 +245,18 @@ class LatentMover:
         if not ahead.smooth or chosen == "random-walk" or (chosen == "auto" and few):
             return "random-walk"
         return "hmc"
+
+
+def _require_same_law(spot: Spot, ahead: Ahead) -> None:
+    """Refuse latents that the program draws by another law than they were drawn by."""
+    # They are moved under the law that the program states; weights divide by the one they had.
+    now = ahead(spot.latents).log_r
+    known = spot.log_r > -torch.inf
+    if not same_values(now[known], spot.log_r[known]):
+        raise CapabilityError(
+            "SMC: the law of latents that are drawn before the sequences changes with the "
+            "sequences, so that they cannot be moved; pass moves=None."
+        )
 
 
 def root_of(flat: Tensor, weights: Tensor) -> Tensor:

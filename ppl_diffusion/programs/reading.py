@@ -197,9 +197,7 @@ class Program:
             traces = self._traces(values, size, place)
         return ProgramRun(self, traces, size, strict=strict)
 
-    def _traces(
-        self, values: Mapping[str, Tensor], size: int, place: Place | None
-    ) -> list[Trace]:
+    def _traces(self, values: Mapping[str, Tensor], size: int, place: Place | None) -> list[Trace]:
         if not self.vectorize:
             rows = [{name: value[i] for name, value in values.items()} for i in range(size)]
             return [self.trace(row, place=place) for row in rows]

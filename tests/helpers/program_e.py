@@ -48,7 +48,9 @@ def truth():
     v = torch.linspace(-4.0, 1.6, 561, dtype=torch.float64)
     gain, sd = u.exp()[:, None], v.exp()
     step = (u[1] - u[0]) * (v[1] - v[0])
-    prior = dist.Normal(zero(), 0.5).log_prob(u)[:, None] + v + dist.HalfNormal(zero(1.0)).log_prob(sd)
+    prior = (
+        dist.Normal(zero(), 0.5).log_prob(u)[:, None] + v + dist.HalfNormal(zero(1.0)).log_prob(sd)
+    )
     total = means = 0.0
     for score, p in zip(SCORE, LAW, strict=True):
         for b, q in ((0.0, 0.7), (1.0, 0.3)):
