@@ -21,7 +21,6 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_target
