@@ -55,7 +55,7 @@ def frozen(num_runs=RUNS, twist=None, particles=4):
 
 
 def test_moves_chosen_before_the_run_leave_the_evidence_unbiased():
-    assert all(abs(z) < 4 for z in scores(frozen().run(seed=1)))
+    assert all(abs(z) < 4 for z in scores(frozen(RUNS // 2).run(seed=1)))
 
 
 def test_persistent_completions_are_moved_under_too():
@@ -114,7 +114,7 @@ WRONG = [
 def test_a_wrong_move_is_found_out(wrong, monkeypatch):
     wrong(monkeypatch)
     persistent = PersistentFill(1, 0.2) if wrong is complete_anew_after_the_move else None
-    posterior = frozen(RUNS // 2, persistent, particles=8).run(seed=3)
+    posterior = frozen(2000, persistent, particles=32).run(seed=3)
     assert max(abs(z) for z in scores(posterior)) > 8
 
 
@@ -125,7 +125,7 @@ def tuned(num_runs=RUNS, seed=4, particles=4, **options):
 
 def test_a_scout_leaves_the_evidence_unbiased(monkeypatch):
     monkeypatch.setattr("ppl_diffusion.inference.latent_run._few", lambda size, resampler: 32)
-    assert all(abs(z) < 4 for z in scores(tuned()))
+    assert all(abs(z) < 4 for z in scores(tuned(RUNS // 2)))
 
 
 def test_kernels_tuned_on_the_particles_they_move_are_found_out():

@@ -9,13 +9,13 @@ import torch
 
 from ppl_diffusion.inference import SMC, ParticleGibbs
 from ppl_diffusion.testing.oracles import z_score
-from tests.helpers.promoters import LONG, SHORT, promoters, truth
+from tests.helpers.promoters import LONG, ROUGH, SHORT, promoters, truth
 
 NAMES = ("gain", "sd")
 
 
 def test_moves_agree_with_a_grid_on_the_tiny_twin():
-    posterior = SMC(promoters, num_particles=64, num_runs=48).run(SHORT, seed=0)
+    posterior = SMC(promoters, num_particles=64, num_runs=48).run(SHORT, ROUGH, seed=0)
     log_z, *means = truth()
     estimate = (posterior.log_evidence - log_z).exp()
     assert abs(z_score(estimate, 1.0)) < 3
@@ -28,7 +28,7 @@ def test_moves_agree_with_a_grid_on_the_tiny_twin():
 
 
 def test_without_moves_few_values_are_left():
-    posterior = SMC(promoters, num_particles=64, num_runs=8, moves=None).run(SHORT, seed=0)
+    posterior = SMC(promoters, num_particles=64, num_runs=8, moves=None).run(SHORT, ROUGH, seed=0)
     distinct = [len(run.unique()) for run in posterior.samples["gain"]]
     assert sum(distinct) / 8 < 32
 
@@ -36,7 +36,7 @@ def test_without_moves_few_values_are_left():
 @pytest.mark.slow
 def test_particle_gibbs_agrees_with_the_grid():
     options = {"num_particles": 32, "num_runs": 8, "num_samples": 400, "num_warmup": 100}
-    posterior = ParticleGibbs(promoters, **options).run(SHORT, seed=0)
+    posterior = ParticleGibbs(promoters, **options).run(SHORT, ROUGH, seed=0)
     for name, mean in zip(NAMES, truth()[1:], strict=True):
         assert abs(z_score(posterior.samples[name].mean(1), mean)) < 3
 
