@@ -66,8 +66,8 @@ class LatentRun:
 
 
 _AT_THE_END = (
-    "latents are moved when the sequences are finished, and not before: the scout was not resampled "
-    "until then, or at no step with a look-ahead that depends on them"
+    "latents are moved when the sequences are finished, and not before: the scout was not "
+    "resampled until then, or at no step with a look-ahead that depends on them"
 )
 
 
