@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.inference.clouds import clinging, number_of, root_of
 from ppl_diffusion.inference.latent_moves import MAX_ASKED, RealMove, Spot, gibbs
 from ppl_diffusion.inference.latent_sites import Coordinates, LatentSites
 from ppl_diffusion.programs.ahead import Ahead
@@ -30,11 +31,8 @@ from ppl_diffusion.smc.twists import LOG_BASE
 SCOUTS = 64
 """Particles of a scout run at most."""
 
-MOST_MOVES, FIRST_MOVES = 20, 10
-"""Moves per step at most, and as long as latents do not cling to where they were."""
-
-STAY, CLING = 0.1, 0.5
-"""Share of particles that may stay where they are, and correlation that is moved on from."""
+MOST_MOVES, CLING = 20, 0.5
+"""Moves per step at most, and correlation with where latents were that is moved on from."""
 
 LOW, LEAST_SCALE = 0.1, 2.0**-6
 """Acceptance below which steps are halved, and the shortest of them."""
@@ -215,14 +213,14 @@ class LatentMover:
             move = RealMove(self._kernel(spot, ahead, real), root_of(before, weights))
             move, spot, share = self._scaled(move, spot, ahead, generator)
             shares.append(share)
-        number = self.options.number or _number(shares)
+        number = self.options.number or number_of(shares)
         while True:
             while len(shares) < number:
                 spot, share = self._sweep(spot, ahead, move, len(shares), generator)
                 shares.append(share)
             if self.options.number or before is None or number >= MOST_MOVES:
                 break
-            if _cling(before, real.flat(spot.latents), weights) <= CLING:
+            if clinging(before, real.flat(spot.latents), weights) <= CLING:
                 break
             number = min(2 * number, MOST_MOVES)
         self.steps[group] = Tuned(move, number)
@@ -257,49 +255,6 @@ def _require_same_law(spot: Spot, ahead: Ahead) -> None:
             "SMC: the law of latents that are drawn before the sequences changes with the "
             "sequences, so that they cannot be moved; pass moves=None."
         )
-
-
-def root_of(flat: Tensor, weights: Tensor) -> Tensor:
-    """Return roots of covariances of clouds, drawn towards round ones where they are small.
-
-    :param flat: coordinates, float64 ``(R, N, d)``.
-    :param weights: normalised, ``(R, N)``.
-    :returns: ``(R, d, d)``.
-    """
-    size = flat.shape[-1]
-    usable = flat.isfinite().all(-1)
-    weights = torch.where(usable, weights, 0.0)
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-300)
-    points = torch.where(usable[..., None], flat, 0.0)
-    centred = points - (weights[..., None] * points).sum(1, keepdim=True)
-    cov = (weights[..., None] * centred).mT @ centred
-    ordered = points[..., 0].sort(1).values
-    distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)  # copies show no spread
-    effective = torch.minimum(distinct.to(flat), 1 / weights.square().sum(1).clamp_min(1e-300))
-    share = (size / (size + effective))[:, None, None]
-    spread = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    one = torch.eye(size, dtype=flat.dtype, device=flat.device)
-    shrunk = (1 - share) * cov + (share * spread + 1e-12) * one
-    return torch.linalg.cholesky(torch.where(spread > 1e-10, shrunk, one))
-
-
-def _number(shares: list[Tensor]) -> int:
-    """Return how many moves leave a tenth of the particles where they are."""
-    share = float(shares[0]) if shares else 0.0
-    if not shares:  # discrete latents alone: a sweep draws each from its law
-        return 2
-    stay = min(max(1 - share, 1e-6), 1 - 1e-6)
-    return min(max(math.ceil(math.log(STAY) / math.log(stay)), 1), FIRST_MOVES)
-
-
-def _cling(before: Tensor, after: Tensor, weights: Tensor) -> float:
-    """Return the correlation of coordinates before and after, over particles."""
-    w = weights[..., None]
-    here, there = (x.nan_to_num(0.0, 0.0, 0.0) for x in (before, after))
-    a, b = (x - (w * x).sum(1, keepdim=True) for x in (here, there))
-    both, own, other = ((w * x).sum(1) for x in (a * b, a * a, b * b))
-    found: Tensor = both / (own * other).sqrt()
-    return float(found.nan_to_num(1.0, 1.0, 1.0).mean())  # all at one place: go on
 
 
 def _check(what: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ def test_without_moves_few_values_are_left():
 
 @pytest.mark.slow
 def test_particle_gibbs_agrees_with_the_grid():
-    options = {"num_particles": 32, "num_runs": 8, "num_samples": 400, "num_warmup": 100}
+    options = {"num_particles": 16, "num_runs": 6, "num_samples": 200, "num_warmup": 50}
     posterior = ParticleGibbs(promoters, **options).run(SHORT, ROUGH, seed=0)
     for name, mean in zip(NAMES, truth()[1:], strict=True):
         assert abs(z_score(posterior.samples[name].mean(1), mean)) < 3
@@ -47,7 +47,7 @@ def test_moves_agree_with_a_long_particle_gibbs_run():
     spread = posterior.log_evidence.max() - posterior.log_evidence.min()
     assert float(spread) < 3
     weights = torch.softmax(posterior.log_evidence, 0)
-    options = {"num_particles": 64, "num_runs": 8, "num_samples": 500, "num_warmup": 100}
+    options = {"num_particles": 32, "num_runs": 6, "num_samples": 200, "num_warmup": 50}
     gibbs = ParticleGibbs(promoters, **options).run(LONG, seed=0)
     for name in NAMES:
         assert min(len(run.unique()) for run in posterior.samples[name]) >= 512
