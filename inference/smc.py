@@ -27,6 +27,7 @@ from ppl_diffusion.inference.arguments import require_counts, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.inference.correctors import Corrector
+from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
@@ -74,6 +75,8 @@ class SMC:
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
         which any program survives.
+    :param num_sentinels: draws beside the run that are never resampled (64 do): they see what the
+        look-ahead costs where the run cannot, for the verdict ``lookahead``.
     :param progress: called with ``(steps done, steps in all)``.
     :param options: options of the method, where it is given by name.
     :raises TypeError: if the target is none, or an option is not the method's.
@@ -99,6 +102,7 @@ class SMC:
         store_path: bool = True,
         max_rows: int | None = 4096,
         vectorize_particles: bool = True,
+        num_sentinels: int = 0,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -116,6 +120,7 @@ class SMC:
         self.plan = as_plan(schedule)
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
         self.vectorize_particles = vectorize_particles
+        self.num_sentinels = require_sentinels(self.method, num_sentinels)
 
     @property
     def owner(self) -> str:
@@ -150,8 +155,18 @@ class SMC:
                 record=run.record if self.store_path and not self.method.keeps_paths else None,
                 progress=self.progress,
             )
-            posterior = self._posterior(run, trace, failures.settings(), seed, started)
+            watched = self._sentinels(run) if self.num_sentinels else {}
+            found = {**failures.settings(), **watched}
+            posterior = self._posterior(run, trace, found, seed, started)
         return self.method.finish(posterior)
+
+    def _sentinels(self, run: Bound) -> dict[str, Any]:
+        beside = run.at((1, self.num_sentinels))
+        engine = Engine(self.method, beside, self.store_path)
+        record = beside.record if self.store_path and not self.method.keeps_paths else None
+        return sentinels(
+            engine, self.method.num_steps(run), beside.shape[1], self.ess_threshold, record
+        )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.
@@ -191,7 +206,7 @@ class SMC:
         self,
         run: Bound,
         trace: SMCTrace,
-        failures: dict[str, Any],
+        found: dict[str, Any],
         seed: int | None,
         started: float,
     ) -> ParticlePosterior:
@@ -225,7 +240,7 @@ class SMC:
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
                 **left_out,
-                **failures,
+                **found,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },

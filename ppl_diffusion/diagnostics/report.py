@@ -40,7 +40,8 @@ def summary(posterior: "ParticlePosterior | GibbsPosterior") -> dict[str, Any]:
     the sentences of ``posterior.warnings``. What does not exist is None, never NaN.
 
     ArviZ's ``rhat`` and ``ess`` across the draws of one SMC run are meaningless: the particles
-    share ancestors and stand in no order. Compare runs, and read ``num_eves``, instead.
+    share ancestors and stand in no order. Compare runs, and read
+    ``root_ancestors``, instead.
 
     :param posterior: ``R`` runs of ``N`` particles.
     :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``. For draws of
