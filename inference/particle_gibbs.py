@@ -227,6 +227,11 @@ class GibbsSampler:
                 )
 
     @property
+    def latents(self) -> list[str]:
+        """Latents that are moved; those that nothing reads are drawn for every draw that is kept."""
+        return [name for name in self.program.latents if name not in self.program.unread]
+
+    @property
     def num_potential_calls(self) -> int:
         """Particles the program was evaluated for so far."""
         return self.source.num_calls
@@ -237,7 +242,7 @@ class GibbsSampler:
         traces = [poutine.trace(self._prior_program).get_trace() for _ in range(runs)]
         latents = {
             name: torch.stack([trace.nodes[name]["value"].detach() for trace in traces])
-            for name in self.program.latents
+            for name in self.latents
         }
         empty = torch.zeros(runs, 0, dtype=torch.float64, device="cpu")
         paths, trace = self._first_paths(latents)
@@ -267,7 +272,7 @@ class GibbsSampler:
 
     def update_latents(self, state: GibbsState) -> GibbsState:
         """Return the state after NUTS transitions of the continuous latents, given the paths."""
-        if not self.program.latents:
+        if not self.latents:
             return state
         options = self.options
         if self._nuts is None:
@@ -299,7 +304,7 @@ class GibbsSampler:
     ) -> GibbsPosterior:
         """Return draws as a posterior, with all sites of the program."""
         paths = {n: torch.stack([s.paths[n] for s in draws], 1) for n in self.sites}
-        latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
+        latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.latents}
         samples, log_density = self._values(paths, latents)
         first, site = next(iter(paths.values())), next(iter(self.sites.values()))
         kind = torch.uint8 if site.chain.kernel.process.num_states <= 256 else torch.int32

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -107,6 +108,17 @@ def chain_site(site: dict[str, Any]) -> ChainSite:
     return ChainSite(
         site["name"], chain_of(fn), getattr(fn, "clamp", None), steering, getattr(fn, "twist", None)
     )
+
+
+def data_of(site: dict[str, Any]) -> list[Any]:
+    """Return what an observed site adds to the data: its value, and its mask where it has one."""
+    value, mask = site["value"], site["mask"]
+    if mask is None or mask is True:
+        return [value]
+    mask = torch.as_tensor(mask, device=value.device)
+    event = site["fn"].event_dim
+    # What is masked is no data: whatever stands there, NaN or zero, the law is the same.
+    return [torch.where(mask.reshape(mask.shape + (1,) * event), value, 0), mask]
 
 
 def depth(site: dict[str, Any]) -> int:
