@@ -21,12 +21,17 @@ def overwritten(msg: Any) -> Tensor | None:
 
     :param msg: a site after it was run, of a trace or in a handler.
     """
+    computed = _computed(msg)
+    return None if computed is None or _same(msg["value"], computed) else computed
+
+
+def _computed(msg: Any) -> Tensor | None:
     if msg["type"] != "sample" or not msg["infer"].get("_deterministic", False):
         return None
     if msg.get("_intervener_id") is not None:  # pyro.do asks another question, and answers it
         return None
     computed: Tensor = msg["fn"].base_dist.v
-    return None if _same(msg["value"], computed) else computed
+    return computed
 
 
 def clean_sequence_of(computed: Tensor, chains: Chains) -> str:
@@ -51,21 +56,22 @@ def require_unconditioned(where: str, sites: Iterable[Any], chains: Chains) -> N
     """Refuse conditions on sites that are computed from latents, which would weigh nothing.
 
     :param where: what to call the method and the program.
-    :param sites: the sites of one run, in which values remember where they come from.
+    :param sites: the sites of one run, in which values remember where they come from; what those
+        of a site came from are its ``parents``.
     :raises CapabilityError: if there are any.
     """
     for site in sites:
-        computed, name = overwritten(site), site["name"]
-        if computed is None:
+        computed, name = _computed(site), site["name"]
+        # By what they were made of: values might agree by chance.
+        if computed is None or not get_provenance(computed) - site["parents"]:
             continue
         if chain := clean_sequence_of(computed, chains):
             raise refuse_condition(where, name, chain, chains[chain][0].length)
-        if get_provenance(computed):
-            raise CapabilityError(
-                f"{where}: pyro.condition of the deterministic site {name!r} observes nothing, "
-                "for Pyro gives it no density; observe it through a pyro.sample site that has "
-                "one, or set it with pyro.do."
-            )
+        raise CapabilityError(
+            f"{where}: pyro.condition of the deterministic site {name!r} observes nothing, for "
+            "Pyro gives it no density; observe it through a pyro.sample site that has one, or set "
+            "it with pyro.do."
+        )
 
 
 def _same(value: Any, other: Tensor) -> bool:
