@@ -228,7 +228,7 @@ class GibbsSampler:
 
     @property
     def latents(self) -> list[str]:
-        """Latents that are moved; those that nothing reads are drawn for every draw that is kept."""
+        """Latents that are moved; what nothing reads is drawn for every draw that is kept."""
         return [name for name in self.program.latents if name not in self.program.unread]
 
     @property
