@@ -18,7 +18,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,18 +28,14 @@ from ppl_diffusion.inference.arguments import require_counts, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.inference.correctors import Corrector
+from ppl_diffusion.inference.engine import Engine, MovingEngine
+from ppl_diffusion.inference.latent_run import LatentRun, latent_run
+from ppl_diffusion.inference.scout import LatentMover, LatentMoves
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.schedule import Plan, as_plan
-from ppl_diffusion.programs.sources import (
-    Moved,
-    PotentialLike,
-    ProgramSource,
-    Rng,
-    Source,
-    State,
-)
+from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, Source, State
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
@@ -73,6 +69,9 @@ class SMC:
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
         which any program survives.
+    :param moves: how latents that were drawn before the sequences are renewed, which resampling
+        only copies: ``"auto"`` (by :class:`LatentMoves` as they come), options, or None for not at
+        all. Where the method is given by name and has ``moves`` of paths, these may be given here.
     :param progress: called with ``(steps done, steps in all)``.
     :param options: options of the method, where it is given by name.
     :raises TypeError: if the target is none, or an option is not the method's.
@@ -98,10 +97,14 @@ class SMC:
         store_path: bool = True,
         max_rows: int | None = 4096,
         vectorize_particles: bool = True,
+        moves: LatentMoves | Literal["auto"] | None = "auto",
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
         composed = isinstance(model, Composition)
+        if not (moves is None or moves == "auto" or isinstance(moves, LatentMoves)):
+            options["moves"], moves = moves, "auto"  # path moves: an option of some methods
+        self.moves = LatentMoves() if moves == "auto" else moves
         self.method = as_method(method, Corrector if composed else Bootstrap, options)
         takes_nothing = composed or getattr(self.method, "compose", None) is not None
         require_target(self.owner, model, potential, takes_nothing)
@@ -109,8 +112,8 @@ class SMC:
         self.model, self.potential = model, potential
         self.num_particles, self.num_runs = num_particles, num_runs
         self.asked = self.method.ess_threshold if ess_threshold is None else ess_threshold
-        scheme = as_resampler(resampler)
-        self.resampler, self.ess_threshold = self.method.resampling(scheme, self.asked)
+        self.scheme = as_resampler(resampler)
+        self.resampler, self.ess_threshold = self.method.resampling(self.scheme, self.asked)
         self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
         self.plan = as_plan(schedule)
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
@@ -137,20 +140,35 @@ class SMC:
         started = time.perf_counter()
         with torch.no_grad(), seeded(seed):
             run = self.bind(args, kwargs)
-            engine = Engine(self.method, run, self.store_path)
-            trace = smc_loop(
-                engine,
-                self.method.num_steps(run),
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                self.ess_threshold,
-                None,
-                record=run.record if self.store_path and not self.method.keeps_paths else None,
-                progress=self.progress,
-            )
-            posterior = self._posterior(run, trace, seed, started)
+            moves = self._latent_moves(run)
+            trace = self._trace(run, moves.mover, self.progress)
+            posterior = self._posterior(run, trace, moves, seed, started)
         return self.method.finish(posterior)
+
+    def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
+        options = (self.method, run, self.store_path)
+        engine = Engine(*options) if mover is None else MovingEngine(*options, mover)
+        trace = smc_loop(
+            engine,
+            self.method.num_steps(run),
+            run.shape[1],
+            run.shape[0],
+            self.resampler,
+            self.ess_threshold,
+            None,
+            record=run.record if self.store_path and not self.method.keeps_paths else None,
+            progress=progress,
+        )
+        if isinstance(engine, MovingEngine):
+            engine.finish(trace, self.scheme, self.ess_threshold)
+        return trace
+
+    def _latent_moves(self, run: Bound) -> LatentRun:
+        """Return how latents move, found out by a scout run where that is asked for."""
+        return latent_run(self.moves, self.method, run, self.resampler, self._scout)
+
+    def _scout(self, run: Bound, mover: LatentMover) -> None:
+        self._trace(run, mover, None)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.
@@ -187,7 +205,7 @@ class SMC:
         return ProgramSource(program, holding)
 
     def _posterior(
-        self, run: Bound, trace: SMCTrace, seed: int | None, started: float
+        self, run: Bound, trace: SMCTrace, moves: LatentRun, seed: int | None, started: float
     ) -> ParticlePosterior:
         state: State = trace.carry
         paths = None
@@ -211,7 +229,7 @@ class SMC:
             times=self.method.times(run),
             samples=samples,
             num_evaluations=run.num_evaluations,
-            num_potential_calls=self.method.num_calls(run),
+            num_potential_calls=self.method.num_calls(run) - moves.num_rows,
             law=law,
             settings={
                 "method": self.method.name,
@@ -219,43 +237,18 @@ class SMC:
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
                 **left_out,
+                **moves.settings(run),
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },
             seconds=time.perf_counter() - started,
             is_program=run.source.is_program,
+            num_move_rows=moves.num_rows,
+            num_move_gradients=moves.num_gradients,
+            num_scout_rows=moves.num_scout_rows,
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
-
-
-class Engine:
-    """A method over bound states, as the SMC loop sees it."""
-
-    def __init__(self, method: Method, run: Bound, store_path: bool) -> None:
-        self.method, self.run, self.store_path = method, run, store_path
-        self.gather = run.gather
-
-    def init(self, runs: int, particles: int, generator: Rng) -> State:
-        return self.method.begin(self.run, generator)
-
-    def move(self, carry: State, k: int, generator: Rng) -> Moved:
-        return self.method.move(self.run, carry, k, generator)
-
-    def log_twist(self, carry: State, k: int, generator: Rng) -> Tensor | None:
-        return self.method.look(self.run, carry, k, generator)
-
-    def close(
-        self, carry: State, generator: Any, recorded: Callable[[], dict[str, Tensor]]
-    ) -> tuple[State, Tensor]:
-        if "log_g" not in carry:  # some methods had to rate the ends before they chose
-            paths = None
-            program = self.run.program
-            if self.store_path and program is not None and program.reads | program.shows:
-                paths = self.run.own_paths(carry, recorded())
-                paths = {name: path.to(torch.int64) for name, path in paths.items()}
-            carry = self.run.final(carry, paths)
-        return carry, self.method.pay(self.run, carry)
 
 
 def as_method(

@@ -12,6 +12,7 @@ latents. Two of the rows are run alone, too: do particles see each other?
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -39,7 +40,14 @@ from ppl_diffusion.programs.sites import (
     is_plate,
     program_name,
 )
-from ppl_diffusion.programs.tracking import GivenSites, Place, ProperFills, SameRows, Tracking
+from ppl_diffusion.programs.tracking import (
+    GivenSites,
+    Place,
+    ProperFills,
+    SameRows,
+    Tracking,
+    is_bounded_by_others,
+)
 
 NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 2, 8, 16
 """Rows of the check: histories per chain, other sequences, other latents."""
@@ -60,6 +68,7 @@ class Program:
     :ivar chains: its chain sites, in program order.
     :ivar latents: names of its other latents, in program order.
     :ivar parents: chains and latents that each chain and latent depends on directly.
+    :ivar bounded: latents whose support depends on other sites.
     :ivar observed: values of the observed sites, the data.
     :ivar reads: chain sites of which a density reads more than the clean sequence.
     :ivar shows: deterministic sites whose values read more than that.
@@ -105,6 +114,7 @@ class Program:
             for s in drawn
         }
         self._scored_parents = {s["name"]: set(dependencies.get(s["name"], ())) for s in data}
+        self.bounded = {s["name"] for s in drawn if is_bounded_by_others(s["fn"])}
         self.density_shapes: dict[str, torch.Size] = {}
         self.reads: frozenset[str] = frozenset()
         self.shows: frozenset[str] = frozenset()
@@ -169,6 +179,11 @@ class Program:
         return [name for name in kept if name not in self.unread]
 
     @property
+    def feeding(self) -> set[str]:
+        """Latents that the law of a chain depends on."""
+        return {a for chain in self.chain_names for a in self.ancestors(chain)} & set(self.latents)
+
+    @property
     def redrawn(self) -> list[str]:
         """Latents after the last chain: a draw given a guess may be impossible given the end.
 
@@ -178,19 +193,30 @@ class Program:
         return [name for name in self.latents if name not in carried]
 
     def evaluate(
-        self, values: Mapping[str, Tensor], size: int, place: Place | None = None
+        self,
+        values: Mapping[str, Tensor],
+        size: int,
+        place: Place | None = None,
+        *,
+        strict: bool = True,
     ) -> ProgramRun:
         """Run the program for ``size`` particles with given site values; others are drawn.
 
         :param values: values by site name, each ``(size, *plates, *event)``.
         :param size: number of particles.
         :param place: gives chain sites without a value a path; zeros by default.
+        :param strict: refuse values outside of a support, and densities that are no numbers.
         """
+        with contextlib.nullcontext() if strict else pyro.validation_enabled(False):
+            traces = self._traces(values, size, place)
+        return ProgramRun(self, traces, size, strict=strict)
+
+    def _traces(self, values: Mapping[str, Tensor], size: int, place: Place | None) -> list[Trace]:
         if not self.vectorize:
             rows = [{name: value[i] for name, value in values.items()} for i in range(size)]
-            return ProgramRun(self, [self.trace(row, place=place) for row in rows], size)
+            return [self.trace(row, place=place) for row in rows]
         padded = {name: self._pad(name, value) for name, value in values.items()}
-        return ProgramRun(self, [self.trace(padded, size, place)], size)
+        return [self.trace(padded, size, place)]
 
     def _pad(self, name: str, value: Tensor) -> Tensor:
         """Insert the idle plates between the particles and the site's own plates."""

@@ -97,6 +97,22 @@ class SameRows(Messenger):
             msg["value"] = value
 
 
+def is_bounded_by_others(fn: Any) -> bool:
+    """Return whether the support of a tracked distribution depends on other sites."""
+    try:
+        return bool(_parents_of(fn.support))
+    except NotImplementedError:  # it has none
+        return False
+
+
+def _parents_of(bound: Any) -> frozenset[str]:
+    if isinstance(bound, Tensor):
+        parents: frozenset[str] = get_provenance(bound)
+        return parents
+    parts = bound if isinstance(bound, list | tuple) else getattr(bound, "__dict__", {}).values()
+    return frozenset().union(*(_parents_of(part) for part in parts))
+
+
 def _random_path(chain: ReverseChain) -> Tensor:
     """Return a random clean sequence repeated: one that argmax guesses would not show."""
     size, shape = chain.kernel.process.vocab_size, (*chain.batch_shape, chain.length)

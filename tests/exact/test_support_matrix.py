@@ -384,10 +384,10 @@ def test_a_schedule_is_no_part_of_the_law(name, method, schedule):
 # Mutants: what must be found out.
 
 
-def many(name, **options):
-    return SMC(
-        ROWS[name].program, num_particles=12, num_runs=600, ess_threshold=2.0, twist="persistent"
-    ).run(seed=1)
+def many(name):
+    size = {"num_particles": 12, "num_runs": 600, "ess_threshold": 2.0}
+    # Moves draw latents anew, and would mend in part what is broken here.
+    return SMC(ROWS[name].program, twist="persistent", moves=None, **size).run(seed=1)
 
 
 def test_conditions_left_behind_by_their_particles_are_found_out(monkeypatch):
