@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.smc.chain_rules import judge_chains
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import Draws
+from ppl_diffusion.smc.verdict import Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,15 @@ class GibbsPosterior(Draws):
         more particles, or moves that mask again.
         """
         return self.updated.to(torch.float64).mean((0, 1))
+
+    @cached_property
+    def _verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(judge_chains(self))
+
+    @property
+    def warnings(self) -> list[Verdict]:
+        """What is wrong with this result, a sentence each, the worst first; empty if nothing is."""
+        return list(self._verdicts)
 
     def expectation(self, fn: Callable[[Any], Tensor]) -> Tensor:
         """Return the mean of a function over the draws of each chain, float64 ``(C, ...)``.
@@ -144,5 +156,5 @@ class GibbsPosterior(Draws):
     def __repr__(self) -> str:
         return (
             f"GibbsPosterior({self.num_runs} chains x {self.num_samples} draws, "
-            f"{self.num_divergences} divergences)"
+            f"warnings: {', '.join(verdict.kind for verdict in self._verdicts) or 'none'})"
         )

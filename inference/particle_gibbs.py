@@ -37,6 +37,7 @@ from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
 from ppl_diffusion.inference.smc import Engine, seeded
 from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.potentials import factor
+from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import can_hold, held_proposal
 from ppl_diffusion.programs.reading import Program
@@ -158,7 +159,7 @@ class ParticleGibbs:
         :raises ParticleCollapse: if no starting path of positive probability is found.
         """
         started, total = time.perf_counter(), self.num_warmup + self.num_samples
-        with seeded(seed):
+        with seeded(seed), watch_failures() as failures:
             sampler = GibbsSampler(self, args, kwargs)
             state, draws, updated = sampler.start(), [], []
             for t in range(total):
@@ -171,7 +172,7 @@ class ParticleGibbs:
             return sampler.collect(
                 draws,
                 updated=torch.stack(updated, 1),
-                settings={**self._settings(), "seed": seed},
+                settings={**self._settings(), **failures.settings(), "seed": seed},
                 seconds=time.perf_counter() - started,
             )
 

@@ -21,7 +21,6 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_target
@@ -31,6 +30,7 @@ from ppl_diffusion.inference.correctors import Corrector
 from ppl_diffusion.inference.engine import Engine, MovingEngine
 from ppl_diffusion.inference.latent_run import LatentRun, latent_run
 from ppl_diffusion.inference.scout import LatentMover, LatentMoves
+from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
@@ -138,11 +138,11 @@ class SMC:
         :raises PotentialError: if a potential or a site's density is NaN or ``+inf``.
         """
         started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
+        with torch.no_grad(), seeded(seed), watch_failures() as failures:
             run = self.bind(args, kwargs)
             moves = self._latent_moves(run)
             trace = self._trace(run, moves.mover, self.progress)
-            posterior = self._posterior(run, trace, moves, seed, started)
+            posterior = self._posterior(run, trace, moves, failures.settings(), seed, started)
         return self.method.finish(posterior)
 
     def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
@@ -205,7 +205,13 @@ class SMC:
         return ProgramSource(program, holding)
 
     def _posterior(
-        self, run: Bound, trace: SMCTrace, moves: LatentRun, seed: int | None, started: float
+        self,
+        run: Bound,
+        trace: SMCTrace,
+        moves: LatentRun,
+        failures: dict[str, Any],
+        seed: int | None,
+        started: float,
     ) -> ParticlePosterior:
         state: State = trace.carry
         paths = None
@@ -238,6 +244,7 @@ class SMC:
                 **self.method.settings(run),
                 **left_out,
                 **moves.settings(run),
+                **failures,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from ppl_diffusion.arrays import json_types
 from ppl_diffusion.errors import ParticleCollapse
+from ppl_diffusion.smc.evidence import Evidence
 from ppl_diffusion.smc.genealogy import genealogy_graph
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.resampling import Stratified
+from ppl_diffusion.smc.verdict import Verdict
+from ppl_diffusion.smc.verdicts import judge
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -69,7 +73,8 @@ class ParticlePosterior(Draws):
         NaN where the method estimates none: such runs count alike; ``-inf`` in a dead run.
     :param log_evidence_steps: running value, float64 ``(R, T)``.
     :param evidence_variance: single-run relative variance of ``exp(log_evidence)``, ``(R,)``;
-        NaN where degenerate or unknown.
+        NaN where the family tree tells none: resampled by another scheme than multinomial, fewer
+        than two effective roots, or an estimate that is not positive.
     :param ancestors: int64 ``(T, R, N)``: ``ancestors[k]`` is the parent, in the population after
         step ``k - 1``, of each particle of step ``k``.
     :param eve: root ancestor of each particle, int64 ``(R, N)``.
@@ -160,6 +165,39 @@ class ParticlePosterior(Draws):
         """
         return float(torch.logsumexp(self.log_evidence, 0)) - math.log(self.num_runs)
 
+    @cached_property
+    def _verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(judge(self))
+
+    @property
+    def warnings(self) -> list[Verdict]:
+        """What is wrong with this result, a sentence each, the worst first; empty if nothing is.
+
+        Every sentence also has the ``kind``, ``level``, ``where``, ``value`` and ``limit`` that it
+        was judged by.
+        """
+        return list(self._verdicts)
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What the runs say together: a value with an interval, or why there is none.
+
+        None where the method estimates no evidence.
+        """
+        return self.evidence_of()
+
+    def evidence_of(self, kept: int | None = None, *, overspent: float = 1.0) -> Evidence | None:
+        """Return what the first runs say, with the spread of all.
+
+        :param kept: how many runs; None for all.
+        :param overspent: see :meth:`Evidence.of`.
+        """
+        if not self.law.has_evidence:
+            return None
+        # Runs that all lost the same mass agree, too.
+        trusted = all(verdict.kind != "mass" for verdict in self._verdicts)
+        return Evidence.of(self.log_evidence, trusted=trusted, kept=kept, overspent=overspent)
+
     @property
     def pooled_log_weights(self) -> Tensor:
         """Log-weights over all runs, each run weighted by its evidence, ``(R, N)``; sums to one.
@@ -245,7 +283,7 @@ class ParticlePosterior(Draws):
         arrays, meta = self._split()
         save_file(arrays, directory / ARRAYS_FILE)
         text = json.dumps({"format": _FORMAT, **meta}, indent=1, sort_keys=True)
-        (directory / META_FILE).write_text(text + "\n")
+        (directory / META_FILE).write_text(text + "\n", encoding="utf-8")
         return directory
 
     def _split(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -283,10 +321,11 @@ class ParticlePosterior(Draws):
             )
 
     def __repr__(self) -> str:
+        kinds = ", ".join(verdict.kind for verdict in self._verdicts)
         return (
             f"ParticlePosterior({self.num_runs} runs x {self.num_particles} particles, "
-            f"{self.num_steps} steps, log_evidence={self.pooled_log_evidence:.3f}, "
-            f"exact={self.exact})"
+            f"{self.num_steps} steps, log_evidence={self.evidence or 'none'}, "
+            f"warnings: {kinds or 'none'})"
         )
 
 
@@ -307,7 +346,7 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "give a folder that ParticlePosterior.save or a design run wrote."
             )
     try:
-        meta = json.loads((directory / META_FILE).read_text())
+        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
         with safe_open(directory / ARRAYS_FILE, framework="pt") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:

@@ -5,8 +5,6 @@ where a wrong kernel shows most. Means are tested before they are normalised: af
 biased by ``1 / N`` anyway.
 """
 
-import math
-
 import pytest
 import torch
 
