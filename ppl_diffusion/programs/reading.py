@@ -113,6 +113,7 @@ class Program:
             & set(self.order) - {s["name"]}
             for s in drawn
         }
+        self._followed = set(dependencies)
         self._scored_parents = {s["name"]: set(dependencies.get(s["name"], ())) for s in data}
         self.bounded = {s["name"] for s in drawn if is_bounded_by_others(s["fn"])}
         self.density_shapes: dict[str, torch.Size] = {}
@@ -307,7 +308,8 @@ class Program:
         read = {u for parents in self._scored_parents.values() for u in parents}
         read = read & set(self.order) | set(self.chain_names)
         read = read.union(*(self.ancestors(name) for name in read))
-        candidates = set(self.latents) - read
+        # What Pyro does not follow (a Delta, which stands for what it was made of) may be read.
+        candidates = set(self.latents) & self._followed - read
         if not candidates:
             return frozenset()
         kept = {n: v.expand(2, *v.shape) for n, v in rows.first.items() if n not in candidates}
