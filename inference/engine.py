@@ -1,4 +1,4 @@
-"""A method over bound states, as the SMC loop sees it; with moves of latents where there are any."""
+"""A method over bound states, as the SMC loop sees it, and its moves of latents."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ppl_diffusion.inference.latent_sites import DiscreteSite, LatentSites, latent_sites
+from ppl_diffusion.inference.latent_sites import LatentSites, latent_sites
 from ppl_diffusion.inference.scout import SCOUTS, LatentMover, LatentMoves
 from ppl_diffusion.programs.ahead import Levels
 from ppl_diffusion.programs.bound import Bound
@@ -61,24 +61,22 @@ class LatentRun:
             "tempering": run.levels is not None and run.levels.tempered,
             "evidence": "consistent, not unbiased" if own else "unbiased",
         }
-        late = {"note": _AT_THE_END} if run.levels is None else {}
+        late = {"note": _AT_THE_END} if len(steps) == 1 else {}
         return {"latent_moves": {**found, **late}}
 
 
 _AT_THE_END = (
-    "latents are moved when the sequences are finished, and not before: no look-ahead depends on "
-    "them until then"
+    "latents are moved when the sequences are finished, and not before: the scout was not "
+    "resampled until then, or at no step with a look-ahead that depends on them"
 )
 
 
 def kernels(mover: LatentMover) -> dict[str, str]:
     """Return the kernel that moved each latent."""
-    found = {}
     moves = [tuned.move.kernel for tuned in mover.steps.values() if tuned.move is not None]
-    for site in (*mover.sites.real.sites, *mover.sites.discrete):
-        listed = isinstance(site, DiscreteSite)
-        found[site.name] = "gibbs" if listed else " + ".join(dict.fromkeys(moves))
-    return found
+    real = " + ".join(dict.fromkeys(moves))
+    found = {site.name: real for site in mover.sites.real.sites}
+    return found | {site.name: "gibbs" for site in mover.sites.discrete}
 
 
 def latent_run(

@@ -128,7 +128,8 @@ class LatentSites:
     @property
     def names(self) -> list[str]:
         """Names of the latents that move."""
-        return [site.name for site in (*self.real.sites, *self.discrete)]
+        real = [site.name for site in self.real.sites]
+        return real + [site.name for site in self.discrete]
 
 
 def latent_sites(program: Program) -> LatentSites:

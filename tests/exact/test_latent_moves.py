@@ -55,7 +55,7 @@ def frozen(num_runs=RUNS, twist=None, particles=4):
 
 
 def test_moves_chosen_before_the_run_leave_the_evidence_unbiased():
-    assert all(abs(z) < 4 for z in scores(frozen().run(seed=1)))
+    assert all(abs(z) < 4 for z in scores(frozen(RUNS // 2).run(seed=1)))
 
 
 def test_persistent_completions_are_moved_under_too():
@@ -114,7 +114,7 @@ WRONG = [
 def test_a_wrong_move_is_found_out(wrong, monkeypatch):
     wrong(monkeypatch)
     persistent = PersistentFill(1, 0.2) if wrong is complete_anew_after_the_move else None
-    posterior = frozen(RUNS // 2, persistent, particles=8).run(seed=3)
+    posterior = frozen(2000, persistent, particles=32).run(seed=3)
     assert max(abs(z) for z in scores(posterior)) > 8
 
 
@@ -125,7 +125,7 @@ def tuned(num_runs=RUNS, seed=4, particles=4, **options):
 
 def test_a_scout_leaves_the_evidence_unbiased(monkeypatch):
     monkeypatch.setattr("ppl_diffusion.inference.latent_run._few", lambda size, resampler: 32)
-    assert all(abs(z) < 4 for z in scores(tuned()))
+    assert all(abs(z) < 4 for z in scores(tuned(RUNS // 2)))
 
 
 def test_kernels_tuned_on_the_particles_they_move_are_found_out():
@@ -133,3 +133,56 @@ def test_kernels_tuned_on_the_particles_they_move_are_found_out():
     posterior = tuned(moves=moves)
     assert scores(posterior)[0] < -15
     assert posterior.settings["latent_moves"]["evidence"] == "consistent, not unbiased"
+
+
+METHODS = {
+    "steering": ("steering", {}, [1, 2, 3]),
+    "steering-strided": ("steering", {"every": 2}, [1, 3]),
+    "steering-max": ("steering", {"kind": "max", "twist": "persistent"}, [3]),
+    "soft-value": ("soft-value", {"num_children": 3}, [1, 2, 3]),
+    "twisted": ("twisted", {}, [1, 2, 3]),
+    "twisted-surprise": ("twisted", {"surprise": True}, [1, 2, 3]),
+    "twisted-top": ("twisted", {"top": 2}, [3]),
+    "reweighted": ("twisted", {"proposal": "reweighted"}, [1, 2, 3]),
+    "corrector": ("corrector", {}, [1, 2, 3]),
+    "corrector-clamped": ("corrector", {"clamp": True}, [1, 2, 3]),
+    "skipping": ("smc", {"twist_every": 2}, [2, 3]),
+    "hmc": ("smc", {"moves": LatentMoves(kernel="hmc", number=2)}, [1, 2, 3]),
+    "blind": ("smc", {"twist": None}, [3]),
+    "importance": ("importance-sampling", {"ess_threshold": 0.0}, [3]),
+    "lineages": ("guided-lineages", {"ess_threshold": 0.0}, [3]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_carry_latents_move_them(name):
+    method, options, schedule = METHODS[name]
+    options = {"ess_threshold": 2.0, "method": method, **options}
+    posterior = SMC(assay, num_particles=8, num_runs=3000, **options).run(seed=5)
+    assert posterior.settings["latent_moves"]["schedule"] == schedule
+    assert all(abs(z) < 4 for z in scores(posterior))
+
+
+def test_tempering_moves_latents_at_every_stage():
+    options = {"num_particles": 8, "num_runs": 1000, "powers": [0.0, 0.2, 0.5, 1.0]}
+    posterior = SMC(assay, method="tempering", **options).run(seed=3)
+    assert posterior.settings["latent_moves"]["schedule"] == [1, 2, 3]
+    assert all(abs(z) < 4 for z in scores(posterior))
+
+
+def test_the_end_is_resampled_and_the_evidence_stays(tmp_path):
+    options = {"twist": None, "num_particles": 32, "num_runs": 4}
+    posterior = SMC(assay, **options).run(seed=0)
+    low = posterior.ess[:, -1] < 16
+    assert bool(low.any())
+    assert bool((posterior.resampled[:, -1] == low).all())
+    assert torch.allclose(posterior.log_weights[low].exp(), torch.tensor(1 / 32).double())
+    assert bool((posterior.path[..., -1, :] == posterior.x0).all())
+    assert all(len(run.unique()) > 16 for run in posterior.samples["gain"][low])
+    running = posterior.log_evidence_steps[:, -1]
+    assert torch.equal(running, posterior.log_evidence)
+    posterior.save(tmp_path)
+    again = type(posterior).load(tmp_path)
+    assert again.settings["latent_moves"] == posterior.settings["latent_moves"]
+    assert "not before" in again.settings["latent_moves"]["note"]

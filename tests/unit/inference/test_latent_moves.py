@@ -50,12 +50,24 @@ def correlation(n):
 
 
 NORMAL = dist.Normal(number(0.0), 1.0)
+HALF, MIX = dist.HalfNormal(number(1.0)), dist.Dirichlet(number([2.0, 3.0, 0.5]))
+LKJ = dist.LKJCholesky(3, number(1.5))
+
+
+def ordered(n):
+    return NORMAL.sample((*n, 3)).sort(-1).values
+
+
+def ordered_log_prob(x):
+    return NORMAL.log_prob(x).sum(-1)
+
+
 LAWS = {
-    "positive": (lambda n: dist.HalfNormal(number(1.0)).sample(n), dist.HalfNormal(number(1.0)).log_prob, constraints.positive),
-    "simplex": (lambda n: dist.Dirichlet(number([2.0, 3.0, 0.5])).sample(n), dist.Dirichlet(number([2.0, 3.0, 0.5])).log_prob, constraints.simplex),
-    "ordered": (lambda n: NORMAL.sample((*n, 3)).sort(-1).values, lambda x: NORMAL.log_prob(x).sum(-1), dist.constraints.ordered_vector),
-    "correlation": (correlation, dist.LKJCholesky(3, number(1.5)).log_prob, constraints.corr_cholesky),
-}  # fmt: skip
+    "positive": (HALF.sample, HALF.log_prob, constraints.positive),
+    "simplex": (MIX.sample, MIX.log_prob, constraints.simplex),
+    "ordered": (ordered, ordered_log_prob, dist.constraints.ordered_vector),
+    "correlation": (correlation, LKJ.log_prob, constraints.corr_cholesky),
+}
 
 
 @pytest.mark.parametrize("kernel", ["random-walk", "hmc"])
@@ -168,7 +180,8 @@ def test_latents_in_plates_are_moved(options):
     assert chosen["schedule"] == [1, 2, 3]
     shape = posterior.samples["effect"].shape
     assert shape == (2, size["num_particles"], 4)
-    assert all(len(run.unique(dim=0)) > shape[1] / 2 for run in posterior.samples["effect"])
+    distinct = [len(run.unique(dim=0)) for run in posterior.samples["effect"]]
+    assert few or min(distinct) > shape[1] / 2
     assert posterior.num_move_gradients % 5 == 0
     assert posterior.num_move_rows > posterior.num_move_gradients > 0
 
