@@ -378,7 +378,8 @@ class ProgramSource(Source):
     ) -> Tensor:
         """Score guesses, each distinct one once where nothing is drawn anew with them."""
         # What is drawn in place is fresh noise: equal rows are then no equal questions.
-        drawn = len(latents) < len(self.program.latents) or len(rows) < len(self.chains)
+        read = set(self.program.latents) - self.program.unread
+        drawn = not read <= latents.keys() or len(rows) < len(self.chains)
         first, inverse = self._distinct(rows, latents, keep_all=drawn)
         keys = None if drawn or last else self._keys(rows, latents)[first]
         values = torch.empty(len(first), dtype=torch.float64, device=first.device)

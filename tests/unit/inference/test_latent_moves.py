@@ -137,13 +137,13 @@ def sites(model):
 
 def zoo():
     top = pyro.sample("top", dist.Uniform(number(1.0), 2.0))
-    pyro.sample("below", dist.Uniform(number(0.0), top))
-    pyro.sample("count", dist.Poisson(number(2.0)))
-    pyro.sample("kind", dist.Categorical(number([0.5, 0.5])))
-    pyro.sample("fixed", dist.Delta(number(1.0)))
-    pyro.sample("mix", dist.Dirichlet(number([1.0, 1.0])))
+    below = pyro.sample("below", dist.Uniform(number(0.0), top))
+    count = pyro.sample("count", dist.Poisson(number(2.0)))
+    kind = pyro.sample("kind", dist.Categorical(number([0.5, 0.5])))
+    fixed = pyro.sample("fixed", dist.Delta(number(1.0)))
+    mix = pyro.sample("mix", dist.Dirichlet(number([1.0, 1.0])))
     x = CHAIN.x0(pyro.sample("path", CHAIN))
-    pyro.factor("f", (x == 0).sum(-1) * top)
+    pyro.factor("f", (x == 0).sum(-1) * top - below - count - kind - fixed - mix[..., 0])
 
 
 def test_what_cannot_be_moved_is_said_by_name():
