@@ -14,9 +14,8 @@ away from here and give it to ``pyro.infer.Importance``: the answer is the same.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -30,10 +29,12 @@ from ppl_diffusion.inference.correctors import Corrector
 from ppl_diffusion.inference.engine import Engine, MovingEngine
 from ppl_diffusion.inference.latent_run import LatentRun, latent_run
 from ppl_diffusion.inference.scout import LatentMover, LatentMoves
+from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, Source, State
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
@@ -72,6 +73,8 @@ class SMC:
     :param moves: how latents that were drawn before the sequences are renewed, which resampling
         only copies: ``"auto"`` (by :class:`LatentMoves` as they come), options, or None for not at
         all. Where the method is given by name and has ``moves`` of paths, these may be given here.
+    :param num_sentinels: draws beside the run that are never resampled (64 do): they see what the
+        look-ahead costs where the run cannot, for the verdict ``lookahead``.
     :param progress: called with ``(steps done, steps in all)``.
     :param options: options of the method, where it is given by name.
     :raises TypeError: if the target is none, or an option is not the method's.
@@ -98,6 +101,7 @@ class SMC:
         max_rows: int | None = 4096,
         vectorize_particles: bool = True,
         moves: LatentMoves | Literal["auto"] | None = "auto",
+        num_sentinels: int = 0,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -118,6 +122,7 @@ class SMC:
         self.plan = as_plan(schedule)
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
         self.vectorize_particles = vectorize_particles
+        self.num_sentinels = require_sentinels(self.method, num_sentinels)
 
     @property
     def owner(self) -> str:
@@ -142,7 +147,9 @@ class SMC:
             run = self.bind(args, kwargs)
             moves = self._latent_moves(run)
             trace = self._trace(run, moves.mover, self.progress)
-            posterior = self._posterior(run, trace, moves, failures.settings(), seed, started)
+            watched = self._sentinels(run) if self.num_sentinels else {}
+            found = {**moves.settings(run), **failures.settings(), **watched}
+            posterior = self._posterior(run, trace, moves, found, seed, started)
         return self.method.finish(posterior)
 
     def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
@@ -169,6 +176,14 @@ class SMC:
 
     def _scout(self, run: Bound, mover: LatentMover) -> None:
         self._trace(run, mover, None)
+
+    def _sentinels(self, run: Bound) -> dict[str, Any]:
+        beside = run.at((1, self.num_sentinels))
+        engine = Engine(self.method, beside, self.store_path)
+        record = beside.record if self.store_path and not self.method.keeps_paths else None
+        return sentinels(
+            engine, self.method.num_steps(run), beside.shape[1], self.ess_threshold, record
+        )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.
@@ -209,7 +224,7 @@ class SMC:
         run: Bound,
         trace: SMCTrace,
         moves: LatentRun,
-        failures: dict[str, Any],
+        found: dict[str, Any],
         seed: int | None,
         started: float,
     ) -> ParticlePosterior:
@@ -243,8 +258,7 @@ class SMC:
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
                 **left_out,
-                **moves.settings(run),
-                **failures,
+                **found,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },
@@ -253,9 +267,18 @@ class SMC:
             num_move_rows=moves.num_rows,
             num_move_gradients=moves.num_gradients,
             num_scout_rows=moves.num_scout_rows,
+            **_origin(run),
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
+
+
+def _origin(run: Bound) -> dict[str, Any]:
+    """Return the fields by which a result remembers its program."""
+    if run.program is None:
+        return {}
+    replay = Replay(run.program)
+    return {"origin": replay, "plates": replay.plates}
 
 
 def as_method(
@@ -283,15 +306,3 @@ def as_method(
             f"{', '.join(own) or 'none'}."
         )
     return cls(**options)
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed what happens inside and leave the global random state alone; None does neither."""
-    if seed is None:
-        yield
-        return
-    # Seeding seeds every accelerator, too.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

@@ -147,14 +147,13 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
 
     posterior = load_particles(folder)
     figures = summary(posterior)
-    sentences = figures.pop("warnings")
     target = [claim(figures)]
-    left_out = {"target", "exact"}
+    left_out = {"target", "exact", "warnings"}
     if not posterior.law.has_evidence:
         left_out |= {*EVIDENCE, "genealogical_sd", "log_evidence_per_run"}
     rows = [[key, _readable(value)] for key, value in figures.items() if key not in left_out]
     table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
-    warnings(sentences)
+    warnings(posterior.warnings)
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
 

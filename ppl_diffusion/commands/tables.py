@@ -17,10 +17,12 @@ from ppl_diffusion.diagnostics.claims import claim, evidence_text
 if TYPE_CHECKING:
     from ppl_diffusion.design.run import Result
     from ppl_diffusion.diagnostics.comparison import Comparison
+    from ppl_diffusion.smc import Verdict
 
 Advance = Callable[..., None]
 _FRAME = 3
 """Characters that the frame of a table adds to a column; there is one more at its end."""
+_SAID = {"broken": "Do not use this", "weak": "Warning", "note": "Note"}
 _LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
 
 
@@ -116,17 +118,17 @@ def _cost(result: Result) -> None:
     table("Trust and cost", ["quantity", "value"], rows)
     if "evidence_note" in summary:
         print(f"Note: {summary['evidence_note']}")
-    warnings(summary["warnings"])
+    warnings(result.posterior.warnings)
 
 
 def _pooled(summary: Mapping[str, Any]) -> str:
     return evidence_text({**summary, "log_evidence": summary["log_evidence_pooled"]})
 
 
-def warnings(sentences: Iterable[str]) -> None:
+def warnings(verdicts: Iterable[Verdict]) -> None:
     """Print what is wrong with a result, a line each."""
-    for sentence in sentences:
-        print(f"Warning: {sentence}")
+    for verdict in verdicts:
+        print(f"{_SAID[verdict.level]}: {verdict}")
 
 
 def comparison_tables(comparison: Comparison) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.diagnostics.chain_report import chain_summary
 from ppl_diffusion.diagnostics.claims import (
     EVIDENCE,
     claim,
@@ -12,6 +13,7 @@ from ppl_diffusion.diagnostics.claims import (
     evidence_text,
     number_or_none,
 )
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import as_array, effective_distinct, genealogical_sd
 from ppl_diffusion.smc.weights import Weights
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
 
 
-def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
+def summary(posterior: "ParticlePosterior | GibbsPosterior") -> dict[str, Any]:
     """Figures that say what a particle run found and how far to trust it; all JSON types.
 
     ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs, dead runs counting as 0:
@@ -38,11 +40,15 @@ def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
     the sentences of ``posterior.warnings``. What does not exist is None, never NaN.
 
     ArviZ's ``rhat`` and ``ess`` across the draws of one SMC run are meaningless: the particles
-    share ancestors and stand in no order. Compare runs, and read ``num_eves``, instead.
+    share ancestors and stand in no order. Compare runs, and read
+    ``root_ancestors``, instead.
 
     :param posterior: ``R`` runs of ``N`` particles.
-    :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``.
+    :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``. For draws of
+        :class:`~ppl_diffusion.inference.ParticleGibbs`, what :func:`chain_summary` returns.
     """
+    if isinstance(posterior, GibbsPosterior):
+        return chain_summary(posterior)
     weights = as_array(posterior.log_weights)
     return {
         "target": posterior.target,
@@ -61,13 +67,16 @@ def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
     }
 
 
-def summary_table(posterior: "ParticlePosterior") -> "Table":
+def summary_table(posterior: "ParticlePosterior | GibbsPosterior") -> "Table":
     """The figures of :func:`summary` as a table for the terminal, what is wrong below them."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("quantity", "value", title="Particle posterior")
-    for quantity, value in _rows(summary(posterior)):
+    facts = summary(posterior)
+    is_chains = isinstance(posterior, GibbsPosterior)
+    table = Table("quantity", "value", title="Markov chains" if is_chains else "Particle posterior")
+    plain = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    for quantity, value in plain if is_chains else _rows(facts):
         table.add_row(Text(quantity), Text(value))
     return table
 

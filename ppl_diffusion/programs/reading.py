@@ -30,12 +30,15 @@ from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
+    DataSite,
     chain_of,
     chain_site,
     depth,
     is_chain,
+    is_data,
     is_deterministic,
     is_plate,
+    plate_names,
     program_name,
 )
 from ppl_diffusion.programs.tracking import (
@@ -67,6 +70,8 @@ class Program:
     :ivar parents: chains and latents that each chain and latent depends on directly.
     :ivar bounded: latents whose support depends on other sites.
     :ivar observed: values of the observed sites, the data.
+    :ivar data: observed sites that are no factors.
+    :ivar plates: the plates of each site's batch dimensions, left to right; "" for none.
     :ivar reads: chain sites of which a density reads more than the clean sequence.
     :ivar shows: deterministic sites whose values read more than that.
     :ivar num_rows: particles the program was evaluated for so far, those of the reading included.
@@ -95,6 +100,7 @@ class Program:
         self.shapes = {s["name"]: torch.Size(getattr(s["value"], "shape", ())) for s in sites}
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.nesting = max(map(depth, sites))
+        self.plates = {s["name"]: plate_names(s) for s in sites}
         drawn = [s for s in sites if not s["is_observed"] and not is_deterministic(s)]
         data = [s for s in sites if s["is_observed"] and not is_deterministic(s)]
         self.observed = [s["value"] for s in data]
@@ -107,6 +113,7 @@ class Program:
         }
         self.bounded = {s["name"] for s in drawn if is_bounded_by_others(s["fn"])}
         self.density_shapes: dict[str, torch.Size] = {}
+        self.data: list[DataSite] = []
         self.reads: frozenset[str] = frozenset()
         self.shows: frozenset[str] = frozenset()
         self._check(sites)
@@ -274,6 +281,7 @@ class Program:
         scored = [s for s in sites if not is_chain(s) and not is_deterministic(s)]
         alone = {s["name"]: detach_provenance(scored_log_prob(s, False)) for s in scored}
         self.density_shapes = {name: value.shape for name, value in alone.items()}
+        self.data = [DataSite.of(s, alone[s["name"]].shape) for s in scored if is_data(s)]
         # Reading must not move the draws that follow, nor stop at values it made up itself.
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)

@@ -16,8 +16,10 @@ ParticlePosterior = Any
 
 FORBIDDEN, SURVIVORS = 0.9, 25
 FAILED = 0.5
+FAR = 2.0
 REVEALS = 4.0
 ACCEPTED = 0.02
+COST = 5.0
 
 
 def constraint(posterior: ParticlePosterior) -> Verdict | None:
@@ -92,6 +94,41 @@ def stuck(posterior: ParticlePosterior) -> Verdict | None:
         where="latents",
         value=max(rates),
         limit=ACCEPTED,
+    )
+
+
+def lookahead(posterior: ParticlePosterior) -> Verdict | None:
+    """Judge what draws that nothing dropped say of the look-ahead, where there were any."""
+    told = posterior.settings.get("lookahead") or {}
+    cost = told.get("cost", 0.0)
+    if cost <= COST * (1 + 1e-6):  # a floor of .2 bounds it by 5 up to rounding
+        return None
+    return Verdict(
+        f"resampling by the look-ahead {posterior.settings.get('twist')!r} costs {cost:.2g} times "
+        f"the variance of none (limit {COST:g}), as {told['sentinels']} draws that it could not "
+        "drop say: it guesses some of what pays wrong; use twist='defensive' or twist=None.",
+        kind="lookahead",
+        level="weak",
+        where="all runs",
+        value=cost,
+        limit=COST,
+    )
+
+
+def reweighted(posterior: ParticlePosterior) -> Verdict | None:
+    """Judge whether a reweighted run went far from what its resampling followed."""
+    ratio = posterior.settings.get("log_evidence_ratio_pooled")
+    was_resampled = bool(posterior.resampled.any())
+    if ratio is None or not was_resampled or not abs(ratio) > FAR:
+        return None
+    return Verdict(
+        f"reweighting changed the log evidence by {ratio:+.1f} nats (limit {FAR:g}), and earlier "
+        "resampling followed the old potential; run again to confirm.",
+        kind="reweighted",
+        level="note",
+        where="the evidence",
+        value=ratio,
+        limit=FAR,
     )
 
 

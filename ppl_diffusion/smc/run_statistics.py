@@ -3,13 +3,18 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 
 def as_array(values: Any) -> NDArray[Any]:
-    """A tensor or array as numpy, detached and on the host."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    """A tensor or array as numpy, detached and on the host; floats numpy lacks as float32."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    host = values.detach().cpu()
+    narrow = host.is_floating_point() and host.dtype not in (torch.float32, torch.float64)
+    return np.asarray(host.to(torch.float32) if narrow else host)
 
 
 def pooled_log_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -28,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     particle_rules.apart,
     *SEARCH_RULES,
     question_rules.stuck,
+    question_rules.lookahead,
+    question_rules.reweighted,
 )
 
 

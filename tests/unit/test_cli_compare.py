@@ -95,10 +95,11 @@ def test_runs_that_disagree_are_told_wherever_their_evidence_stands(prior, tmp_p
     said = f"runs disagree: log evidence from {lowest:.1f} to {highest:.1f} nats"
     assert any(sentence.startswith(said) for sentence in summary["warnings"])
     assert summary["log_evidence_interval"] is None
-    assert f"Warning: {said}" in capsys.readouterr().out
+    level = "Do not use this" if summary["log_evidence_sd"] > 3 else "Warning"
+    assert f"{level}: {said}" in capsys.readouterr().out
     assert run(["diagnose", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert f"Warning: {said}" in out
+    assert f"{level}: {said}" in out
     assert "±" not in out
 
 

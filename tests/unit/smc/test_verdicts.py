@@ -179,6 +179,10 @@ def test_latent(good, groups, fires):
         both = torch.stack([f64(torch.arange(SIZE)).expand(RUNS, SIZE), values], -1)
         plated = replace(good, samples={"x0": good.x0, "gain": both})
         assert the(plated, "latent").value == 8.0
+        worse = in_run_one(f64(labels([8] * 5)), f64(torch.arange(SIZE)))
+        both = torch.stack([values, worse, values], -1)
+        plated = replace(good, samples={"x0": good.x0, "gain": both})
+        assert the(plated, "latent").value == 5.0
 
 
 def test_latents_that_cannot_collapse_are_not_judged(good):

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.smc.chain_rules import judge_chains
+from ppl_diffusion.smc.draws import Draws
 from ppl_diffusion.smc.law import Law
-from ppl_diffusion.smc.posterior import Draws
 from ppl_diffusion.smc.verdict import Verdict
+
+if TYPE_CHECKING:
+    from ppl_diffusion.smc.origin import Origin
 
 
 @dataclass(frozen=True, eq=False)
-class GibbsPosterior(Draws):
+class GibbsPosterior(Draws, kind="chains"):
     """``C`` Markov chains of ``S`` draws, after warm-up; immutable.
 
     :param x0: clean sequences, int64 ``(C, S, *plates, L)``.
-    :param samples: values of the program's other sites, each ``(C, S, ...)``.
+    :param samples: values of the program's sites, each ``(C, S, ...)``; whole paths of its chains
+        where paths were stored.
     :param compact_path: paths in a small integer type ``(C, S, *plates, T + 1, L)``, or None.
     :param log_density: log-density of everything but the chain, given the chain, ``(C, S)``.
     :param log_evidence: log-evidence of each sweep's conditional SMC given the latents, ``(C, S)``;
@@ -39,6 +44,9 @@ class GibbsPosterior(Draws):
     :param settings: what was chosen, in JSON types.
     :param seconds: wall time.
     :param is_program: whether the draws are those of a program (then functions get all sites).
+    :param plates: names of the plates that each site of the program is in, from left to right; ""
+        for a dimension of a batch without a plate.
+    :param origin: the program, to be run again; not saved.
     """
 
     x0: Tensor
@@ -57,6 +65,8 @@ class GibbsPosterior(Draws):
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = float("nan")
     is_program: bool = False
+    plates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    origin: Origin | None = field(default=None, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -81,77 +91,41 @@ class GibbsPosterior(Draws):
         """What is wrong with this result, a sentence each, the worst first; empty if nothing is."""
         return list(self._verdicts)
 
-    def expectation(self, fn: Callable[[Any], Tensor]) -> Tensor:
-        """Return the mean of a function over the draws of each chain, float64 ``(C, ...)``.
+    @property
+    def alive(self) -> Tensor:
+        """All chains, bool ``(C,)``."""
+        return torch.ones(self.num_runs, dtype=torch.bool, device=self.x0.device)
 
-        :param fn: of ``x0 (C, S, *plates, L)`` for a bare chain, of the dict of site values (each
-            ``(C, S, ...)``, with ``x0`` added) for a program; returns ``(C, S, ...)``.
-        :raises ValueError: if the function does not return one value per draw.
-        """
-        draws = {"x0": self.x0, **self.samples} if self.is_program else self.x0
-        values = torch.as_tensor(fn(draws), device="cpu")
-        if values.shape[:2] != self.x0.shape[:2]:
-            raise ValueError(
-                f"expectation: the function returned shape {tuple(values.shape)}, expected it to "
-                f"start with (chains, draws) = {tuple(self.x0.shape[:2])}."
-            )
-        return values.to(torch.float64).mean(1)
+    @property
+    def pooled_log_weights(self) -> Tensor:
+        """Equal log-weights over all chains, float64 ``(C, S)``; they sum to one."""
+        return self.own_log_weights() - math.log(self.num_runs)
 
-    def to_arviz(self) -> Any:
+    def own_log_weights(self) -> Tensor:
+        """Return equal log-weights, which sum to one in each chain."""
+        return self.log_density.new_full(self.log_density.shape, -math.log(self.num_samples))
+
+    def to_arviz(self, **options: Any) -> Any:
         """Return ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x), chains and draws as such.
 
         ``sample_stats`` holds the log-density, the smallest ESS of each conditional SMC and how
-        much of the path each sweep changed.
+        much of the path each sweep changed; options and other groups are those of
+        :func:`ppl_diffusion.smc.arviz_data.to_arviz`, without ``weights``.
         """
         # Here, not above: xarray is slow to import, and most runs never leave torch.
-        from ppl_diffusion.smc import arviz_data
+        from ppl_diffusion.smc.arviz_chains import chains_to_arviz
 
-        chains = np.arange(self.num_runs)
-        names = arviz_data.stored_names(self.samples)
-        variables = {"x0": self._variable("x0", self.x0)}
-        variables |= {names[n]: self._variable(names[n], v) for n, v in self.samples.items()}
-        groups = {
-            "posterior": arviz_data.make_dataset(variables, chains),
-            "sample_stats": arviz_data.make_dataset(self._statistics(), chains),
-        }
-        return arviz_data.make_container(groups, self._attributes())
+        return chains_to_arviz(self, **options)
 
-    def _variable(self, name: str, value: Tensor) -> tuple[tuple[str, ...], Any]:
-        from ppl_diffusion.smc import arviz_data
+    def reweight(self, *args: Any, **options: Any) -> Any:
+        """Refuse: draws of Markov chains are for their invariant law alone.
 
-        plates, array = self.x0.ndim - 3, value.detach().numpy()
-        inner = [f"{name}_dim_{i}" for i in range(array.ndim - 2)]
-        if array.dtype.kind in "iu" and array.shape == tuple(self.x0.shape):
-            inner = [*(f"plate_{i}" for i in range(plates)), "position"]
-        return ("chain", "draw", *inner), arviz_data.storable(array, tuple(inner))
-
-    def _statistics(self) -> dict[str, tuple[tuple[str, ...], Any]]:
-        columns = {
-            "lp": self.log_density,
-            "conditional_log_evidence": self.log_evidence,
-            "smallest_ess": self.ess.amin(-1),
-            "path_updated": self.updated.to(torch.float64).mean(-1),
-        }
-        statistics: dict[str, tuple[tuple[str, ...], Any]] = {
-            name: (("chain", "draw"), value.numpy()) for name, value in columns.items()
-        }
-        if self.accept.shape[-1]:
-            statistics["accepted"] = (("chain", "draw", "path_move"), self.accept.numpy())
-        return statistics
-
-    def _attributes(self) -> dict[str, Any]:
-        from ppl_diffusion.smc import arviz_data
-
-        facts = {
-            "inference_library": "ppl_diffusion",
-            "target": self.target,
-            "exact": self.exact,
-            "num_evaluations": self.num_evaluations,
-            "num_potential_calls": self.num_potential_calls,
-            "num_divergences": self.num_divergences,
-            "step_size": self.step_size,
-        }
-        return {n: arviz_data.attribute(v) for n, v in {**self.settings, **facts}.items()}
+        :raises CapabilityError: always.
+        """
+        raise CapabilityError(
+            "reweight: draws of ParticleGibbs carry no weights and no evidence that another "
+            "potential could change; run it again, or reweight a run of SMC."
+        )
 
     def __repr__(self) -> str:
         return (
