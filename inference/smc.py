@@ -152,6 +152,14 @@ class SMC:
             posterior = self._posterior(run, trace, moves, found, seed, started)
         return self.method.finish(posterior)
 
+    def _sentinels(self, run: Bound) -> dict[str, Any]:
+        beside = run.at((1, self.num_sentinels))
+        engine = Engine(self.method, beside, self.store_path)
+        record = beside.record if self.store_path and not self.method.keeps_paths else None
+        return sentinels(
+            engine, self.method.num_steps(run), beside.shape[1], self.ess_threshold, record
+        )
+
     def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
         options = (self.method, run, self.store_path)
         engine = Engine(*options) if mover is None else MovingEngine(*options, mover)
@@ -176,14 +184,6 @@ class SMC:
 
     def _scout(self, run: Bound, mover: LatentMover) -> None:
         self._trace(run, mover, None)
-
-    def _sentinels(self, run: Bound) -> dict[str, Any]:
-        beside = run.at((1, self.num_sentinels))
-        engine = Engine(self.method, beside, self.store_path)
-        record = beside.record if self.store_path and not self.method.keeps_paths else None
-        return sentinels(
-            engine, self.method.num_steps(run), beside.shape[1], self.ess_threshold, record
-        )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.
@@ -264,10 +264,10 @@ class SMC:
             },
             seconds=time.perf_counter() - started,
             is_program=run.source.is_program,
+            **_origin(run),
             num_move_rows=moves.num_rows,
             num_move_gradients=moves.num_gradients,
             num_scout_rows=moves.num_scout_rows,
-            **_origin(run),
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
