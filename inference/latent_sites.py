@@ -140,10 +140,17 @@ def latent_sites(program: Program) -> LatentSites:
     real: list[RealSite] = []
     discrete: list[DiscreteSite] = []
     left: dict[str, str] = {}
+    for name in program.carried:
+        if name in program.feeding:
+            left[name] = "a chain depends on it"
+        elif name in program.bounded:
+            left[name] = "its support depends on other sites"
+    if len(left) == len(program.carried):
+        return LatentSites(left=left)
     with torch.random.fork_rng(devices=[]):
         nodes = program.trace({}).nodes
-    for name in program.carried:
-        site = _site(program, name, nodes[name]["fn"])
+    for name in (n for n in program.carried if n not in left):
+        site = _site(name, nodes[name]["fn"])
         if isinstance(site, RealSite):
             real.append(site)
         elif isinstance(site, DiscreteSite):
@@ -153,12 +160,8 @@ def latent_sites(program: Program) -> LatentSites:
     return LatentSites(Coordinates(tuple(real)), tuple(discrete), left)
 
 
-def _site(program: Program, name: str, fn: Any) -> RealSite | DiscreteSite | str:
+def _site(name: str, fn: Any) -> RealSite | DiscreteSite | str:
     """Return a latent that can be moved, or why it cannot."""
-    if name in program.feeding:
-        return "a chain depends on it"
-    if name in program.bounded:
-        return "its support depends on other sites"
     if isinstance(_innermost(fn), dist.Delta | dist.ImproperUniform):
         return "it has no density of its own"
     if fn.support.is_discrete:
