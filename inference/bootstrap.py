@@ -112,6 +112,7 @@ class Bootstrap(LookingAhead):
     name: ClassVar[str] = "smc"
     # Weights come from the program alone, which may read whole paths where they are kept.
     needs: ClassVar[Needs] = Needs(clean_sequences=False)
+    replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -86,9 +86,11 @@ class MovingEngine(Engine):
         if ess_threshold > 0:
             _resample(self.run, trace, resampler)
         state, weights = trace.carry, trace.weights.normalised
-        ahead = self.run.ends(state, paths=self.whole_paths(state, trace.paths))
-        last = len(trace.ancestors)
-        state, _ = self.mover.moved(self.run, state, state["log_g"], ahead, last, weights, None)
+        last, paths = len(trace.ancestors), self.whole_paths(state, trace.paths)
+        for mover in self.mover.every:
+            if mover.sites.names:
+                ahead, log_g = mover.ends(self.run, state, paths), state["log_g"]
+                state, _ = mover.moved(self.run, state, log_g, ahead, last, weights, None)
         trace.carry, trace.log_potential = state, state["log_g"]
 
 

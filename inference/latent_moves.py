@@ -37,21 +37,24 @@ class Spot:
     :param log_h: the carried look-ahead, ``(R, N)``.
     :param log_r: log of what latents are drawn with, ``(R, N)``.
     :param slots: entries of the state that depend on them.
+    :param log_path: log-probability of the path so far, ``(R, N)``, where that depends on them.
     """
 
     latents: dict[str, Tensor]
     log_h: Tensor
     log_r: Tensor
     slots: dict[str, Any]
+    log_path: Tensor | None = None
 
     @property
     def level(self) -> Tensor:
-        """What moves leave invariant, up to the path's own law: ``log h + log r``."""
-        return self.log_h + self.log_r
+        """What moves leave invariant: ``log h + log r``, and the path's own law if that moves."""
+        level = self.log_h + self.log_r
+        return level if self.log_path is None else level + self.log_path
 
     def at(self, latents: dict[str, Tensor], rated: Rated) -> Spot:
         """Return where particles would stand with other latents."""
-        return Spot(latents, rated.log_h, rated.log_r, rated.slots)
+        return Spot(latents, rated.log_h, rated.log_r, rated.slots, rated.log_path)
 
     def where(self, chosen: Tensor, other: Spot) -> Spot:
         """Return the other spot where it is chosen, bool ``(R, N)``."""
@@ -60,6 +63,7 @@ class Spot:
             torch.where(chosen, other.log_h, self.log_h),
             torch.where(chosen, other.log_r, self.log_r),
             chosen_of(chosen, other.slots, self.slots),
+            None if self.log_path is None else chosen_of(chosen, other.log_path, self.log_path),
         )
 
 
@@ -153,7 +157,7 @@ def _force(
 def _detached(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _detached(item) for name, item in value.items()}
-    return value.detach()
+    return None if value is None else value.detach()
 
 
 def _accepted(spot: Spot, proposed: Spot, log_ratio: Tensor, generator: Any) -> tuple[Spot, Tensor]:
@@ -200,9 +204,9 @@ def _gibbs_element(
     parent = torch.arange(size, device=device).repeat_interleave(others).expand(runs, -1)
     latents = take_particles(spot.latents, parent)
     latents[site.name] = _with_element(latents[site.name], site, element, index.flatten(1))
-    rated = ahead.take(parent)(latents)
-    usable = (rated.log_r > -torch.inf) & ~rated.log_h.isnan()
-    level = torch.where(usable, rated.log_h + rated.log_r, -torch.inf).reshape(runs, size, others)
+    proposed = spot.at(latents, ahead.take(parent)(latents))
+    usable = (proposed.log_r > -torch.inf) & ~proposed.level.isnan()
+    level = torch.where(usable, proposed.level, -torch.inf).reshape(runs, size, others)
     # The value that is held keeps the look-ahead that is carried: with its noise, it is one draw
     # of the values side by side like all others.
     held = spot.level.nan_to_num(-torch.inf, -torch.inf, -torch.inf)[..., None]
@@ -211,7 +215,7 @@ def _gibbs_element(
     noise = uniforms((runs, size), generator=generator, device=device)
     taken = draw_categorical(levels - levels.amax(-1, keepdim=True), noise)
     child = torch.arange(size, device=device) * others + (taken - 1).clamp_min(0)
-    there = Spot(**take_particles(vars(spot.at(latents, rated)), child))
+    there = Spot(**take_particles(vars(proposed), child))
     return spot.where(taken > 0, there), (taken > 0).to(torch.float64)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ppl_diffusion.inference.latent_paths import PathMover, path_sites
 from ppl_diffusion.inference.latent_sites import LatentSites, latent_sites
 from ppl_diffusion.inference.scout import SCOUTS, LatentMover, LatentMoves
 from ppl_diffusion.programs.ahead import Levels
@@ -36,12 +37,17 @@ class LatentRun:
     @property
     def num_rows(self) -> int:
         """Rows of the program evaluated to move latents, the scout's included."""
-        return sum(mover.num_rows for mover in (self.mover, self.scout) if mover is not None)
+        return sum(mover.num_rows for mover in self._movers)
 
     @property
     def num_gradients(self) -> int:
         """How many of them were differentiated."""
-        return sum(mover.num_gradients for mover in (self.mover, self.scout) if mover is not None)
+        return sum(mover.num_gradients for mover in self._movers)
+
+    @property
+    def _movers(self) -> list[LatentMover]:
+        first = [mover for mover in (self.mover, self.scout) if mover is not None]
+        return [mover for one in first for mover in one.every]
 
     def settings(self, run: Bound) -> dict[str, Any]:
         """Return what was done, in JSON types; nothing where a program carries no latents."""
@@ -49,20 +55,30 @@ class LatentRun:
             return {}
         if self.mover is None:
             return {"latent_moves": {"kernels": {}, "left": self.left}}
-        mover, steps = self.mover, sorted(self.mover.steps)
+        mover, along = self.mover, self.mover.then
         own = mover.options.tuning == "own"
+        steps = {step for one in mover.every for step in one.steps}
         found = {
-            "kernels": kernels(mover),
-            "schedule": steps,
-            "numbers": [mover.steps[k].number for k in steps],
-            "acceptance": [mover.acceptance.get(k, 0.0) for k in steps],
+            "kernels": {name: k for one in mover.every for name, k in kernels(one).items()},
+            **_steps(mover),
             "left": self.left,
             "tuning": mover.options.tuning,
             "tempering": run.levels is not None and run.levels.tempered,
             "evidence": "consistent, not unbiased" if own else "unbiased",
         }
         late = {"note": _AT_THE_END} if len(steps) == 1 else {}
-        return {"latent_moves": {**found, **late}}
+        rows = {"network_rows": sum(one.num_network_rows for one in self._movers)}
+        paths = {"along_paths": {**_steps(along), **rows}} if along is not None else {}
+        return {"latent_moves": {**found, **paths, **late}}
+
+
+def _steps(mover: LatentMover) -> dict[str, Any]:
+    steps = sorted(mover.steps)
+    return {
+        "schedule": steps,
+        "numbers": [mover.steps[k].number for k in steps],
+        "acceptance": [mover.acceptance.get(k, 0.0) for k in steps],
+    }
 
 
 _AT_THE_END = (
@@ -94,14 +110,31 @@ def latent_run(
     if program is None or not program.carried:
         return LatentRun()
     why = _refusal(options, method, run)
-    sites = LatentSites(left=dict.fromkeys(program.carried, why)) if why else latent_sites(program)
-    left = dict(sites.left)
-    if options is None or not sites.names:
+    if options is None or why is not None:
+        return LatentRun(left=dict.fromkeys(program.carried, why or ""))
+    sites, fed = latent_sites(program), path_sites(method, run)
+    left = {**sites.left, **fed.left}
+    if not (sites.names or fed.names):
         return LatentRun(left=left)
     if options.tuning == "own":
         run.levels = Levels(options.tempering)
-        return LatentRun(LatentMover(options, sites), left=left)
-    return _scouted(options, run, sites, _few(run.shape[1], resampler), scout)
+        return LatentRun(_movers(options, sites, fed), left=left)
+    found = _scouted(options, run, (sites, fed), _few(run.shape[1], resampler), scout)
+    return replace(found, left=left)
+
+
+def _movers(
+    options: LatentMoves, sites: LatentSites, fed: LatentSites, known: LatentMover | None = None
+) -> LatentMover:
+    """Return the moves of latents, those that chains depend on last.
+
+    :param known: the moves of a scout.
+    """
+    mover = LatentMover(options, sites, None if known is None else known.steps)
+    if fed.names:
+        along = None if known is None or known.then is None else known.then.steps
+        mover.then = PathMover(options, fed, along)
+    return mover
 
 
 def _refusal(options: LatentMoves | None, method: Method, run: Bound) -> str | None:
@@ -124,17 +157,21 @@ def _few(size: int, resampler: Resampler) -> int:
 
 
 def _scouted(
-    options: LatentMoves, run: Bound, sites: LatentSites, size: int, scout: Scout
+    options: LatentMoves,
+    run: Bound,
+    sites: tuple[LatentSites, LatentSites],
+    size: int,
+    scout: Scout,
 ) -> LatentRun:
-    first, pilot = LatentMover(options, sites), run.at((1, size))
+    first, pilot = _movers(options, *sites), run.at((1, size))
     pilot.notes, pilot.levels = dict(run.notes), Levels(options.tempering)
     before = run.num_evaluations + run.source.num_calls
     with warnings.catch_warnings():  # about the few particles of a run that nobody sees
         warnings.simplefilter("ignore")
         scout(pilot, first)
     rows = run.num_evaluations + run.source.num_calls - before
-    early = any(step < max(first.steps) for step in first.steps)
+    steps = {step for mover in first.every for step in mover.steps}
+    early = any(step < max(steps) for step in steps)
     if early or not first.waiting:
         run.levels = Levels(options.tempering, learning=False, log_c=pilot.levels.log_c)
-    mover = LatentMover(options, sites, first.steps)
-    return LatentRun(mover, first, rows, dict(sites.left))
+    return LatentRun(_movers(options, *sites, first), first, rows)

@@ -7,7 +7,7 @@ conditional law, element by element. What is left is carried as it was drawn, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,23 +133,27 @@ class LatentSites:
 
 
 def latent_sites(program: Program) -> LatentSites:
-    """Return how the latents that particles inherit can be moved.
+    """Return how the latents that particles inherit, and no chain depends on, can be moved.
 
     :param program: the program.
     """
+    return movable(program, [name for name in program.carried if name not in program.feeding])
+
+
+def movable(program: Program, names: Sequence[str]) -> LatentSites:
+    """Return how latents can be moved.
+
+    :param program: the program.
+    :param names: the latents.
+    """
     real: list[RealSite] = []
     discrete: list[DiscreteSite] = []
-    left: dict[str, str] = {}
-    for name in program.carried:
-        if name in program.feeding:
-            left[name] = "a chain depends on it"
-        elif name in program.bounded:
-            left[name] = "its support depends on other sites"
-    if len(left) == len(program.carried):
+    left = {n: "its support depends on other sites" for n in names if n in program.bounded}
+    if len(left) == len(names):
         return LatentSites(left=left)
     with torch.random.fork_rng(devices=[]):
         nodes = program.trace({}).nodes
-    for name in (n for n in program.carried if n not in left):
+    for name in (n for n in names if n not in left):
         site = _site(name, nodes[name]["fn"])
         if isinstance(site, RealSite):
             real.append(site)

@@ -21,7 +21,7 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.clouds import clinging, number_of, root_of
 from ppl_diffusion.inference.latent_moves import MAX_ASKED, RealMove, Spot, gibbs
 from ppl_diffusion.inference.latent_sites import Coordinates, LatentSites
-from ppl_diffusion.programs.ahead import Ahead
+from ppl_diffusion.programs.ahead import Ahead, Rated
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method
 from ppl_diffusion.programs.run import same_values
@@ -53,7 +53,8 @@ class LatentMoves:
 
     :param kernel: for continuous ones together: ``"auto"`` (a random walk in up to three
         dimensions, else Hamiltonian moves), ``"random-walk"`` or ``"hmc"``.
-    :param number: moves at each step; None finds out how many it takes.
+    :param number: moves at each step; None finds out how many it takes, and makes one of latents
+        that a chain depends on, whose paths are replayed.
     :param tuning: ``"scout"``: by one more run of at most 64 particles, after which the evidence
         is unbiased. ``"own"``: by the particles that are moved, at no further cost; the evidence is
         then consistent and *not* unbiased.
@@ -98,10 +99,13 @@ class LatentMover:
 
     :ivar steps: what was done, by step.
     :ivar acceptance: shares of moves that were accepted, by step.
-    :ivar num_rows: rows of the program evaluated.
-    :ivar num_gradients: how many of them were differentiated.
+    :ivar num_rows: rows of the program evaluated, ``num_gradients`` of them differentiated.
+    :ivar num_network_rows: rows of networks evaluated.
     :ivar waiting: whether particles were resampled and could not be moved since.
+    :ivar then: moves of other latents, made after these.
     """
+
+    asked = MAX_ASKED
 
     def __init__(
         self, options: LatentMoves, sites: LatentSites, known: Mapping[int, Tuned] | None = None
@@ -109,9 +113,15 @@ class LatentMover:
         self.options, self.sites, self.learning = options, sites, known is None
         self.steps: dict[int, Tuned] = dict(known or {})
         self.acceptance: dict[int, float] = {}
-        self.num_rows = self.num_gradients = 0
+        self.num_rows = self.num_gradients = self.num_network_rows = 0
         self.waiting = False
+        self.then: LatentMover | None = None
         self._copied: Tensor | None = None
+
+    @property
+    def every(self) -> list[LatentMover]:
+        """These moves and those that come after."""
+        return [self] if self.then is None else [self, *self.then.every]
 
     def resampled(self, ancestors: Tensor) -> None:
         """Note that particles were copied.
@@ -119,7 +129,8 @@ class LatentMover:
         :param ancestors: int64 ``(R, N)``.
         """
         identity = torch.arange(ancestors.shape[1], device=ancestors.device)
-        self.waiting, self._copied = True, (ancestors != identity).any(1)
+        for mover in self.every:
+            mover.waiting, mover._copied = True, (ancestors != identity).any(1)
 
     def renew(
         self, method: Method, run: Bound, state: State, log_h: Tensor, group: int, generator: Rng
@@ -129,10 +140,18 @@ class LatentMover:
         :param log_h: the carried look-ahead, ``(R, N)``.
         :param group: groups made so far.
         """
+        for mover in self.every:
+            state, log_h = mover.renewed(method, run, state, log_h, group, generator)
+        return state, log_h
+
+    def renewed(
+        self, method: Method, run: Bound, state: State, log_h: Tensor, group: int, generator: Rng
+    ) -> tuple[State, Tensor]:
+        """Return what :meth:`renew` does by these moves alone."""
         copied, self._copied = self._copied, None
-        due = self.waiting if self.learning else group in self.steps
-        ahead = method.ahead(run, state, group) if due else None
-        if ahead is None or not any(name in state["latents"] for name in self.sites.names):
+        due = self.is_due(run, group) and any(name in state["latents"] for name in self.sites.names)
+        ahead = self.ahead(method, run, state, group) if due else None
+        if ahead is None:
             return state, log_h
         self.waiting = False
         weights = torch.softmax(state[LOG_BASE] + log_h, 1).nan_to_num(1 / log_h.shape[1])
@@ -140,6 +159,23 @@ class LatentMover:
             weights = torch.where(copied[:, None], 1 / log_h.shape[1], weights)
         state, moved = self.moved(run, state, log_h, ahead, group, weights, generator)
         return method.renewed(state, moved), moved
+
+    def is_due(self, run: Bound, group: int) -> bool:
+        """Return whether latents are moved now."""
+        return self.waiting if self.learning else group in self.steps
+
+    def ahead(self, method: Method, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead that is carried, as a function of latents."""
+        return method.ahead(run, state, group)
+
+    def ends(self, run: Bound, state: State, paths: Mapping[str, Tensor] | None) -> Ahead:
+        """Return the potential of finished states, likewise."""
+        return run.ends(state, paths=paths)
+
+    def spot(self, run: Bound, state: State, log_h: Tensor) -> Spot:
+        """Return where particles stand."""
+        slots = {name: state[name] for name in SLOTS if name in state}
+        return Spot(state["latents"], log_h, state["log_r"], slots)
 
     def moved(
         self,
@@ -156,14 +192,14 @@ class LatentMover:
         :param ahead: the look-ahead as a function of latents.
         :param weights: how much particles count, ``(R, N)``, for what is still to be found out.
         """
-        slots = {name: state[name] for name in SLOTS if name in state}
-        spot = Spot(state["latents"], log_h, state["log_r"], slots)
-        before = run.source.num_calls
+        spot = self.spot(run, state, log_h)
+        before, asked = run.source.num_calls, run.num_evaluations
         if self.learning:
             spot = self._learn(spot, ahead, group, weights, generator)
         else:
             spot = self._apply(spot, ahead, group, generator)
         self.num_rows += run.source.num_calls - before
+        self.num_network_rows += run.num_evaluations - asked
         state = {**state, "latents": spot.latents, "log_r": spot.log_r, **spot.slots}
         return state, spot.log_h
 
@@ -188,7 +224,7 @@ class LatentMover:
             moved = taken.to(torch.float64)
         for site in self.sites.discrete:
             if site.name in spot.latents and n % self._rest(spot) == 0:
-                spot, changed = gibbs(spot, ahead, site, generator)
+                spot, changed = gibbs(spot, ahead, site, generator, self.asked)
                 moved = changed if move is None else moved
         return spot, moved.mean()
 
@@ -198,14 +234,12 @@ class LatentMover:
         for site in self.sites.discrete:
             if site.name in spot.latents:
                 elements = site.index(spot.latents[site.name]).shape[-1]
-                rows += min((len(site.values) - 1) * elements, MAX_ASKED)
+                rows += min((len(site.values) - 1) * elements, self.asked)
         return max(1, math.ceil(rows / CHEAP_SWEEP)) if self.sites.real.sites else 1
-
-    # Finding out.
 
     def _learn(self, spot: Spot, ahead: Ahead, group: int, weights: Tensor, generator: Rng) -> Spot:
         """Move until latents have left where they were, and note what that took."""
-        _require_same_law(spot, ahead)
+        self.require_same_law(spot, ahead(spot.latents))
         real = self.sites.real.of(spot.latents)
         move, shares, before = None, [], None
         if real.sites:
@@ -237,24 +271,25 @@ class LatentMover:
                 return move, spot, share
             move = replace(move, scale=move.scale / 2)
 
+    def require_same_law(self, spot: Spot, rated: Rated) -> None:
+        """Refuse latents that the program draws by another law than they were drawn by.
+
+        :param rated: what particles are worth where they stand, found again.
+        """
+        # They are moved under the law that the program states; weights divide by the one they had.
+        known = spot.log_r > -torch.inf
+        if not same_values(rated.log_r[known], spot.log_r[known]):
+            raise CapabilityError(
+                "SMC: the law of latents that are drawn before the sequences changes with the "
+                "sequences, so that they cannot be moved; pass moves=None."
+            )
+
     def _kernel(self, spot: Spot, ahead: Ahead, real: Coordinates) -> str:
         chosen, few = self.options.kernel, real.size(spot.latents) <= FEW_COORDINATES
         # Where an answer draws noise it has no gradient that could be followed.
         if not ahead.smooth or chosen == "random-walk" or (chosen == "auto" and few):
             return "random-walk"
         return "hmc"
-
-
-def _require_same_law(spot: Spot, ahead: Ahead) -> None:
-    """Refuse latents that the program draws by another law than they were drawn by."""
-    # They are moved under the law that the program states; weights divide by the one they had.
-    now = ahead(spot.latents).log_r
-    known = spot.log_r > -torch.inf
-    if not same_values(now[known], spot.log_r[known]):
-        raise CapabilityError(
-            "SMC: the law of latents that are drawn before the sequences changes with the "
-            "sequences, so that they cannot be moved; pass moves=None."
-        )
 
 
 def _check(what: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -72,6 +72,7 @@ class FKSteering(LookingAhead):
     cache: bool = True
 
     name: ClassVar[str] = "steering"
+    replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.twist == "auto":

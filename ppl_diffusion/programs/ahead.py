@@ -28,11 +28,14 @@ class Rated(NamedTuple):
     :param log_h: their look-ahead, float64 ``(R, N)``.
     :param log_r: log of what the latents are drawn with, float64 ``(R, N)``.
     :param slots: what else of the state changes with them.
+    :param log_path: log-probability of their paths so far, float64 ``(R, N)``; None where it does
+        not depend on what is moved.
     """
 
     log_h: Tensor
     log_r: Tensor
     slots: State
+    log_path: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Ahead:
 
     :param kept: what it is read from, gathered with the particles.
     :param rate: ``(kept, latents) -> Rated``; latents ``(R, N, ...)``, all that are drawn.
-    :param smooth: whether equal latents get equal answers; otherwise each answer draws noise, of
-        the law that it has in the program.
+    :param smooth: whether it has a gradient that can be followed: equal latents get equal answers
+        (otherwise each draws noise, of the law that it has in the program), and no network reads
+        them.
     """
 
     kept: State

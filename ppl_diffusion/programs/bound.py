@@ -22,6 +22,7 @@ from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
+from ppl_diffusion.programs.trails import remember
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.rejuvenation import tilt
 from ppl_diffusion.smc.twists import (
@@ -84,6 +85,8 @@ class Bound:
         """What a method wants to remember of the run itself."""
         self.levels: Levels | None = None
         """What look-aheads are tempered by and floored at where latents move."""
+        self.remembered: frozenset[str] = frozenset()
+        """Chains whose particles remember the states of their paths (``TRAIL``)."""
         if isinstance(self.source, ProgramSource):
             self.source.place = self.place
 
@@ -254,7 +257,8 @@ class Bound:
         :param carry: its carry after the move.
         """
         done = {**state["done"], item.site: item.k + 1}
-        return {**state, "sites": {**state["sites"], item.site: carry}, "done": done}
+        state = {**state, "sites": {**state["sites"], item.site: carry}, "done": done}
+        return remember(state, self.sites[item.site]) if item.site in self.remembered else state
 
     def ends_with(self, state: State, site: str) -> bool:
         """Return whether nothing is left to be guessed once a site is complete.
@@ -354,17 +358,26 @@ class Bound:
         at = self.moves_made(state) if made is None else made
 
         def rate(kept: State, latents: Mapping[str, Tensor]) -> Rated:
-            log_joint, log_r = source.joint(kept, latents)
-            raised = (log_mean_exp(log_joint, 2) - log_r) * self._power(at)
-            if self.levels is None:
-                return Rated(raised, log_r, {})
-            known = self.levels.log_c.get(at)
-            return Rated(raised if known is None else self._floored(raised, known), log_r, {})
+            return self.rated(kept, latents, at)
 
         drawn = len(state["latents"]) == len(source.program.latents)
         begun = len(state["sites"]) == len(self.sites)
         known = dict(self.guess(state, None) if fills is None else fills)
         return Ahead(known, rate, smooth=drawn and begun)
+
+    def rated(self, fills: Mapping[str, Tensor], latents: Mapping[str, Tensor], made: int) -> Rated:
+        """Return the look-ahead by completions with any latents.
+
+        :param fills: the completions.
+        :param latents: values of the latents that are drawn.
+        :param made: moves made so far.
+        """
+        source = self.source
+        assert isinstance(source, ProgramSource)
+        log_joint, log_r = source.joint(fills, latents)
+        raised = (log_mean_exp(log_joint, 2) - log_r) * self._power(made)
+        known = None if self.levels is None else self.levels.log_c.get(made)
+        return Rated(raised if known is None else self._floored(raised, known), log_r, {})
 
     def ends(
         self, state: State, power: float = 1.0, paths: Mapping[str, Tensor] | None = None
@@ -374,17 +387,33 @@ class Bound:
         :param power: the power.
         :param paths: whole paths of every site, where they are kept.
         """
-        source = self.source
-        assert isinstance(source, ProgramSource)
         kept = {"sites": state["sites"], "paths": dict(paths or {})}
 
         def rate(kept: State, latents: Mapping[str, Tensor]) -> Rated:
-            here = {"sites": kept["sites"], "latents": dict(latents)}
-            log_joint, log_r, values = source.ends(here, kept["paths"] or None, strict=False)
-            log_g = log_joint - log_r
-            return Rated(tilt(log_g, power), log_r, {"log_g": log_g, "values": values})
+            return self.rated_ends(kept["sites"], latents, kept["paths"], power)
 
-        return Ahead(kept, rate, smooth=not source.program.redrawn)
+        assert self.program is not None
+        return Ahead(kept, rate, smooth=not self.program.redrawn)
+
+    def rated_ends(
+        self,
+        sites: Mapping[str, Carry],
+        latents: Mapping[str, Tensor],
+        paths: Mapping[str, Tensor],
+        power: float = 1.0,
+    ) -> Rated:
+        """Return the potential of finished carries, to a power, with any latents.
+
+        :param sites: the carry of each chain.
+        :param latents: values of all latents that are carried.
+        :param paths: whole paths of every site, or nothing.
+        :param power: the power.
+        """
+        source, here = self.source, {"sites": sites, "latents": dict(latents)}
+        assert isinstance(source, ProgramSource)
+        log_joint, log_r, values = source.ends(here, paths or None, strict=False)
+        log_g = log_joint - log_r
+        return Rated(tilt(log_g, power), log_r, {"log_g": log_g, "values": values})
 
     def final(self, state: State, paths: Mapping[str, Tensor] | None = None) -> State:
         """Return finished states that know ``log_g`` and the values of all sites (``values``).

@@ -73,6 +73,8 @@ class Method(ABC):
         constraint at the end: exact, and costly.
     :cvar normalised: whether its particles have mean weight one before anything tilts them.
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
+    :cvar replays: whether paths may be scored again under other conditions: it moves particles by
+        the chain's own law, and remembers nothing but the look-ahead that it carries.
     """
 
     name: ClassVar[str]
@@ -82,6 +84,7 @@ class Method(ABC):
     holds_clamps: ClassVar[bool] = True
     normalised: ClassVar[bool] = True
     keeps_paths: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     def source(self, model: Any, potential: PotentialLike | None) -> Source:
         """Return a bare chain, or a composition, with its potential.

@@ -82,8 +82,9 @@ def steps(posterior: ParticlePosterior) -> Verdict | None:
 def stuck(posterior: ParticlePosterior) -> Verdict | None:
     """Judge whether moves of latents were ever accepted."""
     told = posterior.settings.get("latent_moves") or {}
-    rates = list(_numbers(told.get("acceptance", ())))
-    if not rates or max(rates) >= ACCEPTED:
+    both = [list(_numbers(t.get("acceptance", ()))) for t in (told, told.get("along_paths") or {})]
+    rates = next((found for found in both if found and max(found) < ACCEPTED), None)
+    if rates is None:
         return None
     return Verdict(
         f"moves of latents were accepted at most {max(rates):.1%} of the time at any step (limit "
