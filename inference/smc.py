@@ -146,11 +146,16 @@ class SMC:
                 self.resampler,
                 self.ess_threshold,
                 None,
-                record=run.record if self.store_path and not self.method.keeps_paths else None,
+                record=run.record if self._records else None,
                 progress=self.progress,
             )
+            trace = self.method.end(run, trace)
             posterior = self._posterior(run, trace, seed, started)
         return self.method.finish(posterior)
+
+    @property
+    def _records(self) -> bool:
+        return (self.store_path or self.method.needs_paths) and not self.method.keeps_paths
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.

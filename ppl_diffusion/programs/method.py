@@ -34,6 +34,7 @@ from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import ChainSource, Moved, PotentialLike, Rng, Source, State
+from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -71,6 +72,7 @@ class Method(ABC):
     :cvar holds_clamps: whether its particles hold clamped tokens; elsewhere a clamp is a hard
         constraint at the end: exact, and costly.
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
+    :cvar needs_paths: whether paths are recorded for it even if nobody wants to keep them.
     """
 
     name: ClassVar[str]
@@ -79,6 +81,7 @@ class Method(ABC):
     ess_threshold: ClassVar[float] = 0.5
     holds_clamps: ClassVar[bool] = True
     keeps_paths: ClassVar[bool] = False
+    needs_paths: ClassVar[bool] = False
 
     def source(self, model: Any, potential: PotentialLike | None) -> Source:
         """Return a bare chain, or a composition, with its potential.
@@ -166,6 +169,10 @@ class Method(ABC):
         """
         log_g: Tensor = state["log_g"]
         return log_g
+
+    def end(self, run: Bound, trace: SMCTrace) -> SMCTrace:
+        """Return what the loop left behind, after whatever is done with finished particles."""
+        return trace
 
     def law(self, run: Bound) -> Law:
         """Return what weighted particles are exact for."""
