@@ -207,7 +207,8 @@ class Refinement(Method):
         state = self._finished(run, trace)
         size = run.shape[1]
         heads = _heads(trace.weights, min(self.num_chains, size))
-        slots, times = _kept(size, heads.shape[1], run.notes["refine/sweeps"], run.device)
+        renewals = sum(move.renews for _, move in self._queue(run))
+        slots, times = _kept(size, heads.shape[1], renewals, run.device)
         state = _slots(
             self._chains(run, run.gather(state, heads), set(times.tolist())), slots, times
         )
@@ -236,15 +237,20 @@ class Refinement(Method):
         return _kept_of(state | {"paths": paths})
 
     def _chains(self, run: Bound, state: State, times: set[int]) -> dict[int, State]:
-        """Return the states of all chains after some numbers of sweeps."""
-        found = {0: state}
-        for sweep in range(1, run.notes["refine/sweeps"] + 1):
-            for name, moves in run.notes["refine/moves"].items():
-                for move in moves:
-                    state = moved(run, state, name, move, 1.0, None)
-            found[sweep] = state
-            found = {at: each for at, each in found.items() if at in times}
-        return found
+        """Return the states of all chains after some numbers of renewals."""
+        found, done = {0: state}, 0
+        for name, move in self._queue(run):
+            state = moved(run, state, name, move, 1.0, None)
+            done += move.renews
+            if done in times:
+                found[done] = state
+        return {at: each for at, each in found.items() if at in times}
+
+    @staticmethod
+    def _queue(run: Bound) -> list[tuple[str, PathMove]]:
+        """Return all moves to be made, with the sites they are made at."""
+        sweep = [(name, move) for name, own in run.notes["refine/moves"].items() for move in own]
+        return sweep * run.notes["refine/sweeps"]
 
     def paths(self, run: Bound, state: State) -> dict[str, Tensor] | None:
         """Return the paths after the moves."""
@@ -312,7 +318,7 @@ def _inner(given: Method | str) -> Method:
 
 
 def _heads(weights: Weights, count: int) -> Tensor:
-    """Return stratified draws in random order, int64 ``(R, B)``: each has the law of the weights."""
+    """Return stratified draws in random order, ``(R, B)``: each has the law of the weights."""
     shape = (len(weights.log), count)
     noise = uniforms((2, *shape), device=weights.log.device)
     # A dead run has no weights to draw by, and is put back as it was.
@@ -324,13 +330,13 @@ def _kept_of(state: State) -> State:
     return {name: value for name, value in state.items() if name in KEPT}
 
 
-def _kept(size: int, chains: int, sweeps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the chain and the number of sweeps of each state that is kept, evenly spaced."""
+def _kept(size: int, chains: int, renewals: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the chain and the number of renewals of each state that is kept, evenly spaced."""
     slots = torch.arange(size, device=device)
     chain = slots * chains // size
     count = torch.bincount(chain, minlength=chains)
     place = slots - (count.cumsum(0) - count)[chain]
-    return chain, ((place + 1) * (sweeps + 1) - 1) // count[chain]
+    return chain, ((place + 1) * (renewals + 1) - 1) // count[chain]
 
 
 def _slots(states: dict[int, State], slots: Tensor, times: Tensor) -> State:

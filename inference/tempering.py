@@ -33,9 +33,7 @@ from ppl_diffusion.programs.sources import Moved, Rng, State
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.rejuvenation import (
     OrderRefresh,
-    PathModel,
     PathMove,
-    PathState,
     SuffixRefresh,
     WasteFree,
     tilt,

@@ -8,8 +8,8 @@ from ppl_diffusion.smc.engine import run_smc as run_smc
 from ppl_diffusion.smc.engine import smc_loop as smc_loop
 from ppl_diffusion.smc.feynman_kac import FeynmanKac as FeynmanKac
 from ppl_diffusion.smc.feynman_kac import Proposal as Proposal
-from ppl_diffusion.smc.posterior import ParticlePosterior as ParticlePosterior
 from ppl_diffusion.smc.path_state import PathMove as PathMove
+from ppl_diffusion.smc.posterior import ParticlePosterior as ParticlePosterior
 from ppl_diffusion.smc.refill import Refill as Refill
 from ppl_diffusion.smc.refill import SiteGibbs as SiteGibbs
 from ppl_diffusion.smc.rejuvenation import OrderRefresh as OrderRefresh

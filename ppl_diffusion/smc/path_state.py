@@ -90,9 +90,14 @@ class PathModel:
 
 
 class PathMove(ABC):
-    """A Markov kernel on paths that leaves ``p(path) G(x0)^beta`` invariant."""
+    """A Markov kernel on paths that leaves ``p(path) G(x0)^beta`` invariant.
+
+    :cvar name: its name.
+    :cvar renews: whether it changes clean sequences.
+    """
 
     name: ClassVar[str]
+    renews: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, chain: ReverseChain) -> None:

@@ -30,9 +30,9 @@ class RevealMove(PathMove):
         """Refuse chains whose reveals are not random, or not independent of the network."""
         if not reveals_alone(chain):
             raise CapabilityError(
-                f"{type(self).__name__}: it masks positions again, and the steps of {chain.kernel!r} "
-                "do not reveal them once, at moments independent of the network, with a density; "
-                "use SuffixRefresh."
+                f"{type(self).__name__}: it masks positions again, and the steps of "
+                f"{chain.kernel!r} do not reveal them once, at moments independent of the network, "
+                "with a density; use SuffixRefresh."
             )
 
 

@@ -106,6 +106,7 @@ class OrderRefresh(PathMove):
     window: int | None = None
     tail: bool = False
     name = "order"
+    renews = False
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 2:
@@ -192,7 +193,7 @@ class WasteFree(Resampler):
 
 
 def _prefix(state: PathState, start: int, chain: ReverseChain) -> Tensor | None:
-    """Return what is still known of a path's reveals when the steps after ``start`` are forgotten."""
+    """Return what is still known of a path's reveals once the steps after ``start`` are gone."""
     if state.log_c is None:
         return None
     kept = state.path[..., start, :] < chain.kernel.process.vocab_size
