@@ -16,7 +16,7 @@ return ``exact=False``, put their weight on what they keep, and estimate no evid
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from ppl_diffusion.rows import hash_rows
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import TwistLike
+from ppl_diffusion.smc.twists import ArgmaxFill, FillTwist, PersistentFill, TwistLike
 
 SCORE = "beam/score"
 
@@ -95,7 +95,8 @@ class BestOfN(ImportanceSampling):
 class GuidedLineages(TwistedSampler):
     """Particles that move by a guided proposal and never meet.
 
-    :param twist: how a lineage looks ahead; see :class:`TwistedSampler`.
+    :param twist: how a lineage looks ahead; see :class:`TwistedSampler`, without a floor by default
+        where nothing pays.
     :param proposal: what it moves by; see there.
     :param weighted: weigh every lineage by ``p G`` over what it was drawn from: importance
         sampling with a guided proposal. False is guidance as usually published: all count alike,
@@ -108,11 +109,16 @@ class GuidedLineages(TwistedSampler):
         posterior = SMC(chain, reward, method="guided-lineages", weighted=False).run(seed=0)
     """
 
-    twist: TwistLike | Literal["auto", "exhaustive"] = "argmax"
     weighted: bool = True
 
     name: ClassVar[str] = "guided-lineages"
     ess_threshold: ClassVar[float] = 0.0
+
+    def _fill_of(self, source: Source) -> FillTwist | None:
+        fill = super()._fill_of(source)
+        if self.twist != "auto" or self.weighted:
+            return fill
+        return PersistentFill(16) if isinstance(fill, PersistentFill) else ArgmaxFill()
 
     def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
         """Lineages are never resampled."""
@@ -158,6 +164,7 @@ class BeamSearch(LookingAhead):
         best = SMC(chain, Reward(dock), method="beam", num_particles=80, num_children=10).run()
     """
 
+    twist: TwistLike = "argmax"  # nothing makes up for what a search drops, so no defence helps
     num_children: int = 8
     keep: int = 1
 

@@ -25,14 +25,15 @@ from ppl_diffusion.smc.twists import ArgmaxFill, CallableTwist, FillTwist, Twist
 class LookingAhead(Method):
     """What methods share that move by the chain, or a proposal, and look ahead by a twist.
 
-    :param twist: how states are rated: ``"argmax"``, ``"persistent"``, ``"sample"``, a fill twist
-        such as ``PersistentFill(16)``, or a function ``(carry, k) -> log h (R, N)`` of the carry of
-        the only chain, such as a trained :class:`~ppl_diffusion.inference.LearnedValue`.
+    :param twist: how states are rated: ``"defensive"``, ``"argmax"``, ``"persistent"``,
+        ``"sample"``, a fill twist such as ``PersistentFill(16)``, or a function
+        ``(carry, k) -> log h (R, N)`` of the carry of the only chain, such as a trained
+        :class:`~ppl_diffusion.inference.LearnedValue`.
     :param proposal: None moves by the chain itself (by its twist, with its clamp); a kernel, or a
         proposal with a density.
     """
 
-    twist: TwistLike = "argmax"
+    twist: TwistLike = "defensive"
     proposal: Proposal | Kernel | None = None
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ from ppl_diffusion.programs.sources import (
     as_potential,
 )
 from ppl_diffusion.smc.law import Base, Law
-from ppl_diffusion.smc.twists import FillTwist
+from ppl_diffusion.smc.twists import Defensive, FillTwist, TwistLike
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -63,7 +63,8 @@ class Corrector(LookingAhead):
     The target of :class:`~ppl_diffusion.inference.SMC` is a composition, or (with ``compose``) a
     chain or a program, each of whose chains is then composed.
 
-    :param twist: look-ahead at the potential, see :class:`LookingAhead`.
+    :param twist: look-ahead at the potential, see :class:`LookingAhead`. By default
+        ``"defensive"``; with ``clamp`` the argmax over a floor of one half.
     :param form: ``"lockstep"`` (masked chains, the default there), ``"path"`` (chains on a time
         grid at ``kappa=1``, the default elsewhere), or ``"rates"``, the published continuous-time
         form, whose result says ``exact=False``. Lockstep reveals replace the moves of a masked
@@ -85,6 +86,7 @@ class Corrector(LookingAhead):
         sharp.log_evidence  # log sum_x P(x)**2 exp(reward(x)), unbiased before the log
     """
 
+    twist: TwistLike = "auto"
     form: Form = "auto"
     sites: str | SiteRule = "random"
     group_size: int | None = None
@@ -94,8 +96,11 @@ class Corrector(LookingAhead):
     name: ClassVar[str] = "corrector"
     needs: ClassVar[Needs] = Needs(own_moves=True)
     holds_clamps: ClassVar[bool] = False
+    normalised: ClassVar[bool] = False  # a power or a product of laws has a mass of its own
 
     def __post_init__(self) -> None:
+        if self.twist == "auto":  # asking about every token of each completion is dear
+            object.__setattr__(self, "twist", Defensive(0, 0.5) if self.clamp else Defensive())
         super().__post_init__()
         if self.form not in ("auto", "lockstep", "path", "rates"):
             raise ValueError(
@@ -169,14 +174,21 @@ class Corrector(LookingAhead):
         if not self.clamp or not run.source.law.tilts or not isinstance(mover, LockstepMover):
             return run.step(state, item, generator)
 
-        def look(chosen: Tensor) -> Tensor:
-            return self._children(run, state, item, chosen, mover.group_size, generator)
+        def look(chosen: Tensor, log_law: Tensor) -> Tensor:
+            return self._children(run, state, item, chosen, log_law, mover.group_size, generator)
 
         carry, ratio = mover.move(state["sites"][item.site], item.k, generator, look)
         return run.moved(state, item, carry), ratio
 
     def _children(
-        self, run: Bound, state: State, item: Item, chosen: Tensor, group_size: int, generator: Rng
+        self,
+        run: Bound,
+        state: State,
+        item: Item,
+        chosen: Tensor,
+        log_law: Tensor,
+        group_size: int,
+        generator: Rng,
     ) -> Tensor:
         """Return what every token of each chosen position promises, ``(m, V)``."""
         most = int(chosen.sum(-1).max())
@@ -187,7 +199,12 @@ class Corrector(LookingAhead):
         last = last and run.ends_with(state, item.site)
         changes = Changes(item.site, positions, tokens)
         values = run.source.children(run.guess(state, generator), changes, state, last=last)
-        return values[chosen.gather(-1, positions)]
+        valid = chosen.gather(-1, positions)
+        if not last:  # the ends themselves need no defence
+            law = log_law.new_full(values.shape, -torch.inf)
+            law = law.masked_scatter(valid[..., None], log_law.log_softmax(-1))
+            values = run.defended(state, values, law)
+        return values[valid]
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead, where there is a potential to look at."""

@@ -27,8 +27,8 @@ from ppl_diffusion.kernels.path_power import log_product
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.smc.feynman_kac import per_particle
 
-Look = Callable[[Tensor], Tensor]
-"""``chosen (*batch, L) -> (m, V)``: what every token of each chosen position promises."""
+Look = Callable[[Tensor, Tensor], Tensor]
+"""``(chosen (*batch, L), log_law (m, V)) -> (m, V)``: what each token of a position promises."""
 
 LEAST_LOOK = -50.0
 """Stand-in for ``-inf`` in a look-ahead that is exact (nats): a proposal must cover the model."""
@@ -191,7 +191,9 @@ class LockstepMover(ExpertMover):
             return carry, 0.0
         chosen = self._choose(steps, tokens, noise[0])
         log_g = log_product([_rows(s.prediction, chosen) for s in steps], self.exponents)
-        ahead = torch.zeros_like(log_g) if look is None else look(chosen).clamp_min(LEAST_LOOK)
+        ahead = (
+            torch.zeros_like(log_g) if look is None else look(chosen, log_g).clamp_min(LEAST_LOOK)
+        )
         drawn = draw_categorical(log_g + ahead, noise[1][chosen])
         weight = log_g.new_zeros(len(log_g))
         if look is not None or not self.is_plain:

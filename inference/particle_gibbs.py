@@ -92,8 +92,8 @@ class ParticleGibbs:
     :param num_warmup: sweeps before them, in which NUTS adapts.
     :param num_transitions: NUTS transitions per sweep.
     :param schedule: who moves at each step of a sweep, where there are several chains.
-    :param twist: look-ahead of the conditional SMC: ``"argmax"``, ``"persistent"``, a fill twist
-        or None.
+    :param twist: look-ahead of the conditional SMC: ``"defensive"``, ``"argmax"``,
+        ``"persistent"``, a fill twist or None.
     :param ess_threshold: resample when the ESS falls below this fraction of ``N``.
     :param moves: path moves made after each conditional SMC, in order.
     :param nuts: options of :class:`pyro.infer.NUTS`.
@@ -119,7 +119,7 @@ class ParticleGibbs:
         num_warmup: int = 200,
         num_transitions: int = 1,
         schedule: str | Plan = "lockstep",
-        twist: TwistLike = "argmax",
+        twist: TwistLike = "defensive",
         ess_threshold: float = 0.5,
         moves: Sequence[PathMove] = (),
         nuts: Mapping[str, Any] | None = None,

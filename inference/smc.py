@@ -173,6 +173,7 @@ class SMC:
             plan=self.plan,
             fill=self.method.fill,
             shape=(self.num_runs, self.num_particles),
+            normalised=self.method.normalised,
         )
         self.method.prepare(run, self.resampler, self.asked)
         return run
@@ -206,6 +207,9 @@ class SMC:
         left_out = {"left_out": sorted(shown - samples.keys())} if shown - samples.keys() else {}
         # The loop knows what paid, which a method may have changed; and no path of one's own steps.
         known = trace.posterior_fields() | {"log_potential": state["log_g"]}
+        law = self.method.law(run)
+        if not (self.method.normalised and law.has_evidence):
+            known["log_mass"] = None
         known["compact_path"] = None if paths is None else paths[first]
         posterior = ParticlePosterior(
             x0=state["sites"][first]["tokens"],
@@ -213,7 +217,7 @@ class SMC:
             samples=samples,
             num_evaluations=run.num_evaluations,
             num_potential_calls=self.method.num_calls(run),
-            law=self.method.law(run),
+            law=law,
             settings={
                 "method": self.method.name,
                 "resampler": self.resampler.name,

@@ -35,7 +35,7 @@ from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import log_mean_exp
+from ppl_diffusion.smc.twists import TwistLike, log_mean_exp
 
 LOG_H = "soft_value/log_h"
 
@@ -54,8 +54,9 @@ GREED = 2.0
 class SoftValueGuidance(LookingAhead):
     """Keep one of ``M`` children by what it promises, and pay for the choice.
 
-    :param twist: the guess of the value: ``"argmax"``, ``"persistent"``, ``"sample"`` or a fill
-        twist (posterior mean), or a function ``(carry, k) -> log h (R, N)``, such as a trained
+    :param twist: the guess of the value: ``"defensive"`` (the default with weights), ``"argmax"``
+        (without), ``"persistent"``, ``"sample"`` or a fill twist (posterior mean), or a function
+        ``(carry, k) -> log h (R, N)``, such as a trained
         :class:`~ppl_diffusion.inference.value_network.LearnedValue` (Monte Carlo).
     :param proposal: where children are drawn from: None is the chain itself; a kernel, or a
         proposal with a density.
@@ -76,6 +77,7 @@ class SoftValueGuidance(LookingAhead):
         posterior = SMC(chain, Reward(dock, temperature=0.1), method=method).run(seed=0)
     """
 
+    twist: TwistLike = "auto"
     num_children: int = 10
     alpha: float = 1.0
     weighted: bool = True
@@ -84,6 +86,8 @@ class SoftValueGuidance(LookingAhead):
     name: ClassVar[str] = "soft-value"
 
     def __post_init__(self) -> None:
+        if self.twist == "auto":  # what nothing pays for is as published
+            object.__setattr__(self, "twist", "defensive" if self.weighted else "argmax")
         super().__post_init__()
         _check_selection(self.num_children, self.alpha, self.weighted)
         if self.twist is None:

@@ -29,7 +29,7 @@ from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, register
 from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.smc.law import Law
-from ppl_diffusion.smc.twists import PersistentFill
+from ppl_diffusion.smc.twists import FillTwist, PersistentFill, TwistLike
 
 Kind = Literal["difference", "max", "sum", "add"]
 Closing = Literal["exact", "published"]
@@ -45,7 +45,8 @@ RUNNING, LOG_H = "steering/running", "steering/log_h"
 class FKSteering(LookingAhead):
     """Move by the chain, weigh by what completions score: their difference, max, sum or each.
 
-    :param twist: how states are scored, as in :class:`LookingAhead`.
+    :param twist: how states are scored, as in :class:`LookingAhead`; by default ``"defensive"``,
+        with the published closing ``"argmax"``.
     :param proposal: how particles move, as there.
     :param kind: how scores become weights: ``"difference"``, ``"max"``, ``"sum"`` or ``"add"``.
     :param closing: ``"exact"``, or ``"published"``: ``max`` and ``sum`` end with the running value
@@ -62,6 +63,7 @@ class FKSteering(LookingAhead):
         posterior = SMC(chain, Reward(dock, temperature=0.1), method=method).run(seed=0)
     """
 
+    twist: TwistLike = "auto"
     kind: Kind = "difference"
     closing: Closing = "exact"
     every: int = 1
@@ -71,10 +73,17 @@ class FKSteering(LookingAhead):
     name: ClassVar[str] = "steering"
 
     def __post_init__(self) -> None:
+        if self.twist == "auto":
+            object.__setattr__(self, "twist", "argmax" if self.published else "defensive")
         super().__post_init__()
         _check_choice("kind", self.kind, tuple(_RULES))
         _check_choice("closing", self.closing, ("exact", "published"))
         _check_schedule(self.every, self.interval)
+        if self.published and isinstance(self.twist, FillTwist) and self.twist.floor:
+            raise ValueError(
+                "FKSteering: closing='published' weighs by the completions themselves, not by a "
+                f"floor under them; use {self.twist.name!r} with floor=0, or another twist."
+            )
         if self.twist is None:
             raise ValueError(
                 "FKSteering: twist=None scores nothing; use ImportanceSampling, or a twist."

@@ -40,7 +40,7 @@ from ppl_diffusion.kernels.base import ORDERED
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
-from ppl_diffusion.programs.method import Method, Needs, register
+from ppl_diffusion.programs.method import Method, Needs, based, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Changes, Moved, Rng, Source, State
@@ -48,6 +48,7 @@ from ppl_diffusion.smc.feynman_kac import Proposal, draw_step, per_particle
 from ppl_diffusion.smc.twists import (
     ArgmaxFill,
     CallableTwist,
+    Defensive,
     FillTwist,
     PersistentFill,
     TwistLike,
@@ -56,6 +57,9 @@ from ppl_diffusion.smc.twists import (
 
 CHECKED_TOP, CHECKED_FILLS = 32, 4
 """Tokens asked about, and completions, that ``check`` tries."""
+
+FLOOR = 0.5
+"""Floor of the default look-ahead: proposals that follow it need more of one than weights do."""
 
 GUESS, LOG_H = "twisted/guess", "twisted/log_h"
 
@@ -73,7 +77,8 @@ class TwistedSampler(Method):
     :param twist: how particles look ahead: ``"argmax"``, ``"persistent"``, ``"sample"``, a fill
         twist such as ``PersistentFill(16)``, ``"exhaustive"`` (every completion, tiny problems), or
         a function ``(carry, k) -> log h (R, N)`` of ``carry["tokens"]``, for instance learned (one
-        chain). By default 16 persistent completions where they are reweighted, else the argmax.
+        chain). By default the argmax where every token is asked about, over a floor of one half,
+        and 16 persistent completions where they are reweighted, over the same.
     :param proposal: ``"clamped"`` (kernels that reveal a given number of positions; the default
         there), ``"reweighted"`` (any kernel; the default elsewhere), or a
         :class:`~ppl_diffusion.smc.Proposal` such as
@@ -93,7 +98,7 @@ class TwistedSampler(Method):
         posterior = SMC(chain, Reward(dock, temperature=0.1), method=method).run(seed=0)
     """
 
-    twist: TwistLike | Literal["auto", "exhaustive"] = "auto"
+    twist: TwistLike | Literal["exhaustive"] = "auto"
     proposal: ProposalLike | None = None
     surprise: bool = False
     top: int | None = None
@@ -173,7 +178,7 @@ class TwistedSampler(Method):
     def _fill_of(self, source: Source) -> FillTwist | None:
         if self.twist == "auto":
             some = any(self._proposal_of(site) == "reweighted" for site in source.chains)
-            return PersistentFill(16) if some else ArgmaxFill()
+            return PersistentFill(16, FLOOR) if some else Defensive(0, FLOOR)
         return self.twist if isinstance(self.twist, FillTwist) else None
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
@@ -247,7 +252,10 @@ class TwistedSampler(Method):
         positions, valid = self._positions(item, step, u_order)
         guess, lookahead = self._guess(run, state, generator), run.notes["lookahead"]
         log_d = step.log_probs.take_along_dim(positions[..., None], -2)  # (*B, m, V)
-        ahead = self._ahead(run, state, item, step, guess, positions, log_d)
+        last = self._is_last(run, state, item, step)
+        ahead = self._ahead(run, state, item, guess, positions, log_d, last=last)
+        if not last:  # the ends themselves need no defence
+            ahead = run.defended(state, ahead, log_d)
         log_q = _tilted(log_d, ahead)
         chosen = self._draw(item, log_q, u_token.gather(-1, positions))[..., None]
         ratio = (log_d - log_q).gather(-1, chosen)[..., 0]
@@ -265,7 +273,7 @@ class TwistedSampler(Method):
         else:  # several positions at once: the parent's guess with all of them in place
             changed = tokens != step.tokens
             guess = lookahead.moved(guess, item.site, tokens, changed)
-            log_h = lookahead.score(moved, guess)
+            log_h = run.defended(based(moved, log_ratio), lookahead.score(moved, guess))
         return {**moved, LOG_H: log_h}, log_ratio
 
     # Both choices are methods, so that a conditional run can hold one particle to a path.
@@ -286,15 +294,16 @@ class TwistedSampler(Method):
         run: Bound,
         state: State,
         item: Item,
-        step: RevealStep,
         guess: Any,
         positions: Tensor,
         log_d: Tensor,
+        *,
+        last: bool,
     ) -> Tensor:
         """Return ``W(v)``, float64 ``(*B, m, V)``: the potential itself where nothing is left."""
         size, top, lookahead = log_d.shape[-1], self.top, run.notes["lookahead"]
         scored = log_d.topk(min(top or size, size), -1).indices
-        changes, last = Changes(item.site, positions, scored), self._is_last(run, state, item, step)
+        changes = Changes(item.site, positions, scored)
         values = lookahead.children(state, guess, changes, last=last)
         if scored.shape[-1] == size:
             return torch.empty_like(values).scatter(-1, scored, values)
@@ -332,7 +341,8 @@ class TwistedSampler(Method):
     def _look(self, run: Bound, moved: State, generator: Rng) -> State:
         """Return states with a new guess and its score."""
         guess = self._guess(run, moved, generator)
-        return {**moved, GUESS: guess, LOG_H: run.notes["lookahead"].score(moved, guess)}
+        score = run.notes["lookahead"].score(moved, guess)
+        return {**moved, GUESS: guess, LOG_H: run.defended(moved, score)}
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return ``log h``: constant at the start."""

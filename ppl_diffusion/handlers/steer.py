@@ -31,7 +31,7 @@ def steer(
     num_particles: int = 64,
     resampler: str | Resampler = "systematic",
     ess_threshold: float = 0.5,
-    twist: TwistLike = "argmax",
+    twist: TwistLike = "defensive",
     excludes: bool = False,
 ) -> Any:
     """Propose each reverse-chain site with sequential Monte Carlo.

@@ -54,7 +54,7 @@ class Steering:
     num_particles: int = 64
     resampler: str | Resampler = "systematic"
     ess_threshold: float = 0.5
-    twist: TwistLike = "argmax"
+    twist: TwistLike = "defensive"
     excludes: bool = False
 
     def propose(self, chain: ReverseChain, moves: Proposal | None, shape: torch.Size) -> Draw:

@@ -22,7 +22,13 @@ from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
-from ppl_diffusion.smc.twists import FillTwist, log_mean_exp
+from ppl_diffusion.smc.twists import (
+    LOG_BASE,
+    FillTwist,
+    floored,
+    log_mean_exp,
+    mean_lookahead,
+)
 
 
 class Mover(Protocol):
@@ -53,6 +59,7 @@ class Bound:
     :param plan: who moves at each step.
     :param fill: how unfinished sequences are completed.
     :param shape: runs and particles ``(R, N)``.
+    :param normalised: whether particles without all twists have mean weight one (``LOG_BASE``).
     """
 
     source: Source
@@ -60,6 +67,7 @@ class Bound:
     plan: Plan
     fill: FillTwist
     shape: tuple[int, int]
+    normalised: bool = True
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.source.chains}
@@ -153,7 +161,7 @@ class Bound:
         :param latents: values of latents that are not to be drawn, each ``(R, N, ...)``.
         """
         state: State = {"sites": {}, "latents": dict(latents or {}), "log_r": self.zeros}
-        state |= {"done": {}, "noisiest": {}}
+        state |= {"done": {}, "noisiest": {}, LOG_BASE: self.zeros}
         return self.open(state, 0, generator)
 
     def open(self, state: State, group: int, generator: Rng) -> State:
@@ -277,7 +285,22 @@ class Bound:
 
     def look(self, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states by new completions, float64 ``(R, N)``."""
-        return self.score(state, self.guess(state, generator))
+        return self.defended(state, self.score(state, self.guess(state, generator)))
+
+    def defended(self, state: State, log_f: Tensor, log_law: Tensor | None = None) -> Tensor:
+        """Return look-aheads over the floor of the twist, in the shape they have.
+
+        :param log_f: look-aheads ``(R, N)``, or of children, ``(R, N, ..., s)``.
+        :param log_law: log-probabilities of the children, where they are such.
+        """
+        floor = self.fill.floor
+        if not floor:
+            return log_f
+        each = log_f if log_law is None else torch.logsumexp(log_law + log_f, -1, keepdim=True)
+        log_c = mean_lookahead(each, state[LOG_BASE])
+        if not self.normalised:
+            log_c = log_c - mean_lookahead(torch.zeros_like(each), state[LOG_BASE])
+        return floored(log_f, log_c, floor)
 
     def final(self, state: State, paths: Mapping[str, Tensor] | None = None) -> State:
         """Return finished states that know ``log_g`` and the values of all sites (``values``).

@@ -38,7 +38,7 @@ from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
-from ppl_diffusion.smc.twists import ArgmaxFill, FillTwist
+from ppl_diffusion.smc.twists import LOG_BASE, ArgmaxFill, FillTwist
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Method(ABC):
     :cvar ess_threshold: share of the particles below which it resamples, if nothing else is said.
     :cvar holds_clamps: whether its particles hold clamped tokens; elsewhere a clamp is a hard
         constraint at the end: exact, and costly.
+    :cvar normalised: whether its particles have mean weight one before anything tilts them.
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
     :cvar needs_paths: whether paths are recorded for it even if nobody wants to keep them.
     """
@@ -80,6 +81,7 @@ class Method(ABC):
     needs: ClassVar[Needs] = Needs()
     ess_threshold: ClassVar[float] = 0.5
     holds_clamps: ClassVar[bool] = True
+    normalised: ClassVar[bool] = True
     keeps_paths: ClassVar[bool] = False
     needs_paths: ClassVar[bool] = False
 
@@ -147,8 +149,8 @@ class Method(ABC):
         """Return the states after a group of moves, and the log of what they are weighed by."""
         state, total = run.open(state, group, generator), 0.0
         for item in run.groups[group]:
-            state, ratio = self.step(run, state, item, generator)
-            total = total + ratio  # type: ignore[assignment]
+            moved, ratio = self.step(run, state, item, generator)
+            state, total = based(moved, ratio), total + ratio  # type: ignore[assignment]
         return state, total
 
     def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
@@ -225,6 +227,14 @@ class Method(ABC):
                 f"{owner}: the chain {site.name!r} of {program.name} depends on the sequence of "
                 "another one, which is moved again here; use SMC."
             )
+
+
+def based(state: State, log_ratio: Tensor | float) -> State:
+    """Return states that stand for what they do after a move, so that they can be looked at.
+
+    :param log_ratio: ``log K - log M`` of the move, ``(R, N)`` or a number.
+    """
+    return {**state, LOG_BASE: state[LOG_BASE] + log_ratio}
 
 
 def held_proposal(site: ChainSite) -> Any:

@@ -25,6 +25,7 @@ from ppl_diffusion.smc.resampling import Stratified as Stratified
 from ppl_diffusion.smc.resampling import Systematic as Systematic
 from ppl_diffusion.smc.twists import ArgmaxFill as ArgmaxFill
 from ppl_diffusion.smc.twists import CallableTwist as CallableTwist
+from ppl_diffusion.smc.twists import Defensive as Defensive
 from ppl_diffusion.smc.twists import PersistentFill as PersistentFill
 from ppl_diffusion.smc.twists import SampledFill as SampledFill
 from ppl_diffusion.smc.weights import Weights as Weights

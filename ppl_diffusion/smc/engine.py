@@ -196,9 +196,11 @@ def smc_loop(
         if hasattr(engine, "renew"):
             carry, twist = engine.renew(carry, twist, k, generator)
         base = _base(weights, log_z, twist)
+        # Before the move: the last one may choose ends by the potential itself, and rightly leave
+        # out what is worth nothing.
+        mass = log_mean_exp(base, 1)
         carry, log_ratio = engine.move({**carry, LOG_BASE: base}, k, generator)
-        base = base + log_ratio
-        carry = {**carry, LOG_BASE: base}
+        carry = {**carry, LOG_BASE: base + log_ratio}
         if k + 1 == num_steps and hasattr(engine, "close"):
             so_far = partial(log.paths, carry, parents)
             carry, ahead = engine.close(carry, generator, so_far)
@@ -208,7 +210,7 @@ def smc_loop(
         weights, twist = weights.add(log_ratio + ahead - twist), ahead
         _check_weights(weights, k)
         due = weights.alive & (weights.ess < ess_threshold * num_particles) & (k + 1 < num_steps)
-        log.add(carry, weights, log_z, parents, due, log_mean_exp(base, 1))
+        log.add(carry, weights, log_z, parents, due, mass)
         parents = identity
         if bool(due.any()):
             log_z = torch.where(due, log_z + weights.log_mean, log_z)

@@ -34,12 +34,15 @@ from ppl_diffusion.smc.law import Base, Law, Tilt
 from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
     FILL_UNIFORMS,
+    LOG_BASE,
     CallableTwist,
     Carry,
     FillTwist,
     TwistLike,
     as_twist,
+    floored,
     log_mean_exp,
+    mean_lookahead,
 )
 
 LOG_PROB = "log_prob"
@@ -66,8 +69,8 @@ class FeynmanKac:
 
     :param chain: the reverse chain; plates in its batch shape belong to every particle.
     :param potential: ``log G``: a potential, or a function ``x0 (*batch, L) -> (*batch,)``.
-    :param twist: ``"argmax"`` (default), ``"persistent"``, ``"sample"``, None (bootstrap), a
-        function ``(carry, k) -> log h (R, N)``, or a twist object.
+    :param twist: ``"defensive"`` (default), ``"argmax"``, ``"persistent"``, ``"sample"``, None
+        (bootstrap), a function ``(carry, k) -> log h (R, N)``, or a twist object.
     :param proposal: None moves by the chain itself; a kernel, or a :class:`Proposal`.
     :param twist_every: evaluate the twist at every so many steps only (exact by telescoping).
     :raises CapabilityError: if a proposal, or the kernel it is used with, has no density; while
@@ -80,7 +83,7 @@ class FeynmanKac:
         self,
         chain: ReverseChain,
         potential: AbstractPotential | Callable[[Tensor], Tensor],
-        twist: TwistLike = "argmax",
+        twist: TwistLike = "defensive",
         proposal: Proposal | Kernel | None = None,
         *,
         twist_every: int = 1,
@@ -263,7 +266,11 @@ class BoundFeynmanKac:
         if isinstance(model.twist, CallableTwist):
             return model.twist(carry, k, tuple(tokens.shape[:2]))
         values = self.potential.lookahead(self.fills(model.twist, carry, k, generator))
-        return log_mean_exp(values.flatten(3).sum(-1) if values.ndim > 3 else values, 2)
+        log_f = log_mean_exp(values.flatten(3).sum(-1) if values.ndim > 3 else values, 2)
+        floor = model.twist.floor
+        if not floor:
+            return log_f
+        return floored(log_f, mean_lookahead(log_f, carry[LOG_BASE]), floor)
 
     def fills(
         self, twist: FillTwist, carry: Carry, k: int, generator: torch.Generator | None

@@ -85,7 +85,7 @@ class ParticlePosterior(Draws):
     :param settings: what was chosen, in JSON types.
     :param seconds: wall time.
     :param log_mass: log of the share of the chain's own law that the particles still stand for,
-        after each step, float64 ``(R, T)``; its exponential has expectation one. None if unknown.
+        before each move, float64 ``(R, T)``; its exponential has expectation one. None if unknown.
     :param num_move_rows: rows of the program evaluated to move latents.
     :param num_move_gradients: how many of these were differentiated.
     :param num_scout_rows: rows of networks and programs that the scout run asked for, of those in

@@ -28,11 +28,13 @@ LOG_BASE = "log_base"
 class FillTwist(ABC):
     """A twist that completes the unfinished sequence and asks the potential about the result.
 
-    ``log h`` is the log-mean-exp of the potential's look-ahead over ``num_fills`` completions.
+    ``log h`` is the log-mean-exp of the potential's look-ahead over ``num_fills`` completions,
+    mixed with their mean over the population where there is a ``floor`` (:func:`floored`).
     """
 
     name: ClassVar[str]
     num_fills: int = 1
+    floor: float = 0.0
 
     @abstractmethod
     def uniforms(
@@ -79,10 +81,15 @@ class PersistentFill(FillTwist):
     by fresh randomness. The noise never decides what is revealed.
 
     :param num_fills: completions per particle.
+    :param floor: share of the mean over the population, see :func:`floored`.
     """
 
     num_fills: int = 4
+    floor: float = 0.0
     name = "persistent"
+
+    def __post_init__(self) -> None:
+        _check_floor(self.floor)
 
     def init(self, shape: tuple[int, ...], generator: Any) -> Tensor:
         """Draw the noise of each particle."""
@@ -92,6 +99,49 @@ class PersistentFill(FillTwist):
         """Return the carried noise."""
         assert carried is not None
         return carried
+
+
+@dataclass(frozen=True)
+class Defensive(FillTwist):
+    """The likeliest completion, some persistent ones, and a floor: a look-ahead that does no harm.
+
+    Completions alone have no lower bound relative to the potential. Where they guess a state wrong
+    it is lost in almost every run, and runs then agree on an evidence that is too small. With the
+    floor every final weight is at most ``1 / floor`` times that of importance sampling.
+
+    :param num_persistent: completions with inherited noise, besides the likeliest one.
+    :param floor: share of the mean over the population, see :func:`floored`; 0 for none.
+    :raises ValueError: if a number is not usable.
+    """
+
+    num_persistent: int = 4
+    floor: float = 0.2
+    name = "defensive"
+
+    def __post_init__(self) -> None:
+        _check_floor(self.floor)
+        if self.num_persistent < 0:
+            raise ValueError(f"num_persistent must be >= 0, got {self.num_persistent}.")
+
+    @property
+    def num_fills(self) -> int:  # type: ignore[override]
+        """Completions per particle."""
+        return 1 + self.num_persistent
+
+    def init(self, shape: tuple[int, ...], generator: Any) -> Tensor | None:
+        """Draw the noise of each particle."""
+        return _rand(shape, self.num_persistent, generator) if self.num_persistent else None
+
+    def uniforms(self, carried: Tensor | None, shape: tuple[int, ...], generator: Any) -> Any:
+        """Return the carried noise."""
+        return carried
+
+    def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
+        """Return the likeliest completion, then the others."""
+        likeliest = super().fill(log_x0, None)
+        if uniforms is None:
+            return likeliest
+        return torch.cat([likeliest, super().fill(log_x0, uniforms)], 2)
 
 
 @dataclass(frozen=True)
@@ -144,26 +194,33 @@ class CallableTwist:
 
 Twist = FillTwist | CallableTwist
 TwistLike = (
-    Literal["argmax", "persistent", "sample"] | Twist | Callable[[Carry, int], Tensor] | None
+    Literal["auto", "defensive", "argmax", "persistent", "sample"]
+    | Twist
+    | Callable[[Carry, int], Tensor]
+    | None
 )
 
 
 def as_twist(twist: TwistLike) -> Twist | None:
     """Return a twist object from its short form.
 
-    :param twist: None (bootstrap), a name, a function ``(carry, k) -> log h`` or a twist.
+    :param twist: None (bootstrap), a name (``"auto"`` is ``"defensive"`` if no method says else), a
+        function ``(carry, k) -> log h`` or a twist.
     :raises ValueError: if the name is unknown.
     """
     if twist is None or isinstance(twist, FillTwist | CallableTwist):
         resolved = twist
     elif isinstance(twist, str):
         names: dict[str, type[FillTwist]] = {
+            "auto": Defensive,
+            "defensive": Defensive,
             "argmax": ArgmaxFill,
             "persistent": PersistentFill,
             "sample": SampledFill,
         }
         if twist not in names:
-            raise ValueError(f"unknown twist {twist!r}; choose one of {', '.join(names)} or None.")
+            known = ", ".join(name for name in names if name != "auto")
+            raise ValueError(f"unknown twist {twist!r}; choose one of {known} or None.")
         resolved = names[twist]()
     elif callable(twist):
         resolved = CallableTwist(twist)
@@ -172,11 +229,41 @@ def as_twist(twist: TwistLike) -> Twist | None:
     if isinstance(resolved, SampledFill):
         warnings.warn(
             "twist='sample' draws fresh completions at every step, whose noise enters the weights; "
-            "'persistent' or 'argmax' is almost always better.",
+            "'defensive' or 'persistent' is almost always better.",
             UserWarning,
             stacklevel=3,
         )
     return resolved
+
+
+def floored(log_f: Tensor, log_c: Tensor, floor: float) -> Tensor:
+    """Return ``log((1 - floor) f + floor c)``: the twist that a look-ahead is defended by.
+
+    ``c`` is the mean of ``f`` under the law of the moves, estimated from the very particles; that
+    is legal as a carried twist cancels whatever it is. Then ``c h / E f`` is at least ``floor``,
+    so that no state the potential wants can be dropped for a wrong guess.
+
+    :param log_f: log of the look-ahead.
+    :param log_c: log of ``c``, broadcastable; ``-inf`` (nobody is alive) leaves ``f`` alone.
+    :param floor: the share of ``c``, in ``[0, 1)``.
+    """
+    mixed = torch.logaddexp(math.log1p(-floor) + log_f, math.log(floor) + log_c)
+    return torch.where(log_c == -math.inf, log_f, mixed)
+
+
+def mean_lookahead(log_f: Tensor, log_base: Tensor) -> Tensor:
+    """Return the log of the mean look-ahead under the law of the moves, ``(R, 1, ...)``.
+
+    :param log_f: log of the look-ahead, ``(R, N, ...)``.
+    :param log_base: what each particle stands for (``LOG_BASE``), ``(R, N)``.
+    """
+    base = log_base.reshape(*log_base.shape, *[1] * (log_f.ndim - 2))
+    return log_mean_exp(base + log_f, 1)[:, None]
+
+
+def _check_floor(floor: float) -> None:
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must lie in [0, 1), got {floor}.")
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:

@@ -192,7 +192,7 @@ def test_two_sided_evidence_brackets(num_particles, twist):
 def test_the_gap_closes():
     chain, potential = toy_chain(vocab_size=2, num_steps=3), toy_potential(2, scale=2.0)
     law, generator = PathLaw.of(chain, potential), torch.Generator().manual_seed(0)
-    fk = FeynmanKac(chain, potential)
+    fk = FeynmanKac(chain, potential, None)  # with a look-ahead there is hardly a gap to close
     gaps = [
         two_sided_evidence(fk, law.draw(1000, generator), num_particles=n, generator=generator).gap
         for n in (2, 8, 64)

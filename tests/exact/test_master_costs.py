@@ -88,20 +88,21 @@ def test_chunks_change_nothing(posed, rows):
 
 FILLS = PersistentFill(3)
 MOVES = (OrderRefresh(), SuffixRefresh(2))
+ALL = 5  # completions of the defensive look-ahead
 FORMULAS = [  # calls of the potential per particle, without a cache
     ("importance-sampling", {}, 1),
     ("best-of-n", {}, 1),
     ("beam", {"num_children": 3}, STEPS),
-    ("steering", {}, STEPS),
-    ("steering", {"every": 2}, 3),  # states 1 and 3, and the end
+    ("steering", {}, ALL * (STEPS - 1) + 1),
+    ("steering", {"every": 2}, 2 * ALL + 1),  # states 1 and 3, and the end
     ("steering", {"kind": "max", "twist": FILLS}, 3 * (STEPS - 1) + 1),
-    ("soft-value", {"num_children": 5}, 5 * STEPS),
+    ("soft-value", {"num_children": 5}, 5 * (ALL * (STEPS - 1) + 1)),
     ("soft-value", {"num_children": 5, "weighted": False, "alpha": 0.0}, 5 * STEPS),
     ("twisted", {}, (STEPS - 1) * SIZE + SIZE + 1),  # children, last tokens, the closing
     ("twisted", {"twist": FILLS}, 3 * (STEPS - 1) * SIZE + SIZE + 1),
     ("twisted", {"surprise": True}, (STEPS - 1) * (SIZE + 1) + SIZE + 1),
     ("guided-lineages", {}, (STEPS - 1) * SIZE + SIZE + 1),
-    ("corrector", {}, STEPS + 1),  # the start is looked ahead from, too
+    ("corrector", {}, ALL * STEPS + 1),  # the start is looked ahead from, too
     ("corrector", {"clamp": True}, STEPS + 1 + STEPS * SIZE),
     ("tempering", {"powers": [0.0, 0.5, 1.0], "moves": MOVES}, 1 + 1),  # the order asks nothing
     ("tempering", {"powers": [0.0, 0.2, 0.5, 1.0], "moves": MOVES, "num_sweeps": 2}, 1 + 2 * 2),

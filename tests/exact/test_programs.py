@@ -184,7 +184,7 @@ def test_a_latent_left_behind_by_its_particle_is_found_out(monkeypatch):
         return {**gather(state, ancestors), "latents": state["latents"]}
 
     monkeypatch.setattr(Bound, "gather", staticmethod(latents_stay))
-    many = SMC(assay, method="steering", num_particles=32, num_runs=400, ess_threshold=2.0)
+    many = SMC(assay, method="steering", num_particles=32, num_runs=800, ess_threshold=2.0)
     assert max(map(abs, scores(many.run(0.3, seed=1), "assay", 0.3))) > 6
 
 

@@ -149,7 +149,9 @@ def test_the_published_closing_says_so():
 def forget_skipped_weights(chain, potential, *, runs, particles, seed):
     """Adaptive resampling as published: a step's weight is used there and then, or lost."""
     torch.manual_seed(seed)
-    sampler = SMC(chain, potential, method="steering", num_particles=particles, num_runs=runs)
+    sampler = SMC(
+        chain, potential, method="steering", twist="argmax", num_particles=particles, num_runs=runs
+    )
     run, method = sampler.bind((), {}), sampler.method
     systematic = as_resampler("systematic")
     with torch.no_grad():

@@ -29,7 +29,8 @@ def test_all_children_are_rated_and_caching_changes_nothing_else():
     cached, plain = guide(), guide(cache=False)
     assert torch.equal(cached.path, plain.path)
     assert torch.equal(cached.log_evidence, plain.log_evidence)
-    assert plain.num_potential_calls == 3 * 8 * 4 * 5  # runs, lineages, children, steps
+    # Runs, lineages, children; steps with five completions each, and the last, which is the end.
+    assert plain.num_potential_calls == 3 * 8 * 4 * (4 * 5 + 1)
     assert cached.num_potential_calls < plain.num_potential_calls / 2
 
 
@@ -51,7 +52,7 @@ def test_children_are_one_flat_batch():
         return GOAL(x0)
 
     guide(Potential(count), cache=False)
-    assert sizes == [3 * 8 * 4] * 5
+    assert sizes == [3 * 8 * 4 * 5] * 4 + [3 * 8 * 4]
 
 
 def test_one_lineage_has_an_evidence_of_its_own():
@@ -91,7 +92,7 @@ def test_forbidden_results_have_no_weight(weighted):
 
 
 def test_enormous_potentials_and_cold_choices_stay_finite():
-    posterior = guide(1000.0 * GOAL, alpha=0.01)
+    posterior = guide(1000.0 * GOAL, alpha=0.01, twist="argmax")
     assert bool(posterior.log_evidence.isfinite().all())
 
 
@@ -145,7 +146,8 @@ def test_results_say_what_was_chosen():
     settings = guide(alpha=0.5).settings
     expected = {"method": "soft-value", "num_children": 4, "alpha": 0.5, "weighted": True}
     assert expected.items() <= settings.items()
-    assert settings["twist"] == "argmax"
+    assert settings["twist"] == "defensive"
+    assert guide(weighted=False).settings["twist"] == "argmax"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_defaults_follow_the_kernel():
 
     timed = sample(toy_chain(length=LENGTH), twist="auto").settings
     assert chosen(timed) == ("reweighted", "persistent", 16)
-    assert chosen(sample(twist="auto").settings) == ("clamped", "argmax", 1)
+    assert chosen(sample(twist="auto").settings) == ("clamped", "defensive", 1)
     gradient = GradientProposal(lambda soft: soft[..., 0].sum(-1))
     found = sample(proposal=gradient)
     assert found.settings["proposal"] == "GradientProposal"

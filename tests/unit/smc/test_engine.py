@@ -270,7 +270,7 @@ def test_result_says_what_it_is():
         ({"ess_threshold": -1.0}, "ess_threshold must be a number >= 0, got -1.0"),
         ({"ess_threshold": float("nan")}, "ess_threshold must be a number >= 0"),
         ({"resampler": "best"}, "unknown resampler 'best'"),
-        ({"twist": "best"}, "unknown twist 'best'; choose one of argmax, persistent, sample"),
+        ({"twist": "best"}, "unknown twist 'best'; choose one of defensive, argmax, persistent"),
         ({"twist_every": 0}, "twist_every must be >= 1"),
         ({"max_rows": 0}, "max_rows must be >= 1 or None"),
     ],
@@ -318,7 +318,7 @@ def test_a_proposal_whose_density_excludes_its_own_draw_is_refused():
 
 
 def test_fresh_samples_come_with_a_warning():
-    with pytest.warns(UserWarning, match="'persistent' or 'argmax' is almost always better"):
+    with pytest.warns(UserWarning, match="'defensive' or 'persistent' is almost always better"):
         FeynmanKac(toy_markov_chain(), POTENTIAL, "sample")
 
 
