@@ -60,14 +60,15 @@ def _runner(case: Case, method: str, size: int, runs: int, **options: Any) -> SM
 
 BEST_OF_N = Method("best-of-n", _program("best-of-n"), evidence=False)
 IMPORTANCE = Method("importance", _program("importance-sampling"))
-BOOTSTRAP = Method("bootstrap", _program("smc"))
+BOOTSTRAP = Method("bootstrap", _program("smc", twist="argmax"))
 BEAM = Method("beam", _program("beam", num_children=CHILDREN), evidence=False)
 SVDD = (
     Method("svdd-argmax", _lineages(1, alpha=0.0, weighted=False), evidence=False),
     Method("svdd-soft", _lineages(1, alpha=1.0, weighted=False), evidence=False),
-    Method(f"svdd-weighted-{LINEAGES}", _lineages(LINEAGES)),
+    Method(f"svdd-weighted-{LINEAGES}", _lineages(LINEAGES, twist="argmax")),
 )
-ARGMAX = Method("argmax", _program("steering"))
+ARGMAX = Method("argmax", _program("steering", twist="argmax"))
+DEFENSIVE = Method("defensive", _program("steering"), width=5)
 SAMPLE_1 = Method("sample-1", _program("steering", twist=SampledFill(1)))
 SAMPLE_4 = Method("sample-4", _program("steering", twist=SampledFill(4)), width=4)
 PERSISTENT_4 = Method("persistent-4", _program("steering", twist=PersistentFill(4)), width=4)
@@ -77,12 +78,13 @@ PERSISTENT_16 = Method(
 MAX_AND_SUM = tuple(
     Method(
         kind if closing == "exact" else f"{kind}-published",
-        _program("steering", kind=kind, closing=closing),
+        _program("steering", kind=kind, closing=closing, twist="argmax"),
         evidence=closing == "exact",
     )
     for kind in ("max", "sum")
     for closing in ("exact", "published")
 )
+CLAMPED_DEFENSIVE = Method("clamped-defensive", _program("twisted"), width=4)
 CLAMPED_ARGMAX = Method("clamped-argmax", _program("twisted", twist="argmax"), width=4)
 CLAMPED_SAMPLE = tuple(
     Method(

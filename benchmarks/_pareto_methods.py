@@ -177,10 +177,11 @@ class Plan:
         children = 2 if self.frugal else 4
         rarely = f", every {every}" if self.frugal else ""
         yield "importance sampling", _program("importance-sampling")
-        yield f"difference, argmax{rarely}", _program("steering", every=every)
+        yield f"difference, argmax{rarely}", _program("steering", twist="argmax", every=every)
+        yield f"difference, defensive{rarely}", _program("steering", every=every)
         persistent = _program("steering", twist=PersistentFill(4), every=every)
         yield f"difference, persistent{rarely}", persistent
-        yield f"max, argmax{rarely}", _program("steering", kind="max", every=every)
+        yield f"max, argmax{rarely}", _program("steering", twist="argmax", kind="max", every=every)
         yield f"soft value, {children} children", _soft_value(children, True)
         yield f"soft value, {children}, unweighted", _soft_value(children, False)
         fills = PersistentFill(4 if self.frugal else 16)
@@ -213,7 +214,9 @@ def _best_of_n(strength: int) -> Setting:
 
 
 def _soft_value(children: int, weighted: bool, alpha: float = 1.0) -> Build:
-    return _program("soft-value", num_children=children, alpha=alpha, weighted=weighted)
+    return _program(
+        "soft-value", num_children=children, alpha=alpha, weighted=weighted, twist="argmax"
+    )
 
 
 def _greedy(children: int) -> Setting:
@@ -230,12 +233,12 @@ def _beam(children: int) -> Setting:
 
 
 def _clamped(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
-    return _runner(lab.ordered, potential, size, "twisted")
+    return _runner(lab.ordered, potential, size, "twisted", twist="argmax")
 
 
 def _corrector(exponent: float) -> Build:
     def build(lab: Lab, potential: AbstractPotential, size: int) -> SMC:
         base = lab.chain if exponent == 1 else Power(lab.chain, exponent)
-        return _runner(Tilt(base, potential), None, size, "corrector")
+        return _runner(Tilt(base, potential), None, size, "corrector", twist="argmax")
 
     return build

@@ -96,18 +96,19 @@ METHODS = (
     Method("beam", "beam", _particles(num_children=4)),
     Method("svdd argmax, published", "soft-value", _children(1, alpha=0.0, weighted=False)),
     Method("svdd soft, published", "soft-value", _children(1, weighted=False)),
-    Method("svdd weighted, argmax", "soft-value", _children(4)),
+    Method("svdd weighted, argmax", "soft-value", _children(4, twist="argmax")),
     Method("svdd weighted, persistent", "soft-value", _children(4, twist=FILLS), 16),
-    Method("difference, argmax", "steering", _particles(), plain=("argmax", 0.5)),
+    Method("difference, argmax", "steering", _particles(twist="argmax"), plain=("argmax", 0.5)),
+    Method("difference, defensive", "steering", _particles(), 5, plain=("defensive", 0.5)),
     Method("difference, persistent", "steering", _ASKING, 16, plain=(FILLS, 0.5)),
-    Method("corrector, argmax", "corrector", _particles()),
+    Method("corrector, argmax", "corrector", _particles(twist="argmax")),
     Method(
         "corrector, clamped persistent", "corrector", _particles(twist=FILLS, clamp=True), _WIDE
     ),
     Method("clamped, argmax", "twisted", _particles(twist="argmax"), BASES),
     Method("clamped, persistent", "twisted", _ASKING, _WIDE),
     Method("surprise, persistent", "twisted", _particles(twist=FILLS, surprise=True), _WIDE),
-    Method("reweighted, persistent", "twisted", _particles(proposal="reweighted"), 16),
+    Method("reweighted, persistent", "twisted", _particles(twist=FILLS, proposal="reweighted"), 16),
     Method("tempering", "tempering", _tempered),
     Method("exact twist", "twisted", _exact, BASES),
 )

@@ -76,6 +76,7 @@ CASES = {
         wavy,
         other_kernel(chain),
     ),
+    "floor": lambda: (ordered_chain("perturbed"), "defensive", None),
 }
 
 
@@ -96,7 +97,9 @@ def sweep_from_exact_draws(
     return law, path, moved, resampled
 
 
-@pytest.mark.parametrize(("case", "num_particles"), [*zip(CASES, [2, 5, 3, 2, 4, 3], strict=True)])
+@pytest.mark.parametrize(
+    ("case", "num_particles"), [*zip(CASES, [2, 5, 3, 2, 4, 3, 3], strict=True)]
+)
 def test_conditional_smc_is_invariant(case, num_particles):
     """T7.1, T7.2: the whole path law, with parent-dependent weights, proposals and prompts."""
     law, path, moved, resampled = sweep_from_exact_draws(case, num_particles)

@@ -181,3 +181,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert refused.value.code == 2
     framed = capsys.readouterr().err  # words wrap inside a box whose width the path decides
     assert "does not exist" in " ".join(framed.replace("│", " ").split())
+
+
+def test_look_aheads_are_measured_on_the_published_problems():
+    lookahead = module("lookahead")
+    case = lookahead.steep("D1", 8, 8)
+    assert case.log_z == pytest.approx(10.807, abs=1e-3)
+    rows = list(lookahead.measure_case(case, 8, 20, "none", "defensive"))
+    assert [row.coordinates["method"] for row in rows] == ["none", "defensive"]
+    assert rows[0].coordinates["mass"] == 1.0
+    assert {"problem", "mean", "median", "num_particles"} <= rows[0].flat().keys()
