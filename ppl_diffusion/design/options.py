@@ -67,11 +67,12 @@ class Option:
         words = [f"One of {', '.join(self.choices)}."] if self.choices else []
         return " ".join([*(f"{', '.join(who)}: {text}" for text, who in said.items()), *words])
 
-    def check(self, value: Any, method: str) -> None:
-        """:raises InputError: if the option is not the method's, or has no such word."""
-        if method not in self.owners:
+    def check(self, value: Any, method: str, inner: str | None = None) -> None:
+        """:raises InputError: if the option is neither method's, or has no such word."""
+        if not {method, inner} & self.owners.keys():
+            named = method if inner is None else f"{method} of {inner}"
             raise InputError(
-                f"The option {self.off if value is False else self.flag} is no option of {method}: "
+                f"The option {self.off if value is False else self.flag} is no option of {named}: "
                 f"drop it, or choose --method {' or '.join(self.owners)}."
             )
         if self.choices:
@@ -95,8 +96,11 @@ def options() -> dict[str, Option]:
     return {**found, **_of_the_job(found["twist"])}
 
 
-def options_of(method: str) -> list[Option]:
-    return [option for option in options().values() if method in option.owners]
+def usual(method: str, inner: str | None = None) -> dict[str, Any]:
+    """Return what a method does if nothing is said, and the method that it refines."""
+    names = [name for name in (inner, method) if name is not None]
+    every = options().values()
+    return {o.name: o.owners[name].said for name in names for o in every if name in o.owners}
 
 
 def spoken(text: str, method: str) -> str:

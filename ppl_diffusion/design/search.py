@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ppl_diffusion.design.checks import InputError, at_least, one_of, positive, usable_device
-from ppl_diffusion.design.options import DEFAULTS, NONE, options, options_of, spoken
-from ppl_diffusion.inference import Method, methods
+from ppl_diffusion.design.options import DEFAULTS, NONE, options, spoken, usual
+from ppl_diffusion.inference import Method, Refinement, methods
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
 
@@ -57,26 +57,39 @@ class Search:
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
-        usual = {o.name: o.owners[self.method].said for o in options_of(self.method)}
-        known = {**values, **usual, **self.options}
+        known = {**values, **usual(self.method, self.inner), **self.options}
         if known.get("twist") not in RANDOM_FILLS:
             known.pop("fills", None)
         return {name: value for name, value in known.items() if value is not None}
+
+    @property
+    def inner(self) -> str | None:
+        """The method that is refined, if one is."""
+        if self.method != Refinement.name:
+            return None
+        given: str = self.options.get("inner", DEFAULTS[self.method]["inner"])
+        return given
 
     def make(self) -> Method:
         """Return the method, with its options.
 
         :raises InputError: if it refuses them.
         """
-        cls = methods()[self.method]
+        if self.inner is None:
+            return self._made(self.method)
+        one_of("method", self.inner, methods())
+        return self._made(self.method, inner=self._made(self.inner))
+
+    def _made(self, name: str, **more: Any) -> Method:
+        cls = methods()[name]
         known = {f.name for f in fields(cls)}
-        asked = {**DEFAULTS.get(self.method, {}), **self.options}
+        asked = {**DEFAULTS.get(name, {}), **self.options, **more}
         if "twist" in asked:
             asked["twist"] = self._twist(asked["twist"])
         try:
             return cls(**{name: value for name, value in asked.items() if name in known})
         except (ValueError, TypeError) as error:
-            raise InputError(spoken(str(error), self.method)) from error
+            raise InputError(spoken(str(error), name)) from error
 
     def _twist(self, name: str) -> FillTwist | str | None:
         fills: int | None = self.options.get("fills")
@@ -94,7 +107,7 @@ class Search:
         known = options()
         for name, value in self.options.items():
             one_of("option", name, known)
-            known[name].check(value, self.method)
+            known[name].check(value, self.method, self.inner)
         if "fills" in self.options:
             at_least("the number of --fills", self.options["fills"], 1)
         positive("the power of the prior", self.options.get("power"))
