@@ -98,6 +98,8 @@ def _cost(result: Result) -> None:
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["distinct designs", summary["unique"]],
+        ["root ancestors", _roots(summary)],
+        ["nearest neighbour", _nearest(summary["collapse"])],
         ["network rows evaluated", summary["evaluations"]],
         ["potential calls", summary["potential_calls"]],
         ["seconds", f"{summary['seconds']:.1f}"],
@@ -106,6 +108,19 @@ def _cost(result: Result) -> None:
     table("Trust and cost", ["quantity", "value"], rows)
     if "evidence_note" in summary:
         print(f"Note: {summary['evidence_note']}")
+
+
+def _roots(summary: Mapping[str, Any]) -> str:
+    effective = [each for each in summary["collapse"]["ancestors"] if each is not None]
+    each = ", ".join(f"{value:.1f}" for value in effective)
+    return f"{sum(summary['root_ancestors'])} (effective per run: {each})"
+
+
+def _nearest(collapse: Mapping[str, Any]) -> str:
+    """Say by how many positions the designs of a run differ from their nearest ones."""
+    known = [value for value in collapse["nearest"] if value is not None]
+    mean, prior = sum(known) / len(known), collapse["prior_nearest"]
+    return f"{mean:.0%} of positions apart in sets of {collapse['set']} (prior: {prior:.0%})"
 
 
 def comparison_tables(comparison: Comparison) -> None:

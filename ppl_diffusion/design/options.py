@@ -17,11 +17,13 @@ from ppl_diffusion.inference import Method, methods
 
 NONE = "none"
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    # Noise that a particle inherits costs calls, which are cheap here, and saves variance.
-    "smc": {"twist": "persistent"},
+    # With four letters to ask about, looking before every reveal is worth its calls.
+    "refinement": {"inner": "twisted", "num_chains": 16},
     "soft-value": {"num_children": 4},
 }
 """What methods do here if nothing is said, where it is not what they do by themselves."""
+THRESHOLDS: Mapping[str, float] = {"refinement": 0.2}
+"""ESS thresholds, likewise: what is refined is drawn by weight, and roots are worth more to it."""
 
 
 class Use(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ppl_diffusion.design.checks import InputError, at_least, one_of, positive, usable_device
-from ppl_diffusion.design.options import DEFAULTS, NONE, options, spoken, usual
+from ppl_diffusion.design.options import DEFAULTS, NONE, THRESHOLDS, options, spoken, usual
 from ppl_diffusion.inference import Method, Refinement, methods
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
@@ -23,7 +23,8 @@ class Search:
 
     :param num_runs: independent runs, for the error bar of the evidence.
     :param num_steps: steps of the reverse chain; methods that reveal a given number of bases at a
-        time reveal as many as end within so many steps.
+        time reveal as many as end within so many steps. None for a step per four positions of a
+        masked prior, and 64 elsewhere.
     :param method: name of a registered method.
     :param resampler: resampling scheme; None for the runner's own.
     :param ess_threshold: resample when the effective sample size falls below this share; None for
@@ -33,11 +34,11 @@ class Search:
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
 
-    num_particles: int = 64
+    num_particles: int = 80
     num_runs: int = 4
-    num_steps: int = 64
+    num_steps: int | None = None
     seed: int = 0
-    method: str = "smc"
+    method: str = "refinement"
     resampler: str | None = None
     ess_threshold: float | None = None
     device: str | None = None
@@ -45,12 +46,15 @@ class Search:
 
     def __post_init__(self) -> None:
         for name, low in (("num_particles", 2), ("num_runs", 1), ("num_steps", 1), ("seed", 0)):
-            at_least(name.replace("num_", "the number of "), getattr(self, name), low)
+            if getattr(self, name) is not None:
+                at_least(name.replace("num_", "the number of "), getattr(self, name), low)
         self._check_options()
         if "fills" in self.options and "twist" not in self.options:
             # Counting completions says that they are random.
             object.__setattr__(self, "options", {**self.options, "twist": PersistentFill.name})
         self._check_resampling(self.make())
+        if self.ess_threshold is None:
+            object.__setattr__(self, "ess_threshold", THRESHOLDS.get(self.method))
         if self.device is not None:
             usable_device(self.device)
 

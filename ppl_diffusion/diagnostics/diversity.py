@@ -74,8 +74,8 @@ def systematic_set(posterior: ParticlePosterior, run: int, num: int) -> Tensor:
 def nearest_distance(x0: Tensor) -> Tensor:
     """Return the share of positions in which each sequence differs from its nearest neighbour.
 
-    :param x0: at least two sequences, int64 ``(n, L)``.
-    :returns: float64 ``(n,)``.
+    :param x0: sequences, int64 ``(n, L)``.
+    :returns: float64 ``(n,)``; infinite for a single one, which has no neighbour.
     """
     size, length = x0.shape
     rows = max(1, MAX_PAIRS // (size * length))
