@@ -136,6 +136,7 @@ def smc(
 ) -> ParticlePosterior:
     """Run a method on a bare chain; most look ahead by the likeliest completion."""
     shape = {"num_particles": size.particles, "num_runs": size.runs, "max_rows": None}
+    options = {"twist": "argmax", **options}
     return SMC(chain, log_g, method=method, **shape, **options).run(seed=seed)
 
 

@@ -104,10 +104,11 @@ print(f"effective sample size {1 / (weights**2).sum():.1f} of {len(weights)}")
 # - `"argmax"` fills every masked position with its likeliest base. These promoters are nearly random,
 #   so the likeliest base at *every* position is a sequence nobody has seen, and the narrow likelihood
 #   takes the oracle's opinion of it seriously.
-# - `PersistentFill(8)` averages over eight random completions that each particle keeps.
+# - `"defensive"`, the default, averages over it and four random completions that each particle keeps,
+#   and mixes in a floor, so that no sequence is lost because of a wrong guess.
 
 # %%
-twists = {"argmax": "argmax", "persistent": ppd.smc.PersistentFill(num_fills=8)}
+twists = {"argmax": "argmax", "defensive": "defensive"}
 results = {
     name: ppd.inference.SMC(assay, num_particles=64, num_runs=4, twist=twist).run(
         y=observed, seed=0
@@ -126,7 +127,7 @@ for name, result in results.items():
 # *methods* is worth more. So go on with the better guide:
 
 # %%
-posterior = results["persistent"]
+posterior = results["defensive"]
 print(posterior.target)
 print(f"exact: {posterior.exact}")
 

@@ -28,7 +28,7 @@ from ppl_diffusion.design.report import (
     save_plots,
 )
 from ppl_diffusion.diagnostics import collapse, nearest_distance
-from ppl_diffusion.diagnostics.claims import disagreement, evidence_range
+from ppl_diffusion.diagnostics.claims import disagreement, evidence_range, number_or_none
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
         "log_evidence_pooled": pooled,
         "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
         "log_evidence_range": evidence_range(posterior.log_evidence),
-        "evidence_relative_variance": posterior.evidence_variance.tolist(),
+        "evidence_relative_variance": list(map(number_or_none, posterior.evidence_variance)),
         **({} if note is None else {"evidence_note": note}),
     }
 

@@ -171,7 +171,7 @@ def test_every_method_is_run_printed_and_drawn(tmp_path, monkeypatch):
     assert "corrector, Power 1.5 + Tilt" in console.export_text()
     json.dumps([r.flat() for r in rows], allow_nan=False)
     equal = [r.coordinates for r in rows if r.coordinates["budget_kind"] == "evaluations"]
-    assert len(equal) == len(rows) / 2 == 14
+    assert len(equal) == len(rows) / 2 == 15
     for c in equal:
         assert c["exact"] == (c["method"] not in SEARCHES)
         assert c["evaluations"] == pytest.approx(60, rel=0.35), c["method"]

@@ -256,7 +256,7 @@ def rows(folder, tmp_path, monkeypatch):
 def test_rows(rows):
     pbm = module("pbm")
     methods = [row for row in rows if row["name"] == "pbm" and row["method"] != "exact draws"]
-    assert len(methods) == 17 + 17 + 2
+    assert len(methods) == 18 + 18 + 2
     for row in methods:
         assert ("rmse_log_z" in row) == row["exact"]
         assert row["evaluations"] > 0

@@ -199,7 +199,7 @@ def test_twisted_looks_ahead_as_the_prior_needs_it():
         settings = infer(make_target(process(4), pattern), search).settings
         return settings["twist"], settings["num_fills"]
 
-    assert chosen(Absorbing) == ("argmax", 1)
+    assert chosen(Absorbing) == ("defensive", 1)
     assert chosen(Absorbing, FIXED) == ("held", 1)
     assert chosen(Uniform) == ("persistent", 16)
     assert chosen(Uniform, fills=2) == ("persistent", 2)
