@@ -54,6 +54,7 @@ def moved(
     path = state["paths"][name].to(torch.int64)
     at = PathState(path, state["log_g"], state["values"], known.get(name))
     after, _ = move(model, at, beta=power, generator=generator)
+    known = {site: log_c for site, log_c in known.items() if site != name}
     own = {} if after.log_c is None else {name: after.log_c}
     return {
         **state,

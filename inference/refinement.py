@@ -90,7 +90,7 @@ class Refinement(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "inner", _inner(self.inner))
         if self.moves is not None:
-            object.__setattr__(self, "moves", require_moves("Refinement", self.moves))
+            object.__setattr__(self, "moves", require_moves("Refinement", self.moves, exact=False))
         if not 0 < self.share < 1:
             raise ValueError(f"Refinement: share must lie between 0 and 1, got {self.share}.")
         for what in ("num_chains", "num_sweeps"):
@@ -260,8 +260,13 @@ class Refinement(Method):
         """Return the law of the inner method, with the moves that leave it alone."""
         sweeps, moves = run.notes["refine/sweeps"], ", ".join(self._names(run))
         words = f"then {sweeps} sweep{'s' * (sweeps != 1)} of moves ({moves}) that leave it alone"
+        queue = [move for _, move in self._queue(run)]
+        unpaid = next((move.name for move in queue if not move.exact), None)
+        if unpaid is not None:
+            words = f"{words} but for what {unpaid!r} does not pay"
         law = self.guide.law(run)
-        return law.but(why=f"{law.why}; {words}" if law.why else words)
+        why = f"{law.why}; {words}" if law.why else words
+        return law.but(why=why, exact=law.exact and unpaid is None)
 
     @staticmethod
     def _names(run: Bound) -> list[str]:

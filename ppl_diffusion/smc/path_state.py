@@ -106,6 +106,11 @@ class PathMove(ABC):
         :raises CapabilityError: if it is.
         """
 
+    @property
+    def exact(self) -> bool:
+        """Whether it leaves that law invariant for any denoiser."""
+        return True
+
     def num_rows(self, chain: ReverseChain) -> float:
         """Return how many network rows a move of one path asks for, before any is saved.
 

@@ -101,16 +101,25 @@ class OrderRefresh(PathMove):
 
     :param window: places that are dealt anew; None for the whole order.
     :param tail: whether the window is that of the last places, not a random one.
+    :param paid: whether the denoiser's probabilities along both orders are weighed. The published
+        moves do not: that costs nothing, and is right where all conditionals of the denoiser belong
+        to one joint law (:func:`ppl_diffusion.diagnostics.order_sd` is zero) and nowhere else.
     """
 
     window: int | None = None
     tail: bool = False
+    paid: bool = True
     name = "order"
     renews = False
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 2:
             raise ValueError(f"OrderRefresh: window must be >= 2 or None, got {self.window}.")
+
+    @property
+    def exact(self) -> bool:
+        """Whether it weighs what it does."""
+        return self.paid
 
     def check(self, chain: ReverseChain) -> None:
         """Refuse chains whose reveals are not random, or not independent of the network."""
@@ -127,6 +136,8 @@ class OrderRefresh(PathMove):
 
     def num_rows(self, chain: ReverseChain) -> float:
         """Return a row for every step whose reveals may change."""
+        if not self.paid:
+            return 0.0
         if self.window is None:
             return float(chain.num_steps)
         return float(min(-(-self.window * chain.num_steps // chain.length) + 1, self.window))
@@ -147,6 +158,9 @@ class OrderRefresh(PathMove):
             last = first + model.chain.num_steps
         else:
             step_of, first, last = _dealt_window(table, self.window, self.tail, generator)
+        if not self.paid:
+            dealt = state._replace(path=table.path(table.x0, step_of), log_c=None)
+            return dealt, torch.ones_like(state.log_g, dtype=torch.bool)
         changed = table.between(first, last)
         # Equal numbers of reveals are dealt in a window; a fresh order may fill other steps.
         renewed = replace(table, step_of=step_of).between(first, last)

@@ -364,6 +364,17 @@ def test_what_cannot_be_refined_is_said():
         Refill((0,))
 
 
+def test_unpaid_orders_are_free_and_said():
+    moves = [OrderRefresh(paid=False), SiteGibbs()]
+    options = {"num_particles": 8, "num_runs": 2}
+    post = SMC(ordered(), GOAL, method=Refinement(moves=moves), **options).run(seed=0)
+    assert not post.exact
+    assert "leave it alone but for what 'order' does not pay" in post.target
+    assert post.settings["num_sweeps"] == 3  # one row each, of three per particle
+    with pytest.raises(ValueError, match="does not leave the target alone"):
+        SMC(ordered(), GOAL, method="tempering", moves=moves)
+
+
 def test_uniform_noise_is_refined_by_suffixes():
     chain = toy_chain("uniform", length=2, num_steps=4)
     post = SMC(chain, toy_potential(), method="refinement", num_particles=8, num_runs=4).run(seed=0)
