@@ -126,7 +126,7 @@ def sample(
 def design(
     context: typer.Context,
     name: Name,
-    particles: Annotated[int, Option(help="Particles per run.")] = 80,
+    particles: Annotated[int, Option(help="Particles per run.")] = 72,
     runs: Annotated[int, Option(help="Independent runs.")] = 4,
     steps: Annotated[
         int | None,

@@ -34,7 +34,7 @@ class Search:
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
 
-    num_particles: int = 80
+    num_particles: int = 72
     num_runs: int = 4
     num_steps: int | None = None
     seed: int = 0

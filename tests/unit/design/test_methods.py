@@ -155,7 +155,7 @@ def test_guesses_hold_fixed_bases_wherever_they_can():
 
 def test_defaults_depend_on_the_method():
     assert Search().settings() == {
-        "num_particles": 80,
+        "num_particles": 72,
         "num_runs": 4,
         "seed": 0,
         "method": "refinement",
