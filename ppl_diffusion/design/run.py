@@ -130,7 +130,9 @@ def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
         "log_evidence_pooled": pooled,
         "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
         "log_evidence_range": evidence_range(posterior.log_evidence),
-        "evidence_relative_variance": list(map(number_or_none, posterior.evidence_variance)),
+        "evidence_relative_variance": list(
+            map(number_or_none, posterior.evidence_variance.tolist())
+        ),
         **({} if note is None else {"evidence_note": note}),
     }
 
