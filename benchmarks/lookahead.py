@@ -157,15 +157,13 @@ def measure(quick: bool, console: Console) -> list[Row]:
 
 
 def _case_table(rows: list[Row]) -> Any:
-    names = list(LOOKAHEADS)
-    made = table("mean Z^/Z, RMSE of log Z, median error, mass", ["problem", *names])
-    cells = {(r.coordinates["problem"], r.coordinates["num_particles"]): {} for r in rows}
+    columns = ["problem", "look-ahead", "mean Z^/Z", "s.e.", "RMSE", "median", "mass"]
+    made = table("log Z_hat - log Z of one run", columns)
     for row in rows:
         c = row.coordinates
-        text = f"{c['mean']:.2f} {row.value:.2f} {c['median']:+.2f} {c['mass']:.2f}"
-        cells[c["problem"], c["num_particles"]][c["method"]] = text
-    for (problem, size), found in cells.items():
-        made.add_row(f"{problem} N={size}", *[found[name] for name in names])
+        numbers = [c["mean"], c["mean_se"], row.value, c["median"], c["mass"]]
+        cells = [f"{number:.2f}" for number in numbers]
+        made.add_row(f"{c['problem']} N={c['num_particles']}", c["method"], *cells)
     return made
 
 

@@ -1,5 +1,6 @@
 """Inference: one runner, methods as small objects, and what goes with them."""
 
+from ppl_diffusion.inference.attach import attach as attach
 from ppl_diffusion.inference.baselines import BeamSearch as BeamSearch
 from ppl_diffusion.inference.baselines import BestOfN as BestOfN
 from ppl_diffusion.inference.baselines import GuidedLineages as GuidedLineages
@@ -15,7 +16,6 @@ from ppl_diffusion.inference.correctors import Product as Product
 from ppl_diffusion.inference.correctors import SiteRule as SiteRule
 from ppl_diffusion.inference.correctors import Tilt as Tilt
 from ppl_diffusion.inference.correctors import order_inconsistency as order_inconsistency
-from ppl_diffusion.inference.gibbs_posterior import GibbsPosterior as GibbsPosterior
 from ppl_diffusion.inference.particle_gibbs import ParticleGibbs as ParticleGibbs
 from ppl_diffusion.inference.refinement import Refinement as Refinement
 from ppl_diffusion.inference.smc import SMC as SMC
@@ -30,3 +30,4 @@ from ppl_diffusion.inference.value_network import fit_value as fit_value
 from ppl_diffusion.programs.method import Method as Method
 from ppl_diffusion.programs.method import methods as methods
 from ppl_diffusion.programs.method import register as register
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior

@@ -29,6 +29,7 @@ from ppl_diffusion.inference.smc import SMC
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, methods
 from ppl_diffusion.programs.sources import Source
+from ppl_diffusion.smc.genealogy import degenerate, evidence_variance
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
 COSTS = ("network_rows", "potential_calls", "seconds")
@@ -156,7 +157,7 @@ class Candidate:
         recent = [p for p in self.pilots[-RECENT:] if bool(p.alive.any())]
         runs = sum(p.num_particles * _run_variance(p) for p in recent) / len(recent)
         # Few runs may agree by chance; then what they share of their ancestry counts.
-        own = self.last.num_particles * float(self.last.evidence_variance.nan_to_num(0.0).mean())
+        own = self.last.num_particles * _tree_variance(self.last)
         return max(runs, own)
 
     @property
@@ -209,6 +210,13 @@ def _run_variance(posterior: ParticlePosterior) -> float:
     if bool(posterior.alive.all()):
         return math.expm1(min(float(posterior.log_evidence.var()), CAP))
     return float((posterior.log_evidence - posterior.pooled_log_evidence).exp().var())
+
+
+def _tree_variance(posterior: ParticlePosterior) -> float:
+    """Return at least what the family tree tells of it; too little for most resamplers."""
+    weights = posterior.weights
+    told = evidence_variance(posterior.eve, weights, posterior.resampled)
+    return float(told.masked_fill(degenerate(posterior.eve, weights), 0.0).clamp_min(0).mean())
 
 
 def applicable(source: Source, composed: bool, extra: Mapping[str, Method]) -> list[Candidate]:

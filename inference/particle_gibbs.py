@@ -32,20 +32,22 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse
 from ppl_diffusion.inference.arguments import require_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
-from ppl_diffusion.inference.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
-from ppl_diffusion.inference.smc import Engine, seeded
+from ppl_diffusion.inference.smc import Engine
 from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.potentials import factor
+from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import can_hold, held_proposal
 from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, State, as_potential
 from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMultinomial
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
@@ -158,7 +160,7 @@ class ParticleGibbs:
         :raises ParticleCollapse: if no starting path of positive probability is found.
         """
         started, total = time.perf_counter(), self.num_warmup + self.num_samples
-        with seeded(seed):
+        with seeded(seed), watch_failures() as failures:
             sampler = GibbsSampler(self, args, kwargs)
             state, draws, updated = sampler.start(), [], []
             for t in range(total):
@@ -171,7 +173,7 @@ class ParticleGibbs:
             return sampler.collect(
                 draws,
                 updated=torch.stack(updated, 1),
-                settings={**self._settings(), "seed": seed},
+                settings={**self._settings(), **failures.settings(), "seed": seed},
                 seconds=time.perf_counter() - started,
             )
 
@@ -302,10 +304,12 @@ class GibbsSampler:
         latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
         samples, log_density = self._values(paths, latents)
         first, site = next(iter(paths.values())), next(iter(self.sites.values()))
+        is_program, replay = self.options.is_program, Replay(self.program)
+        shown = paths if is_program and self.options.store_path else {}
         kind = torch.uint8 if site.chain.kernel.process.num_states <= 256 else torch.int32
         return GibbsPosterior(
             x0=first[..., -1, :],
-            samples={**samples, **(paths if len(paths) > 1 else {})},
+            samples={**samples, **shown},
             compact_path=first.to(kind) if self.options.store_path else None,
             log_density=log_density,
             log_evidence=torch.stack([state.log_evidence for state in draws], 1),
@@ -319,7 +323,9 @@ class GibbsSampler:
             law=self.law,
             settings={**settings, "num_steps": site.chain.num_steps},
             seconds=seconds,
-            is_program=self.options.is_program,
+            is_program=is_program,
+            plates=replay.plates,
+            origin=replay if is_program else None,
         )
 
     def _prior_program(self) -> None:

@@ -14,9 +14,8 @@ away from here and give it to ``pyro.infer.Importance``: the answer is the same.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -28,9 +27,12 @@ from ppl_diffusion.inference.arguments import require_counts, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.inference.correctors import Corrector
+from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
+from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
+from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sources import (
     Moved,
@@ -73,6 +75,8 @@ class SMC:
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
         which any program survives.
+    :param num_sentinels: draws beside the run that are never resampled (64 do): they see what the
+        look-ahead costs where the run cannot, for the verdict ``lookahead``.
     :param progress: called with ``(steps done, steps in all)``.
     :param options: options of the method, where it is given by name.
     :raises TypeError: if the target is none, or an option is not the method's.
@@ -98,6 +102,7 @@ class SMC:
         store_path: bool = True,
         max_rows: int | None = 4096,
         vectorize_particles: bool = True,
+        num_sentinels: int = 0,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -115,6 +120,7 @@ class SMC:
         self.plan = as_plan(schedule)
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
         self.vectorize_particles = vectorize_particles
+        self.num_sentinels = require_sentinels(self.method, num_sentinels)
 
     @property
     def owner(self) -> str:
@@ -135,7 +141,7 @@ class SMC:
         :raises PotentialError: if a potential or a site's density is NaN or ``+inf``.
         """
         started = time.perf_counter()
-        with torch.no_grad(), seeded(seed):
+        with torch.no_grad(), seeded(seed), watch_failures() as failures:
             run = self.bind(args, kwargs)
             engine = Engine(self.method, run, self.store_path)
             trace = smc_loop(
@@ -150,8 +156,18 @@ class SMC:
                 progress=self.progress,
             )
             trace = self.method.end(run, trace)
-            posterior = self._posterior(run, trace, seed, started)
+            watched = self._sentinels(run) if self.num_sentinels else {}
+            found = {**failures.settings(), **watched}
+            posterior = self._posterior(run, trace, found, seed, started)
         return self.method.finish(posterior)
+
+    def _sentinels(self, run: Bound) -> dict[str, Any]:
+        beside = run.at((1, self.num_sentinels))
+        engine = Engine(self.method, beside, self.store_path)
+        record = beside.record if self._records else None
+        return sentinels(
+            engine, self.method.num_steps(run), beside.shape[1], self.ess_threshold, record
+        )
 
     @property
     def _records(self) -> bool:
@@ -192,7 +208,12 @@ class SMC:
         return ProgramSource(program, holding)
 
     def _posterior(
-        self, run: Bound, trace: SMCTrace, seed: int | None, started: float
+        self,
+        run: Bound,
+        trace: SMCTrace,
+        found: dict[str, Any],
+        seed: int | None,
+        started: float,
     ) -> ParticlePosterior:
         state: State = trace.carry
         paths = None
@@ -224,14 +245,24 @@ class SMC:
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
                 **left_out,
+                **found,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
             },
             seconds=time.perf_counter() - started,
             is_program=run.source.is_program,
+            **_origin(run),
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
+
+
+def _origin(run: Bound) -> dict[str, Any]:
+    """Return the fields by which a result remembers its program."""
+    if run.program is None:
+        return {}
+    replay = Replay(run.program)
+    return {"origin": replay, "plates": replay.plates}
 
 
 class Engine:
@@ -288,15 +319,3 @@ def as_method(
             f"{', '.join(own) or 'none'}."
         )
     return cls(**options)
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed what happens inside and leave the global random state alone; None does neither."""
-    if seed is None:
-        yield
-        return
-    # Seeding seeds every accelerator, too.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

@@ -180,9 +180,12 @@ class Tempering(Method):
         return dict(state["paths"])
 
     def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
-        """States of one waste-free chain are no offspring of resampling."""
+        """Leave out what a ladder does not tell."""
+        # What G forbids is gone after one stage, with all that it stood for: no look-ahead lost it.
+        posterior = replace(posterior, log_mass=None)
         if self.waste_free is None:
             return posterior
+        # States of one waste-free chain are no offspring of resampling.
         unknown = torch.full_like(posterior.log_evidence, torch.nan)
         return replace(posterior, evidence_variance=unknown)
 

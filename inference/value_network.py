@@ -28,9 +28,10 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.baselines import ImportanceSampling
 from ppl_diffusion.inference.bootstrap import Bootstrap
-from ppl_diffusion.inference.smc import SMC, seeded
+from ppl_diffusion.inference.smc import SMC
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.programs.bound import Bound
+from ppl_diffusion.programs.replay import seeded
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sources import PotentialLike
 from ppl_diffusion.smc.feynman_kac import per_particle

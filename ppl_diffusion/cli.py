@@ -10,6 +10,7 @@ from typer import Argument, Option
 from ppl_diffusion import __version__
 from ppl_diffusion.commands.complain import exit_code
 from ppl_diffusion.commands.flags import MODULE, MethodCommand, import_modules
+from ppl_diffusion.commands.terminal import readable_streams, spoken_warnings
 
 app = typer.Typer(
     add_completion=False,
@@ -37,7 +38,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         could not give an answer.
     """
     words = None if arguments is None else list(arguments)
-    return exit_code(lambda: app(args=words, prog_name="ppl-diffusion", standalone_mode=False))
+    with readable_streams(), spoken_warnings():
+        return exit_code(lambda: app(args=words, prog_name="ppl-diffusion", standalone_mode=False))
 
 
 @app.callback(invoke_without_command=True)

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ppl_diffusion.commands.complain import NoAnswer, Stopped
-from ppl_diffusion.commands.tables import comparison_tables, design_tables, progress_bar, table
+from ppl_diffusion.commands.complain import OK, NoAnswer, Stopped, complain
+from ppl_diffusion.commands.tables import (
+    comparison_tables,
+    design_tables,
+    progress_bar,
+    table,
+    warnings,
+)
 from ppl_diffusion.design.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
@@ -22,7 +28,6 @@ if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SamplerSettings
 
 PLOT_KINDS = (".png", ".pdf", ".svg")
-OF_EVIDENCE = ("log_evidence", "log_evidence_se", "genealogical_sd", "log_evidence_per_run")
 
 
 def list_models() -> None:
@@ -90,14 +95,15 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
     from ppl_diffusion.design.run import design, write_run
 
     check_target(out, replace=replace)
-    require_matplotlib("A run folder has plots, drawn with Matplotlib")
     target = build_target(job)
     with progress_bar(f"design {job.name}", quiet=quiet) as advance:
         result = design(target, progress=advance)
-    write_run(result, out, replace=replace)
+    left_out = write_run(result, out, replace=replace)
     if not quiet:
         design_tables(result)
         print(f"wrote {out}")
+    if left_out is not None:
+        complain(f"{left_out} Every other file of the run was written.", OK)
 
 
 def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
@@ -133,24 +139,30 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
 
     :raises InputError: if it holds no run.
     :raises ParticleCollapse: if plots are asked for of a run without a living particle.
+    :raises NoAnswer: if no plot could be drawn.
     """
     from ppl_diffusion.design.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
-    from ppl_diffusion.diagnostics.claims import disagreement
+    from ppl_diffusion.diagnostics.claims import EVIDENCE, claim
 
     posterior = load_particles(folder)
     figures = summary(posterior)
+    target = [claim(figures)]
+    left_out = {"target", "exact", "warnings"}
     if not posterior.law.has_evidence:
-        figures = {key: value for key, value in figures.items() if key not in OF_EVIDENCE}
-    rows = [[key, _readable(value)] for key, value in figures.items()]
-    table(f"Particles of {folder}", ["quantity", "value"], rows)
-    if posterior.law.has_evidence and (note := disagreement(posterior.log_evidence)):
-        print(f"Note: {note}")
+        left_out |= {*EVIDENCE, "genealogical_sd", "log_evidence_per_run"}
+    rows = [[key, _readable(value)] for key, value in figures.items() if key not in left_out]
+    table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
+    warnings(posterior.warnings)
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
 
-        save_plots(posterior, plots)
+        missing = save_plots(posterior, plots)
+        if missing is not None and not any(plots.glob("*.png")):
+            raise NoAnswer(missing)
         print(f"wrote {plots}")
+        if missing is not None:
+            complain(missing, OK)
 
 
 def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None) -> None:
@@ -178,18 +190,15 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
 
 
 def _check_plot(path: Path) -> None:
-    require_matplotlib("A plot is drawn with Matplotlib")
+    if find_spec("matplotlib") is None:
+        raise InputError(
+            "A plot is drawn with Matplotlib: install it with `pip install matplotlib`."
+        )
     if path.suffix.lower() not in PLOT_KINDS:
         raise InputError(
             f"The plot {str(path)!r} is no kind of picture: end its name in "
             f"{' or '.join(PLOT_KINDS)}."
         )
-
-
-def require_matplotlib(what: str) -> None:
-    """:raises InputError: if Matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        raise InputError(f"{what}: install it with `pip install matplotlib`.")
 
 
 def _sequence_text(sequences: list[str], kind: str) -> str:
@@ -211,5 +220,5 @@ def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
 
 def _readable(value: Any) -> object:
     if isinstance(value, list | tuple):
-        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-    return value
+        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(_readable(v)) for v in value)
+    return "n/a" if value is None else value

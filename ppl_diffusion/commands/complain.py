@@ -9,6 +9,7 @@ import typer
 from ppl_diffusion.design.checks import InputError
 from ppl_diffusion.errors import ParticleCollapse, PotentialError
 
+OK = 0
 USAGE = 2
 FAILED = 1
 STOPPED = 130

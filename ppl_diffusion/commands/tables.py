@@ -11,13 +11,18 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ppl_diffusion.commands.terminal import plain
+from ppl_diffusion.diagnostics.claims import claim, evidence_text
+
 if TYPE_CHECKING:
     from ppl_diffusion.design.run import Result
     from ppl_diffusion.diagnostics.comparison import Comparison
+    from ppl_diffusion.smc import Verdict
 
 Advance = Callable[..., None]
 _FRAME = 3
 """Characters that the frame of a table adds to a column; there is one more at its end."""
+_SAID = {"broken": "Do not use this", "weak": "Warning", "note": "Note"}
 _LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
 
 
@@ -44,15 +49,21 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
 
 def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table on standard output; numbers stand to the right."""
+    console = Console(markup=False, emoji=False)  # names of folders may hold brackets
+
+    def said(text: str) -> str:
+        # Before the table is laid out: a stand-in may be longer.
+        return plain(text, console.encoding)
+
     body = [list(row) for row in rows]
-    out = Table(title=title, title_justify="left")
-    for position, name in enumerate(header):
+    out = Table(title=title and said(title), title_justify="left")
+    for position, name in enumerate(map(said, header)):
         numeric = body and all(isinstance(row[position], int | float) for row in body)
         side: JustifyMethod = "right" if numeric else "left"
         out.add_column(name, justify=side, overflow="fold", no_wrap=name == "name")
     for row in body:
-        out.add_row(*map(_cell, row))
-    Console().print(out)
+        out.add_row(*(said(_cell(value)) for value in row))
+    console.print(out)
 
 
 def design_tables(result: Result) -> None:
@@ -90,24 +101,36 @@ def _comparison(result: Result) -> None:
 def _cost(result: Result) -> None:
     summary = result.summary
     alive = len(summary["ess"]) - summary["num_dead_runs"]
-    pooled, error = summary["log_evidence_pooled"], summary["log_evidence_standard_error"]
+    roots = summary["effective_root_ancestors"]
     rows = [
         ["method", summary["method"]],
-        ["log evidence (nats)", "none" if pooled is None else _with_error(pooled, error)],
+        ["log evidence (nats), 95 %", _pooled(summary)],
         ["log evidence per run", _range(summary["log_evidence_range"])],
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
+        ["effective root ancestors per run", _range((min(roots), max(roots)))],
         ["distinct designs", summary["unique"]],
         ["root ancestors", _roots(summary)],
         ["nearest neighbour", _nearest(summary["collapse"])],
         ["network rows evaluated", summary["evaluations"]],
         ["potential calls", summary["potential_calls"]],
         ["seconds", f"{summary['seconds']:.1f}"],
-        ["exact", f"{'yes' if summary['exact'] else 'no'}: {summary['target']}"],
+        list(claim(summary)),
     ]
     table("Trust and cost", ["quantity", "value"], rows)
     if "evidence_note" in summary:
         print(f"Note: {summary['evidence_note']}")
+    warnings(result.posterior.warnings)
+
+
+def _pooled(summary: Mapping[str, Any]) -> str:
+    return evidence_text({**summary, "log_evidence": summary["log_evidence_pooled"]})
+
+
+def warnings(verdicts: Iterable[Verdict]) -> None:
+    """Print what is wrong with a result, a line each."""
+    for verdict in verdicts:
+        print(f"{_SAID[verdict.level]}: {verdict}")
 
 
 def _roots(summary: Mapping[str, Any]) -> str:
@@ -129,13 +152,15 @@ def comparison_tables(comparison: Comparison) -> None:
     labels = [str(row["label"]) for row in rows]
     as_they_are: dict[str, list[object]] = {
         "method": [row["method"] for row in rows],
-        "exact": ["yes" if row["exact"] else "no" for row in rows],
-        "target": [row["target"] for row in rows],
+        "weights": [("exact for " if row["exact"] else "aim at ") + row["target"] for row in rows],
         "runs x particles": [f"{row['num_runs']} x {row['num_particles']}" for row in rows],
         "dead runs": [row["num_dead_runs"] for row in rows],
         "steps": [row["num_steps"] for row in rows],
         "potential calls": [row["potential_calls"] for row in rows],
         "seconds": [_known(row["seconds"]) for row in rows],
+        "root ancestors, worst run": [_known(row["root_ancestors"]) for row in rows],
+        "k-hat": [_known(row["khat"]) for row in rows],
+        "warnings": [len(row["warnings"]) for row in rows],
         **_figures(rows),
     }
     _side_by_side("Runs as they are", labels, as_they_are)
@@ -175,15 +200,22 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
     names = dict.fromkeys(name for part in parts for name in part["scores"])
     return {
         "network rows": [part["evaluations"] for part in parts],
-        "log evidence (nats)": [
-            _with_error(part["log_evidence"], part["log_evidence_se"]) for part in parts
-        ],
+        "log evidence (nats)": [_known(part["log_evidence"]) for part in parts],
+        "log evidence, 95 %": list(map(_interval, parts)),
         "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [f"{part['ess']:.1f}" for part in parts],
         "distinct designs": [part["unique"] for part in parts],
         "Hamming of two draws": [_known(part["hamming"]) for part in parts],
         **{_LABELS.get(name, _plain(name)): _score_cells(parts, name) for name in names},
     }
+
+
+def _interval(part: Mapping[str, Any]) -> str:
+    if part["log_evidence_interval"] is not None:
+        low, high = part["log_evidence_interval"]
+        return f"[{_cell(low)}, {_cell(high)}]"
+    bound = part["log_evidence_bound"]
+    return "n/a" if bound is None else f">= {_cell(bound)}"
 
 
 def _score_cells(parts: Sequence[Mapping[str, Any]], name: str) -> list[object]:

@@ -42,7 +42,9 @@ def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dic
     return {
         name: {
             "designs_mean": float(designs.weight @ values),
-            "designs_standard_error": standard_error(designs.run_weight @ values),
+            "designs_standard_error": standard_error(
+                designs.run_weight @ values, designs.run_share
+            ),
             "prior_mean": float(prior[name].mean()),
             "prior_sd": float(prior[name].std()),
             "prior_95th_percentile": float(prior[name].quantile(0.95)),
@@ -52,7 +54,13 @@ def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dic
     }
 
 
-def standard_error(values: Tensor) -> float:
-    """Standard error of a mean over runs; NaN for a single run."""
-    count = len(values)
-    return float(values.std()) / math.sqrt(count) if count > 1 else math.nan
+def standard_error(values: Tensor, share: Tensor | None = None) -> float:
+    """Standard error of a mean over runs; NaN for a single run.
+
+    :param share: how much of the mean is each run's; by default all count alike. A run that is
+        nearly all of it is one run, however many others there are.
+    """
+    if len(values) < 2:
+        return math.nan
+    share = torch.full_like(values, 1 / len(values)) if share is None else share
+    return float(values.std() * share.norm())

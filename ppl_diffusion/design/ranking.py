@@ -17,6 +17,7 @@ class Designs:
     :param tokens: int64 ``(M, L)``.
     :param weight: share of the pooled posterior, float64 ``(M,)``, sums to 1.
     :param run_weight: share within each live run, float64 ``(live runs, M)``, rows sum to 1.
+    :param run_share: share of each live run in the pooled posterior, ``(live runs,)``, sums to 1.
     :param copies: particles that hold the sequence, int64 ``(M,)``.
     :param run: first run that found it, int64 ``(M,)``.
     :param log_potential: log-potential in nats, float64 ``(M,)``.
@@ -25,6 +26,7 @@ class Designs:
     tokens: Tensor
     weight: Tensor
     run_weight: Tensor
+    run_share: Tensor
     copies: Tensor
     run: Tensor
     log_potential: Tensor
@@ -48,6 +50,7 @@ def rank_designs(posterior: ParticlePosterior) -> Designs:
         tokens=tokens,
         weight=merged(weight, "sum"),
         run_weight=_by_run(posterior, inverse, len(tokens)),
+        run_share=posterior.pooled_log_weights[posterior.alive].exp().sum(-1),
         copies=merged(torch.ones_like(run), "sum"),
         run=merged(run, "amin"),
         log_potential=merged(posterior.log_potential.flatten(), "amax"),
@@ -70,5 +73,6 @@ def _order(designs: Designs) -> Tensor:
 
 
 def _take(designs: Designs, index: Tensor) -> Designs:
-    columns = {name: value[..., index] for name, value in vars(designs).items() if name != "tokens"}
-    return Designs(tokens=designs.tokens[index], **columns)
+    kept = vars(designs) | {"tokens": designs.tokens[index]}
+    per_design = vars(designs).keys() - {"tokens", "run_share"}
+    return Designs(**kept | {name: kept[name][..., index] for name in per_design})

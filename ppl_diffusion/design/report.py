@@ -69,9 +69,12 @@ def save_netcdf(data: Any, path: Path) -> None:
     data.to_netcdf(str(path))
 
 
-def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
+def save_plots(posterior: ParticlePosterior, folder: Path) -> str | None:
     """Draw every diagnostic plot into a folder.
 
+    A plot decides nothing: one that cannot be drawn is left out.
+
+    :returns: a sentence about what was left out, None if nothing was.
     :raises ParticleCollapse: if every run is dead; then nothing is written.
     """
     if not bool(posterior.alive.any()):
@@ -80,21 +83,40 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> None:
             f"zero since step {int(posterior.died_at.max())}: make a run with more particles, a "
             "better twist or a weaker constraint."
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, Exception] = {}
+    for name in PLOTS:
+        place = folder / f"{name}.png"
+        try:
+            _save_plot(posterior, name, place)
+        except Exception as error:
+            place.unlink(missing_ok=True)
+            failed[name] = error
+    return _left_out(failed) if failed else None
+
+
+def _save_plot(posterior: ParticlePosterior, name: str, place: Path) -> None:
     from matplotlib.figure import Figure
 
     from ppl_diffusion.diagnostics import plots
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in PLOTS:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")  # without a window
-        ax = figure.subplots()
-        if name == "evidence" and not posterior.law.has_evidence:
-            ax.set_axis_off()
-            note = no_evidence(str(posterior.settings["method"]))
-            ax.text(0.5, 0.5, note, ha="center", va="center", wrap=True)
-        else:
-            getattr(plots, f"plot_{name}")(posterior, ax=ax)
-        figure.savefig(folder / f"{name}.png", dpi=120)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")  # without a window
+    ax = figure.subplots()
+    if name == "evidence" and not posterior.law.has_evidence:
+        ax.set_axis_off()
+        note = no_evidence(str(posterior.settings["method"]))
+        ax.text(0.5, 0.5, note, ha="center", va="center", wrap=True)
+    else:
+        getattr(plots, f"plot_{name}")(posterior, ax=ax)
+    figure.savefig(place, dpi=120)
+
+
+def _left_out(failed: Mapping[str, Exception]) -> str:
+    """Say in a sentence which plots could not be drawn, and why the first one could not."""
+    (first, *_) = failed.values()
+    plural = "s" * (len(failed) > 1)
+    why = " ".join(f"{type(first).__name__}: {first}".split())
+    return f"The plot{plural} {', '.join(failed)} could not be drawn ({why})."
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
@@ -103,7 +125,8 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
 
     from ppl_diffusion.diagnostics import plot_comparison
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = 2 + max(1, len(comparison.targets))
+    figure = Figure(figsize=(4.0 * panels, 4.6), layout="constrained")
     plot_comparison(comparison, ax=figure.subplots())
     with whole_file(path) as scratch:
         figure.savefig(scratch, dpi=120)

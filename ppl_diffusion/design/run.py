@@ -13,7 +13,7 @@ import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.design.folder import MARKER, whole_folder
-from ppl_diffusion.design.judging import Columns, compare, scores, standard_error
+from ppl_diffusion.design.judging import Columns, compare, scores
 from ppl_diffusion.design.methods import infer
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
@@ -28,7 +28,8 @@ from ppl_diffusion.design.report import (
     save_plots,
 )
 from ppl_diffusion.diagnostics import collapse, nearest_distance
-from ppl_diffusion.diagnostics.claims import disagreement, evidence_range, number_or_none
+from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
+from ppl_diffusion.diagnostics.report import root_ancestors
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 NUM_PRIOR_SAMPLES = 256
 SET = 16
 """Designs of a run, and samples of the prior, that are compared with their neighbours."""
-_POOLED = ("pooled", "standard_error", "range")
+_POOLED = ("pooled", "interval", "sd", "bound", "range")
 # Streams of random numbers that must not depend on each other.
 _JUDGES, _PRIOR = 1, 2
 
@@ -94,6 +95,7 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
         "num_dead_runs": int((~posterior.alive).sum()),
         "root_ancestors": [len(e[w > 0].unique()) for e, w in zip(eve, weights, strict=True)],
+        "effective_root_ancestors": root_ancestors(posterior),
         "unique": len(designs),
         "num_particles": posterior.num_runs * posterior.num_particles,
         "evaluations": posterior.num_evaluations,
@@ -103,6 +105,7 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "law": posterior.law.to_json(),
         "seed": job.search.seed,
         "settings": job.settings(),
+        "warnings": list(map(str, posterior.warnings)),
     }
 
 
@@ -123,25 +126,23 @@ def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
         missing = dict.fromkeys(f"log_evidence_{name}" for name in _POOLED)
         told = {"evidence_relative_variance": nothing, "evidence_note": no_evidence(method)}
         return {"log_evidence": nothing, **missing, **told}
-    pooled = posterior.pooled_log_evidence
-    note = disagreement(posterior.log_evidence)
     return {
+        **evidence_figures(posterior.evidence),
         "log_evidence": posterior.log_evidence.tolist(),
-        "log_evidence_pooled": pooled,
-        "log_evidence_standard_error": standard_error((posterior.log_evidence - pooled).exp()),
+        "log_evidence_pooled": posterior.pooled_log_evidence,
         "log_evidence_range": evidence_range(posterior.log_evidence),
         "evidence_relative_variance": list(
             map(number_or_none, posterior.evidence_variance.tolist())
         ),
-        **({} if note is None else {"evidence_note": note}),
     }
 
 
-def write_run(result: Result, folder: Path, *, replace: bool) -> None:
+def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """Write the run folder, whole or not at all.
 
     The same seed gives the same bytes in every file but ``summary.json``, which holds the seconds.
 
+    :returns: a sentence about plots that could not be drawn, None if all were.
     :raises InputError: if the place cannot be taken.
     """
     designs, sequences = result.designs, result.sequences
@@ -149,10 +150,15 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> None:
         timeless = dataclasses.replace(result.posterior, seconds=math.nan)
         timeless.save(place / "particles")
         save_netcdf(timeless.to_arviz(vocabulary=list("ACGT")), place / "posterior.nc")
-        (place / "designs.csv").write_text(designs_csv(designs, result.columns, sequences))
-        (place / "designs.fasta").write_text(fasta(sequences, design_headers(designs)))
-        save_plots(timeless, place / "plots")
-        (place / MARKER).write_text(json_text(result.summary))
+        (place / "designs.csv").write_text(
+            designs_csv(designs, result.columns, sequences), encoding="utf-8"
+        )
+        (place / "designs.fasta").write_text(
+            fasta(sequences, design_headers(designs)), encoding="utf-8"
+        )
+        left_out = save_plots(timeless, place / "plots")
+        (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
+    return left_out
 
 
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:

@@ -7,6 +7,7 @@ from ppl_diffusion.diagnostics._plot_data import plot_ess_data as plot_ess_data
 from ppl_diffusion.diagnostics._plot_data import plot_evidence_data as plot_evidence_data
 from ppl_diffusion.diagnostics._plot_data import plot_token_entropy_data as plot_token_entropy_data
 from ppl_diffusion.diagnostics._plot_data import plot_weights_data as plot_weights_data
+from ppl_diffusion.diagnostics.chain_report import chain_summary as chain_summary
 from ppl_diffusion.diagnostics.comparison import Comparison as Comparison
 from ppl_diffusion.diagnostics.comparison import Contender as Contender
 from ppl_diffusion.diagnostics.comparison import compare as compare

@@ -1,4 +1,4 @@
-"""Plot of a comparison: evidence, a score against its cost, and effective sample size."""
+"""Plot of a comparison: evidences law by law, a score against its cost, effective sample size."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.diagnostics._drawing import (
+    COLOURS,
+    GREY,
+    as_text,
+    finite,
+    legend_line,
+    new_axes,
+    panels,
+    say,
+)
 from ppl_diffusion.diagnostics._plot_data import PlotData
 from ppl_diffusion.diagnostics.comparison import LOG_POTENTIAL, Comparison
-from ppl_diffusion.diagnostics.plots import COLOURS, GREY, legend_line, new_axes, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIGURES = ("log_evidence", "log_evidence_se", "ess", "evaluations")
+_FIGURES = ("log_evidence", "ess", "evaluations")
 _SHIFTS = (-0.12, 0.12)
 _MARKERS = "osD^vP*X<>"
 """Colours come round after seven results, and markers move on: seventy look different."""
@@ -24,9 +33,10 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
     """Numbers of :func:`plot_comparison`; the second axis holds the run as it is and its share.
 
     :param score: name of the score; by default the first that all have besides the potential.
-    :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``log_evidence_se``, ``score``,
-        ``score_se``, ``ess`` and ``evaluations`` ``(C, 2)``, NaN where there is none;
-        ``log_evidence_range`` ``(C, 2, 2)``, lowest and highest run; ``name`` of the score ``()``.
+    :returns: ``label`` and ``target`` ``(C,)``; ``log_evidence``, ``score``, ``score_se``, ``ess``
+        and ``evaluations`` ``(C, 2)``, NaN where there is none; ``log_evidence_interval`` and
+        ``log_evidence_range`` (lowest and highest run) ``(C, 2, 2)``; ``log_evidence_runs``
+        ``(C, 2, R)``, every run, NaN beyond those there are; ``name`` of the score ``()``.
     :raises ValueError: if not every contender has the score.
     """
     each = [row["scores"] for row in comparison.rows]
@@ -50,9 +60,22 @@ def plot_comparison_data(comparison: Comparison, *, score: str | None = None) ->
         "name": np.array(name),
         "score": column(lambda part: part["scores"][name]["mean"]),
         "score_se": column(lambda part: part["scores"][name]["se"]),
+        "log_evidence_interval": column(lambda part: part["log_evidence_interval"] or (None, None)),
         "log_evidence_range": column(lambda part: part["log_evidence_range"] or (None, None)),
+        "log_evidence_runs": _single_runs(comparison),
         **{key: column(itemgetter(key)) for key in _FIGURES},
     }
+
+
+def _single_runs(comparison: Comparison) -> NDArray[np.float64]:
+    """Log evidence of every run ``(C, 2, R)``, of the results as they are and of their shares."""
+    each = [row["log_evidence_per_run"] for row in comparison.rows]
+    runs = np.full((len(each), 2, max(1, *map(len, each))), np.nan)
+    for place, (values, row) in enumerate(zip(each, comparison.rows, strict=True)):
+        for part, kept in enumerate((row["num_runs"], row["equal"]["num_runs"])):
+            known = np.array(values[:kept], dtype=np.float64)  # None becomes NaN
+            runs[place, part, : len(known)] = known
+    return runs
 
 
 def plot_comparison(
@@ -60,53 +83,59 @@ def plot_comparison(
 ) -> "Axes":
     """Evidence, a score against network rows, and effective sample size of several results.
 
-    Filled marks are the runs as they are, open ones the share that the common budget pays for;
-    bars are one standard error, and thin lines run from the lowest to the highest single run.
-    Letters say which evidences have one target; a result without evidence has no mark.
+    Filled marks are the runs as they are, open ones the share that the common budget pays for.
+    Evidences stand in one panel for each target letter, because those of different laws cannot be
+    compared: dots are single runs, thin lines go from the lowest to the highest, marks are the log
+    of their mean, and broad lines its 95 % interval, which is missing where runs disagree. A result
+    without evidence has no mark. Bars of the score are one standard error.
 
     :param score: name of the score; by default the first that all have besides the potential.
-    :param ax: where to draw; the panels become its ``child_axes``.
+    :param ax: where to draw; the panels become its ``child_axes``, those of evidence first.
     :raises ValueError: if not every contender has the score.
     """
     data = plot_comparison_data(comparison, score=score)
-    ax = new_axes(ax, (12.0, 4.2))
-    evidence, against, size = panels(
-        ax, (0.0, 0.0, 0.27, 1.0), (0.36, 0.0, 0.27, 1.0), (0.73, 0.0, 0.27, 1.0)
-    )
-    _by_contender(evidence, data, "log_evidence", "log evidence (nats)", letters=True)
-    _ranges(evidence, data)
+    known = np.isfinite(data["log_evidence"]).any(-1)
+    letters = sorted(set(data["target"][known].tolist()))
+    count = max(1, len(letters)) + 2
+    ax = new_axes(ax, (4.0 * count, 4.2))
+    boxes = [(k / count, 0.0, 0.8 / count, 1.0) for k in range(count)]
+    *evidences, against, size = panels(ax, *boxes)
+    for panel, letter in zip(evidences, letters, strict=False):
+        places = np.flatnonzero(known & (data["target"] == letter)).tolist()
+        _by_contender(panel, data, "log_evidence", f"log evidence (nats), target {letter}", places)
+        _single(panel, data, places)
+    if not letters:
+        _by_contender(evidences[0], data, "log_evidence", "log evidence (nats)", [])
+        evidences[0].set_yticks([])
+        say(evidences[0], "no evidence: every run is dead,\nor no result declares a law")
     _against_cost(against, data)
-    _by_contender(size, data, "ess", "effective sample size")
+    everyone = list(range(len(data["label"])))
+    _by_contender(size, data, "ess", "effective sample size", everyone)
     return ax
 
 
-def _by_contender(
-    ax: "Axes", data: PlotData, key: str, title: str, *, letters: bool = False
-) -> None:
-    errors = data.get(f"{key}_se", np.full_like(data[key], np.nan))
-    places = range(len(data["label"]))
-    for part, shift in enumerate(_SHIFTS):
-        for place in places:
-            value, error = data[key][place, part], errors[place, part]
-            _mark(ax, place + shift, value, error, place, part)
-    names = [
-        f"{label} ({target})" if letters else str(label)
-        for label, target in zip(data["label"], data["target"], strict=True)
-    ]
-    ax.set_xticks(places, names, rotation=30, ha="right")
-    ax.set(xlim=(-0.6, len(places) - 0.4), title=title)
+def _by_contender(ax: "Axes", data: PlotData, key: str, title: str, places: list[int]) -> None:
+    """Mark a figure of some contenders, one beside the other."""
+    for at, place in enumerate(places):
+        for part, shift in enumerate(_SHIFTS):
+            _mark(ax, at + shift, data[key][place, part], np.nan, place, part)
+    names = [as_text(str(data["label"][place])) for place in places]
+    ax.set_xticks(range(len(places)), names, rotation=30, ha="right")
+    ax.set(xlim=(-0.6, max(len(places), 1) - 0.4), title=title)
 
 
-def _ranges(ax: "Axes", data: PlotData) -> None:
-    """Draw how far apart single runs are; say why there is nothing where no result has any."""
-    if not np.isfinite(data["log_evidence"]).any():
-        ax.set_yticks([])
-        said = "no evidence: every run is dead,\nor no result declares a law"
-        ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center")
-    for place, parts in enumerate(data["log_evidence_range"]):
-        for (low, high), shift in zip(parts, _SHIFTS, strict=True):
+def _single(ax: "Axes", data: PlotData, places: list[int]) -> None:
+    """Draw single runs, and what they are sure of together."""
+    for at, place in enumerate(places):
+        for part, shift in enumerate(_SHIFTS):
+            low, high = finite(data["log_evidence_range"][place, part])
             if high > low:
-                ax.vlines(place + shift, low, high, color=_colour(place), lw=0.8, alpha=0.6)
+                ax.vlines(at + shift, low, high, color=_colour(place), lw=0.8, alpha=0.6)
+            low, high = finite(data["log_evidence_interval"][place, part])
+            if high > low:
+                ax.vlines(at + shift, low, high, color=_colour(place), lw=5, alpha=0.25)
+            runs = finite(data["log_evidence_runs"][place, part])
+            ax.scatter(np.full(len(runs), at + shift), runs, s=8, color=_colour(place), alpha=0.6)
 
 
 def _against_cost(ax: "Axes", data: PlotData) -> None:
@@ -116,9 +145,9 @@ def _against_cost(ax: "Axes", data: PlotData) -> None:
             _mark(ax, data["evaluations"][place, part], value, error, place, part)
         legend_line(ax, str(label), marker=_marker(place), ls="", color=_colour(place))
     legend_line(ax, "equal evaluations", marker="o", ls="", color=GREY, mfc="white")
-    title = str(data["name"]).replace("_", " ")
+    title = as_text(str(data["name"]).replace("_", " ").strip())
     ax.set(xlabel="network rows", title=title)
-    ax.set_xlim(0, 1.08 * data["evaluations"].max())
+    ax.set_xlim(0, 1.08 * max(1.0, data["evaluations"].max()))
     columns = 1 + len(data["label"]) // 6
     where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
     ax.legend(**where, ncols=columns, frameon=False, fontsize="small")
@@ -129,7 +158,9 @@ def _mark(ax: "Axes", x: float, y: float, error: float, place: int, part: int) -
     face = _colour(place) if part == 0 else "white"
     bar = error if np.isfinite(error) else None
     if np.isfinite(y):
-        ax.errorbar(x, y, yerr=bar, mfc=face, ls="", marker=_marker(place), **style)
+        ax.errorbar(
+            x, finite(np.array(y)), yerr=bar, mfc=face, ls="", marker=_marker(place), **style
+        )
 
 
 def _colour(place: int) -> str:

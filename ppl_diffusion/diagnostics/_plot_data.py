@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import (
-    across_run_sd,
     as_array,
     count_distinct,
-    genealogical_sd,
     lineage_roots,
     pooled_log_evidence,
 )
@@ -39,27 +38,28 @@ def plot_evidence_data(posterior: "ParticlePosterior") -> PlotData:
     """Numbers of :func:`plot_evidence`, in nats.
 
     :returns: ``step`` ``(T,)`` from 1; ``log_evidence`` ``(R, T)`` running estimates; ``pooled``
-        ``(T,)``, log of their mean over runs (dead runs as 0); ``across_run_sd`` ``(T,)`` and
-        ``genealogical_sd`` ``()``, two estimates of one run's relative standard deviation, from
-        the spread over runs (NaN for one run) and from the family tree (NaN when degenerate).
+        ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, 95 % of the
+        final one, NaN where runs give none.
     """
     steps = as_array(posterior.log_evidence_steps)
-    sd = genealogical_sd(as_array(posterior.log_evidence), as_array(posterior.evidence_variance))
+    found = posterior.evidence
+    interval = found.interval if found is not None and found.interval is not None else (np.nan,) * 2
     return {
         "step": np.arange(1, posterior.num_steps + 1),
         "log_evidence": steps,
         "pooled": pooled_log_evidence(steps),
-        "across_run_sd": across_run_sd(steps),
-        "genealogical_sd": np.array(sd),
+        "interval": np.array(interval, dtype=np.float64),
     }
 
 
 def plot_weights_data(posterior: "ParticlePosterior") -> PlotData:
     """Numbers of :func:`plot_weights`.
 
-    :returns: ``log10_scaled`` ``(M,)``, ``log10(N W)`` of every particle of positive weight;
-        ``num_zero`` ``()``, how many have weight zero; ``top`` ``(N,)`` from 1; ``cumulative``
-        ``(R, N)``, the weight of each run's ``top`` heaviest particles (NaN for a dead run).
+    :returns: ``log10_scaled`` ``(M,)``, ``log10(N W)`` of every particle of positive weight, and
+        its ``run`` ``(M,)``; ``num_zero`` ``()``, how many have weight zero; ``top`` ``(N,)`` from
+        1; ``cumulative`` ``(R, N)``, the weight of each run's ``top`` heaviest particles (NaN for a
+        dead run); ``khat`` ``(R,)`` of each run and ``khat_pooled`` ``()`` of all particles
+        together, NaN where there is none.
     """
     log_weights = as_array(posterior.log_weights)
     positive = np.isfinite(log_weights)
@@ -67,10 +67,20 @@ def plot_weights_data(posterior: "ParticlePosterior") -> PlotData:
     alive = positive.any(-1, keepdims=True)
     return {
         "log10_scaled": (log_weights[positive] + np.log(posterior.num_particles)) / np.log(10),
+        "run": np.nonzero(positive)[0],
         "num_zero": np.array((~positive).sum()),
         "top": np.arange(1, posterior.num_particles + 1),
         "cumulative": np.where(alive, heaviest.cumsum(-1), np.nan),
+        "khat": khat(log_weights),
+        "khat_pooled": khat(_pooled(posterior).reshape(1, -1))[0],
     }
+
+
+def _pooled(posterior: "ParticlePosterior") -> NDArray[np.float64]:
+    """Log-weights over all runs ``(R, N)``; all ``-inf`` where no run lives."""
+    if not bool(posterior.alive.any()):
+        return np.full(tuple(posterior.log_weights.shape), -np.inf)
+    return as_array(posterior.pooled_log_weights)
 
 
 def plot_ancestry_data(posterior: "ParticlePosterior", *, run: int = 0) -> PlotData:
@@ -121,31 +131,58 @@ def _rank(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack(rank)
 
 
-def plot_token_entropy_data(posterior: "ParticlePosterior") -> PlotData:
+def plot_token_entropy_data(
+    posterior: "ParticlePosterior", *, num_tokens: int | None = None
+) -> PlotData:
     """Numbers of :func:`plot_token_entropy`, in bits.
 
     All runs are pooled, each in proportion to its evidence. Plates are laid one after another
     along the positions.
 
-    :returns: ``position`` ``(P,)`` from 0; ``entropy`` ``(P,)`` of the weighted ``x0``; and, where
-        the path was stored, ``times`` ``(T + 1,)`` with ``entropy_steps`` ``(T + 1, P)``, the
-        entropy at each time of the lineages that survive, under their final weights (a mask
-        counts as a token).
+    :param num_tokens: size of the alphabet without the mask; found in the tokens if None.
+    :returns: ``position`` ``(P,)`` from 0; ``entropy`` ``(P,)`` of the weighted ``x0``;
+        ``num_tokens`` ``()``, whose ``log2`` no entropy exceeds; and, where the path was stored,
+        ``times`` ``(T + 1,)``, ``entropy_steps`` ``(T + 1, P)``, the entropy at each time of the
+        lineages that survive, under their final weights, among those that are no mask, and
+        ``revealed`` ``(T + 1, P)``, the weight of these.
     :raises ParticleCollapse: if every run is dead.
     """
     weights = np.exp(as_array(posterior.pooled_log_weights)).reshape(-1)
     tokens = as_array(posterior.x0).reshape(len(weights), -1)
-    data: PlotData = {"position": np.arange(tokens.shape[1]), "entropy": _entropy(tokens, weights)}
+    frames = None
     if posterior.path is not None:
         path = np.moveaxis(as_array(posterior.path), -2, 0)
         frames = path.reshape(len(path), len(weights), -1)
+    known = _alphabet(tokens, frames) if num_tokens is None else num_tokens
+    data: PlotData = {
+        "position": np.arange(tokens.shape[1]),
+        "entropy": _entropy(tokens, weights, known)[0],
+        "num_tokens": np.array(known),
+    }
+    if frames is not None:
         data["times"] = as_array(posterior.times)
-        data["entropy_steps"] = np.stack([_entropy(frame, weights) for frame in frames])
+        each = [_entropy(frame, weights, known) for frame in frames]
+        data["entropy_steps"], data["revealed"] = map(np.stack, zip(*each, strict=True))
     return data
 
 
-def _entropy(tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entropy in bits of each column of ``(M, P)`` tokens under weights ``(M,)``."""
+def _alphabet(tokens: NDArray[np.int64], frames: NDArray[np.int64] | None) -> int:
+    """Size of the alphabet as far as tokens show it: the mask, where there is one, comes next."""
+    seen = int(tokens.max()) + 1
+    if frames is None:
+        return seen
+    highest = int(frames[0].max())
+    masked = highest >= seen and float((frames[0] == highest).mean()) > 0.5
+    return highest if masked else max(seen, int(frames.max()) + 1)
+
+
+def _entropy(
+    tokens: NDArray[np.int64], weights: NDArray[np.float64], num_tokens: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Entropy in bits of each column of ``(M, P)`` tokens among those that are no mask.
+
+    :returns: entropy, 0 where all is masked, and the weight that is not, each ``(P,)``.
+    """
     kinds, index = np.unique(tokens, return_inverse=True)
     index = index.reshape(tokens.shape) + np.arange(tokens.shape[1]) * len(kinds)
     mass = np.bincount(
@@ -153,5 +190,7 @@ def _entropy(tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray
         weights=np.repeat(weights, tokens.shape[1]),
         minlength=len(kinds) * tokens.shape[1],
     )
-    mass = np.minimum(mass.reshape(tokens.shape[1], len(kinds)), 1.0)
-    return (mass * np.log2(1 / np.where(mass > 0, mass, 1.0))).sum(-1)
+    mass = mass.reshape(tokens.shape[1], len(kinds))[:, kinds < num_tokens]
+    revealed = mass.sum(-1)
+    share = np.minimum(mass / np.where(revealed > 0, revealed, 1.0)[:, None], 1.0)
+    return (share * np.log2(1 / np.where(share > 0, share, 1.0))).sum(-1), revealed

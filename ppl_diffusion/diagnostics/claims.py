@@ -1,16 +1,16 @@
-"""What the evidences of several runs may be said to estimate."""
+"""What results may be said to estimate, in words and in figures for JSON."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ppl_diffusion.smc.run_statistics import across_run_sd, as_array
+from ppl_diffusion.smc.evidence import Evidence, phrase
+from ppl_diffusion.smc.run_statistics import as_array
 
-MAX_RANGE = 2.0
-"""Nats between the evidences of two runs above which their mean is that of the best few."""
-MAX_ERROR = 0.5
-"""Relative standard error of the mean above which it says little: it cannot exceed 1."""
+EVIDENCE = ("log_evidence", "log_evidence_interval", "log_evidence_sd", "log_evidence_bound")
+"""Figures of :func:`evidence_figures`."""
 
 
 def number_or_none(value: Any) -> float | None:
@@ -25,24 +25,48 @@ def evidence_range(log_evidence: Any) -> tuple[float, float] | None:
     return (float(living.min()), float(living.max())) if len(living) else None
 
 
+def evidence_figures(found: Evidence | None) -> dict[str, Any]:
+    """Return an evidence in JSON types; what does not exist is None."""
+    if found is None:
+        return dict.fromkeys(EVIDENCE)
+    bound = found.bound
+    return {
+        "log_evidence": number_or_none(found.log_mean),
+        "log_evidence_interval": None if found.interval is None else list(found.interval),
+        "log_evidence_sd": number_or_none(found.sd),
+        "log_evidence_bound": bound if bound is None else number_or_none(bound),
+    }
+
+
+def evidence_text(figures: Mapping[str, Any], *, alive: bool = True) -> str:
+    """Return the figures of an evidence as a phrase, without an error where none is known.
+
+    :param figures: those of :func:`evidence_figures`.
+    :param alive: whether any run is.
+    """
+    value, interval, bound = (figures[f"log_evidence{x}"] for x in ("", "_interval", "_bound"))
+    if value is None:
+        return "none" if alive else phrase(-math.inf)
+    return phrase(value, interval, bound)
+
+
+def claim(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what weights are exact for, or only aim at, as a row of a table."""
+    # Exactness is about the target: no reassurance about few particles.
+    return "weights exact for" if facts["exact"] else "weights aim at", facts["target"]
+
+
 def disagreement(log_evidence: Any) -> str | None:
     """Return a sentence where runs disagree so much that their spread is no error of their mean.
 
-    The relative standard error of a mean of positive numbers never exceeds 1, and comes close
-    when one of them outweighs the others: the error looks small when it is least known.
-
     :param log_evidence: one per run, ``(R,)``, in nats.
     """
-    values = as_array(log_evidence)
-    ends = evidence_range(values)
-    if ends is None or len(values) < 2:
+    found = Evidence.of(log_evidence)
+    if found.ends is None or found.interval is not None:
         return None
-    apart, dead = ends[1] - ends[0], int(np.isneginf(values).sum())
-    error = float(across_run_sd(values)) / math.sqrt(len(values))
-    if apart <= MAX_RANGE and not error > MAX_ERROR:
-        return None
-    lost = f" ({dead} of {len(values)} are dead)" if dead else ""
+    low, high = found.ends
+    lost = f" ({found.num_dead} of {found.num_runs} are dead)" if found.num_dead else ""
     return (
-        f"runs disagree by {apart:.1f} nats{lost}: the pooled evidence is dominated by the best "
-        "run and its error is not known; use more particles."
+        f"runs disagree by {high - low:.1f} nats{lost}: the pooled evidence is dominated by the "
+        "best run and its error is not known; use more particles."
     )

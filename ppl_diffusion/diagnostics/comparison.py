@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from ppl_diffusion.diagnostics.claims import disagreement, evidence_range, number_or_none
-from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, pooled_log_evidence
+from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
+from ppl_diffusion.diagnostics.report import root_ancestors
+from ppl_diffusion.smc.khat import khat
+from ppl_diffusion.smc.run_statistics import as_array
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
@@ -101,10 +103,12 @@ class Comparison:
 def compare(contenders: Sequence[Contender]) -> Comparison:
     """Set two or more results side by side, as they are and at equal network evaluations.
 
-    ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs; its error is the spread of
-    ``Z`` over *all* runs of the contender, divided by the root of the runs kept. Scores are means
-    under the pooled weights, with the standard error over runs. ``hamming`` is the expected number
-    of positions at which two draws differ.
+    ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs; its interval is that of the
+    runs kept, with the spread of *all* runs of the contender, and missing where these disagree.
+    Scores are means under the pooled weights, with the standard error over as many runs as these
+    weights count. ``hamming`` is the expected number of positions at which two draws differ,
+    ``root_ancestors`` the effective number in the worst living run, ``khat`` that of the pooled
+    weights; ``warnings`` names what is wrong, and the notes say it.
 
     :raises ValueError: if there are fewer than two, two have one label, or one cost no rows.
     """
@@ -146,8 +150,27 @@ def _row(contender: Contender, letter: str, budget: int) -> dict[str, Any]:
         "num_dead_runs": int((~as_array(posterior.alive)).sum()),
         "potential_calls": posterior.num_potential_calls,
         "seconds": contender.seconds,
+        "log_evidence_per_run": _runs(posterior),
+        **_trust(posterior),
         **_figures(contender, posterior.num_runs, 1.0),
         "equal": {"how": how, **_figures(contender, kept, overspent)},
+    }
+
+
+def _runs(posterior: "ParticlePosterior") -> list[float | None]:
+    if not posterior.law.has_evidence:
+        return []
+    return [number_or_none(value) for value in as_array(posterior.log_evidence)]
+
+
+def _trust(posterior: "ParticlePosterior") -> dict[str, Any]:
+    alive = as_array(posterior.alive)
+    living = [size for size, lives in zip(root_ancestors(posterior), alive, strict=True) if lives]
+    shape = khat(posterior.pooled_log_weights.reshape(1, -1))[0] if living else math.nan
+    return {
+        "root_ancestors": min(living, default=None),
+        "khat": number_or_none(shape),
+        "warnings": [verdict.kind for verdict in posterior.warnings],
     }
 
 
@@ -170,11 +193,12 @@ def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any
     posterior = contender.posterior
     weights = _pooled_weights(posterior, kept)
     values = {LOG_POTENTIAL: as_array(posterior.log_potential), **contender.scores}
-    share = math.sqrt(overspent / kept)
+    # Runs count by their evidence, so that one that holds all of it is one run.
+    share = math.sqrt(overspent * float((weights.sum(-1) ** 2).sum()))
     return {
         "num_runs": kept,
         "evaluations": round(contender.rows_per_run * kept),
-        **_evidence(posterior, kept, share),
+        **_evidence(posterior, kept, overspent),
         "ess": float(1 / (weights**2).sum()) if weights.any() else 0.0,
         **_diversity(posterior, weights),
         "scores": {name: _score(posterior, of, weights, share) for name, of in values.items()},
@@ -190,15 +214,10 @@ def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.flo
     return np.exp(log_w - total) if np.isfinite(total) else np.zeros_like(log_w)
 
 
-def _evidence(posterior: "ParticlePosterior", kept: int, share: float) -> dict[str, Any]:
-    if not posterior.law.has_evidence:
-        return {"log_evidence": None, "log_evidence_se": None, "log_evidence_range": None}
-    log_evidence = as_array(posterior.log_evidence)
-    return {
-        "log_evidence": number_or_none(pooled_log_evidence(log_evidence[:kept])),
-        "log_evidence_se": number_or_none(across_run_sd(log_evidence) * share),
-        "log_evidence_range": evidence_range(log_evidence[:kept]),
-    }
+def _evidence(posterior: "ParticlePosterior", kept: int, overspent: float) -> dict[str, Any]:
+    found = posterior.evidence_of(kept, overspent=overspent)
+    ends = None if found is None else evidence_range(posterior.log_evidence[:kept])
+    return {**evidence_figures(found), "log_evidence_range": ends}
 
 
 def _diversity(posterior: "ParticlePosterior", weights: NDArray[np.float64]) -> dict[str, Any]:
@@ -225,7 +244,8 @@ def _score(
         return {"mean": None, "se": None}
     alive = as_array(posterior.alive)
     per_run = _mean(as_array(posterior.weights)[alive], values[alive])
-    spread = per_run.std(ddof=1) if len(per_run) > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # infinite scores have no spread
+        spread = per_run.std(ddof=1) if len(per_run) > 1 else math.nan
     mean = _mean(weights, values[: len(weights)]).sum()
     return {"mean": number_or_none(mean), "se": number_or_none(spread * share)}
 
@@ -263,11 +283,9 @@ def _notes(
     asked = [c.asked for c in contenders]
     if any(one != asked[0] or UNKNOWN in one.values() for one in asked):
         yield f"The results {_differences(asked)}: a higher score of one proves nothing."
-    lawful = [c for c in contenders if c.posterior.law.has_evidence]
-    for contender in lawful:
-        if said := disagreement(contender.posterior.log_evidence):
-            yield f"{contender.label}: {said}"
-    lawless = [c.label for c in contenders if c not in lawful]
+    for contender in contenders:
+        yield from (f"{contender.label}: {verdict}" for verdict in contender.posterior.warnings)
+    lawless = [c.label for c in contenders if not c.posterior.law.has_evidence]
     if lawless:
         yield (
             f"No law is declared for {', '.join(lawless)}: there is no evidence, and scores are "

@@ -1,26 +1,44 @@
 """Plots of a particle posterior: the run, its weights, its family tree and its tokens.
 
-Every function draws into ``ax`` (a new figure by default) and returns it; two that need a second
-panel put both inside ``ax`` as ``ax.child_axes``. The numbers alone come from the function of the
+Every function draws into ``ax`` (a new figure by default) and returns it; those that need several
+panels put them inside ``ax`` as ``ax.child_axes``. The numbers alone come from the function of the
 same name with ``_data``. Matplotlib is imported when a plot is drawn, from the extra ``plot``;
-without it there is an ``ImportError``.
-Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers.
+without it there is an ``ImportError``. Every run has one colour and one name in all of them.
 """
 
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.diagnostics._drawing import (
+    BLACK,
+    DEAD,
+    GREY,
+    PALE,
+    RUN_COLOURS,
+    VERMILLION,
+    finite,
+    legend_beside,
+    legend_line,
+    name_runs,
+    new_axes,
+    panels,
+    run_names,
+    run_style,
+    say,
+    warn_above,
+)
 from ppl_diffusion.diagnostics._plot_data import (
     PlotData,
     mark_lineages,
     plot_ancestry_data,
     plot_ess_data,
     plot_evidence_data,
-    plot_token_entropy_data,
     plot_weights_data,
 )
+from ppl_diffusion.diagnostics._token_plot import plot_token_entropy as plot_token_entropy
 from ppl_diffusion.diagnostics.claims import disagreement
 
 if TYPE_CHECKING:
@@ -28,13 +46,12 @@ if TYPE_CHECKING:
 
     from ppl_diffusion.smc import ParticlePosterior
 
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY, BLACK, GREY, PALE = "#E69F00", "#56B4E9", "#000000", "#707070", "#D9D9D9"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-
-_ROOT_COLOURS = COLOURS[:-1]  # black is for totals
 _MAX_FAINT_EDGES = 50_000
 _MAX_LINEAGES = 1_000
+_MAX_TREES = 16
+_KHAT_LIMIT = 0.7
+_LOWEST = -12.0
+"""Weights below ``10^-12 / N`` stand in the lowest bin: they are zero to every average."""
 
 
 def plot_ess(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Axes":
@@ -44,139 +61,201 @@ def plot_ess(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Ax
     """
     ax = new_axes(ax)
     data = plot_ess_data(posterior)
-    for fraction, resampled in zip(data["ess_fraction"], data["resampled"], strict=True):
-        ax.plot(data["step"], fraction, color=BLUE, alpha=_alpha(posterior), lw=1.2)
-        ax.plot(data["step"][resampled], fraction[resampled], "o", color=VERMILLION, ms=3.5)
-    legend_line(ax, "one run", color=BLUE)
+    for run, (fraction, dots) in enumerate(
+        zip(data["ess_fraction"], data["resampled"], strict=True)
+    ):
+        ax.plot(data["step"], finite(fraction), lw=1.2, **_line(posterior, run))
+        ax.plot(data["step"][dots], finite(fraction[dots]), **_dots(run, ms=3.5))
+    name_runs(ax, run_names(posterior))
     if data["resampled"].any():
-        legend_line(ax, "resampled", color=VERMILLION, marker="o", ls="", ms=3.5)
+        legend_line(ax, "resampled", color=BLACK, marker="o", ls="", ms=3.5)
     if np.isfinite(data["threshold"]):
         ax.axhline(float(data["threshold"]), color=GREY, ls="--", lw=1, label="threshold")
     ax.set(xlabel="reverse step", ylabel="ESS / particles", ylim=(-0.02, 1.05))
-    _legend_above(ax)
+    legend_beside(ax)
+    warn_above(ax, posterior)
     return ax
 
 
 def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Axes":
-    """Running log evidence of each run, their unbiased pooling, and two errors of one run.
+    """Running log evidence of each run and of all together; a point is where a run ends.
 
-    The band is one standard deviation of a single run as seen across runs, the bar at the end
-    the same quantity as seen in the family tree. They should agree; a wider band says that the
-    tree has collapsed and its estimate is too sure. A dead run's line stops where it died. The
-    grey band runs from the lowest to the highest run; where they disagree a line says that no
-    deviation is an error of their mean.
+    The black line is the log of the mean evidence (unbiased before the logarithm), in which a dead
+    run, whose line stops where it died, counts as zero. Beside its end stands the 95 % interval of
+    all runs together; where they disagree there is none, and a line says so.
     """
     ax = new_axes(ax)
     data = plot_evidence_data(posterior)
-    step, pooled, spread = data["step"], _finite(data["pooled"]), data["across_run_sd"]
-    _range_of_runs(ax, data)
-    for run in _finite(data["log_evidence"]):
-        ax.plot(step, run, color=BLUE, alpha=_alpha(posterior), lw=0.9)
-    legend_line(ax, "one run", color=BLUE, lw=0.9)
-    ax.plot(step, pooled, color=BLACK, lw=1.8, label="log of the mean over runs")
-    if np.isfinite(spread).any():
-        style: dict[str, Any] = {"color": SKY, "alpha": 0.35, "lw": 0}
-        ax.fill_between(step, pooled - spread, pooled + spread, label="±1 sd across runs", **style)
-    _genealogical_bar(ax, data)
+    step, runs = data["step"], finite(data["log_evidence"])
+    for run, values in enumerate(runs):
+        ax.plot(step, values, lw=0.9, **_line(posterior, run))
+    for run, values in enumerate(runs):
+        ax.plot(step[-1:], values[-1:], **_dots(run, ms=5))
+    name_runs(ax, run_names(posterior), lw=0.9)
+    ax.plot(step, finite(data["pooled"]), color=BLACK, lw=1.8, label="log of the mean")
+    _draw_interval(ax, data)
+    _say_about_runs(ax, posterior, data)
     ax.set(xlabel="reverse step", ylabel="log evidence (nats)")
-    _legend_above(ax)
+    legend_beside(ax)
+    warn_above(ax, posterior)
     return ax
 
 
-def _range_of_runs(ax: "Axes", data: PlotData) -> None:
-    runs = data["log_evidence"]
-    if len(runs) < 2:
-        return
-    living = np.isfinite(runs)
-    low = _finite(np.where(living, runs, np.inf).min(0))
-    high = _finite(np.where(living, runs, -np.inf).max(0))
-    style: dict[str, Any] = {"color": PALE, "alpha": 0.6, "lw": 0, "zorder": 0}
-    ax.fill_between(data["step"], low, high, label="lowest to highest run", **style)
-    if disagreement(runs[:, -1]) is not None:
-        apart = high[-1] - low[-1]
-        said = f"runs disagree by {apart:.1f} nats: the error of their mean is not known"
-        ax.text(0.02, 0.02, said, transform=ax.transAxes, color=VERMILLION, fontsize="small")
-
-
-def _genealogical_bar(ax: "Axes", data: PlotData) -> None:
-    sd = float(data["genealogical_sd"])
-    if np.isfinite(sd) and np.isfinite(data["pooled"][-1]):
-        # beside the last step, so that band and bar can be compared
+def _draw_interval(ax: "Axes", data: PlotData) -> None:
+    low, high = finite(data["interval"])
+    if high > low:
         at = data["step"][-1] + 0.03 * len(data["step"])
-        style: dict[str, Any] = {"color": VERMILLION, "capsize": 4, "ms": 4, "lw": 1.6, "ls": ""}
-        end = data["pooled"][-1]
-        ax.errorbar(at, end, yerr=sd, label="±1 genealogical sd", marker="o", **style)
-    else:
-        legend_line(ax, "genealogical sd: degenerate", color=VERMILLION, ls="")
+        ax.vlines(at, low, high, color=BLACK, lw=4, alpha=0.4, label="95 % interval")
+
+
+def _say_about_runs(ax: "Axes", posterior: "ParticlePosterior", data: PlotData) -> None:
+    if not bool(posterior.alive.any()):
+        say(ax, DEAD)
+    elif not np.isfinite(data["log_evidence"]).any():
+        say(ax, "no evidence is estimated")
+    elif disagreement(data["log_evidence"][:, -1]) is not None:
+        ends = data["log_evidence"][:, -1]
+        ends = ends[np.isfinite(ends)]
+        apart = float(ends.max() - ends.min())
+        nats = f"{apart:.1f}" if apart < 1e6 else f"{apart:.0e}"
+        said = f"runs disagree by {nats} nats: the error of their mean is not known"
+        ax.text(0.02, 0.02, said, transform=ax.transAxes, color=VERMILLION, fontsize="small")
 
 
 def plot_weights(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Axes":
     """Histogram of the weights (left) and the weight held by the heaviest particles (right).
 
-    A weight of ``1 / N`` stands at 0 of the histogram; weights of zero are counted in its title.
-    The right panel has one line per run; the dotted curve is that of equal weights.
+    A weight of ``1 / N`` stands at 0 of the histogram, runs upon each other; weights of zero are
+    counted in its title. The right panel has one line per run; the dotted curve is that of equal
+    weights. The k-hat of all particles together stands above it, those of the runs in the legend.
     """
     ax = new_axes(ax, (9.0, 3.6))
-    left, right = panels(ax, (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 0.4, 1.0))
+    left, right = panels(ax, (0.0, 0.0, 0.4, 1.0), (0.55, 0.0, 0.4, 1.0))
     data = plot_weights_data(posterior)
-    left.hist(data["log10_scaled"], bins=30, color=BLUE)
-    left.axvline(0.0, color=GREY, ls="--", lw=1)
-    left.set(xlabel="log10 (N × weight)", ylabel="particles, all runs")
+    _histogram(left, data, posterior.num_runs)
     total = posterior.num_runs * posterior.num_particles
     left.set_title(f"{data['num_zero']} of {total} weights zero", fontsize="medium")
-    for cumulative in data["cumulative"]:
-        right.plot(data["top"], cumulative, color=BLUE, alpha=_alpha(posterior), lw=1.2)
+    for run, cumulative in enumerate(data["cumulative"]):
+        right.plot(data["top"], cumulative, lw=1.2, **_line(posterior, run, data["top"]))
     right.plot(data["top"], data["top"] / len(data["top"]), color=GREY, ls=":", lw=1.2)
     right.set(xscale="log", xlabel="heaviest particles", ylabel="total weight", ylim=(0, 1.03))
-    right.set_title("dotted: equal weights", fontsize="medium")
+    right.minorticks_off()
+    names = zip(run_names(posterior), data["khat"], strict=True)
+    name_runs(right, [f"{name}: {_khat(shape)}" for name, shape in names])
+    legend_line(right, "equal weights", color=GREY, ls=":")
+    pooled = float(data["khat_pooled"])
+    colour = VERMILLION if pooled > _KHAT_LIMIT else BLACK
+    said = f"all: {_khat(pooled)} (limit {_KHAT_LIMIT})"
+    right.set_title(said, fontsize="medium", color=colour)
+    legend_beside(right)
+    warn_above(ax, posterior)
     return ax
+
+
+def _khat(shape: float) -> str:
+    return f"k-hat {shape:.2f}" if np.isfinite(shape) else "no k-hat"
+
+
+def _histogram(ax: "Axes", data: PlotData, num_runs: int) -> None:
+    values = np.maximum(data["log10_scaled"], _LOWEST)
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    # Weights that are equal up to rounding have no range to divide.
+    wide = (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
+    edges, below = np.linspace(*wide, 31), np.zeros(30)
+    for run in range(num_runs):
+        counts = below + np.histogram(values[data["run"] == run], bins=edges)[0]
+        ax.stairs(counts, edges, baseline=below, fill=True, color=run_style(run)["color"])
+        below = counts
+    if not len(values):
+        say(ax, DEAD)
+    ax.axvline(0.0, color=GREY, ls="--", lw=1)
+    ax.set(xlabel="log10 (N × weight)", ylabel="particles, all runs")
 
 
 def plot_ancestry(
-    posterior: "ParticlePosterior", *, run: int = 0, ax: "Axes | None" = None
+    posterior: "ParticlePosterior", *, run: int | None = None, ax: "Axes | None" = None
 ) -> "Axes":
-    """Family tree of one run, coloured by the root (Eve) that a lineage goes back to.
+    """Family trees, coloured by the root (Eve) that a lineage goes back to.
 
-    The six roots that hold most final weight have a colour, other surviving lineages are dark
-    grey, lineages that died out pale. Of more than 1,000 particles 1,000 lineages are drawn, and
-    the pale ones are left out above 50,000 edges. Below: how many roots are left, which bounds
-    the number of independent samples of the early steps.
+    In each tree the six roots that hold most final weight have a colour, other surviving lineages
+    are dark grey, lineages that died out pale. Of more than 1,000 particles 1,000 lineages are
+    drawn, and the pale ones are left out above 50,000 edges. Below: how many roots are left in each
+    run, which bounds the number of independent samples of the early steps.
 
+    :param run: draw the tree of this run only; those of all, up to 16, if None.
     :raises IndexError: if there is no such run.
     """
-    ax = new_axes(ax, (7.0, 5.0))
-    tree, count = panels(ax, (0.0, 0.32, 1.0, 0.68), (0.0, 0.0, 1.0, 0.26))
-    data = plot_ancestry_data(posterior, run=run)
-    _draw_tree(tree, data)
-    title = f"run {run}" if data["weight"].any() else f"run {run} (dead)"
-    tree.set(ylabel="particle, by descent", title=title, xlim=(0, posterior.num_steps))
-    tree.tick_params(labelbottom=False)
-    steps = np.arange(posterior.num_steps + 1)
-    count.step(steps, data["num_roots"], where="mid", color=BLACK, lw=1.4)
-    count.set(xlabel="reverse step", ylabel="roots left", xlim=tree.get_xlim())
-    count.set_yscale("log", base=2)
-    count.yaxis.set_major_formatter("{x:g}")
+    runs = list(range(posterior.num_runs)) if run is None else [run]
+    shown = runs[:_MAX_TREES]
+    each = {number: plot_ancestry_data(posterior, run=number) for number in runs}
+    ax = new_axes(ax, (7.0, 5.0) if len(runs) == 1 else (9.0, 6.5))
+    *trees, count = panels(ax, *_grid(len(shown)), (0.0, 0.0, 1.0, 0.2))
+    names = run_names(posterior)
+    for tree, number in zip(trees, shown, strict=True):
+        _draw_tree(tree, each[number], _MAX_FAINT_EDGES // len(shown))
+        roots = each[number]["num_roots"][-1]
+        tree.set_title(f"{names[number]}: {roots} roots", fontsize="medium")
+        tree.title.set_color(run_style(number)["color"] if len(runs) > 1 else BLACK)
+        tree.set(xlim=(0, posterior.num_steps))
+        tree.tick_params(labelbottom=False)
+        if len(runs) > 1:
+            tree.set(xticks=[], yticks=[])  # the counts below have the same steps
+    if len(runs) == 1:
+        trees[0].set_ylabel("particle, by descent")
+        _name_roots(trees[0], each[runs[0]])
+    _draw_counts(count, each)
+    if len(runs) > len(shown):
+        legend_line(count, f"{len(runs) - len(shown)} more runs: run=", ls="", color=GREY)
+    if len(runs) > 1:
+        name_runs(count, names)
+        legend_beside(count)
+    warn_above(ax, posterior)
     return ax
 
 
-def _draw_tree(ax: "Axes", data: PlotData) -> None:
+def _grid(size: int) -> list[tuple[float, float, float, float]]:
+    """Places of trees in the upper part, row by row."""
+    columns = ceil(sqrt(size))
+    rows = ceil(size / columns)
+    wide, high = 1 / columns, 0.72 / rows
+    return [
+        (k % columns * wide, 0.28 + (rows - 1 - k // columns) * high, 0.94 * wide, 0.8 * high)
+        for k in range(size)
+    ]
+
+
+def _draw_counts(ax: "Axes", each: dict[int, PlotData]) -> None:
+    for run, data in each.items():
+        steps = np.arange(len(data["num_roots"]))
+        style = run_style(run) if len(each) > 1 else {"color": BLACK}
+        ax.step(steps, data["num_roots"], where="mid", lw=1.4, **style)
+        ax.set(xlabel="reverse step", ylabel="roots left", xlim=(0, steps[-1]))
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_tree(ax: "Axes", data: PlotData, max_faint: int) -> None:
     from matplotlib.collections import LineCollection
 
-    segments, colours = _tree_segments(data)
+    segments, colours = _tree_segments(data, max_faint)
     for kind, width in ((PALE, 0.5), (GREY, 0.7)):
         ax.add_collection(LineCollection(list(segments[colours == kind]), colors=kind, lw=width))
-    for root, colour in _coloured_roots(data).items():
+    for colour in _coloured_roots(data).values():
         ax.add_collection(LineCollection(list(segments[colours == colour]), colors=colour, lw=1.0))
-        legend_line(ax, f"Eve {root}: {data['weight'][root]:.0%}", color=colour)
     ax.set_ylim(-1, data["root"].shape[1])
+
+
+def _name_roots(ax: "Axes", data: PlotData) -> None:
+    for root, colour in _coloured_roots(data).items():
+        legend_line(ax, f"Eve {root}: {data['weight'][root]:.0%}", color=colour)
     if _coloured_roots(data):
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+        legend_beside(ax)
 
 
-def _tree_segments(data: PlotData) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
+def _tree_segments(data: PlotData, max_faint: int) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
     """Edges ``(E, 2, 2)`` from parent to child as (step, particle), and a colour for each."""
     parents, rank, drawn = data["parents"], data["rank"], _drawn(data)
-    faint = drawn.size <= _MAX_FAINT_EDGES
+    faint = drawn.size <= max_faint
     step, child = np.nonzero(drawn | faint)
     start = np.stack([step, rank[step, parents[step, child]]], axis=-1)
     end = np.stack([step + 1, rank[step + 1, child]], axis=-1)
@@ -197,74 +276,18 @@ def _drawn(data: PlotData) -> NDArray[np.bool_]:
 
 
 def _coloured_roots(data: PlotData) -> dict[int, str]:
-    heaviest = np.argsort(-data["weight"], kind="stable")[: len(_ROOT_COLOURS)]
+    heaviest = np.argsort(-data["weight"], kind="stable")[: len(RUN_COLOURS)]
     held = [int(root) for root in heaviest if data["weight"][root] > 0]
-    return dict(zip(held, _ROOT_COLOURS, strict=False))
+    return dict(zip(held, RUN_COLOURS, strict=False))
 
 
-def plot_token_entropy(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Axes":
-    """Entropy of the tokens at each position, in bits, under the weights of all runs.
-
-    With a stored path: a map of position against reverse step, from noise (top) to data (bottom).
-    It shows where and when the particles commit themselves; a position that is certain long
-    before the end was fixed by few ancestors.
-
-    :raises ParticleCollapse: if every run is dead.
-    """
-    ax = new_axes(ax, (7.5, 3.8))
-    data = plot_token_entropy_data(posterior)
-    if "entropy_steps" in data:
-        image = ax.imshow(data["entropy_steps"], aspect="auto", cmap="cividis", vmin=0.0)
-        ax.figure.colorbar(image, ax=ax, label="entropy (bits)")
-        ax.set(ylabel="reverse step")
-    else:
-        ax.step(data["position"], data["entropy"], where="mid", color=BLUE)
-        ax.set(ylabel="entropy of x0 (bits)", ylim=(0, None))
-    plates = posterior.x0.shape[2:-1]
-    ax.set(xlabel="position, plates side by side" if plates else "position")
-    length = posterior.x0.shape[-1]
-    for edge in range(length, len(data["position"]), length):
-        ax.axvline(edge - 0.5, color=BLACK, lw=0.8)
-    return ax
+def _line(
+    posterior: "ParticlePosterior", run: int, points: NDArray[np.int64] | None = None
+) -> dict[str, Any]:
+    """Style of a run's line; one point alone has no line and needs a mark."""
+    alone = (posterior.num_steps if points is None else len(points)) < 2
+    return {**run_style(run), **({"marker": "_"} if alone else {})}
 
 
-# ----------------------------------------------------------------------------------------------
-# drawing
-
-
-def new_axes(ax: "Axes | None", size: tuple[float, float] = (6.4, 3.8)) -> "Axes":
-    """Return ``ax``, or the axes of a new figure if it is None."""
-    if ax is not None:
-        return ax
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "plots need Matplotlib, which is not installed: pip install 'ppl-diffusion[plot]'"
-        ) from error
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def panels(ax: "Axes", *bounds: tuple[float, float, float, float]) -> list["Axes"]:
-    """Put panels into ``ax``, each at left, bottom, width and height in shares of it."""
-    ax.set_axis_off()
-    return [ax.inset_axes(box) for box in bounds]
-
-
-def _alpha(posterior: "ParticlePosterior") -> float:
-    return max(0.15, min(0.8, 4 / posterior.num_runs))
-
-
-def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def legend_line(ax: "Axes", label: str, **style: Any) -> None:
-    """Name in the legend what has many lines, or none of its own."""
-    ax.plot([], [], label=label, **style)
-
-
-def _legend_above(ax: "Axes") -> None:
-    columns = 3 if len(ax.get_legend_handles_labels()[1]) == 3 else 2
-    where: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-    ax.legend(**where, ncols=columns, frameon=False, fontsize="small")
+def _dots(run: int, *, ms: float) -> dict[str, Any]:
+    return {"color": run_style(run)["color"], "marker": "o", "ls": "", "ms": ms}

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_diffusion.diagnostics.claims import number_or_none
+from ppl_diffusion.diagnostics.chain_report import chain_summary
+from ppl_diffusion.diagnostics.claims import (
+    EVIDENCE,
+    claim,
+    evidence_figures,
+    evidence_text,
+    number_or_none,
+)
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
 from ppl_diffusion.smc.khat import khat
-from ppl_diffusion.smc.run_statistics import across_run_sd, as_array, genealogical_sd
+from ppl_diffusion.smc.run_statistics import as_array, effective_distinct, genealogical_sd
 from ppl_diffusion.smc.weights import Weights
 
 if TYPE_CHECKING:
@@ -15,30 +23,32 @@ if TYPE_CHECKING:
 
     from ppl_diffusion.smc import ParticlePosterior
 
-KHAT_LIMIT = 0.7
-"""Above this k-hat weighted means are not to be trusted (Vehtari et al. 2024)."""
 
-
-def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
+def summary(posterior: "ParticlePosterior | GibbsPosterior") -> dict[str, Any]:
     """Figures that say what a particle run found and how far to trust it; all JSON types.
 
     ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs, dead runs counting as 0:
-    the mean is unbiased, its log errs low. Two errors go with it, both relative errors of ``Z``
-    and so, by the delta method, of its log: ``log_evidence_se`` is the standard error of the
-    mean, from the spread over runs (None for one run); ``genealogical_sd`` is the standard
-    deviation of a *single* run, from its family tree, or ``"degenerate"`` when a living run
-    descends from one root, where the tree says nothing.
+    the mean is unbiased, its log errs low. ``log_evidence_interval`` (95 %) is there where runs
+    agree, and their agreement means something; where they do not, ``log_evidence_bound`` is what
+    the log-evidence is no less than at 95 %. ``log_evidence_sd`` is the spread of the living runs.
+    ``genealogical_sd`` is the relative standard deviation of a *single* run's ``Z``, from its
+    family tree; None where that tells nothing (most runs: see ``evidence_variance``).
 
-    ``ess`` is that of all particles together, runs weighted by evidence; ``khat`` the worst of
-    the runs that have one. ``num_unique_x0`` counts distinct sequences and ``num_eves`` distinct
-    roots among particles of positive weight. What does not exist is None, never NaN.
+    ``ess`` and ``khat`` are those of all particles together, runs weighted by evidence.
+    ``num_unique_x0`` counts distinct sequences and ``num_eves`` distinct roots among particles of
+    positive weight; ``root_ancestors`` weighs them: a run that lives on one has 1. ``warnings`` are
+    the sentences of ``posterior.warnings``. What does not exist is None, never NaN.
 
     ArviZ's ``rhat`` and ``ess`` across the draws of one SMC run are meaningless: the particles
-    share ancestors and stand in no order. Compare runs, and read ``num_eves``, instead.
+    share ancestors and stand in no order. Compare runs, and read
+    ``root_ancestors``, instead.
 
     :param posterior: ``R`` runs of ``N`` particles.
-    :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``.
+    :returns: a flat dict; keys ending in ``_per_run`` hold lists of length ``R``. For draws of
+        :class:`~ppl_diffusion.inference.ParticleGibbs`, what :func:`chain_summary` returns.
     """
+    if isinstance(posterior, GibbsPosterior):
+        return chain_summary(posterior)
     weights = as_array(posterior.log_weights)
     return {
         "target": posterior.target,
@@ -53,45 +63,46 @@ def summary(posterior: "ParticlePosterior") -> dict[str, Any]:
         "num_evaluations": posterior.num_evaluations,
         "num_potential_calls": posterior.num_potential_calls,
         "seconds": number_or_none(posterior.seconds),
+        "warnings": list(map(str, posterior.warnings)),
     }
 
 
-def summary_table(posterior: "ParticlePosterior") -> "Table":
-    """The figures of :func:`summary` as a table for the terminal."""
+def summary_table(posterior: "ParticlePosterior | GibbsPosterior") -> "Table":
+    """The figures of :func:`summary` as a table for the terminal, what is wrong below them."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("quantity", "value", title="Particle posterior")
-    for quantity, value in _rows(summary(posterior)):
+    facts = summary(posterior)
+    is_chains = isinstance(posterior, GibbsPosterior)
+    table = Table("quantity", "value", title="Markov chains" if is_chains else "Particle posterior")
+    plain = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    for quantity, value in plain if is_chains else _rows(facts):
         table.add_row(Text(quantity), Text(value))
     return table
 
 
 def _evidence(posterior: "ParticlePosterior") -> dict[str, Any]:
-    if not posterior.law.has_evidence and bool(posterior.alive.any()):
-        names = ("log_evidence", "log_evidence_se", "genealogical_sd")
-        return {**dict.fromkeys(names), "log_evidence_per_run": [None] * posterior.num_runs}
+    found = posterior.evidence
+    if found is None:
+        nothing = dict.fromkeys((*EVIDENCE, "genealogical_sd"))
+        return {**nothing, "log_evidence_per_run": [None] * posterior.num_runs}
     log_evidence = as_array(posterior.log_evidence)
-    error = across_run_sd(log_evidence) / np.sqrt(posterior.num_runs)
-    tree = number_or_none(genealogical_sd(log_evidence, as_array(posterior.evidence_variance)))
+    tree = genealogical_sd(log_evidence, as_array(posterior.evidence_variance))
     return {
-        "log_evidence": number_or_none(posterior.pooled_log_evidence),
-        "log_evidence_se": number_or_none(error),
-        "genealogical_sd": "degenerate" if tree is None else tree,
+        **evidence_figures(found),
+        "genealogical_sd": number_or_none(tree),
         "log_evidence_per_run": _numbers(log_evidence),
     }
 
 
 def _weight_health(posterior: "ParticlePosterior") -> dict[str, Any]:
-    shapes = khat(posterior.log_weights)
-    fitted = shapes[np.isfinite(shapes)]
     dead = not bool(posterior.alive.any())
-    pooled = 0.0 if dead else Weights(posterior.pooled_log_weights.reshape(1, -1)).ess
+    pooled = None if dead else posterior.pooled_log_weights.reshape(1, -1)
     return {
-        "ess": float(pooled),
+        "ess": 0.0 if pooled is None else float(Weights(pooled).ess),
         "ess_per_run": _numbers(as_array(Weights(posterior.log_weights).ess)),
-        "khat": float(fitted.max()) if len(fitted) else None,
-        "khat_per_run": _numbers(shapes),
+        "khat": None if pooled is None else number_or_none(khat(pooled)[0]),
+        "khat_per_run": _numbers(khat(posterior.log_weights)),
     }
 
 
@@ -100,25 +111,38 @@ def _diversity(posterior: "ParticlePosterior") -> dict[str, Any]:
     sequences = as_array(posterior.x0.flatten(2))[held]
     eves = as_array(posterior.eve)
     roots = [len(np.unique(run[keep])) for run, keep in zip(eves, held, strict=True)]
-    return {"num_unique_x0": len(np.unique(sequences, axis=0)), "num_eves_per_run": roots}
+    return {
+        "num_unique_x0": len(np.unique(sequences, axis=0)),
+        "num_eves_per_run": roots,
+        "root_ancestors_per_run": root_ancestors(posterior),
+    }
+
+
+def root_ancestors(posterior: "ParticlePosterior") -> list[float]:
+    """Effective number of roots of each run, 0 for a dead one."""
+    weights, alive = as_array(posterior.weights), as_array(posterior.alive)
+    found = np.zeros(len(alive))
+    found[alive] = effective_distinct(as_array(posterior.eve)[alive], weights[alive])
+    return found.tolist()
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     total = facts["num_runs"] * facts["num_particles"]
+    alive = facts["num_dead_runs"] < facts["num_runs"]
     return [
-        ("target", facts["target"]),
-        ("exact weights", "yes" if facts["exact"] else "no: read the target"),
+        claim(facts),
         ("runs × particles × steps", _shape(facts)),
-        ("log evidence (nats)", _evidence_text(facts)),
-        ("  genealogical sd of one run", _text(facts["genealogical_sd"])),
+        ("log evidence (nats)", evidence_text(facts, alive=alive)),
+        ("  genealogical sd of one run", _text(facts["genealogical_sd"], "not available")),
         ("effective sample size", f"{facts['ess']:.1f} of {total}"),
         ("  per run, lowest to highest", _range(facts["ess_per_run"])),
-        ("worst k-hat", _khat_text(facts["khat"])),
+        ("k-hat of all particles", _text(facts["khat"], "not available")),
         ("distinct x0", f"{facts['num_unique_x0']} of {total}"),
-        ("Eves per run", _range(facts["num_eves_per_run"])),
+        ("effective root ancestors per run", _range(facts["root_ancestors_per_run"])),
         ("network evaluations", f"{facts['num_evaluations']:,}"),
         ("potential calls", f"{facts['num_potential_calls']:,}"),
         ("seconds", _text(facts["seconds"])),
+        *[("warning", text) for text in facts["warnings"] or ["none"]],
     ]
 
 
@@ -127,30 +151,12 @@ def _shape(facts: dict[str, Any]) -> str:
     return text + (f" ({facts['num_dead_runs']} runs dead)" if facts["num_dead_runs"] else "")
 
 
-def _evidence_text(facts: dict[str, Any]) -> str:
-    if facts["log_evidence"] is None and facts["num_dead_runs"] < facts["num_runs"]:
-        return "none to estimate: read the target"
-    if facts["log_evidence"] is None:
-        return "-inf (every run is dead)"
-    error = facts["log_evidence_se"]
-    spread = "one run, no spread" if error is None else f"± {error:.3f} over runs"
-    return f"{facts['log_evidence']:.3f} ({spread})"
-
-
-def _khat_text(shape: float | None) -> str:
-    if shape is None:
-        return "none (no tail to fit)"
-    return f"{shape:.2f}" + (f" (above {KHAT_LIMIT}: means unreliable)" * (shape > KHAT_LIMIT))
-
-
 def _range(values: list[float]) -> str:
     return f"{_text(min(values))} to {_text(max(values))}" if len(values) > 1 else _text(values[0])
 
 
-def _text(value: float | str | None) -> str:
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else f"{value:.4g}"
+def _text(value: float | None, missing: str = "none") -> str:
+    return missing if value is None else f"{value:.4g}"
 
 
 def _numbers(values: NDArray[np.float64]) -> list[float | None]:

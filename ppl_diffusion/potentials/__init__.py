@@ -12,7 +12,7 @@ from ppl_diffusion.potentials.constraints import RequiredMotif as RequiredMotif
 from ppl_diffusion.potentials.evaluation import SequenceFunction as SequenceFunction
 from ppl_diffusion.potentials.factor import PotentialFactor as PotentialFactor
 from ppl_diffusion.potentials.factor import factor as factor
-from ppl_diffusion.potentials.motif_files import Motif as Motif
+from ppl_diffusion.potentials.motif_entries import Motif as Motif
 from ppl_diffusion.potentials.motif_files import find_motif as find_motif
 from ppl_diffusion.potentials.motif_files import read_jaspar as read_jaspar
 from ppl_diffusion.potentials.motif_files import read_meme as read_meme

@@ -173,6 +173,8 @@ def check_log_potential(value: Tensor, x0: Tensor, name: str) -> Tensor:
             f"{name} returned shape {tuple(value.shape)} for sequences of shape "
             f"{tuple(x0.shape)}; return one number per sequence, shape {tuple(x0.shape[:-1])}."
         )
+    if value.is_complex():
+        raise PotentialError(f"{name} returned complex numbers; return real log-potentials.")
     value = value.to(torch.float64)
     bad = torch.isnan(value) | (value == math.inf)
     if bool(bad.any()):

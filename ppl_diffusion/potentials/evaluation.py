@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
+from ppl_diffusion.potentials.answers import WrongAnswer, read_answer
+from ppl_diffusion.potentials.failures import report
 from ppl_diffusion.rows import distinct_rows
 
 OnError = Literal["raise", "reject"]
 RowFunction = Callable[[Tensor], Any]
 _Piece = list[int]
+_Outcome = list[float | str] | Exception
+"""What came back for a piece: a number or a reason for each sequence, or an error for all."""
 
 
 class FunctionOptions(TypedDict, total=False):
@@ -45,7 +49,9 @@ class _GaveUp(TimeoutError):
 class SequenceFunction:
     """A function of sequences with a cache, an optional executor, and a policy for failures.
 
-    :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array or a list of numbers.
+    :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array, a series, a list or a generator of
+        numbers. None, text or any other object in place of a number, and another number of values
+        than of sequences, are failures like an exception.
     :param batch_size: sequences per call of ``fn``; by default all at once, and one at a time when
         there is an executor.
     :param executor: where calls run (with a process pool, ``fn`` must be picklable).
@@ -61,7 +67,9 @@ class SequenceFunction:
     costs no other its value. Values that were finished before an error stay in the cache.
 
     :ivar num_calls: sequences handed to ``fn`` so far, repetitions after a failure included.
+    :ivar num_sequences: distinct sequences that got an answer so far, rejections included.
     :ivar num_failures: sequences rejected so far.
+    :ivar first_failure: the first of them and its reason, in words; None while there is none.
     """
 
     fn: RowFunction
@@ -74,7 +82,9 @@ class SequenceFunction:
     cache_size: int = 100_000
     worst: float | None = -math.inf
     num_calls: int = field(default=0, init=False)
+    num_sequences: int = field(default=0, init=False)
     num_failures: int = field(default=0, init=False)
+    first_failure: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
@@ -86,7 +96,7 @@ class SequenceFunction:
 
         :param x0: clean tokens, int64 ``(*batch, L)``.
         :returns: float64 ``(*batch,)`` on the device of ``x0``.
-        :raises PotentialError: if ``fn`` returns a wrong shape, or fails and ``on_error="raise"``.
+        :raises PotentialError: if ``fn`` fails and ``on_error="raise"``, or lost its executor.
         """
         rows = x0.reshape(-1, x0.shape[-1])
         first, inverse = distinct_rows(rows)
@@ -105,8 +115,10 @@ class SequenceFunction:
         unknown = [i for i, key in enumerate(keys) if key not in found]
         for i, value in self._evaluate(rows, unknown):
             found[keys[i]] = self._cache[keys[i]] = value
+            self.num_sequences += 1
             if len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
+        report(str(self.name), found, self.first_failure)
         return [found[key] for key in keys]
 
     def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:
@@ -126,25 +138,23 @@ class SequenceFunction:
         size = self.batch_size or (1 if self.executor else max(len(indices), 1))
         return [indices[i : i + size] for i in range(0, len(indices), size)]
 
-    def _call(
-        self, rows: Tensor, pieces: list[_Piece]
-    ) -> Iterator[tuple[_Piece, Tensor | Exception]]:
-        """Yield every piece with its values or with the exception that ``fn`` raised."""
+    def _call(self, rows: Tensor, pieces: list[_Piece]) -> Iterator[tuple[_Piece, _Outcome]]:
+        """Yield every piece with what came back for it."""
         if self.executor is not None:
             yield from self._call_in_executor(self.executor, rows, pieces)
             return
         for piece in pieces:
             self.num_calls += len(piece)
+            outcome: _Outcome
             try:
-                result = self.fn(rows[piece])
+                outcome = read_answer(self.fn(rows[piece]), len(piece))
             except Exception as error:
-                yield piece, error
-            else:
-                yield piece, self._as_values(result, len(piece))
+                outcome = error
+            yield piece, outcome
 
     def _call_in_executor(
         self, executor: Executor, rows: Tensor, pieces: list[_Piece]
-    ) -> Iterator[tuple[_Piece, Tensor | Exception]]:
+    ) -> Iterator[tuple[_Piece, _Outcome]]:
         self.num_calls += sum(map(len, pieces))
         pending = {executor.submit(self.fn, rows[piece]): piece for piece in pieces}
         try:
@@ -168,7 +178,7 @@ class SequenceFunction:
             f"not started within {self.timeout} s; give the executor more workers, or a new one."
         )
 
-    def _outcome(self, future: Future[Any], count: int) -> Tensor | Exception:
+    def _outcome(self, future: Future[Any], count: int) -> _Outcome:
         if not future.done():
             return _GaveUp(f"no answer within {self.timeout} s")
         error = future.exception()
@@ -179,42 +189,35 @@ class SequenceFunction:
             ) from error
         if isinstance(error, Exception):
             return error
-        return self._as_values(future.result(), count)
-
-    def _as_values(self, result: Any, count: int) -> Tensor:
-        values = torch.as_tensor(result, dtype=torch.float64).detach().cpu()
-        if values.shape != (count,):
-            raise PotentialError(
-                f"{self.name} returned shape {tuple(values.shape)} for {count} sequences; "
-                f"return one number per sequence, shape ({count},)."
-            )
-        return values
+        try:
+            return read_answer(future.result(), count)
+        except Exception as unread:
+            return unread
 
     def _settle(
-        self, rows: Tensor, piece: _Piece, outcome: Tensor | Exception
+        self, rows: Tensor, piece: _Piece, outcome: _Outcome
     ) -> Iterator[tuple[int, float]]:
         """Apply the policy to what came back for one piece."""
-        if isinstance(outcome, Exception):
-            reasons = [f"{type(outcome).__name__.lstrip('_')}: {outcome}"] * len(piece)
-            values = [math.nan] * len(piece)
-        else:
-            values = outcome.tolist()
-            legal = (math.isfinite(value) or value == self.worst for value in values)
-            pairs = zip(values, legal, strict=True)
-            reasons = ["" if allowed else f"it returned {value}" for value, allowed in pairs]
-        for i, value, reason in sorted(
-            zip(piece, values, reasons, strict=True), key=lambda entry: bool(entry[2])
+        cause = outcome if isinstance(outcome, Exception) else None
+        found = [_reason(outcome)] * len(piece) if isinstance(outcome, Exception) else outcome
+        answers = [self._check(value) for value in found]
+        for i, answer in sorted(
+            zip(piece, answers, strict=True), key=lambda entry: isinstance(entry[1], str)
         ):
-            yield i, self._reject(rows[i], reason, outcome) if reason else value
+            yield i, self._reject(rows[i], answer, cause) if isinstance(answer, str) else answer
 
-    def _reject(self, row: Tensor, reason: str, outcome: Tensor | Exception) -> float:
+    def _check(self, value: float | str) -> float | str:
+        legal = isinstance(value, str) or math.isfinite(value) or value == self.worst
+        return value if legal else f"it returned {value}"
+
+    def _reject(self, row: Tensor, reason: str, cause: Exception | None) -> float:
         if self.on_error == "raise":
-            cause = outcome if isinstance(outcome, Exception) else None
             raise PotentialError(
                 f"{self.name} failed on the sequence {row.tolist()} ({reason}); mend the function, "
                 'or pass on_error="reject" to give such sequences probability zero.'
             ) from cause
         self.num_failures += 1
+        self.first_failure = self.first_failure or f"{reason}, on the sequence {row.tolist()}"
         return math.nan
 
     def _check_options(self) -> None:
@@ -233,3 +236,9 @@ class SequenceFunction:
             number = getattr(self, option)
             if number is not None and number < 1:
                 raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, WrongAnswer):
+        return str(error)
+    return f"{type(error).__name__.lstrip('_')}: {error}"

@@ -1,77 +1,84 @@
-"""Motif matrices from files: minimal MEME (as JASPAR offers) and JASPAR count matrices."""
+"""Motif matrices from files, in the formats that people have them in.
+
+A file is cut into its entries, so that a damaged one spoils itself only: the others are read, and a
+warning names it. Tables are read by Biopython's ``Bio.motifs``, MEME text by a parser of its own.
+"""
 
 from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from ppl_diffusion.potentials.motif_entries import DamagedMotif, Entry, Line, Motif
+from ppl_diffusion.potentials.motif_meme import read_meme_entry, require_bases
+from ppl_diffusion.potentials.motif_tables import (
+    NUMBER,
+    of_biopython,
+    read_table,
+    read_transfac,
+)
 
-from ppl_diffusion.potentials.motifs import MotifMatrix
-
-_BASES = "ACGT"
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-
-
-@dataclass(frozen=True, eq=False)
-class Motif:
-    """A matrix as it stands in a file.
-
-    :param identifier: such as ``"MA0108.1"``.
-    :param name: such as ``"TBP"``; equal to the identifier where the file gives none.
-    :param probabilities: float64 ``(W, 4)``, bases in the order A, C, G, T.
-    :param sites: number of sites the probabilities were counted on.
-    """
-
-    identifier: str
-    name: str
-    probabilities: Tensor
-    sites: float
-
-    def potential(self, **options: Any) -> MotifMatrix:
-        options = {"name": f"motif {self.name}", "sites": self.sites, **options}
-        return MotifMatrix.from_probabilities(self.probabilities, **options)
+_TRANSFAC = re.compile(r"(VV|AC|ID|NA|DE|XX|P0|PO)\b")
+_TABLE = re.compile(rf"([ACGT]|Pos|Gene|Motif|TF|{NUMBER.pattern})(\s|\[|\||$)", re.IGNORECASE)
+_ASK = (
+    "give a MEME file (first line 'MEME version 4'), JASPAR matrices (first line '>identifier "
+    "name'), a TRANSFAC file or a table of numbers"
+)
+_Lines = Sequence[Line]
+_Read = Callable[[Any, str], Motif]
 
 
 def read_motifs(path: str | Path) -> list[Motif]:
-    """Read a motif file of either format, recognised by its first line.
+    """Read the motifs of a file, whose format is recognised by its first line.
+
+    MEME text (minimal or not) and XML, JASPAR matrices, TRANSFAC, XMS, and tables with one line per
+    base or one line per position (HOCOMOCO, HOMER, CIS-BP, Cluster-Buster), of counts or of
+    probabilities, which count as 20 sites where the file says nothing else. A byte order mark and
+    the line ends of other systems do not matter.
 
     :param path: plain or gzipped text.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is neither a MEME nor a JASPAR file, or damaged; the text names the
-        line.
+    :raises ValueError: if it is of no such format, or no motif in it can be read; the text names
+        the line.
+    :warns UserWarning: names the damaged entries beside others that are read.
     """
-    lines = _Lines(path)
-    first = lines.peek()
+    lines = _read_lines(path)
+    first = next((line.text for line in lines if not line.text.startswith("#")), "")
     if first.upper().startswith("MEME"):
-        return _parse_meme(lines)
+        return _collect(path, _meme_entries(path, lines), read_meme_entry)
     if first.startswith(">"):
-        return _parse_jaspar(lines)
-    raise ValueError(
-        f"The motif file {str(path)!r} begins with {first[:40]!r}: give a MEME file (first line "
-        "'MEME version 4') or JASPAR count matrices (first line '>identifier name')."
-    )
+        return _collect(path, _split(lines, ">"), read_table)
+    if first.startswith("<"):
+        return _collect(path, _parse_xml(path, lines), of_biopython(lines[0]))
+    if _TRANSFAC.match(first):
+        return _collect(path, _transfac_entries(lines), read_transfac)
+    if _TABLE.match(first):
+        return _collect(path, [Entry(None, lines)], read_table)
+    raise ValueError(f"The motif file {str(path)!r} begins with {first[:40]!r}: {_ASK}.")
 
 
 def read_meme(path: str | Path) -> list[Motif]:
-    """Read a minimal MEME file of DNA motifs, with the errors of :func:`read_motifs`."""
-    lines = _Lines(path)
-    if not lines.peek().upper().startswith("MEME"):
-        raise lines.error("a MEME file begins with 'MEME version 4'")
-    return _parse_meme(lines)
+    """Read a MEME text file of DNA motifs, with the errors of :func:`read_motifs`."""
+    lines = _read_lines(path)
+    if not lines[0].text.upper().startswith("MEME"):
+        raise _error(path, lines[0].damaged("a MEME file begins with 'MEME version 4'"))
+    return _collect(path, _meme_entries(path, lines), read_meme_entry)
 
 
 def read_jaspar(path: str | Path) -> list[Motif]:
-    """Read JASPAR count matrices, with or without ``A [ ... ]`` around the counts.
+    """Read JASPAR matrices, with or without ``A [ ... ]`` around the numbers.
 
     It raises the errors of :func:`read_motifs`.
     """
-    return _parse_jaspar(_Lines(path))
+    lines = _read_lines(path)
+    if not lines[0].text.startswith(">"):
+        raise _error(path, lines[0].damaged("a JASPAR matrix begins with '>identifier name'"))
+    return _collect(path, _split(lines, ">"), read_table)
 
 
 def find_motif(motifs: Sequence[Motif], name: str) -> Motif:
@@ -92,43 +99,16 @@ def find_motif(motifs: Sequence[Motif], name: str) -> Motif:
     raise ValueError(f"No motif is called {name!r}: the file holds {len(motifs)}, such as {some}.")
 
 
-class _Lines:
-    """The lines of a file that are not blank, with their numbers."""
+# ----------------------------------------------------------------------------------------------
+# lines and entries
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        numbered = enumerate(_read_text(self.path).splitlines(), start=1)
-        self._lines = [(number, line.strip()) for number, line in numbered if line.strip()]
-        self._next = 0
-        if not self._lines:
-            raise ValueError(f"The motif file {str(path)!r} is empty: give a file with a matrix.")
 
-    def peek(self) -> str:
-        """Return the next line without taking it, or an empty string at the end."""
-        return self._lines[self._next][1] if self._next < len(self._lines) else ""
-
-    def take(self) -> str:
-        line = self.peek()
-        self._next += 1
-        return line
-
-    def __iter__(self) -> Iterator[str]:
-        while self.peek():
-            yield self.take()
-
-    def error(self, expected: str) -> ValueError:
-        """Return an error about the line that comes next."""
-        at = min(self._next, len(self._lines) - 1)
-        number, line = self._lines[at]
-        return ValueError(
-            f"The motif file {str(self.path)!r} is damaged at line {number} ({line[:40]!r}): "
-            f"{expected}."
-        )
-
-    def error_at_last(self, expected: str) -> ValueError:
-        """Return an error about the line that was taken last."""
-        self._next -= 1
-        return self.error(expected)
+def _read_lines(path: str | Path) -> _Lines:
+    numbered = enumerate(_read_text(Path(path)).splitlines(), start=1)
+    lines = [Line(number, text.strip()) for number, text in numbered if text.strip()]
+    if not lines:
+        raise ValueError(f"The motif file {str(path)!r} is empty: give a file with a matrix.")
+    return lines
 
 
 def _read_text(path: Path) -> str:
@@ -137,98 +117,90 @@ def _read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        return data.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        # A letter of a name in another code must not spoil the numbers.
+        text = data.decode("utf-16") if marked else data.decode("utf-8-sig", errors="replace")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(
             f"The motif file {str(path)!r} is not plain or gzipped text ({error}): download it "
             "again."
         ) from error
+    return text
 
 
-def _parse_meme(lines: _Lines) -> list[Motif]:
-    motifs: list[Motif] = []
-    label: list[str] = []
+def _split(lines: _Lines, mark: str) -> list[Entry]:
+    """Cut lines into entries that begin with a mark; what comes before is no entry."""
+    starts = [at for at, line in enumerate(lines) if line.text.startswith(mark)]
+    ends = [*starts[1:], len(lines)]
+    return [Entry(lines[at], lines[at + 1 : end]) for at, end in zip(starts, ends, strict=False)]
+
+
+def _transfac_entries(lines: _Lines) -> list[Entry]:
+    entries: list[list[Line]] = [[]]
     for line in lines:
-        key = line.split()[0]
-        if key.upper() == "ALPHABET=" or line.upper().startswith("ALPHABET ="):
-            alphabet = line.split("=", 1)[1].strip().upper()
-            if alphabet != _BASES:
-                raise lines.error_at_last(f"the alphabet must be {_BASES}, not {alphabet!r}")
-        elif key == "MOTIF":
-            label = line.split()[1:]
-        elif line.startswith("letter-probability matrix"):
-            motifs.append(_meme_matrix(line, label, lines))
-    if not motifs:
-        raise lines.error("no letter-probability matrix was found")
-    return motifs
+        if line.text.startswith("//"):
+            entries.append([])
+        else:
+            entries[-1].append(line)
+    kept = [body for body in entries if body and not body[0].text.startswith("VV")]
+    return [Entry(None, body) for body in kept]
 
 
-def _meme_matrix(header: str, label: list[str], lines: _Lines) -> Motif:
-    if not label:
-        raise lines.error_at_last("a 'MOTIF identifier' line must come before the matrix")
-    width = _header_number(header, "w")
-    sites = _header_number(header, "nsites")
-    rows = []
-    while lines.peek()[:1].isdigit() or lines.peek().startswith((".", "-")):
-        rows.append(_probabilities(lines.take(), lines))
-    if not rows or (width is not None and len(rows) != int(width)):
-        expected = "at least 1" if width is None else f"{width:g}"
-        raise lines.error(f"motif {label[0]} has {len(rows)} rows of probabilities, not {expected}")
-    return Motif(
-        label[0], label[-1], torch.tensor(rows, dtype=torch.float64), sites if sites else 20.0
-    )  # 20 is what the MEME suite assumes where a file does not say
-
-
-def _header_number(header: str, key: str) -> float | None:
-    match = re.search(rf"\b{key}\s*=\s*({_NUMBER.pattern})", header)
-    return float(match.group(1)) if match else None
-
-
-def _probabilities(line: str, lines: _Lines) -> list[float]:
-    row = _numbers(line, lines)
-    if len(row) != len(_BASES) or min(row) < 0 or abs(sum(row) - 1) > 0.01:
-        raise lines.error_at_last("a row must hold 4 probabilities that sum to one")
-    return row
-
-
-def _parse_jaspar(lines: _Lines) -> list[Motif]:
-    motifs = []
-    for line in lines:
-        if not line.startswith(">"):
-            raise lines.error_at_last("a JASPAR matrix begins with '>identifier name'")
-        label = line[1:].split()
-        if not label:
-            raise lines.error_at_last("'>' must be followed by an identifier")
-        motifs.append(_jaspar_matrix(label, lines))
-    return motifs
-
-
-def _jaspar_matrix(label: list[str], lines: _Lines) -> Motif:
-    rows = [_counts(base, lines) for base in _BASES]
-    if len({len(row) for row in rows}) > 1 or not rows[0]:
-        raise lines.error_at_last(
-            f"the four lines of {label[0]} must hold equally many counts, at least one"
+def _collect(
+    path: str | Path, entries: Sequence[Any], read: Callable[[Any, str], Motif]
+) -> list[Motif]:
+    """Read every entry; damaged ones are named in a warning, or in an error if all are."""
+    found: list[Motif] = []
+    damaged: list[tuple[str, DamagedMotif]] = []
+    for entry in entries:
+        try:
+            found.append(read(entry, Path(path).stem))
+        except DamagedMotif as error:
+            title = entry.first.text if isinstance(entry, Entry) else str(entry.name)
+            damaged.append((title, error))
+    if damaged and not found:
+        raise _error(path, damaged[0][1])
+    if damaged:
+        named = "; ".join(f"{title[:40]!r} at {why}" for title, why in damaged)
+        warnings.warn(
+            f"The motif file {str(path)!r} has {len(entries)} motifs, of which {len(damaged)} are "
+            f"damaged and left out: {named}.",
+            stacklevel=3,
         )
-    counts = torch.tensor(rows, dtype=torch.float64).T
-    totals = counts.sum(-1, keepdim=True)
-    if bool((totals <= 0).any()):
-        raise lines.error_at_last(f"every position of {label[0]} must have counts")
-    return Motif(label[0], label[-1], counts / totals, float(totals.mean()))
+    return found
 
 
-def _counts(base: str, lines: _Lines) -> list[float]:
-    line = lines.take()
-    head, body = (line[:1].upper(), line[1:]) if line[:1].isalpha() else (base, line)
-    if head != base or not line:
-        raise lines.error_at_last(f"the counts of {base} were expected here (order {_BASES})")
-    row = _numbers(body.replace("[", " ").replace("]", " "), lines)
-    if any(count < 0 for count in row):
-        raise lines.error_at_last("counts must not be negative")
-    return row
+def _error(path: str | Path, damaged: DamagedMotif) -> ValueError:
+    return ValueError(f"The motif file {str(path)!r} is damaged at {damaged}.")
 
 
-def _numbers(line: str, lines: _Lines) -> list[float]:
-    words = line.split()
-    if not all(_NUMBER.fullmatch(word) for word in words):
-        raise lines.error_at_last("only finite numbers may stand here")
-    return [float(word) for word in words]
+# ----------------------------------------------------------------------------------------------
+# formats that are more than entries
+
+
+def _meme_entries(path: str | Path, lines: _Lines) -> list[Entry]:
+    entries = _split(lines, "MOTIF")
+    preamble = lines[: len(lines) - sum(1 + len(entry.body) for entry in entries)]
+    try:
+        require_bases(preamble)
+        if not entries:
+            raise lines[-1].damaged("no letter-probability matrix was found")
+    except DamagedMotif as error:
+        raise _error(path, error) from None
+    return entries
+
+
+def _parse_xml(path: str | Path, lines: _Lines) -> list[Any]:
+    from Bio import motifs  # most programs read no motif
+
+    text = "\n".join(line.text for line in lines)
+    try:
+        found: list[Any] = motifs.parse(StringIO(text), "xms" if "<motifset" in text else "meme")
+    except Exception as error:  # Biopython raises what it stumbles over
+        raise ValueError(
+            f"The motif file {str(path)!r} begins like XML, and is no output of MEME and no XMS "
+            f"file ({error}): {_ASK}."
+        ) from error
+    return found

@@ -14,6 +14,8 @@ from ppl_diffusion.potentials.dna import Vocabulary, check_tokens, scan, strand_
 
 Reduction = Literal["max", "logmeanexp"]
 _UNIFORM = (0.25, 0.25, 0.25, 0.25)
+ROW_TOLERANCE = 0.02 + 1e-9
+"""How far from one the probabilities of a position may sum: four numbers of two decimals."""
 
 
 class MotifMatrix(AbstractPotential):
@@ -61,7 +63,8 @@ class MotifMatrix(AbstractPotential):
 
         ``log(((sites * p + pseudocount * b) / (sites + pseudocount)) / b)``
 
-        :param probabilities: ``(W, 4)``, rows sum to one, bases in the order A, C, G, T.
+        :param probabilities: ``(W, 4)``, rows sum to one up to the rounding to two decimals, bases
+            in the order A, C, G, T.
         :param sites: number of sites the probabilities were counted on.
         :param pseudocount: counts added to each column, shared out as the background.
         :param background: probabilities ``b`` of the four bases outside the motif.
@@ -76,6 +79,7 @@ class MotifMatrix(AbstractPotential):
                 f"{name}: sites and pseudocount must be positive and finite, got {sites} and "
                 f"{pseudocount}."
             )
+        p = p / p.sum(-1, keepdim=True)
         smoothed = (sites * p + pseudocount * b) / (sites + pseudocount)
         return cls((smoothed / b).log(), **options)
 
@@ -135,7 +139,7 @@ def _as_matrix(values: Tensor | Sequence[Sequence[float]], name: str) -> Tensor:
 
 def _check_probabilities(p: Tensor, name: str) -> None:
     off = (p.sum(-1) - 1).abs()
-    if bool((p < 0).any()) or float(off.max()) > 0.01:
+    if bool((p < 0).any()) or float(off.max()) > ROW_TOLERANCE:
         raise ValueError(
             f"{name}: row {int(off.argmax())} sums to {float(p.sum(-1)[off.argmax()]):g}; give "
             "probabilities that are not negative and sum to one at each position."

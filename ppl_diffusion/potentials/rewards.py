@@ -27,6 +27,16 @@ class _OfFunction(AbstractPotential):
         """Sequences rejected so far because the function failed on them."""
         return self.function.num_failures
 
+    @property
+    def num_sequences(self) -> int:
+        """Distinct sequences that got an answer so far, rejections included."""
+        return self.function.num_sequences
+
+    @property
+    def first_failure(self) -> str | None:
+        """The first rejected sequence and the reason, in words; None while there is none."""
+        return self.function.first_failure
+
     def log_potential(self, x0: Tensor) -> Tensor:
         value = self.function(x0)
         return torch.where(value.isnan(), -math.inf, self._transform(value))

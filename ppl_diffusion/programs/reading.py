@@ -29,12 +29,15 @@ from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
+    DataSite,
     chain_of,
     chain_site,
     depth,
     is_chain,
+    is_data,
     is_deterministic,
     is_plate,
+    plate_names,
     program_name,
 )
 from ppl_diffusion.programs.tracking import GivenSites, Place, SameRows, Tracking
@@ -59,6 +62,8 @@ class Program:
     :ivar latents: names of its other latents, in program order.
     :ivar parents: chains and latents that each chain and latent depends on directly.
     :ivar observed: values of the observed sites, the data.
+    :ivar data: observed sites that are no factors.
+    :ivar plates: the plates of each site's batch dimensions, left to right; "" for none.
     :ivar reads: chain sites of which a density reads more than the clean sequence.
     :ivar shows: deterministic sites whose values read more than that.
     :ivar num_rows: particles the program was evaluated for so far, those of the reading included.
@@ -87,6 +92,7 @@ class Program:
         self.shapes = {s["name"]: torch.Size(getattr(s["value"], "shape", ())) for s in sites}
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.nesting = max(map(depth, sites))
+        self.plates = {s["name"]: plate_names(s) for s in sites}
         drawn = [s for s in sites if not s["is_observed"] and not is_deterministic(s)]
         data = [s for s in sites if s["is_observed"] and not is_deterministic(s)]
         self.observed = [s["value"] for s in data]
@@ -98,6 +104,7 @@ class Program:
             for s in drawn
         }
         self.density_shapes: dict[str, torch.Size] = {}
+        self.data: list[DataSite] = []
         self.reads: frozenset[str] = frozenset()
         self.shows: frozenset[str] = frozenset()
         self._check(sites)
@@ -249,6 +256,7 @@ class Program:
         scored = [s for s in sites if not is_chain(s) and not is_deterministic(s)]
         alone = {s["name"]: detach_provenance(scored_log_prob(s, False)) for s in scored}
         self.density_shapes = {name: value.shape for name, value in alone.items()}
+        self.data = [DataSite.of(s, alone[s["name"]].shape) for s in scored if is_data(s)]
         # Reading must not move the draws that follow, nor stop at values it made up itself.
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             rows = _Rows(self, first)

@@ -163,6 +163,27 @@ class ProgramRun:
             )
         return value
 
+    def elementwise(self, name: str) -> Tensor:
+        """Return the log-density of each element of a site, unscaled, ``(size, *elements)``.
+
+        :raises ValueError: if it has no such element for every particle.
+        """
+        own = self.program.density_shapes[name]
+        sites = [trace.nodes[name] for trace in self.traces]
+        values = [s["fn"].log_prob(s["value"], *s["args"], **s["kwargs"]) for s in sites]
+        values = [value.to(torch.float64) for value in values]
+        if not self._together:
+            return torch.stack([value.expand(own) for value in values])
+        if values[0].numel() == own.numel():  # the same for every particle
+            return values[0].reshape(own).expand(self.size, *own)
+        if values[0].numel() == self.size * own.numel():
+            return values[0].reshape(self.size, *own)
+        raise ValueError(
+            f"{self.program.owner}: site {name!r} of {self.program.name} has a log-density of "
+            f"shape {tuple(values[0].shape)} for {self.size} particles and {tuple(own)} for one, "
+            "so that its elements cannot be told apart; put it into a plate."
+        )
+
 
 def same_values(value: Tensor, other: Tensor) -> bool:
     """Return whether values are equal, up to what float32 networks round off."""

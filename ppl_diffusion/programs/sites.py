@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -55,6 +57,59 @@ class ChainSite:
         :param clean: int64 ``(*batch, L)``.
         """
         return clean[..., None, :].expand(*clean.shape[:-1], self.chain.num_steps + 1, -1)
+
+
+@dataclass(frozen=True)
+class DataSite:
+    """An observed site that is no factor: data, and what is asked about them.
+
+    :param value: the data.
+    :param batch: shape of its elements, those of its log-density.
+    :param seen: which elements were observed (``obs_mask``), or None for all.
+    """
+
+    name: str
+    value: Tensor
+    batch: torch.Size
+    seen: Tensor | None = None
+
+    @classmethod
+    def of(cls, site: dict[str, Any], batch: torch.Size) -> DataSite:
+        """Return what a site observes.
+
+        :param site: the site of a trace.
+        :param batch: shape of its log-density.
+        """
+        mask = detach_provenance(site["mask"])
+        seen = mask.expand(batch) if isinstance(mask, Tensor) and not bool(mask.all()) else None
+        return cls(site["name"], detach_provenance(site["value"]), batch, seen)
+
+    def only_seen(self, values: Tensor, lead: int) -> Tensor:
+        """Return values of elements, flattened and without the unseen where there are any.
+
+        :param values: ``(*lead, *batch, *event)``.
+        :param lead: dimensions before the elements.
+        """
+        if self.seen is None:
+            return values
+        flat = values.flatten(lead, lead + len(self.batch) - 1)
+        return flat.index_select(lead, torch.nonzero(self.seen.flatten())[:, 0])
+
+
+def is_data(site: dict[str, Any]) -> bool:
+    """Return whether a site observes data: no factor, no deterministic value."""
+    is_factor = site["fn"].event_shape == (0,)
+    return bool(site["is_observed"]) and not is_deterministic(site) and not is_factor
+
+
+def plate_names(site: dict[str, Any]) -> tuple[str, ...]:
+    """Return the plates of a value's batch dimensions, left to right; "" where there is none."""
+    frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+    shape = getattr(site["value"], "shape", ())
+    batch = shape[: max(len(shape) - site["fn"].event_dim, 0)]
+    found = [frames.get(i - len(batch)) for i in range(len(batch))]
+    sized = zip(found, batch, strict=True)
+    return tuple(f.name if f is not None and f.size == size else "" for f, size in sized)
 
 
 def program_name(model: Callable[..., Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ class GivenSites(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
         elif is_chain(msg):
             msg["value"], msg["done"] = self.place(msg["name"], chain_of(msg["fn"])), True
+
+
+class Simulated(Messenger):
+    """Draw some observed sites anew, as if nobody had seen them."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and msg["name"] in self.names:
+            msg["value"], msg["done"] = msg["fn"](*msg["args"], **msg["kwargs"]), True
 
 
 class Tracking(Messenger):

@@ -4,10 +4,13 @@ from ppl_diffusion.smc.conditional import ConditionalFeynmanKac as ConditionalFe
 from ppl_diffusion.smc.conditional import EvidenceBounds as EvidenceBounds
 from ppl_diffusion.smc.conditional import conditional_smc as conditional_smc
 from ppl_diffusion.smc.conditional import two_sided_evidence as two_sided_evidence
+from ppl_diffusion.smc.draws import Draws as Draws
 from ppl_diffusion.smc.engine import run_smc as run_smc
 from ppl_diffusion.smc.engine import smc_loop as smc_loop
+from ppl_diffusion.smc.evidence import Evidence as Evidence
 from ppl_diffusion.smc.feynman_kac import FeynmanKac as FeynmanKac
 from ppl_diffusion.smc.feynman_kac import Proposal as Proposal
+from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior
 from ppl_diffusion.smc.path_state import PathMove as PathMove
 from ppl_diffusion.smc.posterior import ParticlePosterior as ParticlePosterior
 from ppl_diffusion.smc.refill import Refill as Refill
@@ -28,4 +31,5 @@ from ppl_diffusion.smc.twists import CallableTwist as CallableTwist
 from ppl_diffusion.smc.twists import Defensive as Defensive
 from ppl_diffusion.smc.twists import PersistentFill as PersistentFill
 from ppl_diffusion.smc.twists import SampledFill as SampledFill
+from ppl_diffusion.smc.verdict import Verdict as Verdict
 from ppl_diffusion.smc.weights import Weights as Weights

@@ -2,38 +2,56 @@
 
 A *chain* is an independent SMC run, a *draw* a particle, a *step* a reverse step. Groups:
 
-===============  =====================  ==================================================
-group            dims                   variables
-===============  =====================  ==================================================
-posterior        chain, draw, ...       ``x0`` and every site of the program
-sample_stats     chain, draw            log_weight, log_potential, root_ancestor,
-                                        particle, is_valid
-smc              chain, step            ess, log_evidence, log_evidence_increment,
-                                        resampled, n_unique, n_root_ancestors
-smc              chain                  total_log_evidence, evidence_variance, khat, died_at
-smc_history      chain, step, draw      ancestor; stored paths as (chain, draw, state, position)
-constant_data    token                  token_id, labelled by the vocabulary
-===============  =====================  ==================================================
+====================  =====================  ==================================================
+group                 dims                   variables
+====================  =====================  ==================================================
+posterior             chain, draw, ...       every site of the program but its sequences and
+                                             paths; ``log_potential`` where there is none
+sequences             chain, draw, ...       ``x0`` and other clean sequences
+sample_stats          chain, draw            log_weight, log_potential, root_ancestor,
+                                             particle, is_valid
+weighted_data         chain, particle, ...   the particles themselves, with log_weight,
+                                             log_potential, root_ancestor (beside resampled
+                                             draws only)
+smc                   chain, step            time, ess, log_evidence, log_evidence_increment,
+                                             resampled, n_unique, n_root_ancestors, log_mass
+smc                   chain                  total_log_evidence, evidence_variance, khat, died_at
+smc_history           chain, step, draw      ancestor; stored paths: chain, draw, state, position
+observed_data         plates                 what the program observed, where it is known
+constant_data         token                  token_id, labelled by the vocabulary
+log_likelihood        chain, draw, plates    on request: each observed element, unscaled
+log_prior             chain, draw, plates    with it: latents
+log_factors           chain, draw, plates    with it: factors, by their names
+posterior_predictive  chain, draw, plates    on request: new data for each draw
+prior                 chain, draw, ...       on request: draws without data (``prior_sequences``)
+prior_predictive      chain, draw, plates    with it: data for these
+====================  =====================  ==================================================
 
 Datasets are built by hand rather than by ``from_dict``: it stamps the time of day on every group,
 and its 1.x form cannot hold a group without draws. Nothing has dtype ``object``, so everything
-can be saved as netCDF.
+can be saved as netCDF; every dimension has labels, so everything becomes a table.
 """
 
-import json
-import re
-import warnings
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
-from types import ModuleType
-from typing import Any, Literal, cast
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from ppl_diffusion.arrays import json_types
 from ppl_diffusion.errors import ParticleCollapse
+from ppl_diffusion.smc.arviz_groups import extra_groups
+from ppl_diffusion.smc.arviz_layout import (
+    SiteTable,
+    Variable,
+    attributes,
+    make_container,
+    make_dataset,
+    site_table,
+)
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.resampling import Stratified
 from ppl_diffusion.smc.run_statistics import as_array, count_distinct, lineage_roots
@@ -43,59 +61,101 @@ HISTORY_LIMIT = 64 * 2**20
 
 # Known by its fields: naming the class, whose ``to_arviz`` this file is, would close a circle.
 ParticlePosterior = Any
-
-Variable = tuple[tuple[str, ...], NDArray[Any]]
-
-_TAKEN = re.compile(r"chain|draw|run|position|state|step|ancestor|plate_\d+|.*_dim_\d+", re.DOTALL)
+Index = NDArray[np.int64]
+History = Literal["auto"] | bool
 
 
 def to_arviz(
     posterior: ParticlePosterior,
     *,
     weights: Literal["resample", "store"] = "resample",
-    history: Literal["auto"] | bool = "auto",
+    history: History = "auto",
     vocabulary: Sequence[str] | None = None,
+    tokens: bool = False,
+    log_likelihood: bool = False,
+    prior: int = 0,
+    posterior_predictive: bool = False,
     seed: int = 0,
 ) -> Any:
     """Convert to ``arviz.InferenceData`` (0.x) or ``xarray.DataTree`` (1.x).
 
     ArviZ summaries and plots ignore weights, so by default each run is resampled (stratified) to
-    ``N`` equally weighted draws; ``sample_stats.particle`` says which particle a draw came from.
-    Across-draw ``rhat`` and ``ess`` of such draws are meaningless, because particles of one run
-    share ancestors; compare *chains* (runs). A dead run (evidence zero) cannot be resampled and
-    is left out of ``posterior`` and ``sample_stats``; chain labels, and the ``run`` coordinate,
-    keep the run numbers. The ``smc`` groups are the same in both modes and index raw particles.
-    Wall time is left out, so that the same seed gives the same file.
+    ``N`` equally weighted draws; ``sample_stats.particle`` says which particle a draw came from,
+    and the group ``weighted_data`` holds the particles with their weights. Across-draw ``rhat`` and
+    ``ess`` of such draws are meaningless, because particles of one run share ancestors; compare
+    *chains* (runs). A dead run (evidence zero) cannot be resampled and is left out of
+    ``posterior`` and ``sample_stats``; chain labels keep the run numbers. The ``smc`` groups are
+    the same in both modes and index raw particles. Wall time is left out, so that the same seed
+    gives the same file.
 
-    A site called like a dimension (``chain``, ``draw``, ``run``, ``step``, ``state``,
+    Means of token ids mean nothing, so sequences have a group of their own, ``sequences``, which
+    summaries and plots of the posterior leave alone.
+
+    A site called like a dimension (``chain``, ``draw``, ``particle``, ``run``, ``step``, ``state``,
     ``position``, ``plate_0``, ``x_dim_0``) or ``ancestor`` is stored with ``_site`` added to its
-    name; the ``/`` of ``pyro.poutine.scope``, which netCDF refuses, becomes a ``.``.
+    name, a plate called like one or like a site with ``_plate``; the ``/`` of
+    ``pyro.poutine.scope``, which netCDF refuses, becomes a ``.``.
 
     :param weights: ``"resample"`` for equally weighted draws, or ``"store"`` for the particles
         themselves, whose weights are then in ``sample_stats.log_weight``.
     :param history: keep ancestry and stored paths; ``"auto"`` drops any over
         :data:`HISTORY_LIMIT` bytes.
     :param vocabulary: one string per clean token id, kept as the ``token`` coordinate.
+    :param tokens: keep sequences in the ``posterior`` group, too, as numbers.
+    :param log_likelihood: add ``log_likelihood``, ``log_prior`` and ``log_factors``, for which the
+        program runs once more on the draws.
+    :param prior: number of draws without data to add, which ask the network; 0 for none.
+    :param posterior_predictive: add new data for each draw.
+    :param seed: seed of the draws, the prior and the predictions.
     :raises ParticleCollapse: if draws are asked for and every run is dead.
-    :raises ValueError: if ``weights`` is unknown or the vocabulary is shorter than the token ids.
+    :raises ValueError: if ``weights`` is unknown, the vocabulary is shorter than the token ids, or
+        the program has to run again and is not known, or observes nothing.
     """
     runs, index = _draw_index(posterior, weights, seed)
-    draws = _draws(posterior, runs, index)
+    table = site_table(posterior)
+    extra = extra_groups(
+        posterior,
+        lambda: _picked_sites(posterior, runs, index),
+        runs,
+        log_likelihood=log_likelihood,
+        prior=prior,
+        posterior_predictive=posterior_predictive,
+        seed=seed,
+    )
     groups = {
-        "posterior": draws,
+        **draw_groups(_picked(table, runs, index), runs, tokens=tokens),
         "sample_stats": _sample_stats(posterior, runs, index, weights),
         "smc": _smc(posterior),
+        **extra,
     }
-    if past := _history(posterior, history):
+    if not groups["posterior"].data_vars:  # a bare chain: summaries need a number to look at
+        groups["posterior"] = groups["sample_stats"][["log_potential"]]
+    if weights == "resample":
+        groups["weighted_data"] = _weighted(posterior, table)
+    if past := _history(posterior, table, history):
         groups["smc_history"] = make_dataset(past, np.arange(posterior.num_runs))
     if vocabulary is not None:
-        groups["constant_data"] = _constant_data(posterior, vocabulary)
+        groups["constant_data"] = constant_data(posterior, vocabulary)
     return make_container(groups, _attributes(posterior, weights, seed))
 
 
-def _draw_index(
-    posterior: ParticlePosterior, weights: str, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def draw_groups(table: SiteTable, runs: Index, *, tokens: bool) -> dict[str, xr.Dataset]:
+    """Return the groups ``posterior`` and ``sequences``.
+
+    :param table: variables whose values are draws of ``K`` chains.
+    :param runs: labels of the chains.
+    :param tokens: keep sequences in the posterior, too.
+    """
+    numbers = table.numbers | (table.tokens if tokens else {})
+    groups = {"posterior": numbers, "sequences": table.tokens}
+    return {name: make_dataset(_by("draw", part), runs) for name, part in groups.items()}
+
+
+def _by(draw: str, part: dict[str, Variable]) -> dict[str, Variable]:
+    return {name: (("chain", draw, *dims), values) for name, (dims, values) in part.items()}
+
+
+def _draw_index(posterior: ParticlePosterior, weights: str, seed: int) -> tuple[Index, Index]:
     """Runs kept ``(K,)`` and the particle behind each of their draws ``(K, N)``."""
     if weights not in ("resample", "store"):
         raise ValueError(f'weights is {weights!r}: pass "resample" or "store"')
@@ -113,24 +173,23 @@ def _draw_index(
     return alive, Stratified().draw(uniforms[alive], log_weights[alive])
 
 
-def _draws(
-    posterior: ParticlePosterior, runs: NDArray[np.int64], index: NDArray[np.int64]
-) -> xr.Dataset:
-    sites = {"x0": _with_dims("x0", posterior.x0, posterior)}
-    sites |= {k: v for k, v in _sites(posterior).items() if not _is_path(v[1], posterior)}
-    variables = {
-        name: (("chain", "draw", *dims), storable(_pick(values, runs, index), dims))
-        for name, (dims, values) in sites.items()
-    }
-    dataset = make_dataset(variables, runs)
-    return dataset.assign_coords(position=np.arange(posterior.x0.shape[-1]))
+def _picked(table: SiteTable, runs: Index, index: Index) -> SiteTable:
+    def pick(part: dict[str, Variable]) -> dict[str, Variable]:
+        return {name: (dims, _pick(values, runs, index)) for name, (dims, values) in part.items()}
+
+    return SiteTable(pick(table.numbers), pick(table.tokens))
+
+
+def _picked_sites(
+    posterior: ParticlePosterior, runs: Index, index: Index
+) -> dict[str, torch.Tensor]:
+    """Return the values of all sites that a program would need to run again."""
+    rows, columns = torch.as_tensor(runs)[:, None], torch.as_tensor(index)
+    return {name: value[rows, columns] for name, value in posterior.program_sites().items()}
 
 
 def _sample_stats(
-    posterior: ParticlePosterior,
-    runs: NDArray[np.int64],
-    index: NDArray[np.int64],
-    weights: str,
+    posterior: ParticlePosterior, runs: Index, index: Index, weights: str
 ) -> xr.Dataset:
     log_weight = _pick(as_array(posterior.log_weights), runs, index)
     if weights == "resample":
@@ -146,12 +205,29 @@ def _sample_stats(
     return make_dataset({k: (("chain", "draw"), v) for k, v in columns.items()}, runs)
 
 
+def _weighted(posterior: ParticlePosterior, table: SiteTable) -> xr.Dataset:
+    """Return the particles themselves, whose weights are lost to resampled draws.
+
+    ArviZ makes tables of all groups that are not called data; a column for each particle is none.
+    """
+    columns = {
+        "log_weight": as_array(posterior.log_weights),
+        "log_potential": as_array(posterior.log_potential),
+        "root_ancestor": as_array(posterior.eve).astype(np.int32),
+    }
+    # Of what a site would take the name, the name of the column is the one that is documented.
+    sites = _by("particle", {**table.numbers, **table.tokens})
+    known: dict[str, Variable] = {k: (("chain", "particle"), v) for k, v in columns.items()}
+    return make_dataset(sites | known, np.arange(posterior.num_runs))
+
+
 def _smc(posterior: ParticlePosterior) -> xr.Dataset:
     log_evidence = as_array(posterior.log_evidence_steps)
     ancestors = as_array(posterior.ancestors)
     with np.errstate(invalid="ignore"):  # -inf minus -inf after a run has died
         increment = np.diff(log_evidence, axis=1, prepend=0.0)
     by_step = {
+        "time": np.broadcast_to(as_array(posterior.times)[1:], log_evidence.shape),
         "ess": as_array(posterior.ess),
         "log_evidence": log_evidence,
         "log_evidence_increment": increment,
@@ -159,6 +235,8 @@ def _smc(posterior: ParticlePosterior) -> xr.Dataset:
         "n_unique": count_distinct(ancestors).T.astype(np.int32),
         "n_root_ancestors": count_distinct(lineage_roots(ancestors)[1:]).T.astype(np.int32),
     }
+    if posterior.log_mass is not None:
+        by_step["log_mass"] = as_array(posterior.log_mass)
     by_run = {
         "total_log_evidence": as_array(posterior.log_evidence),
         "evidence_variance": as_array(posterior.evidence_variance),
@@ -167,151 +245,56 @@ def _smc(posterior: ParticlePosterior) -> xr.Dataset:
     }
     variables: dict[str, Variable] = {k: (("chain", "step"), v) for k, v in by_step.items()}
     variables |= {k: (("chain",), v) for k, v in by_run.items()}
-    dataset = make_dataset(variables, np.arange(posterior.num_runs))
-    return dataset.assign_coords(
-        step=np.arange(posterior.num_steps), time=("step", as_array(posterior.times)[1:])
-    )
+    return make_dataset(variables, np.arange(posterior.num_runs))
 
 
-def _history(posterior: ParticlePosterior, history: Literal["auto"] | bool) -> dict[str, Variable]:
+def _history(
+    posterior: ParticlePosterior, table: SiteTable, history: History
+) -> dict[str, Variable]:
     if history is False:
         return {}
     ancestors = np.moveaxis(as_array(posterior.ancestors), 0, 1).astype(np.int32)
     past: dict[str, Variable] = {"ancestor": (("chain", "step", "draw"), ancestors)}
-    sites = {k: v for k, v in _sites(posterior).items() if _is_path(v[1], posterior)}
-    if posterior.path is not None:
-        sites = {"path": _with_dims("path", posterior.path, posterior)} | sites
-    for name, (dims, values) in sites.items():
-        past[name] = (("chain", "draw", *dims), storable(values, dims))
+    return kept_history(past | _by("draw", table.paths), history)
+
+
+def kept_history(past: dict[str, Variable], history: History) -> dict[str, Variable]:
+    """Return what is not too large.
+
+    :param past: variables.
+    :param history: ``True`` keeps all, ``"auto"`` drops any over :data:`HISTORY_LIMIT` bytes.
+    """
     keep_all = history is True
     return {k: v for k, v in past.items() if keep_all or v[1].nbytes <= HISTORY_LIMIT}
 
 
-def _constant_data(posterior: ParticlePosterior, vocabulary: Sequence[str]) -> xr.Dataset:
+def constant_data(posterior: Any, vocabulary: Sequence[str]) -> xr.Dataset:
+    """Return the labels of token ids.
+
+    :raises ValueError: if there are too few.
+    """
     largest = int(as_array(posterior.x0).max())
     if largest >= len(vocabulary):
         raise ValueError(
             f"the vocabulary has {len(vocabulary)} strings but x0 holds token id {largest}: pass "
             "one string per clean token, in id order"
         )
-    tokens = np.array(list(vocabulary), dtype=np.str_)
-    ids = np.arange(len(tokens), dtype=np.int32)
-    return xr.Dataset({"token_id": (("token",), ids)}, coords={"token": tokens})
+    names = np.array(list(vocabulary), dtype=np.str_)
+    ids = np.arange(len(names), dtype=np.int32)
+    return xr.Dataset({"token_id": (("token",), ids)}, coords={"token": names})
 
 
-def _sites(posterior: ParticlePosterior) -> dict[str, Variable]:
-    """Every site of the program under its stored name, with its dims after (chain, draw)."""
-    names = stored_names(posterior.samples)
-    return {
-        names[site]: _with_dims(names[site], values, posterior)
-        for site, values in posterior.samples.items()
-    }
-
-
-def stored_names(sites: Iterable[str]) -> dict[str, str]:
-    """A distinct name for each site that no dimension has and netCDF accepts."""
-    names = {site: site for site in sites if "/" not in site and not _TAKEN.fullmatch(site)}
-    for site in (site for site in sites if site not in names):
-        name = site.replace("/", ".")
-        while _TAKEN.fullmatch(name) or name in names.values():
-            name += "_site"
-        names[site] = name
-    return names
-
-
-def _with_dims(name: str, site: Any, posterior: ParticlePosterior) -> Variable:
-    values = as_array(site)
-    return _site_dims(name, values, posterior), values
-
-
-def _site_dims(name: str, values: NDArray[Any], posterior: ParticlePosterior) -> tuple[str, ...]:
-    """Dims after (chain, draw): plates first, then position for tokens, state for paths."""
-    *plates, length = posterior.x0.shape[2:]
-    plate_dims = tuple(f"plate_{i}" for i in range(len(plates)))
-    shape = values.shape[2:]
-    if values.dtype.kind in "iu" and shape == (*plates, length):
-        return (*plate_dims, "position")
-    if values.dtype.kind in "iu" and shape == (*plates, posterior.num_steps + 1, length):
-        return (*plate_dims, "state", "position")
-    if _is_path(values, posterior):  # a chain that moves at some of the steps has fewer states
-        return (*plate_dims, f"{name}_dim_0", "position")
-    shared = plate_dims if shape[: len(plates)] == tuple(plates) else ()
-    return shared + tuple(f"{name}_dim_{i}" for i in range(len(shape) - len(shared)))
-
-
-def _is_path(values: NDArray[Any], posterior: ParticlePosterior) -> bool:
-    """Whether a site holds whole paths like that of ``x0``, which end in clean sequences."""
-    x0 = as_array(posterior.x0)
-    states = {posterior.num_steps + 1}
-    for site in map(as_array, posterior.samples.values()):
-        if site.shape[:-2] == x0.shape[:-1] and np.array_equal(site[..., -1, :], x0):
-            states.add(site.shape[-2])
-    return (
-        values.dtype.kind in "iu"
-        and values.ndim == x0.ndim + 1
-        and (*values.shape[:-2], values.shape[-1]) == x0.shape
-        and values.shape[-2] in states
-    )
-
-
-def storable(values: NDArray[Any], dims: tuple[str, ...]) -> NDArray[Any]:
-    """Tokens as the narrowest of uint16 and int32; booleans, which netCDF lacks, as int8."""
-    if values.dtype.kind == "b":
-        return values.astype(np.int8)
-    if "position" in dims:
-        narrow = values.size == 0 or (values.min() >= 0 and values.max() < 2**16)
-        return values.astype(np.uint16 if narrow else np.int32)
-    return values
-
-
-def _pick(values: NDArray[Any], runs: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[Any]:
+def _pick(values: NDArray[Any], runs: Index, index: Index) -> NDArray[Any]:
     """``values[run, index[run]]`` for ``(R, N, ...)`` values."""
     return values[runs[:, None], index]
 
 
-def make_dataset(variables: dict[str, Variable], runs: NDArray[np.int64]) -> xr.Dataset:
-    dataset = xr.Dataset(variables)
-    if "draw" in dataset.sizes:
-        dataset = dataset.assign_coords(draw=np.arange(dataset.sizes["draw"]))
-    return dataset.assign_coords(chain=runs, run=("chain", runs))
-
-
 def _attributes(posterior: ParticlePosterior, weights: str, seed: int) -> dict[str, Any]:
-    facts = {
-        "inference_library": "ppl_diffusion",
-        "inference_library_version": version("ppl-diffusion"),
-        "target": posterior.target,
-        "exact": posterior.exact,
-        "num_particles": posterior.num_particles,
-        "num_runs": posterior.num_runs,
-        "num_steps": posterior.num_steps,
-        "num_evaluations": posterior.num_evaluations,
-        "num_potential_calls": posterior.num_potential_calls,
-        "weights": weights,
-        "resample_seed": seed,
-    }
-    return {name: attribute(value) for name, value in {**posterior.settings, **facts}.items()}
-
-
-def attribute(value: Any) -> str | int | float:
-    """An attribute netCDF can hold; what is no number or string becomes its JSON text."""
-    plain = json_types(value)
-    if isinstance(plain, bool):
-        return int(plain)
-    return plain if isinstance(plain, str | int | float) else json.dumps(plain)
-
-
-def make_container(groups: dict[str, xr.Dataset], attributes: dict[str, Any]) -> Any:
-    arviz = _import_arviz()
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        root = xr.Dataset(attrs=attributes)
-        return xr.DataTree.from_dict({"/": root} | {f"/{k}": v for k, v in groups.items()})
-    return arviz.InferenceData(attrs=attributes, **groups)
-
-
-def _import_arviz() -> ModuleType:
-    with warnings.catch_warnings():
-        # 0.23 announces the move to 1.x once a day, on import
-        warnings.simplefilter("ignore", FutureWarning)
-        import arviz
-    return cast(ModuleType, arviz)
+    return attributes(
+        posterior,
+        num_particles=posterior.num_particles,
+        num_runs=posterior.num_runs,
+        num_steps=posterior.num_steps,
+        weights=weights,
+        resample_seed=seed,
+    )

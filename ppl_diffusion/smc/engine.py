@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
 from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
 from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
 from ppl_diffusion.smc.weights import Weights
 
@@ -82,7 +83,7 @@ def run_smc(
     bound = fk.bind(max_rows=max_rows)
     scheme = as_resampler(resampler)
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), watch_failures() as failures:
         trace = smc_loop(
             bound,
             fk.num_steps,
@@ -99,6 +100,7 @@ def run_smc(
         "resampler": scheme.name,
         "ess_threshold": ess_threshold,
         "num_steps": fk.num_steps,
+        **failures.settings(),
     }
     tokens = trace.carry["tokens"]
     posterior = ParticlePosterior(
@@ -128,6 +130,7 @@ class SMCTrace:
     ancestors: Tensor
     log_mass: Tensor
     died_at: Tensor
+    multinomial: bool
     history: list[dict[str, Tensor]] = field(default_factory=list)
 
     def paths(self) -> dict[str, Tensor]:
@@ -146,13 +149,12 @@ class SMCTrace:
 
     def posterior_fields(self) -> dict[str, Any]:
         """Return the fields of a :class:`ParticlePosterior` that the loop knows."""
-        weights, eve = self.weights.normalised, eve_indices(self.ancestors)
-        variance = evidence_variance(eve, weights, self.resampled)
+        eve = eve_indices(self.ancestors)
         return {
             "log_weights": self.weights.log_normalised,
             "log_evidence": self.log_evidence_steps[:, -1],
             "log_evidence_steps": self.log_evidence_steps,
-            "evidence_variance": torch.where(degenerate(eve, weights), torch.nan, variance),
+            "evidence_variance": self._evidence_variance(eve),
             "ancestors": self.ancestors,
             "eve": eve,
             "ess": self.ess,
@@ -162,6 +164,14 @@ class SMCTrace:
             "log_potential": self.log_potential,
             "compact_path": self.path(),
         }
+
+    def _evidence_variance(self, eve: Tensor) -> Tensor:
+        """Return what the family tree tells, NaN where that is nothing."""
+        weights = self.weights.normalised
+        variance = evidence_variance(eve, weights, self.resampled)
+        # Other schemes give less variance than the formula takes off: it may come out negative.
+        known = ~self.resampled.any(-1) | self.multinomial
+        return torch.where(known & (variance > 0) & ~degenerate(eve, weights), variance, torch.nan)
 
 
 def smc_loop(
@@ -219,7 +229,7 @@ def smc_loop(
             weights = Weights(torch.where(due[:, None], 0.0, weights.log))
         if progress is not None:
             progress(k + 1, num_steps)
-    return log.trace(carry, weights, twist)
+    return log.trace(carry, weights, twist, isinstance(resampler, Multinomial))
 
 
 class _Log:
@@ -260,7 +270,9 @@ class _Log:
         ancestors = torch.stack([*self.ancestors, parents])
         return _paths([*self.history, self._kept(carry)], ancestors)
 
-    def trace(self, carry: Carry, weights: Weights, log_potential: Tensor) -> SMCTrace:
+    def trace(
+        self, carry: Carry, weights: Weights, log_potential: Tensor, multinomial: bool
+    ) -> SMCTrace:
         columns = zip(*self.steps, strict=True)
         ess, log_evidence, alive, resampled, mass = (torch.stack(x, -1) for x in columns)
         steps_alive = alive.sum(-1)
@@ -275,6 +287,7 @@ class _Log:
             ancestors=torch.stack(self.ancestors),
             log_mass=mass,
             died_at=torch.where(died, steps_alive, -1),
+            multinomial=multinomial,
             history=self.history,
         )
 

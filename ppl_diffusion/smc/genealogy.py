@@ -45,7 +45,8 @@ def evidence_variance(eve: Tensor, normalised_weights: Tensor, resampled: Tensor
     ``V = 1 - (N / (N - 1))^(n + 1) (1 - s)`` with ``s`` the sum over Eves of the squared weight of
     their descendants and ``n`` resampling steps (Lee and Whiteley 2018, Biometrika 105, Eq. 8).
     Unbiased (times the squared evidence) for multinomial resampling; for systematic resampling it
-    tends to be too small. Where :func:`degenerate` it carries no information.
+    is far too small, and negative in most runs that resample at every step. Where
+    :func:`degenerate` it carries no information.
 
     :param eve: root ancestors, int64 ``(R, N)``.
     :param normalised_weights: float64 ``(R, N)``.
@@ -62,13 +63,14 @@ def evidence_variance(eve: Tensor, normalised_weights: Tensor, resampled: Tensor
 
 
 def degenerate(eve: Tensor, normalised_weights: Tensor) -> Tensor:
-    """Return the runs whose weight descends from fewer than two Eves, bool ``(R,)``.
+    """Return the runs with fewer than two effective Eves (dead ones too), bool ``(R,)``.
 
     :param eve: root ancestors, int64 ``(R, N)``.
     :param normalised_weights: float64 ``(R, N)``.
     """
     share = torch.zeros_like(normalised_weights).scatter_add_(1, eve, normalised_weights)
-    return (share > 0).sum(-1) < 2
+    concentration = (share**2).sum(-1)
+    return ~(concentration * 2 <= 1) | (concentration == 0)
 
 
 def genealogy_graph(ancestors: Tensor, eve: Tensor, weights: Tensor) -> nx.DiGraph:

@@ -36,6 +36,7 @@ class Base:
     :param prompted: prompted positions, over all plates.
     :param digest: of the network, the clamped and prompted tokens, and conditions that are fixed.
     :param has_density: whether its steps have a density, by which anyone could check them.
+    :param masked: positions of a sequence that start masked and are free, on average over plates.
     """
 
     site: str
@@ -49,6 +50,7 @@ class Base:
     prompted: int = 0
     digest: str = ""
     has_density: bool = True
+    masked: float = 0.0
 
     @classmethod
     def of(
@@ -69,6 +71,9 @@ class Base:
         tokens, mask = (None, None) if clamp is None else clamp
         held = [part for part in (tokens, mask, chain.prompt) if part is not None]
         held += [] if drawn else list(chain.given.values())
+        clamped = 0 if mask is None else int(mask.expand(shape).sum())
+        prompted = 0 if chain.fixed is None else int(chain.fixed.expand(shape).sum())
+        free = chain.length - (clamped + prompted) / chain.batch_shape.numel()
         return cls(
             site=site,
             kernel=repr(chain.kernel),
@@ -77,11 +82,17 @@ class Base:
             plates=tuple(chain.batch_shape),
             given=tuple(chain.given),
             changes=chain.kernel.changes,
-            clamped=0 if mask is None else int(mask.expand(shape).sum()),
-            prompted=0 if chain.fixed is None else int(chain.fixed.expand(shape).sum()),
+            clamped=clamped,
+            prompted=prompted,
             digest=digest([*(chain.kernel.declared_parameters() or []), *held]),
             has_density=chain.kernel.capability != SAMPLE_ONLY,
+            masked=free if chain.kernel.process.absorbing else 0.0,
         )
+
+    @property
+    def reveals(self) -> float:
+        """Positions that a masked chain reveals per step, on average; 0 for other chains."""
+        return self.masked / self.steps
 
     @property
     def held(self) -> list[str]:

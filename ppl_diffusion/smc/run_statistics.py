@@ -3,13 +3,18 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 
 def as_array(values: Any) -> NDArray[Any]:
-    """A tensor or array as numpy, detached and on the host."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    """A tensor or array as numpy, detached and on the host; floats numpy lacks as float32."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    host = values.detach().cpu()
+    narrow = host.is_floating_point() and host.dtype not in (torch.float32, torch.float64)
+    return np.asarray(host.to(torch.float32) if narrow else host)
 
 
 def pooled_log_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -22,16 +27,6 @@ def relative_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     pooled = pooled_log_evidence(log_evidence)
     safe = np.where(np.isfinite(pooled), pooled, np.nan)
     return np.exp(log_evidence - safe)
-
-
-def across_run_sd(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Relative standard deviation of one run's evidence, from the spread over runs (axis 0).
-
-    By the delta method this is also the standard deviation of its logarithm. NaN for one run.
-    """
-    if len(log_evidence) < 2:
-        return np.full(log_evidence.shape[1:], np.nan)
-    return np.asarray(np.std(relative_evidence(log_evidence), axis=0, ddof=1))
 
 
 def genealogical_sd(log_evidence: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
@@ -66,3 +61,17 @@ def count_distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number of distinct values along the last axis."""
     ordered = np.sort(values, axis=-1)
     return 1 + (np.diff(ordered, axis=-1) != 0).sum(-1)
+
+
+def effective_distinct(labels: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Effective number of distinct labels: one over the sum of their squared weights, ``(R,)``.
+
+    :param labels: what particles are counted by, ``(R, N)``.
+    :param weights: normalised, ``(R, N)``.
+    """
+    found = [
+        np.bincount(np.unique(label, return_inverse=True)[1].reshape(-1), weights=weight)
+        for label, weight in zip(labels, weights, strict=True)
+    ]
+    # Rounded, so that ten equal shares are ten and not a little less.
+    return np.round([1 / (share**2).sum() for share in found], 9)

@@ -264,7 +264,8 @@ def test_rows(rows):
         if row["method"] != "tempering":  # which is allowed to cost more
             assert row["evaluations"] <= row["rows_requested"]
     gaps = {row["method"] for row in methods if "two_sided_gap" in row}
-    assert gaps == {"importance", "difference, argmax", "difference, persistent"}
+    steered = {f"difference, {twist}" for twist in ("argmax", "defensive", "persistent")}
+    assert gaps == {"importance"} | steered
     grid = [row for row in rows if row["name"] == "pbm_trade_off"]
     assert [row["weight"] for row in grid] == [*pbm.GRID, *pbm.GRID]
     assert [row["common_numbers_share"] is None for row in grid[:5]] == [True] + [False] * 4

@@ -92,11 +92,15 @@ def test_runs_that_disagree_are_told_wherever_their_evidence_stands(prior, tmp_p
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     lowest, highest = summary["log_evidence_range"]
     assert highest - lowest > 2
-    said = f"runs disagree by {highest - lowest:.1f} nats"
-    assert said in summary["evidence_note"]
-    assert f"Note: {said}" in capsys.readouterr().out
+    said = f"runs disagree: log evidence from {lowest:.1f} to {highest:.1f} nats"
+    assert any(sentence.startswith(said) for sentence in summary["warnings"])
+    assert summary["log_evidence_interval"] is None
+    level = "Do not use this" if summary["log_evidence_sd"] > 3 else "Warning"
+    assert f"{level}: {said}" in capsys.readouterr().out
     assert run(["diagnose", str(tmp_path / "run")]) == 0
-    assert f"Note: {said}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{level}: {said}" in out
+    assert "±" not in out
 
 
 def test_roots_of_particles_without_weight_are_not_counted(prior, tmp_path, capsys):
@@ -183,8 +187,10 @@ def test_many_runs_are_printed_whole_on_a_narrow_terminal(columns, tables, monke
     assert max(map(len, lines[: lines.index(next(s for s in lines if s[:2] == "A:"))])) <= columns
     for row in comparison.rows:
         assert any(row["label"] in line for line in lines)
-        value, error = row["log_evidence"], row["log_evidence_se"]
-        assert f"{value:.4g} ± {error:.4g}" in out
+        assert f" {row['log_evidence']:.4g} " in out
+        interval, bound = row["log_evidence_interval"], row["log_evidence_bound"]
+        ends = f">= {bound:.4g}" if interval is None else "[{:.4g}, {:.4g}]".format(*interval)
+        assert ends in out
         low, high = row["log_evidence_range"]
         assert f"{low:.4g} to {high:.4g}" in out
 

@@ -12,7 +12,6 @@ from ppl_diffusion.design.program import build_target
 from ppl_diffusion.design.question import Job, Question
 from ppl_diffusion.design.run import design
 from ppl_diffusion.design.search import Search
-from ppl_diffusion.diagnostics.claims import disagreement
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.smc import ParticlePosterior
 from ppl_diffusion.smc.law import Law
@@ -113,15 +112,19 @@ def test_every_summary_says_what_was_done(name, runs):
 def test_evidence_is_claimed_where_a_law_is_declared_and_nowhere_else(name, runs, capsys):
     summary = read_summary(runs / name)
     posterior = ParticlePosterior.load(runs / name / "particles")
+    assert summary["warnings"] == posterior.warnings
     assert run(["diagnose", str(runs / name)]) == 0
     assert ("log_evidence_per_run" in capsys.readouterr().out) == (name not in LAWLESS)
     if name in LAWLESS:
         assert summary["log_evidence"] == [None, None]
-        assert summary["log_evidence_pooled"] is summary["log_evidence_standard_error"] is None
+        assert summary["log_evidence_pooled"] is summary["log_evidence_interval"] is None
         assert "no evidence" in summary["evidence_note"]
     else:
         assert summary["log_evidence"] == posterior.log_evidence.tolist()
-        assert summary.get("evidence_note") == disagreement(posterior.log_evidence)
+        assert "evidence_note" not in summary
+        found = posterior.evidence
+        interval = None if found.interval is None else list(found.interval)
+        assert summary["log_evidence_interval"] == interval
         lowest, highest = summary["log_evidence_range"]
         assert lowest == min(summary["log_evidence"])
         assert highest == max(summary["log_evidence"])
@@ -206,7 +209,8 @@ def test_the_figures_are_those_of_the_folder(runs, tmp_path):
     for row in json.loads((tmp_path / "c.json").read_text())["runs"]:
         summary = read_summary(runs / row["label"])
         assert row["log_evidence"] == pytest.approx(summary["log_evidence_pooled"])
-        assert row["log_evidence_se"] == pytest.approx(summary["log_evidence_standard_error"])
+        assert row["log_evidence_interval"] == summary["log_evidence_interval"]
+        assert row["root_ancestors"] == min(summary["effective_root_ancestors"])
         assert row["ess"] == pytest.approx(summary["ess_pooled"])
         assert row["log_evidence_range"] == summary["log_evidence_range"]
         assert row["unique"] == summary["unique"]

@@ -9,7 +9,7 @@ from ppl_diffusion.cli import run
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, run_smc
-from ppl_diffusion.smc.posterior import META_FILE
+from ppl_diffusion.smc.posterior_files import META_FILE
 from ppl_diffusion.testing import toy_markov_chain
 
 NEVER = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf))

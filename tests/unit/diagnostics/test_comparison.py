@@ -29,16 +29,30 @@ def lawless(posterior):
 
 @pytest.fixture
 def pair(make_posterior):
-    """Return two results of four runs, 1200 and 480 network rows."""
-    cheap = replace(make_posterior(runs=4, seed=1), num_evaluations=480)
-    return make_posterior(runs=4), cheap
+    """Return two results of four runs that agree, 1200 and 480 network rows."""
+    logs = torch.tensor([-0.3, 0.1, 0.4, 0.0], dtype=torch.float64)
+    cheap = replace(make_posterior(runs=4, seed=1), num_evaluations=480, log_evidence=-logs)
+    return replace(make_posterior(runs=4), log_evidence=logs), cheap
+
+
+def half_width(part):
+    low, high = part["log_evidence_interval"]
+    return (high - low) / 2
+
+
+def expected_half_width(posterior, kept, overspent=1.0):
+    """Student's t of three degrees times the standard error, by hand."""
+    variance = float(posterior.log_evidence.var())
+    return 3.182446305 * math.sqrt(variance * overspent / kept + variance**2 / 6)
 
 
 def test_figures_as_they_are_are_those_of_the_summary(pair):
     row = by_label(compare([Contender("a", pair[0]), Contender("b", pair[1])]))["a"]
     facts = summary(pair[0])
-    for name in ("log_evidence", "log_evidence_se", "ess"):
+    for name in ("log_evidence", "log_evidence_sd", "log_evidence_bound", "ess", "khat"):
         assert row[name] == pytest.approx(facts[name])
+    assert row["root_ancestors"] == min(facts["root_ancestors_per_run"])
+    assert row["warnings"] == [verdict.kind for verdict in pair[0].warnings]
     assert row["unique"] == facts["num_unique_x0"]
     assert row["evaluations"] == facts["num_evaluations"]
 
@@ -53,7 +67,8 @@ def test_the_dearer_result_keeps_whole_runs(pair):
     assert (equal["how"], equal["num_runs"], equal["evaluations"]) == ("subsampled", 1, 300)
     # The first run alone, with the spread of all four as that of one.
     assert equal["log_evidence"] == pytest.approx(float(dear.log_evidence[0]))
-    assert equal["log_evidence_se"] == pytest.approx(2 * rows["dear"]["log_evidence_se"])
+    assert half_width(rows["dear"]) == pytest.approx(expected_half_width(dear, 4))
+    assert half_width(equal) == pytest.approx(expected_half_width(dear, 1))
     weights = dear.weights[0]
     assert equal["ess"] == pytest.approx(float(1 / (weights**2).sum()))
     score = equal["scores"]["log_potential"]
@@ -90,7 +105,7 @@ def test_a_run_above_the_budget_has_its_errors_scaled(pair):
     equal = rows["dear"]["equal"]
     assert (equal["how"], equal["num_runs"]) == ("scaled", 1)
     # sqrt(4) from four runs to one, sqrt(4) from one run to a quarter of it.
-    assert equal["log_evidence_se"] == pytest.approx(4 * rows["dear"]["log_evidence_se"])
+    assert half_width(equal) == pytest.approx(expected_half_width(dear, 1, overspent=4.0))
 
 
 def test_scores_need_no_value_where_there_is_no_weight(make_posterior):
@@ -177,7 +192,8 @@ def test_laws_are_one_where_their_data_are_and_not_their_words(make_posterior):
     [
         ([0.0, 0.3, 0.4, 0.1], None),
         ([-1.0, -6.8, -5.0, -6.0], "runs disagree by 5.8 nats: "),
-        ([0.0, 1.9, 0.0, 0.0], "runs disagree by 1.9 nats: "),  # standard error .54
+        ([0.0, 1.9, 0.0, 0.0], None),  # standard deviation .95
+        ([0.0, 2.1, 0.0, 0.0], "runs disagree by 2.1 nats: "),  # 1.05
         ([0.0, -math.inf, 0.1], "runs disagree by 0.1 nats (1 of 3 are dead): "),
         ([0.5], None),
         ([math.nan, math.nan], None),
@@ -195,11 +211,23 @@ def test_disagreement_is_noted_beside_the_range(make_posterior):
     apart = Contender("apart", replace(make_posterior(), log_evidence=logs))
     close = Contender("close", replace(make_posterior(seed=1), log_evidence=0.1 * logs.sign()))
     comparison = compare([apart, close])
-    assert by_label(comparison)["apart"]["log_evidence_range"] == (-6.8, -1.0)
-    assert by_label(comparison)["apart"]["log_evidence_se"] < 1.0  # which hides it
-    notes = [note for note in comparison.notes if "disagree" in note]
-    assert len(notes) == 1
-    assert notes[0].startswith("apart: runs disagree by 5.8 nats")
+    row = by_label(comparison)["apart"]
+    assert row["log_evidence_range"] == (-6.8, -1.0)
+    assert row["log_evidence_interval"] is None
+    assert row["log_evidence_bound"] == pytest.approx(row["log_evidence"] - math.log(20))
+    assert by_label(comparison)["close"]["log_evidence_interval"] is not None
+    (note,) = [note for note in comparison.notes if "disagree" in note]
+    assert note.startswith("apart: runs disagree: log evidence from -6.8 to -1.0 nats")
+
+
+def test_a_score_is_as_sure_as_the_runs_that_count(make_posterior):
+    """One run that holds all the evidence is one run: its neighbours do not sharpen its mean."""
+    posterior = make_posterior(runs=4)
+    level = replace(posterior, log_evidence=torch.zeros(4, dtype=torch.float64))
+    alone = replace(posterior, log_evidence=torch.tensor([40.0, 0, 0, 0], dtype=torch.float64))
+    rows = by_label(compare([Contender("level", level), Contender("alone", alone)]))
+    score = {name: row["scores"]["log_potential"]["se"] for name, row in rows.items()}
+    assert score["alone"] == pytest.approx(2 * score["level"])
 
 
 def test_labels_must_differ_and_be_two(make_posterior):

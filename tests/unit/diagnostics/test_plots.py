@@ -43,41 +43,14 @@ def test_evidence_data_pools_runs_without_bias(make_posterior):
     posterior = replace(posterior, log_evidence_steps=steps, log_evidence=steps[:, -1])
     data = diagnostics.plot_evidence_data(posterior)
     np.testing.assert_allclose(np.exp(data["pooled"]), [2.0, 4.0])
-    # sd of (1, 3) over their mean 2, and the same for (2, 6)
-    np.testing.assert_allclose(data["across_run_sd"], np.sqrt(2) / 2)
 
 
 def test_evidence_data_counts_a_dead_run_as_zero(make_posterior):
     steps = logs([1.0, 0.0], [1.0, 6.0])
-    variance = torch.tensor([torch.nan, 0.16], dtype=torch.float64)
     posterior = make_posterior(runs=2, steps=2)
-    posterior = replace(
-        posterior,
-        log_evidence_steps=steps,
-        log_evidence=steps[:, -1],
-        evidence_variance=variance,
-    )
+    posterior = replace(posterior, log_evidence_steps=steps, log_evidence=steps[:, -1])
     data = diagnostics.plot_evidence_data(posterior)
     np.testing.assert_allclose(np.exp(data["pooled"]), [1.0, 3.0])
-    np.testing.assert_allclose(data["across_run_sd"], [0.0, np.sqrt(2)])
-    # mean of Z^2 V over (mean of Z)^2: (0 + 36 * 0.16) / 2 / 9
-    np.testing.assert_allclose(data["genealogical_sd"], np.sqrt(0.32))
-
-
-def test_evidence_data_without_an_error_estimate_is_nan(make_posterior):
-    posterior = make_posterior(runs=1)
-    assert np.isnan(diagnostics.plot_evidence_data(posterior)["across_run_sd"]).all()
-    variance = torch.tensor([0.1, torch.nan, 0.1], dtype=torch.float64)
-    posterior = replace(make_posterior(), evidence_variance=variance)
-    assert np.isnan(diagnostics.plot_evidence_data(posterior)["genealogical_sd"])
-    dead = make_posterior(dead=[0, 1, 2])
-    assert np.isnan(diagnostics.plot_evidence_data(dead)["genealogical_sd"])
-
-
-def test_genealogical_sd_of_a_negative_variance_estimate_is_zero(make_posterior):
-    variance = torch.full((3,), -0.01, dtype=torch.float64)
-    posterior = replace(make_posterior(), evidence_variance=variance)
-    assert diagnostics.plot_evidence_data(posterior)["genealogical_sd"] == 0
 
 
 def test_weights_data_orders_counts_and_accumulates(make_posterior):
@@ -86,7 +59,19 @@ def test_weights_data_orders_counts_and_accumulates(make_posterior):
     data = diagnostics.plot_weights_data(posterior)
     np.testing.assert_allclose(np.sort(data["log10_scaled"]), np.log10([0.4, 1.6, 2.0]))
     assert data["num_zero"] == 5
+    np.testing.assert_array_equal(data["run"], [0, 0, 0])
     np.testing.assert_allclose(data["cumulative"], [[0.5, 0.9, 1.0, 1.0], [np.nan] * 4])
+
+
+def test_weights_data_has_the_khat_of_each_run_and_of_all(make_posterior):
+    posterior = make_posterior(particles=200, dead=[1])
+    data = diagnostics.plot_weights_data(posterior)
+    np.testing.assert_array_equal(data["khat"], diagnostics.khat(posterior.log_weights))
+    pooled = posterior.pooled_log_weights.flatten()
+    assert data["khat_pooled"] == diagnostics.khat(pooled)
+    assert np.isfinite(data["khat"][[0, 2]]).all()
+    assert np.isnan(data["khat"][1])
+    assert np.isnan(diagnostics.plot_weights_data(make_posterior(dead=[0, 1, 2]))["khat_pooled"])
 
 
 def test_ancestry_data_follows_lineages(make_posterior):
@@ -144,11 +129,40 @@ def test_token_entropy_data_weighs_runs_by_evidence(make_posterior):
     np.testing.assert_allclose(data["entropy"], [0.0, 0.0, quarter], atol=1e-15)
     np.testing.assert_allclose(data["entropy_steps"], [[0, 0, 0], [0, 0, quarter]], atol=1e-15)
     np.testing.assert_array_equal(data["times"], [1.0, 0.0])
+    np.testing.assert_allclose(data["revealed"], [[0, 0, 0], [1, 1, 1]])
+    assert data["num_tokens"] == 8  # the mask is 8
+
+
+def test_token_entropy_leaves_the_mask_out(make_posterior):
+    """Two lineages show 0 and 1, two are masked: one bit, and half of them revealed."""
+    posterior = make_posterior(runs=1, particles=4, steps=2, length=1, vocab=2)
+    path = torch.tensor([[2, 2, 0], [2, 0, 0], [2, 1, 1], [2, 2, 1]])[None, :, :, None]
+    posterior = replace(
+        posterior,
+        x0=path[..., -1, :].contiguous(),
+        compact_path=path,
+        log_weights=logs([0.25] * 4),
+    )
+    data = diagnostics.plot_token_entropy_data(posterior)
+    np.testing.assert_allclose(data["entropy_steps"][:, 0], [0.0, 1.0, 1.0])
+    np.testing.assert_allclose(data["revealed"][:, 0], [0.0, 0.5, 1.0])
+    (image,) = diagnostics.plot_token_entropy(posterior).images
+    assert (image.norm.vmin, image.norm.vmax) == (0.0, 1.0)
+    np.testing.assert_array_equal(image.get_array().mask[:, 0], [True, False, False])
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_the_scale_of_entropy_ends_at_the_log_of_the_alphabet(make_posterior, path):
+    posterior = make_posterior(path=path)
+    for asked, bits in ((None, 2.0), (16, 4.0), (1, 1.0)):
+        ax = diagnostics.plot_token_entropy(posterior, num_tokens=asked)
+        top = ax.images[0].norm.vmax if path else ax.lines[1].get_ydata()[0]
+        assert top == bits
 
 
 def test_token_entropy_data_without_a_path_has_no_steps(make_posterior):
     data = diagnostics.plot_token_entropy_data(make_posterior())
-    assert set(data) == {"position", "entropy"}
+    assert set(data) == {"position", "entropy", "num_tokens"}
 
 
 def test_token_entropy_of_one_certain_token_is_plus_zero(make_posterior):
@@ -184,43 +198,97 @@ def test_plot_draws_into_the_axes_it_is_given(make_posterior, name):
         assert getattr(diagnostics, name)(posterior).figure is not figure
 
 
-@pytest.mark.parametrize("name", PLOTS[:4])
-def test_plot_survives_dead_runs(make_posterior, name):
-    for dead in ([1], [0, 1, 2]):
-        getattr(diagnostics, name)(make_posterior(dead=dead)).figure.canvas.draw()
+def labels_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def test_evidence_plot_spans_the_runs_and_says_when_they_disagree(make_posterior):
+def test_every_run_has_one_colour_and_one_name_in_all_plots(make_posterior):
+    posterior = make_posterior(runs=9, dead=[4])
+    names = [f"run {run}{' (dead)' * (run == 4)}" for run in range(9)]
+    ess, evidence = diagnostics.plot_ess(posterior), diagnostics.plot_evidence(posterior)
+    weights = diagnostics.plot_weights(posterior).child_axes[1]
+    roots = diagnostics.plot_ancestry(posterior).child_axes[-1]
+    assert labels_of(ess)[:9] == labels_of(evidence)[:9] == labels_of(roots)[:9] == names
+    assert [label.partition(":")[0] for label in labels_of(weights)[:9]] == names
+    looks = []
+    for ax in (ess, evidence, weights, roots):
+        handles = ax.get_legend().legend_handles[:9]
+        looks.append([(line.get_color(), line.get_linestyle()) for line in handles])
+        drawn = [(line.get_color(), line.get_linestyle()) for line in ax.lines]
+        assert set(looks[-1]) <= set(drawn)
+    assert len(set(looks[0])) == 9
+    assert looks[0] == looks[1] == looks[2] == looks[3]
+
+
+def test_a_legend_names_so_many_runs_as_look_different(make_posterior):
+    labels = labels_of(diagnostics.plot_evidence(make_posterior(runs=40)))
+    assert labels[23:25] == ["run 23", "and 16 more"]
+
+
+def test_evidence_plot_shows_the_runs_themselves_and_their_interval(make_posterior):
+    posterior = make_posterior()
+    ax = diagnostics.plot_evidence(posterior)
+    for run, values in enumerate(posterior.log_evidence_steps):
+        line, point = ax.lines[run], ax.lines[3 + run]
+        np.testing.assert_array_equal(line.get_ydata(), values)
+        np.testing.assert_array_equal(point.get_ydata(), values[-1:])
+        assert line.get_color() == point.get_color()
+    assert labels_of(ax) == ["run 0", "run 1", "run 2", "log of the mean", "95 % interval"]
+    (bar,) = ax.collections
+    (ends,) = bar.get_segments()
+    assert tuple(ends[:, 1]) == posterior.evidence.interval
+    assert not ax.containers
+
+
+def test_evidence_plot_says_when_runs_disagree(make_posterior):
     posterior = make_posterior()
     steps = posterior.log_evidence_steps.clone()
-    ax = diagnostics.plot_evidence(posterior)
-    band = ax.collections[0].get_paths()[0].vertices
-    assert band[:, 1].min() == pytest.approx(float(steps.min()))
-    assert band[:, 1].max() == pytest.approx(float(steps.max()))
-    assert not any("disagree" in text.get_text() for text in ax.texts)
+    assert not diagnostics.plot_evidence(posterior).texts
     steps[0] -= 5.8 + steps[0, -1] - steps[1, -1]
     steps[2] = steps[1]
     apart = replace(posterior, log_evidence_steps=steps, log_evidence=steps[:, -1])
-    (text,) = diagnostics.plot_evidence(apart).texts
-    assert "runs disagree by 5.8 nats" in text.get_text()
+    ax = diagnostics.plot_evidence(apart)
+    assert "runs disagree by 5.8 nats" in ax.texts[0].get_text()
+    assert not ax.collections  # no error where none is known
 
 
-def test_evidence_plot_shows_the_runs_the_band_and_the_bar(make_posterior):
-    posterior = make_posterior()
-    ax = diagnostics.plot_evidence(posterior)
-    for line, run in zip(ax.lines, posterior.log_evidence_steps, strict=False):
-        np.testing.assert_array_equal(line.get_ydata(), run)
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == [
-        "lowest to highest run",
-        "one run",
-        "log of the mean over runs",
-        "±1 sd across runs",
-        "±1 genealogical sd",
-    ]
-    degenerate = replace(posterior, evidence_variance=posterior.evidence_variance * torch.nan)
-    texts = diagnostics.plot_evidence(degenerate).get_legend().get_texts()
-    assert texts[-1].get_text() == "genealogical sd: degenerate"
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_name_what_the_result_is_warned_about(make_posterior, name):
+    quiet, dead = make_posterior(particles=100), make_posterior(particles=100, dead=[1])
+    kinds = [verdict.kind for verdict in dead.warnings]
+    assert "dead" in kinds
+    said = getattr(diagnostics, name)(dead).get_title(loc="left")
+    assert said == f"see posterior.warnings: {', '.join(kinds)}"
+    assert bool(quiet.warnings) == bool(getattr(diagnostics, name)(quiet).get_title(loc="left"))
+
+
+def test_weights_plot_shows_every_particle_and_the_khat(make_posterior):
+    posterior = make_posterior(particles=200, dead=[1])
+    left, right = diagnostics.plot_weights(posterior).child_axes
+    heights = [patch.get_data().values - patch.get_data().baseline for patch in left.patches]
+    assert [int(height.sum()) for height in heights] == [200, 0, 200]
+    assert left.get_title() == "200 of 600 weights zero"
+    data = diagnostics.plot_weights_data(posterior)
+    assert right.get_title() == f"all: k-hat {data['khat_pooled']:.2f} (limit 0.7)"
+    assert labels_of(right)[:2] == [f"run 0: k-hat {data['khat'][0]:.2f}", "run 1 (dead): no k-hat"]
+
+
+def test_ancestry_plot_shows_the_tree_of_every_run(make_posterior):
+    posterior = make_posterior(dead=[1])
+    *trees, count = diagnostics.plot_ancestry(posterior).child_axes
+    assert len(trees) == 3
+    for run, tree in enumerate(trees):
+        data = diagnostics.plot_ancestry_data(posterior, run=run)
+        assert sum(len(c.get_segments()) for c in tree.collections) == 5 * 40
+        np.testing.assert_array_equal(count.lines[run].get_ydata(), data["num_roots"])
+        dead = " (dead)" * (run == 1)
+        assert tree.get_title() == f"run {run}{dead}: {data['num_roots'][-1]} roots"
+        assert tree.title.get_color() == count.lines[run].get_color()
+    boxes = [ax.get_position().bounds for ax in (*trees, count)]
+    assert len(set(boxes)) == 4
+    many = make_posterior(runs=20, particles=4)
+    assert len(diagnostics.plot_ancestry(many).child_axes) == 17
+    assert "4 more runs: run=" in labels_of(diagnostics.plot_ancestry(many).child_axes[-1])
 
 
 def test_ancestry_plot_colours_edges_by_eve_and_can_drop_the_faint_ones(
@@ -228,18 +296,17 @@ def test_ancestry_plot_colours_edges_by_eve_and_can_drop_the_faint_ones(
 ):
     posterior = make_posterior()
     data = diagnostics.plot_ancestry_data(posterior)
-    tree, count = diagnostics.plot_ancestry(posterior).child_axes
+    tree, count = diagnostics.plot_ancestry(posterior, run=0).child_axes
     assert sum(len(c.get_segments()) for c in tree.collections) == 5 * 40
     np.testing.assert_array_equal(count.lines[0].get_ydata(), data["num_roots"])
-    labels = [text.get_text() for text in tree.get_legend().get_texts()]
     heaviest = int(data["weight"].argmax())
-    assert labels[0] == f"Eve {heaviest}: {data['weight'][heaviest]:.0%}"
+    assert labels_of(tree)[0] == f"Eve {heaviest}: {data['weight'][heaviest]:.0%}"
     monkeypatch.setattr(diagnostics.plots, "_MAX_FAINT_EDGES", 0)
-    tree, _ = diagnostics.plot_ancestry(posterior).child_axes
+    tree, _ = diagnostics.plot_ancestry(posterior, run=0).child_axes
     drawn = sum(len(c.get_segments()) for c in tree.collections)
     assert drawn == data["survives"][1:].sum()
     monkeypatch.setattr(diagnostics.plots, "_MAX_LINEAGES", 3)
-    tree, _ = diagnostics.plot_ancestry(posterior).child_axes
+    tree, _ = diagnostics.plot_ancestry(posterior, run=0).child_axes
     assert 5 <= sum(len(c.get_segments()) for c in tree.collections) <= 3 * 5
 
 

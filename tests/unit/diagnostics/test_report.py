@@ -37,8 +37,11 @@ def render(posterior):
 def test_summary_pools_the_evidence_without_bias(two_runs):
     facts = summary(two_runs)
     assert facts["log_evidence"] == pytest.approx(np.log(2))
-    # sd of (1, 3) is sqrt(2); over sqrt(2) runs and the mean 2
-    assert facts["log_evidence_se"] == pytest.approx(0.5)
+    assert facts["log_evidence_sd"] == pytest.approx(np.log(3) / np.sqrt(2))
+    low, high = facts["log_evidence_interval"]
+    assert low < np.log(2) < high
+    assert high - low > 17  # two runs know next to nothing: Student's t of one degree
+    assert facts["log_evidence_bound"] is None
     # mean of Z^2 V over (mean of Z)^2: (0.2 + 3.6) / 2 / 4
     assert facts["genealogical_sd"] == pytest.approx(np.sqrt(0.475))
     assert facts["log_evidence_per_run"] == pytest.approx([0.0, np.log(3)])
@@ -61,18 +64,31 @@ def test_summary_states_cost_and_claim(two_runs):
     assert (facts["num_runs"], facts["num_particles"], facts["num_steps"]) == (2, 4, 3)
 
 
-def test_summary_takes_the_worst_khat(make_posterior):
+def test_summary_has_the_khat_of_all_particles(make_posterior):
     posterior = make_posterior(particles=100)
-    shapes = khat(posterior.log_weights)
     facts = summary(posterior)
-    assert facts["khat"] == shapes.max()
-    assert facts["khat_per_run"] == list(shapes)
+    assert facts["khat"] == khat(posterior.pooled_log_weights.reshape(1, -1))[0]
+    assert facts["khat_per_run"] == list(khat(posterior.log_weights))
 
 
-def test_summary_of_a_collapsed_tree_says_degenerate(two_runs):
+def test_summary_of_a_tree_that_tells_nothing(two_runs):
     variance = torch.tensor([0.2, torch.nan], dtype=torch.float64)
-    facts = summary(replace(two_runs, evidence_variance=variance))
-    assert facts["genealogical_sd"] == "degenerate"
+    silent = replace(two_runs, evidence_variance=variance)
+    assert summary(silent)["genealogical_sd"] is None
+    assert "not available" in render(silent)
+
+
+def test_summary_counts_roots_by_their_weight(two_runs):
+    # Shares .75 and .25 of two roots, and one root that holds all.
+    expected = [1 / (0.75**2 + 0.25**2), 1.0]
+    assert summary(two_runs)["root_ancestors_per_run"] == pytest.approx(expected)
+
+
+def test_summary_says_what_is_wrong(two_runs):
+    facts = summary(two_runs)
+    assert facts["warnings"] == list(two_runs.warnings) != []
+    for sentence in facts["warnings"]:
+        assert sentence[:40] in render(two_runs)
 
 
 def test_summary_counts_dead_runs_as_zero(make_posterior):
@@ -80,14 +96,15 @@ def test_summary_counts_dead_runs_as_zero(make_posterior):
     facts = summary(posterior)
     assert facts["num_dead_runs"] == 1
     assert facts["log_evidence"] == pytest.approx(float(posterior.log_evidence[0]) - np.log(2))
-    assert facts["log_evidence_se"] == pytest.approx(1.0)
+    assert facts["log_evidence_interval"] is None
+    assert facts["log_evidence_bound"] == pytest.approx(facts["log_evidence"] - np.log(20))
     assert facts["log_evidence_per_run"][1] is None
     assert (facts["ess_per_run"][1], facts["num_eves_per_run"][1]) == (0.0, 0)
 
 
 def test_summary_of_nothing_but_dead_runs_still_reports(make_posterior):
     facts = summary(make_posterior(dead=[0, 1, 2]))
-    assert (facts["log_evidence"], facts["log_evidence_se"], facts["khat"]) == (None, None, None)
+    assert facts["log_evidence"] is facts["log_evidence_interval"] is facts["khat"] is None
     assert (facts["ess"], facts["num_unique_x0"], facts["num_dead_runs"]) == (0.0, 0, 3)
 
 
@@ -105,15 +122,15 @@ def test_summary_counts_plated_sequences_as_one(make_posterior):
 
 def test_table_shows_the_figures(two_runs):
     text = render(two_runs)
-    for expected in ("0.693 (± 0.500 over runs)", "0.6892", "3 of 8", "1 to 2", "1,200", "yes"):
+    for expected in ("0.6931 [-", "0.6892", "3 of 8", "1 to 1.6", "1,200", "exact for"):
         assert expected in text
 
 
 def test_table_reports_what_is_missing(make_posterior):
     text = render(make_posterior(dead=[0, 1, 2], particles=4))
-    for expected in ("3 runs dead", "-inf (every run is dead)", "none (no tail to fit)"):
+    for expected in ("3 runs dead", "-inf (every run is dead)", "not available"):
         assert expected in text
-    assert "one run, no spread" in render(make_posterior(runs=1))
+    assert "(one run)" in render(make_posterior(runs=1))
 
 
 def test_table_prints_a_target_with_brackets_as_it_stands(make_posterior):

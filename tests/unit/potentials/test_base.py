@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +119,32 @@ def test_a_function_that_fails_is_named():
         Potential(silent)(x0)
     with pytest.raises(PotentialError, match=r"^silent returned NoneType"):
         Potential(silent).lookahead(x0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "text",
+        {"log_g": 0.0},
+        [None, None],
+        ["0", "0"],
+        [[0.0], [0.0]],
+        [0.0],
+        object(),
+        (0.0 for _ in range(2)),
+        np.array([None, None]),
+        np.zeros(2, "datetime64[s]"),
+        np.zeros(2, complex),
+        torch.zeros(2, dtype=torch.complex64),
+    ],
+    ids=lambda answer: str(type(answer)),
+)
+def test_answers_that_are_no_log_potential_are_one_sentence(answer):
+    def broken(x0):
+        return answer
+
+    with pytest.raises(PotentialError, match=r"^broken returned .*; return (a|one|real)"):
+        Potential(broken)(torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_a_refusal_inside_of_a_potential_keeps_its_words():

@@ -1,8 +1,10 @@
 """Rewards: duplicates, caches, failures, executors."""
 
 import functools
+import itertools
 import math
 import multiprocessing
+import re
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -10,7 +12,10 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
+from decimal import Decimal
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -108,9 +113,21 @@ def test_likelihood_is_the_gaussian_density():
 
 
 @pytest.mark.parametrize(
-    "as_type", [lambda v: v, lambda v: v.float(), lambda v: v.tolist(), lambda v: v.numpy()]
+    "as_type",
+    [
+        lambda v: v,
+        lambda v: v.float(),
+        lambda v: v.bfloat16(),
+        lambda v: v.tolist(),
+        lambda v: list(v),
+        lambda v: v.numpy(),
+        lambda v: v.numpy().astype(object),
+        lambda v: pd.Series(v.numpy(), index=range(100, 100 + len(v))),
+        lambda v: map(Decimal, v.tolist()),
+        lambda v: (np.float32(value) for value in v.tolist()),
+    ],
 )
-def test_rewards_may_return_tensors_lists_and_arrays(as_type):
+def test_rewards_may_return_tensors_lists_arrays_series_and_generators(as_type):
     x0 = sequences()
     assert torch.equal(Reward(lambda x: as_type(count_g(x)))(x0), count_g(x0).double())
 
@@ -219,14 +236,101 @@ class TestFailures:
         with pytest.raises(PotentialError, match="it returned -inf"):
             Likelihood(lambda x: torch.full((len(x),), -math.inf), 0.0, 1.0)(sequences(2))
 
-    @pytest.mark.parametrize("on_error", ["raise", "reject"])
-    def test_a_wrong_shape_is_never_a_rejection(self, on_error):
-        with pytest.raises(PotentialError, match=r"returned shape \(2, 1\) for 2 sequences"):
-            Reward(lambda x: torch.zeros(len(x), 1), on_error=on_error)(torch.eye(2).long())
-
     def test_the_lookahead_replaces_exclusions_only(self):
         low = Reward(lambda x: torch.where(x[:, 0] == 0, -math.inf, -500.0))
         assert low.lookahead(torch.tensor([[0, 1], [1, 1]])).tolist() == [FORBIDDEN_GUESS, -500.0]
+
+
+ROWS = torch.tensor([[0, 2], [1, 2], [2, 2], [3, 3]])
+NO_NUMBERS = {
+    "None": (None, "it returned None"),
+    "text": ("-7.1", "it returned the text '-7.1'"),
+    "long text": ("clash " * 20, r"it returned the text 'clash .*\.\.\."),
+    "bytes": (b"1", "it returned an object of type bytes"),
+    "object": (object(), "it returned an object of type object"),
+    "dictionary": ({"score": 1.0}, "it returned an object of type dict"),
+    "nested list": ([1.0], "it returned an object of type list"),
+    "nested array": (np.ones(1), "it returned an object of type ndarray"),
+    "nested tensor": (torch.ones(1), "it returned an object of type Tensor"),
+    "complex": (1j, "it returned an object of type complex"),
+    "date": (np.datetime64("2026-01-01"), "it returned an object of type date"),
+    "pandas NA": (pd.NA, "it returned an object of type NAType"),
+    "huge": (10**400, "it returned an object of type int, which is no number: int too large"),
+    "NaN": (math.nan, "it returned nan"),
+    "infinity": (math.inf, "it returned inf"),
+}
+WRONG_ANSWERS = {
+    "nothing": (lambda x: None, "it returned None for 1 sequence"),
+    "text": (lambda x: "ok", "it returned the text 'ok' for 1 sequence"),
+    "one number": (lambda x: 3.0, "it returned an object of type float for 1 sequence"),
+    "scalar": (lambda x: torch.tensor(3.0), r"it returned shape \(\) for 1 sequence"),
+    "column": (lambda x: torch.zeros(len(x), 1), r"it returned shape \(1, 1\) for 1 sequence"),
+    "frame": (lambda x: pd.DataFrame({"a": x[:, 0]}), r"it returned shape \(1, 1\)"),
+    "dictionary": (lambda x: dict.fromkeys(range(len(x)), 1.0), "it returned an object of type di"),
+    "set": (lambda x: {1.0}, "it returned an object of type set for 1 sequence"),
+    "dates": (lambda x: np.zeros(len(x), "datetime64[ns]"), "it returned an object of type ndarr"),
+    "too few": (lambda x: [], "it returned 0 values for 1 sequence"),
+    "endless": (lambda x: itertools.count(), "it returned more than 1 values for 1 sequence"),
+    "broken": (lambda x: (1 / 0 for _ in x), "ZeroDivisionError: division by zero"),
+}
+HOW = {"all at once": {}, "batches": {"batch_size": 2}, "one by one": {"batch_size": 1}}
+
+
+@pytest.fixture(params=[*HOW, "executor", "batches in an executor"])
+def how(request):
+    """Options for every way of calling a function."""
+    if request.param in HOW:
+        yield HOW[request.param]
+        return
+    with ThreadPoolExecutor(2) as pool:
+        yield {"executor": pool, "batch_size": 2 if "batches" in request.param else None}
+
+
+class TestAnswersThatAreNoNumbers:
+    """They go the way of exceptions: one error, or a counted rejection with its reason."""
+
+    @pytest.mark.parametrize("kind", NO_NUMBERS)
+    def test_one_of_them_spoils_its_own_sequence_only(self, kind, how):
+        value, reason = NO_NUMBERS[kind]
+
+        def dock(x):
+            return [value if row[0] == 2 else float(row[0]) for row in x.tolist()]
+
+        reward = Reward(dock, on_error="reject", **how)
+        assert reward(ROWS).tolist() == reward(ROWS).tolist() == [0.0, 1.0, -math.inf, 3.0]
+        assert (reward.num_sequences, reward.num_failures, reward.num_calls) == (4, 1, 4)
+        assert re.search(reason, reward.first_failure)
+        assert reward.first_failure.endswith(", on the sequence [2, 2]")
+        with pytest.raises(PotentialError, match=rf"dock failed on .*\[2, 2\] \({reason}"):
+            Reward(dock, **how)(ROWS)
+
+    @pytest.mark.parametrize("kind", WRONG_ANSWERS)
+    def test_an_answer_for_no_sequence_rejects_each(self, kind, how):
+        answer, reason = WRONG_ANSWERS[kind]
+        reward = Reward(answer, on_error="reject", **how)
+        assert (reward(ROWS) == -math.inf).all()
+        assert reward.num_failures == reward.num_sequences == 4
+        assert re.search(reason, reward.first_failure)
+        with pytest.raises(PotentialError, match=reason):
+            Reward(answer, **how)(ROWS)
+
+    def test_a_function_that_leaves_failures_out_loses_only_those(self, how):
+        reward = Reward(
+            lambda x: [float(row[0]) for row in x if row[0] != 2], on_error="reject", **how
+        )
+        assert reward(ROWS).tolist() == [0.0, 1.0, -math.inf, 3.0]
+        assert reward.num_failures == 1
+
+    def test_a_prediction_goes_the_same_way(self, how):
+        prediction = Likelihood(
+            lambda x: [None if row[0] == 2 else 0.0 for row in x],
+            0.0,
+            1.0,
+            on_error="reject",
+            **how,
+        )
+        assert prediction(ROWS).isfinite().tolist() == [True, True, False, True]
+        assert prediction.first_failure == "it returned None, on the sequence [2, 2]"
 
 
 class TestExecutor:

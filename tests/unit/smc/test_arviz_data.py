@@ -9,9 +9,9 @@ import torch
 
 from ppl_diffusion.diagnostics import khat, to_arviz
 from ppl_diffusion.errors import ParticleCollapse
-from ppl_diffusion.smc import arviz_data
+from ppl_diffusion.smc import arviz_data, arviz_layout
 
-arviz = arviz_data._import_arviz()
+arviz = arviz_layout.import_arviz()
 ARVIZ_MAJOR = int(arviz.__version__.split(".")[0])
 only_1x = pytest.mark.skipif(ARVIZ_MAJOR < 1, reason="needs ArviZ 1.x (Python 3.12)")
 only_0x = pytest.mark.skipif(ARVIZ_MAJOR >= 1, reason="needs ArviZ 0.x")
@@ -46,7 +46,7 @@ def program_posterior(make, **options):
 def test_stored_particles_are_the_posterior_itself(make_posterior):
     posterior = make_posterior()
     data = to_arviz(posterior, weights="store")
-    draws, stats = dataset(data, "posterior"), dataset(data, "sample_stats")
+    draws, stats = dataset(data, "sequences"), dataset(data, "sample_stats")
     assert draws["x0"].dims == ("chain", "draw", "position")
     np.testing.assert_array_equal(draws["x0"], posterior.x0)
     np.testing.assert_array_equal(stats["log_weight"], posterior.log_weights)
@@ -58,7 +58,7 @@ def test_stored_particles_are_the_posterior_itself(make_posterior):
 def test_draws_are_copies_of_particles_with_equal_weights(make_posterior):
     posterior = make_posterior()
     data = to_arviz(posterior)
-    draws, stats = dataset(data, "posterior"), dataset(data, "sample_stats")
+    draws, stats = dataset(data, "sequences"), dataset(data, "sample_stats")
     particle = torch.as_tensor(stats["particle"].values.astype(np.int64))
     for run in range(3):
         np.testing.assert_array_equal(draws["x0"][run], posterior.x0[run, particle[run]])
@@ -117,7 +117,7 @@ def test_smc_group_follows_the_runs_step_by_step(make_posterior):
     np.testing.assert_array_equal(smc["total_log_evidence"], posterior.log_evidence)
     np.testing.assert_array_equal(smc["died_at"], [-1, 3, -1])
     np.testing.assert_array_equal(smc["khat"], khat(posterior.log_weights))
-    np.testing.assert_allclose(smc["time"], [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-15)
+    np.testing.assert_allclose(smc["time"][0], [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-15)
 
 
 def test_smc_group_counts_parents_and_roots(make_posterior):
@@ -137,9 +137,8 @@ def test_smc_group_does_not_depend_on_the_weights_mode(make_posterior):
 def test_dead_run_is_left_out_of_draws_and_keeps_the_run_numbers(make_posterior):
     data = to_arviz(make_posterior(dead=[1]))
     draws, smc = dataset(data, "posterior"), dataset(data, "smc")
-    np.testing.assert_array_equal(draws["run"], [0, 2])
     np.testing.assert_array_equal(draws["chain"], [0, 2])
-    np.testing.assert_array_equal(smc["run"], [0, 1, 2])
+    np.testing.assert_array_equal(smc["chain"], [0, 1, 2])
     assert np.isneginf(smc["total_log_evidence"].sel(chain=1))
 
 
@@ -160,9 +159,9 @@ def test_sites_of_a_program_get_sensible_dims(make_posterior):
     posterior = program_posterior(make_posterior)
     data = to_arviz(posterior, weights="store")
     draws, past = dataset(data, "posterior"), dataset(data, "smc_history")
+    sequences = {name: (v.dims[2:], v.dtype) for name, v in dataset(data, "sequences").items()}
+    assert sequences == dict.fromkeys(["x0", "x"], (("position",), np.int16))
     assert {name: (v.dims[2:], v.dtype) for name, v in draws.data_vars.items()} == {
-        "x0": (("position",), np.uint16),
-        "x": (("position",), np.uint16),
         "gain": ((), np.float32),
         "count": ((), np.int64),
         "offset": (("offset_dim_0",), np.float64),
@@ -191,7 +190,7 @@ def test_sites_that_cannot_keep_their_name_are_renamed(make_posterior, tmp_path,
     data = to_arviz(replace(posterior, samples=samples), weights="store")
     data.to_netcdf(str(tmp_path / "posterior.nc"))
     draws = dataset(arviz.from_netcdf(str(tmp_path / "posterior.nc")), "posterior")
-    assert set(draws.data_vars) == {"x0", *stored.values()}
+    assert set(draws.data_vars) == set(stored.values())
     for name, values in samples.items():
         np.testing.assert_array_equal(draws[stored[name]], values, err_msg=name)
 
@@ -204,7 +203,7 @@ def test_paths_that_cannot_keep_their_name_are_renamed(make_posterior, tmp_path,
     back = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
     stored = (RENAMED | {"scope/x": "scope.x"}).get(name, name)
     np.testing.assert_array_equal(dataset(back, "smc_history")[stored], posterior.path)
-    np.testing.assert_array_equal(dataset(back, "posterior")["x0"], posterior.x0)
+    np.testing.assert_array_equal(dataset(back, "sequences")["x0"], posterior.x0)
     assert "ancestor" in dataset(back, "smc_history")
 
 
@@ -214,7 +213,8 @@ def test_plates_come_before_positions(make_posterior):
     posterior = replace(posterior, samples=posterior.samples | {"local": local})
     data = to_arviz(posterior)
     draws = dataset(data, "posterior")
-    assert draws["x0"].dims == ("chain", "draw", "plate_0", "position")
+    x0 = dataset(data, "sequences")["x0"]
+    assert x0.dims == ("chain", "draw", "plate_0", "position")
     assert draws["local"].dims == ("chain", "draw", "plate_0", "local_dim_0")
     assert draws["gain"].dims == ("chain", "draw")
     assert dataset(data, "smc_history")["path"].dims[2:] == ("plate_0", "state", "position")
@@ -223,7 +223,7 @@ def test_plates_come_before_positions(make_posterior):
 def test_large_token_ids_are_stored_as_int32(make_posterior):
     posterior = make_posterior()
     posterior = replace(posterior, x0=posterior.x0 + 70_000, samples={})
-    draws = dataset(to_arviz(posterior, weights="store"), "posterior")
+    draws = dataset(to_arviz(posterior, weights="store"), "sequences")
     assert draws["x0"].dtype == np.int32
     np.testing.assert_array_equal(draws["x0"], posterior.x0)
 
@@ -274,7 +274,8 @@ def test_every_group_survives_netcdf(make_posterior, tmp_path, weights):
     data = to_arviz(posterior, weights=weights, vocabulary="ACGT")
     data.to_netcdf(str(tmp_path / "posterior.nc"))
     back = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
-    expected = {"posterior", "sample_stats", "smc", "smc_history", "constant_data"}
+    expected = {"posterior", "sequences", "sample_stats", "smc", "smc_history", "constant_data"}
+    expected |= {"weighted_data"} if weights == "resample" else set()
     assert group_names(data) == group_names(back) == expected
     assert dict(back.attrs) == dict(data.attrs)
     for group in expected:
@@ -309,7 +310,7 @@ def test_arviz_1x_gets_a_data_tree(make_posterior):
 
     tree = to_arviz(make_posterior(), vocabulary="ACGT")
     assert isinstance(tree, xarray.DataTree)
-    assert float(arviz.ess(tree["posterior"], var_names=["x0"])["x0"].min()) > 0
+    assert float(arviz.ess(tree, group="sequences", var_names=["x0"])["x0"].min()) > 0
 
 
 def test_container_follows_the_installed_major(make_posterior, monkeypatch):
@@ -319,8 +320,71 @@ def test_container_follows_the_installed_major(make_posterior, monkeypatch):
     class Future:
         __version__ = "1.3.0"
 
-    monkeypatch.setattr(arviz_data, "_import_arviz", lambda: Future)
+    monkeypatch.setattr(arviz_layout, "import_arviz", lambda: Future)
     tree = to_arviz(make_posterior())
     assert isinstance(tree, xarray.DataTree)
-    assert set(tree.children) == {"posterior", "sample_stats", "smc", "smc_history"}
+    groups = {"posterior", "sequences", "weighted_data", "sample_stats", "smc", "smc_history"}
+    assert set(tree.children) == groups
     assert tree.attrs["target"].startswith(TARGET)
+
+
+def test_particles_keep_their_weights_beside_resampled_draws(make_posterior):
+    posterior = program_posterior(make_posterior, dead=[1])
+    data = to_arviz(posterior)
+    weighted, stats = dataset(data, "weighted_data"), dataset(data, "sample_stats")
+    np.testing.assert_array_equal(weighted["log_weight"], posterior.log_weights)
+    np.testing.assert_array_equal(weighted["gain"], posterior.samples["gain"])
+    assert weighted["x0"].dims == ("chain", "particle", "position")
+    # and a draw's number finds its particle there
+    gain = weighted["gain"].sel(chain=stats["chain"]).values
+    drawn = np.take_along_axis(gain, stats["particle"].values.astype(np.int64), 1)
+    np.testing.assert_array_equal(dataset(data, "posterior")["gain"], drawn)
+
+
+def test_sequences_may_be_asked_into_the_posterior(make_posterior):
+    posterior = program_posterior(make_posterior)
+    assert "x0" not in dataset(to_arviz(posterior), "posterior")
+    draws = dataset(to_arviz(posterior, tokens=True, weights="store"), "posterior")
+    np.testing.assert_array_equal(draws["x0"], posterior.x0)
+    assert {"x", "gain"} <= set(draws.data_vars)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        (torch.bfloat16, np.float32),
+        (torch.float16, np.float32),
+        (torch.uint8, np.int16),
+        (torch.uint16, np.int32),
+        (torch.uint32, np.int64),
+    ],
+)
+def test_types_that_netcdf_or_summaries_cannot_take_are_converted(make_posterior, kind, stored):
+    posterior = make_posterior()
+    level = torch.arange(120).reshape(3, 40).to(kind)
+    data = to_arviz(replace(posterior, samples={"level": level}), weights="store")
+    values = dataset(data, "posterior")["level"]
+    assert values.dtype == stored
+    np.testing.assert_array_equal(values, np.arange(120).reshape(3, 40))
+
+
+def test_plates_have_their_own_names(make_posterior):
+    posterior = make_posterior(plates=(2,))
+    samples = {"x": posterior.x0, "offset": torch.zeros(3, 40, 2, 5), "scale": torch.zeros(3, 40)}
+    plates = {"x": ("promoter",), "offset": ("promoter",)}
+    data = to_arviz(replace(posterior, samples=samples, plates=plates, is_program=True))
+    draws, sequences = dataset(data, "posterior"), dataset(data, "sequences")
+    assert draws["offset"].dims == ("chain", "draw", "promoter", "offset_dim_0")
+    assert draws["scale"].dims == ("chain", "draw")
+    for name in ("x0", "x"):
+        assert sequences[name].dims == ("chain", "draw", "promoter", "position")
+
+
+def test_plates_that_cannot_keep_their_name_are_renamed(make_posterior):
+    posterior = make_posterior()
+    samples = {"a": torch.zeros(3, 40, 4), "state": torch.zeros(3, 40, 2)}
+    plates = {"a": ("position",), "state": ("scope/rows",)}
+    data = to_arviz(replace(posterior, samples=samples, plates=plates))
+    draws = dataset(data, "posterior")
+    assert draws["a"].dims[2:] == ("position_plate",)
+    assert draws["state_site"].dims[2:] == ("scope.rows",)

@@ -1,0 +1,183 @@
+"""Programs run again on finished draws: element by element, without data, from a file."""
+
+import json
+import pickle
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from ppl_diffusion.diagnostics import summary, summary_table
+from ppl_diffusion.inference import SMC, ParticleGibbs, attach
+from ppl_diffusion.potentials import factor
+from ppl_diffusion.smc import Draws, GibbsPosterior, ParticlePosterior
+from ppl_diffusion.testing import toy_chain, toy_potential, z_score
+
+CHAIN = toy_chain(num_steps=3)
+OTHER = toy_chain(vocab_size=2, length=4, num_steps=2)
+Y = torch.tensor([1.0, 2.0, 1.5])
+SEEN = torch.tensor([True, False, True])
+GIBBS = {"num_particles": 4, "num_runs": 2, "num_samples": 5, "num_warmup": 2}
+
+
+def assay(y, seen=None):
+    gain = pyro.sample("gain", dist.LogNormal(0.0, 0.3))
+    with pyro.plate("promoter", 2):
+        x = pyro.deterministic("x", CHAIN.x0(pyro.sample("path", CHAIN)), event_dim=1)
+        factor("each", toy_potential(), x)
+    z = OTHER.x0(pyro.sample("other", OTHER))
+    pyro.factor("goal", z.sum(-1).float())
+    total = x.sum((-1, -2), keepdim=True)[..., 0].float()
+    mean = pyro.deterministic("mean", gain * total, event_dim=1)
+    with pyro.plate("replicate", 3):
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y, obs_mask=seen)
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seed=0)
+
+
+def test_groups_of_a_program(posterior):
+    data = posterior.to_arviz(
+        weights="store", log_likelihood=True, prior=7, posterior_predictive=True
+    )
+    np.testing.assert_array_equal(data.observed_data["y"], Y)
+    assert data.observed_data["y"].dims == ("replicate",)
+    lik = data.log_likelihood["y"]
+    assert lik.dims == ("chain", "draw", "replicate")
+    expected = dist.Normal(posterior.samples["mean"], 0.5).log_prob(Y)
+    np.testing.assert_allclose(lik, expected, rtol=1e-5)
+    gain = dist.LogNormal(0.0, 0.3).log_prob(posterior.samples["gain"])
+    np.testing.assert_allclose(data.log_prior["gain"], gain, rtol=1e-5)
+    assert data.log_factors["each"].dims == ("chain", "draw", "promoter")
+    each = toy_potential()(posterior.samples["x"])
+    np.testing.assert_allclose(data.log_factors["each"], each, rtol=1e-5)
+    # what each element adds is what the particles are weighed by
+    total = lik.sum("replicate") + data.log_factors["each"].sum("promoter")
+    total = total + data.log_factors["goal"]
+    np.testing.assert_allclose(total, posterior.log_potential, rtol=1e-5)
+    assert data.posterior_predictive["y"].dims == ("chain", "draw", "replicate")
+    assert data.prior["gain"].shape == (1, 7)
+    assert data.prior_sequences["x"].dims == ("chain", "draw", "promoter", "position")
+    assert data.prior_predictive["y"].shape == (1, 7, 3)
+
+
+def test_sites_have_the_dimensions_of_their_plates_and_chains(posterior):
+    data = posterior.to_arviz()
+    assert set(data.posterior.data_vars) == {"gain", "mean"}
+    assert data.sequences["x"].dims == ("chain", "draw", "promoter", "position")
+    assert data.sequences["x0"].dims == ("chain", "draw", "promoter", "position")
+    paths = {name: v.dims[2:] for name, v in data.smc_history.items() if name != "ancestor"}
+    assert paths["path"] == ("promoter", "state", "position")
+    assert paths["other"] == ("other_dim_0", "other_position")
+
+
+def test_predictions_are_draws_of_the_likelihood():
+    """4 standard errors of 2 x 4000 draws: false alarm 6e-5 for each of two numbers."""
+    posterior = SMC(assay, num_particles=4000, num_runs=2, twist=None).run(Y, seed=1)
+    data = posterior.to_arviz(weights="store", posterior_predictive=True, seed=3)
+    error = torch.as_tensor(data.posterior_predictive["y"].values) - posterior.samples["mean"]
+    assert abs(z_score(error[..., 0].flatten().double(), 0.0)) < 4
+    assert abs(z_score((error[..., 1] ** 2).flatten().double(), 0.25)) < 4
+    again = posterior.to_arviz(weights="store", posterior_predictive=True, seed=3)
+    assert again.posterior_predictive.equals(data.posterior_predictive)
+
+
+def test_what_nobody_saw_is_no_data():
+    posterior = SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seen=SEEN, seed=0)
+    data = posterior.to_arviz(weights="store", log_likelihood=True, posterior_predictive=True)
+    np.testing.assert_array_equal(data.observed_data["y_observed"], Y[SEEN])
+    expected = dist.Normal(posterior.samples["mean"], 0.5).log_prob(Y[SEEN])
+    np.testing.assert_allclose(data.log_likelihood["y_observed"], expected, rtol=1e-5)
+    assert data.posterior_predictive["y_observed"].shape == (2, 16, 2)
+    assert data.posterior["y"].dims == ("chain", "draw", "replicate")
+
+
+def test_particles_one_after_the_other_say_the_same(posterior):
+    one = SMC(assay, num_particles=16, num_runs=2, twist=None, vectorize_particles=False)
+    slow = one.run(Y, seed=0).to_arviz(log_likelihood=True, prior=3, posterior_predictive=True)
+    assert slow.log_likelihood["y"].dims == ("chain", "draw", "replicate")
+    assert slow.prior_predictive["y"].shape == (1, 3, 3)
+    assert slow.posterior_predictive["y"].shape == (2, 16, 3)
+
+
+def test_what_is_not_kept_is_said():
+    posterior = SMC(assay, num_particles=8, twist=None, store_path=False).run(Y, seed=0)
+    with pytest.raises(ValueError, match=r"do not hold its site 'other'; .*store_path=True"):
+        posterior.to_arviz(log_likelihood=True)
+    assert "observed_data" in posterior.to_arviz().groups()
+
+
+def test_data_beyond_the_law_are_said():
+    def loose():
+        x = CHAIN.x0(pyro.sample("path", CHAIN))
+        pyro.sample("y", dist.Normal(x.sum(-1).float(), 1.0), obs=torch.tensor([2.0, 1.0]))
+
+    posterior = SMC(loose, num_particles=8, vectorize_particles=False).run(seed=0)
+    with pytest.raises(ValueError, match=r"'y' of loose draws fewer values .* put it into a plate"):
+        posterior.to_arviz(posterior_predictive=True)
+
+
+# One surface, one file format.
+
+
+@pytest.fixture(scope="module")
+def chains():
+    return ParticleGibbs(assay, nuts={"max_tree_depth": 2}, **GIBBS).run(Y, seed=0)
+
+
+def test_chains_are_saved_and_loaded(chains, tmp_path):
+    chains.save(tmp_path / "run")
+    for loaded in (Draws.load(tmp_path / "run"), GibbsPosterior.load(tmp_path / "run")):
+        assert isinstance(loaded, GibbsPosterior)
+        assert loaded.law == chains.law
+        assert loaded.settings == chains.settings
+        assert loaded.plates == chains.plates
+        assert loaded.step_size == chains.step_size
+        for name, value in chains.samples.items():
+            assert torch.equal(loaded.samples[name], value), name
+        assert torch.equal(loaded.path, chains.path)
+        assert torch.equal(loaded.accept, chains.accept)
+    with pytest.raises(ValueError, match=r"holds a GibbsPosterior, not a ParticlePosterior: read"):
+        ParticlePosterior.load(tmp_path / "run")
+    known = attach(Draws.load(tmp_path / "run"), assay, Y)
+    here, there = (p.to_arviz(log_likelihood=True).log_likelihood for p in (chains, known))
+    assert here.equals(there)
+
+
+def test_one_loader_tells_which_it_is(posterior, tmp_path):
+    assert isinstance(Draws.load(posterior.save(tmp_path / "a")), ParticlePosterior)
+
+
+def test_chains_have_the_surface_of_particles(chains):
+    drawn = chains.resample(9)
+    assert torch.equal(drawn["gain"], chains.samples["gain"].flatten(0, 1)[drawn["index"]])
+    assert chains.resample(4, pooled=False)["x0"].shape == (2, 4, 2, 2)
+    torch.testing.assert_close(chains.weights.sum(-1), torch.ones(2).double())
+    torch.testing.assert_close(chains.pooled_log_weights.exp().sum(), torch.tensor(1.0).double())
+    assert {"path", "other", "gain", "mean", "x"} == set(chains.samples)
+    assert chains.to("cpu").x0.equal(chains.x0)
+    mean = chains.expectation(lambda s: s["gain"])
+    torch.testing.assert_close(mean, chains.samples["gain"].double().mean(1))
+    assert chains.to_arviz().smc_history["path"].dims[2:] == ("promoter", "state", "position")
+
+
+def test_chains_have_a_summary(chains):
+    facts = summary(chains)
+    json.dumps(facts, allow_nan=False)
+    assert facts["rhat_of"] in {"gain", "mean", "log_density"}
+    assert facts["ess_bulk"] > 0
+    assert (facts["num_runs"], facts["num_draws"]) == (2, 5)
+    assert summary_table(chains).row_count == len(facts)
+    short = {**GIBBS, "num_runs": 1, "num_samples": 2}
+    one = ParticleGibbs(CHAIN, toy_potential(), **short).run(seed=0)
+    assert summary(one)["rhat"] is None
+
+
+def test_a_pickle_does_without_the_program(posterior):
+    twin = pickle.loads(pickle.dumps(posterior))
+    assert twin.origin is None
+    assert torch.equal(twin.x0, posterior.x0)

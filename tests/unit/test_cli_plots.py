@@ -1,0 +1,87 @@
+"""A plot never decides whether a run is kept."""
+
+import sys
+
+import pytest
+import torch
+
+from ppl_diffusion import diagnostics
+from ppl_diffusion.cli import run
+from ppl_diffusion.models import MaskedDiffusion
+from ppl_diffusion.potentials import Potential
+from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
+from ppl_diffusion.testing import toy_markov_chain
+
+FILES = {"designs.csv", "designs.fasta", "particles", "plots", "posterior.nc", "summary.json"}
+
+
+def too_many_bins(*_, **__):
+    raise ValueError("Too many bins for data range.\nCannot create 30 finite-sized bins.")
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        program = MaskedDiffusion.build(list("ACGT"), 16, name="tiny", dim=8, depth=1, heads=1)
+    program.save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def design(prior, tmp_path, capsys):
+    def _design(*more):
+        out = tmp_path / "run"
+        asked = ["--particles", "8", "--runs", "2", "--steps", "4", "--gc", "0", "1", *more]
+        assert run(["design", prior, *asked, "--out", str(out)]) == 0
+        assert {path.name for path in out.iterdir()} == FILES
+        assert ParticlePosterior.load(out / "particles").num_particles == 8
+        told = capsys.readouterr().err.splitlines()
+        return out, [line for line in told if line.startswith("ppl-diffusion: ")]
+
+    return _design
+
+
+def test_a_plot_that_fails_is_one_sentence_and_the_run_is_whole(design, monkeypatch):
+    monkeypatch.setattr(diagnostics.plots, "plot_weights", too_many_bins)
+    out, told = design("--quiet")
+    assert told == [
+        "ppl-diffusion: The plot weights could not be drawn (ValueError: Too many bins for data "
+        "range. Cannot create 30 finite-sized bins.). Every other file of the run was written."
+    ]
+    names = {path.stem for path in (out / "plots").iterdir()}
+    assert names == {"ess", "evidence", "ancestry", "token_entropy"}
+
+
+def test_a_design_needs_no_matplotlib(design, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out, (told,) = design()
+    assert "The plots ess, evidence, weights, ancestry, token_entropy could not be drawn" in told
+    assert not list((out / "plots").iterdir())
+
+
+def test_a_picture_that_fails_halfway_leaves_no_file(design, monkeypatch):
+    def stub(posterior, *, ax):
+        ax.figure.savefig = lambda place, **_: (place.write_text("half"), too_many_bins())
+
+    for name in ("ess", "evidence", "weights", "ancestry"):
+        monkeypatch.setattr(diagnostics.plots, f"plot_{name}", stub)
+    out, (told,) = design()
+    assert "The plots ess, evidence, weights, ancestry could not be drawn" in told
+    assert [path.name for path in (out / "plots").iterdir()] == ["token_entropy.png"]
+
+
+def test_diagnose_draws_what_it_can(tmp_path, monkeypatch, capsys):
+    model = FeynmanKac(toy_markov_chain("uniform"), Potential(lambda x0: x0.sum(-1) / 4))
+    folder = run_smc(model, 8, 2).save(tmp_path / "run")
+    asked = ["diagnose", str(folder), "--plots", str(tmp_path / "plots")]
+    monkeypatch.setattr(diagnostics.plots, "plot_weights", too_many_bins)
+    assert run(asked) == 0
+    assert "The plot weights could not be drawn" in capsys.readouterr().err
+    assert len(list((tmp_path / "plots").iterdir())) == 4
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run([*asked[:-1], str(tmp_path / "none")]) == 1
+    assert "could not be drawn" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert run([*asked[:-1], str(tmp_path / "file")]) == 2
