@@ -110,7 +110,7 @@ def _cost(result: Result) -> None:
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["effective root ancestors per run", _range((min(roots), max(roots)))],
         ["distinct designs", summary["unique"]],
-        ["root ancestors", _roots(summary)],
+        ["root ancestors, all runs", sum(summary["root_ancestors"])],
         ["nearest neighbour", _nearest(summary["collapse"])],
         ["network rows evaluated", summary["evaluations"]],
         ["potential calls", summary["potential_calls"]],
@@ -131,12 +131,6 @@ def warnings(verdicts: Iterable[Verdict]) -> None:
     """Print what is wrong with a result, a line each."""
     for verdict in verdicts:
         print(f"{_SAID[verdict.level]}: {verdict}")
-
-
-def _roots(summary: Mapping[str, Any]) -> str:
-    effective = [each for each in summary["collapse"]["ancestors"] if each is not None]
-    each = ", ".join(f"{value:.1f}" for value in effective)
-    return f"{sum(summary['root_ancestors'])} (effective per run: {each})"
 
 
 def _nearest(collapse: Mapping[str, Any]) -> str:
