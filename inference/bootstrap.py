@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import Kernel
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, held_proposal, register
 from ppl_diffusion.programs.sites import ChainSite
@@ -76,6 +77,10 @@ class LookingAhead(Method):
         ended = run.final(state)
         return ended, ended["log_g"]
 
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead by completions."""
+        return run.ahead(state) if isinstance(self.twist, FillTwist) else None
+
     def settings(self, run: Bound) -> dict[str, Any]:
         """Return what was chosen; a twisted site brings its own proposal."""
         own = [type(site.twist).__name__ for site in run.source.chains if site.twist is not None]
@@ -115,6 +120,11 @@ class Bootstrap(LookingAhead):
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead where it is due."""
-        if self.twist is None or group % self.twist_every:
-            return None
-        return self.rate(run, state, generator)
+        return self.rate(run, state, generator) if self._is_due(group) else None
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead where it was made just now."""
+        return super().ahead(run, state, group) if self._is_due(group) else None
+
+    def _is_due(self, group: int) -> bool:
+        return self.twist is not None and not group % self.twist_every

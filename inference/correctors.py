@@ -33,6 +33,7 @@ from ppl_diffusion.inference.lockstep import LockstepMover, SiteRule, as_site_ru
 from ppl_diffusion.inference.path_power import PathPowerMover, RateMover
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials.base import Potential
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover
 from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.schedule import Item
@@ -211,6 +212,10 @@ class Corrector(LookingAhead):
         if self.twist is None or not run.source.law.tilts:
             return None
         return self.rate(run, state, generator)
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead, where there is a potential to look at."""
+        return super().ahead(run, state, group) if run.source.law.tilts else None
 
     def law(self, run: Bound) -> Law:
         """Return the product of experts, tilted."""

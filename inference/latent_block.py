@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.sites import is_deterministic
+from ppl_diffusion.programs.tracking import ProperFills
 
 
 class LatentBlock:
@@ -43,7 +44,7 @@ class LatentBlock:
         dependent = {n for n in program.chain_names if program.ancestors(n) & set(program.latents)}
 
         def model(*args: Any, **kwargs: Any) -> None:
-            with _GivenChains(self.paths, dependent):
+            with ProperFills(), _GivenChains(self.paths, dependent, program.unread):
                 program.model(*args, **kwargs)
 
         self.kernel = NUTS(model, **{"max_tree_depth": 6, **options})
@@ -76,14 +77,20 @@ class LatentBlock:
 
 
 class _GivenChains(Messenger):
-    """Observe the chains' paths, and take the density of those that no latent enters out."""
+    """Observe the chains' paths, and hide what the latents need not know.
 
-    def __init__(self, paths: Mapping[str, Tensor], dependent: set[str]) -> None:
+    That is the density of chains that no latent enters, and latents that nothing reads.
+    """
+
+    def __init__(
+        self, paths: Mapping[str, Tensor], dependent: set[str], unread: Collection[str]
+    ) -> None:
         super().__init__()
-        self.paths, self.dependent = paths, dependent
+        self.paths, self.dependent, self.unread = paths, dependent, unread
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
+        msg["stop"] = msg["stop"] or name in self.unread  # whatever is drawn there tells nothing
         if name not in self.paths:
             return
         msg["value"], msg["is_observed"] = self.paths[name], True
@@ -96,7 +103,8 @@ def require_continuous(program: Program) -> None:
     for site in program.trace({}).nodes.values():
         if site["type"] != "sample" or site["is_observed"] or is_deterministic(site):
             continue
-        if site["name"] in program.latents and getattr(site["fn"].support, "is_discrete", False):
+        moved = set(program.latents) - program.unread
+        if site["name"] in moved and getattr(site["fn"].support, "is_discrete", False):
             raise CapabilityError(
                 f"ParticleGibbs: the latent {site['name']!r} of {program.name} is discrete, which "
                 "NUTS cannot move; sum it out, or use ppl_diffusion.inference.SMC."

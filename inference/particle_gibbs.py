@@ -32,8 +32,8 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse
 from ppl_diffusion.inference.arguments import require_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
+from ppl_diffusion.inference.engine import Engine
 from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
-from ppl_diffusion.inference.smc import Engine
 from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.potentials import factor
 from ppl_diffusion.potentials.failures import watch_failures
@@ -229,6 +229,11 @@ class GibbsSampler:
                 )
 
     @property
+    def latents(self) -> list[str]:
+        """Latents that are moved; what nothing reads is drawn for every draw that is kept."""
+        return [name for name in self.program.latents if name not in self.program.unread]
+
+    @property
     def num_potential_calls(self) -> int:
         """Particles the program was evaluated for so far."""
         return self.source.num_calls
@@ -239,7 +244,7 @@ class GibbsSampler:
         traces = [poutine.trace(self._prior_program).get_trace() for _ in range(runs)]
         latents = {
             name: torch.stack([trace.nodes[name]["value"].detach() for trace in traces])
-            for name in self.program.latents
+            for name in self.latents
         }
         empty = torch.zeros(runs, 0, dtype=torch.float64, device="cpu")
         paths, trace = self._first_paths(latents)
@@ -269,7 +274,7 @@ class GibbsSampler:
 
     def update_latents(self, state: GibbsState) -> GibbsState:
         """Return the state after NUTS transitions of the continuous latents, given the paths."""
-        if not self.program.latents:
+        if not self.latents:
             return state
         options = self.options
         if self._nuts is None:
@@ -301,7 +306,7 @@ class GibbsSampler:
     ) -> GibbsPosterior:
         """Return draws as a posterior, with all sites of the program."""
         paths = {n: torch.stack([s.paths[n] for s in draws], 1) for n in self.sites}
-        latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.program.latents}
+        latents = {n: torch.stack([s.latents[n] for s in draws], 1) for n in self.latents}
         samples, log_density = self._values(paths, latents)
         first, site = next(iter(paths.values())), next(iter(self.sites.values()))
         is_program, replay = self.options.is_program, Replay(self.program)

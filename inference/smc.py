@@ -17,16 +17,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.inference.correctors import Corrector
+from ppl_diffusion.inference.engine import Engine, MovingEngine
+from ppl_diffusion.inference.latent_run import LatentRun, latent_run
+from ppl_diffusion.inference.scout import LatentMover, LatentMoves
 from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
@@ -34,14 +36,7 @@ from ppl_diffusion.programs.method import Method, can_hold, methods
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
-from ppl_diffusion.programs.sources import (
-    Moved,
-    PotentialLike,
-    ProgramSource,
-    Rng,
-    Source,
-    State,
-)
+from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, Source, State
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
@@ -75,6 +70,9 @@ class SMC:
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
         which any program survives.
+    :param moves: how latents that were drawn before the sequences are renewed, which resampling
+        only copies: ``"auto"`` (by :class:`LatentMoves` as they come), options, or None for not at
+        all. Where the method is given by name and has ``moves`` of paths, these may be given here.
     :param num_sentinels: draws beside the run that are never resampled (64 do): they see what the
         look-ahead costs where the run cannot, for the verdict ``lookahead``.
     :param progress: called with ``(steps done, steps in all)``.
@@ -102,11 +100,15 @@ class SMC:
         store_path: bool = True,
         max_rows: int | None = 4096,
         vectorize_particles: bool = True,
+        moves: LatentMoves | Literal["auto"] | None = "auto",
         num_sentinels: int = 0,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
         composed = isinstance(model, Composition)
+        if not (moves is None or moves == "auto" or isinstance(moves, LatentMoves)):
+            options["moves"], moves = moves, "auto"  # path moves: an option of some methods
+        self.moves = LatentMoves() if moves == "auto" else moves
         self.method = as_method(method, Corrector if composed else Bootstrap, options)
         takes_nothing = composed or getattr(self.method, "compose", None) is not None
         require_target(self.owner, model, potential, takes_nothing)
@@ -114,8 +116,8 @@ class SMC:
         self.model, self.potential = model, potential
         self.num_particles, self.num_runs = num_particles, num_runs
         self.asked = self.method.ess_threshold if ess_threshold is None else ess_threshold
-        scheme = as_resampler(resampler)
-        self.resampler, self.ess_threshold = self.method.resampling(scheme, self.asked)
+        self.scheme = as_resampler(resampler)
+        self.resampler, self.ess_threshold = self.method.resampling(self.scheme, self.asked)
         self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
         self.plan = as_plan(schedule)
         self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
@@ -143,22 +145,12 @@ class SMC:
         started = time.perf_counter()
         with torch.no_grad(), seeded(seed), watch_failures() as failures:
             run = self.bind(args, kwargs)
-            engine = Engine(self.method, run, self.store_path)
-            trace = smc_loop(
-                engine,
-                self.method.num_steps(run),
-                self.num_particles,
-                self.num_runs,
-                self.resampler,
-                self.ess_threshold,
-                None,
-                record=run.record if self._records else None,
-                progress=self.progress,
-            )
+            moves = self._latent_moves(run)
+            trace = self._trace(run, moves.mover, self.progress)
             trace = self.method.end(run, trace)
             watched = self._sentinels(run) if self.num_sentinels else {}
-            found = {**failures.settings(), **watched}
-            posterior = self._posterior(run, trace, found, seed, started)
+            found = {**moves.settings(run), **failures.settings(), **watched}
+            posterior = self._posterior(run, trace, moves, found, seed, started)
         return self.method.finish(posterior)
 
     def _sentinels(self, run: Bound) -> dict[str, Any]:
@@ -172,6 +164,31 @@ class SMC:
     @property
     def _records(self) -> bool:
         return (self.store_path or self.method.needs_paths) and not self.method.keeps_paths
+
+    def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
+        options = (self.method, run, self.store_path)
+        engine = Engine(*options) if mover is None else MovingEngine(*options, mover)
+        trace = smc_loop(
+            engine,
+            self.method.num_steps(run),
+            run.shape[1],
+            run.shape[0],
+            self.resampler,
+            self.ess_threshold,
+            None,
+            record=run.record if self._records else None,
+            progress=progress,
+        )
+        if isinstance(engine, MovingEngine):
+            engine.finish(trace, self.scheme, self.ess_threshold)
+        return trace
+
+    def _latent_moves(self, run: Bound) -> LatentRun:
+        """Return how latents move, found out by a scout run where that is asked for."""
+        return latent_run(self.moves, self.method, run, self.resampler, self._scout)
+
+    def _scout(self, run: Bound, mover: LatentMover) -> None:
+        self._trace(run, mover, None)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.
@@ -211,6 +228,7 @@ class SMC:
         self,
         run: Bound,
         trace: SMCTrace,
+        moves: LatentRun,
         found: dict[str, Any],
         seed: int | None,
         started: float,
@@ -237,7 +255,7 @@ class SMC:
             times=self.method.times(run),
             samples=samples,
             num_evaluations=run.num_evaluations,
-            num_potential_calls=self.method.num_calls(run),
+            num_potential_calls=self.method.num_calls(run) - moves.num_rows,
             law=law,
             settings={
                 "method": self.method.name,
@@ -252,6 +270,9 @@ class SMC:
             seconds=time.perf_counter() - started,
             is_program=run.source.is_program,
             **_origin(run),
+            num_move_rows=moves.num_rows,
+            num_move_gradients=moves.num_gradients,
+            num_scout_rows=moves.num_scout_rows,
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
@@ -263,35 +284,6 @@ def _origin(run: Bound) -> dict[str, Any]:
         return {}
     replay = Replay(run.program)
     return {"origin": replay, "plates": replay.plates}
-
-
-class Engine:
-    """A method over bound states, as the SMC loop sees it."""
-
-    def __init__(self, method: Method, run: Bound, store_path: bool) -> None:
-        self.method, self.run, self.store_path = method, run, store_path
-        self.gather = run.gather
-
-    def init(self, runs: int, particles: int, generator: Rng) -> State:
-        return self.method.begin(self.run, generator)
-
-    def move(self, carry: State, k: int, generator: Rng) -> Moved:
-        return self.method.move(self.run, carry, k, generator)
-
-    def log_twist(self, carry: State, k: int, generator: Rng) -> Tensor | None:
-        return self.method.look(self.run, carry, k, generator)
-
-    def close(
-        self, carry: State, generator: Any, recorded: Callable[[], dict[str, Tensor]]
-    ) -> tuple[State, Tensor]:
-        if "log_g" not in carry:  # some methods had to rate the ends before they chose
-            paths = None
-            program = self.run.program
-            if self.store_path and program is not None and program.reads | program.shows:
-                paths = self.run.own_paths(carry, recorded())
-                paths = {name: path.to(torch.int64) for name, path in paths.items()}
-            carry = self.run.final(carry, paths)
-        return carry, self.method.pay(self.run, carry)
 
 
 def as_method(

@@ -29,6 +29,7 @@ from torch import Tensor
 from ppl_diffusion.inference.biased import equal_weights
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, register
 from ppl_diffusion.programs.sources import Moved, Rng, Source, State
@@ -179,6 +180,14 @@ class SoftValueGuidance(LookingAhead):
         """Return the value of each lineage; without weights nothing counts."""
         log_h: Tensor = state[LOG_H]
         return log_h if self.weighted else None
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the value of each lineage: that of the child that was chosen."""
+        return super().ahead(run, state, group) if group else None
+
+    def renewed(self, state: State, log_h: Tensor) -> State:
+        """Return lineages of another value."""
+        return {**state, LOG_H: log_h}
 
     def pay(self, run: Bound, state: State) -> Tensor:
         """Return the value of the last chosen child; without weights only what is forbidden."""

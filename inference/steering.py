@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.inference.bootstrap import LookingAhead
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, register
 from ppl_diffusion.programs.sources import Moved, Rng, Source, State
@@ -128,6 +129,15 @@ class FKSteering(LookingAhead):
         """Return the log of the product of potentials so far."""
         log_h: Tensor = state[LOG_H]
         return log_h
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead of a difference; other kinds keep scores of latents of the past."""
+        fresh = self.kind == "difference" and group in run.notes["scored"]
+        return super().ahead(run, state, group) if fresh else None
+
+    def renewed(self, state: State, log_h: Tensor) -> State:
+        """Return states with another score."""
+        return {**state, RUNNING: log_h, LOG_H: log_h}
 
     def pay(self, run: Bound, state: State) -> Tensor:
         """Close by ``log G(x0)``, or as published."""

@@ -27,6 +27,7 @@ from ppl_diffusion.inference.arguments import require_moves
 from ppl_diffusion.inference.path_moves import checked_moves, moved, side_by_side, small_type
 from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.processes.noise import uniforms
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, Needs, register
 from ppl_diffusion.programs.sources import Moved, Rng, State
@@ -136,6 +137,12 @@ class Tempering(Method):
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the log of the potential to the power of the stage."""
         return tilt(state["log_g"], run.notes["powers"][group])
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the potential to the power of the stage; at power 0 latents are fresh draws."""
+        power = run.notes["powers"][group]
+        moved = power > 0 and run.program is not None
+        return run.ends(state, power) if moved else None
 
     def _chains(self, run: Bound, state: State, power: float, generator: Rng) -> State:
         """Move every particle, or make each resampled one the head of a waste-free chain."""

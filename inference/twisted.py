@@ -39,6 +39,7 @@ from ppl_diffusion.kernels import RevealStep
 from ppl_diffusion.kernels.base import ORDERED
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, based, register
 from ppl_diffusion.programs.schedule import Item
@@ -62,6 +63,8 @@ FLOOR = 0.5
 """Floor of the default look-ahead: proposals that follow it need more of one than weights do."""
 
 GUESS, LOG_H = "twisted/guess", "twisted/log_h"
+BEHIND, MADE = "twisted/behind", "twisted/made"
+"""The completions behind the twist that is carried, and how many moves were made by then."""
 
 ProposalLike = Literal["clamped", "reweighted"] | Proposal
 
@@ -210,7 +213,7 @@ class TwistedSampler(Method):
 
     def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Nobody has looked ahead yet."""
-        return {**state, GUESS: None, LOG_H: None}
+        return {**state, GUESS: None, LOG_H: None, BEHIND: None, MADE: 0}
 
     def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move, and look ahead from the children where their parents did not."""
@@ -268,13 +271,16 @@ class TwistedSampler(Method):
         if self.surprise:
             return moved, log_ratio
         alone = positions.shape[-1] == 1
-        if alone and (not run.source.is_program or tokens.ndim == 3):
+        one = alone and (not run.source.is_program or tokens.ndim == 3)
+        if not one or run.levels is not None:
+            guess = lookahead.moved(guess, item.site, tokens, tokens != step.tokens)
+        if one:
             log_h = ahead.gather(-1, chosen)[..., 0, 0]
         else:  # several positions at once: the parent's guess with all of them in place
-            changed = tokens != step.tokens
-            guess = lookahead.moved(guess, item.site, tokens, changed)
             log_h = run.defended(based(moved, log_ratio), lookahead.score(moved, guess))
-        return {**moved, LOG_H: log_h}, log_ratio
+        # The end itself is no look-ahead, and a token nobody asked about has its parent's.
+        known = not last and (not one or self.top is None)
+        return self._looked(run, moved, log_h, guess if known else None), log_ratio
 
     # Both choices are methods, so that a conditional run can hold one particle to a path.
 
@@ -342,7 +348,22 @@ class TwistedSampler(Method):
         """Return states with a new guess and its score."""
         guess = self._guess(run, moved, generator)
         score = run.notes["lookahead"].score(moved, guess)
-        return {**moved, GUESS: guess, LOG_H: run.defended(moved, score)}
+        looked = self._looked(run, moved, run.defended(moved, score), guess)
+        return {**looked, GUESS: guess}
+
+    def _looked(self, run: Bound, moved: State, log_h: Tensor, guess: Any) -> State:
+        """Return states with a twist, and what is behind it where latents may move."""
+        kept = guess if run.levels is not None and isinstance(guess, dict) else None
+        return {**moved, LOG_H: log_h, BEHIND: kept, MADE: run.moves_made(moved)}
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead by the completions behind the twist."""
+        fills = state[BEHIND]
+        return None if fills is None else run.ahead(state, fills, state[MADE])
+
+    def renewed(self, state: State, log_h: Tensor) -> State:
+        """Return states with another twist."""
+        return {**state, LOG_H: log_h}
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return ``log h``: constant at the start."""

@@ -29,6 +29,7 @@ __all__ = [
     "models",
     "potentials",
     "processes",
+    "programs",
     "smc",
     "testing",
 ]
@@ -43,8 +44,13 @@ if TYPE_CHECKING:
     from ppl_diffusion import kernels as kernels
     from ppl_diffusion import potentials as potentials
     from ppl_diffusion import processes as processes
+    from ppl_diffusion import programs as programs
     from ppl_diffusion import smc as smc
     from ppl_diffusion import testing as testing
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -21,6 +21,13 @@ class Denoiser(Protocol):
     ``time_free`` promises that the output does not depend on ``t``, so that it may be reused
     while no token changed.
 
+    ``t`` is a number or a tensor of one time *per row*, ``(*batch,)``: masked chains ask about
+    states that are differently far revealed at once. Each row is predicted at its own time,
+    ``torch.as_tensor(t).expand(tokens.shape[:-1])`` gives it to every row either way. A denoiser
+    that reduced the times to one number would have the right shape and a wrong law: particle
+    methods refuse it (:mod:`ppl_diffusion.denoisers.times`), sampling a chain alone would not see
+    it, and :class:`ppl_diffusion.testing.DenoiserContract` finds it before either.
+
     ``conditions`` (optional) names what the output depends on besides states and time, with the
     number of event dimensions of each: ``{"label": 0, "vector": 1}``. The denoiser is then called
     as ``denoiser(tokens, t, label=..., vector=...)``, each ``(*batch, *event)``, and so is its
@@ -45,7 +52,7 @@ class Denoiser(Protocol):
         """Return log-probabilities, shape ``(*batch, L, V)``.
 
         :param tokens: states, int64 ``(*batch, L)``; the mask has id ``V``.
-        :param t: time in ``[0, 1]``.
+        :param t: time in ``[0, 1]``, a number or one per row, ``(*batch,)``.
         :param given: values of the conditions, if there are any.
         """
         ...

@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.base import Denoiser, Wrapper
 from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.prediction import prefers_head
+from ppl_diffusion.denoisers.times import require_time_per_row
 from ppl_diffusion.rows import RowTable, distinct_rows
 
 
@@ -103,6 +104,7 @@ class EvaluatedDenoiser(Wrapper):
         rows = Rows.of(tokens, given)
         self.rows_requested += len(rows.tokens) * self._network_rows
         if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
+            require_time_per_row(self.denoiser, tokens, t, given)
             return self._evaluate(rows, t.expand(tokens.shape[:-1]).reshape(-1)).reshape(
                 *tokens.shape, -1
             )

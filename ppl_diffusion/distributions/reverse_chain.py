@@ -103,7 +103,14 @@ class ReverseChain(TorchDistribution):
 
         :param path: ``(*batch, T + 1, L)``.
         :returns: ``(*batch, L)``.
+        :raises ValueError: if it is no path.
         """
+        if path.shape[-2:] != self.event_shape:
+            raise ValueError(
+                f"x0: expected a path (*batch, {self.num_steps + 1}, {self.length}), got shape "
+                f"{tuple(path.shape)}; a chain is conditioned on tokens of its clean sequence by "
+                "ppl_diffusion.handlers.clamp."
+            )
         return path[..., -1, :]
 
     def marginal(self) -> ChainMarginal:

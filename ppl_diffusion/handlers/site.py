@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.distributions.memo import remember
 from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.handlers.conditioned import clean_sequence_of, overwritten, refuse_condition
 from ppl_diffusion.handlers.held import ClampProposal, joined
 from ppl_diffusion.handlers.steering import Draw, Steering
 from ppl_diffusion.smc import Proposal
@@ -160,6 +161,7 @@ class SiteMessenger(Messenger):
         self.handler, self.exchange = handler, exchange
         self.sites, self.advice = sites, advice
         self._met = 0
+        self._chains: dict[str, tuple[ReverseChain, Tensor]] = {}
 
     def on(self, fn: Callable[..., Any] | None) -> Any:
         """Return the handled program, or this context manager where there is none."""
@@ -176,8 +178,17 @@ class SiteMessenger(Messenger):
             msg["fn"] = found
             self._met += 1
 
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], ProposedChain):
+            self._chains[msg["name"]] = msg["fn"].chain, msg["value"]
+        # Without densities (Predictive) a condition is a value for what comes after it.
+        computed = None if msg["mask"] is False else overwritten(msg)
+        if computed is not None and (chain := clean_sequence_of(computed, self._chains)):
+            length = self._chains[chain][0].length
+            raise refuse_condition(self.handler, msg["name"], chain, length)
+
     def __exit__(self, *exc: Any) -> Any:
-        met, self._met = self._met, 0
+        met, self._met, self._chains = self._met, 0, {}
         handled = super().__exit__(*exc)  # first of all leave Pyro's handler stack
         if met == 0 and exc[0] is None:
             wanted = "" if self.sites is None else f" named {sorted(self.sites)}"

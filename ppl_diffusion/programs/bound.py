@@ -18,13 +18,16 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels.base import Carry, Kernel
+from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
+from ppl_diffusion.smc.rejuvenation import tilt
 from ppl_diffusion.smc.twists import (
     LOG_BASE,
     FillTwist,
+    SampledFill,
     floored,
     log_mean_exp,
     mean_lookahead,
@@ -79,6 +82,8 @@ class Bound:
         self.openings = self._openings()
         self.notes: dict[str, Any] = {}
         """What a method wants to remember of the run itself."""
+        self.levels: Levels | None = None
+        """What look-aheads are tempered by and floored at where latents move."""
         if isinstance(self.source, ProgramSource):
             self.source.place = self.place
 
@@ -293,14 +298,93 @@ class Bound:
         :param log_f: look-aheads ``(R, N)``, or of children, ``(R, N, ..., s)``.
         :param log_law: log-probabilities of the children, where they are such.
         """
-        floor = self.fill.floor
-        if not floor:
+        if not self.fill.floor and self.levels is None:
             return log_f
-        each = log_f if log_law is None else torch.logsumexp(log_law + log_f, -1, keepdim=True)
-        log_c = mean_lookahead(each, state[LOG_BASE])
-        if not self.normalised:
-            log_c = log_c - mean_lookahead(torch.zeros_like(each), state[LOG_BASE])
-        return floored(log_f, log_c, floor)
+        made = self.moves_made(state) + (log_law is not None)
+        raised, each = log_f * self._power(made), log_f * self._power(made)
+        if log_law is not None:
+            each = torch.logsumexp(log_law + raised, -1, keepdim=True)
+
+        def found() -> Tensor:
+            log_c = mean_lookahead(each, state[LOG_BASE])
+            if self.normalised:
+                return log_c
+            return log_c - mean_lookahead(torch.zeros_like(each), state[LOG_BASE])
+
+        if self.levels is None:
+            return floored(raised, found(), self.fill.floor)
+        log_c = self.levels.constant(made, found)
+        return self._floored(raised, log_c)
+
+    def _floored(self, raised: Tensor, log_c: Tensor) -> Tensor:
+        """Return look-aheads over one floor for all of a run's particles."""
+        level = log_c.to(raised.device).reshape(len(log_c), *[1] * (raised.ndim - 1))
+        return floored(raised, level, self.fill.floor) if self.fill.floor else raised
+
+    @staticmethod
+    def moves_made(state: State) -> int:
+        """Return how many moves of single sites were made so far."""
+        return sum(state["done"].values())
+
+    def _power(self, made: int) -> float:
+        if self.levels is None:
+            return 1.0
+        share, before = 0.0, 0
+        for group in self.groups:
+            share += min(max(made - before, 0), len(group)) / len(group)
+            before += len(group)
+        return self.levels.power(share, len(self.groups))
+
+    # Looking ahead with other latents.
+
+    def ahead(
+        self, state: State, fills: Mapping[str, Tensor] | None = None, made: int | None = None
+    ) -> Ahead | None:
+        """Return the look-ahead of states as a function of their latents; None if it is none.
+
+        :param fills: the completions behind the carried twist; None makes them again, which is
+            possible where they are a function of the state.
+        :param made: moves that were made when it was computed; None takes those made so far.
+        """
+        source, twist = self.source, self.fill
+        if not isinstance(source, ProgramSource) or source.is_hinted:
+            return None
+        if fills is None and isinstance(twist, SampledFill):  # nobody has kept their noise
+            return None
+        at = self.moves_made(state) if made is None else made
+
+        def rate(kept: State, latents: Mapping[str, Tensor]) -> Rated:
+            log_joint, log_r = source.joint(kept, latents)
+            raised = (log_mean_exp(log_joint, 2) - log_r) * self._power(at)
+            if self.levels is None:
+                return Rated(raised, log_r, {})
+            known = self.levels.log_c.get(at)
+            return Rated(raised if known is None else self._floored(raised, known), log_r, {})
+
+        drawn = len(state["latents"]) == len(source.program.latents)
+        begun = len(state["sites"]) == len(self.sites)
+        known = dict(self.guess(state, None) if fills is None else fills)
+        return Ahead(known, rate, smooth=drawn and begun)
+
+    def ends(
+        self, state: State, power: float = 1.0, paths: Mapping[str, Tensor] | None = None
+    ) -> Ahead:
+        """Return the potential of finished states, to a power, as a function of their latents.
+
+        :param power: the power.
+        :param paths: whole paths of every site, where they are kept.
+        """
+        source = self.source
+        assert isinstance(source, ProgramSource)
+        kept = {"sites": state["sites"], "paths": dict(paths or {})}
+
+        def rate(kept: State, latents: Mapping[str, Tensor]) -> Rated:
+            here = {"sites": kept["sites"], "latents": dict(latents)}
+            log_joint, log_r, values = source.ends(here, kept["paths"] or None, strict=False)
+            log_g = log_joint - log_r
+            return Rated(tilt(log_g, power), log_r, {"log_g": log_g, "values": values})
+
+        return Ahead(kept, rate, smooth=not source.program.redrawn)
 
     def final(self, state: State, paths: Mapping[str, Tensor] | None = None) -> State:
         """Return finished states that know ``log_g`` and the values of all sites (``values``).

@@ -30,6 +30,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
+from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
@@ -163,6 +164,22 @@ class Method(ABC):
         :param group: groups made so far; not called when all are.
         """
         return None
+
+    def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
+        """Return the look-ahead that particles carry, as a function of their latents.
+
+        :param group: groups made so far; not called when all are.
+        :returns: None where it does not depend on the latents, or was made at another state:
+            latents are not moved then.
+        """
+        return None
+
+    def renewed(self, state: State, log_h: Tensor) -> State:
+        """Return states that carry another look-ahead, which replaces what their slots hold.
+
+        :param log_h: the look-ahead after latents were moved, ``(R, N)``.
+        """
+        return state
 
     def pay(self, run: Bound, state: State) -> Tensor:
         """Return the log of what finished particles are weighed by in the end, ``(R, N)``.

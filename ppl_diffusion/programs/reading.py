@@ -12,6 +12,7 @@ latents. Two of the rows are run alone, too: do particles see each other?
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -26,12 +27,14 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
+from ppl_diffusion.handlers.conditioned import require_unconditioned
 from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
     DataSite,
     chain_of,
     chain_site,
+    data_of,
     depth,
     is_chain,
     is_data,
@@ -40,7 +43,14 @@ from ppl_diffusion.programs.sites import (
     plate_names,
     program_name,
 )
-from ppl_diffusion.programs.tracking import GivenSites, Place, SameRows, Tracking
+from ppl_diffusion.programs.tracking import (
+    GivenSites,
+    Place,
+    ProperFills,
+    SameRows,
+    Tracking,
+    is_bounded_by_others,
+)
 
 NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 2, 8, 16
 """Rows of the check: histories per chain, other sequences, other latents."""
@@ -61,11 +71,13 @@ class Program:
     :ivar chains: its chain sites, in program order.
     :ivar latents: names of its other latents, in program order.
     :ivar parents: chains and latents that each chain and latent depends on directly.
+    :ivar bounded: latents whose support depends on other sites.
     :ivar observed: values of the observed sites, the data.
     :ivar data: observed sites that are no factors.
     :ivar plates: the plates of each site's batch dimensions, left to right; "" for none.
     :ivar reads: chain sites of which a density reads more than the clean sequence.
     :ivar shows: deterministic sites whose values read more than that.
+    :ivar unread: latents that no chain and no density but their own reads: predictions.
     :ivar num_rows: particles the program was evaluated for so far, those of the reading included.
     :ivar num_runs: how often the model was run.
     """
@@ -89,13 +101,17 @@ class Program:
                 "(no to_event), for instance pyro.sample('path', prior.chain(num_steps=64))."
             )
         self._require_unscaled(sites)
+        chains = {
+            site["name"]: (chain_of(site["fn"]), site["value"]) for site in sites if is_chain(site)
+        }
+        require_unconditioned(f"{owner}: in {self.name}", sites, chains)
         self.shapes = {s["name"]: torch.Size(getattr(s["value"], "shape", ())) for s in sites}
         self.ranks = {s["name"]: len(s["fn"].batch_shape) for s in sites}
         self.nesting = max(map(depth, sites))
         self.plates = {s["name"]: plate_names(s) for s in sites}
         drawn = [s for s in sites if not s["is_observed"] and not is_deterministic(s)]
         data = [s for s in sites if s["is_observed"] and not is_deterministic(s)]
-        self.observed = [s["value"] for s in data]
+        self.observed = [part for site in data for part in data_of(site)]
         self.order = [s["name"] for s in drawn]
         self.latents = [s["name"] for s in drawn if not is_chain(s)]
         self.parents = {
@@ -103,10 +119,14 @@ class Program:
             & set(self.order) - {s["name"]}
             for s in drawn
         }
+        self._followed = set(dependencies)
+        self._scored_parents = {s["name"]: set(dependencies.get(s["name"], ())) for s in data}
+        self.bounded = {s["name"] for s in drawn if is_bounded_by_others(s["fn"])}
         self.density_shapes: dict[str, torch.Size] = {}
         self.data: list[DataSite] = []
         self.reads: frozenset[str] = frozenset()
         self.shows: frozenset[str] = frozenset()
+        self.unread: frozenset[str] = frozenset()
         self._check(sites)
 
     @property
@@ -163,28 +183,48 @@ class Program:
         """Latents that particles inherit: drawn before a chain moves, or between two chains."""
         # What a chain reads must travel with the particle: drawn anew it would be another's.
         feeding = {a for chain in self.chain_names for a in self.ancestors(chain)}
-        return [name for name in self.latents if name in feeding or not self.above(name)]
+        kept = [name for name in self.latents if name in feeding or not self.above(name)]
+        return [name for name in kept if name not in self.unread]
+
+    @property
+    def feeding(self) -> set[str]:
+        """Latents that the law of a chain depends on."""
+        return {a for chain in self.chain_names for a in self.ancestors(chain)} & set(self.latents)
 
     @property
     def redrawn(self) -> list[str]:
-        """Latents after the last chain: a draw given a guess may be impossible given the end."""
+        """Latents after the last chain: a draw given a guess may be impossible given the end.
+
+        And those that nothing reads, which are drawn at the end for every particle anew.
+        """
         carried = set(self.carried)
         return [name for name in self.latents if name not in carried]
 
     def evaluate(
-        self, values: Mapping[str, Tensor], size: int, place: Place | None = None
+        self,
+        values: Mapping[str, Tensor],
+        size: int,
+        place: Place | None = None,
+        *,
+        strict: bool = True,
     ) -> ProgramRun:
         """Run the program for ``size`` particles with given site values; others are drawn.
 
         :param values: values by site name, each ``(size, *plates, *event)``.
         :param size: number of particles.
         :param place: gives chain sites without a value a path; zeros by default.
+        :param strict: refuse values outside of a support, and densities that are no numbers.
         """
+        with contextlib.nullcontext() if strict else pyro.validation_enabled(False):
+            traces = self._traces(values, size, place)
+        return ProgramRun(self, traces, size, strict=strict)
+
+    def _traces(self, values: Mapping[str, Tensor], size: int, place: Place | None) -> list[Trace]:
         if not self.vectorize:
             rows = [{name: value[i] for name, value in values.items()} for i in range(size)]
-            return ProgramRun(self, [self.trace(row, place=place) for row in rows], size)
+            return [self.trace(row, place=place) for row in rows]
         padded = {name: self._pad(name, value) for name, value in values.items()}
-        return ProgramRun(self, [self.trace(padded, size, place)], size)
+        return [self.trace(padded, size, place)]
 
     def _pad(self, name: str, value: Tensor) -> Tensor:
         """Insert the idle plates between the particles and the site's own plates."""
@@ -203,7 +243,8 @@ class Program:
         """
         self.num_rows += size or 1
         self.num_runs += 1
-        with poutine.trace() as tracer, GivenSites(values, place or _empty_path):
+        given = GivenSites(values, place or _empty_path)
+        with poutine.trace() as tracer, ProperFills(), given:
             self._call(size)
         self._require_same_chains(tracer.trace)
         return tracer.trace
@@ -240,7 +281,7 @@ class Program:
         """Run the program once with values that know where they come from."""
         self.num_rows += 1
         self.num_runs += 1
-        with Tracking() as tracking:
+        with Tracking() as tracking, ProperFills():
             found = get_dependencies(self.model, self.args, self.kwargs)
         sites = [s for s in tracking.sites if s["type"] == "sample" and not is_plate(s, self.owner)]
         for site in sites:
@@ -268,6 +309,25 @@ class Program:
             self._require_alike(densities, rows, tracked, run)
             self._find_path_reading(densities, run, rows)
             self._find_missed_parents(densities, run, rows)
+            self.unread = self._find_unread(rows, tracked)
+
+    def _find_unread(self, rows: _Rows, tracked: Mapping[str, float]) -> frozenset[str]:
+        """Find the latents that nothing scored reads; other draws of them must change nothing."""
+        read = {u for parents in self._scored_parents.values() for u in parents}
+        read = read & set(self.order) | set(self.chain_names)
+        read = read.union(*(self.ancestors(name) for name in read))
+        # What Pyro does not follow (a Delta, which stands for what it was made of) may be read.
+        candidates = set(self.latents) & self._followed - read
+        if not candidates:
+            return frozenset()
+        kept = {n: v.expand(2, *v.shape) for n, v in rows.first.items() if n not in candidates}
+        run = self.evaluate(kept, 2)
+        densities = self._densities(run)
+        for name in densities.keys() - candidates:
+            known = tracked.get(name, 0.0)
+            if not all(_close(float(value), known) for value in densities[name]):
+                return frozenset()
+        return frozenset(candidates)
 
     def _checked_run(self, rows: _Rows) -> ProgramRun:
         try:

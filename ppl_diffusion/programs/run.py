@@ -40,11 +40,14 @@ class ProgramRun:
     :param program: the program.
     :param traces: one trace of all particles, or one per particle.
     :param size: number of particles.
+    :param strict: refuse densities that are no numbers; otherwise they stay NaN.
     :raises CapabilityError: if latent sites come and go.
     """
 
-    def __init__(self, program: Facts, traces: list[Trace], size: int) -> None:
-        self.program, self.traces, self.size = program, traces, size
+    def __init__(
+        self, program: Facts, traces: list[Trace], size: int, *, strict: bool = True
+    ) -> None:
+        self.program, self.traces, self.size, self.strict = program, traces, size, strict
         self._together = PARTICLE_PLATE in traces[0].nodes
         for trace in traces:
             self._require_same_latents(trace)
@@ -155,6 +158,8 @@ class ProgramRun:
             value = torch.stack([v.to(torch.float64).sum() for v in values])
         if lookahead:
             value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
+        if not self.strict:
+            return torch.where(value == torch.inf, torch.nan, value)
         if bool((torch.isnan(value) | (value == torch.inf)).any()):
             raise PotentialError(
                 f"{self.program.owner}: site {name!r} of {self.program.name} has log-density NaN "

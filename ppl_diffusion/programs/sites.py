@@ -164,6 +164,17 @@ def chain_site(site: dict[str, Any]) -> ChainSite:
     )
 
 
+def data_of(site: dict[str, Any]) -> list[Any]:
+    """Return what an observed site adds to the data: its value, and its mask where it has one."""
+    value, mask = site["value"], site["mask"]
+    if mask is None or mask is True:
+        return [value]
+    mask = torch.as_tensor(mask, device=value.device)
+    event = site["fn"].event_dim
+    # What is masked is no data: whatever stands there, NaN or zero, the law is the same.
+    return [torch.where(mask.reshape(mask.shape + (1,) * event), value, 0), mask]
+
+
 def depth(site: dict[str, Any]) -> int:
     """Return how many batch dimensions a site uses, counted from the right."""
     frames = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]

@@ -242,34 +242,87 @@ class ProgramSource(Source):
         self, state: State, paths: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Score the clean sequences, or whole paths where the program reads them."""
+        log_joint, _, values = self.ends(state, paths)
+        return (log_joint - state["log_r"] if state["latents"] else log_joint), values
+
+    def ends(
+        self, state: State, paths: Mapping[str, Tensor] | None = None, *, strict: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the density of latents and observations, that of latents, and all values.
+
+        :param paths: as in :meth:`final`.
+        :param strict: refuse latents without a density; otherwise it is ``-inf``, and rows that
+            are equal are asked about each, so that gradients are their own.
+        :returns: float64 ``(R, N)`` each.
+        """
         program = self.program
-        shape = state["log_r"].shape
         latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
-        x0 = {s.name: state["sites"][s.name]["tokens"].flatten(0, 1) for s in self.chains}
+        tokens = {s.name: state["sites"][s.name]["tokens"] for s in self.chains}
+        shape = next(iter(tokens.values())).shape[:2]
+        x0 = {name: x.flatten(0, 1) for name, x in tokens.items()}
         whole = paths is not None and bool(program.reads | program.shows)
         # Whole paths are seldom equal, and latents drawn here differ where sequences do not.
-        first, inverse = self._distinct(x0, latents, keep_all=whole or bool(program.redrawn))
+        every = whole or bool(program.redrawn) or not strict
+        first, inverse = self._distinct(x0, latents, keep_all=every)
         chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
         known = {name: value[first] for name, value in (chains | latents).items()}
         chunks = torch.arange(len(first), device=first.device).split(MAX_ROWS)
-        parts = [self._finished(known, part, first[part], state, whole) for part in chunks]
-        log_g = torch.cat([value for value, _ in parts])[inverse]
-        names = [n for n in parts[0][1] if all(n in values for _, values in parts)]
-        values = {n: torch.cat([v[n] for _, v in parts])[inverse] for n in names}
-        log_g = self._within_clamps(log_g, x0).reshape(shape)
-        log_g = log_g - state["log_r"] if latents else log_g
+        parts = [self._finished(known, c, first[c], state, whole, strict) for c in chunks]
+        log_joint, log_r = (torch.cat(x)[inverse] for x in list(zip(*parts, strict=True))[:2])
+        log_joint = self._within_clamps(log_joint, x0).reshape(shape)
+        names = [n for n in parts[0][2] if all(n in part[2] for part in parts)]
+        values = {n: torch.cat([part[2][n] for part in parts])[inverse] for n in names}
         unread = program.shows if not whole else frozenset()
         kept = {n: v.reshape(*shape, *v.shape[1:]) for n, v in values.items() if n not in unread}
-        return log_g, kept
+        return log_joint, log_r.reshape(shape), kept
+
+    def joint(self, fills: Fills, latents: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the density of latents with their completions, and that of latents alone.
+
+        Nothing is remembered, so that gradients are those of each particle; what has no density
+        is ``-inf`` or NaN.
+
+        :param fills: completions.
+        :param latents: any values of the latents that are drawn, ``(R, N, ...)``.
+        :returns: float64 ``(R, N, F)`` and ``(R, N)``.
+        """
+        held, penalty = self._held(fills)
+        shape = next(iter(fills.values())).shape[:3]
+        repeated = {n: _repeat(x, shape[2]).flatten(0, 2) for n, x in latents.items()}
+        known = {**{name: x.flatten(0, 2) for name, x in held.items()}, **repeated}
+        chunks = torch.arange(shape.numel(), device=self.program.device).split(MAX_ROWS)
+        parts = [self._rated(known, chunk, list(latents)) for chunk in chunks]
+        log_joint, log_r = (torch.cat(x).reshape(shape) for x in zip(*parts, strict=True))
+        return log_joint + penalty, log_r[..., 0]
+
+    def _rated(
+        self, known: Mapping[str, Tensor], part: Tensor, latents: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        given = self._as_paths({name: value[part] for name, value in known.items()})
+        run = self.program.evaluate(given, len(part), self.place, strict=False)
+        return run.log_density(latents, lookahead=True), run.latent_log_density(latents)
+
+    @property
+    def is_hinted(self) -> bool:
+        """Whether steering hints take the place of the program in look-aheads."""
+        return bool(self._surrogates)
 
     def _finished(
-        self, known: Mapping[str, Tensor], part: Tensor, rows: Tensor, state: State, whole: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        known: Mapping[str, Tensor],
+        part: Tensor,
+        rows: Tensor,
+        state: State,
+        whole: bool,
+        strict: bool,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         given = {name: value[part] for name, value in known.items()}
-        run = self.program.evaluate(given if whole else self._as_paths(given), len(part))
+        given = given if whole else self._as_paths(given)
+        run = self.program.evaluate(given, len(part), strict=strict)
         self._require_same_conditions(run, rows, state)
-        log_g = run.log_density(list(state["latents"]))
-        return log_g, run.samples(leave_out=self.program.chain_names)
+        latents = list(state["latents"])
+        values = run.samples(leave_out=self.program.chain_names)
+        return run.log_density(latents), run.latent_log_density(latents), values
 
     def _require_same_conditions(self, run: ProgramRun, rows: Tensor, state: State) -> None:
         """Refuse particles that moved under another condition than they have in the end."""
@@ -325,7 +378,8 @@ class ProgramSource(Source):
     ) -> Tensor:
         """Score guesses, each distinct one once where nothing is drawn anew with them."""
         # What is drawn in place is fresh noise: equal rows are then no equal questions.
-        drawn = len(latents) < len(self.program.latents) or len(rows) < len(self.chains)
+        read = set(self.program.latents) - self.program.unread
+        drawn = not read <= latents.keys() or len(rows) < len(self.chains)
         first, inverse = self._distinct(rows, latents, keep_all=drawn)
         keys = None if drawn or last else self._keys(rows, latents)[first]
         values = torch.empty(len(first), dtype=torch.float64, device=first.device)

@@ -33,6 +33,24 @@ class GivenSites(Messenger):
             msg["value"], msg["done"] = self.place(msg["name"], chain_of(msg["fn"])), True
 
 
+class ProperFills(Messenger):
+    """Give what ``obs_mask`` leaves to be drawn its own law where it is observed, too.
+
+    Pyro masks it there: a flat law, along which Markov moves would drift. The values are not used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observed: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, end = msg["name"], "_unobserved"
+        if msg["is_observed"]:
+            self._observed.add(name)
+        elif name.endswith(end) and f"{name.removesuffix(end)}_observed" in self._observed:
+            msg["mask"] = None
+
+
 class Simulated(Messenger):
     """Draw some observed sites anew, as if nobody had seen them."""
 
@@ -89,6 +107,22 @@ class SameRows(Messenger):
             value = msg["value"].clone()
             value[: self.rows] = self.values[msg["name"]]
             msg["value"] = value
+
+
+def is_bounded_by_others(fn: Any) -> bool:
+    """Return whether the support of a tracked distribution depends on other sites."""
+    try:
+        return bool(_parents_of(fn.support))
+    except NotImplementedError:  # it has none
+        return False
+
+
+def _parents_of(bound: Any) -> frozenset[str]:
+    if isinstance(bound, Tensor):
+        parents: frozenset[str] = get_provenance(bound)
+        return parents
+    parts = bound if isinstance(bound, list | tuple) else getattr(bound, "__dict__", {}).values()
+    return frozenset().union(*(_parents_of(part) for part in parts))
 
 
 def _random_path(chain: ReverseChain) -> Tensor:

@@ -89,6 +89,17 @@ class DenoiserContract:
                 denoiser(tokens, early).exp(), late, rtol=0, atol=self.tolerance
             )
 
+    def test_predicts_each_row_at_its_own_time(
+        self, denoiser: Denoiser, process: Process, tokens: Tensor
+    ) -> None:
+        """Masked chains ask about rows that are differently far revealed at once."""
+        if denoiser.time_free or not process.absorbing:
+            pytest.skip("it does not read the time, or gets one for all rows")
+        row, times = tokens[0, 0], torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
+        together = denoiser(row.expand(3, -1), times).exp()
+        alone = torch.stack([denoiser(row, float(t)).exp() for t in times])
+        torch.testing.assert_close(together, alone, rtol=0, atol=self.tolerance)
+
     def test_leaves_its_input_alone(self, denoiser: Denoiser, tokens: Tensor) -> None:
         before = tokens.clone()
         denoiser(tokens, 0.5)

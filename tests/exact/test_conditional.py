@@ -13,7 +13,7 @@ import torch
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC, Tempering
-from ppl_diffusion.kernels import OrderedKernel
+from ppl_diffusion.kernels import Absorbing, Cosine, OrderedKernel
 from ppl_diffusion.smc import FeynmanKac, Multinomial, rejuvenation
 from ppl_diffusion.smc.conditional import (
     ConditionalMultinomial,
@@ -207,8 +207,8 @@ def test_the_gap_closes():
 # masking again
 
 
-def move_exact_draws(move, chain, *, sweeps=3, runs=5000, beta=1.0, seed=0):
-    potential = toy_potential(chain.kernel.process.vocab_size, chain.length, scale=1.5)
+def move_exact_draws(move, chain, *, sweeps=3, runs=5000, beta=1.0, seed=0, scale=1.5):
+    potential = toy_potential(chain.kernel.process.vocab_size, chain.length, scale=scale)
     tilted = PathLaw.of(chain, lambda x0: beta * potential(x0))
     generator = torch.Generator().manual_seed(seed)
     model = PathModel(chain, potential)
@@ -224,6 +224,7 @@ MOVE_CHAINS = {
     "groups": lambda: ordered_chain("perturbed", group_size=2),
     "blocks": lambda: ordered_chain("perturbed", block=2),
     "ancestral": lambda: toy_chain(vocab_size=2, num_steps=3),
+    "cosine": lambda: toy_chain(Absorbing(2, Cosine()), num_steps=3),
 }
 
 
@@ -252,6 +253,17 @@ def test_order_refresh_always_accepts_an_exact_denoiser():
     law, state, share = move_exact_draws(OrderRefresh(), ordered_chain())
     assert share == 1
     assert law.p_value(state.path) > LEVEL
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_moves_at_a_power_are_accepted_as_often_as_they_should_be(beta):
+    """The mean of ``log G`` under the tempered law, which a wrong ratio moves most; 4 s.e."""
+    chain, suffix = MOVE_CHAINS["ordered"](), SuffixRefresh(3)
+    law, state, share = move_exact_draws(suffix, chain, runs=40000, beta=beta, scale=4.0, sweeps=2)
+    log_g = toy_potential(2, 3, scale=4.0)
+    expected = float(law.probs @ log_g(law.paths[:, -1]))
+    assert abs(z_score(state.log_g.flatten(), expected)) < MAX_Z
+    assert 0.1 < share < 0.9
 
 
 def test_moves_keep_their_books():
@@ -301,6 +313,15 @@ def test_tempering_is_unbiased(name, waste_free):
     assert float(ratio.std()) > 0
     index = post.pooled_log_weights.exp().flatten().multinomial(4000, True)
     assert law.total_variation(post.path.flatten(0, 1)[index]) < 0.08
+
+
+def test_tempering_moves_by_the_power_of_its_stage():
+    """A steep potential and many sweeps: kernels for another power would shift ``Z_hat``."""
+    chain, potential = MOVE_CHAINS["ordered"](), toy_potential(2, 3, scale=4.0)
+    options = {"num_particles": 32, "num_runs": 1500, "powers": [0.0, 0.5, 1.0], "num_sweeps": 4}
+    post = SMC(chain, potential, method="tempering", moves=[SuffixRefresh(3)], **options)
+    ratio = (post.run(seed=3).log_evidence - PathLaw.of(chain, potential).log_z).exp()
+    assert abs(z_score(ratio, 1.0)) < MAX_Z
 
 
 def test_tempering_without_the_move_in_the_weight_is_biased(monkeypatch):

@@ -433,6 +433,8 @@ def forward_matrix(chain, k):
     site = a / b * torch.eye(size, dtype=torch.float64) + (1 - a / b) * prior
     matrix = torch.ones(len(states), len(states), dtype=torch.float64)
     for position in range(chain.length):
+        if chain.fixed is not None and chain.fixed[position]:
+            continue  # certain to stay, there and back
         matrix = matrix * site.T[states[:, position]][:, states[:, position]]
     return matrix
 
@@ -503,6 +505,16 @@ def test_a_prompt_of_a_uniform_chain_is_certain():
     post = SMC(Product(*chains), method="corrector", num_particles=16, num_runs=50).run(seed=0)
     assert bool((post.x0[..., 1] == 2).all())
     assert not bool(torch.isnan(post.log_evidence).any())
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+@pytest.mark.parametrize("name", ["uniform", "skewed"])
+def test_nothing_is_paid_where_a_prompt_is(name, beta):
+    """The noisiest state is drawn from ``m**beta`` at free positions alone."""
+    chain = toy_chain(name, num_steps=3, prompt=torch.tensor([-1, 2]))
+    law = path_law([chain], [beta])
+    post = check(Power(chain, beta), law, form="path", num_particles=16, num_runs=1000)
+    assert tv(mixed_law(post.x0, post.log_weights, 3), law / law.sum()) < 0.05
 
 
 # --- the rate form --------------------------------------------------------------------------------

@@ -164,7 +164,8 @@ def test_progress_is_told():
 def test_discrete_latents_are_refused():
     def coin():
         pyro.sample("path", CHAIN)
-        pyro.sample("coin", dist.Bernoulli(0.5))
+        coin = pyro.sample("coin", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(coin, 1.0), obs=DATA)
 
     with pytest.raises(CapabilityError, match="the latent 'coin' of coin is discrete"):
         ParticleGibbs(coin, **SHORT).run()

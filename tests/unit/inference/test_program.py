@@ -294,10 +294,10 @@ def test_whole_paths_are_no_draws_of_a_posterior(method):
             pyro.factor("f", (x == 0).sum(-1).double())
 
     data = method(program, num_particles=4).run(ordered_chain(), seed=0).to_arviz()
-    assert set(data["posterior"].data_vars) == {"x0", "x"}
+    assert set(data["sequences"].data_vars) == {"x0", "x"}
     shown = data["smc_history"]["tokens"]
     assert shown.shape == (1, 4, 2, 3, 2)
-    assert shown.dims[2] == "plate_0"
+    assert shown.dims[2] == "two"
     assert shown.dims[-1] == "position"
 
 
