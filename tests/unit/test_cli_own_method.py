@@ -108,7 +108,7 @@ def test_its_runs_are_compared_with_others(folder, tmp_path, capsys):
     assert run([*QUICK, "--seed", "7", "--out", str(folder / "b"), "--quiet"]) == 0
     assert run(["compare", "a", "b", "--json", "c.json"]) == 0
     rows = json.loads((folder / "c.json").read_text())["runs"]
-    assert [row["method"] for row in rows] == ["once", "smc"]
+    assert [row["method"] for row in rows] == ["once", "refinement"]
     assert [row["target"] for row in rows] == ["A", "A"]
 
 
