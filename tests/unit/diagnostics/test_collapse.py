@@ -58,7 +58,7 @@ def test_all_different_sequences_are_as_many_as_they_are():
 
 def test_sets_are_systematic():
     """Equal weights give every particle once, where draws with replacement would lose a third."""
-    chain = toy_chain(length=8, vocab_size=4, num_steps=2)
+    chain = toy_chain(length=5, vocab_size=4, num_steps=2)
     post = SMC(chain, lambda x: 0.0 * x[..., 0], num_particles=32, num_runs=2, twist=None)
     post = post.run(seed=0)
     distinct = [len(x.unique(dim=0)) / 32 for x in post.x0]
