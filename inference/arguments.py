@@ -51,8 +51,11 @@ def require_target(owner: str, model: Any, potential: Any, takes_nothing: bool) 
         )
 
 
-def require_moves(owner: str, moves: Any) -> tuple[PathMove, ...]:
-    """Return path moves, refusing anything else."""
+def require_moves(owner: str, moves: Any, *, exact: bool = True) -> tuple[PathMove, ...]:
+    """Return path moves, refusing anything else.
+
+    :param exact: refuse those that leave no law invariant, too.
+    """
     given = tuple(moves) if isinstance(moves, Iterable) else (moves,)
     wrong = [move for move in given if not isinstance(move, PathMove)]
     if wrong or not isinstance(moves, Iterable):
@@ -60,5 +63,11 @@ def require_moves(owner: str, moves: Any) -> tuple[PathMove, ...]:
         raise TypeError(
             f"{owner}: moves must be a sequence of path moves, such as [SuffixRefresh(4)], got "
             f"{kind}."
+        )
+    unpaid = [move for move in given if exact and not move.exact]
+    if unpaid:
+        raise ValueError(
+            f"{owner}: {unpaid[0]!r} does not leave the target alone; pay for it, or use it in a "
+            "Refinement, whose law then says so."
         )
     return given

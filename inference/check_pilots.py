@@ -24,6 +24,7 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse, PotentialError
 from ppl_diffusion.inference.baselines import BestOfN, ImportanceSampling
 from ppl_diffusion.inference.correctors import ComposedSource, Corrector
+from ppl_diffusion.inference.refinement import Refinement
 from ppl_diffusion.inference.smc import SMC
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, methods
@@ -223,7 +224,9 @@ def applicable(source: Source, composed: bool, extra: Mapping[str, Method]) -> l
     found: dict[str, Method] = {}
     for name, cls in methods().items():
         # Only correctors take compositions; of a plain chain they sample another law (reveals).
-        if cls.exact and issubclass(cls, Corrector) == composed:
+        # The evidence of a refined method is that of the method, which is tried itself.
+        refined = issubclass(cls, Refinement)
+        if cls.exact and not refined and issubclass(cls, Corrector) == composed:
             found[name] = cls()
             if "variants" in vars(cls):  # inherited ones are those of another method
                 found |= cls.variants(source)  # type: ignore[attr-defined]

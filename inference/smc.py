@@ -147,6 +147,7 @@ class SMC:
             run = self.bind(args, kwargs)
             moves = self._latent_moves(run)
             trace = self._trace(run, moves.mover, self.progress)
+            trace = self.method.end(run, trace)
             watched = self._sentinels(run) if self.num_sentinels else {}
             found = {**moves.settings(run), **failures.settings(), **watched}
             posterior = self._posterior(run, trace, moves, found, seed, started)
@@ -155,10 +156,14 @@ class SMC:
     def _sentinels(self, run: Bound) -> dict[str, Any]:
         beside = run.at((1, self.num_sentinels))
         engine = Engine(self.method, beside, self.store_path)
-        record = beside.record if self.store_path and not self.method.keeps_paths else None
+        record = beside.record if self._records else None
         return sentinels(
             engine, self.method.num_steps(run), beside.shape[1], self.ess_threshold, record
         )
+
+    @property
+    def _records(self) -> bool:
+        return (self.store_path or self.method.needs_paths) and not self.method.keeps_paths
 
     def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
         options = (self.method, run, self.store_path)
@@ -171,7 +176,7 @@ class SMC:
             self.resampler,
             self.ess_threshold,
             None,
-            record=run.record if self.store_path and not self.method.keeps_paths else None,
+            record=run.record if self._records else None,
             progress=progress,
         )
         if isinstance(engine, MovingEngine):

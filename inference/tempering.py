@@ -14,7 +14,7 @@ resamples ``N/P`` particles and keeps all ``P`` states of the moves of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_moves
+from ppl_diffusion.inference.path_moves import checked_moves, moved, side_by_side, small_type
 from ppl_diffusion.kernels.base import GIVEN
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.ahead import Ahead
@@ -33,9 +34,7 @@ from ppl_diffusion.programs.sources import Moved, Rng, State
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.rejuvenation import (
     OrderRefresh,
-    PathModel,
     PathMove,
-    PathState,
     SuffixRefresh,
     WasteFree,
     tilt,
@@ -96,10 +95,7 @@ class Tempering(Method):
         run.notes["powers"] = self.powers or self._find_powers(run, resampler, ess_threshold)
 
     def _moves_of(self, chain: ReverseChain) -> Sequence[PathMove]:
-        moves = default_moves(chain) if self.moves is None else self.moves
-        for move in moves:
-            move.check(chain)
-        return moves
+        return checked_moves(default_moves(chain) if self.moves is None else self.moves, chain)
 
     def num_steps(self, run: Bound) -> int:
         """Return the stages of the ladder."""
@@ -124,24 +120,19 @@ class Tempering(Method):
             name: {**state["sites"].get(name, {}), "tokens": path[..., -1, :]}
             for name, path in paths.items()
         }
-        kept = {name: path.to(self._kind(run, name)) for name, path in paths.items()}
+        kept = {name: path.to(small_type(run, name)) for name, path in paths.items()}
         return run.final({**state, "sites": sites, "paths": kept})
-
-    @staticmethod
-    def _kind(run: Bound, name: str) -> torch.dtype:
-        states = run.sites[name].chain.kernel.process.num_states
-        return torch.uint8 if states <= 256 else torch.int32
 
     def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move by kernels that leave the target of the stage invariant."""
         if group == 0:  # the chains' own law: these are independent draws of it
             return state, 0.0
         power = run.notes["powers"][group]
-        moved = self._chains(run, state, power, generator)
+        after = self._chains(run, state, power, generator)
         # The loop weighs by the tilt of the new state over that of the old; the kernel, reversed
         # under its invariant law, gives the old tilt over the new one at the same power.
-        before, after = (tilt(s["log_g"], power) for s in (state, moved))
-        return moved, before - after
+        old, new = (tilt(s["log_g"], power) for s in (state, after))
+        return after, old - new
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the log of the potential to the power of the stage."""
@@ -164,38 +155,13 @@ class Tempering(Method):
         states = [run.gather(state, heads.expand(len(state["log_g"]), -1))]
         for _ in range(length - 1):
             states.append(self._sweep(run, states[-1], power, generator))
-        together: State = _side_by_side(states)
-        return together
+        return side_by_side(states)
 
     def _sweep(self, run: Bound, state: State, power: float, generator: Rng) -> State:
         for name, moves in run.notes["moves"].items():
             for move in moves:
-                state = self._moved(run, state, name, move, power, generator)
+                state = moved(run, state, name, move, power, generator)
         return state
-
-    def _moved(
-        self, run: Bound, state: State, name: str, move: PathMove, power: float, generator: Rng
-    ) -> State:
-        """Move the paths of one site; what is drawn with a proposal is kept where that is."""
-        carry, values = state["sites"][name], state["values"]
-
-        def log_potential(x0: Tensor) -> Tensor:
-            nonlocal values
-            sites = {**state["sites"], name: {**carry, "tokens": x0}}
-            log_g, values = run.source.final({**state, "sites": sites})
-            return log_g
-
-        model = PathModel(run.chain(name, carry.get(GIVEN)), log_potential)
-        at = PathState(state["paths"][name].to(torch.int64), state["log_g"])
-        after, accepted = move(model, at, beta=power, generator=generator)
-        kept = {n: _where(accepted, values[n], old) for n, old in state["values"].items()}
-        return {
-            **state,
-            "sites": {**state["sites"], name: {**carry, "tokens": after.x0}},
-            "paths": {**state["paths"], name: after.path.to(state["paths"][name].dtype)},
-            "log_g": after.log_g,
-            "values": kept,
-        }
 
     def _find_powers(self, run: Bound, resampler: Resampler, share: float) -> list[float]:
         """Return a ladder found by one pilot run of ``N`` particles."""
@@ -239,18 +205,6 @@ class Tempering(Method):
             "powers": list(run.notes["powers"]),
             "ess_threshold": run.notes["share"],
         }
-
-
-def _where(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(accepted.reshape(*accepted.shape, *[1] * (new.ndim - 2)), new, old)
-
-
-def _side_by_side(states: Sequence[Any]) -> Any:
-    """Return ``P`` states of each chain as ``P`` neighbouring particles."""
-    first = states[0]
-    if isinstance(first, Mapping):
-        return {name: _side_by_side([state[name] for state in states]) for name in first}
-    return torch.stack(list(states), 2).flatten(1, 2) if isinstance(first, Tensor) else first
 
 
 def default_moves(chain: ReverseChain) -> tuple[PathMove, ...]:

@@ -128,9 +128,15 @@ def sample(
 def design(
     context: typer.Context,
     name: Name,
-    particles: Annotated[int, Option(help="Particles per run.")] = 64,
+    particles: Annotated[int, Option(help="Particles per run.")] = 72,
     runs: Annotated[int, Option(help="Independent runs.")] = 4,
-    steps: Steps = 64,
+    steps: Annotated[
+        int | None,
+        Option(
+            help="Steps of the reverse chain; if nothing is said one per four positions of a "
+            "masked prior, and 64 of any other."
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
@@ -172,7 +178,10 @@ def design(
     ] = None,
     ess_threshold: Annotated[
         float | None,
-        Option(help="Resample below this share of effective particles; the method's own."),
+        Option(
+            help="Resample below this share of effective particles; 0.2 for refinement, the "
+            "method's own for others."
+        ),
     ] = None,
     method_module: Annotated[
         list[str] | None,
@@ -206,7 +215,7 @@ def design(
         num_runs=runs,
         num_steps=steps,
         seed=seed,
-        method=asked.pop("method", "smc"),
+        method=asked.pop("method", Search.method),
         resampler=asked.pop("resampler", None),
         ess_threshold=ess_threshold,
         device=None if device == "cpu" else device,

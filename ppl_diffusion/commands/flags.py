@@ -77,7 +77,7 @@ def _parameters(taken: Collection[str]) -> Iterator[Parameter]:
     from ppl_diffusion.smc import RESAMPLERS
 
     known = (f"{name}: {(cls.__doc__ or '').split('.')[0]}." for name, cls in methods().items())
-    yield _parameter("method", str, "--method", f"smc if nothing is said. {' '.join(known)}")
+    yield _parameter("method", str, "--method", f"refinement if nothing is said. {' '.join(known)}")
     schemes = f"Systematic if nothing is said; one of {', '.join(RESAMPLERS)}."
     yield _parameter("resampler", str, "--resampler", schemes)
     for option in options().values():

@@ -110,6 +110,8 @@ def _cost(result: Result) -> None:
         ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
         ["effective root ancestors per run", _range((min(roots), max(roots)))],
         ["distinct designs", summary["unique"]],
+        ["root ancestors, all runs", sum(summary["root_ancestors"])],
+        ["nearest neighbour", _nearest(summary["collapse"])],
         ["network rows evaluated", summary["evaluations"]],
         ["potential calls", summary["potential_calls"]],
         ["seconds", f"{summary['seconds']:.1f}"],
@@ -129,6 +131,13 @@ def warnings(verdicts: Iterable[Verdict]) -> None:
     """Print what is wrong with a result, a line each."""
     for verdict in verdicts:
         print(f"{_SAID[verdict.level]}: {verdict}")
+
+
+def _nearest(collapse: Mapping[str, Any]) -> str:
+    """Say by how many positions the designs of a run differ from their nearest ones."""
+    known = [value for value in collapse["nearest"] if value is not None]
+    mean, prior = sum(known) / len(known), collapse["prior_nearest"]
+    return f"{mean:.0%} of positions apart in sets of {collapse['set']} (prior: {prior:.0%})"
 
 
 def comparison_tables(comparison: Comparison) -> None:

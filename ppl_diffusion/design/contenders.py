@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.folder import MARKER
-from ppl_diffusion.design.options import options_of
+from ppl_diffusion.design.options import usual
 from ppl_diffusion.design.program import BASES
 from ppl_diffusion.design.search import Search
 from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
@@ -116,10 +116,10 @@ def _read(folder: Path, label: str) -> Contender:
 def _method(search: Mapping[str, Any]) -> str:
     """Name a method with the options that are not what it does anyway."""
     method: str = search["method"]
-    usual = {option.name: option.owners[method].said for option in options_of(method)}
+    known = usual(method, search.get("inner"))
     numbers = {field.name for field in fields(Search)} | {"twist", "fills"}
     own = {name: value for name, value in search.items() if name not in numbers}
-    unusual = [f"{name} {value}" for name, value in own.items() if usual.get(name) != value]
+    unusual = [f"{name} {value}" for name, value in own.items() if known.get(name) != value]
     return ", ".join([method, *unusual])
 
 

@@ -19,7 +19,15 @@ from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
-from ppl_diffusion.inference import SMC, Composition, Corrector, Method, Power, TwistedSampler
+from ppl_diffusion.inference import (
+    SMC,
+    Composition,
+    Corrector,
+    Method,
+    Power,
+    Refinement,
+    TwistedSampler,
+)
 from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.potentials import AbstractPotential, Constraint, SumPotential
@@ -60,7 +68,25 @@ class _Plan:
 
 
 def _plan(target: Target, search: Search) -> _Plan:
-    method, power = search.make(), search.options.get("power", 1.0)
+    method = search.make()
+    if not isinstance(method, Refinement):
+        return _plan_of(target, search, method)
+    plan = _plan_of(target, search, method.guide)
+    potential = plan.potential
+    if target.clamp is not None and isinstance(_proposal(plan.method), ClampProposal):
+        # The guide's particles hold the fixed bases; moves propose others, which must be worth 0.
+        potential = _held_potential(target, target.clamp)
+        plan = dataclasses.replace(plan, method=_held(plan.method, target.clamp))
+    refined = dataclasses.replace(method, inner=plan.method)
+    return dataclasses.replace(plan, potential=potential, method=refined)
+
+
+def _proposal(method: Method) -> object:
+    return getattr(method, "proposal", None)
+
+
+def _plan_of(target: Target, search: Search, method: Method) -> _Plan:
+    power = search.options.get("power", 1.0)
     chain = _ordered(target) if target.masked and _reveals(method) else target.chain
     if isinstance(method, Corrector) and "clamp" not in search.options:
         # With four letters to ask about, looking before every reveal is worth its calls.
@@ -139,6 +165,7 @@ class HeldFill(FillTwist):
 
     def __init__(self, base: FillTwist, clamp: ClampProposal) -> None:
         self.base, self.clamp, self.num_fills = base, clamp, base.num_fills
+        self.floor = base.floor
 
     def init(self, shape: tuple[int, ...], generator: Any) -> Tensor | None:
         return self.base.init(shape, generator)

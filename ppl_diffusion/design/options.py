@@ -17,11 +17,13 @@ from ppl_diffusion.inference import Method, methods
 
 NONE = "none"
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    # Noise that a particle inherits costs calls, which are cheap here, and saves variance.
-    "smc": {"twist": "persistent"},
+    # With four letters to ask about, looking before every reveal is worth its calls.
+    "refinement": {"inner": "twisted", "num_chains": 16},
     "soft-value": {"num_children": 4},
 }
 """What methods do here if nothing is said, where it is not what they do by themselves."""
+THRESHOLDS: Mapping[str, float] = {"refinement": 0.2}
+"""ESS thresholds, likewise: what is refined is drawn by weight, and roots are worth more to it."""
 
 
 class Use(NamedTuple):
@@ -67,11 +69,12 @@ class Option:
         words = [f"One of {', '.join(self.choices)}."] if self.choices else []
         return " ".join([*(f"{', '.join(who)}: {text}" for text, who in said.items()), *words])
 
-    def check(self, value: Any, method: str) -> None:
-        """:raises InputError: if the option is not the method's, or has no such word."""
-        if method not in self.owners:
+    def check(self, value: Any, method: str, inner: str | None = None) -> None:
+        """:raises InputError: if the option is neither method's, or has no such word."""
+        if not {method, inner} & self.owners.keys():
+            named = method if inner is None else f"{method} of {inner}"
             raise InputError(
-                f"The option {self.off if value is False else self.flag} is no option of {method}: "
+                f"The option {self.off if value is False else self.flag} is no option of {named}: "
                 f"drop it, or choose --method {' or '.join(self.owners)}."
             )
         if self.choices:
@@ -95,8 +98,11 @@ def options() -> dict[str, Option]:
     return {**found, **_of_the_job(found["twist"])}
 
 
-def options_of(method: str) -> list[Option]:
-    return [option for option in options().values() if method in option.owners]
+def usual(method: str, inner: str | None = None) -> dict[str, Any]:
+    """Return what a method does if nothing is said, and the method that it refines."""
+    names = [name for name in (inner, method) if name is not None]
+    every = options().values()
+    return {o.name: o.owners[name].said for name in names for o in every if name in o.owners}
 
 
 def spoken(text: str, method: str) -> str:

@@ -39,6 +39,8 @@ ORACLES = {
 }
 DEFAULT_TEMPERATURE = 0.4
 """Expression units per nat; the prior's standard deviation is about four times as large."""
+REVEALS, UNMASKED_STEPS = 4, 64
+"""Positions per step of a masked chain, and steps of any other, if nothing is said."""
 HIGHEST_EXPRESSION = 17.0
 CAPPED = f"min(oracle, {HIGHEST_EXPRESSION:g})"
 """The top of the assay's scale: a prediction beyond it is extrapolation and earns nothing more."""
@@ -100,7 +102,7 @@ def build_target(job: Job) -> Target:
         )
     job = dataclasses.replace(job, prior_digest=_prior_digest(prior))
     designer, judge = _oracles(prior, job.question)
-    job = _with_default_reward(job, designer)
+    job = _with_default_steps(_with_default_reward(job, designer), prior)
     with user_input():
         motifs = [_motif(spec) for spec in job.question.motifs]
         job = _with_digests(job, motifs)
@@ -115,6 +117,7 @@ def build_target(job: Job) -> Target:
             f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
         )
     _require_possible(job.question, pattern)
+    assert job.search.num_steps is not None
     chain = prior.chain(num_steps=job.search.num_steps)
     return Target(job, prior, chain, potentials, pattern, designer, judge)
 
@@ -137,6 +140,16 @@ def _with_default_reward(job: Job, oracle: Oracle | None) -> Job:
         return job
     asked = dataclasses.replace(question, temperature=DEFAULT_TEMPERATURE)
     return dataclasses.replace(job, question=asked)
+
+
+def _with_default_steps(job: Job, prior: DiffusionProgram) -> Job:
+    if job.search.num_steps is not None:
+        return job
+    # More at a time and the chain is another law: a network knows no ties among its reveals.
+    masked = prior.chain(num_steps=1).kernel.process.absorbing
+    steps = -(-prior.length // REVEALS) if masked else UNMASKED_STEPS
+    search = dataclasses.replace(job.search, num_steps=steps)
+    return dataclasses.replace(job, search=search)
 
 
 def _prior_digest(prior: DiffusionProgram) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.design.folder import whole_file
+from ppl_diffusion.diagnostics import nearest_distance
 from ppl_diffusion.errors import ParticleCollapse
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) ->
         "copies": designs.copies,
         "run": designs.run,
         "log_potential": designs.log_potential,
+        "nearest": nearest_distance(designs.tokens),
         **columns,
     }
     out = io.StringIO()

@@ -27,6 +27,7 @@ from ppl_diffusion.design.report import (
     save_netcdf,
     save_plots,
 )
+from ppl_diffusion.diagnostics import collapse, nearest_distance
 from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
 from ppl_diffusion.diagnostics.report import root_ancestors
 from ppl_diffusion.distributions import ReverseChain
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from ppl_diffusion.smc.engine import Progress
 
 NUM_PRIOR_SAMPLES = 256
+SET = 16
+"""Designs of a run, and samples of the prior, that are compared with their neighbours."""
 _POOLED = ("pooled", "interval", "sd", "bound", "range")
 # Streams of random numbers that must not depend on each other.
 _JUDGES, _PRIOR = 1, 2
@@ -69,10 +72,12 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
     posterior = infer(target, job.search, progress)
     designs = rank_designs(posterior)
     columns = scores(target, designs.tokens, _stream(job, _JUDGES))
-    prior = scores(target, _prior_samples(target, job), _stream(job, _JUDGES))
+    samples = _prior_samples(target, job)
+    prior = scores(target, samples, _stream(job, _JUDGES))
     summary = {
         **summarise(posterior, designs, job),
         "comparison": compare(designs, columns, prior),
+        "collapse": _collapse(posterior, samples.cpu()),
         "num_prior_samples": NUM_PRIOR_SAMPLES,
         "seconds": time.perf_counter() - started,
     }
@@ -102,6 +107,17 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "settings": job.settings(),
         "warnings": list(map(str, posterior.warnings)),
     }
+
+
+def _collapse(posterior: ParticlePosterior, samples: torch.Tensor) -> dict[str, Any]:
+    """Say how different the draws of each run are, beside sets of prior samples of the same size.
+
+    The sets are small: neighbours come nearer the more there are.
+    """
+    size = max(2, min(SET, posterior.num_particles))
+    sets = samples.split(size)[: len(samples) // size]
+    nearest = [float(nearest_distance(part).mean()) for part in sets]
+    return {**collapse(posterior, size), "set": size, "prior_nearest": sum(nearest) / len(nearest)}
 
 
 def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:

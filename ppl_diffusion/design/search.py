@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ppl_diffusion.design.checks import InputError, at_least, one_of, positive, usable_device
-from ppl_diffusion.design.options import DEFAULTS, NONE, options, options_of, spoken
-from ppl_diffusion.inference import Method, methods
+from ppl_diffusion.design.options import DEFAULTS, NONE, THRESHOLDS, options, spoken, usual
+from ppl_diffusion.inference import Method, Refinement, methods
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
 
@@ -23,7 +23,8 @@ class Search:
 
     :param num_runs: independent runs, for the error bar of the evidence.
     :param num_steps: steps of the reverse chain; methods that reveal a given number of bases at a
-        time reveal as many as end within so many steps.
+        time reveal as many as end within so many steps. None for a step per four positions of a
+        masked prior, and 64 elsewhere.
     :param method: name of a registered method.
     :param resampler: resampling scheme; None for the runner's own.
     :param ess_threshold: resample when the effective sample size falls below this share; None for
@@ -33,11 +34,11 @@ class Search:
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
 
-    num_particles: int = 64
+    num_particles: int = 72
     num_runs: int = 4
-    num_steps: int = 64
+    num_steps: int | None = None
     seed: int = 0
-    method: str = "smc"
+    method: str = "refinement"
     resampler: str | None = None
     ess_threshold: float | None = None
     device: str | None = None
@@ -45,38 +46,54 @@ class Search:
 
     def __post_init__(self) -> None:
         for name, low in (("num_particles", 2), ("num_runs", 1), ("num_steps", 1), ("seed", 0)):
-            at_least(name.replace("num_", "the number of "), getattr(self, name), low)
+            if getattr(self, name) is not None:
+                at_least(name.replace("num_", "the number of "), getattr(self, name), low)
         self._check_options()
         if "fills" in self.options and "twist" not in self.options:
             # Counting completions says that they are random.
             object.__setattr__(self, "options", {**self.options, "twist": PersistentFill.name})
         self._check_resampling(self.make())
+        if self.ess_threshold is None:
+            object.__setattr__(self, "ess_threshold", THRESHOLDS.get(self.method))
         if self.device is not None:
             usable_device(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
-        usual = {o.name: o.owners[self.method].said for o in options_of(self.method)}
-        known = {**values, **usual, **self.options}
+        known = {**values, **usual(self.method, self.inner), **self.options}
         if known.get("twist") not in RANDOM_FILLS:
             known.pop("fills", None)
         return {name: value for name, value in known.items() if value is not None}
+
+    @property
+    def inner(self) -> str | None:
+        """The method that is refined, if one is."""
+        if self.method != Refinement.name:
+            return None
+        given: str = self.options.get("inner", DEFAULTS[self.method]["inner"])
+        return given
 
     def make(self) -> Method:
         """Return the method, with its options.
 
         :raises InputError: if it refuses them.
         """
-        cls = methods()[self.method]
+        if self.inner is None:
+            return self._made(self.method)
+        one_of("method", self.inner, methods())
+        return self._made(self.method, inner=self._made(self.inner))
+
+    def _made(self, name: str, **more: Any) -> Method:
+        cls = methods()[name]
         known = {f.name for f in fields(cls)}
-        asked = {**DEFAULTS.get(self.method, {}), **self.options}
+        asked = {**DEFAULTS.get(name, {}), **self.options, **more}
         if "twist" in asked:
             asked["twist"] = self._twist(asked["twist"])
         try:
             return cls(**{name: value for name, value in asked.items() if name in known})
         except (ValueError, TypeError) as error:
-            raise InputError(spoken(str(error), self.method)) from error
+            raise InputError(spoken(str(error), name)) from error
 
     def _twist(self, name: str) -> FillTwist | str | None:
         fills: int | None = self.options.get("fills")
@@ -94,7 +111,7 @@ class Search:
         known = options()
         for name, value in self.options.items():
             one_of("option", name, known)
-            known[name].check(value, self.method)
+            known[name].check(value, self.method, self.inner)
         if "fills" in self.options:
             at_least("the number of --fills", self.options["fills"], 1)
         positive("the power of the prior", self.options.get("power"))

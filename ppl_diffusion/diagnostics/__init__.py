@@ -11,6 +11,9 @@ from ppl_diffusion.diagnostics.chain_report import chain_summary as chain_summar
 from ppl_diffusion.diagnostics.comparison import Comparison as Comparison
 from ppl_diffusion.diagnostics.comparison import Contender as Contender
 from ppl_diffusion.diagnostics.comparison import compare as compare
+from ppl_diffusion.diagnostics.diversity import collapse as collapse
+from ppl_diffusion.diagnostics.diversity import nearest_distance as nearest_distance
+from ppl_diffusion.diagnostics.diversity import order_sd as order_sd
 from ppl_diffusion.diagnostics.plots import plot_ancestry as plot_ancestry
 from ppl_diffusion.diagnostics.plots import plot_ess as plot_ess
 from ppl_diffusion.diagnostics.plots import plot_evidence as plot_evidence

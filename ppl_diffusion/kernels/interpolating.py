@@ -154,10 +154,13 @@ class InterpolatingKernel(Kernel):
             return None
         rows, prompts = flat_paths(path, prompt)
         found = read_reveals(rows, self.process.vocab_size, prompts)
-        times = torch.as_tensor(self.times, device=path.device)
         flat = flat_given(self, given, path.shape[:-2])
-        log_p = reveal_log_prob(self, rows, found, lambda _, step: times[step], flat)
+        log_p = reveal_log_prob(self, rows, found, self.time_of_step, flat)
         return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
+
+    def time_of_step(self, step_of: Tensor, step: Tensor) -> Tensor:
+        """Return the time of a step of a masked path whose reveals are known, float64 ``(M,)``."""
+        return torch.as_tensor(self.times, device=step.device)[step]
 
     def check_length(self, length: int) -> None:
         """Refuse a length for which there is another number of ``kappa`` per step."""

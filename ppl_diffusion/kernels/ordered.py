@@ -212,7 +212,7 @@ class OrderedKernel(Kernel):
         found = read_reveals(rows, self.process.vocab_size, prompts)
         found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompts))
         flat = flat_given(self, given, path.shape[:-2])
-        log_p = reveal_log_prob(self, rows, found, self._time_of_step, flat)
+        log_p = reveal_log_prob(self, rows, found, self.time_of_step, flat)
         return (log_p + self._log_prob_of_order(prompts, path.device)).reshape(path.shape[:-2])
 
     @property
@@ -272,7 +272,7 @@ class OrderedKernel(Kernel):
         )
         return times
 
-    def _time_of_step(self, step_of: Tensor, step: Tensor) -> Tensor:
+    def time_of_step(self, step_of: Tensor, step: Tensor) -> Tensor:
         """Return the time of a step of a path whose reveals are known, float64 ``(M,)``."""
         masks = (step_of >= step[:, None]).sum(-1)
         times: Tensor = _mean_times(self.process, masks, self.length)

@@ -35,6 +35,7 @@ from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import ChainSource, Moved, PotentialLike, Rng, Source, State
+from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
@@ -75,6 +76,7 @@ class Method(ABC):
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
     :cvar replays: whether paths may be scored again under other conditions: it moves particles by
         the chain's own law, and remembers nothing but the look-ahead that it carries.
+    :cvar needs_paths: whether paths are recorded for it even if nobody wants to keep them.
     """
 
     name: ClassVar[str]
@@ -85,6 +87,7 @@ class Method(ABC):
     normalised: ClassVar[bool] = True
     keeps_paths: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    needs_paths: ClassVar[bool] = False
 
     def source(self, model: Any, potential: PotentialLike | None) -> Source:
         """Return a bare chain, or a composition, with its potential.
@@ -188,6 +191,10 @@ class Method(ABC):
         """
         log_g: Tensor = state["log_g"]
         return log_g
+
+    def end(self, run: Bound, trace: SMCTrace) -> SMCTrace:
+        """Return what the loop left behind, after whatever is done with finished particles."""
+        return trace
 
     def law(self, run: Bound) -> Law:
         """Return what weighted particles are exact for."""

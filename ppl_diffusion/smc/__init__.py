@@ -11,9 +11,11 @@ from ppl_diffusion.smc.evidence import Evidence as Evidence
 from ppl_diffusion.smc.feynman_kac import FeynmanKac as FeynmanKac
 from ppl_diffusion.smc.feynman_kac import Proposal as Proposal
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior
+from ppl_diffusion.smc.path_state import PathMove as PathMove
 from ppl_diffusion.smc.posterior import ParticlePosterior as ParticlePosterior
+from ppl_diffusion.smc.refill import Refill as Refill
+from ppl_diffusion.smc.refill import SiteGibbs as SiteGibbs
 from ppl_diffusion.smc.rejuvenation import OrderRefresh as OrderRefresh
-from ppl_diffusion.smc.rejuvenation import PathMove as PathMove
 from ppl_diffusion.smc.rejuvenation import SuffixRefresh as SuffixRefresh
 from ppl_diffusion.smc.rejuvenation import WasteFree as WasteFree
 from ppl_diffusion.smc.resampling import RESAMPLERS as RESAMPLERS

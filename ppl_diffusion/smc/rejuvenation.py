@@ -14,120 +14,24 @@ Waste-free resampling (Dau and Chopin 2022, JRSS-B 84) keeps every state such mo
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.denoisers.base import Kind
-from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
-from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import draw_step, per_particle
+from ppl_diffusion.smc.path_state import PathModel as PathModel
+from ppl_diffusion.smc.path_state import PathMove as PathMove
+from ppl_diffusion.smc.path_state import PathState as PathState
+from ppl_diffusion.smc.path_state import accept
+from ppl_diffusion.smc.path_state import tilt as tilt
 from ppl_diffusion.smc.resampling import Resampler, Stratified
-
-
-class PathState(NamedTuple):
-    """Paths of particles and the potential of their ends.
-
-    :param path: int64 ``(R, N, *plates, T + 1, L)``.
-    :param log_g: ``log G(x0)``, float64 ``(R, N)``.
-    """
-
-    path: Tensor
-    log_g: Tensor
-
-    @property
-    def x0(self) -> Tensor:
-        """Clean sequences, int64 ``(R, N, *plates, L)``."""
-        return self.path[..., -1, :]
-
-
-class PathModel:
-    """What path moves need: a chain behind a cache, and a potential.
-
-    :param chain: the reverse chain; plates in its batch shape belong to every particle.
-    :param log_potential: ``x0 (R, N, *plates, L) -> log G (R, N)`` or ``(R, N, *plates)``.
-    :param max_rows: largest number of rows sent to the network at once.
-    """
-
-    def __init__(
-        self,
-        chain: ReverseChain,
-        log_potential: Callable[[Tensor], Tensor],
-        *,
-        max_rows: int | None = 4096,
-    ) -> None:
-        known = chain.kernel.denoiser
-        if not isinstance(known, EvaluatedDenoiser):  # else its answers are shared
-            known = EvaluatedDenoiser(known, max_rows=max_rows)
-        self.denoiser = known
-        kernel = chain.kernel.with_denoiser(self.denoiser)
-        same = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
-        self.chain = same.expand(chain.batch_shape)
-        self._log_potential = log_potential
-
-    @property
-    def num_evaluations(self) -> int:
-        """Network rows evaluated so far."""
-        return self.denoiser.rows_evaluated
-
-    def log_potential(self, x0: Tensor) -> Tensor:
-        """Return ``log G``, float64 ``(R, N)``.
-
-        :param x0: int64 ``(R, N, *plates, L)``.
-        """
-        return per_particle(self._log_potential(x0))
-
-    def state(self, path: Tensor) -> PathState:
-        """Return the state of given paths.
-
-        :param path: int64 ``(R, N, *plates, T + 1, L)``.
-        """
-        return PathState(path, self.log_potential(path[..., -1, :]))
-
-    def log_prob(self, path: Tensor) -> Tensor:
-        """Return the log-probability of paths, float64 ``(R, N)``.
-
-        :param path: int64 ``(R, N, *plates, T + 1, L)``.
-        """
-        return per_particle(self.chain.log_prob(path))
-
-
-class PathMove(ABC):
-    """A Markov kernel on paths that leaves ``p(path) G(x0)^beta`` invariant."""
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def check(self, chain: ReverseChain) -> None:
-        """Refuse a chain this move is wrong for.
-
-        :raises CapabilityError: if it is.
-        """
-
-    @abstractmethod
-    def __call__(
-        self,
-        model: PathModel,
-        state: PathState,
-        *,
-        beta: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[PathState, Tensor]:
-        """Return the states after one move, and whether it was accepted, bool ``(R, N)``.
-
-        :param model: chain and potential.
-        :param state: states of positive probability.
-        :param beta: power of the potential in the invariant law.
-        """
+from ppl_diffusion.smc.reveals import RevealTable, reveals_alone
 
 
 @dataclass(frozen=True)
@@ -158,6 +62,10 @@ class SuffixRefresh(PathMove):
                 f"{chain.num_steps}; shorten the suffix."
             )
 
+    def num_rows(self, chain: ReverseChain) -> float:
+        """Return a row for every step that is taken again."""
+        return float(self.num_steps)
+
     def __call__(
         self,
         model: PathModel,
@@ -174,20 +82,44 @@ class SuffixRefresh(PathMove):
             step = chain.kernel.step(carry, k, fixed=chain.fixed)
             carry = chain.kernel.advance(carry, draw_step(step, generator), k, step=step)
             states.append(carry["tokens"])
-        proposed = model.state(torch.stack(states, -2))
+        proposed = model.state(torch.stack(states, -2), _prefix(state, start, chain))
         log_ratio = tilt(proposed.log_g, beta) - tilt(state.log_g, beta)
-        return _accept(state, proposed, log_ratio, generator)
+        return accept(state, proposed, log_ratio, generator)
 
 
 @dataclass(frozen=True)
 class OrderRefresh(PathMove):
-    """Draw the reveal order again for the same ``x0``: two scorings of a whole path.
+    """Draw anew when positions are revealed, for the same ``x0``.
 
     The order of these chains does not depend on the network, so it is drawn from its own law, by
-    the same kernel around a flat prediction.
+    the same kernel around a flat prediction. What the old order's reveals were worth is remembered
+    from move to move, so that a move scores the new order alone.
+
+    With a window only so many consecutive places, anywhere in the order, are dealt anew. Positions
+    that are revealed in one step stand in random order. The proposal is symmetric, and what is
+    conditioned on changes inside the window alone: it costs a row for each of its steps.
+
+    :param window: places that are dealt anew; None for the whole order.
+    :param tail: whether the window is that of the last places, not a random one.
+    :param paid: whether the denoiser's probabilities along both orders are weighed. The published
+        moves do not: that costs nothing, and is right where all conditionals of the denoiser belong
+        to one joint law (:func:`ppl_diffusion.diagnostics.order_sd` is zero) and nowhere else.
     """
 
+    window: int | None = None
+    tail: bool = False
+    paid: bool = True
     name = "order"
+    renews = False
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"OrderRefresh: window must be >= 2 or None, got {self.window}.")
+
+    @property
+    def exact(self) -> bool:
+        """Whether it weighs what it does."""
+        return self.paid
 
     def check(self, chain: ReverseChain) -> None:
         """Refuse chains whose reveals are not random, or not independent of the network."""
@@ -200,12 +132,15 @@ class OrderRefresh(PathMove):
     @staticmethod
     def fits(chain: ReverseChain) -> bool:
         """Return whether this move is right for a chain."""
-        kernel = chain.kernel
-        if type(kernel) is OrderedKernel:
-            return kernel.capability != SAMPLE_ONLY
-        # A subclass may let the network decide what is revealed.
-        plain = type(kernel) is InterpolatingKernel
-        return plain and kernel.process.absorbing and kernel.ancestral  # type: ignore[attr-defined]
+        return reveals_alone(chain)
+
+    def num_rows(self, chain: ReverseChain) -> float:
+        """Return a row for every step whose reveals may change."""
+        if not self.paid:
+            return 0.0
+        if self.window is None:
+            return float(chain.num_steps)
+        return float(min(-(-self.window * chain.num_steps // chain.length) + 1, self.window))
 
     def __call__(
         self,
@@ -216,15 +151,27 @@ class OrderRefresh(PathMove):
         generator: torch.Generator | None = None,
     ) -> tuple[PathState, Tensor]:
         """Propose another order, weighed by the denoiser's probabilities along both."""
-        flat = _flat_chain(model.chain)
-        mask = flat.kernel.process.vocab_size
-        # Conditions of each particle are batch dimensions of the chain already.
-        lead = state.path.shape[: state.path.ndim - 2 - len(flat.batch_shape)]
-        order = flat.sample(lead, generator=generator)
-        path = torch.where(order == mask, mask, state.x0[..., None, :])
-        # Against the flat chain the law of the order cancels and the reveals are left.
-        new, old = (model.log_prob(p) - per_particle(flat.log_prob(p)) for p in (path, state.path))
-        return _accept(state, PathState(path, state.log_g), new - old, generator)
+        table = RevealTable.of(model, state)
+        if self.window is None:
+            step_of = _fresh_order(table, state, generator)
+            first = torch.zeros_like(step_of[:, 0])
+            last = first + model.chain.num_steps
+        else:
+            step_of, first, last = _dealt_window(table, self.window, self.tail, generator)
+        if not self.paid:
+            dealt = state._replace(path=table.path(table.x0, step_of), log_c=None)
+            return dealt, torch.ones_like(state.log_g, dtype=torch.bool)
+        changed = table.between(first, last)
+        # Equal numbers of reveals are dealt in a window; a fresh order may fill other steps.
+        renewed = replace(table, step_of=step_of).between(first, last)
+        unknown = changed & table.at_steps(table.log_c.isnan())
+        new, old = table.score([(step_of, renewed), (table.step_of, unknown)])
+        before = torch.where(old.isnan(), table.log_c, old)
+        ratio = torch.where(new.isnan(), 0.0, new - before).sum(-1)
+        after = torch.where(new.isnan(), before, new)
+        proposed = state._replace(path=table.path(table.x0, step_of), log_c=table.whole(after))
+        known = state._replace(log_c=table.whole(before))
+        return accept(known, proposed, per_particle(table.whole(ratio)), generator)
 
 
 @dataclass(frozen=True)
@@ -259,23 +206,50 @@ class WasteFree(Resampler):
         return xp.reshape(copies, weights.shape)
 
 
-def tilt(log_g: Tensor, beta: float) -> Tensor:
-    """Return ``beta log G``, with ``G^0 = 1`` also where ``G`` is zero.
+def _prefix(state: PathState, start: int, chain: ReverseChain) -> Tensor | None:
+    """Return what is still known of a path's reveals once the steps after ``start`` are gone."""
+    if state.log_c is None:
+        return None
+    kept = state.path[..., start, :] < chain.kernel.process.vocab_size
+    return torch.where(kept, state.log_c, torch.nan)
 
-    :param log_g: log-potentials.
-    :param beta: power, at least 0.
-    """
-    return beta * log_g if beta > 0 else torch.zeros_like(log_g)
+
+def _fresh_order(table: RevealTable, state: PathState, generator: torch.Generator | None) -> Tensor:
+    """Return when each position is revealed in paths of a flat prediction, int64 ``(B, L)``."""
+    flat = _flat_chain(table.model.chain)
+    # Conditions of each particle are batch dimensions of the chain already.
+    lead = state.path.shape[: state.path.ndim - 2 - len(flat.batch_shape)]
+    return RevealTable.of(
+        table.model, PathState(flat.sample(lead, generator=generator), state.log_g)
+    ).step_of
 
 
-def _accept(
-    state: PathState, proposed: PathState, log_ratio: Tensor, generator: torch.Generator | None
-) -> tuple[PathState, Tensor]:
-    u = uniforms(log_ratio.shape, generator=generator, device=log_ratio.device)
-    accepted = u.log() < log_ratio  # never where the ratio is NaN: a dead particle stays
-    wide = accepted.reshape(*accepted.shape, *[1] * (state.path.ndim - 2))
-    path = torch.where(wide, proposed.path, state.path)
-    return PathState(path, torch.where(accepted, proposed.log_g, state.log_g)), accepted
+def _dealt_window(
+    table: RevealTable, width: int, tail: bool, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``step_of`` with a window dealt anew, and the first and last step it touches."""
+    step_of, free = table.step_of, table.free
+    length = step_of.shape[-1]
+    width = min(width, length)
+    shape = (*step_of.shape[:-1], length + width + 1)
+    noise = uniforms(shape, generator=generator, device=step_of.device)
+    ties, cards, where = noise.split([length, width, 1], -1)
+    places = torch.where(free, step_of + ties, torch.inf).argsort(dim=-1)
+    count = free.sum(-1, keepdim=True)
+    choices = (count - width + 1).clamp_min(1)
+    start = choices - 1 if tail else (where * choices).floor().to(torch.int64)
+    index = start + torch.arange(width, device=step_of.device)
+    sites = places.gather(-1, index)
+    inside = index < count
+    steps = step_of.gather(-1, sites)
+    # Blocks are finished one after the other, so that positions trade places within theirs.
+    block = sites // getattr(table.model.chain.kernel, "block", length)
+    deal = torch.where(inside, block + cards, torch.inf).argsort(dim=-1, stable=True)
+    dealt = step_of.scatter(-1, sites, steps.gather(-1, deal))
+    low = torch.where(inside, steps, steps.amax(-1, keepdim=True)).amin(-1)
+    high = steps.amax(-1)
+    same = (dealt == step_of).all(-1)
+    return dealt, torch.where(same, high + 1, low), high
 
 
 def _flat_chain(chain: ReverseChain) -> ReverseChain:

@@ -286,7 +286,7 @@ def test_moves_without_their_acceptance_are_not_invariant(monkeypatch, move):
     def accept_all(state, proposed, log_ratio, generator):
         return proposed, torch.ones_like(log_ratio, dtype=torch.bool)
 
-    monkeypatch.setattr(rejuvenation, "_accept", accept_all)
+    monkeypatch.setattr(rejuvenation, "accept", accept_all)
     law, state, _ = move_exact_draws(move, ordered_chain("perturbed"))
     assert law.p_value(state.path) < 1e-3 * LEVEL
 

@@ -147,7 +147,7 @@ def test_a_suffix_that_is_always_accepted_loses_motifs(monkeypatch):
     def accept_all(state, proposed, log_ratio, generator):
         return proposed, torch.ones_like(log_ratio, dtype=torch.bool)
 
-    monkeypatch.setattr(rejuvenation, "_accept", accept_all)
+    monkeypatch.setattr(rejuvenation, "accept", accept_all)
     generator = torch.Generator().manual_seed(2)
     model = PathModel(LONG.chain, LONG.potential)
     state = model.state(LONG.draw_paths(150, generator)[:, None])

@@ -86,7 +86,18 @@ def test_runs_that_disagree_are_told_wherever_their_evidence_stands(prior, tmp_p
     motif = tmp_path / "m.meme"
     longer = MATRIX.format(0.7, 0.1).replace("w= 2", "w= 6")
     motif.write_text(longer + 4 * "0.1 0.1 0.7 0.1\n")
-    asked = ["--particles", "2", "--runs", "8", "--steps", "3", "--twist", "none"]
+    asked = [
+        "--particles",
+        "2",
+        "--runs",
+        "8",
+        "--steps",
+        "3",
+        "--method",
+        "smc",
+        "--twist",
+        "none",
+    ]
     asked += ["--motif", f"{motif}@M1:40", "--out", str(tmp_path / "run")]
     assert run(["design", prior, *asked]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -104,7 +115,19 @@ def test_runs_that_disagree_are_told_wherever_their_evidence_stands(prior, tmp_p
 
 
 def test_roots_of_particles_without_weight_are_not_counted(prior, tmp_path, capsys):
-    asked = ["--particles", "16", "--runs", "2", "--steps", "2", "--twist", "none", "--quiet"]
+    asked = [
+        "--particles",
+        "16",
+        "--runs",
+        "2",
+        "--steps",
+        "2",
+        "--method",
+        "smc",
+        "--twist",
+        "none",
+        "--quiet",
+    ]
     asked += ["--ess-threshold", "0", "--gc", "0.4", "0.6", "--out", str(tmp_path / "run")]
     assert run(["design", prior, *asked]) == 0
     roots = json.loads((tmp_path / "run" / "summary.json").read_text())["root_ancestors"]
@@ -172,7 +195,7 @@ def test_what_no_summary_says_is_unknown_not_different(runs, tmp_path):
 
 def test_smc_leaves_its_name_and_seed_in_the_arviz_file(runs):
     with xr.open_datatree(runs / "run2" / "posterior.nc") as data:
-        assert (data.attrs["method"], data.attrs["seed"]) == ("smc", 2)
+        assert (data.attrs["method"], data.attrs["seed"]) == ("refinement", 2)
 
 
 @pytest.mark.parametrize(("columns", "tables"), [(80, 3), (400, 1)])

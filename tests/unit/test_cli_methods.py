@@ -24,6 +24,7 @@ METHODS = {
     "unweighted": {"method": "soft-value", "num_children": 2, "alpha": 0.0, "weighted": False},
     "steering": {"kind": "max", "every": 2},
     "twisted": {},
+    "refinement": {"inner": "smc", "num_chains": 2},
     "corrector": {"power": 2.0},
     "best-of-n": {"keep": 2},
 }
@@ -168,8 +169,8 @@ def test_every_method_takes_a_uniform_prior(name, priors):
     ("arguments", "sentence"),
     [
         (["MASKED", "--method", "mcmc"], "no method called 'mcmc'"),
-        (["MASKED", "--children", "3"], "--children is no option of smc"),
-        (["MASKED", "--unweighted"], "--unweighted is no option of smc"),
+        (["MASKED", "--children", "3"], "--children is no option of refinement of twisted"),
+        (["MASKED", "--unweighted"], "--unweighted is no option of refinement of twisted"),
         (["MASKED", "--method", "best-of-n", "--ess-threshold", "0.5"], "no option of best-of-n"),
         (["UNIFORM", "--method", "twisted", "--fix", "0:TA"], "fixed bases on masked priors"),
         (["UNIFORM", "--method", "corrector", "--fix", "0:TA"], "fixed bases on masked priors"),
@@ -230,7 +231,8 @@ def test_particles_alone_can_be_compared(runs, tmp_path, capsys):
 
 def test_other_priors_are_told_apart(runs, priors, tmp_path, capsys):
     uniform = str(priors / "UniformDiffusion")
-    assert run(["design", uniform, *QUICK, "--out", str(tmp_path / "uniform")]) == 0
+    smc = ["--method", "smc"]
+    assert run(["design", uniform, *smc, *QUICK, "--out", str(tmp_path / "uniform")]) == 0
     assert run(["compare", str(runs / "smc"), str(tmp_path / "uniform")]) == 0
     assert "The targets A, B differ in prior: compare" in capsys.readouterr().out
 

@@ -105,7 +105,9 @@ def test_a_field_called_as_a_flag_of_the_command_stands_beside_it(folder):
 
 def test_its_runs_are_compared_with_others(folder, tmp_path, capsys):
     designed(folder, "a")
-    assert run([*QUICK, "--seed", "7", "--out", str(folder / "b"), "--quiet"]) == 0
+    assert (
+        run([*QUICK, "--method", "smc", "--seed", "7", "--out", str(folder / "b"), "--quiet"]) == 0
+    )
     assert run(["compare", "a", "b", "--json", "c.json"]) == 0
     rows = json.loads((folder / "c.json").read_text())["runs"]
     assert [row["method"] for row in rows] == ["once", "smc"]

@@ -16,7 +16,7 @@ from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
-from ppl_diffusion.inference import methods
+from ppl_diffusion.inference import Bootstrap, Refinement, TwistedSampler, methods
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.potentials import GCContent, Potential
 from ppl_diffusion.smc.twists import ArgmaxFill, PersistentFill
@@ -155,18 +155,25 @@ def test_guesses_hold_fixed_bases_wherever_they_can():
 
 def test_defaults_depend_on_the_method():
     assert Search().settings() == {
-        "num_particles": 64,
+        "num_particles": 72,
         "num_runs": 4,
-        "num_steps": 64,
         "seed": 0,
-        "method": "smc",
-        "twist": "persistent",
-        "fills": 4,
-        "twist_every": 1,
+        "method": "refinement",
+        "ess_threshold": 0.2,
+        "inner": "twisted",
+        "share": 0.5,
+        "num_chains": 16,
+        "twist": "auto",
+        "surprise": False,
+        "kappa": 1.0,
+        "cache": True,
     }
+    assert Search().make() == Refinement(TwistedSampler(), num_chains=16)
+    refined = make_search("refinement", inner="smc", twist_every=2)
+    assert refined.make() == Refinement(Bootstrap(twist_every=2), num_chains=16)
+    assert refined.settings()["twist_every"] == 2
     assert make_search("steering", fills=8).settings()["twist"] == "persistent"
     assert "fills" not in make_search("steering").settings()
-    assert make_search().make().twist == PersistentFill(4)
     assert make_search("soft-value").make().num_children == 4
     assert make_search("steering", fills=8).make().twist == PersistentFill(8)
     for name, cls in methods().items():

@@ -49,7 +49,8 @@ def matrices(tmp_path):
 def test_job_and_program_have_the_same_target(prior, matrices):
     program, folder = prior
     question = Question(gc=(0.25, 0.5), motifs=(MotifSpec(matrices, "M2", 0.5),), fix=((3, "TA"),))
-    search = Search(num_particles=128, num_runs=16, num_steps=6, options={"twist": "none"})
+    numbers = {"num_particles": 128, "num_runs": 16, "num_steps": 6}
+    search = Search(method="smc", options={"twist": "none"}, **numbers)
     result = design(build_target(Job(folder, question, search)))
     gc, motif = GCContent(0.25, 0.5), 0.5 * find_motif(read_motifs(matrices), "M2").potential()
 

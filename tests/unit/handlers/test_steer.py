@@ -63,7 +63,9 @@ def test_the_weight_is_what_makes_it_right():
 def test_plain_importance_sampling_agrees():
     chain, exact = toy_chain(), ExactChain.of(toy_chain())
     plain = Importance(program, num_samples=400).run(chain)
-    steered = Importance(steer(program, potential=0.7 * GOAL), num_samples=400).run(chain)
+    steered = Importance(steer(program, potential=0.7 * GOAL, twist="argmax"), num_samples=400).run(
+        chain
+    )
     for marginal in (plain, steered):  # 4 s.e. each
         assert abs(z_score(importance_weights(marginal), exact.evidence(GOAL))) < 4
     assert importance_weights(steered).std() < 0.5 * importance_weights(plain).std()
@@ -73,7 +75,7 @@ def test_a_steered_guide_of_its_own_gives_the_same_answer():
     chain = toy_chain()
 
     def guide(chain):
-        with steer(potential=GOAL, num_particles=4):
+        with steer(potential=GOAL, num_particles=4, twist="argmax"):
             pyro.sample("path", chain)
 
     marginal = Importance(program, guide, num_samples=300).run(chain)
@@ -92,7 +94,7 @@ def test_scoring_a_draw_calls_no_network_again():
 def test_log_weight_of_a_trace():
     chain = toy_chain()
     torch.manual_seed(3)
-    steered = steer(program, potential=GOAL, num_particles=4)
+    steered = steer(program, potential=GOAL, num_particles=4, twist="argmax")
     weights = torch.stack(
         [log_weight(poutine.trace(steered).get_trace(chain)) for _ in range(300)]
     ).exp()

@@ -191,11 +191,11 @@ def test_a_condition_that_particles_did_not_move_under_is_refused():
     def fickle():
         calls.append(1)
         c = pyro.sample("c", dist.Categorical(RATES))
-        shown = c if len(calls) < 7 else (c + 1) % 3
+        shown = c if len(calls) < 6 else (c + 1) % 3
         pyro.sample("path", ReverseChain(LABELLED, 2, given={"label": shown}))
 
     with pytest.raises(CapabilityError, match="moved under another 'label'"):
-        SMC(fickle, num_particles=4, twist=None).run(seed=0)
+        SMC(fickle, num_particles=4, twist=None, moves=None).run(seed=0)
 
 
 @pytest.mark.parametrize("scaled", ["path", "z"])
