@@ -120,8 +120,10 @@ def parse_motif(text: str) -> MotifSpec:
     if weight is None:
         place, weight = text, 1.0
     path, name = _split_name(place)
+    if path.is_dir():
+        raise InputError(f"The motif file {str(path)!r} is a folder: give one of its files.")
     if not path.is_file():
-        raise InputError(f"There is no motif file {str(path)!r}: give a MEME or JASPAR file.")
+        raise InputError(f"There is no motif file {str(path)!r}: check the path.")
     if not 0 < weight <= MAX_MOTIF_WEIGHT:
         raise InputError(
             f"The weight of motif {place!r} must be above 0 and at most {MAX_MOTIF_WEIGHT:g}, "

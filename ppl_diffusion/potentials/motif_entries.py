@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -80,6 +81,8 @@ def motif_of(identifier: str, name: str, table: Tensor, line: Line) -> Motif:
     totals = table.sum(-1, keepdim=True)
     if bool((totals <= 0).any()):
         raise line.damaged(f"every position of {identifier} must have counts")
+    if not math.isfinite(float(totals.sum())):
+        raise line.damaged(f"the numbers of {identifier} are too large to be counts")
     shares = bool(((totals - 1).abs() <= ROW_TOLERANCE).all())
     if not shares and float(totals.mean()) < _FEWEST_SITES:
         raise line.damaged(

@@ -43,6 +43,7 @@ def read_motifs(path: str | Path) -> list[Motif]:
 
     :param path: plain or gzipped text.
     :raises FileNotFoundError: if there is no such file.
+    :raises IsADirectoryError: if it is a folder.
     :raises ValueError: if it is of no such format, or no motif in it can be read; the text names
         the line.
     :warns UserWarning: names the damaged entries beside others that are read.
@@ -90,6 +91,11 @@ def find_motif(motifs: Sequence[Motif], name: str) -> Motif:
     hits = [m for m in motifs if wanted in (m.identifier.upper(), m.name.upper())]
     if len(hits) == 1:
         return hits[0]
+    if len({m.identifier.upper() for m in hits}) < len(hits):
+        raise ValueError(
+            f"{len(hits)} motifs are called {name!r}, and some share an identifier: rename them in "
+            "the file, or keep one."
+        )
     if hits:
         raise ValueError(
             f"{len(hits)} motifs are called {name!r}: give one of the identifiers "
@@ -112,6 +118,8 @@ def _read_lines(path: str | Path) -> _Lines:
 
 
 def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise IsADirectoryError(f"The motif file {str(path)!r} is a folder: give one of its files.")
     if not path.is_file():
         raise FileNotFoundError(f"The motif file {str(path)!r} does not exist: check the path.")
     data = path.read_bytes()
@@ -200,7 +208,7 @@ def _parse_xml(path: str | Path, lines: _Lines) -> list[Any]:
         found: list[Any] = motifs.parse(StringIO(text), "xms" if "<motifset" in text else "meme")
     except Exception as error:  # Biopython raises what it stumbles over
         raise ValueError(
-            f"The motif file {str(path)!r} begins like XML, and is no output of MEME and no XMS "
-            f"file ({error}): {_ASK}."
+            f"The motif file {str(path)!r} begins like XML or a web page, and is no output of MEME "
+            f"and no XMS file: {_ASK}."
         ) from error
     return found

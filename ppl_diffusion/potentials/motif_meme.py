@@ -6,6 +6,7 @@ cannot read them without loss; these few lines can.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ def read_meme_entry(entry: Entry, _: str) -> Motif:
     name = re.split(r"\s+width\s*=", " ".join(words[1:]))[0].strip()
     rows = _rows(entry, at + 1)
     width = _number(header, "w")
-    if not rows or (width is not None and len(rows) != int(width)):
+    if not rows or (width is not None and len(rows) != width):
         expected = "at least 1" if width is None else f"{width:g}"
         at_fault = entry.body[min(at + 1 + len(rows), len(entry.body) - 1)]
         raise at_fault.damaged(
@@ -50,6 +51,8 @@ def read_meme_entry(entry: Entry, _: str) -> Motif:
         )
     table = torch.tensor(rows, dtype=torch.float64)
     sites = _number(header, "nsites") or NUM_SITES
+    if not 0 < sites < math.inf:
+        raise header.damaged("nsites must be a number of sites")
     return Motif(words[0], name or words[0], table / table.sum(-1, keepdim=True), sites)
 
 

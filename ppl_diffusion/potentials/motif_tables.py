@@ -155,6 +155,8 @@ def _even(totals: Tensor) -> bool:
 def _require_numbers(words: _Words, layout: str) -> None:
     """Require equally many numbers in every line of a table, and as many lines as it takes."""
     rows = words[1:] if layout == _COLUMNS and words[0][1][-1].isalpha() else words
+    if not rows:
+        raise words[-1][0].damaged("numbers were expected below")
     bare = [(line, row[1:] if row[0].isalpha() else row) for line, row in rows]
     for line, row in bare:
         _numbers(line, row)

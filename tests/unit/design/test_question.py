@@ -35,6 +35,8 @@ def test_parse_motif_refusals(tmp_path):
     (tmp_path / "m.meme").write_text("")
     with pytest.raises(InputError, match="There is no motif file"):
         parse_motif("nowhere.meme:2")
+    with pytest.raises(InputError, match="is a folder: give one of its files"):
+        parse_motif(f"{tmp_path}@M1")
     with pytest.raises(InputError, match=r"must be above 0 and at most 1e\+06, not nan"):
         parse_motif(f"{tmp_path / 'm.meme'}:nan")
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -267,8 +268,11 @@ class TestNames:
         motifs = read_motifs(write(MEME))
         with pytest.raises(ValueError, match="No motif is called 'TBP': the file holds 2, such as"):
             find_motif(motifs, "TBP")
-        with pytest.raises(ValueError, match="2 motifs are called 'FIRST': give one of"):
-            find_motif([motifs[0], motifs[0]], "FIRST")
+        twin = replace(motifs[0], identifier="MA0001.2")
+        with pytest.raises(ValueError, match=r"'FIRST': give one of the .* MA0001.1, MA0001.2"):
+            find_motif([motifs[0], twin], "FIRST")
+        with pytest.raises(ValueError, match=r"2 motifs are called 'MA0001\.1', and some share an"):
+            find_motif([motifs[0], motifs[0]], "MA0001.1")
 
 
 class TestWholeFiles:
@@ -316,6 +320,8 @@ MEME_DAMAGE = [
     (("0.5 0.25 0.25 0", "1.5 -0.5 0 0"), r"line 12 .*4 probabilities"),
     (("0.5 0.25 0.25 0", "nan 0.25 0.25 0"), r"line 12 .*has 0 rows"),
     (("MOTIF MA0001.1 FIRST", "MOTIF"), r"line 11 .*must come before the matrix"),
+    (("nsites= 10", "nsites= 1e999"), r"line 11 .*nsites must be a number of sites"),
+    (("w= 2", "w= 1e999"), r"has 2 rows of probabilities, not inf"),
     (("letter-probability", "log-odds"), r"'MOTIF MA0001.1 FIRST' at line 10 .*no letter-prob"),
 ]
 JASPAR_DAMAGE = [
@@ -326,6 +332,8 @@ JASPAR_DAMAGE = [
     (("C  [ 3 2 ]", "C  [ ]"), r"line 3 .*equally many numbers"),
     (("C  [ 3 2 ]", "C  [ 3 -2 ]"), r"'>MA0001.1 FIRST' at line 5 .*not be negative"),
     (("C  [ 3 2 ]", "C  [ 3 x ]"), r"line 3 .*only finite numbers"),
+    (("T  [ 0 4 ]", "T  [ 0 1e999 ]"), r"numbers of MA0001.1 are too large"),
+    (("A  [ 5 1 ]\nC  [ 3 2 ]", "A [ 1e308 1 ]\nC [ 1e308 2 ]"), r"MA0001.1 are too large"),
     (("C  [ 3 2 ]", "C  [ 3 nan ]"), r"line 3 .*only finite numbers"),
     (("1\n0 2 1\n0 0 1\n0 0 1", "0\n0 2 0\n0 0 0\n0 0 0"), "every position of MA0003.1 must have"),
     (("2 0 1\n0 2 1\n0 0 1\n0 0 1", ".4 .4\n.1 .1\n.2 .2\n.2 .2"), "no probabilities that sum to"),
@@ -337,6 +345,8 @@ JASPAR_DAMAGE = [
     ((">MA0003.1", ">"), "'>' must be followed by an identifier"),
 ]
 DAMAGED = [*((MEME, *d) for d in MEME_DAMAGE), *((JASPAR, *d) for d in JASPAR_DAMAGE)]
+
+PAGE = "<html><body>not found</body></html>"
 
 
 class TestDamage:
@@ -379,7 +389,14 @@ class TestDamage:
             ),
             (">seq\nACGTACGT\n", "the bases must be A, C, G, T"),
             (b"\x00\x01\x02", "not plain or gzipped text"),
-            ("<html><body>not found</body></html>", "no output of MEME and no XMS file"),
+            (PAGE, "web page, and is no output of MEME and no XMS file: give"),
+            (
+                "<!DOCTYPE html>\n" + PAGE,
+                "web page, and is no output of MEME and no XMS file: give",
+            ),
+            ("Pos\tA\tC\tG\tT\n", r"line 1 .*numbers were expected below"),
+            ("A C G T\n", r"line 1 .*numbers were expected below"),
+            (">M1\nA C G T\n", r"line 2 .*numbers were expected below"),
             ("A [ 1 2 ]\nC [ 1 2 ]\nG [ 1 2 ]\nU [ 1 2 ]\n", "each of A, C, G, T was expected"),
         ],
     )
@@ -397,6 +414,8 @@ class TestDamage:
     def test_files_that_cannot_be_read(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             read_motifs(tmp_path / "absent.meme")
+        with pytest.raises(IsADirectoryError, match="is a folder: give one of its files"):
+            read_motifs(tmp_path)
         broken = tmp_path / "broken.gz"
         broken.write_bytes(gzip.compress(MEME.encode())[:-20])
         with pytest.raises(ValueError, match="not plain or gzipped text"):
