@@ -82,8 +82,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", PLOTS)
+# By turns: every run of the tests sees each plot and each case, and the slow ones see all pairs.
+def by_turns(cases, turn):
+    return [
+        pytest.param(name, case, marks=[pytest.mark.slow] * ((row + column) % turn > 0))
+        for row, name in enumerate(PLOTS)
+        for column, case in enumerate(cases)
+    ]
+
+
+LAID_OUT = by_turns(["a dead run", "many runs", "enormous evidences"], 3)
+
+
+@pytest.mark.parametrize(("name", "case"), by_turns(CASES, 2))
 def test_every_plot_is_drawn(make_posterior, name, case):
     figure = Figure(figsize=(7, 4.5))
     ax = figure.subplots()
@@ -91,8 +102,7 @@ def test_every_plot_is_drawn(make_posterior, name, case):
     figure.draw_without_rendering()
 
 
-@pytest.mark.parametrize("case", ["a dead run", "many runs", "enormous evidences"])
-@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize(("name", "case"), LAID_OUT)
 def test_a_layout_finds_room_for_it_in_a_file(make_posterior, name, case):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     getattr(diagnostics, f"plot_{name}")(CASES[case](make_posterior), ax=figure.subplots())
