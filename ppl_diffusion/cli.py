@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ppl_diffusion import __version__
 from ppl_diffusion.commands.complain import exit_code
 from ppl_diffusion.commands.flags import MODULE, MethodCommand, import_modules
-from ppl_diffusion.commands.terminal import readable_streams, spoken_warnings
+from ppl_diffusion.commands.terminal import no_windows, readable_streams, spoken_warnings
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         could not give an answer.
     """
     words = None if arguments is None else list(arguments)
-    with readable_streams(), spoken_warnings():
+    with readable_streams(), spoken_warnings(), no_windows():
         return exit_code(lambda: app(args=words, prog_name="ppl-diffusion", standalone_mode=False))
 
 
@@ -162,7 +162,8 @@ def design(
         list[str] | None,
         Option(
             metavar="FILE[@NAME][:WEIGHT]",
-            help="Reward the best hit of a MEME or JASPAR matrix. Repeatable.",
+            help="Reward the best hit of a matrix: MEME, JASPAR, TRANSFAC, XMS, or a table with a "
+            "line per base or per position. Repeatable.",
         ),
     ] = None,
     gc: Annotated[

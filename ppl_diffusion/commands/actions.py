@@ -22,7 +22,7 @@ from ppl_diffusion.commands.tables import (
 from ppl_diffusion.design.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.report import fasta, json_text, save_comparison
+from ppl_diffusion.design.report import fasta, json_text, not_drawn, save_comparison
 
 if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SamplerSettings
@@ -169,6 +169,7 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
     """Print such folders side by side.
 
     :raises InputError: if they cannot be compared, or a file cannot be written.
+    :raises NoAnswer: if the plot could not be drawn; everything else is there.
     """
     from ppl_diffusion.design.contenders import read_contenders
     from ppl_diffusion.diagnostics.comparison import compare
@@ -185,7 +186,12 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
         write_whole(out, json_text(comparison.to_json()))
         print(f"wrote {out}")
     if plot is not None:
-        save_comparison(comparison, plot)
+        try:
+            save_comparison(comparison, plot)
+        except (InputError, OSError):
+            raise
+        except Exception as error:
+            raise NoAnswer(not_drawn([repr(str(plot))], error)) from error
         print(f"wrote {plot}")
 
 

@@ -85,16 +85,22 @@ def _designs(result: Result) -> None:
 
 
 def _comparison(result: Result) -> None:
+    summary = result.summary
+    # Runs that disagree say nothing about the error of what they are pooled to.
+    known = "evidence_note" in summary or summary["log_evidence_interval"] is not None
     rows = [
         [
             _plain(name),
-            _with_error(numbers["designs_mean"], numbers["designs_standard_error"]),
+            _with_error(
+                numbers["designs_mean"], numbers["designs_standard_error"] if known else None
+            ),
             _with_error(numbers["prior_mean"], numbers["prior_sd"]),
             numbers["prior_95th_percentile"],
         ]
-        for name, numbers in result.summary["comparison"].items()
+        for name, numbers in summary["comparison"].items()
     ]
-    header = ["score", "designs: mean ± s.e.", "prior: mean ± s.d.", "prior: 95th percentile"]
+    mean = "designs: mean ± s.e." if known else "designs: mean"
+    header = ["score", mean, "prior: mean ± s.d.", "prior: 95th percentile"]
     table("Designs against prior samples", header, rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 import unicodedata
 import warnings
@@ -74,6 +75,23 @@ def spoken_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = usual
+
+
+@contextmanager
+def no_windows() -> Iterator[None]:
+    """Ask Matplotlib for files only: commands open no window, and a wrong backend stops its import.
+
+    ArviZ imports it too, so that without this ``MPLBACKEND`` could decide whether a run is kept.
+    """
+    usual = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        yield
+    finally:
+        if usual is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = usual
 
 
 def _stand_ins(error: UnicodeError) -> tuple[str, int]:

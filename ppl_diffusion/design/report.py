@@ -69,6 +69,20 @@ def save_netcdf(data: Any, path: Path) -> None:
     data.to_netcdf(str(path))
 
 
+def save_arviz(posterior: ParticlePosterior, folder: Path) -> str | None:
+    """Write ``posterior.nc`` into a folder; ArviZ, and what it imports, decides nothing.
+
+    :returns: a sentence that says why it was left out, None if it was not.
+    """
+    place = folder / "posterior.nc"
+    try:
+        save_netcdf(posterior.to_arviz(vocabulary=list("ACGT")), place)
+    except Exception as error:
+        place.unlink(missing_ok=True)
+        return f"The ArviZ file {place.name} could not be written ({_reason(error)})."
+    return None
+
+
 def save_plots(posterior: ParticlePosterior, folder: Path) -> str | None:
     """Draw every diagnostic plot into a folder.
 
@@ -92,7 +106,7 @@ def save_plots(posterior: ParticlePosterior, folder: Path) -> str | None:
         except Exception as error:
             place.unlink(missing_ok=True)
             failed[name] = error
-    return _left_out(failed) if failed else None
+    return not_drawn(list(failed), next(iter(failed.values()))) if failed else None
 
 
 def _save_plot(posterior: ParticlePosterior, name: str, place: Path) -> None:
@@ -111,12 +125,14 @@ def _save_plot(posterior: ParticlePosterior, name: str, place: Path) -> None:
     figure.savefig(place, dpi=120)
 
 
-def _left_out(failed: Mapping[str, Exception]) -> str:
+def not_drawn(names: Sequence[str], error: Exception) -> str:
     """Say in a sentence which plots could not be drawn, and why the first one could not."""
-    (first, *_) = failed.values()
-    plural = "s" * (len(failed) > 1)
-    why = " ".join(f"{type(first).__name__}: {first}".split())
-    return f"The plot{plural} {', '.join(failed)} could not be drawn ({why})."
+    plural = "s" * (len(names) > 1)
+    return f"The plot{plural} {', '.join(names)} could not be drawn ({_reason(error)})."
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:

@@ -24,7 +24,7 @@ from ppl_diffusion.design.report import (
     fasta,
     json_text,
     no_evidence,
-    save_netcdf,
+    save_arviz,
     save_plots,
 )
 from ppl_diffusion.diagnostics import collapse, nearest_distance
@@ -141,24 +141,24 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """Write the run folder, whole or not at all.
 
     The same seed gives the same bytes in every file but ``summary.json``, which holds the seconds.
+    The ArviZ file and the plots come last, and decide nothing: what cannot be made is left out.
 
-    :returns: a sentence about plots that could not be drawn, None if all were.
+    :returns: what is left out and why, None if nothing is.
     :raises InputError: if the place cannot be taken.
     """
     designs, sequences = result.designs, result.sequences
     with whole_folder(folder, replace=replace) as place:
         timeless = dataclasses.replace(result.posterior, seconds=math.nan)
         timeless.save(place / "particles")
-        save_netcdf(timeless.to_arviz(vocabulary=list("ACGT")), place / "posterior.nc")
         (place / "designs.csv").write_text(
             designs_csv(designs, result.columns, sequences), encoding="utf-8"
         )
         (place / "designs.fasta").write_text(
             fasta(sequences, design_headers(designs)), encoding="utf-8"
         )
-        left_out = save_plots(timeless, place / "plots")
         (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
-    return left_out
+        left_out = (save_arviz(timeless, place), save_plots(timeless, place / "plots"))
+    return " ".join(filter(None, left_out)) or None
 
 
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:

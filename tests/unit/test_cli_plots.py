@@ -1,5 +1,7 @@
 """A plot never decides whether a run is kept."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
 from ppl_diffusion.testing import toy_markov_chain
 
+PLOTS = {"ess", "evidence", "weights", "ancestry", "token_entropy"}
 FILES = {"designs.csv", "designs.fasta", "particles", "plots", "posterior.nc", "summary.json"}
 
 
@@ -35,7 +38,7 @@ def design(prior, tmp_path, capsys):
         out = tmp_path / "run"
         asked = ["--particles", "8", "--runs", "2", "--steps", "4", "--gc", "0", "1", *more]
         assert run(["design", prior, *asked, "--out", str(out)]) == 0
-        assert {path.name for path in out.iterdir()} == FILES
+        assert {path.name for path in out.iterdir()} | {"posterior.nc"} == FILES
         assert ParticlePosterior.load(out / "particles").num_particles == 8
         told = capsys.readouterr().err.splitlines()
         return out, [line for line in told if line.startswith("ppl-diffusion: ")]
@@ -85,3 +88,56 @@ def test_diagnose_draws_what_it_can(tmp_path, monkeypatch, capsys):
     assert "could not be drawn" in capsys.readouterr().err
     (tmp_path / "file").write_text("x")
     assert run([*asked[:-1], str(tmp_path / "file")]) == 2
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    model = FeynmanKac(toy_markov_chain("uniform"), Potential(lambda x0: x0.sum(-1) / 4))
+    each = [run_smc(model, 8, 2, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    return [str(posterior.save(tmp_path / f"run{k}")) for k, posterior in enumerate(each)]
+
+
+def test_a_design_needs_no_arviz(design, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    out, (told,) = design()
+    assert "The ArviZ file posterior.nc could not be written (ModuleNotFoundError" in told
+    assert told.endswith("Every other file of the run was written.")
+    assert {path.stem for path in (out / "plots").iterdir()} == PLOTS
+
+
+def test_a_wrong_backend_of_matplotlib_changes_nothing(prior, two_runs, tmp_path):
+    """In a process of its own: Matplotlib reads the setting when it is imported."""
+    small = ["--particles", "8", "--runs", "2", "--steps", "4", "--gc", "0", "1"]
+    calls = [
+        ["design", prior, *small, "--out", str(tmp_path / "new")],
+        ["diagnose", two_runs[0], "--plots", str(tmp_path / "plots")],
+        ["compare", *two_runs, "--plot", str(tmp_path / "compared.png")],
+    ]
+    program = f"from ppl_diffusion.cli import run\nassert not any(map(run, {calls!r}))"
+    setting = {**os.environ, "MPLBACKEND": "nonsense"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=setting, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ppl-diffusion: " not in done.stderr
+    assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == PLOTS
+    assert (tmp_path / "compared.png").stat().st_size
+
+
+def test_the_setting_of_the_caller_is_put_back(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    assert run(["--version"]) == 0
+    assert os.environ["MPLBACKEND"] == "nonsense"
+
+
+def test_a_comparison_that_cannot_be_drawn_is_one_sentence(two_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diagnostics, "plot_comparison", too_many_bins)
+    place, figures = tmp_path / "a.png", tmp_path / "a.json"
+    assert run(["compare", *two_runs, "--plot", str(place), "--json", str(figures)]) == 1
+    told = capsys.readouterr()
+    assert "Runs as they are" in told.out
+    assert told.err.count("\n") == 1
+    assert "a.png' could not be drawn (ValueError: Too many bins" in told.err
+    assert figures.is_file()
+    assert not place.exists()

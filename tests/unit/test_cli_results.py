@@ -57,3 +57,31 @@ def test_designs_are_printed_whole(columns, tmp_path, monkeypatch, capsys):
     sequences = (out / "designs.fasta").read_text().splitlines()[1::2]
     assert [line.split()[-1] for line in lines if line.endswith(tuple(sequences))] == sequences
     assert any("weight" in line and "log G" in line for line in lines)
+
+
+@pytest.mark.parametrize(("particles", "known"), [(2, False), (64, True)])
+def test_no_error_is_printed_where_the_runs_disagree(
+    particles, known, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "160")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = MaskedDiffusion.build(list("ACGT"), 16, name="tiny", dim=8, depth=1, heads=1)
+    prior.save(tmp_path / "prior")
+    size = ["--particles", str(particles), "--runs", "4" if known else "2", "--steps", "4"]
+    asked = [*size, "--gc", "0", "0.5", "--method", "importance-sampling"]
+    out = tmp_path / "run"
+    assert run(["design", str(tmp_path / "prior"), *asked, "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["log_evidence_interval"] is not None) == known
+    told = capsys.readouterr().out
+    assert ("designs: mean ± s.e." in told) == known
+    mean = summary["comparison"]["gc"]["designs_mean"]
+    assert (f"{mean:.4g} ±" in told) == known
+
+
+def test_the_help_of_motifs_names_what_is_read(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["design", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("MEME", "JASPAR", "TRANSFAC", "XMS"))
