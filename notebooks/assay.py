@@ -44,12 +44,12 @@ prior
 # %% [markdown]
 # ## The model
 #
-# `prior.chain(...)` is a distribution over whole reverse paths: 33 states of 80 tokens, from all-masked
+# `prior.chain(...)` is a distribution over whole reverse paths: 21 states of 80 tokens, from all-masked
 # to clean. Its `log_prob` is exact. The clean sequence is read off the end of the path, and the rest
 # depends on it alone: a hard constraint, a latent gain, an observation.
 
 # %%
-chain = prior.chain(num_steps=32)
+chain = prior.chain(num_steps=20)
 no_bsai = ppd.potentials.ForbiddenMotif("GGTCTC")
 
 
@@ -110,7 +110,7 @@ print(f"effective sample size {1 / (weights**2).sum():.1f} of {len(weights)}")
 # %%
 twists = {"argmax": "argmax", "defensive": "defensive"}
 results = {
-    name: ppd.inference.SMC(assay, num_particles=64, num_runs=4, twist=twist).run(
+    name: ppd.inference.SMC(assay, num_particles=48, num_runs=4, twist=twist).run(
         y=observed, seed=0
     )
     for name, twist in twists.items()
@@ -148,10 +148,10 @@ ppd.diagnostics.summary_table(posterior)
 #   becomes too small, or undefined, once few ancestors are left.
 # - **k-hat** is the tail index of the final weights. Below 0.7 their averages are reliable; it says
 #   nothing about what was lost at earlier resampling steps.
-# - **Eves** are the particles of the first step that have descendants at the end. All descendants of
-#   one Eve share their early reveals. Where few Eves are left, agreement between runs, not the number
-#   of particles, measures how well the posterior was explored. For the same reason `rhat` and `ess`
-#   *across draws of one run* mean nothing.
+# - **Root ancestors** are the particles of the first step that have descendants at the end. All
+#   descendants of one root share their early reveals. Where few roots are left, agreement between runs,
+#   not the number of particles, measures how well the posterior was explored. For the same reason
+#   `rhat` and `ess` *across draws of one run* mean nothing.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -183,12 +183,15 @@ plt.show()
 
 # %% [markdown]
 # The gain is a latent variable like any other. A high reading is explained partly by a strong promoter
-# and partly by a gain above one: the two trade off, and the posterior says how much. Gains are drawn
-# once, at the start, and only thinned out afterwards, so few distinct values survive: with a latent
-# that matters, take many particles. One mean per run shows how far the runs agree.
+# and partly by a gain above one: the two trade off, and the posterior says how much. Gains drawn once,
+# at the start, would only be thinned out afterwards; so each particle renews its own inside the run, by
+# Markov moves that leave the target as it is (`moves="auto"`, the default). One mean per run shows how
+# far the runs agree.
 
 # %%
 by_run = posterior.expectation(lambda s: s["gain"])
+distinct = [len(run.unique()) for run in posterior.samples["gain"]]
+print(f"distinct gains, run by run: {distinct} of {posterior.num_particles}")
 print("posterior mean of the gain, run by run:", [round(g, 3) for g in by_run.tolist()])
 expression = oracle(draws["x"])
 correlation = torch.corrcoef(torch.stack([draws["gain"].flatten().float(), expression]))[0, 1]
