@@ -102,6 +102,7 @@ def test_a_design_needs_no_arviz(design, monkeypatch):
     out, (told,) = design()
     assert "The ArviZ file posterior.nc could not be written (ModuleNotFoundError" in told
     assert told.endswith("Every other file of the run was written.")
+    assert not (out / "posterior.nc").exists()
     assert {path.stem for path in (out / "plots").iterdir()} == PLOTS
 
 
