@@ -191,8 +191,9 @@ class ParticlePosterior(Draws, kind="particles"):
         :param args: the new potential of a bare chain; of a program its new arguments, at which it
             runs again with the same latents. None at all keeps what there was, for another
             temperature.
-        :param temperature: positive and finite; the target is ``p G^(1 / temperature)``; for a program ``G`` is all
-            that its latents were not drawn by: the likelihood, where they come from their prior.
+        :param temperature: positive and finite; the target is ``p G^(1 / temperature)``, where the
+            ``G`` of a program is all that its latents were not drawn by: the likelihood, where they
+            come from their prior.
         :param force: return weights that would be refused.
         :param kwargs: keyword arguments of the program.
         :raises CapabilityError: where the weights are not to be used: k-hat above 0.7 with few
