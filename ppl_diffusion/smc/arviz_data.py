@@ -153,7 +153,7 @@ def draw_groups(table: SiteTable, runs: Index, *, tokens: bool) -> dict[str, xr.
     """
     numbers = table.numbers | (table.tokens if tokens else {})
     groups = {"posterior": numbers, "sequences": table.tokens}
-    return {name: make_dataset(_by("draw", part), runs) for name, part in groups.items()}
+    return {n: make_dataset(_by("draw", part), runs, table.labels) for n, part in groups.items()}
 
 
 def _by(draw: str, part: dict[str, Variable]) -> dict[str, Variable]:
@@ -196,7 +196,7 @@ def _picked(table: SiteTable, runs: Index, index: Index) -> SiteTable:
     def pick(part: dict[str, Variable]) -> dict[str, Variable]:
         return {name: (dims, _pick(values, runs, index)) for name, (dims, values) in part.items()}
 
-    return SiteTable(pick(table.numbers), pick(table.tokens))
+    return SiteTable(pick(table.numbers), pick(table.tokens), labels=table.labels)
 
 
 def _picked_sites(
@@ -237,7 +237,7 @@ def _weighted(posterior: ParticlePosterior, table: SiteTable) -> xr.Dataset:
     # Of what a site would take the name, the name of the column is the one that is documented.
     sites = _by("particle", {**table.numbers, **table.tokens})
     known: dict[str, Variable] = {k: (("chain", "particle"), v) for k, v in columns.items()}
-    return make_dataset(sites | known, np.arange(posterior.num_runs))
+    return make_dataset(sites | known, np.arange(posterior.num_runs), table.labels)
 
 
 def _smc(posterior: ParticlePosterior) -> xr.Dataset:

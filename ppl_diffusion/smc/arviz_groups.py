@@ -113,17 +113,18 @@ class _Extra:
             values = as_array(value)[None]
             if self.layout.is_sequence(name, values):
                 tokens[self._name(name)] = self._named(self.layout.tokens(name, values))
-            elif not self.layout.is_path(name, values):
+            elif not self.layout.is_path(name, values) and not self.layout.is_only_data(name):
                 numbers[self._name(name)] = self._named(self.layout.variable(name, values))
         simulated = {self._name(n): self._variable(n, v[None], 2) for n, v in data.items()}
         named = {"prior": numbers, "prior_sequences": tokens, "prior_predictive": simulated}
-        return {n: make_dataset(v, np.arange(1)) for n, v in named.items() if v}
+        labels = self.layout.labels
+        return {n: make_dataset(v, np.arange(1), labels) for n, v in named.items() if v}
 
     def _per_draw(self, values: Mapping[str, Tensor]) -> xr.Dataset:
         chains = len(self.runs)
-        shaped = {n: v.reshape(chains, -1, *v.shape[1:]) for n, v in values.items()}
+        shaped = {n: v.reshape(chains, len(v) // chains, *v.shape[1:]) for n, v in values.items()}
         variables = {self._name(n): self._variable(n, v, 2) for n, v in shaped.items()}
-        return make_dataset(variables, self.runs)
+        return make_dataset(variables, self.runs, self.layout.labels)
 
     def _variable(self, site: str, value: Tensor, lead: int) -> Variable:
         variable = self.layout.variable(site, as_array(value), lead)

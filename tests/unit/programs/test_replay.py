@@ -99,7 +99,39 @@ def test_what_nobody_saw_is_no_data():
     expected = dist.Normal(posterior.samples["mean"], 0.5).log_prob(Y[SEEN])
     np.testing.assert_allclose(data.log_likelihood["y_observed"], expected, rtol=1e-5)
     assert data.posterior_predictive["y_observed"].shape == (2, 16, 2)
-    assert data.posterior["y"].dims == ("chain", "draw", "replicate")
+
+
+@pytest.mark.parametrize("seen", [SEEN, torch.zeros(3).bool()], ids=repr)
+def test_summaries_hold_only_what_nobody_saw(seen, tmp_path):
+    posterior = SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seen=seen, seed=0)
+    left = torch.nonzero(~seen)[:, 0]
+    for result in (posterior, Draws.load(posterior.save(tmp_path / "run"))):
+        data = result.to_arviz()
+        assert set(data.posterior.data_vars) == {"gain", "mean", "y_unobserved"}
+        fills = data.posterior["y_unobserved"]
+        assert fills.dims == ("chain", "draw", "y_unobserved_dim_0")
+        np.testing.assert_array_equal(fills["y_unobserved_dim_0"], left)
+        np.testing.assert_array_equal(
+            data.weighted_data["y_unobserved"], posterior.samples["y"][..., left]
+        )
+    data = posterior.to_arviz(log_likelihood=True, prior=4)
+    assert "y" not in data.prior
+    assert data.prior["y_unobserved"].shape == (1, 4, len(left))
+    assert data.log_prior["y_unobserved"].shape == (2, 16, len(left))
+
+
+def test_a_mask_that_hides_nothing_leaves_nothing_to_draw():
+    seen = torch.ones(3).bool()
+    posterior = SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seen=seen, seed=0)
+    data = posterior.to_arviz(prior=4)
+    assert set(data.posterior.data_vars) == set(data.prior.data_vars) == {"gain", "mean"}
+
+
+def test_sites_that_look_like_missing_data_stay(posterior):
+    fills = torch.rand(2, 16, 3)
+    samples = {"z": 2 * fills, "z_unobserved": fills}
+    data = replace(posterior, samples={**posterior.samples, **samples}).to_arviz()
+    assert data.posterior["z"].shape == data.posterior["z_unobserved"].shape == (2, 16, 3)
 
 
 def test_particles_one_after_the_other_say_the_same(posterior):
