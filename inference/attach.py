@@ -37,10 +37,12 @@ def attach(
     theirs, ours = origin.law, posterior.law
     same = (theirs.chains, theirs.latents) == (ours.chains, ours.latents)
     # What a program observes is in the digest of its tilt, so that other arguments show, too.
-    asked = [tilt.digest for tilt in theirs.tilts]
-    if not posterior.is_program or not same or asked != [tilt.digest for tilt in ours.tilts]:
+    asked = [tilt.digest for tilt in theirs.tilts] == [tilt.digest for tilt in ours.tilts]
+    if not posterior.is_program or not same or not asked:
+        alike = same and posterior.is_program and str(theirs) == str(ours)
+        reason = "the data differ" if alike else f"its law is '{ours}', not '{theirs}'"
         raise ValueError(
-            f"attach: this is no result of {origin.program.name} at these arguments: its law is "
-            f"'{posterior.target}', not '{theirs}'; give the program and what it was run with."
+            f"attach: this is no result of {origin.program.name} at these arguments: {reason}; "
+            "give the program and what it was run with."
         )
     return posterior.with_origin(origin)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ppl_diffusion.smc import ParticlePosterior
+    from ppl_diffusion.smc import Draws, ParticlePosterior
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, GREY, PALE = "#E69F00", "#56B4E9", "#000000", "#707070", "#D9D9D9"
@@ -91,7 +91,7 @@ def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(values), np.clip(values, -_LARGEST, _LARGEST), np.nan)
 
 
-def warn_above(ax: "Axes", posterior: "ParticlePosterior") -> None:
+def warn_above(ax: "Axes", posterior: "Draws") -> None:
     """Name above a plot what the result is warned about."""
     kinds = dict.fromkeys(verdict.kind for verdict in posterior.warnings)
     if kinds:

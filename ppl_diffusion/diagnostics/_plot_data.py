@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_diffusion.smc.gibbs_posterior import require_particles
 from ppl_diffusion.smc.khat import khat
+from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.run_statistics import (
     as_array,
     count_distinct,
@@ -14,17 +16,19 @@ from ppl_diffusion.smc.run_statistics import (
 )
 
 if TYPE_CHECKING:
-    from ppl_diffusion.smc import ParticlePosterior
+    from ppl_diffusion.smc import Draws
 
 PlotData = dict[str, NDArray[Any]]
 
 
-def plot_ess_data(posterior: "ParticlePosterior") -> PlotData:
+def plot_ess_data(posterior: ParticlePosterior) -> PlotData:
     """Numbers of :func:`plot_ess`.
 
     :returns: ``step`` ``(T,)`` from 1; ``ess_fraction`` ``(R, T)``, effective sample size over
         ``N``; ``resampled`` ``(R, T)`` bool; ``threshold`` ``()``, NaN if the run had none.
+    :raises CapabilityError: for draws of Markov chains.
     """
+    require_particles(posterior, "plot_ess")
     threshold = posterior.settings.get("ess_threshold")
     return {
         "step": np.arange(1, posterior.num_steps + 1),
@@ -34,13 +38,15 @@ def plot_ess_data(posterior: "ParticlePosterior") -> PlotData:
     }
 
 
-def plot_evidence_data(posterior: "ParticlePosterior") -> PlotData:
+def plot_evidence_data(posterior: ParticlePosterior) -> PlotData:
     """Numbers of :func:`plot_evidence`, in nats.
 
     :returns: ``step`` ``(T,)`` from 1; ``log_evidence`` ``(R, T)`` running estimates; ``pooled``
         ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, 95 % of the
         final one, NaN where runs give none.
+    :raises CapabilityError: for draws of Markov chains.
     """
+    require_particles(posterior, "plot_evidence")
     steps = as_array(posterior.log_evidence_steps)
     found = posterior.evidence
     interval = found.interval if found is not None and found.interval is not None else (np.nan,) * 2
@@ -52,7 +58,7 @@ def plot_evidence_data(posterior: "ParticlePosterior") -> PlotData:
     }
 
 
-def plot_weights_data(posterior: "ParticlePosterior") -> PlotData:
+def plot_weights_data(posterior: ParticlePosterior) -> PlotData:
     """Numbers of :func:`plot_weights`.
 
     :returns: ``log10_scaled`` ``(M,)``, ``log10(N W)`` of every particle of positive weight, and
@@ -60,7 +66,9 @@ def plot_weights_data(posterior: "ParticlePosterior") -> PlotData:
         1; ``cumulative`` ``(R, N)``, the weight of each run's ``top`` heaviest particles (NaN for a
         dead run); ``khat`` ``(R,)`` of each run and ``khat_pooled`` ``()`` of all particles
         together, NaN where there is none.
+    :raises CapabilityError: for draws of Markov chains.
     """
+    require_particles(posterior, "plot_weights")
     log_weights = as_array(posterior.log_weights)
     positive = np.isfinite(log_weights)
     heaviest = -np.sort(-np.exp(log_weights), axis=-1)
@@ -76,14 +84,14 @@ def plot_weights_data(posterior: "ParticlePosterior") -> PlotData:
     }
 
 
-def _pooled(posterior: "ParticlePosterior") -> NDArray[np.float64]:
+def _pooled(posterior: ParticlePosterior) -> NDArray[np.float64]:
     """Log-weights over all runs ``(R, N)``; all ``-inf`` where no run lives."""
     if not bool(posterior.alive.any()):
         return np.full(tuple(posterior.log_weights.shape), -np.inf)
     return as_array(posterior.pooled_log_weights)
 
 
-def plot_ancestry_data(posterior: "ParticlePosterior", *, run: int = 0) -> PlotData:
+def plot_ancestry_data(posterior: ParticlePosterior, *, run: int = 0) -> PlotData:
     """Numbers of :func:`plot_ancestry` for one run.
 
     Population 0 is the initial noise, population ``k`` follows the ``k``-th reverse step.
@@ -94,8 +102,10 @@ def plot_ancestry_data(posterior: "ParticlePosterior", *, run: int = 0) -> PlotD
         ``survives`` ``(T + 1, N)`` bool, whether it has a descendant at the end; ``num_roots``
         ``(T + 1,)``, distinct roots of a population; ``weight`` ``(N,)``, final weight by root;
         ``rank`` ``(T + 1, N)``, where to draw a particle so that no two lineages cross.
+    :raises CapabilityError: for draws of Markov chains.
     :raises IndexError: if there is no such run.
     """
+    require_particles(posterior, "plot_ancestry")
     if not 0 <= run < posterior.num_runs:
         raise IndexError(
             f"run {run} does not exist: choose one of 0..{posterior.num_runs - 1} of this posterior"
@@ -131,20 +141,18 @@ def _rank(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack(rank)
 
 
-def plot_token_entropy_data(
-    posterior: "ParticlePosterior", *, num_tokens: int | None = None
-) -> PlotData:
+def plot_token_entropy_data(posterior: "Draws", *, num_tokens: int | None = None) -> PlotData:
     """Numbers of :func:`plot_token_entropy`, in bits.
 
-    All runs are pooled, each in proportion to its evidence. Plates are laid one after another
-    along the positions.
+    All runs are pooled, each in proportion to its evidence (chains alike). Plates are laid one
+    after another along the positions.
 
     :param num_tokens: size of the alphabet without the mask; found in the tokens if None.
     :returns: ``position`` ``(P,)`` from 0; ``entropy`` ``(P,)`` of the weighted ``x0``;
         ``num_tokens`` ``()``, whose ``log2`` no entropy exceeds; and, where the path was stored,
-        ``times`` ``(T + 1,)``, ``entropy_steps`` ``(T + 1, P)``, the entropy at each time of the
-        lineages that survive, under their final weights, among those that are no mask, and
-        ``revealed`` ``(T + 1, P)``, the weight of these.
+        ``entropy_steps`` ``(T + 1, P)``, the entropy at each time of the lineages that survive,
+        under their final weights, among those that are no mask, ``revealed`` ``(T + 1, P)``, the
+        weight of these, and ``times`` ``(T + 1,)``, which chains do not keep.
     :raises ParticleCollapse: if every run is dead.
     """
     weights = np.exp(as_array(posterior.pooled_log_weights)).reshape(-1)
@@ -160,7 +168,8 @@ def plot_token_entropy_data(
         "num_tokens": np.array(known),
     }
     if frames is not None:
-        data["times"] = as_array(posterior.times)
+        if isinstance(posterior, ParticlePosterior):
+            data["times"] = as_array(posterior.times)
         each = [_entropy(frame, weights, known) for frame in frames]
         data["entropy_steps"], data["revealed"] = map(np.stack, zip(*each, strict=True))
     return data

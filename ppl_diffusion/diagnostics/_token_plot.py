@@ -21,11 +21,11 @@ from ppl_diffusion.diagnostics._plot_data import plot_token_entropy_data
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ppl_diffusion.smc import ParticlePosterior
+    from ppl_diffusion.smc import Draws
 
 
 def plot_token_entropy(
-    posterior: "ParticlePosterior", *, num_tokens: int | None = None, ax: "Axes | None" = None
+    posterior: "Draws", *, num_tokens: int | None = None, ax: "Axes | None" = None
 ) -> "Axes":
     """Entropy of the tokens at each position, in bits, under the weights of all runs.
 

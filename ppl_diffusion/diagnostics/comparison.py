@@ -21,6 +21,7 @@ from scipy.special import logsumexp
 
 from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
 from ppl_diffusion.diagnostics.report import root_ancestors
+from ppl_diffusion.smc.gibbs_posterior import require_particles
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import as_array
 
@@ -110,8 +111,12 @@ def compare(contenders: Sequence[Contender]) -> Comparison:
     ``root_ancestors`` the effective number in the worst living run, ``khat`` that of the pooled
     weights; ``warnings`` names what is wrong, and the notes say it.
 
+    :raises CapabilityError: if one holds draws of Markov chains.
+    :raises TypeError: if one is no :class:`Contender`.
     :raises ValueError: if there are fewer than two, two have one label, or one cost no rows.
     """
+    for contender in contenders:
+        _require_contender(contender)
     labels = [contender.label for contender in contenders]
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise ValueError(
@@ -131,6 +136,15 @@ def compare(contenders: Sequence[Contender]) -> Comparison:
     targets = {letter: c.posterior.target for c, letter in reversed(pairs)}
     notes = list(_notes(contenders, rows, budget))
     return Comparison(rows, budget, dict(sorted(targets.items())), notes)
+
+
+def _require_contender(contender: Any) -> None:
+    if not isinstance(contender, Contender):
+        raise TypeError(
+            f"compare: give results with labels, Contender(label, posterior), got "
+            f"{type(contender).__name__}."
+        )
+    require_particles(contender.posterior, f"compare, {contender.label!r}")
 
 
 # ----------------------------------------------------------------------------------------------

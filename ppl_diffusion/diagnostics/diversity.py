@@ -14,15 +14,16 @@ from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.kernels.events import predict_at
+from ppl_diffusion.smc.posterior import ParticlePosterior
 
 if TYPE_CHECKING:
-    from ppl_diffusion.smc import ParticlePosterior
+    from ppl_diffusion.smc import Draws
 
 MAX_PAIRS = 2**22
 """Distances that are held at once."""
 
 
-def collapse(posterior: ParticlePosterior, num: int | None = None) -> dict[str, list[float | None]]:
+def collapse(posterior: Draws, num: int | None = None) -> dict[str, list[float | None]]:
     """Return how far each run has collapsed, one number per run; None in a dead one.
 
     Collapse is a fact about single runs, which figures over pooled runs hide, and mean distances of
@@ -35,18 +36,20 @@ def collapse(posterior: ParticlePosterior, num: int | None = None) -> dict[str, 
     - ``vendi``: the exponential of the entropy of the eigenvalues of ``S / num``, with ``S`` the
       shares of positions in which two sequences agree (Friedman and Dieng 2023): an effective
       number of different sequences, at most ``num``;
-    - ``ancestors``: effective number of root ancestors, ``1 / sum (weight of each root)^2``.
+    - ``ancestors``: effective number of root ancestors, ``1 / sum (weight of each root)^2``;
+      None for Markov chains, which have no family tree.
 
     A trap: draws with replacement give duplicates whatever the method (63 % of them are distinct
     where all particles are), so that the set is systematic here. Another one: the nearest of many
     is nearer than that of few. Compare sets of one size only, and with sequences of the prior
     (:func:`nearest_distance`).
 
-    :param posterior: ``R`` runs of ``N`` particles; plates are read as one long sequence.
+    :param posterior: ``R`` runs of ``N`` particles, or chains of draws; plates are read as one long
+        sequence.
     :param num: size of the sets; None for ``N``.
     :raises ValueError: if it is below 2.
     """
-    size = posterior.num_particles if num is None else num
+    size = posterior.num_draws if num is None else num
     if size < 2:
         raise ValueError(f"collapse: num must be >= 2 to have any neighbours, got {size}.")
     found: dict[str, list[float | None]] = {
@@ -59,7 +62,7 @@ def collapse(posterior: ParticlePosterior, num: int | None = None) -> dict[str, 
     return found
 
 
-def systematic_set(posterior: ParticlePosterior, run: int, num: int) -> Tensor:
+def systematic_set(posterior: Draws, run: int, num: int) -> Tensor:
     """Return sequences of a run that count alike, int64 ``(num, n)``: the same ones every time.
 
     :param run: which run; it must be alive.
@@ -87,17 +90,23 @@ def nearest_distance(x0: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _figures(posterior: ParticlePosterior, run: int, num: int) -> dict[str, float | None]:
+def _figures(posterior: Draws, run: int, num: int) -> dict[str, float | None]:
     chosen = systematic_set(posterior, run, num)
-    roots = posterior.eve[run]
-    shares = posterior.weights.new_zeros(int(roots.max()) + 1)
-    shares = shares.scatter_add(0, roots, posterior.weights[run])
     return {
         "unique": len(chosen.unique(dim=0)) / num,
         "nearest": float(nearest_distance(chosen).mean()),
         "vendi": _vendi(chosen),
-        "ancestors": float(1 / shares.square().sum()),
+        "ancestors": _roots(posterior, run),
     }
+
+
+def _roots(posterior: Draws, run: int) -> float | None:
+    if not isinstance(posterior, ParticlePosterior):
+        return None
+    roots = posterior.eve[run]
+    shares = posterior.weights.new_zeros(int(roots.max()) + 1)
+    shares = shares.scatter_add(0, roots, posterior.weights[run])
+    return float(1 / shares.square().sum())
 
 
 def _vendi(x0: Tensor) -> float:

@@ -59,8 +59,8 @@ def plot_ess(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -> "Ax
 
     Dots mark the steps where a run was resampled, the dashed line the threshold that asks for it.
     """
-    ax = new_axes(ax)
     data = plot_ess_data(posterior)
+    ax = new_axes(ax)
     for run, (fraction, dots) in enumerate(
         zip(data["ess_fraction"], data["resampled"], strict=True)
     ):
@@ -84,8 +84,8 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
     run, whose line stops where it died, counts as zero. Beside its end stands the 95 % interval of
     all runs together; where they disagree there is none, and a line says so.
     """
-    ax = new_axes(ax)
     data = plot_evidence_data(posterior)
+    ax = new_axes(ax)
     step, runs = data["step"], finite(data["log_evidence"])
     for run, values in enumerate(runs):
         ax.plot(step, values, lw=0.9, **_line(posterior, run))
@@ -129,9 +129,9 @@ def plot_weights(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) ->
     counted in its title. The right panel has one line per run; the dotted curve is that of equal
     weights. The k-hat of all particles together stands above it, those of the runs in the legend.
     """
+    data = plot_weights_data(posterior)
     ax = new_axes(ax, (9.0, 3.6))
     left, right = panels(ax, (0.0, 0.0, 0.4, 1.0), (0.55, 0.0, 0.4, 1.0))
-    data = plot_weights_data(posterior)
     _histogram(left, data, posterior.num_runs)
     total = posterior.num_runs * posterior.num_particles
     left.set_title(f"{data['num_zero']} of {total} weights zero", fontsize="medium")

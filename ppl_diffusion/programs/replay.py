@@ -34,6 +34,11 @@ class Replay:
         self.program = program
 
     @property
+    def name(self) -> str:
+        """What the program is called."""
+        return self.program.name
+
+    @property
     def law(self) -> Law:
         """The law of its posterior."""
         return ProgramSource(self.program, set()).law

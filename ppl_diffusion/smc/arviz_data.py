@@ -97,7 +97,8 @@ def to_arviz(
     ``pyro.poutine.scope``, which netCDF refuses, becomes a ``.``.
 
     :param weights: ``"resample"`` for equally weighted draws, or ``"store"`` for the particles
-        themselves, whose weights are then in ``sample_stats.log_weight``.
+        themselves, whose weights are then in ``sample_stats.log_weight``; not with
+        ``log_likelihood`` or ``posterior_predictive``, unless they are equal.
     :param history: keep ancestry and stored paths; ``"auto"`` drops any over
         :data:`HISTORY_LIMIT` bytes.
     :param vocabulary: one string per clean token id, kept as the ``token`` coordinate.
@@ -108,9 +109,13 @@ def to_arviz(
     :param posterior_predictive: add new data for each draw.
     :param seed: seed of the draws, the prior and the predictions.
     :raises ParticleCollapse: if draws are asked for and every run is dead.
-    :raises ValueError: if ``weights`` is unknown, the vocabulary is shorter than the token ids, or
-        the program has to run again and is not known, or observes nothing.
+    :raises ValueError: if an option is unknown, the vocabulary is shorter than the token ids,
+        particles of unequal weights are to be stored beside groups that ArviZ reads as equal
+        draws, or the program has to run again and is not known, or observes nothing.
     """
+    _require_known(weights)
+    if weights == "store" and (log_likelihood or posterior_predictive):
+        _require_equal_weights(posterior)
     runs, index = _draw_index(posterior, weights, seed)
     table = site_table(posterior)
     extra = extra_groups(
@@ -148,17 +153,31 @@ def draw_groups(table: SiteTable, runs: Index, *, tokens: bool) -> dict[str, xr.
     """
     numbers = table.numbers | (table.tokens if tokens else {})
     groups = {"posterior": numbers, "sequences": table.tokens}
-    return {name: make_dataset(_by("draw", part), runs) for name, part in groups.items()}
+    return {n: make_dataset(_by("draw", part), runs, table.labels) for n, part in groups.items()}
 
 
 def _by(draw: str, part: dict[str, Variable]) -> dict[str, Variable]:
     return {name: (("chain", draw, *dims), values) for name, (dims, values) in part.items()}
 
 
-def _draw_index(posterior: ParticlePosterior, weights: str, seed: int) -> tuple[Index, Index]:
-    """Runs kept ``(K,)`` and the particle behind each of their draws ``(K, N)``."""
+def _require_known(weights: str) -> None:
     if weights not in ("resample", "store"):
         raise ValueError(f'weights is {weights!r}: pass "resample" or "store"')
+
+
+def _require_equal_weights(posterior: ParticlePosterior) -> None:
+    """Refuse what ``arviz.loo`` and checks of predictions would take for equal draws."""
+    log_weights = as_array(posterior.log_weights)
+    if not np.allclose(log_weights, -np.log(log_weights.shape[-1])):
+        raise ValueError(
+            'to_arviz: ArviZ counts draws alike, which particles under weights="store" are not, so '
+            "their log_likelihood and posterior_predictive would mislead it; leave out "
+            'weights="store"'
+        )
+
+
+def _draw_index(posterior: ParticlePosterior, weights: str, seed: int) -> tuple[Index, Index]:
+    """Runs kept ``(K,)`` and the particle behind each of their draws ``(K, N)``."""
     log_weights = as_array(posterior.log_weights)
     runs, particles = log_weights.shape
     if weights == "store":
@@ -177,7 +196,7 @@ def _picked(table: SiteTable, runs: Index, index: Index) -> SiteTable:
     def pick(part: dict[str, Variable]) -> dict[str, Variable]:
         return {name: (dims, _pick(values, runs, index)) for name, (dims, values) in part.items()}
 
-    return SiteTable(pick(table.numbers), pick(table.tokens))
+    return SiteTable(pick(table.numbers), pick(table.tokens), labels=table.labels)
 
 
 def _picked_sites(
@@ -218,7 +237,7 @@ def _weighted(posterior: ParticlePosterior, table: SiteTable) -> xr.Dataset:
     # Of what a site would take the name, the name of the column is the one that is documented.
     sites = _by("particle", {**table.numbers, **table.tokens})
     known: dict[str, Variable] = {k: (("chain", "particle"), v) for k, v in columns.items()}
-    return make_dataset(sites | known, np.arange(posterior.num_runs))
+    return make_dataset(sites | known, np.arange(posterior.num_runs), table.labels)
 
 
 def _smc(posterior: ParticlePosterior) -> xr.Dataset:

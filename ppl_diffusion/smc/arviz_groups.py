@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -29,8 +31,10 @@ def extra_groups(
 
     :param draws: gives the values of all sites, each ``(K, N, ...)``, as in the posterior group.
     :param runs: labels of the ``K`` chains.
-    :raises ValueError: if the program is needed and not known, or has no data.
+    :raises ValueError: if an option has no meaning, or the program is needed and not known, or
+        has no data.
     """
+    _require_options(log_likelihood, prior, posterior_predictive)
     asked = {
         "log_likelihood": log_likelihood,
         "prior": prior > 0,
@@ -46,6 +50,17 @@ def extra_groups(
     if posterior_predictive:
         groups["posterior_predictive"] = extra.predictions()
     return groups | (extra.prior(prior) if prior > 0 else {})
+
+
+def _require_options(log_likelihood: Any, prior: Any, posterior_predictive: Any) -> None:
+    flags = {"log_likelihood": log_likelihood, "posterior_predictive": posterior_predictive}
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"to_arviz: {name} must be True or False, got {value!r}.")
+    if not isinstance(prior, Integral) or prior is True or int(prior) < 0:
+        raise ValueError(
+            f"to_arviz: prior must be a whole number of draws, 0 for none, got {prior!r}."
+        )
 
 
 class _Extra:
@@ -98,17 +113,18 @@ class _Extra:
             values = as_array(value)[None]
             if self.layout.is_sequence(name, values):
                 tokens[self._name(name)] = self._named(self.layout.tokens(name, values))
-            elif not self.layout.is_path(name, values):
+            elif not self.layout.is_path(name, values) and not self.layout.is_only_data(name):
                 numbers[self._name(name)] = self._named(self.layout.variable(name, values))
         simulated = {self._name(n): self._variable(n, v[None], 2) for n, v in data.items()}
         named = {"prior": numbers, "prior_sequences": tokens, "prior_predictive": simulated}
-        return {n: make_dataset(v, np.arange(1)) for n, v in named.items() if v}
+        labels = self.layout.labels
+        return {n: make_dataset(v, np.arange(1), labels) for n, v in named.items() if v}
 
     def _per_draw(self, values: Mapping[str, Tensor]) -> xr.Dataset:
         chains = len(self.runs)
-        shaped = {n: v.reshape(chains, -1, *v.shape[1:]) for n, v in values.items()}
+        shaped = {n: v.reshape(chains, len(v) // chains, *v.shape[1:]) for n, v in values.items()}
         variables = {self._name(n): self._variable(n, v, 2) for n, v in shaped.items()}
-        return make_dataset(variables, self.runs)
+        return make_dataset(variables, self.runs, self.layout.labels)
 
     def _variable(self, site: str, value: Tensor, lead: int) -> Variable:
         variable = self.layout.variable(site, as_array(value), lead)

@@ -20,10 +20,14 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ppl_diffusion.arrays import json_types
+from ppl_diffusion.smc.arviz_missing import missing_elements
 from ppl_diffusion.smc.run_statistics import as_array
 
 Variable = tuple[tuple[str, ...], NDArray[Any]]
 """Dimensions and values."""
+
+Labels = dict[str, NDArray[np.int64]]
+"""Labels of dimensions."""
 
 Draws = Any
 """A result; naming the class, whose ``to_arviz`` comes here, would close a circle."""
@@ -42,11 +46,13 @@ class SiteTable:
     :param numbers: what summaries are made of.
     :param tokens: sequences, whose token ids are labels and no numbers.
     :param paths: whole paths of chains.
+    :param labels: labels of dimensions that do not count from zero.
     """
 
     numbers: dict[str, Variable] = field(default_factory=dict)
     tokens: dict[str, Variable] = field(default_factory=dict)
     paths: dict[str, Variable] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
 
 
 def site_table(posterior: Draws) -> SiteTable:
@@ -55,7 +61,7 @@ def site_table(posterior: Draws) -> SiteTable:
     :returns: variables whose dimensions are those after (chain, draw).
     """
     layout = Layout(posterior)
-    table = SiteTable()
+    table = SiteTable(labels=layout.labels)
     table.tokens["x0"] = layout.tokens(layout.first, as_array(posterior.x0))
     if posterior.compact_path is not None:
         table.paths["path"] = layout.path(layout.first, as_array(posterior.compact_path))
@@ -65,7 +71,7 @@ def site_table(posterior: Draws) -> SiteTable:
             table.paths[name] = layout.path(site, values)
         elif layout.is_sequence(site, values):
             table.tokens[name] = layout.tokens(site, values)
-        else:
+        elif not layout.is_only_data(site):
             table.numbers[name] = layout.variable(site, values)
     return table
 
@@ -86,6 +92,7 @@ class Layout:
         self.known: Mapping[str, tuple[str, ...]] = posterior.plates
         every = {p for plates in self.known.values() for p in plates if p}
         self.names = stored_names(posterior.samples)
+        self.missing = missing_elements(posterior.samples, self.known)
         taken = {"x0", *self.names.values(), *_DIMENSIONS}
         self.plate_names = {p: _free(p.replace("/", "."), "_plate", taken) for p in every}
 
@@ -94,10 +101,24 @@ class Layout:
 
         :param lead: dimensions before its plates.
         """
-        name, shape = self.name(site), values.shape[lead:]
+        name, missing = self.name(site), self.missing.get(site)
+        if missing and values.shape[lead : lead + len(missing.batch)] == missing.batch:
+            values = missing.only(values, lead)
+            return tuple(f"{name}_dim_{i}" for i in range(values.ndim - lead)), storable(values)
+        shape = values.shape[lead:]
         plates = self._plates(site, shape)
         inner = tuple(f"{name}_dim_{i}" for i in range(len(shape) - len(plates)))
         return (*plates, *inner), storable(values)
+
+    @property
+    def labels(self) -> Labels:
+        """Which elements those are that nobody saw, by their dimension."""
+        return {f"{self.name(site)}_dim_0": m.index for site, m in self.missing.items()}
+
+    def is_only_data(self, site: str) -> bool:
+        """Whether all that a site adds to the draws of what nobody saw are the data."""
+        wholes = {missing.whole for missing in self.missing.values()}
+        return site in wholes or (site in self.missing and not len(self.missing[site].index))
 
     def tokens(self, site: str, values: NDArray[Any]) -> Variable:
         """Return a site of sequences."""
@@ -196,11 +217,17 @@ def narrow(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.int16 if fits else np.int32)
 
 
-def make_dataset(variables: Mapping[str, Variable], runs: NDArray[np.int64]) -> xr.Dataset:
-    """Return a dataset in which every dimension has labels; those of chains are run numbers."""
+def make_dataset(
+    variables: Mapping[str, Variable], runs: NDArray[np.int64], known: Labels | None = None
+) -> xr.Dataset:
+    """Return a dataset in which every dimension has labels; those of chains are run numbers.
+
+    :param known: labels of other dimensions, which count from zero otherwise.
+    """
     dataset = xr.Dataset(dict(variables))
-    labels = {str(dim): np.arange(size) for dim, size in dataset.sizes.items()}
-    return dataset.assign_coords(labels | ({"chain": runs} if "chain" in labels else {}))
+    given = {"chain": runs, **(known or {})}
+    sizes = {str(dim): size for dim, size in dataset.sizes.items()}
+    return dataset.assign_coords({dim: given.get(dim, np.arange(n)) for dim, n in sizes.items()})
 
 
 def attributes(posterior: Draws, **more: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,7 @@ from ppl_diffusion.smc.resampling import Stratified
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc.origin import Origin
+    from ppl_diffusion.smc.verdict import Verdict
 
 KINDS: dict[str, type[Draws]] = {}
 """Every kind of result that files may hold."""
@@ -81,6 +83,11 @@ class Draws(ABC):
 
     @property
     @abstractmethod
+    def warnings(self) -> list[Verdict]:
+        """What is wrong with this result, a sentence each, the worst first; empty if nothing is."""
+
+    @property
+    @abstractmethod
     def pooled_log_weights(self) -> Tensor:
         """Log-weights over all runs, ``(R, N)``; their exponentials sum to one."""
 
@@ -139,9 +146,10 @@ class Draws(ABC):
             ``"x0"`` and the flat indices ``"index"`` into ``(R * N)`` added; a site of the program
             that bears one of these names keeps it.
         :raises ParticleCollapse: if no run is alive.
+        :raises ValueError: if ``num`` is no whole number above zero.
         """
-        if num < 1:
-            raise ValueError(f"resample: num must be >= 1, got {num}.")
+        if not isinstance(num, Integral) or num is True or num < 1:
+            raise ValueError(f"resample: num must be a whole number >= 1, got {num!r}.")
         log_weights = self.own_log_weights()
         if pooled:
             index = _draw_indices(self.pooled_log_weights.reshape(1, -1), num, generator)[0]
@@ -198,6 +206,7 @@ class Draws(ABC):
 
         :param directory: created if needed.
         :returns: the directory.
+        :raises NotADirectoryError: if there is a file of that name.
         """
         return write_posterior(self, Path(directory), self.kind)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,24 @@ from ppl_diffusion.smc.verdict import Verdict
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc.origin import Origin
+
+
+def require_particles(posterior: Draws, what: str) -> None:
+    """Refuse draws of Markov chains.
+
+    :param posterior: a result of either kind.
+    :param what: what needs weighted particles, in the error.
+    :raises CapabilityError: if it holds chains.
+    """
+    if isinstance(posterior, GibbsPosterior):
+        raise _no_particles(what)
+
+
+def _no_particles(what: str) -> CapabilityError:
+    return CapabilityError(
+        f"{what}: draws of ParticleGibbs are Markov chains, without weights, evidence or a family "
+        "tree; look at its summary and its to_arviz(), or ask a run of SMC."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +129,11 @@ class GibbsPosterior(Draws, kind="chains"):
         ``sample_stats`` holds the log-density, the smallest ESS of each conditional SMC and how
         much of the path each sweep changed; options and other groups are those of
         :func:`ppl_diffusion.smc.arviz_data.to_arviz`, without ``weights``.
+
+        :raises CapabilityError: if ``weights`` are asked for.
         """
+        if "weights" in options:
+            require_particles(self, "to_arviz(weights=...)")
         # Here, not above: xarray is slow to import, and most runs never leave torch.
         from ppl_diffusion.smc.arviz_chains import chains_to_arviz
 
@@ -126,6 +148,29 @@ class GibbsPosterior(Draws, kind="chains"):
             "reweight: draws of ParticleGibbs carry no weights and no evidence that another "
             "potential could change; run it again, or reweight a run of SMC."
         )
+
+    @property
+    def evidence(self) -> NoReturn:
+        """Refuse: chains estimate no evidence.
+
+        :raises CapabilityError: always.
+        """
+        raise _no_particles("evidence")
+
+    @property
+    def pooled_log_evidence(self) -> NoReturn:
+        """Refuse: chains estimate no evidence.
+
+        :raises CapabilityError: always.
+        """
+        raise _no_particles("pooled_log_evidence")
+
+    def genealogy(self, run: int = 0) -> NoReturn:
+        """Refuse: chains have no family tree.
+
+        :raises CapabilityError: always.
+        """
+        raise _no_particles("genealogy")
 
     def __repr__(self) -> str:
         return (

@@ -43,6 +43,10 @@ class Origin(Protocol):
     """A program at its arguments, run again on finished draws."""
 
     @property
+    def name(self) -> str:
+        """What the program is called."""
+
+    @property
     def law(self) -> Law:
         """The law of its posterior."""
 

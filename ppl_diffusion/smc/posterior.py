@@ -189,16 +189,21 @@ class ParticlePosterior(Draws, kind="particles"):
         which only the spread over runs shows), what was done in ``settings["reweighted_from"]``.
 
         :param args: the new potential of a bare chain; of a program its new arguments, at which it
-            runs again with the same latents. None keeps what there was, for another temperature.
-        :param temperature: the target is ``p G^(1 / temperature)``; for a program ``G`` is all
-            that its latents were not drawn by: the likelihood, where they come from their prior.
+            runs again with the same latents. None at all keeps what there was, for another
+            temperature.
+        :param temperature: positive and finite; the target is ``p G^(1 / temperature)``, where the
+            ``G`` of a program is all that its latents were not drawn by: the likelihood, where they
+            come from their prior.
         :param force: return weights that would be refused.
         :param kwargs: keyword arguments of the program.
         :raises CapabilityError: where the weights are not to be used: k-hat above 0.7 with few
             effective particles, a run with fewer than ten of these or with one root ancestor, a
             potential that allows what the old one excluded; or where the arguments change a chain.
         :raises ParticleCollapse: if no particle meets the new potential.
-        :raises ValueError: if the program is not known, because the run was read from a file.
+        :raises PotentialError: if its densities are NaN or ``+inf``.
+        :raises TypeError: if arguments are missing, or a bare chain is given some.
+        :raises ValueError: if the temperature is not positive and finite, the program fails at its
+            new arguments, or is not known, because the run was read from a file.
 
         Example::
 

@@ -31,7 +31,11 @@ def write_posterior(posterior: Any, directory: Path, kind: str) -> Path:
     """Write a result.
 
     :param kind: what the file calls it.
+    :raises NotADirectoryError: if a file is in the way.
     """
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"save: {place} is a file; give the name of a folder.")
     directory.mkdir(parents=True, exist_ok=True)
     arrays, meta = _split(posterior)
     save_file(arrays, directory / ARRAYS_FILE)

@@ -13,7 +13,9 @@ run's error, so its error must come from the spread over runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.arrays import json_types
-from ppl_diffusion.errors import CapabilityError, ParticleCollapse
+from ppl_diffusion.errors import CapabilityError, ParticleCollapse, PotentialError
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
 from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
 from ppl_diffusion.smc.khat import khat
@@ -65,8 +67,7 @@ def reweight(
     force: bool,
 ) -> ParticlePosterior:
     """Return a result for another potential (see :meth:`ParticlePosterior.reweight`)."""
-    if not temperature != 0:
-        raise ValueError("reweight: a temperature of 0 is no law; take the best of the draws.")
+    temperature = _positive(temperature)
     new = _new_target(posterior, args, kwargs, temperature)
     old_g, alive = posterior.log_potential, posterior.log_weights > -torch.inf
     excluded = (old_g == -torch.inf) & (new.log_g > -torch.inf)
@@ -81,6 +82,16 @@ def reweight(
             "force=True to look at the numbers all the same."
         )
     return _described(posterior, changed, reasons, temperature, bool(excluded.any()))
+
+
+def _positive(temperature: Any) -> float:
+    # Below zero it would turn the question round: that is another potential, -log G.
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if temperature is not True and math.isfinite(temperature) and temperature > 0:
+            return float(temperature)
+    raise ValueError(
+        f"reweight: temperature must be a positive, finite number, got {temperature!r}."
+    )
 
 
 def _new_target(
@@ -99,13 +110,22 @@ def _new_target(
     elif posterior.is_program:
         new = _of_program(posterior, args, kwargs)
     else:
-        new = _of_potential(posterior, *args, **kwargs)
+        new = _of_potential(posterior, _only_potential(args, kwargs))
     if temperature == 1:
         return new
-    # Not -inf / T: a constraint excludes at every temperature, below zero, too.
-    cooled = torch.where(new.log_g == -torch.inf, -torch.inf, new.log_g / temperature)
     tilts = [replace(tilt, of=f"({tilt.of}) / {temperature:g}") for tilt in new.tilts]
-    return replace(new, log_g=cooled, tilts=tuple(tilts))
+    return replace(new, log_g=new.log_g / temperature, tilts=tuple(tilts))
+
+
+def _only_potential(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    given = [*args, *kwargs.values()]
+    if len(given) == 1 and set(kwargs) <= {"potential"}:
+        return given[0]
+    names = [*(f"argument {i}" for i in range(1, len(args) + 1)), *kwargs]
+    raise TypeError(
+        "reweight: the result of a bare chain takes one new potential or a temperature, and has "
+        f"no program whose arguments could change; it got {', '.join(names)}."
+    )
 
 
 def _of_potential(posterior: ParticlePosterior, potential: Any) -> Target:
@@ -121,10 +141,13 @@ def _of_program(
 ) -> Target:
     old: Origin = posterior.require_origin("reweight")
     before = old.num_calls
-    new = old.at(args, kwargs)
+    with _at_new_arguments(old.name):
+        new = old.at(args, kwargs)
     _require_same_chains(old.law, new.law)
     sites = {name: value.flatten(0, 1) for name, value in posterior.program_sites().items()}
-    was, now = old.score(sites), new.score(sites)
+    was = old.score(sites)
+    with _at_new_arguments(old.name):
+        now = new.score(sites)
     _require_same_conditions(was, now)
     shape = posterior.log_weights.shape
     # The law r that latents were drawn from is in the old log G, and stays.
@@ -144,6 +167,23 @@ def _of_program(
     }
     calls = old.num_calls - before + new.num_calls
     return Target(log_g, new.law.tilts, calls, changes)
+
+
+@contextlib.contextmanager
+def _at_new_arguments(name: str) -> Iterator[None]:
+    """Say of whatever a program fails with that it is the new arguments it fails at."""
+    try:
+        yield
+    except CapabilityError:
+        raise
+    except Exception as error:
+        kinds = (PotentialError, TypeError, ValueError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
+        raise kind(
+            f"reweight: {name} does not run at these arguments ({type(error).__name__}: {reason}); "
+            "give all of its arguments, and data of a shape that it takes, without NaN."
+        ) from error
 
 
 def _require_same_chains(old: Law, new: Law) -> None:

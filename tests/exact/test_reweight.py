@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion.errors import CapabilityError, ParticleCollapse
+from ppl_diffusion.errors import CapabilityError, ParticleCollapse, PotentialError
 from ppl_diffusion.inference import SMC, ParticleGibbs, attach
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, reweighting, run_smc
@@ -21,6 +21,7 @@ CHAIN = toy_chain(vocab_size=3, length=3, num_steps=3)
 OLD, NEW = toy_potential(3, 3, scale=1.0), toy_potential(3, 3, seed=5, scale=1.0)
 X0 = torch.cartesian_prod(*[torch.arange(3)] * 3)
 LAW = ExactChain.of(CHAIN).x0_law()
+ONE = Potential(lambda x: torch.zeros(x.shape[:-1]), name="one")
 FORBID = Potential(lambda x: torch.where((x == 0).all(-1), -torch.inf, OLD(x)), name="no zeros")
 
 
@@ -34,8 +35,8 @@ def many(potential=OLD, runs=1500, n=16, threshold=0.5, seed=0):
 TARGETS = {
     "temperature 2": ({"temperature": 2.0}, (), OLD, 0.5),
     "temperature 0.5": ({"temperature": 0.5}, (), OLD, 2.0),
-    "temperature -1": ({"temperature": -1.0}, (), OLD, -1.0),
-    "prior": ({"temperature": math.inf}, (), OLD, 0.0),
+    "its inverse": ({}, (Potential(lambda x: -OLD(x), name="inverse"),), OLD, -1.0),
+    "prior": ({}, (ONE,), OLD, 0.0),
     "another potential": ({}, (NEW,), NEW, 1.0),
     "a constraint": ({}, (FORBID,), FORBID, 1.0),
 }
@@ -141,8 +142,20 @@ def test_weights_that_are_not_to_be_used_are_refused():
     never = Potential(lambda x0: torch.full(x0.shape[:-1], -torch.inf))
     with pytest.raises(ParticleCollapse, match="no particle of the run meets"):
         posterior.reweight(never)
-    with pytest.raises(ValueError, match="temperature of 0"):
-        posterior.reweight(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [-1, 0.0, math.inf, math.nan, "a", None, True, torch.ones(2)], ids=repr
+)
+def test_temperatures_are_positive_numbers(wrong):
+    with pytest.raises(ValueError, match="reweight: temperature must be a positive, finite number"):
+        many(runs=1).reweight(temperature=wrong, force=True)
+
+
+@pytest.mark.parametrize(("args", "options"), [((), {"y": 1.0}), ((OLD, NEW), {})])
+def test_a_bare_chain_has_no_arguments(args, options):
+    with pytest.raises(TypeError, match="reweight: the result of a bare chain takes one new"):
+        many(runs=1).reweight(*args, **options)
 
 
 def test_a_heavy_tail_is_refused():
@@ -150,7 +163,7 @@ def test_a_heavy_tail_is_refused():
     pareto = -0.99 * torch.rand(512, generator=torch.Generator().manual_seed(0)).double().log()
     tail = dataclasses.replace(posterior, log_potential=-2 * pareto[None])
     with pytest.raises(CapabilityError, match=r"k-hat of the new weights is .* \(limit 0.7\)"):
-        tail.reweight(temperature=math.inf)
+        tail.reweight(ONE)
 
 
 def test_searches_have_no_weights_to_change():
@@ -210,6 +223,30 @@ def test_a_program_whose_chain_changes_is_refused():
         posterior.reweight(Y, chain=toy_chain(vocab_size=3, length=3, num_steps=4))
     with pytest.raises(TypeError, match="a program is its own potential"):
         posterior.reweight(NEW)
+
+
+def replicates(y, scale=0.7):
+    x = CHAIN.x0(pyro.sample("path", CHAIN))
+    with pyro.plate("replicate", 3):
+        pyro.sample("y", dist.Normal((x == 0).sum(-1).double(), scale), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "said"),
+    [
+        ((torch.ones(5),), ValueError, r"RuntimeError: The size of tensor a \(5\)"),
+        ((torch.full((3,), torch.nan),), PotentialError, "site 'y' of replicates has log-density"),
+        ((), TypeError, "missing 1 required positional argument: 'y'"),
+        (("a",), ValueError, "AttributeError"),
+    ],
+)
+def test_arguments_that_a_program_fails_at_are_said(args, kind, said):
+    posterior = SMC(replicates, num_particles=8, num_runs=1).run(torch.ones(3), seed=0)
+    text = rf"reweight: replicates does not run at these arguments \(.*{said}"
+    with pytest.raises(kind, match=text) as caught:
+        posterior.reweight(*args, scale=0.8)
+    assert caught.value.__cause__ is not None
+    assert "\n" not in str(caught.value)
 
 
 def test_a_loaded_posterior_has_to_be_told_its_program(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -9,7 +10,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion.diagnostics import summary, summary_table
+from ppl_diffusion import diagnostics
+from ppl_diffusion.diagnostics import Contender, collapse, compare, summary, summary_table
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference import SMC, ParticleGibbs, attach
 from ppl_diffusion.potentials import factor
 from ppl_diffusion.smc import Draws, GibbsPosterior, ParticlePosterior
@@ -41,24 +44,27 @@ def posterior():
 
 
 def test_groups_of_a_program(posterior):
-    data = posterior.to_arviz(
-        weights="store", log_likelihood=True, prior=7, posterior_predictive=True
-    )
+    data = posterior.to_arviz(log_likelihood=True, prior=7, posterior_predictive=True)
+    drawn = data.sample_stats["particle"].values
+
+    def of_draws(values):
+        return np.stack([value[index] for value, index in zip(values.numpy(), drawn, strict=True)])
+
     np.testing.assert_array_equal(data.observed_data["y"], Y)
     assert data.observed_data["y"].dims == ("replicate",)
     lik = data.log_likelihood["y"]
     assert lik.dims == ("chain", "draw", "replicate")
     expected = dist.Normal(posterior.samples["mean"], 0.5).log_prob(Y)
-    np.testing.assert_allclose(lik, expected, rtol=1e-5)
+    np.testing.assert_allclose(lik, of_draws(expected), rtol=1e-5)
     gain = dist.LogNormal(0.0, 0.3).log_prob(posterior.samples["gain"])
-    np.testing.assert_allclose(data.log_prior["gain"], gain, rtol=1e-5)
+    np.testing.assert_allclose(data.log_prior["gain"], of_draws(gain), rtol=1e-5)
     assert data.log_factors["each"].dims == ("chain", "draw", "promoter")
     each = toy_potential()(posterior.samples["x"])
-    np.testing.assert_allclose(data.log_factors["each"], each, rtol=1e-5)
+    np.testing.assert_allclose(data.log_factors["each"], of_draws(each), rtol=1e-5)
     # what each element adds is what the particles are weighed by
     total = lik.sum("replicate") + data.log_factors["each"].sum("promoter")
     total = total + data.log_factors["goal"]
-    np.testing.assert_allclose(total, posterior.log_potential, rtol=1e-5)
+    np.testing.assert_allclose(total, of_draws(posterior.log_potential), rtol=1e-5)
     assert data.posterior_predictive["y"].dims == ("chain", "draw", "replicate")
     assert data.prior["gain"].shape == (1, 7)
     assert data.prior_sequences["x"].dims == ("chain", "draw", "promoter", "position")
@@ -88,12 +94,44 @@ def test_predictions_are_draws_of_the_likelihood():
 
 def test_what_nobody_saw_is_no_data():
     posterior = SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seen=SEEN, seed=0)
-    data = posterior.to_arviz(weights="store", log_likelihood=True, posterior_predictive=True)
+    data = posterior.to_arviz(log_likelihood=True, posterior_predictive=True)
     np.testing.assert_array_equal(data.observed_data["y_observed"], Y[SEEN])
     expected = dist.Normal(posterior.samples["mean"], 0.5).log_prob(Y[SEEN])
     np.testing.assert_allclose(data.log_likelihood["y_observed"], expected, rtol=1e-5)
     assert data.posterior_predictive["y_observed"].shape == (2, 16, 2)
-    assert data.posterior["y"].dims == ("chain", "draw", "replicate")
+
+
+@pytest.mark.parametrize("seen", [SEEN, torch.zeros(3).bool()], ids=repr)
+def test_summaries_hold_only_what_nobody_saw(seen, tmp_path):
+    posterior = SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seen=seen, seed=0)
+    left = torch.nonzero(~seen)[:, 0]
+    for result in (posterior, Draws.load(posterior.save(tmp_path / "run"))):
+        data = result.to_arviz()
+        assert set(data.posterior.data_vars) == {"gain", "mean", "y_unobserved"}
+        fills = data.posterior["y_unobserved"]
+        assert fills.dims == ("chain", "draw", "y_unobserved_dim_0")
+        np.testing.assert_array_equal(fills["y_unobserved_dim_0"], left)
+        np.testing.assert_array_equal(
+            data.weighted_data["y_unobserved"], posterior.samples["y"][..., left]
+        )
+    data = posterior.to_arviz(log_likelihood=True, prior=4)
+    assert "y" not in data.prior
+    assert data.prior["y_unobserved"].shape == (1, 4, len(left))
+    assert data.log_prior["y_unobserved"].shape == (2, 16, len(left))
+
+
+def test_a_mask_that_hides_nothing_leaves_nothing_to_draw():
+    seen = torch.ones(3).bool()
+    posterior = SMC(assay, num_particles=16, num_runs=2, twist=None).run(Y, seen=seen, seed=0)
+    data = posterior.to_arviz(prior=4)
+    assert set(data.posterior.data_vars) == set(data.prior.data_vars) == {"gain", "mean"}
+
+
+def test_sites_that_look_like_missing_data_stay(posterior):
+    fills = torch.rand(2, 16, 3)
+    samples = {"z": 2 * fills, "z_unobserved": fills}
+    data = replace(posterior, samples={**posterior.samples, **samples}).to_arviz()
+    assert data.posterior["z"].shape == data.posterior["z_unobserved"].shape == (2, 16, 3)
 
 
 def test_particles_one_after_the_other_say_the_same(posterior):
@@ -102,6 +140,33 @@ def test_particles_one_after_the_other_say_the_same(posterior):
     assert slow.log_likelihood["y"].dims == ("chain", "draw", "replicate")
     assert slow.prior_predictive["y"].shape == (1, 3, 3)
     assert slow.posterior_predictive["y"].shape == (2, 16, 3)
+
+
+@pytest.mark.parametrize("group", ["log_likelihood", "posterior_predictive"])
+def test_unequal_particles_are_no_draws_to_rate(posterior, group):
+    # this run was resampled at the end
+    assert group in posterior.to_arviz(weights="store", **{group: True}).groups()
+    unequal = torch.arange(16.0, dtype=torch.float64).log_softmax(0).expand(2, 16)
+    uneven = replace(posterior, log_weights=unequal)
+    with pytest.raises(ValueError, match="ArviZ counts draws alike, which particles under"):
+        uneven.to_arviz(weights="store", **{group: True})
+    assert group in uneven.to_arviz(**{group: True}).groups()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prior": True}, "prior must be a whole number of draws, 0 for none, got True"),
+        ({"prior": 2.5}, "prior must be a whole number of draws, 0 for none, got 2.5"),
+        ({"prior": -1}, "prior must be a whole number of draws, 0 for none, got -1"),
+        ({"log_likelihood": "yy"}, "log_likelihood must be True or False, got 'yy'"),
+        ({"posterior_predictive": ["yy"]}, r"posterior_predictive must be True or False, got \['y"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(posterior, chains, options, said):
+    for result in (posterior, chains):
+        with pytest.raises(ValueError, match=f"to_arviz: {said}"):
+            result.to_arviz(**options)
 
 
 def test_what_is_not_kept_is_said():
@@ -175,6 +240,61 @@ def test_chains_have_a_summary(chains):
     short = {**GIBBS, "num_runs": 1, "num_samples": 2}
     one = ParticleGibbs(CHAIN, toy_potential(), **short).run(seed=0)
     assert summary(one)["rhat"] is None
+
+
+def test_chains_say_what_they_have_not(chains, posterior):
+    asked = {
+        "evidence": lambda: chains.evidence,
+        "pooled_log_evidence": lambda: chains.pooled_log_evidence,
+        "genealogy": lambda: chains.genealogy(),
+        r"to_arviz\(weights=...\)": lambda: chains.to_arviz(weights="store"),
+        "plot_ess": lambda: diagnostics.plot_ess(chains),
+        "plot_evidence": lambda: diagnostics.plot_evidence(chains),
+        "plot_weights": lambda: diagnostics.plot_weights(chains),
+        "plot_ancestry": lambda: diagnostics.plot_ancestry(chains),
+        "compare, 'b'": lambda: compare([Contender("a", posterior), Contender("b", chains)]),
+    }
+    for name, ask in asked.items():
+        with pytest.raises(CapabilityError, match=f"^{name}: draws of ParticleGibbs are Markov ch"):
+            ask()
+
+
+def test_tokens_and_collapse_of_chains(chains):
+    found = collapse(chains)
+    assert found["ancestors"] == [None, None]
+    for chain, share in enumerate(found["unique"]):  # five equal draws are their own set
+        assert share == len(chains.x0[chain].flatten(1).unique(dim=0)) / 5
+    stored = replace(chains, compact_path=chains.samples["path"].to(torch.int8))
+    for result in (replace(chains, compact_path=None), stored):
+        data = diagnostics.plot_token_entropy_data(result)
+        tokens = chains.x0.flatten(0, 1).flatten(1)
+        shares = torch.stack([(tokens == token).double().mean(0) for token in range(3)])
+        expected = torch.special.entr(shares).sum(0) / np.log(2)
+        np.testing.assert_allclose(data["entropy"], expected, atol=1e-12)
+    np.testing.assert_allclose(data["entropy_steps"][-1], data["entropy"])
+
+
+def test_results_without_labels_are_not_compared(posterior):
+    with pytest.raises(TypeError, match=r"give results with labels, Contender\(label, posterior\)"):
+        compare([posterior, posterior])
+
+
+@pytest.mark.parametrize("num", [None, 2.5, True, 0])
+def test_numbers_of_draws_are_whole(posterior, num):
+    with pytest.raises(ValueError, match="resample: num must be a whole number >= 1, got"):
+        posterior.resample(num)
+
+
+def test_a_file_is_no_folder(posterior, tmp_path):
+    (tmp_path / "taken").touch()
+    for place in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        with pytest.raises(NotADirectoryError, match=r"save: .*taken is a file; give the name of"):
+            posterior.save(place)
+
+
+def test_another_law_and_other_data_are_told_apart(posterior):
+    with pytest.raises(ValueError, match="assay at these arguments: the data differ; give"):
+        attach(posterior, assay, Y + 1)
 
 
 def test_a_pickle_does_without_the_program(posterior):

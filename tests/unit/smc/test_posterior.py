@@ -244,7 +244,7 @@ def test_resample_returns_sites_and_positions():
     drawn = post.resample(7)
     assert set(drawn) == {"x0", "index"}
     assert torch.equal(drawn["x0"], post.x0.flatten(0, 1)[drawn["index"]])
-    with pytest.raises(ValueError, match="num must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="num must be a whole number >= 1, got 0"):
         post.resample(0)
 
 
