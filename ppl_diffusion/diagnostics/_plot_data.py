@@ -38,8 +38,8 @@ def plot_evidence_data(posterior: "ParticlePosterior") -> PlotData:
     """Numbers of :func:`plot_evidence`, in nats.
 
     :returns: ``step`` ``(T,)`` from 1; ``log_evidence`` ``(R, T)`` running estimates; ``pooled``
-        ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, 95 % of the
-        final one, NaN where runs give none.
+        ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, nominal
+        95 % of the final one, NaN where runs give none.
     """
     steps = as_array(posterior.log_evidence_steps)
     found = posterior.evidence
