@@ -15,7 +15,7 @@ from ppl_diffusion.inference import SMC
 from ppl_diffusion.smc.evidence import ABOVE
 from ppl_diffusion.testing import ExactChain, toy_markov_chain
 
-SEEDS, SD, Y = 150, 0.05, torch.tensor(2 / 3)
+SEEDS, SIZE, SD, Y = 150, 256, 0.05, torch.tensor(2 / 3)
 CHAIN = toy_markov_chain("absorbing", vocab_size=3, length=6, num_steps=6)
 
 
@@ -42,18 +42,18 @@ def shares(found, truth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [64, 256])
-def test_intervals_reach_up_to_a_heavy_tail(size):
-    """At least 90 % of those given; the failing twin, as far up as down, holds fewer than 85 %."""
+def test_intervals_reach_up_to_a_heavy_tail():
+    """At least 90 % of those given, or silent; the failing twin, as far up as down, has not 85 %."""
     truth, given, silent = log_evidence(), [], []
     for seed in range(SEEDS):
-        posterior = SMC(precise, num_particles=size, num_runs=4).run(Y, seed=seed)
+        posterior = SMC(precise, num_particles=SIZE, num_runs=4).run(Y, seed=seed)
         if posterior.evidence.interval is not None:
             given.append(posterior.evidence.interval)
             silent += [] if posterior.warnings else [given[-1]]
     wide, even = shares(given, truth)
     calm = shares(silent, truth)
-    print(f"N = {size}: {wide} of {len(given)} intervals hold the truth, {even} as far up as down;")
+    print(f"{wide} of {len(given)} intervals hold the truth, {even} as far up as down;")
     print(f"without any warning {calm[0]} of {len(silent)}, and {calm[1]}")
     assert wide >= 0.9 * len(given)
+    assert calm[0] >= 0.9 * len(silent)
     assert even < 0.85 * len(given)

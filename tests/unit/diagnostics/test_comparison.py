@@ -38,7 +38,7 @@ def pair(make_posterior):
 
 def half_width(part):
     low, high = part["log_evidence_interval"]
-    return (high - low) / 3  # it reaches twice as far up as down
+    return (high - low) / 4  # it reaches three times as far up as down
 
 
 def expected_half_width(posterior, kept, overspent=1.0):
