@@ -103,7 +103,7 @@ def _cost(result: Result) -> None:
     roots = summary["effective_root_ancestors"]
     rows = [
         ["method", summary["method"]],
-        ["log evidence (nats), 95 %, nominal", _pooled(summary)],
+        ["log evidence (nats), nominal 95 %", _pooled(summary)],
         ["log evidence per run", _range(summary["log_evidence_range"])],
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
         ["effective sample size", _ess(summary["ess_pooled"], summary["num_particles"])],
@@ -198,7 +198,7 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
     return {
         "network rows": [part["evaluations"] for part in parts],
         "log evidence (nats)": [_known(part["log_evidence"]) for part in parts],
-        "log evidence, 95 %, nominal": list(map(_interval, parts)),
+        "  interval, nominal 95 %": list(map(_interval, parts)),
         "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
         "effective sample size": [_known(part["ess"]) for part in parts],
         "distinct designs": [part["unique"] for part in parts],

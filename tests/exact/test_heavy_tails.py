@@ -43,7 +43,7 @@ def shares(found, truth):
 
 @pytest.mark.slow
 def test_intervals_reach_up_to_a_heavy_tail():
-    """At least 90 % of those given, or silent; the failing twin, as far up as down, has not 85 %."""
+    """At least 90 % of those given, or silent; the failing twin, even ones, have not 85 %."""
     truth, given, silent = log_evidence(), [], []
     for seed in range(SEEDS):
         posterior = SMC(precise, num_particles=SIZE, num_runs=4).run(Y, seed=seed)
