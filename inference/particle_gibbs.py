@@ -48,6 +48,7 @@ from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMult
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
+from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
@@ -326,7 +327,11 @@ class GibbsSampler:
             num_evaluations=self.num_evaluations,
             num_potential_calls=self.num_potential_calls,
             law=self.law,
-            settings={**settings, "num_steps": site.chain.num_steps},
+            settings={
+                **settings,
+                DISCRETE: self.program.discrete,
+                "num_steps": site.chain.num_steps,
+            },
             seconds=seconds,
             is_program=is_program,
             plates=replay.plates,

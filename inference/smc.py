@@ -38,6 +38,7 @@ from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, Source, State
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
+from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
 
@@ -263,6 +264,7 @@ class SMC:
                 "ess_threshold": self.ess_threshold,
                 **self.method.settings(run),
                 **left_out,
+                **_discrete(run),
                 **found,
                 "num_steps": self.method.num_steps(run),
                 "seed": seed,
@@ -276,6 +278,11 @@ class SMC:
             **known,
         )
         return posterior.to("cpu")  # where people look at results, whatever they ran on
+
+
+def _discrete(run: Bound) -> dict[str, Any]:
+    program = run.program
+    return {DISCRETE: program.discrete} if program is not None and program.latents else {}
 
 
 def _origin(run: Bound) -> dict[str, Any]:

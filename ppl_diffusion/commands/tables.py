@@ -13,16 +13,15 @@ from rich.table import Table
 
 from ppl_diffusion.commands.terminal import plain
 from ppl_diffusion.diagnostics.claims import claim, evidence_text
+from ppl_diffusion.smc.verdict import SAID, Verdict
 
 if TYPE_CHECKING:
     from ppl_diffusion.design.run import Result
     from ppl_diffusion.diagnostics.comparison import Comparison
-    from ppl_diffusion.smc import Verdict
 
 Advance = Callable[..., None]
 _FRAME = 3
 """Characters that the frame of a table adds to a column; there is one more at its end."""
-_SAID = {"broken": "Do not use this", "weak": "Warning", "note": "Note"}
 _LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
 
 
@@ -110,13 +109,13 @@ def _cost(result: Result) -> None:
     roots = summary["effective_root_ancestors"]
     rows = [
         ["method", summary["method"]],
-        ["log evidence (nats), 95 %", _pooled(summary)],
+        ["log evidence (nats), nominal 95 %", _pooled(summary)],
         ["log evidence per run", _range(summary["log_evidence_range"])],
         ["runs alive", f"{alive} of {len(summary['ess'])}"],
-        ["effective sample size", f"{summary['ess_pooled']:.1f} of {summary['num_particles']}"],
+        ["effective sample size", _ess(summary["ess_pooled"], summary["num_particles"])],
         ["effective root ancestors per run", _range((min(roots), max(roots)))],
+        ["  of all runs together", summary["effective_root_ancestors_pooled"]],
         ["distinct designs", summary["unique"]],
-        ["root ancestors, all runs", sum(summary["root_ancestors"])],
         ["nearest neighbour", _nearest(summary["collapse"])],
         ["network rows evaluated", summary["evaluations"]],
         ["potential calls", summary["potential_calls"]],
@@ -129,6 +128,10 @@ def _cost(result: Result) -> None:
     warnings(result.posterior.warnings)
 
 
+def _ess(value: float | None, total: int) -> str:
+    return "n/a" if value is None else f"{value:.1f} of {total}"
+
+
 def _pooled(summary: Mapping[str, Any]) -> str:
     return evidence_text({**summary, "log_evidence": summary["log_evidence_pooled"]})
 
@@ -136,7 +139,7 @@ def _pooled(summary: Mapping[str, Any]) -> str:
 def warnings(verdicts: Iterable[Verdict]) -> None:
     """Print what is wrong with a result, a line each."""
     for verdict in verdicts:
-        print(f"{_SAID[verdict.level]}: {verdict}")
+        print(f"{SAID[verdict.level]}: {verdict}")
 
 
 def _nearest(collapse: Mapping[str, Any]) -> str:
@@ -175,7 +178,7 @@ def comparison_tables(comparison: Comparison) -> None:
     for letter, target in comparison.targets.items():
         print(f"{letter}: {target}")
     for note in comparison.notes:
-        print(f"Note: {note}")
+        print(note if isinstance(note, Verdict) else f"Note: {note}")
 
 
 def _side_by_side(title: str, labels: Sequence[str], rows: Mapping[str, list[object]]) -> None:
@@ -201,9 +204,9 @@ def _figures(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
     return {
         "network rows": [part["evaluations"] for part in parts],
         "log evidence (nats)": [_known(part["log_evidence"]) for part in parts],
-        "log evidence, 95 %": list(map(_interval, parts)),
+        "  interval, nominal 95 %": list(map(_interval, parts)),
         "log evidence per run": [_range(part["log_evidence_range"]) for part in parts],
-        "effective sample size": [f"{part['ess']:.1f}" for part in parts],
+        "effective sample size": [_known(part["ess"]) for part in parts],
         "distinct designs": [part["unique"] for part in parts],
         "Hamming of two draws": [_known(part["hamming"]) for part in parts],
         **{_LABELS.get(name, _plain(name)): _score_cells(parts, name) for name in names},

@@ -28,8 +28,13 @@ from ppl_diffusion.design.report import (
     save_plots,
 )
 from ppl_diffusion.diagnostics import collapse, nearest_distance
-from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
-from ppl_diffusion.diagnostics.report import root_ancestors
+from ppl_diffusion.diagnostics.claims import (
+    evidence_figures,
+    evidence_range,
+    knows_ess,
+    number_or_none,
+)
+from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
 from ppl_diffusion.distributions import ReverseChain
 
 if TYPE_CHECKING:
@@ -87,15 +92,17 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
 def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[str, Any]:
     weights, eve = posterior.weights, posterior.eve
     joint = posterior.pooled_log_weights.flatten()
+    known = knows_ess(posterior.settings)
     return {
         "prior": job.name,
         "method": job.search.method,
         **_evidence(posterior, job.search.method),
-        "ess": (1.0 / (weights**2).sum(-1)).tolist(),
-        "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))),
+        "ess": (1.0 / (weights**2).sum(-1)).tolist() if known else [None] * posterior.num_runs,
+        "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))) if known else None,
         "num_dead_runs": int((~posterior.alive).sum()),
         "root_ancestors": [len(e[w > 0].unique()) for e, w in zip(eve, weights, strict=True)],
         "effective_root_ancestors": root_ancestors(posterior),
+        "effective_root_ancestors_pooled": pooled_root_ancestors(posterior),
         "unique": len(designs),
         "num_particles": posterior.num_runs * posterior.num_particles,
         "evaluations": posterior.num_evaluations,

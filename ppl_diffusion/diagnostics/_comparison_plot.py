@@ -86,8 +86,8 @@ def plot_comparison(
     Filled marks are the runs as they are, open ones the share that the common budget pays for.
     Evidences stand in one panel for each target letter, because those of different laws cannot be
     compared: dots are single runs, thin lines go from the lowest to the highest, marks are the log
-    of their mean, and broad lines its 95 % interval, which is missing where runs disagree. A result
-    without evidence has no mark. Bars of the score are one standard error.
+    of their mean, and broad lines its interval at nominal 95 %, missing where runs disagree. A
+    result without evidence has no mark. Bars of the score are one standard error.
 
     :param score: name of the score; by default the first that all have besides the potential.
     :param ax: where to draw; the panels become its ``child_axes``, those of evidence first.

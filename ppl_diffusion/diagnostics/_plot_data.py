@@ -42,8 +42,8 @@ def plot_evidence_data(posterior: ParticlePosterior) -> PlotData:
     """Numbers of :func:`plot_evidence`, in nats.
 
     :returns: ``step`` ``(T,)`` from 1; ``log_evidence`` ``(R, T)`` running estimates; ``pooled``
-        ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, 95 % of the
-        final one, NaN where runs give none.
+        ``(T,)``, log of their mean over runs (dead runs as 0); ``interval`` ``(2,)``, nominal
+        95 % of the final one, NaN where runs give none.
     :raises CapabilityError: for draws of Markov chains.
     """
     require_particles(posterior, "plot_evidence")

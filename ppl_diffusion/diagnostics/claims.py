@@ -18,6 +18,14 @@ def number_or_none(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def knows_ess(settings: Mapping[str, Any]) -> bool:
+    """Return whether weights tell an effective sample size: not that of states of Markov chains.
+
+    :param settings: those of a result.
+    """
+    return settings.get("method") != "refinement"
+
+
 def evidence_range(log_evidence: Any) -> tuple[float, float] | None:
     """Return the ends of the log evidences ``(R,)`` of the living runs, None if none lives."""
     values = as_array(log_evidence)

@@ -19,11 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from ppl_diffusion.diagnostics.claims import evidence_figures, evidence_range, number_or_none
+from ppl_diffusion.diagnostics.claims import (
+    evidence_figures,
+    evidence_range,
+    knows_ess,
+    number_or_none,
+)
 from ppl_diffusion.diagnostics.report import root_ancestors
 from ppl_diffusion.smc.gibbs_posterior import require_particles
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.run_statistics import as_array
+from ppl_diffusion.smc.verdict import SAID, Verdict
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
@@ -109,7 +115,8 @@ def compare(contenders: Sequence[Contender]) -> Comparison:
     Scores are means under the pooled weights, with the standard error over as many runs as these
     weights count. ``hamming`` is the expected number of positions at which two draws differ,
     ``root_ancestors`` the effective number in the worst living run, ``khat`` that of the pooled
-    weights; ``warnings`` names what is wrong, and the notes say it.
+    weights; ``warnings`` names what is wrong, and the notes say it: as verdicts, which begin with
+    how bad it is.
 
     :raises CapabilityError: if one holds draws of Markov chains.
     :raises TypeError: if one is no :class:`Contender`.
@@ -213,7 +220,7 @@ def _figures(contender: Contender, kept: int, overspent: float) -> dict[str, Any
         "num_runs": kept,
         "evaluations": round(contender.rows_per_run * kept),
         **_evidence(posterior, kept, overspent),
-        "ess": float(1 / (weights**2).sum()) if weights.any() else 0.0,
+        "ess": _ess(posterior, weights),
         **_diversity(posterior, weights),
         "scores": {name: _score(posterior, of, weights, share) for name, of in values.items()},
     }
@@ -232,6 +239,12 @@ def _evidence(posterior: "ParticlePosterior", kept: int, overspent: float) -> di
     found = posterior.evidence_of(kept, overspent=overspent)
     ends = None if found is None else evidence_range(posterior.log_evidence[:kept])
     return {**evidence_figures(found), "log_evidence_range": ends}
+
+
+def _ess(posterior: "ParticlePosterior", weights: NDArray[np.float64]) -> float | None:
+    if not knows_ess(posterior.settings):
+        return None
+    return float(1 / (weights**2).sum()) if weights.any() else 0.0
 
 
 def _diversity(posterior: "ParticlePosterior", weights: NDArray[np.float64]) -> dict[str, Any]:
@@ -298,7 +311,7 @@ def _notes(
     if any(one != asked[0] or UNKNOWN in one.values() for one in asked):
         yield f"The results {_differences(asked)}: a higher score of one proves nothing."
     for contender in contenders:
-        yield from (f"{contender.label}: {verdict}" for verdict in contender.posterior.warnings)
+        yield from (_of(contender.label, one) for one in contender.posterior.warnings)
     lawless = [c.label for c in contenders if not c.posterior.law.has_evidence]
     if lawless:
         yield (
@@ -312,6 +325,11 @@ def _notes(
             f"One run of {', '.join(scaled)} costs more than the budget: that run is kept whole "
             "and its errors are scaled up as if it were the share that fits."
         )
+
+
+def _of(label: str, verdict: Verdict) -> Verdict:
+    """Return a verdict that says what it is about, and how bad it is."""
+    return Verdict(f"{SAID[verdict.level]}: {label}: {verdict}", **vars(verdict))
 
 
 def _off_budget(rows: Sequence[Mapping[str, Any]], budget: int) -> Iterable[str]:

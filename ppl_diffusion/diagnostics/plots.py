@@ -81,8 +81,8 @@ def plot_evidence(posterior: "ParticlePosterior", *, ax: "Axes | None" = None) -
     """Running log evidence of each run and of all together; a point is where a run ends.
 
     The black line is the log of the mean evidence (unbiased before the logarithm), in which a dead
-    run, whose line stops where it died, counts as zero. Beside its end stands the 95 % interval of
-    all runs together; where they disagree there is none, and a line says so.
+    run, whose line stops where it died, counts as zero. Beside its end stands the interval of all
+    runs together, at nominal 95 %; where they disagree there is none, and a line says so.
     """
     data = plot_evidence_data(posterior)
     ax = new_axes(ax)
@@ -105,7 +105,7 @@ def _draw_interval(ax: "Axes", data: PlotData) -> None:
     low, high = finite(data["interval"])
     if high > low:
         at = data["step"][-1] + 0.03 * len(data["step"])
-        ax.vlines(at, low, high, color=BLACK, lw=4, alpha=0.4, label="95 % interval")
+        ax.vlines(at, low, high, color=BLACK, lw=4, alpha=0.4, label="95 %, nominal")
 
 
 def _say_about_runs(ax: "Axes", posterior: "ParticlePosterior", data: PlotData) -> None:

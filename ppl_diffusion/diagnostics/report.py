@@ -11,6 +11,7 @@ from ppl_diffusion.diagnostics.claims import (
     claim,
     evidence_figures,
     evidence_text,
+    knows_ess,
     number_or_none,
 )
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
@@ -23,18 +24,22 @@ if TYPE_CHECKING:
 
     from ppl_diffusion.smc import ParticlePosterior
 
+NOT_KNOWN = "not available"
+
 
 def summary(posterior: "ParticlePosterior | GibbsPosterior") -> dict[str, Any]:
     """Figures that say what a particle run found and how far to trust it; all JSON types.
 
     ``log_evidence`` (nats) is the log of the mean of ``Z`` over runs, dead runs counting as 0:
-    the mean is unbiased, its log errs low. ``log_evidence_interval`` (95 %) is there where runs
-    agree, and their agreement means something; where they do not, ``log_evidence_bound`` is what
-    the log-evidence is no less than at 95 %. ``log_evidence_sd`` is the spread of the living runs.
+    the mean is unbiased, its log errs low. ``log_evidence_interval`` (nominal 95 %) is there
+    where runs agree, and their agreement means something; where they do not,
+    ``log_evidence_bound`` is what the log-evidence is no less than at 95 %. ``log_evidence_sd`` is
+    the spread of the living runs.
     ``genealogical_sd`` is the relative standard deviation of a *single* run's ``Z``, from its
     family tree; None where that tells nothing (most runs: see ``evidence_variance``).
 
-    ``ess`` and ``khat`` are those of all particles together, runs weighted by evidence.
+    ``ess`` and ``khat`` are those of all particles together, runs weighted by evidence; of refined
+    results, whose states are correlated, no ``ess`` is known.
     ``num_unique_x0`` counts distinct sequences and ``num_eves`` distinct roots among particles of
     positive weight; ``root_ancestors`` weighs them: a run that lives on one has 1. ``warnings`` are
     the sentences of ``posterior.warnings``. What does not exist is None, never NaN.
@@ -98,9 +103,14 @@ def _evidence(posterior: "ParticlePosterior") -> dict[str, Any]:
 def _weight_health(posterior: "ParticlePosterior") -> dict[str, Any]:
     dead = not bool(posterior.alive.any())
     pooled = None if dead else posterior.pooled_log_weights.reshape(1, -1)
-    return {
+    found = {
         "ess": 0.0 if pooled is None else float(Weights(pooled).ess),
         "ess_per_run": _numbers(as_array(Weights(posterior.log_weights).ess)),
+    }
+    if not knows_ess(posterior.settings):
+        found = {"ess": None, "ess_per_run": [None] * posterior.num_runs}
+    return {
+        **found,
         "khat": None if pooled is None else number_or_none(khat(pooled)[0]),
         "khat_per_run": _numbers(khat(posterior.log_weights)),
     }
@@ -126,6 +136,16 @@ def root_ancestors(posterior: "ParticlePosterior") -> list[float]:
     return found.tolist()
 
 
+def pooled_root_ancestors(posterior: "ParticlePosterior") -> float:
+    """Effective number of roots of all runs together, runs weighted by evidence; 0 if all died."""
+    if not bool(posterior.alive.any()):
+        return 0.0
+    eve = as_array(posterior.eve)
+    roots = eve + posterior.num_particles * np.arange(len(eve))[:, None]
+    weights = as_array(posterior.pooled_log_weights.exp())
+    return float(effective_distinct(roots.reshape(1, -1), weights.reshape(1, -1))[0])
+
+
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     total = facts["num_runs"] * facts["num_particles"]
     alive = facts["num_dead_runs"] < facts["num_runs"]
@@ -133,10 +153,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         claim(facts),
         ("runs × particles × steps", _shape(facts)),
         ("log evidence (nats)", evidence_text(facts, alive=alive)),
-        ("  genealogical sd of one run", _text(facts["genealogical_sd"], "not available")),
-        ("effective sample size", f"{facts['ess']:.1f} of {total}"),
+        ("  genealogical sd of one run", _text(facts["genealogical_sd"], NOT_KNOWN)),
+        ("effective sample size", _ess(facts["ess"], total)),
         ("  per run, lowest to highest", _range(facts["ess_per_run"])),
-        ("k-hat of all particles", _text(facts["khat"], "not available")),
+        ("k-hat of all particles", _text(facts["khat"], NOT_KNOWN)),
         ("distinct x0", f"{facts['num_unique_x0']} of {total}"),
         ("effective root ancestors per run", _range(facts["root_ancestors_per_run"])),
         ("network evaluations", f"{facts['num_evaluations']:,}"),
@@ -151,8 +171,15 @@ def _shape(facts: dict[str, Any]) -> str:
     return text + (f" ({facts['num_dead_runs']} runs dead)" if facts["num_dead_runs"] else "")
 
 
-def _range(values: list[float]) -> str:
-    return f"{_text(min(values))} to {_text(max(values))}" if len(values) > 1 else _text(values[0])
+def _ess(value: float | None, total: int) -> str:
+    return NOT_KNOWN if value is None else f"{value:.1f} of {total}"
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return NOT_KNOWN
+    return f"{_text(min(known))} to {_text(max(known))}" if len(known) > 1 else _text(known[0])
 
 
 def _text(value: float | None, missing: str = "none") -> str:

@@ -50,6 +50,7 @@ from ppl_diffusion.programs.tracking import (
     SameRows,
     Tracking,
     is_bounded_by_others,
+    is_discrete,
 )
 
 NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 2, 8, 16
@@ -72,6 +73,7 @@ class Program:
     :ivar latents: names of its other latents, in program order.
     :ivar parents: chains and latents that each chain and latent depends on directly.
     :ivar bounded: latents whose support depends on other sites.
+    :ivar discrete: latents that take values from a countable set, of whatever type.
     :ivar observed: values of the observed sites, the data.
     :ivar data: observed sites that are no factors.
     :ivar plates: the plates of each site's batch dimensions, left to right; "" for none.
@@ -122,6 +124,7 @@ class Program:
         self._followed = set(dependencies)
         self._scored_parents = {s["name"]: set(dependencies.get(s["name"], ())) for s in data}
         self.bounded = {s["name"] for s in drawn if is_bounded_by_others(s["fn"])}
+        self.discrete = [s["name"] for s in drawn if not is_chain(s) and is_discrete(s["fn"])]
         self.density_shapes: dict[str, torch.Size] = {}
         self.data: list[DataSite] = []
         self.reads: frozenset[str] = frozenset()

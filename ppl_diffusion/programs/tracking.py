@@ -117,6 +117,14 @@ def is_bounded_by_others(fn: Any) -> bool:
         return False
 
 
+def is_discrete(fn: Any) -> bool:
+    """Return whether a distribution draws from a countable set, whatever type its values have."""
+    try:
+        return bool(getattr(fn.support, "is_discrete", False))
+    except NotImplementedError:  # it has none
+        return False
+
+
 def _parents_of(bound: Any) -> frozenset[str]:
     if isinstance(bound, Tensor):
         parents: frozenset[str] = get_provenance(bound)

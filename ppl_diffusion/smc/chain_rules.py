@@ -15,6 +15,7 @@ from pyro.ops.stats import effective_sample_size, gelman_rubin
 from torch import Tensor
 
 from ppl_diffusion.smc import question_rules
+from ppl_diffusion.smc.latent_rules import continuous
 from ppl_diffusion.smc.verdict import Verdict, by_level
 
 RHAT, ESS, FROZEN = 1.01, 100.0, 0.05
@@ -65,7 +66,8 @@ def rhat(posterior: GibbsPosterior) -> Verdict | None:
     return _outside(
         found,
         lambda value: value - RHAT,
-        "R-hat of {name} is {value:.2f} (limit {limit:g}){others}: chains, or the halves of one, "
+        "{:.2f}",
+        "R-hat of {name} is {value} (limit {limit:g}){others}: chains, or the halves of one, "
         "do not agree; draw more (num_samples, num_warmup).",
         kind="rhat",
         limit=RHAT,
@@ -78,7 +80,8 @@ def bulk_ess(posterior: GibbsPosterior) -> Verdict | None:
     return _outside(
         found,
         lambda value: ESS - value,
-        "bulk effective sample size of {name} is {value:.0f} (limit {limit:g}){others}: means "
+        "{:.0f}",
+        "bulk effective sample size of {name} is {value} (limit {limit:g}){others}: means "
         "have large errors; draw more (num_samples).",
         kind="ess",
         limit=ESS,
@@ -86,7 +89,31 @@ def bulk_ess(posterior: GibbsPosterior) -> Verdict | None:
 
 
 def frozen(posterior: GibbsPosterior) -> Verdict | None:
-    """Judge whether the noisiest states of the paths ever change."""
+    """Judge whether continuous latents, and the noisiest states of the paths, ever change."""
+    return _frozen_latent(posterior) or _frozen_path(posterior)
+
+
+def _frozen_latent(posterior: GibbsPosterior) -> Verdict | None:
+    for name, values in continuous(posterior):
+        still = (values == values[:, :1]).flatten(1).all(1)
+        # One value in all chains is an atom: they began at different ones.
+        atom = len(still) > 1 and bool((values == values[0, 0]).all())
+        if atom or values.shape[1] < 2 or not still.any():
+            continue
+        count = int(still.sum())
+        return Verdict(
+            f"latent {name!r} never changed in {count} of {len(still)} chains (limit 0): nothing "
+            "is known of it; use another parametrisation, longer warm-up (num_warmup), or SMC.",
+            kind="frozen",
+            level="broken",
+            where=name,
+            value=count,
+            limit=0,
+        )
+    return None
+
+
+def _frozen_path(posterior: GibbsPosterior) -> Verdict | None:
     step = _first_revealed(posterior)
     if step is None:
         return None
@@ -135,7 +162,12 @@ def _ranked_halves(draws: Tensor) -> Tensor:
 
 
 def _numbers(posterior: GibbsPosterior) -> Iterable[tuple[str, Tensor]]:
-    """Yield every number of the latents, and the log-density, ``(C, S)`` each."""
+    """Yield every number that varies, of the latents and the log-density, ``(C, S)`` each."""
+    found = _all_numbers(posterior)
+    yield from ((name, draws) for name, draws in found if bool((draws != draws[0, 0]).any()))
+
+
+def _all_numbers(posterior: GibbsPosterior) -> Iterable[tuple[str, Tensor]]:
     yield LOG_DENSITY, posterior.log_density
     for name in posterior.law.latents:
         values = posterior.samples.get(name)
@@ -147,15 +179,24 @@ def _numbers(posterior: GibbsPosterior) -> Iterable[tuple[str, Tensor]]:
 
 
 def _outside(
-    found: dict[str, float], excess: Callable[[float], float], text: str, *, kind: str, limit: float
+    found: dict[str, float],
+    excess: Callable[[float], float],
+    digits: str,
+    text: str,
+    *,
+    kind: str,
+    limit: float,
 ) -> Verdict | None:
-    bad = {name: value for name, value in found.items() if excess(value) > 0}
+    # What is not known is no pass.
+    over = {n: math.inf if math.isnan(value) else excess(value) for n, value in found.items()}
+    bad = {name: found[name] for name in found if over[name] > 0}
     if not bad:
         return None
-    worst = max(bad, key=lambda name: excess(bad[name]))
+    worst = max(bad, key=lambda name: over[name])
+    value = "not known" if math.isnan(bad[worst]) else digits.format(bad[worst])
     others = f" and of {len(bad) - 1} of {len(found) - 1} others" if len(bad) > 1 else ""
     return Verdict(
-        text.format(name=worst, value=bad[worst], limit=limit, others=others),
+        text.format(name=worst, value=value, limit=limit, others=others),
         kind=kind,
         level="weak",
         where=worst,

@@ -7,13 +7,11 @@ silent; what each one is worth stands in the documentation (``howto/verdicts``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ppl_diffusion.rows import hash_rows
 from ppl_diffusion.smc.evidence import Evidence
@@ -26,17 +24,18 @@ ParticlePosterior = Any
 Floats = NDArray[np.float64]
 
 MASS, MASS_LOST, ONE_HOLDS = 0.7, 0.1, 0.9
-ROOTS, LATENT, COPIES = 2.0, 10.0, 5.0
+ROOTS, COPIES = 2.0, 5.0
 KHAT, KHAT_BROKEN = 0.7, 1.0
 ESS_END, ESS_PATH, ESS_SHARE = 5.0, 3.0, 0.02
 APART, APART_BROKEN = 1.0, 3.0
 
 
-def _living(posterior: ParticlePosterior) -> NDArray[np.int64]:
+def living(posterior: ParticlePosterior) -> NDArray[np.int64]:
+    """Return the numbers of the living runs."""
     return np.flatnonzero(as_array(posterior.alive))
 
 
-def _worst(values: Floats, runs: NDArray[np.int64], bad: NDArray[np.bool_]) -> tuple[int, str, str]:
+def worst(values: Floats, runs: NDArray[np.int64], bad: NDArray[np.bool_]) -> tuple[int, str, str]:
     """Return the index of the smallest value, its run in words, and how many others are bad."""
     at = int(np.argmin(np.where(bad, values, np.inf)))
     others = int(bad.sum()) - 1
@@ -72,7 +71,7 @@ def mass(posterior: ParticlePosterior) -> Verdict | None:
     # Of a product or a power it is no share: what such a law is normalised by is in it.
     if posterior.log_mass is None or posterior.law.product != "p(path)":
         return None
-    if not len(_living(posterior)):
+    if not len(living(posterior)):
         return None
     share = np.exp(as_array(posterior.log_mass)[:, -1])
     # One run in many makes up for what the others lost, and says nothing about them.
@@ -82,8 +81,8 @@ def mass(posterior: ParticlePosterior) -> Verdict | None:
     twist = posterior.settings.get("twist")
     return Verdict(
         f"only {pooled:.0%} of the prior's mass is left in the particles (limit {MASS:.0%}): "
-        f"{_by_what(twist)} dropped sequences that were guessed wrong, and runs may agree on "
-        f"what is left; {_instead(twist)}.",
+        f"{_by_what(twist)} or the data left the rest behind; if sequences could have been guessed "
+        f"wrong, {_instead(twist)}, else it is as it must be.",
         kind="mass",
         level="broken" if pooled < MASS_LOST else "weak",
         where="all runs",
@@ -103,13 +102,13 @@ def _instead(twist: Any) -> str:
 
 def roots(posterior: ParticlePosterior) -> Verdict | None:
     """Judge from how many of the first particles the last ones descend."""
-    runs = _living(posterior)
+    runs = living(posterior)
     resampled: NDArray[np.bool_] = np.any(as_array(posterior.resampled)[runs], axis=-1)
     found = effective_distinct(as_array(posterior.eve)[runs], as_array(posterior.weights)[runs])
     bad = resampled & (found < ROOTS)
     if not bad.any():
         return None
-    at, where, others = _worst(found, runs, bad)
+    at, where, others = worst(found, runs, bad)
     return Verdict(
         f"{found[at]:.3g} effective root ancestors in {where}{others} (limit {ROOTS:g}): what was "
         "drawn first is a single guess there, and its family tree tells no error; use more "
@@ -122,50 +121,9 @@ def roots(posterior: ParticlePosterior) -> Verdict | None:
     )
 
 
-def latent(posterior: ParticlePosterior) -> Verdict | None:
-    """Judge how many distinct values of a continuous latent are left."""
-    runs = _living(posterior)
-    weights = as_array(posterior.weights)[runs]
-    limit = min(LATENT, posterior.num_particles / 4)
-    worst: tuple[float, str, int, str] | None = None
-    for name in posterior.law.latents:
-        for values in _elements(posterior.samples.get(name), runs):
-            found = effective_distinct(values, weights)
-            bad = found < limit
-            if bad.any():
-                at, _, others = _worst(found, runs, bad)
-                if worst is None or found[at] < worst[0]:
-                    worst = (float(found[at]), name, int(runs[at]), others)
-    if worst is None:
-        return None
-    value, name, run, others = worst
-    return Verdict(
-        f"latent {name!r}: {value:.3g} effective distinct values among {posterior.num_particles} "
-        f"particles of run {run}{others} (limit {limit:g}); move latents (moves='auto'), use more "
-        "particles, or use ParticleGibbs.",
-        kind="latent",
-        level="broken",
-        where=f"{name}, run {run}",
-        value=value,
-        limit=limit,
-    )
-
-
-def _elements(values: Tensor | None, runs: NDArray[np.int64]) -> Iterable[Floats]:
-    """Yield every number of a continuous latent, ``(living runs, N)`` each."""
-    if values is None or not values.is_floating_point() or not len(runs):
-        return
-    flat = as_array(values.double().flatten(2) if values.ndim > 2 else values.double()[..., None])
-    for number in range(flat.shape[-1]):
-        element = flat[runs, :, number]
-        # One value in all runs is no collapse: they would have kept different ones.
-        if len(runs) == 1 or (element != element[0, 0]).any():
-            yield element
-
-
 def copies(posterior: ParticlePosterior) -> Verdict | None:
     """Judge how many distinct paths are left; latents, which moves make different, do not count."""
-    runs, labels = _living(posterior), _path_labels(posterior)
+    runs, labels = living(posterior), _path_labels(posterior)
     if labels is None or not len(runs):
         return None
     limit = min(COPIES, posterior.num_particles / 4)
@@ -173,7 +131,7 @@ def copies(posterior: ParticlePosterior) -> Verdict | None:
     bad = found < limit
     if not bad.any():
         return None
-    at, where, others = _worst(found, runs, bad)
+    at, where, others = worst(found, runs, bad)
     return Verdict(
         f"{found[at]:.3g} effective distinct paths among {posterior.num_particles} particles of "
         f"{where}{others} (limit {limit:g}): the population is one guess, copied; use more "
@@ -206,7 +164,7 @@ def _path_labels(posterior: ParticlePosterior) -> NDArray[np.int64] | None:
 
 def khat_of_weights(posterior: ParticlePosterior) -> Verdict | None:
     """Judge the tail of the pooled weights; small alphabets tie them, which a high ESS excuses."""
-    if not len(_living(posterior)):
+    if not len(living(posterior)):
         return None
     log_w = posterior.pooled_log_weights.reshape(1, -1)
     ess = 1 / float(log_w.exp().square().sum())
@@ -227,7 +185,7 @@ def khat_of_weights(posterior: ParticlePosterior) -> Verdict | None:
 
 def ess_end(posterior: ParticlePosterior) -> Verdict | None:
     """Judge the effective sample size of every run at the end."""
-    runs = _living(posterior)
+    runs = living(posterior)
     squares = (as_array(posterior.weights)[runs] ** 2).sum(-1)
     limit = max(ESS_END, ESS_SHARE * posterior.num_particles)
     return _small_ess(posterior, 1 / squares, runs, limit, "ess end", "at the end")
@@ -235,7 +193,7 @@ def ess_end(posterior: ParticlePosterior) -> Verdict | None:
 
 def ess_path(posterior: ParticlePosterior) -> Verdict | None:
     """Judge the effective sample size before every resampling."""
-    runs = _living(posterior)
+    runs = living(posterior)
     due = as_array(posterior.resampled)[runs]
     if not due.any():
         return None
@@ -257,7 +215,7 @@ def _small_ess(
     bad = ess < limit
     if not bad.any():
         return None
-    at, where, others = _worst(ess, runs, bad)
+    at, where, others = worst(ess, runs, bad)
     return Verdict(
         f"effective sample size {ess[at]:.3g} of {posterior.num_particles} {when} in "
         f"{where}{others} (limit {limit:g}): one step asked too much of the particles; use more "

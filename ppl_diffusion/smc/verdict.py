@@ -8,6 +8,8 @@ from typing import Any, Literal
 Level = Literal["broken", "weak", "note"]
 LEVELS: tuple[Level, ...] = ("broken", "weak", "note")
 """Do not use it; it says less than it seems to; mind what it is."""
+SAID: dict[Level, str] = {"broken": "Do not use this", "weak": "Warning", "note": "Note"}
+"""What stands before a verdict where it is printed."""
 
 
 class Verdict(str):

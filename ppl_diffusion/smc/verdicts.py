@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ppl_diffusion.smc import particle_rules, question_rules
+from ppl_diffusion.smc import latent_rules, particle_rules, question_rules
 from ppl_diffusion.smc.verdict import Verdict, by_level
 
 # Known by its fields: naming the class, whose ``warnings`` come from here, would close a circle.
@@ -20,7 +20,7 @@ RULES: tuple[Rule, ...] = (
     particle_rules.dead,
     particle_rules.mass,
     particle_rules.roots,
-    particle_rules.latent,
+    latent_rules.latent,
     particle_rules.copies,
     particle_rules.khat_of_weights,
     particle_rules.ess_end,

@@ -1,4 +1,4 @@
-"""Ten posteriors that are bad in ten ways, and ten good ones: each verdict where it belongs.
+"""Ten posteriors that are bad in ten ways, and twelve good ones: each verdict where it belongs.
 
 Limits are worth what they find, and what they leave alone. A handful of seeds runs with the suite,
 twenty under ``slow``; both count, so that a rule that fires by luck, or on anything, is seen.
@@ -177,6 +177,19 @@ def of_program(seed):
     return SMC(assay, num_particles=512, num_runs=4).run(y, seed=seed)
 
 
+def discrete(seed, *, gained=False):
+    """A latent of two values, which are floats; beside one of many if that is asked for."""
+    chain = markov(6)
+
+    def leaky(y):
+        x = chain.x0(pyro.sample("path", chain))
+        leak = pyro.sample("leak", dist.Bernoulli(0.3))
+        gain = pyro.sample("gain", dist.LogNormal(0.0, 0.5)) if gained else 1.0
+        pyro.sample("y", dist.Normal(gain * (x == 0).double().sum(-1) + leak, 1.0), obs=y)
+
+    return SMC(leaky, num_particles=256, num_runs=4).run(torch.tensor(2.0), seed=seed)
+
+
 def uniform(seed):
     chain = toy_chain("uniform", length=3, num_steps=8)
     return smc(chain, toy_potential(length=3), TWIST, seed, 256)
@@ -203,6 +216,8 @@ GOOD = {
         markov(6), where(lambda x0: (x0 == 0).sum(-1) <= 2), None, seed, 256
     ),
     "program": of_program,
+    "discrete latent": discrete,
+    "both kinds": lambda seed: discrete(seed, gained=True),
     "ssp": lambda seed: smc(markov(20), motif(0.5), TWIST, seed, 256, resampler="ssp"),
 }
 
@@ -233,6 +248,6 @@ def test_twenty_bad_posteriors(case):
 
 
 @pytest.mark.slow
-def test_two_hundred_good_posteriors():
+def test_hundreds_of_good_posteriors():
     alarms = [kinds(make(seed)) for make in GOOD.values() for seed in range(MANY)]
     assert sum(map(bool, alarms)) == 0

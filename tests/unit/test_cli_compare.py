@@ -107,7 +107,11 @@ def test_runs_that_disagree_are_told_wherever_their_evidence_stands(prior, tmp_p
     assert any(sentence.startswith(said) for sentence in summary["warnings"])
     assert summary["log_evidence_interval"] is None
     level = "Do not use this" if summary["log_evidence_sd"] > 3 else "Warning"
-    assert f"{level}: {said}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{level}: {said}" in out
+    together = summary["effective_root_ancestors_pooled"]
+    (line,) = [text for text in out.splitlines() if "of all runs together" in text]
+    assert f" {together:.4g} " in line
     assert run(["diagnose", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert f"{level}: {said}" in out
@@ -196,6 +200,16 @@ def test_what_no_summary_says_is_unknown_not_different(runs, tmp_path):
 def test_smc_leaves_its_name_and_seed_in_the_arviz_file(runs):
     with xr.open_datatree(runs / "run2" / "posterior.nc") as data:
         assert (data.attrs["method"], data.attrs["seed"]) == ("refinement", 2)
+
+
+def test_refined_runs_say_that_their_effective_size_is_not_known(runs, capsys):
+    summary = json.loads((runs / "run2" / "summary.json").read_text())
+    assert (summary["ess_pooled"], set(summary["ess"])) == (None, {None})
+    each = summary["effective_root_ancestors"]
+    assert 1 <= summary["effective_root_ancestors_pooled"] <= sum(each) + 1e-6
+    assert run(["diagnose", str(runs / "run2")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[1:4] == ["ess", "│", "n/a"] for line in lines)
 
 
 @pytest.mark.parametrize(("columns", "tables"), [(80, 3), (400, 1)])

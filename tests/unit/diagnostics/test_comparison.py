@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from ppl_diffusion.commands.tables import comparison_tables
 from ppl_diffusion.diagnostics import (
     Contender,
     compare,
@@ -37,7 +38,7 @@ def pair(make_posterior):
 
 def half_width(part):
     low, high = part["log_evidence_interval"]
-    return (high - low) / 2
+    return (high - low) / 4  # it reaches three times as far up as down
 
 
 def expected_half_width(posterior, kept, overspent=1.0):
@@ -217,7 +218,25 @@ def test_disagreement_is_noted_beside_the_range(make_posterior):
     assert row["log_evidence_bound"] == pytest.approx(row["log_evidence"] - math.log(20))
     assert by_label(comparison)["close"]["log_evidence_interval"] is not None
     (note,) = [note for note in comparison.notes if "disagree" in note]
-    assert note.startswith("apart: runs disagree: log evidence from -6.8 to -1.0 nats")
+    assert note.startswith("Warning: apart: runs disagree: log evidence from -6.8 to -1.0 nats")
+
+
+def test_notes_say_how_bad_it_is(make_posterior, capsys):
+    logs = torch.tensor([-1.0, -26.8, -5.0], dtype=torch.float64)
+    apart = Contender("apart", replace(make_posterior(), log_evidence=logs))
+    comparison = compare([apart, Contender("other", make_posterior(seed=1))])
+    (note,) = [note for note in comparison.notes if "apart: runs disagree" in note]
+    assert note.startswith("Do not use this: ")
+    comparison_tables(comparison)
+    printed = [x for x in capsys.readouterr().out.splitlines() if "apart: runs disagree" in x]
+    assert printed == [note]
+
+
+def test_refined_results_have_no_effective_sample_size(make_posterior):
+    """Their states are correlated, and count alike."""
+    refined = replace(make_posterior(), settings={"method": "refinement"})
+    row = by_label(compare([Contender("r", refined), Contender("o", make_posterior(seed=1))]))["r"]
+    assert row["ess"] is row["equal"]["ess"] is None
 
 
 def test_a_score_is_as_sure_as_the_runs_that_count(make_posterior):

@@ -233,7 +233,7 @@ def test_evidence_plot_shows_the_runs_themselves_and_their_interval(make_posteri
         np.testing.assert_array_equal(line.get_ydata(), values)
         np.testing.assert_array_equal(point.get_ydata(), values[-1:])
         assert line.get_color() == point.get_color()
-    assert labels_of(ax) == ["run 0", "run 1", "run 2", "log of the mean", "95 % interval"]
+    assert labels_of(ax) == ["run 0", "run 1", "run 2", "log of the mean", "95 %, nominal"]
     (bar,) = ax.collections
     (ends,) = bar.get_segments()
     assert tuple(ends[:, 1]) == posterior.evidence.interval

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ppl_diffusion.diagnostics import khat, summary, summary_table
+from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
 
 
 def logs(*rows):
@@ -137,3 +138,23 @@ def test_table_prints_a_target_with_brackets_as_it_stands(make_posterior):
     posterior = make_posterior()
     law = posterior.law.but(product="the law of x[0] [bold]")
     assert "law of x[0] [bold]" in render(replace(posterior, law=law))
+
+
+def test_of_refined_results_no_effective_sample_size_is_known(two_runs):
+    """Their states are correlated, and count alike."""
+    refined = replace(two_runs, settings={"method": "refinement"})
+    facts = summary(refined)
+    assert (facts["ess"], facts["ess_per_run"]) == (None, [None, None])
+    lines = [
+        x
+        for x in render(refined).splitlines()
+        if "effective sample size" in x or "per run, lo" in x
+    ]
+    assert all("not available" in line for line in lines[:2])
+
+
+def test_roots_of_all_runs_are_counted_by_weight(two_runs):
+    """Two runs that share no root, weighed by evidence."""
+    share = (two_runs.log_evidence - two_runs.log_evidence.logsumexp(0)).exp().numpy()
+    each = np.array(root_ancestors(two_runs))
+    assert pooled_root_ancestors(two_runs) == pytest.approx(1 / (share**2 / each).sum())

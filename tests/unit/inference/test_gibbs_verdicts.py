@@ -121,6 +121,39 @@ def test_frozen(good, changed, fires):
         assert posterior.warnings[0].where == "step 1"
 
 
+@pytest.mark.parametrize("chains", [1, CHAINS])
+def test_a_latent_that_never_moves_is_frozen(good, chains):
+    """Its R-hat and effective sample size are NaN, which is no pass."""
+    gain = torch.arange(chains).double()[:, None].expand(chains, DRAWS) + 0.5
+    posterior = replace(
+        good,
+        x0=good.x0[:1].expand(chains, *good.x0.shape[1:]),
+        samples={"gain": gain},
+        log_density=draws(2, chains),
+        updated=good.updated[:chains],
+    )
+    (verdict,) = [v for v in posterior.warnings if v.kind == "frozen"]
+    assert (verdict.level, verdict.where, verdict.value) == ("broken", "gain", chains)
+    assert posterior.warnings[0] is verdict
+    # Moving at all is enough; so is being the same in all chains (an atom), or discrete.
+    moving, known = gain.clone(), {"discrete_latents": ["gain"]}
+    moving[:, -1] += 1.0
+    fine = [replace(posterior, samples={"gain": moving}), replace(posterior, settings=known)]
+    if chains > 1:
+        fine.append(replace(posterior, samples={"gain": torch.full_like(gain, 0.5)}))
+    assert all("frozen" not in kinds(one) for one in fine)
+
+
+def test_what_is_not_known_is_no_pass(good):
+    """The failing twin compares NaN with the limit, and hears nothing."""
+    few = draws(3, chains=100, num=3)  # enough of them, too short to be cut in two
+    posterior = replace(good, samples={"gain": few}, log_density=few)
+    assert kinds(posterior) == ["rhat"]
+    assert "R-hat of log_density is not known (limit 1.01)" in posterior.warnings[0]
+    same = torch.zeros_like(good.log_density)  # of a constraint that holds
+    assert replace(good, log_density=same).warnings == []
+
+
 def test_a_reward_that_fails_is_told(good):
     told = {"dock": {"asked": 10, "failed": 6, "first": "ValueError: no"}}
     assert kinds(replace(good, settings={"failures": told})) == ["reward"]

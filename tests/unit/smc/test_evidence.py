@@ -19,7 +19,9 @@ def test_the_interval_by_hand():
     found = of(0.1, -0.2, 0.4, 0.1)
     mean, variance = 0.1, (0.09 + 0.09) / 3
     half = NOMINAL_T * math.sqrt(variance / 4 + variance**2 / 6)
-    assert found.interval == pytest.approx((mean + variance / 2 - half, mean + variance / 2 + half))
+    assert found.interval == pytest.approx(
+        (mean + variance / 2 - half, mean + variance / 2 + 3 * half)
+    )
     assert found.log_mean == pytest.approx(np.log(np.exp([0.1, -0.2, 0.4, 0.1]).mean()))
     assert (found.bound, found.num_dead, found.ends) == (None, 0, (-0.2, 0.4))
 
@@ -27,7 +29,7 @@ def test_the_interval_by_hand():
 @pytest.mark.parametrize("variance", [0.1, 1.0])
 @pytest.mark.parametrize("runs", [2, 4, 8])
 def test_the_interval_covers(runs, variance):
-    """At least 90 % of 4000 replicates, whose standard error is .5 %; 95 % is asked for.
+    """At least 95 % of 4000 replicates, whose standard error is .4 %: it is made for heavier tails.
 
     The relative standard error of the mean, which this replaces, covers 77 % of the same runs.
     """
@@ -36,7 +38,7 @@ def test_the_interval_covers(runs, variance):
     sd = logs.std(-1, ddof=1)
     ends = [lognormal_interval(one, s, runs) for one, s in zip(logs, sd, strict=True)]
     covered = np.mean([low <= 0 <= high for low, high in ends])
-    assert covered >= 0.9
+    assert covered >= 0.95
     if (runs, variance) == (4, 1.0):
         values = np.exp(logs)
         errors = values.std(-1, ddof=1) / values.mean(-1) / 2
@@ -105,4 +107,4 @@ def test_runs_kept_are_judged_by_the_spread_of_all():
     for overspent in (1.0, 4.0):
         low, high = of(*values, kept=1, overspent=overspent).interval
         half = NOMINAL_T * math.sqrt(variance * overspent + variance**2 / 6)
-        assert high - low == pytest.approx(2 * half)
+        assert high - low == pytest.approx(4 * half)

@@ -133,8 +133,8 @@ def test_mass(good, shares, level):
         return
     verdict = the(posterior, "mass")
     assert verdict.level == level
-    assert "the look-ahead 'argmax' dropped sequences" in verdict
-    assert "use twist='defensive'" in verdict
+    assert "the look-ahead 'argmax' or the data left the rest behind" in verdict
+    assert "guessed wrong, use twist='defensive', or more particles, else it is" in verdict
     # Agreement of such runs is none.
     assert posterior.evidence.interval is None
     guarded = replace(posterior, settings={"twist": "defensive"})
@@ -168,7 +168,7 @@ def test_roots(good, sizes, fires):
 @pytest.mark.parametrize(("groups", "fires"), [(10, False), (8, True)])
 def test_latent(good, groups, fires):
     """Ten values of four particles each are ten; eight of five are too few."""
-    values = in_run_one(f64(labels([SIZE // groups] * groups)), f64(torch.arange(SIZE)))
+    values = in_run_one(0.5 + f64(labels([SIZE // groups] * groups)), f64(torch.arange(SIZE)))
     posterior = replace(good, samples={"x0": good.x0, "gain": values})
     assert [v.kind for v in posterior.warnings] == ["latent"] * fires
     if fires:
@@ -179,7 +179,7 @@ def test_latent(good, groups, fires):
         both = torch.stack([f64(torch.arange(SIZE)).expand(RUNS, SIZE), values], -1)
         plated = replace(good, samples={"x0": good.x0, "gain": both})
         assert the(plated, "latent").value == 8.0
-        worse = in_run_one(f64(labels([8] * 5)), f64(torch.arange(SIZE)))
+        worse = in_run_one(0.5 + f64(labels([8] * 5)), f64(torch.arange(SIZE)))
         both = torch.stack([values, worse, values], -1)
         plated = replace(good, samples={"x0": good.x0, "gain": both})
         assert the(plated, "latent").value == 5.0
@@ -187,12 +187,52 @@ def test_latent(good, groups, fires):
 
 def test_latents_that_cannot_collapse_are_not_judged(good):
     constant = f64(torch.ones(RUNS, SIZE))  # in all runs: an atom, no collapse
-    own = constant * f64([1.0, 2.0, 3.0])[:, None]
+    own = constant * f64([1.1, 2.1, 3.1])[:, None]
     found = [
         judge(replace(good, samples={"x0": good.x0, "gain": values}))
         for values in (constant, constant.long(), own.long(), own)
     ]
     assert [[v.kind for v in one] for one in found] == [[], [], [], ["latent"]]
+
+
+@pytest.mark.parametrize("known", [None, ["gain"], []])
+def test_discrete_latents_are_told_by_their_support(good, known):
+    """Pyro's are floats. Of unknown support, whole numbers are taken to be discrete."""
+    settings = {} if known is None else {"discrete_latents": known}
+    leaky = f64(torch.arange(SIZE) % 2).expand(RUNS, SIZE)
+    posterior = replace(good, samples={"x0": good.x0, "gain": leaky}, settings=settings)
+    assert [v.kind for v in posterior.warnings] == ["latent"] * (known == [])
+
+
+def test_numbers_fixed_beside_others_are_no_collapse(good):
+    """A triangular matrix has them, in a single run too; the failing twin looks at each number."""
+    one = {
+        name: getattr(good, name)[:1]
+        for name in ("x0", "log_weights", "log_evidence", "eve", "ess", "resampled")
+    }
+    values = torch.stack([torch.randn(1, SIZE), torch.full((1, SIZE), 0.5)], -1)
+    gone = {"compact_path": None, "log_mass": None, "died_at": good.died_at[:1]}
+    gone["log_potential"] = good.log_potential[:1]
+    single = replace(good, **one, **gone, samples={"gain": values})
+    assert single.warnings == []
+    assert [v.kind for v in judge(replace(single, samples={"gain": values[..., 1]}))] == ["latent"]
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"left": {"gain": "moves=None"}}, "); move latents (moves='auto'), or use more"),
+        ({"left": {"gain": "its X"}}, "); it was carried as it was drawn (its X): use more"),
+        ({"kernels": {"gain": "hmc"}, "left": {}}, "); use more particles or runs, or Part"),
+    ],
+)
+def test_advice_about_a_latent_fits_what_was_done(good, told, said):
+    values = 0.5 + f64(labels([SIZE // 2] * 2)).expand(RUNS, SIZE)
+    settings = {"latent_moves": told, "discrete_latents": []}
+    posterior = replace(good, samples={"x0": good.x0, "gain": values}, settings=settings)
+    assert said in the(posterior, "latent")
+    mixed = replace(posterior, settings={**settings, "discrete_latents": ["leaky"]})
+    assert "ParticleGibbs" not in the(mixed, "latent")  # it refuses discrete latents
 
 
 @pytest.mark.parametrize(("groups", "fires"), [(5, False), (4, True)])
