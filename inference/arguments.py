@@ -51,6 +51,15 @@ def require_target(owner: str, model: Any, potential: Any, takes_nothing: bool) 
         )
 
 
+def require_latent_moves(moves: Any) -> None:
+    """Refuse words for the moves of latents, which no path moves can be."""
+    if isinstance(moves, str | bool):
+        raise TypeError(
+            f"SMC: moves={moves!r} says not how latents move; pass 'auto', None for not at all, or "
+            "LatentMoves(kernel='hmc', ...)."
+        )
+
+
 def require_moves(owner: str, moves: Any, *, exact: bool = True) -> tuple[PathMove, ...]:
     """Return path moves, refusing anything else.
 

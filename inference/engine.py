@@ -51,7 +51,7 @@ class Engine:
         program = self.run.program
         if not self.store_path or program is None or not program.reads | program.shows:
             return None
-        paths = self.run.own_paths(carry, recorded())
+        paths = carry.get("paths") or self.run.own_paths(carry, recorded())  # those after moves
         return {name: path.to(torch.int64) for name, path in paths.items()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.sites import is_deterministic
-from ppl_diffusion.programs.tracking import ProperFills
+from ppl_diffusion.programs.tracking import OwnLaws
 
 
 class LatentBlock:
@@ -44,7 +44,7 @@ class LatentBlock:
         dependent = {n for n in program.chain_names if program.ancestors(n) & set(program.latents)}
 
         def model(*args: Any, **kwargs: Any) -> None:
-            with ProperFills(), _GivenChains(self.paths, dependent, program.unread):
+            with _GivenChains(self.paths, dependent, program.unread), OwnLaws():
                 program.model(*args, **kwargs)
 
         self.kernel = NUTS(model, **{"max_tree_depth": 6, **options})

@@ -13,6 +13,7 @@ from ppl_diffusion.inference.scout import SCOUTS, LatentMover, LatentMoves
 from ppl_diffusion.programs.ahead import Levels
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method
+from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.resampling import Resampler
 
 Scout = Callable[[Bound, LatentMover], None]
@@ -48,6 +49,13 @@ class LatentRun:
     def _movers(self) -> list[LatentMover]:
         first = [mover for mover in (self.mover, self.scout) if mover is not None]
         return [mover for one in first for mover in one.every]
+
+    def law(self, law: Law) -> Law:
+        """Return the law of a method, with what moves change about its evidence."""
+        if self.mover is None or self.mover.options.tuning != "own":
+            return law
+        words = "moves of latents tuned on themselves make the evidence consistent, not unbiased"
+        return law.but(why=f"{law.why}; {words}" if law.why else words)
 
     def settings(self, run: Bound) -> dict[str, Any]:
         """Return what was done, in JSON types; nothing where a program carries no latents."""

@@ -149,6 +149,7 @@ def movable(program: Program, names: Sequence[str]) -> LatentSites:
     real: list[RealSite] = []
     discrete: list[DiscreteSite] = []
     left = {n: "its support depends on other sites" for n in names if n in program.bounded}
+    left |= {n: "the program masks it" for n in names if n in program.masked}
     if len(left) == len(names):
         return LatentSites(left=left)
     with torch.random.fork_rng(devices=[]):
@@ -169,9 +170,9 @@ def _site(name: str, fn: Any) -> RealSite | DiscreteSite | str:
     if isinstance(_innermost(fn), dist.Delta | dist.ImproperUniform):
         return "it has no density of its own"
     if fn.support.is_discrete:
-        if not fn.has_enumerate_support:
+        values = _listed(fn)
+        if values is None:
             return "its values cannot be listed"
-        values = fn.enumerate_support(expand=False)
         values = values.reshape(len(values), *fn.event_shape)
         many = len(values) > MAX_VALUES
         return f"it has more than {MAX_VALUES} values" if many else DiscreteSite(name, values)
@@ -179,6 +180,15 @@ def _site(name: str, fn: Any) -> RealSite | DiscreteSite | str:
         return RealSite(name, biject_to(fn.support))
     except NotImplementedError:
         return "no transform of its support to real numbers is known"
+
+
+def _listed(fn: Any) -> Tensor | None:
+    """Return all values of a discrete distribution; None where elements differ in them."""
+    try:
+        values: Tensor = fn.enumerate_support(expand=False)
+    except NotImplementedError:
+        return None
+    return values
 
 
 def _innermost(fn: Any) -> Any:

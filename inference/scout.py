@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -74,8 +75,11 @@ class LatentMoves:
     def __post_init__(self) -> None:
         _check("kernel", self.kernel, ("auto", "random-walk", "hmc"))
         _check("tuning", self.tuning, ("scout", "own"))
-        if self.number is not None and self.number < 1:
-            raise ValueError(f"LatentMoves: number must be >= 1 or None, got {self.number}.")
+        whole = isinstance(self.number, Integral) and not isinstance(self.number, bool)
+        if self.number is not None and not (whole and self.number >= 1):
+            raise ValueError(
+                f"LatentMoves: number must be >= 1 and whole, or None, got {self.number!r}."
+            )
 
 
 @dataclass(frozen=True)

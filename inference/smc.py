@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.inference.arguments import require_counts, require_target
+from ppl_diffusion.inference.arguments import require_counts, require_latent_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.inference.correctors import Corrector
@@ -108,6 +108,7 @@ class SMC:
     ) -> None:
         composed = isinstance(model, Composition)
         if not (moves is None or moves == "auto" or isinstance(moves, LatentMoves)):
+            require_latent_moves(moves)
             options["moves"], moves = moves, "auto"  # path moves: an option of some methods
         self.moves = LatentMoves() if moves == "auto" else moves
         self.method = as_method(method, Corrector if composed else Bootstrap, options)
@@ -148,7 +149,6 @@ class SMC:
             run = self.bind(args, kwargs)
             moves = self._latent_moves(run)
             trace = self._trace(run, moves.mover, self.progress)
-            trace = self.method.end(run, trace)
             watched = self._sentinels(run) if self.num_sentinels else {}
             found = {**moves.settings(run), **failures.settings(), **watched}
             posterior = self._posterior(run, trace, moves, found, seed, started)
@@ -166,7 +166,14 @@ class SMC:
     def _records(self) -> bool:
         return (self.store_path or self.method.needs_paths) and not self.method.keeps_paths
 
-    def _trace(self, run: Bound, mover: LatentMover | None, progress: Progress | None) -> SMCTrace:
+    def _trace(
+        self,
+        run: Bound,
+        mover: LatentMover | None,
+        progress: Progress | None = None,
+        *,
+        scouts: bool = False,
+    ) -> SMCTrace:
         options = (self.method, run, self.store_path)
         engine = Engine(*options) if mover is None else MovingEngine(*options, mover)
         trace = smc_loop(
@@ -180,7 +187,9 @@ class SMC:
             record=run.record if self._records else None,
             progress=progress,
         )
-        if isinstance(engine, MovingEngine):
+        if not scouts:
+            trace = self.method.end(run, trace)
+        if isinstance(engine, MovingEngine):  # last: an end may keep a few of the particles only
             engine.finish(trace, self.scheme, self.ess_threshold)
         return trace
 
@@ -189,7 +198,7 @@ class SMC:
         return latent_run(self.moves, self.method, run, self.resampler, self._scout)
 
     def _scout(self, run: Bound, mover: LatentMover) -> None:
-        self._trace(run, mover, None)
+        self._trace(run, mover, scouts=True)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Return the target bound to one run.
@@ -247,7 +256,7 @@ class SMC:
         left_out = {"left_out": sorted(shown - samples.keys())} if shown - samples.keys() else {}
         # The loop knows what paid, which a method may have changed; and no path of one's own steps.
         known = trace.posterior_fields() | {"log_potential": state["log_g"]}
-        law = self.method.law(run)
+        law = moves.law(self.method.law(run))
         if not (self.method.normalised and law.has_evidence):
             known["log_mass"] = None
         known["compact_path"] = None if paths is None else paths[first]

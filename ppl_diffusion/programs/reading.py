@@ -45,8 +45,8 @@ from ppl_diffusion.programs.sites import (
 )
 from ppl_diffusion.programs.tracking import (
     GivenSites,
+    OwnLaws,
     Place,
-    ProperFills,
     SameRows,
     Tracking,
     is_bounded_by_others,
@@ -74,6 +74,7 @@ class Program:
     :ivar parents: chains and latents that each chain and latent depends on directly.
     :ivar bounded: latents whose support depends on other sites.
     :ivar discrete: latents that take values from a countable set, of whatever type.
+    :ivar masked: latents that the program masks; they have the law that they are drawn from.
     :ivar observed: values of the observed sites, the data.
     :ivar data: observed sites that are no factors.
     :ivar plates: the plates of each site's batch dimensions, left to right; "" for none.
@@ -247,7 +248,7 @@ class Program:
         self.num_rows += size or 1
         self.num_runs += 1
         given = GivenSites(values, place or _empty_path)
-        with poutine.trace() as tracer, ProperFills(), given:
+        with poutine.trace() as tracer, OwnLaws(), given:
             self._call(size)
         self._require_same_chains(tracer.trace)
         return tracer.trace
@@ -284,8 +285,9 @@ class Program:
         """Run the program once with values that know where they come from."""
         self.num_rows += 1
         self.num_runs += 1
-        with Tracking() as tracking, ProperFills():
+        with Tracking() as tracking, OwnLaws() as laws:
             found = get_dependencies(self.model, self.args, self.kwargs)
+        self.masked = laws.masked
         sites = [s for s in tracking.sites if s["type"] == "sample" and not is_plate(s, self.owner)]
         for site in sites:
             site["value"] = detach_provenance(site["value"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any, Protocol, cast
 
+import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
@@ -27,6 +28,7 @@ class Facts(Protocol):
     ranks: dict[str, int]
     nesting: int
     density_shapes: dict[str, torch.Size]
+    bounded: set[str]
 
     @property
     def name(self) -> str: ...
@@ -150,7 +152,7 @@ class ProgramRun:
 
     def site_log_density(self, name: str, *, lookahead: bool = False) -> Tensor:
         """Return the log-density of one site, float64 ``(size,)``."""
-        values = [scored_log_prob(trace.nodes.get(name), lookahead) for trace in self.traces]
+        values = [self._scored(trace.nodes.get(name), name, lookahead) for trace in self.traces]
         if self._together:
             _require_own_dimensions(values[0], self.program, name)
             value = _per_particle(values[0], self.size, self.program.nesting, name)
@@ -167,6 +169,16 @@ class ProgramRun:
                 "it."
             )
         return value
+
+    def _scored(self, site: dict[str, Any] | None, name: str, lookahead: bool) -> Tensor:
+        if self.strict or site is None:
+            return scored_log_prob(site, lookahead)
+        with pyro.validation_enabled(False):  # densities read it when they are asked
+            density = scored_log_prob(site, lookahead)
+        if name not in self.program.bounded:
+            return density
+        # A bound moved past a latent: some densities have numbers there.
+        return torch.where(site["fn"].support.check(site["value"]), density, -torch.inf)
 
     def elementwise(self, name: str) -> Tensor:
         """Return the log-density of each element of a site, unscaled, ``(size, *elements)``.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Independent, MaskedDistribution, TorchDistribution
 from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -33,22 +33,41 @@ class GivenSites(Messenger):
             msg["value"], msg["done"] = self.place(msg["name"], chain_of(msg["fn"])), True
 
 
-class ProperFills(Messenger):
-    """Give what ``obs_mask`` leaves to be drawn its own law where it is observed, too.
+class OwnLaws(Messenger):
+    """Give latents that the program masks, in part or whole, the law that they are drawn from.
 
-    Pyro masks it there: a flat law, along which Markov moves would drift. The values are not used.
+    To Pyro a masked latent has a flat law, along which Markov moves would drift, and so would the
+    latents above it. What ``obs_mask`` leaves to be drawn is masked, too.
+
+    :ivar masked: latents that the program masks itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._observed: set[str] = set()
+        self.masked: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
-        name, end = msg["name"], "_unobserved"
+        name = msg["name"]
         if msg["is_observed"]:
             self._observed.add(name)
-        elif name.endswith(end) and f"{name.removesuffix(end)}_observed" in self._observed:
-            msg["mask"] = None
+            return
+        own = msg["fn"] if is_chain(msg) else _unmasked(msg["fn"])
+        if (msg["mask"] is None or msg["mask"] is True) and own is msg["fn"]:
+            return
+        msg["mask"], msg["fn"] = None, own
+        if f"{name.removesuffix('_unobserved')}_observed" not in self._observed:
+            self.masked.add(name)
+
+
+def _unmasked(fn: Any) -> Any:
+    """Return a distribution without masks, itself where it has none."""
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent):
+        base = _unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 class Simulated(Messenger):

@@ -84,7 +84,8 @@ def stuck(posterior: ParticlePosterior) -> Verdict | None:
     told = posterior.settings.get("latent_moves") or {}
     both = [list(_numbers(t.get("acceptance", ()))) for t in (told, told.get("along_paths") or {})]
     rates = next((found for found in both if found and max(found) < ACCEPTED), None)
-    if rates is None:
+    dead = bool(np.isneginf(as_array(posterior.log_evidence)).all())
+    if rates is None or dead:  # nothing can be accepted where nothing is possible
         return None
     return Verdict(
         f"moves of latents were accepted at most {max(rates):.1%} of the time at any step (limit "

@@ -186,3 +186,19 @@ def test_the_end_is_resampled_and_the_evidence_stays(tmp_path):
     again = type(posterior).load(tmp_path)
     assert again.settings["latent_moves"] == posterior.settings["latent_moves"]
     assert "not before" in again.settings["latent_moves"]["note"]
+
+
+def test_refined_runs_move_their_latents_last():
+    """Before the path moves, no more values would be left than there are heads."""
+    size = {"num_chains": 2, "num_sweeps": 2, "num_particles": 16, "num_runs": 400}
+    posterior = SMC(assay, method="refinement", **size).run(seed=0)
+    assert all(abs(z) < 4 for z in scores(posterior))
+    assert all(len(run.unique()) >= 8 for run in posterior.samples["gain"])
+
+
+def test_kernels_tuned_on_themselves_are_said_in_the_law():
+    size = {"num_particles": 8, "num_runs": 1}
+    own = SMC(assay, moves=LatentMoves(tuning="own"), **size).run(seed=0)
+    assert own.law.exact
+    assert "consistent, not unbiased" in str(own.law)
+    assert "unbiased" not in str(SMC(assay, **size).run(seed=0).law)

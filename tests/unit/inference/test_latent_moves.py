@@ -156,6 +156,55 @@ def test_what_cannot_be_moved_is_said_by_name():
     }
 
 
+def uniform_below():
+    """A bound that moves past what it bounds."""
+    top = pyro.sample("top", dist.HalfNormal(number(1.0)))
+    return top + pyro.sample("below", dist.Uniform(number(0.0), top))
+
+
+def pareto_above():
+    """Its density has numbers outside of its support."""
+    low = pyro.sample("low", dist.Uniform(number(0.5), 3.0))
+    return low + pyro.sample("above", dist.Pareto(low, number(3.0)))
+
+
+def binomial_of():
+    n = pyro.sample("n", dist.Categorical(torch.ones(4).double()))
+    return n + pyro.sample("b", dist.Binomial((n + 1).double(), number(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("draw", "vectorize"),
+    [(uniform_below, True), (uniform_below, False), (pareto_above, False), (binomial_of, False)],
+)
+def test_bounds_do_not_move_past_what_they_bound(draw, vectorize):
+    def program():
+        level = draw() + (CHAIN.x0(pyro.sample("path", CHAIN)) == 0).sum(-1)
+        pyro.sample("y", dist.Normal(level, 0.5), obs=number(2.0))
+
+    size = {"num_particles": 16 if vectorize else 4, "twist": "argmax", "ess_threshold": 2.0}
+    posterior = SMC(program, vectorize_particles=vectorize, **size).run(seed=0)
+    found, (left,) = posterior.samples, posterior.settings["latent_moves"]["left"]
+    assert left in ("below", "above", "b")
+    if draw is pareto_above:
+        assert bool((found["low"] <= found["above"]).all())
+    elif draw is uniform_below:
+        assert bool((found["below"] <= found["top"]).all())
+    else:
+        assert bool((found["b"] <= found["n"] + 1).all())
+
+
+def test_elements_that_have_other_values_each_are_left():
+    def program():
+        with pyro.plate("two", 2):
+            v = pyro.sample("v", dist.Binomial(number([2.0, 5.0]), number(0.5)))
+        total = v.sum(-1, keepdim=v.ndim > 1) + (CHAIN.x0(pyro.sample("path", CHAIN)) == 0).sum(-1)
+        pyro.sample("y", dist.Normal(total, 0.5), obs=number(2.0))
+
+    told = SMC(program, num_particles=4).run(seed=0).settings["latent_moves"]
+    assert told["left"] == {"v": "its values cannot be listed"}
+
+
 def plated(y):
     """Latents in a plate, a simplex, a switch: six real coordinates."""
     weight = pyro.sample("weight", dist.Dirichlet(torch.ones(3)))
@@ -229,5 +278,8 @@ def test_options_are_checked():
         LatentMoves(kernel="nuts")
     with pytest.raises(ValueError, match="number must be >= 1"):
         LatentMoves(number=0)
-    with pytest.raises(TypeError, match="no option 'moves'"):
-        SMC(plated, moves="often")
+    with pytest.raises(ValueError, match=r"whole, or None, got 1\.5"):
+        LatentMoves(number=1.5)
+    for moves in ("hmc", True, False):
+        with pytest.raises(TypeError, match=r"SMC: moves=.*pass 'auto', None for not at all"):
+            SMC(plated, moves=moves)

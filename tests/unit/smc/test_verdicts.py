@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ppl_diffusion.smc.khat import khat
+from ppl_diffusion.smc.question_rules import stuck
 from ppl_diffusion.smc.run_statistics import effective_distinct
 from ppl_diffusion.smc.verdict import Verdict
 from ppl_diffusion.smc.verdicts import judge
@@ -393,6 +394,8 @@ def test_steps(good, masked, fires):
 def test_stuck(good, rates, fires):
     posterior = replace(good, settings={"latent_moves": {"acceptance": rates}})
     assert [v.kind for v in posterior.warnings] == ["stuck"] * fires
+    dead = replace(posterior, log_evidence=torch.full_like(posterior.log_evidence, -math.inf))
+    assert stuck(dead) is None
 
 
 def test_searches_are_held_to_less(good):
