@@ -30,7 +30,6 @@ _ASK = (
     "name'), a TRANSFAC file or a table of numbers"
 )
 _Lines = Sequence[Line]
-_Read = Callable[[Any, str], Motif]
 
 
 def read_motifs(path: str | Path) -> list[Motif]:

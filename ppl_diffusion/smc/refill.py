@@ -184,7 +184,7 @@ def _renewed(
         log_c = table.log_c if state.log_c is None else state.log_c.reshape(table.log_c.shape)
         known = log_c.index_put((own, at), torch.where(valid, worth, log_c[own, at]))
         path = table.path(other, table.step_of)
-        options.append(model_state(table, path, known))
+        options.append(table.model.state(path, table.whole(known)))
         scores.append(torch.where(valid, worth, -torch.inf).reshape(runs, size))
     pairs = zip(scores, options, strict=True)
     log_q = torch.stack([score + tilt(option.log_g, beta) for score, option in pairs], -1)
@@ -193,8 +193,3 @@ def _renewed(
     for index, option in enumerate(options[1:], 1):
         state = choose(chosen == index, option, state)
     return state
-
-
-def model_state(table: RevealTable, path: Tensor, log_c: Tensor) -> PathState:
-    """Return the state of paths of a table."""
-    return table.model.state(path, table.whole(log_c))
