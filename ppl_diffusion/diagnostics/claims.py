@@ -62,19 +62,3 @@ def claim(facts: Mapping[str, Any]) -> tuple[str, str]:
     """Return what weights are exact for, or only aim at, as a row of a table."""
     # Exactness is about the target: no reassurance about few particles.
     return "weights exact for" if facts["exact"] else "weights aim at", facts["target"]
-
-
-def disagreement(log_evidence: Any) -> str | None:
-    """Return a sentence where runs disagree so much that their spread is no error of their mean.
-
-    :param log_evidence: one per run, ``(R,)``, in nats.
-    """
-    found = Evidence.of(log_evidence)
-    if found.ends is None or found.interval is not None:
-        return None
-    low, high = found.ends
-    lost = f" ({found.num_dead} of {found.num_runs} are dead)" if found.num_dead else ""
-    return (
-        f"runs disagree by {high - low:.1f} nats{lost}: the pooled evidence is dominated by the "
-        "best run and its error is not known; use more particles."
-    )

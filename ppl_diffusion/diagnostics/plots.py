@@ -39,7 +39,7 @@ from ppl_diffusion.diagnostics._plot_data import (
     plot_weights_data,
 )
 from ppl_diffusion.diagnostics._token_plot import plot_token_entropy as plot_token_entropy
-from ppl_diffusion.diagnostics.claims import disagreement
+from ppl_diffusion.smc.evidence import Evidence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,14 +109,13 @@ def _draw_interval(ax: "Axes", data: PlotData) -> None:
 
 
 def _say_about_runs(ax: "Axes", posterior: "ParticlePosterior", data: PlotData) -> None:
+    found = Evidence.of(data["log_evidence"][:, -1])
     if not bool(posterior.alive.any()):
         say(ax, DEAD)
     elif not np.isfinite(data["log_evidence"]).any():
         say(ax, "no evidence is estimated")
-    elif disagreement(data["log_evidence"][:, -1]) is not None:
-        ends = data["log_evidence"][:, -1]
-        ends = ends[np.isfinite(ends)]
-        apart = float(ends.max() - ends.min())
+    elif found.ends is not None and found.interval is None:
+        apart = found.ends[1] - found.ends[0]
         nats = f"{apart:.1f}" if apart < 1e6 else f"{apart:.0e}"
         said = f"runs disagree by {nats} nats: the error of their mean is not known"
         ax.text(0.02, 0.02, said, transform=ax.transAxes, color=VERMILLION, fontsize="small")

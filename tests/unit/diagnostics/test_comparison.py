@@ -16,7 +16,7 @@ from ppl_diffusion.diagnostics import (
     plot_comparison_data,
     summary,
 )
-from ppl_diffusion.diagnostics.claims import disagreement
+from ppl_diffusion.smc.evidence import Evidence
 
 
 def by_label(comparison):
@@ -189,22 +189,23 @@ def test_laws_are_one_where_their_data_are_and_not_their_words(make_posterior):
 
 
 @pytest.mark.parametrize(
-    ("log_evidence", "sentence"),
+    ("log_evidence", "apart"),
     [
         ([0.0, 0.3, 0.4, 0.1], None),
-        ([-1.0, -6.8, -5.0, -6.0], "runs disagree by 5.8 nats: "),
+        ([-1.0, -6.8, -5.0, -6.0], (5.8, 0)),
         ([0.0, 1.9, 0.0, 0.0], None),  # standard deviation .95
-        ([0.0, 2.1, 0.0, 0.0], "runs disagree by 2.1 nats: "),  # 1.05
-        ([0.0, -math.inf, 0.1], "runs disagree by 0.1 nats (1 of 3 are dead): "),
+        ([0.0, 2.1, 0.0, 0.0], (2.1, 0)),  # 1.05
+        ([0.0, -math.inf, 0.1], (0.1, 1)),
         ([0.5], None),
         ([math.nan, math.nan], None),
         ([-math.inf, -math.inf], None),
     ],
 )
-def test_runs_that_disagree_have_no_known_error(log_evidence, sentence):
-    said = disagreement(torch.tensor(log_evidence))
-    assert (said is None) == (sentence is None)
-    assert said is None or said.startswith(sentence)
+def test_runs_that_disagree_have_no_known_error(log_evidence, apart):
+    found = Evidence.of(torch.tensor(log_evidence))
+    assert (found.ends is not None and found.interval is None) == (apart is not None)
+    if apart is not None:
+        assert (found.ends[1] - found.ends[0], found.num_dead) == pytest.approx(apart)
 
 
 def test_disagreement_is_noted_beside_the_range(make_posterior):
