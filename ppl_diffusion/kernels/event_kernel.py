@@ -85,6 +85,11 @@ class EventKernel(Kernel):
             and self.num_steps == other.num_steps
         )
 
+    @property
+    def has_path_density(self) -> bool:
+        """False: given its carry a step has a density, and the carry holds when; ask the grid."""
+        return False
+
     def start_carry(
         self,
         tokens: Tensor,

@@ -110,7 +110,7 @@ class EventStep(StepDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Return the same distribution with larger batch dimensions."""
-        shape = check_expand(self.batch_shape, batch_shape)[0]
+        shape = check_expand(self.batch_shape, batch_shape)
         new: Self = self._get_checked_instance(type(self), _instance)
         new.num_states, new.prediction = self.num_states, self.prediction.expand(shape)
         new.tokens = self.tokens.expand(*shape, -1)
