@@ -67,7 +67,8 @@ class Prediction(ABC):
     def rows(self, where: Tensor | None) -> Iterator[Rows]:
         """Return the predictions of some sites, normalised, in chunks.
 
-        :param where: bool ``(*batch, L)``; None for all of them.
+        :param where: bool ``(*batch, L)``, or indices into the flattened ``(*batch, L)``, int64
+            ``(n,)``; None for all of them.
         """
 
     def draw(self, uniforms: Tensor, where: Tensor, otherwise: Tensor) -> Tensor:
@@ -136,6 +137,8 @@ class _Kept(Prediction):
         kept, lead = self._kept, self.shape[:-1]
         if where is None:
             sites = torch.arange(lead.numel(), device=kept.device)
+        elif where.dtype != torch.bool:
+            sites = where
         else:  # the one read of the device: how many sites there are
             sites = where.reshape(-1).nonzero()[:, 0]
         flat = kept.view(-1, kept.shape[-1]) if kept.is_contiguous() else None
