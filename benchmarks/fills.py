@@ -188,19 +188,13 @@ def measure(quick: bool, console: Console) -> list[Row]:
     )
     for row in rows:
         c, timed = row.coordinates, row.name == "fill_time"
+        name = "time" if timed else "memory"
         before, after = (
             (f"{c['plain_seconds']:.2f} s", f"{c['seconds']:.2f} s")
             if timed
             else (f"{c['plain_gb']:.3f} GB", f"{c['gb']:.3f} GB")
         )
-        made.add_row(
-            c["case"],
-            "time" if timed else "memory",
-            before,
-            after,
-            f"{row.value:.3f}",
-            verdict(row),
-        )
+        made.add_row(c["case"], name, before, after, f"{row.value:.3f}", verdict(row))
     console.print(made)
     return rows
 
