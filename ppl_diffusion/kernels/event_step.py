@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction, as_prediction
+from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
 from ppl_diffusion.kernels.shapes import check_expand
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
@@ -102,11 +102,8 @@ class EventStep(StepDistribution):
         return torch.where(legal, total.reshape(legal.shape), -torch.inf)
 
     def _rows(self, sites: Tensor) -> Tensor:
-        """Return the predictions of some sites, ``(m, V)``; the head runs at these alone."""
-        prediction = self.prediction
-        if isinstance(prediction, HeadPrediction):
-            return prediction.head(prediction.hidden.flatten(0, -2)[sites])
-        return prediction.dense().flatten(0, -2)[sites]
+        """Return the predictions of some sites, ``(m, V)``."""
+        return torch.cat([log_c for _, log_c in self.prediction.rows(sites)])
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Return the same distribution with larger batch dimensions."""

@@ -245,7 +245,7 @@ class Bound:
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
         )
-        return self.sites[name].as_path(kernel.posterior_mean(carry, 0).argmax(-1))
+        return self.sites[name].as_path(kernel.completions(carry, 0).likeliest())
 
     # Moving.
 

@@ -334,7 +334,8 @@ class BoundFeynmanKac:
         """Return a twist's completions of the state, int64 ``(R, N, num_fills, *plates, L)``."""
         tokens = carry["tokens"]
         uniforms = twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return twist.fill(self._kernel.posterior_mean(carry, k), uniforms)
+        uniforms = None if uniforms is None else uniforms.to(tokens.device)
+        return twist.fill(self._kernel.completions(carry, k), uniforms)
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""
