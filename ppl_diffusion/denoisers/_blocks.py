@@ -168,14 +168,18 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         _shrink(self.output, config.depth)
+        self.register_buffer("pairs", _pairs(config), persistent=False)
 
     def forward(self, state: Tensor, rotation: Tensor) -> Tensor:
         rows, length, dim = state.shape
-        split = self.inputs(state).reshape(rows, length, 3, self.heads, dim // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            _rotate(query, rotation), _rotate(key, rotation), value
-        )
+        joint = F.linear(state, self.inputs.weight[self.pairs])
+        split = joint.view(rows, length, 3, self.heads, dim // self.heads)
+        # One product of complex numbers: the halves lie side by side, so nothing is copied.
+        turned = torch.view_as_complex(split[:, :, :2].unflatten(-1, (-1, 2)))
+        turned = turned * torch.view_as_complex(rotation)[:, None, None]
+        query, key = torch.view_as_real(turned).flatten(-2).permute(2, 0, 3, 1, 4)
+        value = split[:, :, 2].transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
         return self.dropout(output)
 
@@ -221,7 +225,9 @@ def rotations(config: TransformerConfig) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
 
 
-def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
-    even, odd = rows.chunk(2, dim=-1)
-    cosine, sine = rotation[..., 0], rotation[..., 1]
-    return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+def _pairs(config: TransformerConfig) -> Tensor:
+    """Order of the outputs of an attention's input layer in which rotated pairs are neighbours."""
+    half = config.dim // config.heads // 2
+    order = torch.arange(3 * config.dim)
+    paired = order[: 2 * config.dim].reshape(-1, 2, half).mT.flatten()
+    return torch.cat([paired, order[2 * config.dim :]])
