@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,8 @@ class Stem(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         length, reach = tokens.shape[-1], self.width // 2
         padded = F.pad(tokens, (reach, reach), value=self.outside)
-        return self._sum(
-            [table(padded[:, i : i + length]) for i, table in enumerate(self.tables)], length
-        )
+        looked_up = (table(padded[:, i : i + length]) for i, table in enumerate(self.tables))
+        return self._sum(looked_up, length)
 
     def mix(self, ids: Tensor | None, weights: Tensor) -> Tensor:
         """Embed mixtures of symbols: every look-up becomes a weighted sum of rows.
@@ -50,19 +50,20 @@ class Stem(nn.Module):
         weights = torch.cat([F.pad(weights, (0, 0, reach, reach)), beyond], dim=-1)
         if ids is not None:
             ids = F.pad(ids, (0, 1, reach, reach), value=self.outside)
-        parts = []
-        for i, table in enumerate(self.tables):
-            window = slice(i, i + length)
-            symbols = None if ids is None else ids[:, window]
-            parts.append(_mixed_rows(table, symbols, weights[:, window]))
-        return self._sum(parts, length)
+        windows = (slice(i, i + length) for i in range(self.width))
+        mixed = (
+            _mixed_rows(table, None if ids is None else ids[:, window], weights[:, window])
+            for table, window in zip(self.tables, windows, strict=True)
+        )
+        return self._sum(mixed, length)
 
-    def _sum(self, parts: list[Tensor], length: int) -> Tensor:
-        state = parts[0]
-        for part in parts[1:]:
-            state = state + part
+    def _sum(self, parts: Iterator[Tensor], length: int) -> Tensor:
+        # In place: fresh memory for every term costs several times what the sum does.
+        state = next(parts)
+        for part in parts:
+            state += part
         if self.positions is not None:
-            state = state + self.positions[:length]
+            state += self.positions[:length]
         return self.dropout(state)
 
 
@@ -112,11 +113,14 @@ class AdaptiveNorm(nn.Module):
             nn.init.zeros_(self.modulation.bias)
 
     def forward(self, state: Tensor, condition: Tensor | None) -> Tensor:
-        normed: Tensor = self.norm(state)
         if self.modulation is None or condition is None:
+            normed: Tensor = self.norm(state)
             return normed
-        scale, shift = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        return normed * (1.0 + scale) + shift
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        if len(condition) == 1:  # one for all rows: the layer norm applies it in the same pass
+            shape, eps = self.norm.normalized_shape, self.norm.eps
+            return F.layer_norm(state, shape, 1.0 + scale.flatten(), shift.flatten(), eps)
+        return torch.addcmul(shift, self.norm(state), 1.0 + scale)
 
 
 class Gate(nn.Module):
@@ -129,10 +133,11 @@ class Gate(nn.Module):
             nn.init.zeros_(self.modulation.weight)
             nn.init.ones_(self.modulation.bias)
 
-    def forward(self, branch: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, state: Tensor, branch: Tensor, condition: Tensor | None) -> Tensor:
+        """Add the gated branch to the state; the branch is overwritten where it can be."""
         if self.modulation is None or condition is None:
-            return branch
-        return branch * self.modulation(F.silu(condition))
+            return branch.add_(state)
+        return torch.addcmul(state, branch, self.modulation(condition))
 
 
 class Block(nn.Module):
@@ -154,7 +159,7 @@ class Block(nn.Module):
         for norm, branch, gate in zip(self.norms, self.branches, self.gates, strict=True):
             inner = norm(state, condition)
             inner = branch(inner, rotation) if isinstance(branch, Attention) else branch(inner)
-            state = state + gate(inner, condition)
+            state = gate(state, inner, condition)
         return state
 
 

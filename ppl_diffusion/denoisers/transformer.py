@@ -177,7 +177,7 @@ class Transformer(nn.Module):
     ) -> Tensor | None:
         parts = (self._embedded_time(t, batch), self._embedded_label(label, batch))
         present = [part[:, None, :] for part in parts if part is not None]
-        return present[0] + present[1] if len(present) == 2 else next(iter(present), None)
+        return F.silu(sum(present[1:], present[0])) if present else None
 
     def _embedded_time(self, t: float | Tensor, batch: torch.Size) -> Tensor | None:
         if self.time is None:
