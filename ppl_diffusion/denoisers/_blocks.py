@@ -164,7 +164,14 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions, with rotary positions."""
+    """Multi-head self-attention over all positions, with rotary positions.
+
+    Rotation turns position ``i`` of a head's first half together with ``i`` of its second. Where
+    the two are neighbours that is one product of complex numbers, so the rows of the input weights
+    are read in that order; queries and keys are permuted alike, which their products do not see.
+    """
+
+    pairs: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -179,7 +186,6 @@ class Attention(nn.Module):
         rows, length, dim = state.shape
         joint = F.linear(state, self.inputs.weight[self.pairs])
         split = joint.view(rows, length, 3, self.heads, dim // self.heads)
-        # One product of complex numbers: the halves lie side by side, so nothing is copied.
         turned = torch.view_as_complex(split[:, :, :2].unflatten(-1, (-1, 2)))
         turned = turned * torch.view_as_complex(rotation)[:, None, None]
         query, key = torch.view_as_real(turned).flatten(-2).permute(2, 0, 3, 1, 4)
