@@ -26,7 +26,7 @@ class ExpertMover(ABC):
     :param composition: the chains with their exponents.
     :param kernels: the kernel each expert is run with.
     :param twist: look-ahead, whose noise travels with the particles, or None.
-    :param max_rows: largest number of rows sent to a network at once.
+    :param max_rows: largest number of rows sent to a network at once, None for what suits it.
     """
 
     exact = True

@@ -65,7 +65,7 @@ def run_smc(
     generator: torch.Generator | None = None,
     *,
     store_path: bool = True,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ParticlePosterior:
     """Run SMC on a Feynman-Kac model.
@@ -79,7 +79,7 @@ def run_smc(
         resamples (importance sampling), anything above 1 always does.
     :param generator: source of randomness (the global one by default).
     :param store_path: keep the states of all steps, so that paths can be read back.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param progress: called with ``(steps done, steps in all)``.
     :returns: the weighted particles. Runs in which every particle died have evidence zero and
         say at which step (``died_at``).

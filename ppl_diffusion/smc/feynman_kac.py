@@ -154,13 +154,13 @@ class FeynmanKac:
     def bind(
         self,
         *,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         track_log_prob: bool = False,
         on_events: bool = False,
     ) -> BoundFeynmanKac:
         """Return the model with fresh caches and counters, ready for one run.
 
-        :param max_rows: largest number of rows sent to the network at once.
+        :param max_rows: largest number of rows sent to the network at once, None for what suits it.
         :param track_log_prob: carry each path's log-probability along as ``"log_prob"``.
         :param on_events: go from reveal to reveal where that can be done.
         """
@@ -174,14 +174,14 @@ class BoundFeynmanKac:
     """A :class:`FeynmanKac` during one run: its caches and its costs.
 
     :param model: what is run.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param track_log_prob: carry each path's log-probability along.
     :param on_events: go from reveal to reveal where that can be done
         (:class:`~ppl_diffusion.kernels.EventKernel`).
     """
 
     model: FeynmanKac
-    max_rows: int | None = 4096
+    max_rows: int | None = None
     track_log_prob: bool = False
     on_events: bool = False
     denoiser: EvaluatedDenoiser = field(init=False)
