@@ -196,7 +196,7 @@ def measure(quick: bool, console: Console) -> list[Row]:
 
 def _print_methods(rows: list[Row], console: Console) -> None:
     made = table(
-        f"N = L = T = {SIZE}, V = {VOCAB_SIZE}, trivial network, {torch.get_num_threads()} thread(s)",
+        f"N = L = T = {SIZE}, V = {VOCAB_SIZE}, trivial network",
         ["", "ms", "over chain.sample", "goal", "operations/step", "host reads/step", "goal"],
         "ms: process time of a run outside of the network, median",
     )
