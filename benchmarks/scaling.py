@@ -222,7 +222,7 @@ def _print(axis: Axis, rows: list[Row], console: Console) -> None:
     )
     for what, unit, digits in (("time", "s", 2), ("memory", "GB", 3)):
         fitted = next(row for row in rows if row.name == f"exponent_{what}")
-        values = [f"{row.value:.{digits}f}" for row in costs[f"scaling_{what}"]]
+        values = [f"{row.value:.{digits}f}" for row in rows if row.name == f"scaling_{what}"]
         made.add_row(f"{what}, {unit}", *values, f"{fitted.value:.2f}", verdict(fitted))
     console.print(made)
 
