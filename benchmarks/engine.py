@@ -178,7 +178,7 @@ def measure_resamplers(quick: bool, console: Console) -> list[Row]:
     if importlib.util.find_spec("benchmarks.resamplers") is None:
         return []
     module = importlib.import_module("benchmarks.resamplers")
-    return list(module.measure(quick, console))
+    return list(module.measure_resamplers(quick, console))
 
 
 def measure(quick: bool, console: Console) -> list[Row]:

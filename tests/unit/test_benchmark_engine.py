@@ -309,3 +309,9 @@ def test_a_goal_is_a_share_of_the_time_before():
     assert row.value == pytest.approx(0.4)
     assert not row.ok
     assert row.flat()["evidence_before"] == row.flat()["evidence_after"] == 1.5
+
+
+def test_the_page_of_benchmarks_names_each_command():
+    page = (Path(ROOT) / "docs" / "benchmarks.md").read_text()
+    commands = [path.stem for path in (Path(ROOT) / "benchmarks").glob("[a-z]*.py")]
+    assert [name for name in sorted(commands) if f"| `{name}` |" not in page] == []
