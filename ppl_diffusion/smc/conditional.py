@@ -26,10 +26,10 @@ from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import tokens_of
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
 from ppl_diffusion.smc.feynman_kac import (
     LOG_PROB,
     BoundFeynmanKac,
-    EvaluatedPotential,
     FeynmanKac,
     KernelProposal,
     per_particle,
