@@ -60,7 +60,13 @@ class LookingAhead(Method):
                 f"{type(self).__name__}: the site {site.name!r} is twisted, and a proposal is "
                 "given besides; leave one out."
             )
-        return chain_mover(site, self.twist, proposal, max_rows=max_rows)
+        events = self.on_events and source.is_free(site)
+        return chain_mover(site, self.twist, proposal, max_rows=max_rows, on_events=events)
+
+    @property
+    def on_events(self) -> bool:
+        """Whether particles may go from reveal to reveal: not where steps of the grid count."""
+        return True
 
     def rate(self, run: Bound, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states, float64 ``(R, N)``."""
@@ -118,6 +124,11 @@ class Bootstrap(LookingAhead):
         super().__post_init__()
         if self.twist_every < 1:
             raise ValueError(f"SMC: twist_every must be >= 1, got {self.twist_every}.")
+
+    @property
+    def on_events(self) -> bool:
+        """Whether particles may go from reveal to reveal."""
+        return self.twist_every == 1
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead where it is due."""

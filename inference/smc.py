@@ -247,6 +247,10 @@ class SMC:
         paths = None
         if self.store_path:
             paths = self.method.paths(run, state) or run.own_paths(state, trace.paths())
+        steps = self.method.num_steps(run)
+        if steps == len(run.groups):  # rounds of reveals stand for steps of the grid
+            steps = run.num_steps
+        trace = trace.spread(steps)
         first = run.source.chains[0].name
         samples = dict(state["values"])
         if run.source.is_program:
@@ -275,7 +279,7 @@ class SMC:
                 **left_out,
                 **_discrete(run),
                 **found,
-                "num_steps": self.method.num_steps(run),
+                "num_steps": steps,
                 "seed": seed,
             },
             seconds=time.perf_counter() - started,

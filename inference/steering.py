@@ -105,6 +105,11 @@ class FKSteering(LookingAhead):
         """Whether the closing is another law."""
         return self.closing == "published" and self.kind in ("max", "sum")
 
+    @property
+    def on_events(self) -> bool:
+        """Whether particles may go from reveal to reveal: where all of their states are scored."""
+        return self.every == 1 and self.interval is None
+
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Find out which steps are scored."""
         super().prepare(run, resampler, ess_threshold)

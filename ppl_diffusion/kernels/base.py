@@ -286,6 +286,13 @@ class Kernel(ABC):
         """
         return None
 
+    def on_events(self, free: int) -> Kernel | None:
+        """Return the kernel that goes from reveal to reveal with the law of the steps, or None.
+
+        :param free: positions that are to be revealed, at most.
+        """
+        return None
+
     def advance(
         self, carry: Carry, value: Value, k: int, *, step: TorchDistribution | None = None
     ) -> Carry:
@@ -310,7 +317,7 @@ class Kernel(ABC):
         tokens = carry["tokens"]
         if self._revealed(tokens):
             return self._flat(tokens)
-        log_c = self.denoiser(tokens, self.prediction_time(tokens, k), **carry.get(GIVEN, {}))
+        log_c = self.denoiser(tokens, self.time_of(carry, k), **carry.get(GIVEN, {}))
         log_c = clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
         if self.denoiser.kind == "posterior":
             log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
@@ -323,7 +330,7 @@ class Kernel(ABC):
         if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
             return DensePrediction(self.cavity_log_probs(carry, k))
         ask = self.denoiser.hidden  # type: ignore[attr-defined]
-        hidden = ask(tokens, self.prediction_time(tokens, k), **carry.get(GIVEN, {}))
+        hidden = ask(tokens, self.time_of(carry, k), **carry.get(GIVEN, {}))
         require_rows(hidden, tokens, self.process.vocab_size)
         return HeadPrediction(hidden, self._checked_head, self.process.vocab_size)
 
@@ -337,6 +344,10 @@ class Kernel(ABC):
         :param tokens: int64 ``(*batch, L)``.
         """
         return float(self.times[k])
+
+    def time_of(self, carry: Carry, k: int) -> float | Tensor:
+        """Return the time at which a carry's prediction is made, a number or one per row."""
+        return self.prediction_time(carry[TOKENS], k)
 
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the kernel cannot run; here any from one will do.

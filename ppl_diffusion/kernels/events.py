@@ -110,6 +110,19 @@ class RevealPlan:
         return sum(r.num_rows for r in self.rounds)
 
 
+def round_sites(group: Tensor) -> tuple[Tensor, ...]:
+    """Return what is revealed in each round: every row's first group, then every second, ...
+
+    :param group: int64 ``(B, L)``: the group of each position, revealed in increasing order; -1
+        where nothing is revealed.
+    :returns: indices into the flattened ``(B, L)``, in ascending order, one tensor a round.
+    """
+    flat = _compact(group).flatten()
+    order = flat.argsort(dim=0, stable=True)
+    sizes = torch.bincount(flat + 1).tolist()
+    return order[sizes[0] :].split(sizes[1:]) if len(sizes) > 1 else ()
+
+
 def _compact(group: Tensor) -> Tensor:
     """Renumber the groups of each row without gaps, keeping -1."""
     ordered, order = group.sort(dim=-1, stable=True)

@@ -75,6 +75,10 @@ class Source(ABC):
         """Whether it is a Pyro program."""
         return self.program is not None
 
+    def is_free(self, site: ChainSite) -> bool:
+        """Return whether a chain depends on nothing that is drawn before it."""
+        return self.program is None or not self.program.ancestors(site.name)
+
     @property
     @abstractmethod
     def law(self) -> Law:
