@@ -22,7 +22,7 @@ from ppl_diffusion.programs.run import ProgramRun, same_values
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.row_memory import RowMemory
-from ppl_diffusion.rows import distinct_rows, hash_rows
+from ppl_diffusion.rows import DistinctRows
 from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential, UncachedPotential
 from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.law import Law, Tilt, digest
@@ -269,7 +269,7 @@ class ProgramSource(Source):
         whole = paths is not None and bool(program.reads | program.shows)
         # Whole paths are seldom equal, and latents drawn here differ where sequences do not.
         every = whole or bool(program.redrawn) or not strict
-        first, inverse = self._distinct(x0, latents, keep_all=every)
+        first, inverse, _ = self._distinct(x0, latents, keep_all=every)
         chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
         known = {name: value[first] for name, value in (chains | latents).items()}
         chunks = torch.arange(len(first), device=first.device).split(MAX_ROWS)
@@ -386,13 +386,12 @@ class ProgramSource(Source):
         # What is drawn in place is fresh noise: equal rows are then no equal questions.
         read = set(self.program.latents) - self.program.unread
         drawn = not read <= latents.keys() or len(rows) < len(self.chains)
-        first, inverse = self._distinct(rows, latents, keep_all=drawn)
+        first, inverse, hashes = self._distinct(rows, latents, keep_all=drawn)
         known = {**rows, **latents}
         if drawn or last:
             values = self._ask_in_parts(known, first, latents, last)
         else:
             keys = self._keys(rows, latents)[first]
-            hashes = hash_rows(keys)
             values, remembered = self._memory.find(keys, hashes)
             new = (~remembered).nonzero()[:, 0]
             if len(new):
@@ -421,12 +420,12 @@ class ProgramSource(Source):
 
     def _distinct(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> DistinctRows:
         if keep_all:
             tokens = next(iter(rows.values()))
             every = torch.arange(len(tokens), device=tokens.device)
-            return every, every
-        return distinct_rows(self._keys(rows, latents))
+            return DistinctRows(every, every, every)
+        return DistinctRows.of(self._keys(rows, latents))
 
     def _keys(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
         """Return the flat view that a cache needs: tokens, and latents by value."""

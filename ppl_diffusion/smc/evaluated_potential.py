@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.row_memory import RowMemory
-from ppl_diffusion.rows import distinct_rows, hash_rows
+from ppl_diffusion.rows import DistinctRows
 
 Pending = Callable[[], Tensor]
 """Waits for an answer that was asked for before, and returns it: float64 ``(*batch,)``."""
@@ -76,9 +76,8 @@ class EvaluatedPotential:
 
     def _question(self, x0: Tensor, final: bool) -> _Question:
         rows = x0.reshape(-1, x0.shape[-1])
-        first, inverse = distinct_rows(rows)
-        unique = rows[first]
-        hashes = hash_rows(unique)
+        first, inverse, hashes = DistinctRows.of(rows)
+        unique = rows.index_select(0, first)
         values, known = self._memory[final].find(unique, hashes)
         return _Question(unique, hashes, inverse, values, (~known).nonzero()[:, 0])
 
