@@ -23,7 +23,7 @@ from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.row_memory import RowMemory
 from ppl_diffusion.rows import DistinctRows
-from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential, UncachedPotential
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential, Pending, UncachedPotential
 from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.law import Law, Tilt, digest
 from ppl_diffusion.smc.twists import log_mean_exp
@@ -148,6 +148,14 @@ class ChainSource(Source):
         if last:
             return self.potential(fills["x"])
         return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
+
+    def submit(self, fills: Fills) -> Pending:
+        """Begin to ask the potential about every completion; the answer is that of :meth:`look`.
+
+        :param fills: the completions.
+        """
+        pending = self.potential.submit(fills["x"])
+        return lambda: require_finite(pending(), self.given.name)
 
     def children(
         self, fills: Fills, changes: Changes, state: State, *, last: bool = False

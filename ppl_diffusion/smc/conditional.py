@@ -34,6 +34,7 @@ from ppl_diffusion.smc.feynman_kac import (
     KernelProposal,
     per_particle,
 )
+from ppl_diffusion.smc.late import require_in_time
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
 from ppl_diffusion.smc.twists import Carry
@@ -83,6 +84,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         max_rows: int | None = 4096,
         potential: EvaluatedPotential | None = None,
     ) -> None:
+        require_in_time(model.twist)
         retained = _check_paths(model, retained)
         # With the densities of the moves a retained path that the chain cannot take shows itself.
         super().__init__(model, max_rows=max_rows, track_log_prob=True)

@@ -322,8 +322,16 @@ class BoundFeynmanKac:
         if isinstance(model.twist, CallableTwist):
             return model.twist(carry, k, tuple(tokens.shape[:2]))
         values = self.potential.lookahead(self.fills(model.twist, carry, k, generator))
+        return self.looked(carry, values)
+
+    def looked(self, carry: Carry, values: Tensor) -> Tensor:
+        """Return ``log h``, ``(R, N)``, of what completions are worth.
+
+        :param carry: the carry that it weighs.
+        :param values: look-aheads of the completions, ``(R, N, num_fills, *plates)``.
+        """
         log_f = log_mean_exp(values.flatten(3).sum(-1) if values.ndim > 3 else values, 2)
-        floor = model.twist.floor
+        floor = self.model.twist.floor if isinstance(self.model.twist, FillTwist) else 0.0
         if not floor:
             return log_f
         return floored(log_f, mean_lookahead(log_f, carry[LOG_BASE]), floor)
