@@ -194,6 +194,6 @@ def workers_of(executor: Executor | None) -> int | None:
 
     :param executor: the executor.
     """
-    # Those of the standard library say it under this name only.
-    number = getattr(executor, "_max_workers", None)
+    # Those of the standard library say it under a private name only.
+    number = getattr(executor, "num_workers", getattr(executor, "_max_workers", None))
     return number if isinstance(number, int) and number > 0 else None
