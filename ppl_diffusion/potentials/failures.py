@@ -70,7 +70,7 @@ class Failures:
         """Return what calls in executors cost, in JSON types, by name.
 
         ``asked`` sequences were handed to the function, ``cached`` ones were known to it, and
-        ``failed``; ``seconds`` of work, ``utilisation`` and ``overlap`` as in
+        ``failed``; ``seconds`` of work, ``under_way``, ``utilisation`` and ``overlap`` as in
         :class:`~ppl_diffusion.potentials.workers.Times`.
         """
         found = {}

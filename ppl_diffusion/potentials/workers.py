@@ -54,7 +54,7 @@ class Times:
             workers = num_workers or float("nan")
             shares["utilisation"] = _share(self.busy / (workers * self.under_way))
             shares["overlap"] = _share(1 - self.waited / self.under_way)
-        return {"seconds": self.busy, **shares}
+        return {"seconds": self.busy, "under_way": self.under_way, **shares}
 
 
 def _share(value: float) -> Any:

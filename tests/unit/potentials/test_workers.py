@@ -175,9 +175,11 @@ class TestTold:
     def test_shares_are_of_the_time_under_way(self):
         times = Times(busy=6.0, under_way=4.0, waited=1.0)
         told = times.told(2)
-        assert told == {"seconds": 6.0, "utilisation": 0.75, "overlap": 0.75}
+        shares = {"utilisation": 0.75, "overlap": 0.75}
+        assert told == {"seconds": 6.0, "under_way": 4.0, **shares}
         assert times.told(None)["utilisation"] is None
-        assert Times().told(2) == {"seconds": 0.0, "utilisation": None, "overlap": None}
+        shares = {"utilisation": None, "overlap": None}
+        assert Times().told(2) == {"seconds": 0.0, "under_way": 0.0, **shares}
         assert times.since(Times(1.0, 1.0, 1.0)) == Times(5.0, 3.0, 0.0)
 
     def test_a_run_tells_what_its_workers_did(self):
