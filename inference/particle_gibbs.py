@@ -48,6 +48,7 @@ from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMult
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
+from ppl_diffusion.smc.late import require_in_time
 from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
@@ -146,6 +147,7 @@ class ParticleGibbs:
                 "ParticleGibbs: a program is looked ahead by completions; use 'argmax', "
                 "'persistent', a fill twist or None."
             )
+        require_in_time(self.twist)
         self.store_path, self.max_rows = store_path, max_rows
         self.vectorize_particles, self.progress = vectorize_particles, progress
 

@@ -36,6 +36,7 @@ from ppl_diffusion.diagnostics.claims import (
 )
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.potentials.failures import REWARDS
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
@@ -111,9 +112,14 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "target": posterior.target,
         "law": posterior.law.to_json(),
         "seed": job.search.seed,
-        "settings": job.settings(),
+        "settings": {**job.settings(), **_work(posterior)},
         "warnings": list(map(str, posterior.warnings)),
     }
+
+
+def _work(posterior: ParticlePosterior) -> dict[str, Any]:
+    """Return the entry of the settings about rewards that ran in workers; empty if none did."""
+    return {name: value for name, value in posterior.settings.items() if name == REWARDS}
 
 
 def _collapse(posterior: ParticlePosterior, samples: torch.Tensor) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """
     designs, sequences = result.designs, result.sequences
     with whole_folder(folder, replace=replace) as place:
-        timeless = dataclasses.replace(result.posterior, seconds=math.nan)
+        timeless = _timeless(result.posterior)
         timeless.save(place / "particles")
         (place / "designs.csv").write_text(
             designs_csv(designs, result.columns, sequences), encoding="utf-8"
@@ -166,6 +172,11 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
         (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
         left_out = (save_arviz(timeless, place), save_plots(timeless, place / "plots"))
     return " ".join(filter(None, left_out)) or None
+
+
+def _timeless(posterior: ParticlePosterior) -> ParticlePosterior:
+    settings = {name: value for name, value in posterior.settings.items() if name != REWARDS}
+    return dataclasses.replace(posterior, seconds=math.nan, settings=settings)
 
 
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:

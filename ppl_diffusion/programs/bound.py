@@ -21,8 +21,9 @@ from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
+from ppl_diffusion.programs.sources import ChainSource, Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.programs.trails import remember
+from ppl_diffusion.smc.evaluated_potential import Pending
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.rejuvenation import tilt
 from ppl_diffusion.smc.twists import (
@@ -309,6 +310,16 @@ class Bound:
     def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
         """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
         return per_particle(log_mean_exp(self.source.look(fills, state), 2))
+
+    def submit(self, fills: Mapping[str, Tensor]) -> Pending:
+        """Begin to score completions of a bare chain, and return what waits for ``log h``.
+
+        :param fills: the completions.
+        """
+        source = self.source
+        assert isinstance(source, ChainSource)
+        pending = source.submit(fills)
+        return lambda: per_particle(log_mean_exp(pending(), 2))
 
     def look(self, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states by new completions, float64 ``(R, N)``."""

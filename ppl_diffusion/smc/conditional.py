@@ -26,14 +26,15 @@ from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import tokens_of
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
 from ppl_diffusion.smc.feynman_kac import (
     LOG_PROB,
     BoundFeynmanKac,
-    EvaluatedPotential,
     FeynmanKac,
     KernelProposal,
     per_particle,
 )
+from ppl_diffusion.smc.late import require_in_time
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
 from ppl_diffusion.smc.twists import Carry
@@ -83,6 +84,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         max_rows: int | None = None,
         potential: EvaluatedPotential | None = None,
     ) -> None:
+        require_in_time(model.twist)
         retained = _check_paths(model, retained)
         # With the densities of the moves a retained path that the chain cannot take shows itself.
         super().__init__(model, max_rows=max_rows, track_log_prob=True)

@@ -25,6 +25,7 @@ from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
+from ppl_diffusion.smc.late import looking
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
 from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
@@ -91,7 +92,7 @@ def run_smc(
     started = time.perf_counter()
     with torch.no_grad(), watch_failures() as failures:
         trace = smc_loop(
-            bound,
+            looking(bound),
             bound.num_steps,
             num_particles,
             num_runs,
