@@ -20,33 +20,43 @@ from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.denoisers.times import require_time_per_row
 from ppl_diffusion.rows import DistinctRows, RowTable
 
+LITTLE = 7 / 8
+"""Share of distinct rows above which it does not pay to compare them."""
+
 
 class Rows(NamedTuple):
-    """States ``(B, L)`` with the conditions of each, ``(B, *event)``."""
+    """States ``(B, L)`` with the conditions of each, ``(B, *event)``, and its time, or one for all.
+
+    A time is None where the network does not read it.
+    """
 
     tokens: Tensor
     given: dict[str, Tensor]
+    t: float | Tensor | None
 
     @classmethod
-    def of(cls, tokens: Tensor, given: dict[str, Tensor]) -> Rows:
+    def of(cls, tokens: Tensor, given: dict[str, Tensor], t: float | Tensor | None) -> Rows:
         batch = tokens.ndim - 1
         flat = {n: x.reshape(-1, *x.shape[batch:]) for n, x in given.items()}
-        return cls(tokens.reshape(-1, tokens.shape[-1]), flat)
+        times = t.expand(tokens.shape[:-1]).reshape(-1) if isinstance(t, Tensor) else t
+        return cls(tokens.reshape(-1, tokens.shape[-1]), flat, times)
 
     @property
     def key(self) -> Tensor:
         """What the output depends on, as integers: never the tokens alone."""
-        parts = [_bits(x).reshape(len(self.tokens), -1) for x in self.given.values()]
+        own = [self.t] if isinstance(self.t, Tensor) else []
+        parts = [_bits(x).reshape(len(self.tokens), -1) for x in (*self.given.values(), *own)]
         return torch.cat([self.tokens, *parts], -1) if parts else self.tokens
 
     def take(self, index: Tensor) -> Rows:
-        given = {n: x.index_select(0, index) for n, x in self.given.items()}
-        return Rows(self.tokens.index_select(0, index), given)
+        t = self.t[index] if isinstance(self.t, Tensor) else self.t
+        return Rows(self.tokens[index], {n: x[index] for n, x in self.given.items()}, t)
 
     def split(self, size: int) -> list[Rows]:
-        names, columns = list(self.given), [x.split(size) for x in self.given.values()]
-        chunks = zip(self.tokens.split(size), *columns, strict=True)
-        return [Rows(z, dict(zip(names, own, strict=True))) for z, *own in chunks]
+        if len(self.tokens) <= size:
+            return [self]
+        parts = torch.arange(len(self.tokens), device=self.tokens.device).split(size)
+        return [self.take(part) for part in parts]
 
 
 class _Last(NamedTuple):
@@ -55,8 +65,31 @@ class _Last(NamedTuple):
     tokens: Tensor
     given: dict[str, Tensor]
     versions: list[int]
-    t: float
+    t: float | Tensor | None
     output: Tensor
+
+
+class _Memory:
+    """The rows of the last call and what came back; nobody hashes them before they are missed."""
+
+    def __init__(self, rows: Rows, values: Tensor, table: RowTable | None = None) -> None:
+        self.rows, self._values, self._table = rows, values, table
+
+    def serves(self, rows: Rows) -> bool:
+        """Return whether these rows may be among those remembered."""
+        mine, own = self.rows.t, rows.t
+        each = isinstance(mine, Tensor) and isinstance(own, Tensor)
+        same = each or (mine == own and not isinstance(own, Tensor))
+        return same and self.rows.tokens.device == rows.tokens.device
+
+    @property
+    def table(self) -> RowTable:
+        """The same by row."""
+        if self._table is None:
+            key = self.rows.key
+            first, _, hashes = DistinctRows.of(key)
+            self._table = RowTable.build(key[first], self._values[first], hashes)
+        return self._table
 
 
 class EvaluatedDenoiser(Wrapper):
@@ -69,6 +102,9 @@ class EvaluatedDenoiser(Wrapper):
     :param max_rows: largest number of rows sent to the network at once; None for what suits it:
         its ``rows_per_call``, else 4096.
 
+    :ivar all_new: a hint for the next call: every row has moved since the last one, so that it is
+        another row, and equal to its neighbours by chance only. Once such calls spare next to
+        nothing, rows are no longer compared in them.
     :ivar rows_requested: rows asked for so far.
     :ivar rows_evaluated: rows the network saw.
     :ivar num_calls: calls of the network.
@@ -92,7 +128,8 @@ class EvaluatedDenoiser(Wrapper):
             vars(self)["head"] = denoiser.head  # type: ignore[attr-defined]
             vars(self)["hidden"] = self._hidden
             vars(self)["hidden_size"] = denoiser.hidden_size  # type: ignore[attr-defined]
-        self._memory: tuple[float, RowTable] | None = None
+        self.all_new, self._all_differ, self._sent, self._time = False, False, 0, 1.0
+        self._memory: _Memory | None = None
         self._last: _Last | None = None
         optional = ("changes", "conditions", "excludes_tokens", "output_size", "network_rows")
         self.adopt(denoiser, *optional)
@@ -104,80 +141,79 @@ class EvaluatedDenoiser(Wrapper):
 
     def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
         """Return the hidden states where those are kept, the log-probabilities otherwise."""
-        rows = Rows.of(tokens, given)
-        self.rows_requested += len(rows.tokens) * self._network_rows
         if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
             require_time_per_row(self.denoiser, tokens, t, given)
-            return self._evaluate(rows, t.expand(tokens.shape[:-1]).reshape(-1)).reshape(
-                *tokens.shape, -1
-            )
-        t = float(t if not isinstance(t, Tensor) else t.flatten()[0])
-        if (known := self._recall_last(tokens, t, given)) is not None:
+            time: float | Tensor | None = t
+        else:
+            number = float(t if not isinstance(t, Tensor) else t.flatten()[0])
+            time, self._time = None if self.time_free else number, number
+        rows = Rows.of(tokens, given, time)
+        self.rows_requested += len(rows.tokens) * self._network_rows
+        all_new, self.all_new = self.all_new, False
+        if (known := self._recall_last(tokens, time, given)) is not None:
             return known
-        key = rows.key
-        distinct = DistinctRows.of(key)
-        first = distinct.first
-        values = self._values(rows.take(first), key.index_select(0, first), distinct.hashes, t)
-        output = values.index_select(0, distinct.inverse).reshape(*tokens.shape, -1)
         # An inference tensor can be edited without leaving a trace.
         tensors = (tokens, *given.values())
         traced = not any(x.is_inference() for x in tensors)
-        if self.reuse and not torch.is_grad_enabled() and traced:
-            self._last = _Last(tokens, given, [x._version for x in tensors], t, output)
+        keep = self.reuse and not torch.is_grad_enabled()
+        if all_new and self._all_differ and keep:
+            values = self._evaluate(rows)
+            self._memory = _Memory(rows, values)
+        else:
+            values = self._compared(rows, keep)
+            self._all_differ = all_new and self._sent > LITTLE * len(rows.tokens)
+        output = values.reshape(*tokens.shape, -1)
+        if keep and traced:
+            self._last = _Last(tokens, given, [x._version for x in tensors], time, output)
         return output
 
-    def _recall_last(self, tokens: Tensor, t: float, given: dict[str, Tensor]) -> Tensor | None:
+    def _recall_last(
+        self, tokens: Tensor, t: float | Tensor | None, given: dict[str, Tensor]
+    ) -> Tensor | None:
         """Return the last output where the very same tensors come again (a twist, then a move)."""
         last = self._last
         if last is None or torch.is_grad_enabled() or last.tokens is not tokens:
             return None
-        if given.keys() != last.given.keys() or not (self.time_free or t == last.t):
+        timed = isinstance(t, Tensor) or isinstance(last.t, Tensor)
+        if given.keys() != last.given.keys() or (t is not last.t if timed else t != last.t):
             return None
         same = all(x is last.given[name] for name, x in given.items())
         unmoved = [x._version for x in (tokens, *last.given.values())] == last.versions
         return last.output if same and unmoved else None
 
-    def _values(self, rows: Rows, key: Tensor, hashes: Tensor, t: float) -> Tensor:
-        if torch.is_grad_enabled() or not self.reuse:
-            return self._evaluate(rows, t)
-        table = self._table(key, t)
-        if table is None:
-            values = self._evaluate(rows, t)
+    def _compared(self, rows: Rows, keep: bool) -> Tensor:
+        """Return the outputs of rows, of which each distinct and unknown one is evaluated."""
+        key, self._sent = rows.key, 0
+        first, inverse, hashes = DistinctRows.of(key)
+        distinct, own = rows.take(first), key.index_select(0, first)
+        memory = self._memory if keep else None
+        known = memory is not None and memory.serves(rows)
+        if known and memory is not None and memory.table.rows.shape[-1] == key.shape[-1]:
+            values = self._complete(memory.table, distinct, own, hashes)
         else:
-            values = self._complete(table, rows, key, hashes, t)
-        self._memory = (t, RowTable.build(key, values, hashes))
-        return values
+            values = self._evaluate(distinct)
+        if keep:
+            self._memory = _Memory(distinct, values, RowTable.build(own, values, hashes))
+        return values.index_select(0, inverse)
 
-    def _table(self, key: Tensor, t: float) -> RowTable | None:
-        """Return what is remembered, or None where it cannot be of use."""
-        if self._memory is None or not (self.time_free or self._memory[0] == t):
-            return None
-        table = self._memory[1]
-        fits = table.rows.shape[-1] == key.shape[-1] and table.rows.device == key.device
-        return table if fits else None
-
-    def _complete(
-        self, table: RowTable, rows: Rows, key: Tensor, hashes: Tensor, t: float
-    ) -> Tensor:
+    def _complete(self, table: RowTable, rows: Rows, key: Tensor, hashes: Tensor) -> Tensor:
         index = table.find(key, hashes)
         (new,) = torch.where(index < 0)  # the one read of the device: how many there are
         if len(new) == len(index):
-            return self._evaluate(rows, t)
+            return self._evaluate(rows)
         values = table.values.index_select(0, index.clamp_min_(0))
         if len(new):
-            values[new] = self._evaluate(rows.take(new), t)
+            values[new] = self._evaluate(rows.take(new))
         return values
 
-    def _evaluate(self, rows: Rows, t: float | Tensor) -> Tensor:
+    def _evaluate(self, rows: Rows) -> Tensor:
         count = len(rows.tokens)
         size = self.max_rows or rows_per_call(self.denoiser, rows.tokens.shape[-1])
         chunks = rows.split(size)
-        times = t.split(size) if isinstance(t, Tensor) else [t] * len(chunks)
         self.num_calls += len(chunks)
-        before = self._counted_inside
+        before, self._sent = self._counted_inside, count
         ask = self.denoiser.hidden if self._sparse else self.denoiser  # type: ignore[attr-defined]
-        pairs = zip(chunks, times, strict=True)
-        outputs = [ask(chunk.tokens, time, **chunk.given) for chunk, time in pairs]
+        outputs = [ask(c.tokens, self._time if c.t is None else c.t, **c.given) for c in chunks]
         inside = self._counted_inside - before
         self.rows_evaluated += inside if self._is_counter else count * self._network_rows
         for output, chunk in zip(outputs, chunks, strict=True):

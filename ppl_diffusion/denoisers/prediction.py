@@ -10,6 +10,7 @@ that nobody uses is never looked at.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
@@ -102,6 +103,13 @@ class Prediction(ABC):
     @abstractmethod
     def expand(self, batch_shape: Sequence[int]) -> Self:
         """Return the same prediction for a larger batch."""
+
+    @abstractmethod
+    def placed(self, rows: Tensor, batch_shape: Sequence[int]) -> Self:
+        """Return a prediction for a batch of which this one has some rows; others are arbitrary.
+
+        :param rows: their places among the rows of the batch, int64 ``(n,)``.
+        """
 
     @property
     @abstractmethod
@@ -234,6 +242,12 @@ class DensePrediction(_Kept):
         kept = self._kept.expand(*batch_shape, *self._kept.shape[-2:])
         return DensePrediction(kept, raw=self._raw, vocab_size=self.shape[-1])
 
+    def placed(self, rows: Tensor, batch_shape: Sequence[int]) -> DensePrediction:
+        """Return a prediction for a larger batch, see :class:`Prediction`; flat elsewhere."""
+        flat = -math.log(self._kept.shape[-1])
+        kept = _placed(self._kept, rows, batch_shape, flat)
+        return DensePrediction(kept, raw=self._raw, vocab_size=self.shape[-1])
+
     @property
     def requires_grad(self) -> bool:
         """Whether the table requires a gradient."""
@@ -270,12 +284,22 @@ class HeadPrediction(_Kept):
         hidden = self.hidden.expand(*batch_shape, *self.hidden.shape[-2:])
         return HeadPrediction(hidden, self.head, self.shape[-1], raw=self._raw)
 
+    def placed(self, rows: Tensor, batch_shape: Sequence[int]) -> HeadPrediction:
+        """Return a prediction for a larger batch, see :class:`Prediction`."""
+        hidden = _placed(self.hidden, rows, batch_shape, 0.0)
+        return HeadPrediction(hidden, self.head, self.shape[-1], raw=self._raw)
+
     @property
     def requires_grad(self) -> bool:
         """Whether the hidden states, or one row out of the head, require a gradient."""
         with torch.enable_grad():
             row = self.head(self.hidden.flatten(0, -2)[:1])
         return row.requires_grad
+
+
+def _placed(kept: Tensor, rows: Tensor, batch_shape: Sequence[int], level: float) -> Tensor:
+    whole = kept.new_full((math.prod(batch_shape), *kept.shape[1:]), level)
+    return whole.index_copy_(0, rows, kept).reshape(*batch_shape, *kept.shape[1:])
 
 
 def as_prediction(log_probs: Tensor | Prediction) -> Prediction:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
-from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel, Value
+from ppl_diffusion.denoisers.prediction import Prediction
+from ppl_diffusion.kernels.base import GIVEN, TOKENS, Carry, Kernel, Value
 from ppl_diffusion.kernels.event_step import EventStep
-from ppl_diffusion.kernels.events import grid_bins, round_sites
+from ppl_diffusion.kernels.events import RoundAhead, grid_bins, rounds_ahead
 from ppl_diffusion.processes.noise import uniforms
 
 REVEAL, FUTURE = "reveal", "future"
@@ -41,16 +42,17 @@ class Future:
     tensor, and whoever moves them sees that they are copies.
 
     :param reveal: the entry of the carry that it belongs to.
-    :param rounds: sites of each round to come, int64 indices into the flattened states; None where
-        nobody has asked.
+    :param rounds: the rounds to come; None where nobody has asked.
+    :param copied: whether particles were copied since they moved.
     """
 
     reveal: Tensor
-    rounds: tuple[Tensor, ...] | None = None
+    rounds: tuple[RoundAhead, ...] | None = None
+    copied: bool = True
 
     def after(self) -> Future:
         """Return what is known one round later."""
-        return self if self.rounds is None else replace(self, rounds=self.rounds[1:])
+        return replace(self, rounds=None if self.rounds is None else self.rounds[1:], copied=False)
 
 
 class EventKernel(Kernel):
@@ -70,11 +72,12 @@ class EventKernel(Kernel):
         rounds = max(1, min(grid.num_steps, free))
         super().__init__(grid.process, grid.denoiser, np.linspace(1.0, 0.0, rounds + 1))
         self.grid = grid
+        self._asked: tuple[Tensor, Tensor, Prediction] | None = None
 
     def with_denoiser(self, denoiser: Denoiser) -> EventKernel:
         """Return the same kernel around another denoiser."""
         new = super().with_denoiser(denoiser)
-        new.grid = self.grid.with_denoiser(denoiser)
+        new.grid, new._asked = self.grid.with_denoiser(denoiser), None
         return new
 
     def same_as(self, other: object) -> bool:
@@ -126,14 +129,18 @@ class EventKernel(Kernel):
             return carry
         masked = carry[TOKENS] == self.process.vocab_size
         group = torch.where(masked, carry[REVEAL], -1)
-        rounds = round_sites(group.reshape(-1, group.shape[-1]))
-        return {**carry, FUTURE: Future(carry[REVEAL], rounds)}
+        rounds = rounds_ahead(group.reshape(-1, group.shape[-1]))
+        return {**carry, FUTURE: replace(future, reveal=carry[REVEAL], rounds=rounds)}
 
     def rounds_left(self, carry: Carry) -> int | None:
         """Return how many rounds are to come, None where nobody has planned them."""
+        rounds = self._rounds(carry)
+        return None if rounds is None else len(rounds)
+
+    @staticmethod
+    def _rounds(carry: Carry) -> tuple[RoundAhead, ...] | None:
         future: Future = carry[FUTURE]
-        known = future.rounds is not None and future.reveal is carry[REVEAL]
-        return len(future.rounds) if known and future.rounds is not None else None
+        return future.rounds if future.reveal is carry[REVEAL] else None
 
     def step(self, carry: Carry, k: int, *, fixed: Tensor | None = None) -> EventStep:
         """Return the distribution of the next state: each row makes the reveals of its next step.
@@ -141,14 +148,39 @@ class EventKernel(Kernel):
         :param k: the round; rows that are complete by then stay.
         """
         self.check_step(k)
-        tokens, future = carry[TOKENS], carry[FUTURE]
-        if future.rounds is not None and future.reveal is carry[REVEAL]:
-            sites = future.rounds[0] if future.rounds else tokens.new_zeros(0)
+        tokens, rounds = carry[TOKENS], self._rounds(carry)
+        if rounds is not None:
+            sites = rounds[0].sites if rounds else tokens.new_zeros(0)
         else:
             pending = self._pending(carry)
             sites = (pending == _next(pending, self.grid)[..., None]).flatten().nonzero()[:, 0]
         prediction = self.predict(carry, k)
         return EventStep(tokens, prediction, sites, fixed=fixed, validate_args=False)
+
+    def predict(self, carry: Carry, k: int) -> Prediction:
+        """Return the prediction of each row at the time of its next reveals.
+
+        Rows that are complete are not sent to the network, where the rounds are planned: nothing
+        is asked about them.
+        """
+        tokens, rounds = carry[TOKENS], self._rounds(carry)
+        asked = self._asked
+        if asked is not None and asked[0] is tokens and asked[1] is carry[REVEAL]:
+            return asked[2]
+        if hasattr(self.denoiser, "all_new"):
+            self.denoiser.all_new = rounds is not None and not carry[FUTURE].copied
+        rows = rounds[0].rows if rounds else None
+        if rows is None:
+            prediction = super().predict(carry, k)
+        else:
+            batch = tokens.shape[:-1]
+            some = {name: x.reshape(-1, x.shape[-1])[rows] for name, x in _states(carry)}
+            given = carry.get(GIVEN, {})
+            flat = {n: x.reshape(-1, *x.shape[len(batch) :])[rows] for n, x in given.items()}
+            prediction = super().predict({**carry, **some, GIVEN: flat}, k).placed(rows, batch)
+        # A look-ahead asks, and then the move that follows it.
+        self._asked = None if torch.is_grad_enabled() else (tokens, carry[REVEAL], prediction)
+        return prediction
 
     def advance(self, carry: Carry, value: Value, k: int, *, step: object = None) -> Carry:
         """Return the carry after a round."""
@@ -180,6 +212,10 @@ class EventKernel(Kernel):
 
     def _repr_options(self) -> str:
         return f" rounds of {self.grid.num_steps} steps"
+
+
+def _states(carry: Carry) -> list[tuple[str, Tensor]]:
+    return [(name, carry[name]) for name in (TOKENS, REVEAL)]
 
 
 def _next(pending: Tensor, grid: Kernel) -> Tensor:

@@ -111,17 +111,35 @@ class RevealPlan:
         return sum(r.num_rows for r in self.rounds)
 
 
-def round_sites(group: Tensor) -> tuple[Tensor, ...]:
+class RoundAhead(NamedTuple):
+    """What happens in one round.
+
+    :param sites: revealed positions, indices into the flattened states, ascending int64 ``(m,)``.
+    :param rows: the rows under way, int64 ``(n,)``; None for all of them.
+    """
+
+    sites: Tensor
+    rows: Tensor | None
+
+
+def rounds_ahead(group: Tensor) -> tuple[RoundAhead, ...]:
     """Return what is revealed in each round: every row's first group, then every second, ...
 
     :param group: int64 ``(B, L)``: the group of each position, revealed in increasing order; -1
         where nothing is revealed.
-    :returns: indices into the flattened ``(B, L)``, in ascending order, one tensor a round.
     """
-    flat = _compact(group).flatten()
-    order = flat.argsort(dim=0, stable=True)
-    sizes = torch.bincount(flat + 1).tolist()
-    return order[sizes[0] :].split(sizes[1:]) if len(sizes) > 1 else ()
+    place = _compact(group)
+    flat, last = place.flatten(), place.amax(-1)
+    order, rows = flat.argsort(dim=0, stable=True), last.argsort(descending=True, stable=True)
+    sizes, ends = torch.bincount(flat + 1), torch.bincount(last + 1)
+    # One read: how many sites each round has, and how many rows end after it.
+    read = torch.cat([sizes, ends]).tolist()
+    known, counts, ended = read[0], read[1 : len(sizes)], read[len(sizes) :]
+    under_way, left = [], len(group)
+    for gone in ended[: len(counts)]:
+        left -= gone
+        under_way.append(None if left == len(group) else rows[:left])
+    return tuple(map(RoundAhead, order[known:].split(counts), under_way)) if counts else ()
 
 
 def _compact(group: Tensor) -> Tensor:
