@@ -296,12 +296,18 @@ def test_likeliest_is_the_first_of_the_largest(size):
 
 def test_near_ties_are_those_of_normalised_rows():
     """Two float64 numbers a bit apart are one after normalising, and the first one wins."""
-    low = torch.tensor(0.2499, dtype=torch.float64).log()
-    rows = torch.stack([low, torch.nextafter(low, low.new_zeros(())), low, low])
     where, states = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
-    prediction = DensePrediction(rows[None], raw=True)
-    expected = (rows - rows.exp().sum().log()).argmax()
-    assert prediction.likeliest(where, states).item() == expected
+    low = torch.tensor(-1.9999, dtype=torch.float64)  # beyond -2 numbers lie twice as far apart
+    rest = ((1.0005 - 2 * low.exp()) / 6).log().expand(6)
+    tied = 0
+    for _ in range(16):
+        high = torch.nextafter(low, low.new_zeros(()))
+        rows = torch.cat([torch.stack([low, high]), rest])
+        expected = (rows - rows.exp().sum().log()).argmax()
+        found = DensePrediction(rows[None], raw=True).likeliest(where, states)
+        assert found.item() == expected
+        tied, low = tied + int(expected == 0), high
+    assert tied
 
 
 def test_expanded_tables_are_not_copied():
