@@ -31,6 +31,9 @@ class Engine:
     def gather(self, carry: State, ancestors: Tensor) -> State:
         return self.run.gather(carry, ancestors)
 
+    def foresee(self, carry: State, k: int, generator: Rng) -> tuple[State, int]:
+        return self.run.foresee(carry, k, generator)
+
     def move(self, carry: State, k: int, generator: Rng) -> Moved:
         return self.method.move(self.run, carry, k, generator)
 
@@ -68,6 +71,10 @@ class MovingEngine(Engine):
     def gather(self, carry: State, ancestors: Tensor) -> State:
         self.mover.resampled(ancestors)
         return super().gather(carry, ancestors)
+
+    def foresee(self, carry: State, k: int, generator: Rng) -> tuple[State, int]:
+        # Latents are moved at the steps that a scout run has chosen, whatever is revealed there.
+        return super().foresee(carry, k, generator)[0], k
 
     def renew(
         self, carry: State, log_twist: Tensor, k: int, generator: Rng

@@ -67,7 +67,7 @@ class SMC:
         takes the method's own.
     :param store_path: keep the states of all steps, and hand whole paths to programs that read
         them; without, such programs are refused.
-    :param max_rows: largest number of rows sent to a network at once.
+    :param max_rows: largest number of rows sent to a network at once, None for what suits it.
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
         which any program survives.
@@ -99,7 +99,7 @@ class SMC:
         resampler: str | Resampler = "systematic",
         ess_threshold: float | None = None,
         store_path: bool = True,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         vectorize_particles: bool = True,
         moves: LatentMoves | Literal["auto"] | None = "auto",
         num_sentinels: int = 0,
@@ -247,6 +247,10 @@ class SMC:
         paths = None
         if self.store_path:
             paths = self.method.paths(run, state) or run.own_paths(state, trace.paths())
+        steps = self.method.num_steps(run)
+        if steps == len(run.groups):  # rounds of reveals stand for steps of the grid
+            steps = run.num_steps
+        trace = trace.spread(steps)
         first = run.source.chains[0].name
         samples = dict(state["values"])
         if run.source.is_program:
@@ -275,7 +279,7 @@ class SMC:
                 **left_out,
                 **_discrete(run),
                 **found,
-                "num_steps": self.method.num_steps(run),
+                "num_steps": steps,
                 "seed": seed,
             },
             seconds=time.perf_counter() - started,

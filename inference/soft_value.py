@@ -196,7 +196,7 @@ class SoftValueGuidance(LookingAhead):
 
     def law(self, run: Bound) -> Law:
         """Return the law of the particles, if there is one."""
-        law, alpha, steps = run.source.law, self.alpha, len(run.groups)
+        law, alpha, steps = run.source.law, self.alpha, run.num_steps
         if self.weighted and not run.notes.get("lost"):
             return law
         if self.weighted:

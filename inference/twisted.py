@@ -35,7 +35,7 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference.lookahead import Exhaustive, Fills, Lookahead, OfState
-from ppl_diffusion.kernels import RevealStep
+from ppl_diffusion.kernels import EventKernel, RevealStep
 from ppl_diffusion.kernels.base import ORDERED
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
@@ -156,7 +156,11 @@ class TwistedSampler(Method):
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return the site's own chain behind a counter; the move is made here."""
         self._require_fitting(site)
-        return chain_mover(site, self._fill_of(source), None, max_rows=max_rows)
+        fill = self._fill_of(source)
+        # A proposal of one's own may know the steps of the grid, and a function of the state does.
+        own = fill is not None and self._proposal_of(site) == "reweighted"
+        events = own and source.is_free(site)
+        return chain_mover(site, fill, None, max_rows=max_rows, on_events=events)
 
     def _require_fitting(self, site: ChainSite) -> None:
         kernel = site.chain.kernel
@@ -229,6 +233,10 @@ class TwistedSampler(Method):
         """Move one site by what its children promise, and return ``log K - log q``, ``(R, N)``."""
         site, mover = run.sites[item.site], run.movers[item.site]
         carry, kernel = state["sites"][item.site], mover.kernel
+        if isinstance(kernel, EventKernel):
+            carry = kernel.redrawn(carry, generator)
+            if kernel.rounds_left(carry) == 0:
+                return run.moved(state, item, carry), 0.0
         step: Any = kernel.step(carry, item.k, fixed=site.chain.fixed)
         if isinstance(step, RevealStep) and not bool(step.eligible.any()):
             idle = kernel.advance(carry, step.tokens, item.k, step=step)

@@ -88,6 +88,11 @@ class ReverseChain(TorchDistribution):
         return self.kernel.num_steps
 
     @property
+    def num_free(self) -> int:
+        """Number of positions without a prompt, the largest of the batch."""
+        return self.length if self.prompt is None else int((self.prompt < 0).sum(-1).max())
+
+    @property
     def fixed(self) -> Tensor | None:
         """Prompt positions, bool ``(L,)`` or ``(*batch, L)``, or None."""
         return None if self.prompt is None else self.prompt >= 0

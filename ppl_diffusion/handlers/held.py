@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers.proposals import Step
 from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.event_step import EventStep
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.smc import Proposal
@@ -31,6 +32,8 @@ class ClampProposal:
     :param vocab_size: number of clean tokens ``V``.
     :raises ValueError: if shapes differ or a clamped token is not clean.
     """
+
+    any_clock: Literal[True] = True
 
     def __init__(self, tokens: Tensor, mask: Tensor, vocab_size: int) -> None:
         tokens, mask = torch.as_tensor(tokens), torch.as_tensor(mask)
@@ -54,7 +57,7 @@ class ClampProposal:
             may be revealed and masked again.
         :raises ValueError: if the chain's prompt holds another token at a clamped position.
         """
-        if not isinstance(step, TokenStep | RevealStep):
+        if not isinstance(step, TokenStep | RevealStep | EventStep):
             raise CapabilityError(
                 f"clamp: it holds tokens by changing what the denoiser predicts, which a "
                 f"{type(step).__name__} does not show; condition by a potential that is -inf "

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.event_step import EventStep
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.mixture import log_posterior_mean
 from ppl_diffusion.rows import distinct_rows
 
-Step = TokenStep | RevealStep
+Step = TokenStep | RevealStep | EventStep
 LogitsFn = Callable[[Carry, Tensor, int], Tensor]
 
 
@@ -90,7 +91,7 @@ def tiltable(step: TorchDistribution) -> Step:
     :param step: the model's step.
     :raises CapabilityError: if it shows no prediction.
     """
-    if isinstance(step, TokenStep | RevealStep):
+    if isinstance(step, TokenStep | RevealStep | EventStep):
         return step
     raise CapabilityError(
         f"twist: it tilts what the denoiser predicts, which a {type(step).__name__} does not show; "

@@ -18,6 +18,8 @@ from ppl_diffusion.kernels.block_step import BlockStep as BlockStep
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
 from ppl_diffusion.kernels.confidence import ConfidenceKernel as ConfidenceKernel
+from ppl_diffusion.kernels.event_kernel import EventKernel as EventKernel
+from ppl_diffusion.kernels.event_step import EventStep as EventStep
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.kernels.ordered import OrderedKernel as OrderedKernel

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel, SampledPath, time_grid
+from ppl_diffusion.kernels.event_kernel import EventKernel
 from ppl_diffusion.kernels.kappa_rules import kappa_room
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
@@ -174,6 +175,10 @@ class InterpolatingKernel(Kernel):
     def _on_event_times(self) -> bool:
         # A subclass may have changed the step, so that only its own steps are right.
         return type(self) is InterpolatingKernel and self.process.absorbing and self.ancestral
+
+    def on_events(self, free: int) -> Kernel | None:
+        """Return the rounds of an ancestral chain of the absorbing process; None for others."""
+        return EventKernel(self, free) if self._on_event_times else None
 
     def _log_prob_of_steps(self, step_of: Tensor) -> Tensor:
         table = log_step_probs(self.process.schedule, self.times)

@@ -21,8 +21,9 @@ from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
+from ppl_diffusion.programs.sources import ChainSource, Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.programs.trails import remember
+from ppl_diffusion.smc.evaluated_potential import Pending
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.rejuvenation import tilt
 from ppl_diffusion.smc.twists import (
@@ -80,6 +81,10 @@ class Bound:
         self.stages = stages(above)
         self.steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
         self.groups: list[Group] = groups_of(self.plan, self.stages, self.steps)
+        on_grid = {name: site.chain.num_steps for name, site in self.sites.items()}
+        same = on_grid == self.steps
+        self.num_steps = len(self.groups if same else groups_of(self.plan, self.stages, on_grid))
+        """Steps of the chains on their grids, which their rounds of reveals stand for."""
         self.openings = self._openings()
         self.notes: dict[str, Any] = {}
         """What a method wants to remember of the run itself."""
@@ -104,10 +109,10 @@ class Bound:
     @property
     def times(self) -> Tensor:
         """The time grid of the chain that moves at every step, or the share of steps to go."""
-        total = len(self.groups)
-        for mover in self.movers.values():
-            if mover.kernel.num_steps == total:
-                return torch.as_tensor(mover.kernel.times, device="cpu")
+        total = self.num_steps
+        for site in self.sites.values():
+            if site.chain.num_steps == total:
+                return torch.as_tensor(site.chain.kernel.times, device="cpu")
         return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64, device="cpu")
 
     def at(self, shape: tuple[int, int]) -> Bound:
@@ -241,9 +246,23 @@ class Bound:
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
         )
-        return self.sites[name].as_path(kernel.posterior_mean(carry, 0).argmax(-1))
+        return self.sites[name].as_path(kernel.completions(carry, 0).likeliest())
 
     # Moving.
+
+    def foresee(self, state: State, group: int, generator: Rng) -> tuple[State, int]:
+        """Return states that know the rounds of their chains, and the group that is made next.
+
+        :param group: the group that would be; the last one is where the only chain is complete
+            after it.
+        """
+        sites, found = dict(state["sites"]), group
+        for name, carry in sites.items():
+            foresee = getattr(self.movers[name], "foresee", None)
+            if foresee is not None and state["done"][name] < self.steps[name]:
+                sites[name], found = foresee(carry, group, generator)
+        alone = len(self.sites) == 1
+        return {**state, "sites": sites}, found if alone else group
 
     def step(self, state: State, item: Item, generator: Rng) -> Moved:
         """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0."""
@@ -291,6 +310,16 @@ class Bound:
     def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
         """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
         return per_particle(log_mean_exp(self.source.look(fills, state), 2))
+
+    def submit(self, fills: Mapping[str, Tensor]) -> Pending:
+        """Begin to score completions of a bare chain, and return what waits for ``log h``.
+
+        :param fills: the completions.
+        """
+        source = self.source
+        assert isinstance(source, ChainSource)
+        pending = source.submit(fills)
+        return lambda: per_particle(log_mean_exp(pending(), 2))
 
     def look(self, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states by new completions, float64 ``(R, N)``."""
@@ -426,8 +455,13 @@ class Bound:
     # Paths.
 
     def record(self, state: State) -> dict[str, Tensor]:
-        """Return what is kept of the states after every group."""
-        return {name: self._tokens(state, name) for name in self.sites}
+        """Return what is kept of the states after every group, of chains that keep nothing."""
+        return {n: self._tokens(state, n) for n in self.sites if self._keeper(n) is None}
+
+    def _keeper(self, name: str) -> BoundFeynmanKac | None:
+        """Return the mover of a chain whose carry holds its path, if it does."""
+        mover = self.movers[name]
+        return mover if isinstance(mover, BoundFeynmanKac) and mover.knows_path else None
 
     def _tokens(self, state: State, name: str) -> Tensor:
         if name in state["sites"]:
@@ -442,7 +476,8 @@ class Bound:
 
         :param recorded: states after every group, the start first.
         """
-        found = {}
+        kept = {n: m for n in self.sites if (m := self._keeper(n)) is not None}
+        found = {n: mover.path(state["sites"][n]) for n, mover in kept.items()}
         for name, path in recorded.items():
             # The record has an entry for every group, also for those that moved other chains.
             own = [
@@ -450,7 +485,7 @@ class Bound:
             ]
             first = state["noisiest"][name].to(path.dtype)
             found[name] = torch.cat([first[..., None, :], path[..., own, :]], -2)
-        return found
+        return {name: found[name] for name in self.sites if name in found}
 
     @staticmethod
     def gather(state: State, ancestors: Tensor) -> State:
@@ -463,17 +498,22 @@ class Bound:
 
 
 def chain_mover(
-    site: ChainSite, fill: Any, proposal: Any = None, *, max_rows: int | None = 4096
+    site: ChainSite,
+    fill: Any,
+    proposal: Any = None,
+    *,
+    max_rows: int | None = None,
+    on_events: bool = False,
 ) -> BoundFeynmanKac:
     """Return the mover of a site by its own chain, or by a proposal.
 
     :param fill: the twist whose noise travels with the particles, or None.
     :param proposal: how particles move; None is the chain itself.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
+    :param on_events: go from reveal to reveal where that can be done.
     """
-    return FeynmanKac(site.chain, no_potential, twist=fill, proposal=proposal).bind(
-        max_rows=max_rows
-    )
+    model = FeynmanKac(site.chain, no_potential, twist=fill, proposal=proposal)
+    return model.bind(max_rows=max_rows, on_events=on_events)
 
 
 def no_potential(x0: Tensor) -> Tensor:

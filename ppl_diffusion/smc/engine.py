@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
 from typing import Any, Protocol
@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ppl_diffusion.deferred import deferred_checks, refuse_if
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
+from ppl_diffusion.smc.late import looking
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
 from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
@@ -40,6 +42,11 @@ class Engine(Protocol):
     It may have a method ``renew(carry, log_twist, k, generator) -> (carry, log_twist)``, called
     before each move: a kernel that leaves the law of the weighted states invariant, chosen before
     the run. Weights are left alone then, and the twist that is carried is replaced.
+    A method ``foresee(carry, k, generator) -> (carry, k)`` prepares a carry for its next move and
+    says which step that is: the last one, if nothing would be left to do after it.
+
+    Nothing should be read back to the host inside; checks go through :mod:`ppl_diffusion.deferred`
+    and are read with the decision to resample.
 
     Carries hold ``LOG_BASE``: what each particle stands for in the law of the moves alone.
     """
@@ -59,7 +66,7 @@ def run_smc(
     generator: torch.Generator | None = None,
     *,
     store_path: bool = True,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ParticlePosterior:
     """Run SMC on a Feynman-Kac model.
@@ -73,28 +80,30 @@ def run_smc(
         resamples (importance sampling), anything above 1 always does.
     :param generator: source of randomness (the global one by default).
     :param store_path: keep the states of all steps, so that paths can be read back.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param progress: called with ``(steps done, steps in all)``.
     :returns: the weighted particles. Runs in which every particle died have evidence zero and
         say at which step (``died_at``).
     :raises ValueError: on impossible settings.
     :raises PotentialError: if the potential returns NaN, ``+inf`` or a wrong shape.
     """
-    bound = fk.bind(max_rows=max_rows)
+    bound = fk.bind(max_rows=max_rows, on_events=True)
     scheme = as_resampler(resampler)
     started = time.perf_counter()
     with torch.no_grad(), watch_failures() as failures:
         trace = smc_loop(
-            bound,
-            fk.num_steps,
+            looking(bound),
+            bound.num_steps,
             num_particles,
             num_runs,
             scheme,
             ess_threshold,
             generator,
-            record="tokens" if store_path else None,
+            record="tokens" if store_path and not bound.knows_path else None,
             progress=progress,
         )
+    path = bound.path(trace.carry) if store_path and bound.knows_path else trace.path()
+    trace = trace.spread(fk.num_steps)
     settings = {
         **fk.settings,
         "resampler": scheme.name,
@@ -112,6 +121,7 @@ def run_smc(
         law=fk.law,
         settings=settings,
         seconds=time.perf_counter() - started,
+        compact_path=path,
         **trace.posterior_fields(),
     )
     return posterior.to("cpu")  # where people look at results, whatever they ran on
@@ -162,8 +172,36 @@ class SMCTrace:
             "died_at": self.died_at,
             "log_mass": self.log_mass,
             "log_potential": self.log_potential,
-            "compact_path": self.path(),
         }
+
+    def spread(self, num_steps: int) -> SMCTrace:
+        """Return the trace with its steps spread evenly over more, between which nothing happens.
+
+        Rounds of reveals are fewer than the steps of the grid that they stand for. States are not
+        kept: whoever wants paths takes them before.
+
+        :param num_steps: how many steps there are to be.
+        """
+        made = len(self.ancestors)
+        if made == num_steps:
+            return self
+        device = self.ancestors.device
+        shown = torch.arange(num_steps, device=device) * made // num_steps
+        first = torch.zeros(num_steps, dtype=torch.bool, device=device)
+        first[(torch.arange(made, device=device) * num_steps + made - 1) // made] = True
+        stay = torch.arange(self.ancestors.shape[-1], device=device)
+        died = (self.died_at.clamp_min(0) * num_steps + made - 1) // made
+        return replace(
+            self,
+            ancestors=torch.where(first[:, None, None], self.ancestors[shown], stay),
+            # A run resamples after a step, so that the population between two steps is the new one.
+            resampled=self.resampled[:, shown] & torch.roll(first, -1),
+            died_at=torch.where(self.died_at < 0, -1, died),
+            log_evidence_steps=self.log_evidence_steps[:, shown],
+            ess=self.ess[:, shown],
+            log_mass=self.log_mass[:, shown],
+            history=[],
+        )
 
     def _evidence_variance(self, eve: Tensor) -> Tensor:
         """Return what the family tree tells, NaN where that is nothing."""
@@ -194,42 +232,57 @@ def smc_loop(
     """
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)
-    carry = engine.init(num_runs, num_particles, generator)
-    device = _device(carry)
-    carry = {**carry, LOG_BASE: torch.zeros(shape, dtype=torch.float64, device=device)}
-    parents = identity = torch.arange(num_particles, device=device).expand(shape)
-    twist = engine.log_twist(carry, 0, generator)
-    twist = torch.zeros(shape, dtype=torch.float64, device=device) if twist is None else twist
-    weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
-    log = _Log(record, carry)
-    for k in range(num_steps):
-        if hasattr(engine, "renew"):
-            carry, twist = engine.renew(carry, twist, k, generator)
+    with deferred_checks() as checks:
+        carry = engine.init(num_runs, num_particles, generator)
+        device = _device(carry)
+        zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+        carry = {**carry, LOG_BASE: zeros}
+        parents = identity = torch.arange(num_particles, device=device).expand(shape)
+        first = engine.log_twist(carry, 0, generator)
+        twist = zeros if first is None else first
+        weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
         base = _base(weights, log_z, twist)
-        # Before the move: the last one may choose ends by the potential itself, and rightly leave
-        # out what is worth nothing.
-        mass = log_mean_exp(base, 1)
-        carry, log_ratio = engine.move({**carry, LOG_BASE: base}, k, generator)
-        carry = {**carry, LOG_BASE: base + log_ratio}
-        if k + 1 == num_steps and hasattr(engine, "close"):
-            so_far = partial(log.paths, carry, parents)
-            carry, ahead = engine.close(carry, generator, so_far)
-        else:
-            ahead = engine.log_twist(carry, k + 1, generator)
-        ahead = twist if ahead is None else ahead
-        weights, twist = weights.add(log_ratio + ahead - twist), ahead
-        _check_weights(weights, k)
-        due = weights.alive & (weights.ess < ess_threshold * num_particles) & (k + 1 < num_steps)
-        log.add(carry, weights, log_z, parents, due, mass)
-        parents = identity
-        if bool(due.any()):
-            log_z = torch.where(due, log_z + weights.log_mean, log_z)
-            parents = torch.where(due[:, None], _resample(resampler, weights, generator), identity)
-            carry, twist = engine.gather(carry, parents), twist.gather(1, parents)
-            weights = Weights(torch.where(due[:, None], 0.0, weights.log))
-        if progress is not None:
-            progress(k + 1, num_steps)
-    return log.trace(carry, weights, twist, isinstance(resampler, Multinomial))
+        log, k = _Log(record, carry), 0
+        while k < num_steps:
+            if hasattr(engine, "foresee"):
+                carry, k = engine.foresee(carry, k, generator)
+            if hasattr(engine, "renew"):
+                carry, twist = engine.renew(carry, twist, k, generator)
+                base, log.settled = _base(weights, log_z, twist), False
+            before = base
+            carry, log_ratio = engine.move({**carry, LOG_BASE: base}, k, generator)
+            if isinstance(log_ratio, Tensor):
+                base = base + log_ratio
+            carry = {**carry, LOG_BASE: base}
+            last = k + 1 == num_steps
+            if last and hasattr(engine, "close"):
+                so_far = partial(log.paths, carry, parents)
+                carry, ahead = engine.close(carry, generator, so_far)
+            else:
+                ahead = engine.log_twist(carry, k + 1, generator)
+            k += 1
+            if progress is not None:
+                progress(k, num_steps)
+            if ahead is None and not isinstance(log_ratio, Tensor) and log.settled:
+                log.repeat(carry, parents)
+                parents = identity
+                continue
+            ahead = twist if ahead is None else ahead
+            weights, twist = weights.add(log_ratio + ahead - twist), ahead
+            _check_weights(weights, k - 1)
+            due = weights.alive & (weights.ess < ess_threshold * num_particles) & (not last)
+            log.add(carry, weights, log_z, parents, due, before)
+            parents = identity
+            (some,) = checks.read(due.any())
+            if some:
+                log_z = torch.where(due, log_z + weights.log_mean, log_z)
+                chosen = _resample(resampler, weights, generator)
+                parents = torch.where(due[:, None], chosen, identity)
+                carry, twist = engine.gather(carry, parents), twist.gather(1, parents)
+                weights = Weights(torch.where(due[:, None], 0.0, weights.log))
+                log.settled = False
+            base = _base(weights, log_z, twist)
+        return log.trace(carry, weights, twist, isinstance(resampler, Multinomial))
 
 
 class _Log:
@@ -242,6 +295,15 @@ class _Log:
         self.history = [] if record is None else [self._kept(carry)]
         self.ancestors: list[Tensor] = []
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        self.settled = False
+        """Whether nothing has changed the weights since the last step was noted."""
+
+    def repeat(self, carry: Carry, parents: Tensor) -> None:
+        """Note a step that left all weights as they were."""
+        self.ancestors.append(parents)
+        self.steps.append(self.steps[-1])
+        if self.record is not None:
+            self.history.append(self._kept(carry))
 
     def add(
         self,
@@ -250,10 +312,18 @@ class _Log:
         log_z: Tensor,
         parents: Tensor,
         due: Tensor,
-        log_mass: Tensor,
+        base: Tensor,
     ) -> None:
+        """Note a step.
+
+        :param base: what particles stood for before the move, without twists: after it the last
+            one may have chosen ends by the potential itself, and rightly left out what is worth
+            nothing.
+        """
         self.ancestors.append(parents)
-        self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due, log_mass))
+        self.settled = True
+        mass = log_mean_exp(base, 1)
+        self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due, mass))
         if self.record is not None:
             self.history.append(self._kept(carry))
 
@@ -339,8 +409,10 @@ def _check_settings(num_particles: int, num_runs: int, ess_threshold: float) -> 
 
 
 def _check_weights(weights: Weights, k: int) -> None:
-    if bool((torch.isnan(weights.log) | (weights.log == math.inf)).any()):
-        raise ValueError(
+    refuse_if(
+        (torch.isnan(weights.log) | (weights.log == math.inf)).any(),
+        lambda: ValueError(
             f"a particle weight became NaN or +inf at step {k}: the proposal drew a state the "
             "model allows but the proposal's own density excludes, or returned NaN; check it."
-        )
+        ),
+    )

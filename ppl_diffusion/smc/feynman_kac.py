@@ -26,10 +26,11 @@ from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel, Value, check_given
 from ppl_diffusion.kernels.block_step import BlockStep
+from ppl_diffusion.kernels.event_kernel import EventKernel
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
-from ppl_diffusion.rows import RowTable, distinct_rows
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
 from ppl_diffusion.smc.law import Base, Law, Tilt
 from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
@@ -140,13 +141,32 @@ class FeynmanKac:
         proposal = None if self.proposal is None else type(self.proposal).__name__
         return {"twist": twist, "twist_every": self.twist_every, "proposal": proposal}
 
-    def bind(self, *, max_rows: int | None = 4096, track_log_prob: bool = False) -> BoundFeynmanKac:
+    @property
+    def on_events(self) -> bool:
+        """Whether particles may go from reveal to reveal instead of along the grid.
+
+        A function of the state, of a step or of every so many steps counts steps of the grid.
+        """
+        counts = self.twist_every > 1 or isinstance(self.twist, CallableTwist)
+        fits = self.proposal is None or getattr(self.proposal, "any_clock", False)
+        return fits and not counts
+
+    def bind(
+        self,
+        *,
+        max_rows: int | None = None,
+        track_log_prob: bool = False,
+        on_events: bool = False,
+    ) -> BoundFeynmanKac:
         """Return the model with fresh caches and counters, ready for one run.
 
-        :param max_rows: largest number of rows sent to the network at once.
+        :param max_rows: largest number of rows sent to the network at once, None for what suits it.
         :param track_log_prob: carry each path's log-probability along as ``"log_prob"``.
+        :param on_events: go from reveal to reveal where that can be done.
         """
-        return BoundFeynmanKac(self, max_rows=max_rows, track_log_prob=track_log_prob)
+        return BoundFeynmanKac(
+            self, max_rows=max_rows, track_log_prob=track_log_prob, on_events=on_events
+        )
 
 
 @dataclass
@@ -154,13 +174,16 @@ class BoundFeynmanKac:
     """A :class:`FeynmanKac` during one run: its caches and its costs.
 
     :param model: what is run.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param track_log_prob: carry each path's log-probability along.
+    :param on_events: go from reveal to reveal where that can be done
+        (:class:`~ppl_diffusion.kernels.EventKernel`).
     """
 
     model: FeynmanKac
-    max_rows: int | None = 4096
+    max_rows: int | None = None
     track_log_prob: bool = False
+    on_events: bool = False
     denoiser: EvaluatedDenoiser = field(init=False)
     potential: EvaluatedPotential = field(init=False)
 
@@ -172,7 +195,10 @@ class BoundFeynmanKac:
                 f"{kernel.claim}; use a kernel with a density, or run_smc on the bare chain."
             )
         self.denoiser = EvaluatedDenoiser(kernel.denoiser, max_rows=self.max_rows)
-        self._kernel = kernel.with_denoiser(self.denoiser)
+        counted = kernel.with_denoiser(self.denoiser)
+        chain, wanted = self.model.chain, self.on_events and self.model.on_events
+        rounds = counted.on_events(chain.num_free) if wanted and not self.track_log_prob else None
+        self._kernel = rounds or counted
         self._proposal, self._proposal_denoiser = self._bind_proposal()
         self.potential = EvaluatedPotential(self.model.potential)
 
@@ -204,6 +230,32 @@ class BoundFeynmanKac:
     def kernel(self) -> Kernel:
         """The chain's kernel around the counted network."""
         return self._kernel
+
+    @property
+    def num_steps(self) -> int:
+        """Number of its steps: those of the chain, or the rounds in which it is revealed."""
+        return self._kernel.num_steps
+
+    def foresee(self, carry: Carry, k: int, generator: torch.Generator | None) -> tuple[Carry, int]:
+        """Return a carry that knows its rounds, and the step that is made next.
+
+        :param k: the step that would be next; the last one is if nothing is left after it.
+        """
+        kernel = self._kernel
+        if not isinstance(kernel, EventKernel):
+            return carry, k
+        carry = kernel.planned(kernel.redrawn(carry, generator))
+        return carry, k if (kernel.rounds_left(carry) or 0) > 1 else self.num_steps - 1
+
+    @property
+    def knows_path(self) -> bool:
+        """Whether the carry of complete states holds their paths."""
+        return isinstance(self._kernel, EventKernel)
+
+    def path(self, carry: Carry) -> Tensor:
+        """Return the whole path of complete states, ``(R, N, *plates, T + 1, L)``."""
+        assert isinstance(self._kernel, EventKernel)
+        return self._kernel.path(carry)
 
     def init(
         self,
@@ -239,6 +291,10 @@ class BoundFeynmanKac:
         self, carry: Carry, k: int, generator: torch.Generator | None
     ) -> tuple[Carry, Tensor | float]:
         """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
+        if isinstance(self._kernel, EventKernel):
+            carry = self._kernel.redrawn(carry, generator)
+            if self._kernel.rounds_left(carry) == 0:
+                return carry, 0.0
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
         value = self._draw(proposal, k, generator)
@@ -259,15 +315,23 @@ class BoundFeynmanKac:
     def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
         """Return ``log h_k``, ``(R, N)``: the potential at ``T``, None where not evaluated."""
         model, tokens = self.model, carry["tokens"]
-        if k == model.num_steps:
+        if k == self.num_steps:
             return per_particle(self.potential(tokens))
         if model.twist is None or k % model.twist_every:
             return None
         if isinstance(model.twist, CallableTwist):
             return model.twist(carry, k, tuple(tokens.shape[:2]))
         values = self.potential.lookahead(self.fills(model.twist, carry, k, generator))
+        return self.looked(carry, values)
+
+    def looked(self, carry: Carry, values: Tensor) -> Tensor:
+        """Return ``log h``, ``(R, N)``, of what completions are worth.
+
+        :param carry: the carry that it weighs.
+        :param values: look-aheads of the completions, ``(R, N, num_fills, *plates)``.
+        """
         log_f = log_mean_exp(values.flatten(3).sum(-1) if values.ndim > 3 else values, 2)
-        floor = model.twist.floor
+        floor = self.model.twist.floor if isinstance(self.model.twist, FillTwist) else 0.0
         if not floor:
             return log_f
         return floored(log_f, mean_lookahead(log_f, carry[LOG_BASE]), floor)
@@ -278,7 +342,8 @@ class BoundFeynmanKac:
         """Return a twist's completions of the state, int64 ``(R, N, num_fills, *plates, L)``."""
         tokens = carry["tokens"]
         uniforms = twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return twist.fill(self._kernel.posterior_mean(carry, k), uniforms)
+        uniforms = None if uniforms is None else uniforms.to(tokens.device)
+        return twist.fill(self._kernel.completions(carry, k), uniforms)
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""
@@ -319,49 +384,6 @@ class KernelProposal:
 
     def _inside(self, own: Carry) -> Carry:
         return {self.PREFIX + name: x for name, x in own.items() if name != "tokens"}
-
-
-class EvaluatedPotential:
-    """A potential asked once per distinct sequence, with the last answers kept.
-
-    :ivar num_calls: sequences the potential was asked about.
-    """
-
-    def __init__(self, potential: AbstractPotential) -> None:
-        self.potential = potential
-        self.num_calls = 0
-        self._memory: dict[bool, RowTable] = {}
-
-    def __call__(self, x0: Tensor) -> Tensor:
-        """Return ``log G``, float64 ``(*batch,)``.
-
-        :param x0: clean tokens, int64 ``(*batch, L)``.
-        """
-        return self._evaluate(x0, final=True)
-
-    def lookahead(self, x0: Tensor) -> Tensor:
-        """Return the finite surrogate for guesses, float64 ``(*batch,)``.
-
-        :param x0: guessed tokens, int64 ``(*batch, L)``.
-        """
-        return self._evaluate(x0, final=False)
-
-    def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
-        ask = self.potential if final else self.potential.lookahead
-        rows = x0.reshape(-1, x0.shape[-1])
-        first, inverse = distinct_rows(rows)
-        unique = rows[first]
-        table = self._memory.get(final)
-        index = torch.full_like(first, -1) if table is None else table.find(unique)
-        values = torch.empty(len(unique), dtype=torch.float64, device=unique.device)
-        new = index < 0
-        if table is not None:
-            values[~new] = table.values[index[~new]]
-        if bool(new.any()):
-            self.num_calls += int(new.sum())
-            values[new] = ask(unique[new])
-        self._memory[final] = RowTable.build(unique, values)
-        return values[inverse].reshape(x0.shape[:-1])
 
 
 def _require_same_grid(model: Kernel, proposal: Kernel) -> None:

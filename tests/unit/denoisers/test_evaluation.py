@@ -7,7 +7,7 @@ from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
-from ppl_diffusion.rows import RowTable, distinct_rows, hash_rows
+from ppl_diffusion.rows import DistinctRows, RowTable, distinct_rows, hash_rows
 from ppl_diffusion.testing import DenoiserContract, counted, toy_markov_chain
 
 
@@ -132,6 +132,32 @@ def test_hash_collisions_cost_time_not_correctness(monkeypatch):
     index = table.find(rows)
     found = index >= 0
     assert torch.equal(table.rows[index[found]], rows[found])
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 2**40], ids=["one", "three", "none"])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 0), (80, 4)], ids=str)
+def test_distinct_rows_are_those_of_the_plain_form(monkeypatch, kinds, shape):
+    """The first of each kind, in the order of the hashes, however many rows share one of these."""
+
+    def few(rows, plain=hash_rows):
+        return plain(rows) % kinds
+
+    monkeypatch.setattr("ppl_diffusion.rows.hash_rows", few)
+    rows = torch.randint(3, shape) - 1
+    seen: dict[tuple[int, ...], int] = {}
+    for index, row in enumerate(rows.tolist()):
+        seen.setdefault(tuple(row), index)
+    first, inverse, hashes = DistinctRows.of(rows)
+    assert sorted(first.tolist()) == list(seen.values())
+    assert [first[i] for i in inverse] == [seen[tuple(row)] for row in rows.tolist()]
+    assert torch.equal(hashes, few(rows[first]))
+    assert bool((hashes.diff() >= 0).all())
+    # What is remembered under known hashes is found, with and without them.
+    table = RowTable.build(rows[first], torch.arange(len(first)), hashes)
+    for index in (table.find(rows), table.find(rows, few(rows))):
+        found = index >= 0
+        assert torch.equal(table.rows[index[found]], rows[found])
+        assert kinds < 2**40 or bool(found.all())
 
 
 def test_row_table():
