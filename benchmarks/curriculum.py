@@ -287,7 +287,7 @@ def measure(quick: bool, console: Console) -> list[Row]:
     :param quick: fewer rows and repeats.
     :param console: where the table goes.
     """
-    setting, repeats = (Setting(512), 2) if quick else (Setting(2048), 5)
+    setting, repeats = (Setting(256), 2) if quick else (Setting(2048), 5)
     rows = []
     for name in LOSSES:
         rows += measure_loss(name, setting, repeats, Setting(64 if quick else 256))

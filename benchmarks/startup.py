@@ -62,9 +62,9 @@ def measure(quick: bool, console: Console) -> list[Row]:
     ]
     rows += [Row("start_cpu", cpu[name], "s", repeats, None, {"job": name}) for name in jobs]
     rows += [Row("start_wall", wall[name], "s", repeats, None, {"job": name}) for name in jobs]
-    made = table("Starting", ["job", "processor s", "wall s", "over python -c pass", "goal"])
+    made = table("Starting", ["job", "processor s", "wall s", "over python", "over torch, pyro"])
     for name in jobs:
-        said = f"{rows[0].value:.2f} of {BASE}: {verdict(rows[0])}" if name == METHODS else ""
+        said = f"{rows[0].value:.2f} {verdict(rows[0])}" if name == METHODS else ""
         over = f"{wall[name] / wall[NOTHING]:.1f}"
         made.add_row(name, f"{cpu[name]:.2f}", f"{wall[name]:.2f}", over, said)
     console.print(made)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from ppl_diffusion.arrays import Array, array_namespace, to_float64
 
 
@@ -33,7 +35,7 @@ class Weights:
         """
         xp = array_namespace(self.log)
         dead = self.log == -math.inf
-        safe = xp.where(dead, xp.zeros_like(self.log), to_float64(increment))
+        safe = xp.where(dead, 0.0, to_float64(increment))
         return Weights(self.log + safe)
 
     @cached_property
@@ -56,17 +58,16 @@ class Weights:
         """Whether a run has any particle of positive weight, bool ``(*runs,)``."""
         return self.log_sum > -math.inf
 
-    @property
+    @cached_property
     def log_normalised(self) -> Array:
         """Log-weights that sum to one in each run; all ``-inf`` in a dead run."""
         # Not log - log_sum: next to an offset of 1e16 the log of a particle count is round-off.
         xp = array_namespace(self.log)
         scaled, log_total, _ = self._split
         total = log_total[..., None]
-        alive = total > -math.inf
-        return xp.where(alive, scaled - xp.where(alive, total, xp.zeros_like(total)), self.log)
+        return scaled - xp.where(total > -math.inf, total, 0.0)
 
-    @property
+    @cached_property
     def normalised(self) -> Array:
         """Weights that sum to one in each run; all zero in a dead run."""
         return array_namespace(self.log).exp(self.log_normalised)
@@ -76,7 +77,8 @@ class Weights:
         """Effective sample size ``(sum w)^2 / sum w^2``, ``(*runs,)``; zero in a dead run."""
         xp = array_namespace(self.log)
         total = xp.sum(self.normalised**2, axis=-1)
-        return xp.where(total > 0, 1 / xp.where(total > 0, total, xp.ones_like(total)), total)
+        with np.errstate(divide="ignore"):
+            return xp.where(total > 0, 1 / total, total)
 
 
 def log_sum_exp(x: Array) -> Array:
@@ -92,9 +94,7 @@ def _split_off_max(x: Array) -> tuple[Array, Array, Array]:
     """Return ``x - top``, the log of the sum of its exponentials, and the finite maxima ``top``."""
     xp = array_namespace(x)
     largest = xp.max(x, axis=-1, keepdims=True)
-    top = xp.where(largest > -math.inf, largest, xp.zeros_like(largest))
+    top = xp.where(largest > -math.inf, largest, 0.0)
     scaled = x - top
-    total = xp.sum(xp.exp(scaled), axis=-1)
-    positive = total > 0
-    log_total = xp.log(xp.where(positive, total, xp.ones_like(total)))
-    return scaled, xp.where(positive, log_total, xp.full_like(total, -math.inf)), top[..., 0]
+    with np.errstate(divide="ignore"):  # the log of nothing is -inf, which only NumPy complains of
+        return scaled, xp.log(xp.sum(xp.exp(scaled), axis=-1)), top[..., 0]
