@@ -102,7 +102,7 @@ class ParticleGibbs:
     :param moves: path moves made after each conditional SMC, in order.
     :param nuts: options of :class:`pyro.infer.NUTS`.
     :param store_path: keep whole paths.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param vectorize_particles: evaluate the program for all particles at once.
     :param progress: called with ``(sweeps done, sweeps in all)``.
 
@@ -128,7 +128,7 @@ class ParticleGibbs:
         moves: Sequence[PathMove] = (),
         nuts: Mapping[str, Any] | None = None,
         store_path: bool = True,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         vectorize_particles: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser, Wrapper
+from ppl_diffusion.denoisers.batching import rows_per_call
 from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.denoisers.times import require_time_per_row
@@ -65,7 +66,8 @@ class EvaluatedDenoiser(Wrapper):
     are the same where tokens *and* conditions are, bit by bit.
 
     :param reuse: keep the last call's outputs; switched off, only deduplication remains.
-    :param max_rows: largest number of rows sent to the network at once (bounds its memory).
+    :param max_rows: largest number of rows sent to the network at once; None for what suits it:
+        its ``rows_per_call``, else 4096.
 
     :ivar rows_requested: rows asked for so far.
     :ivar rows_evaluated: rows the network saw.
@@ -73,7 +75,7 @@ class EvaluatedDenoiser(Wrapper):
     """
 
     def __init__(
-        self, denoiser: Denoiser, *, reuse: bool = True, max_rows: int | None = 4096
+        self, denoiser: Denoiser, *, reuse: bool = True, max_rows: int | None = None
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows must be >= 1 or None, got {max_rows}.")
@@ -168,7 +170,7 @@ class EvaluatedDenoiser(Wrapper):
 
     def _evaluate(self, rows: Rows, t: float | Tensor) -> Tensor:
         count = len(rows.tokens)
-        size = max(count if self.max_rows is None else self.max_rows, 1)
+        size = self.max_rows or rows_per_call(self.denoiser, rows.tokens.shape[-1])
         chunks = rows.split(size)
         times = t.split(size) if isinstance(t, Tensor) else [t] * len(chunks)
         self.num_calls += len(chunks)

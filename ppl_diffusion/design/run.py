@@ -182,7 +182,7 @@ def _timeless(posterior: ParticlePosterior) -> ParticlePosterior:
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:
     chain = target.chain
     # Half of a masked chain's steps reveal nothing in a given row; those cost no evaluation.
-    kernel = chain.kernel.with_denoiser(EvaluatedDenoiser(chain.kernel.denoiser, max_rows=4096))
+    kernel = chain.kernel.with_denoiser(EvaluatedDenoiser(chain.kernel.denoiser))
     cheaper, generator = ReverseChain(kernel, chain.length), _stream(job, _PRIOR)
     return chain.x0(cheaper.sample((NUM_PRIOR_SAMPLES,), generator=generator))
 

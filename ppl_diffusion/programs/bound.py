@@ -246,7 +246,7 @@ class Bound:
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
         )
-        return self.sites[name].as_path(kernel.posterior_mean(carry, 0).argmax(-1))
+        return self.sites[name].as_path(kernel.completions(carry, 0).likeliest())
 
     # Moving.
 
@@ -502,14 +502,14 @@ def chain_mover(
     fill: Any,
     proposal: Any = None,
     *,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     on_events: bool = False,
 ) -> BoundFeynmanKac:
     """Return the mover of a site by its own chain, or by a proposal.
 
     :param fill: the twist whose noise travels with the particles, or None.
     :param proposal: how particles move; None is the chain itself.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param on_events: go from reveal to reveal where that can be done.
     """
     model = FeynmanKac(site.chain, no_potential, twist=fill, proposal=proposal)

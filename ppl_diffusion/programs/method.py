@@ -113,7 +113,7 @@ class Method(ABC):
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return how the particles of a site move: here by its chain, its twist and its clamp.
 
-        :param max_rows: largest number of rows sent to the network at once.
+        :param max_rows: largest number of rows sent to the network at once, None for what suits it.
         """
         proposal = held_proposal(site)
         return chain_mover(site, self.fill, proposal, max_rows=max_rows)

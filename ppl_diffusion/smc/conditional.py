@@ -69,7 +69,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
 
     :param model: the model; its chain needs a density.
     :param retained: one path per run, int64 ``(R, *plates, T + 1, L)``.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param potential: evaluates ``log G`` instead of the model's own potential, where it depends on
         the run; takes ``x0 (R, N, *plates, L)``.
     :raises CapabilityError: if the chain has no density.
@@ -81,7 +81,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         model: FeynmanKac,
         retained: Tensor,
         *,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         potential: EvaluatedPotential | None = None,
     ) -> None:
         require_in_time(model.twist)
@@ -185,7 +185,7 @@ def conditional_smc(
     num_particles: int,
     ess_threshold: float = 0.5,
     generator: torch.Generator | None = None,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ConditionalRun:
     """Make one conditional SMC sweep from each of ``R`` retained paths.
@@ -194,7 +194,7 @@ def conditional_smc(
     :param retained: paths, int64 ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2, the retained one included.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :raises CapabilityError: if the chain has no density.
     :raises ValueError: if the settings or a retained path are impossible.
     """
@@ -264,14 +264,14 @@ def two_sided_evidence(
     num_particles: int,
     ess_threshold: float = 0.5,
     generator: torch.Generator | None = None,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
 ) -> EvidenceBounds:
     """Bracket ``log Z`` by as many plain as conditional runs, of one resampling scheme.
 
     :param exact_paths: independent draws of ``p(path) G(x0) / Z``, ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     """
     plain = run_smc(
         fk,

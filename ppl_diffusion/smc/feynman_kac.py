@@ -154,13 +154,13 @@ class FeynmanKac:
     def bind(
         self,
         *,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         track_log_prob: bool = False,
         on_events: bool = False,
     ) -> BoundFeynmanKac:
         """Return the model with fresh caches and counters, ready for one run.
 
-        :param max_rows: largest number of rows sent to the network at once.
+        :param max_rows: largest number of rows sent to the network at once, None for what suits it.
         :param track_log_prob: carry each path's log-probability along as ``"log_prob"``.
         :param on_events: go from reveal to reveal where that can be done.
         """
@@ -174,14 +174,14 @@ class BoundFeynmanKac:
     """A :class:`FeynmanKac` during one run: its caches and its costs.
 
     :param model: what is run.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param track_log_prob: carry each path's log-probability along.
     :param on_events: go from reveal to reveal where that can be done
         (:class:`~ppl_diffusion.kernels.EventKernel`).
     """
 
     model: FeynmanKac
-    max_rows: int | None = 4096
+    max_rows: int | None = None
     track_log_prob: bool = False
     on_events: bool = False
     denoiser: EvaluatedDenoiser = field(init=False)
@@ -342,7 +342,8 @@ class BoundFeynmanKac:
         """Return a twist's completions of the state, int64 ``(R, N, num_fills, *plates, L)``."""
         tokens = carry["tokens"]
         uniforms = twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return twist.fill(self._kernel.posterior_mean(carry, k), uniforms)
+        uniforms = None if uniforms is None else uniforms.to(tokens.device)
+        return twist.fill(self._kernel.completions(carry, k), uniforms)
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""

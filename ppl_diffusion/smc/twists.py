@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.kernels.completions import Completions
+from ppl_diffusion.processes.noise import uniforms
 
 Carry = dict[str, Any]
 FILL_UNIFORMS = "fill_uniforms"
@@ -62,14 +63,15 @@ class FillTwist(ABC):
         """
         return None
 
-    def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
+    def fill(self, completions: Completions, uniforms: Tensor | None) -> Tensor:
         """Return completions, int64 ``(R, N, num_fills, *plates, L)``.
 
-        :param log_x0: ``log p(x0 | x_k)`` per site, ``(R, N, *plates, L, V)``.
+        :param completions: of the states ``(R, N, *plates, L)``.
+        :param uniforms: what :meth:`uniforms` returned.
         """
         if uniforms is None:
-            return log_x0.argmax(-1)[:, :, None]
-        return draw_categorical(log_x0[:, :, None], uniforms.to(log_x0.device))
+            return completions.likeliest()[:, :, None]
+        return completions.draw(uniforms.movedim(2, -1)).movedim(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,12 @@ class Defensive(FillTwist):
         """Return the carried noise."""
         return carried
 
-    def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
+    def fill(self, completions: Completions, uniforms: Tensor | None) -> Tensor:
         """Return the likeliest completion, then the others."""
-        likeliest = super().fill(log_x0, None)
+        likeliest = super().fill(completions, None)
         if uniforms is None:
             return likeliest
-        return torch.cat([likeliest, super().fill(log_x0, uniforms)], 2)
+        return torch.cat([likeliest, super().fill(completions, uniforms)], 2)
 
 
 @dataclass(frozen=True)
