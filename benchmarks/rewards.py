@@ -3,8 +3,11 @@
 **Overlap.** A network and a reward that both sleep, and take equally long, are run with late scores
 (``Defensive(late=True)``) and in time. ``overlap_wall_ratio`` is the wall time over the sum of the
 network's seconds and those during which rewards were under way, measured in that very run: half is
-all that can be had, one is what waiting in turn costs. Workers take their sequences one by one, in
-constant times or in heavy-tailed ones (log-normal, a standard deviation of one in the log).
+all that can be had, one is what waiting in turn costs, and whatever the sampler does besides adds
+to it. Where a question takes a given time the two are equal at every step, which is the goal's
+case. Where a sequence does, constant or heavy-tailed (log-normal, a standard deviation of one in
+the log), they are equal on average: a question holds between 4 and 300 new sequences, and a step
+takes the longer of the two.
 
 **Utilisation.** One question of many sequences to a pool: ``utilisation`` is the share of the
 workers' time in which they work, by the default pieces and, for comparison, one at a time and in
@@ -50,7 +53,8 @@ WALL_GOAL, IDLE_GOAL, MEMORY_GOAL = 0.6, 0.15, 1.1
 class Size:
     """How much is measured.
 
-    :param network: seconds of a network call.
+    :param network: seconds of a network call, and of a question; a quarter of it where sequences
+        take a given time.
     :param num_steps: steps of the chain.
     :param particles: particles of a run.
     :param sequences: of one question to a pool.
@@ -70,8 +74,8 @@ class Size:
     repeats: int
 
 
-QUICK = Size(0.05, 24, 64, 400, 0.4, 4096, 32, 3)
-FULL = Size(0.1, 40, 64, 2000, 2.0, 4096, 64, 5)
+QUICK = Size(0.2, 24, 64, 400, 0.15, 4096, 24, 3)
+FULL = Size(0.4, 40, 64, 2000, 2.0, 4096, 64, 5)
 
 
 class SleepingNetwork(Wrapper):
@@ -98,44 +102,50 @@ class SleepingNetwork(Wrapper):
 
 @dataclass(frozen=True)
 class SleepingReward:
-    """A log-potential each of whose sequences takes its own time.
+    """A log-potential that takes its time.
 
     :param value: what is answered.
-    :param seconds: of a sequence, on average.
-    :param heavy: whether times are log-normal; a sequence takes the same time whenever it is asked.
+    :param seconds: of a sequence, on average, or of a call.
+    :param times: a name of :data:`TIMES`.
     """
 
     value: Callable[[Tensor], Tensor]
     seconds: float
-    heavy: bool
+    times: str
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return ``log G``, ``(B,)``, after the time that all of them take."""
-        time.sleep(float(self.times(x0).sum()))
+        time.sleep(self.seconds * TIMES[self.times](x0))
         return self.value(x0)
 
-    def times(self, x0: Tensor) -> Tensor:
-        """Return the seconds of each sequence, ``(B,)``."""
-        if not self.heavy:
-            return torch.full((len(x0),), self.seconds, dtype=torch.float64)
-        share = ((hash_rows(x0) % 999_983).double() + 0.5) / 999_983
-        normal = 2**0.5 * torch.erfinv(2 * share - 1)
-        return self.seconds * torch.exp(normal - 0.5)
+
+def heavy_tailed(x0: Tensor) -> float:
+    """Return a log-normal time of each sequence, the same whenever it is asked, mean one, summed.
+
+    :param x0: int64 ``(B, L)``.
+    """
+    share = ((hash_rows(x0) % 999_983).double() + 0.5) / 999_983
+    normal = 2**0.5 * torch.erfinv(2 * share - 1)
+    return float(torch.exp(normal - 0.5).sum())
 
 
-def tails(heavy: bool) -> str:
-    """Return how times are called."""
-    return "heavy-tailed" if heavy else "constant"
+PER_QUESTION, CONSTANT, HEAVY = "per question", "constant", "heavy-tailed"
+TIMES: dict[str, Callable[[Tensor], float]] = {
+    PER_QUESTION: lambda x0: 1.0,
+    CONSTANT: len,
+    HEAVY: heavy_tailed,
+}
+"""What a call takes, by name."""
 
 
 # Beside the network.
 
 
-def wall_ratio(size: Size, workers: int, *, heavy: bool, late: bool, seed: int) -> float:
+def wall_ratio(size: Size, workers: int, times: str, *, late: bool, seed: int) -> float:
     """Return the wall time of a run over the sum of what network and rewards take.
 
     :param workers: calls that run at once.
-    :param heavy: whether times of sequences are heavy-tailed.
+    :param times: a name of :data:`TIMES`.
     :param late: whether scores may arrive a step late.
     """
     problem, asked = Problem.load("B1"), []
@@ -144,15 +154,15 @@ def wall_ratio(size: Size, workers: int, *, heavy: bool, late: bool, seed: int) 
         asked.append(len(x0))
         return problem.log_potential(x0)
 
-    chain = problem.chain(size.num_steps)
+    chain, whole = problem.chain(size.num_steps), times == PER_QUESTION
     steered(chain, Potential(counted), size, late, seed)
-    reward = SleepingReward(
-        problem.log_potential, size.network * workers * len(asked) / sum(asked), heavy
-    )
-    network = SleepingNetwork(chain.kernel.denoiser, size.network)
+    seconds = size.network if whole else size.network / 4
+    share = 1.0 if whole else workers * len(asked) / sum(asked)
+    reward = SleepingReward(problem.log_potential, seconds * share, times)
+    network = SleepingNetwork(chain.kernel.denoiser, seconds)
     slow = ReverseChain(chain.kernel.with_denoiser(network), chain.length)
     with Threads(workers) as pool:
-        potential = Reward(reward, executor=pool)
+        potential = Reward(reward, executor=pool, batch_size=10**6 if whole else None)
         started = time.perf_counter()
         (told,) = steered(slow, potential, size, late, seed).settings["rewards"].values()
         wall = time.perf_counter() - started
@@ -169,22 +179,15 @@ def steered(
 
 def measure_overlap(size: Size) -> Iterator[Row]:
     """Yield the wall time over the sum of both, late and in time."""
-    for heavy in (False, True):
-        for workers in WORKERS:
-            for late in (True, False):
-                values = [
-                    wall_ratio(size, workers, heavy=heavy, late=late, seed=seed)
-                    for seed in range(size.repeats if late else 1)
-                ]
-                yield Row(
-                    "overlap_wall_ratio",
-                    median(values),
-                    "of the sum",
-                    len(values),
-                    # What waits for its slowest sequence takes longer than another step's network.
-                    WALL_GOAL if late and not heavy else None,
-                    {"workers": workers, "times": tails(heavy), "late": late},
-                )
+    each = [(times, workers) for times in (CONSTANT, HEAVY) for workers in WORKERS]
+    for times, workers in [(PER_QUESTION, 1), *each]:
+        whole = times == PER_QUESTION
+        for late in (True, False) if whole else (True,):
+            repeats = size.repeats if whole and late else 1
+            found = [wall_ratio(size, workers, times, late=late, seed=s) for s in range(repeats)]
+            where = {"workers": workers, "times": times, "late": late}
+            goal = WALL_GOAL if whole and late else None
+            yield Row("overlap_wall_ratio", median(found), "of the sum", repeats, goal, where)
 
 
 # In busy workers.
@@ -197,14 +200,14 @@ PIECES: dict[str, Callable[[int, int], int | None]] = {
 """How many sequences a call is given, by name: ``(sequences, workers) -> batch_size``."""
 
 
-def utilisation(size: Size, workers: int, pieces: str, *, heavy: bool) -> float:
+def utilisation(size: Size, workers: int, pieces: str, times: str) -> float:
     """Return the share of the workers' time in which they work at one question.
 
     :param workers: calls that run at once.
     :param pieces: a name of :data:`PIECES`.
-    :param heavy: whether times of sequences are heavy-tailed.
+    :param times: a name of :data:`TIMES`.
     """
-    reward = SleepingReward(first_token, size.work * workers / size.sequences, heavy)
+    reward = SleepingReward(first_token, size.work * workers / size.sequences, times)
     x0 = torch.arange(size.sequences)[:, None].expand(-1, 4)
     with Threads(workers) as pool, watch_failures() as watched:
         batch = PIECES[pieces](size.sequences, workers)
@@ -237,14 +240,11 @@ def call_overhead(size: Size, workers: int) -> float:
 
 def measure_workers(size: Size) -> Iterator[Row]:
     """Yield how busy workers are."""
-    for heavy in (False, True):
+    for times in (CONSTANT, HEAVY):
         for workers in WORKERS:
             for pieces in PIECES:
-                found = [
-                    utilisation(size, workers, pieces, heavy=heavy) for _ in range(size.repeats)
-                ]
-                value, where = median(found), {"workers": workers, "times": tails(heavy)}
-                where["pieces"] = pieces
+                found = [utilisation(size, workers, pieces, times) for _ in range(size.repeats)]
+                value, where = median(found), {"workers": workers, "times": times, "pieces": pieces}
                 yield Row("utilisation", value, "share", size.repeats, None, where)
                 if pieces == "guided":
                     yield Row("idle_share", 1 - value, "share", size.repeats, IDLE_GOAL, where)
@@ -299,10 +299,13 @@ def remembering(kind: type[EvaluatedPotential]) -> Iterator[None]:
         sources.EvaluatedPotential = usual  # type: ignore[misc]
 
 
-def repeat_share(size: Size, kind: type[EvaluatedPotential], seed: int) -> float:
+def repeat_share(
+    size: Size, kind: type[EvaluatedPotential], seed: int, noise: str = "masked"
+) -> float:
     """Return the share of sequences that a run asks about again.
 
     :param kind: the class it asks through.
+    :param noise: ``"masked"``, or ``"uniform"``, whose guesses come back more often.
     """
     problem, seen, asked = Problem.load("B1"), set(), 0
 
@@ -313,8 +316,9 @@ def repeat_share(size: Size, kind: type[EvaluatedPotential], seed: int) -> float
             seen.update(row.tobytes() for row in x0.numpy())
             return super().lookahead(x0)
 
+    make = problem.chain if noise == "masked" else problem.uniform_chain
     with remembering(kind):
-        steered(problem.chain(size.num_steps), Recorded(problem.log_potential), size, False, seed)
+        steered(make(size.num_steps), Recorded(problem.log_potential), size, False, seed)
     return 1 - len(seen) / asked
 
 
@@ -351,17 +355,18 @@ def memory_seconds(kind: type[EvaluatedPotential], asked: list[Tensor]) -> float
 def measure_memory(size: Size) -> Iterator[Row]:
     """Yield what is asked again, and what remembering it costs."""
     kinds = {"run": EvaluatedPotential, "last question": LastQuestionPotential}
-    for name, kind in kinds.items():
-        shares = [repeat_share(size, kind, seed) for seed in range(size.repeats)]
-        goal = 0.0 if name == "run" else None
-        yield Row("repeat_share", median(shares), "share", len(shares), goal, {"memory": name})
+    for noise in ("masked", "uniform"):
+        for name, kind in kinds.items():
+            shares = [repeat_share(size, kind, seed, noise) for seed in range(size.repeats)]
+            where, goal = {"memory": name, "noise": noise}, 0.0 if name == "run" else None
+            yield Row("repeat_share", median(shares), "share", len(shares), goal, where)
     ratios = []
     for seed in range(size.repeats):
         asked = questions(size, seed)
         now, before = (memory_seconds(kind, asked) for kind in kinds.values())
         ratios.append(now / before)
-    where = {"num_particles": size.population}
-    yield Row("memory_over_last_call", median(ratios), "x", len(ratios), MEMORY_GOAL, where)
+    population = {"num_particles": size.population}
+    yield Row("memory_over_last_call", median(ratios), "x", len(ratios), MEMORY_GOAL, population)
 
 
 def measure(quick: bool, console: Console) -> list[Row]:

@@ -45,9 +45,13 @@ class RowMemory:
         """
         values = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=rows.device)
         known = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for generation in self._generations:
-            if generation.fits(rows):
-                generation.find(rows, hashes, values, known)
+        missing: Tensor | None = None  # all of them
+        for generation in reversed(self._generations):
+            if generation.fits(rows) and len(generation):
+                sought = hashes if missing is None else hashes.index_select(0, missing)
+                hits, found = generation.find(rows, sought, missing)
+                values[hits], known[hits] = found, True
+                missing = (~known).nonzero()[:, 0]
         return values, known
 
     def add(self, rows: Tensor, hashes: Tensor, values: Tensor) -> None:
@@ -81,17 +85,23 @@ class _Generation:
     def fits(self, rows: Tensor) -> bool:
         return self.rows.shape[-1] == rows.shape[-1] and self.rows.device == rows.device
 
-    def find(self, rows: Tensor, hashes: Tensor, values: Tensor, known: Tensor) -> None:
-        """Fill in what is remembered."""
-        if not len(self):
-            return
+    def find(self, rows: Tensor, hashes: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the indices of rows that are here, among those asked for, and their values.
+
+        :param hashes: of those asked for.
+        :param which: their indices; None for all rows.
+        """
         index = torch.searchsorted(self.hashes, hashes).clamp_(max=len(self) - 1)
         # Few rows come again: comparing those alone is worth one more read.
-        hits = (self.hashes[index] == hashes).nonzero()[:, 0]
-        places = self.places[index[hits]]
-        same = (self.rows[places] == rows[hits]).all(-1)
-        known[hits] |= same
-        values[hits] = torch.where(same, self.values[places], values[hits])
+        alike = (self.hashes.index_select(0, index) == hashes).nonzero()[:, 0]
+        places = self.places.index_select(0, index.index_select(0, alike))
+        hits = alike if which is None else which.index_select(0, alike)
+        unlike = rows.index_select(0, hits).to(self.rows.dtype)
+        unlike = unlike.bitwise_xor_(self.rows.index_select(0, places))
+        if bool(unlike.count_nonzero()):  # other rows of the same hash
+            same = ~unlike.any(-1)
+            hits, places = hits[same], places[same]
+        return hits, self.values.index_select(0, places)
 
     def add(self, rows: Tensor, hashes: Tensor, values: Tensor) -> None:
         begin, end = len(self), len(self) + len(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -77,18 +77,25 @@ class _Clock:
                 self._since = time.perf_counter()
             self._open.add(call)
 
-    def ended(self, call: Future[Any], busy: float = 0.0) -> None:
+    def ended(self, call: Future[Any]) -> None:
         with self._lock:
-            if call not in self._open:  # given up or cancelled before
+            if call not in self._open:  # known already
                 return
             self._open.remove(call)
-            closed = 0.0 if self._open else time.perf_counter() - self._since
-            times = self.times
-            self.times = replace(times, busy=times.busy + busy, under_way=times.under_way + closed)
+            if not self._open:
+                self._add(under_way=time.perf_counter() - self._since)
+
+    def worked(self, seconds: float) -> None:
+        with self._lock:
+            self._add(busy=seconds)
 
     def waited(self, seconds: float) -> None:
         with self._lock:
-            self.times = replace(self.times, waited=self.times.waited + seconds)
+            self._add(waited=seconds)
+
+    def _add(self, **seconds: float) -> None:
+        before = asdict(self.times)
+        self.times = replace(self.times, **{n: before[n] + x for n, x in seconds.items()})
 
 
 def timed(fn: RowFunction, rows: Tensor) -> tuple[Any, float]:
@@ -135,16 +142,12 @@ class CallsBeside(Calls):
             raise self._lost(error) from error
         self._clock.started(call)
         self._pending[call] = piece
-        call.add_done_callback(self._ended)
-
-    def _ended(self, call: Future[Any]) -> None:
-        failed = call.cancelled() or call.exception() is not None
-        self._clock.ended(call, 0.0 if failed else call.result()[1])
+        call.add_done_callback(self._clock.ended)
 
     def _wait(self) -> Iterator[tuple[Piece, Outcome]]:
         for call in self._next():
             piece = self._pending.pop(call)
-            self._clock.ended(call)  # where it was given up
+            self._clock.ended(call)  # it was given up, or its thread has not come to say so yet
             yield piece, self._outcome(call, len(piece))
 
     def _next(self) -> list[Future[Any]]:
@@ -170,8 +173,10 @@ class CallsBeside(Calls):
             raise self._lost(error) from error
         if isinstance(error, Exception):
             return error
+        answer, seconds = call.result()
+        self._clock.worked(seconds)
         try:
-            return read_answer(call.result()[0], count)
+            return read_answer(answer, count)
         except Exception as unread:
             return unread
 

@@ -85,7 +85,7 @@ class EvaluatedPotential:
         rows, hashes, inverse, values, new = question
         if len(new):
             self.num_calls += len(new)
-            asked = rows[new]
+            asked = rows.index_select(0, new)
             values[new] = answers = (
                 self.potential(asked) if final else self.potential.lookahead(asked)
             )
