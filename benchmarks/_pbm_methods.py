@@ -218,7 +218,7 @@ def twist_error(problem: Problem, twist: FillTwist, num: int = 2000) -> float:
     state = problem.draw_paths(num, generator)[None, :, k]
     shape = (1, num, problem.length)
     noise = twist.uniforms(twist.init(shape, generator), shape, generator)
-    filled = twist.fill(problem.chain.kernel.posterior_mean({"tokens": state}, k), noise)
+    filled = twist.fill(problem.chain.kernel.completions({"tokens": state}, k), noise)
     guess = log_mean_exp(problem.log_potential(filled), 2)
     return float((guess - problem.exact_twist({"tokens": state}, k)).std())
 

@@ -17,8 +17,9 @@ from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, held_proposal, register
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Rng, Source, State
+from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import Proposal
+from ppl_diffusion.smc.late import COMPLETED, PENDING, without_completed
 from ppl_diffusion.smc.twists import ArgmaxFill, CallableTwist, FillTwist, TwistLike, as_twist
 
 
@@ -68,8 +69,28 @@ class LookingAhead(Method):
         """Whether particles may go from reveal to reveal: not where steps of the grid count."""
         return True
 
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
+        """Move, with the scores of completions under way where they are late."""
+        if not self.fill.late:
+            return super().move(run, state, group, generator)
+        state, fills = without_completed(state)
+        asks, goes_on = self.is_due(run, group + 1), self.is_due(run, group + 2)
+        pending = (
+            run.submit(run.guess(state, generator) if fills is None else fills) if asks else None
+        )
+        moved, log_ratio = super().move(run, state, group, generator)
+        if asks or goes_on:  # the network is asked about the new states meanwhile
+            moved = {**moved, COMPLETED: run.guess(moved, generator)}
+        return {**moved, PENDING: pending}, log_ratio
+
+    def is_due(self, run: Bound, group: int) -> bool:
+        """Return whether states are looked at, by completions, after so many groups."""
+        return 0 < group < len(run.groups)
+
     def rate(self, run: Bound, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states, float64 ``(R, N)``."""
+        if self.fill.late:
+            return run.defended(state, state[PENDING]())
         if not isinstance(self.twist, CallableTwist):
             return run.look(state, generator)
         name = run.only.name
@@ -119,6 +140,7 @@ class Bootstrap(LookingAhead):
     # Weights come from the program alone, which may read whole paths where they are kept.
     needs: ClassVar[Needs] = Needs(clean_sequences=False)
     replays: ClassVar[bool] = True
+    looks_late: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,9 +152,14 @@ class Bootstrap(LookingAhead):
         """Whether particles may go from reveal to reveal."""
         return self.twist_every == 1
 
+    def is_due(self, run: Bound, group: int) -> bool:
+        """Return whether states are looked at after so many groups."""
+        return super().is_due(run, group) and self._is_due(group)
+
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
-        """Return the look-ahead where it is due."""
-        return self.rate(run, state, generator) if self._is_due(group) else None
+        """Return the look-ahead where it is due; late ones begin after the first move."""
+        due = self._is_due(group) and (group > 0 or not self.fill.late)
+        return self.rate(run, state, generator) if due else None
 
     def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
         """Return the look-ahead where it was made just now."""

@@ -13,6 +13,7 @@ from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.inference.compositions import Composition
 from ppl_diffusion.kernels import FACTORISED, InterpolatingKernel, Kernel
 from ppl_diffusion.kernels.base import GIVEN, Carry
+from ppl_diffusion.kernels.completions import TableCompletions
 from ppl_diffusion.kernels.path_power import log_product
 from ppl_diffusion.processes.mixture import log_posterior_mean
 from ppl_diffusion.programs.sources import Rng
@@ -25,7 +26,7 @@ class ExpertMover(ABC):
     :param composition: the chains with their exponents.
     :param kernels: the kernel each expert is run with.
     :param twist: look-ahead, whose noise travels with the particles, or None.
-    :param max_rows: largest number of rows sent to a network at once.
+    :param max_rows: largest number of rows sent to a network at once, None for what suits it.
     """
 
     exact = True
@@ -123,7 +124,8 @@ class ExpertMover(ABC):
         """Return completions of the states, int64 ``(R, N, F, *plates, L)``."""
         shape = tuple(carry["tokens"].shape)
         noise = twist.uniforms(carry.get(FILL_UNIFORMS), shape, generator)
-        return twist.fill(self.posterior_mean(carry, k), noise)
+        noise = None if noise is None else noise.to(carry["tokens"].device)
+        return twist.fill(TableCompletions(self.posterior_mean(carry, k)), noise)
 
 
 def normalised(log_g: Tensor) -> Tensor:

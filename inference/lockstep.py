@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction
+from ppl_diffusion.denoisers.prediction import Prediction
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.compositions import Composition
@@ -216,9 +216,8 @@ class LockstepMover(ExpertMover):
 
 def _rows(prediction: Prediction, where: Tensor) -> Tensor:
     """Return the predictions of some sites, ``(m, V)``; the head runs at these alone."""
-    if isinstance(prediction, HeadPrediction):
-        return prediction.head(prediction.hidden[where])
-    return prediction.dense()[where]
+    parts = [log_c for _, log_c in prediction.rows(where)]
+    return torch.cat(parts)
 
 
 def _ordered(chain: ReverseChain, group_size: int, block: int) -> OrderedKernel:

@@ -48,6 +48,7 @@ from ppl_diffusion.smc.conditional import ConditionalFeynmanKac, ConditionalMult
 from ppl_diffusion.smc.engine import SMCTrace, smc_loop
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior
+from ppl_diffusion.smc.late import require_in_time
 from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.rejuvenation import PathModel, PathMove, PathState
@@ -101,7 +102,7 @@ class ParticleGibbs:
     :param moves: path moves made after each conditional SMC, in order.
     :param nuts: options of :class:`pyro.infer.NUTS`.
     :param store_path: keep whole paths.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param vectorize_particles: evaluate the program for all particles at once.
     :param progress: called with ``(sweeps done, sweeps in all)``.
 
@@ -127,7 +128,7 @@ class ParticleGibbs:
         moves: Sequence[PathMove] = (),
         nuts: Mapping[str, Any] | None = None,
         store_path: bool = True,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         vectorize_particles: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -146,6 +147,7 @@ class ParticleGibbs:
                 "ParticleGibbs: a program is looked ahead by completions; use 'argmax', "
                 "'persistent', a fill twist or None."
             )
+        require_in_time(self.twist)
         self.store_path, self.max_rows = store_path, max_rows
         self.vectorize_particles, self.progress = vectorize_particles, progress
 

@@ -67,7 +67,7 @@ class SMC:
         takes the method's own.
     :param store_path: keep the states of all steps, and hand whole paths to programs that read
         them; without, such programs are refused.
-    :param max_rows: largest number of rows sent to a network at once.
+    :param max_rows: largest number of rows sent to a network at once, None for what suits it.
     :param vectorize_particles: evaluate the program for all particles at once (values arrive as
         ``(particles, 1 for each plate a site is not in, ...)``); otherwise one after the other,
         which any program survives.
@@ -99,7 +99,7 @@ class SMC:
         resampler: str | Resampler = "systematic",
         ess_threshold: float | None = None,
         store_path: bool = True,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         vectorize_particles: bool = True,
         moves: LatentMoves | Literal["auto"] | None = "auto",
         num_sentinels: int = 0,

@@ -73,6 +73,7 @@ class FKSteering(LookingAhead):
 
     name: ClassVar[str] = "steering"
     replays: ClassVar[bool] = True
+    looks_late: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.twist == "auto":
@@ -125,11 +126,15 @@ class FKSteering(LookingAhead):
     def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
         """Move, then score the new state where it is due."""
         moved, log_ratio = super().move(run, state, group, generator)
-        if group + 1 in run.notes["scored"]:
+        if self.is_due(run, group + 1):
             score = self.rate(run, moved, generator)
             running, log_h = _RULES[self.kind](moved[RUNNING], moved[LOG_H], score)
             moved = {**moved, RUNNING: running, LOG_H: log_h}
         return moved, log_ratio
+
+    def is_due(self, run: Bound, group: int) -> bool:
+        """Return whether states are scored after so many groups."""
+        return group in run.notes["scored"]
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the log of the product of potentials so far."""

@@ -147,7 +147,7 @@ def fit_value(
     learning_rate: float = 3e-3,
     width: int = 128,
     depth: int = 2,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     seed: int | None = None,
 ) -> LearnedValue:
     """Fit a value network to paths of the chain itself.

@@ -1,15 +1,47 @@
-"""Model programs: priors over sequences as Pyro programs, with shipped weights."""
+"""Model programs: priors over sequences as Pyro programs, with shipped weights.
 
-from ppl_diffusion.models.library import available as available
-from ppl_diffusion.models.library import load as load
-from ppl_diffusion.models.library import names as names
-from ppl_diffusion.models.library import read_card as read_card
-from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
-from ppl_diffusion.models.oracles import Oracle as Oracle
-from ppl_diffusion.models.oracles import list_oracles as list_oracles
-from ppl_diffusion.models.oracles import load_oracle as load_oracle
-from ppl_diffusion.models.program import DiffusionProgram as DiffusionProgram
-from ppl_diffusion.models.samplers import SAMPLERS as SAMPLERS
-from ppl_diffusion.models.samplers import SamplerSettings as SamplerSettings
-from ppl_diffusion.models.samplers import make_chain as make_chain
-from ppl_diffusion.models.uniform import UniformDiffusion as UniformDiffusion
+What needs a network is imported when it is first used, so that a list of what is shipped is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ppl_diffusion.models.cards import available as available
+from ppl_diffusion.models.cards import list_oracles as list_oracles
+from ppl_diffusion.models.cards import names as names
+from ppl_diffusion.models.cards import read_card as read_card
+
+if TYPE_CHECKING:
+    from ppl_diffusion.models.library import load as load
+    from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
+    from ppl_diffusion.models.oracles import Oracle as Oracle
+    from ppl_diffusion.models.oracles import load_oracle as load_oracle
+    from ppl_diffusion.models.program import DiffusionProgram as DiffusionProgram
+    from ppl_diffusion.models.samplers import SAMPLERS as SAMPLERS
+    from ppl_diffusion.models.samplers import SamplerSettings as SamplerSettings
+    from ppl_diffusion.models.samplers import make_chain as make_chain
+    from ppl_diffusion.models.uniform import UniformDiffusion as UniformDiffusion
+
+_HOMES = {
+    "DiffusionProgram": "program",
+    "MaskedDiffusion": "masked",
+    "Oracle": "oracles",
+    "SAMPLERS": "samplers",
+    "SamplerSettings": "samplers",
+    "UniformDiffusion": "uniform",
+    "load": "library",
+    "load_oracle": "oracles",
+    "make_chain": "samplers",
+}
+
+__all__ = [*_HOMES, "available", "list_oracles", "names", "read_card"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

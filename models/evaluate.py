@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ppl_diffusion.models.cards import CARD_FILE, WEIGHTS
 from ppl_diffusion.models.datasets import Sequences, load_sequences
-from ppl_diffusion.models.library import CARD_FILE, WEIGHTS, load
+from ppl_diffusion.models.library import load
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe

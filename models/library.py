@@ -1,16 +1,14 @@
-"""Shipped priors: what there is, and how to load it."""
+"""Loading of priors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppl_diffusion.models.program import FAMILIES, PROGRAM_FILE, DiffusionProgram
-
-WEIGHTS = Path(__file__).parent / "weights"
-CARD_FILE = "card.json"
+from ppl_diffusion.models import masked, uniform  # noqa: F401  (the families of what is shipped)
+from ppl_diffusion.models.cards import PROGRAM_FILE, find_folder, names
+from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 
 
 def load(name_or_dir: str | Path) -> DiffusionProgram:
@@ -23,39 +21,6 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
     :raises FileNotFoundError: if the folder lacks a file.
     """
     return _read(find_folder(name_or_dir, names(), "prior"))
-
-
-def find_folder(name_or_dir: str | Path, shipped: Sequence[str], what: str) -> Path:
-    """Return the folder of something shipped, by its name, or the folder that was given.
-
-    :param what: what it holds, for the text of the ``ValueError`` if there is none.
-    """
-    text = str(name_or_dir)
-    folder = WEIGHTS / text if text in shipped else Path(text)
-    if not text or not folder.is_dir():
-        known = ", ".join(shipped)
-        raise ValueError(f"There is no {what} {text!r}: give a folder or one of {known}.")
-    return folder
-
-
-def names() -> list[str]:
-    """Return the names of the shipped priors."""
-    return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{PROGRAM_FILE}"))
-
-
-def available() -> list[dict[str, Any]]:
-    """Describe the shipped priors.
-
-    :returns: one dict per prior with ``name``, ``family``, ``length``, ``vocabulary`` and
-        ``card`` (data, licence, training command, metrics on the test split).
-    """
-    return [{**_description(WEIGHTS / name), "card": read_card(name)} for name in names()]
-
-
-def read_card(name: str) -> dict[str, Any]:
-    """Return what is known about a shipped prior or oracle: the contents of its ``card.json``."""
-    card: dict[str, Any] = json.loads((WEIGHTS / name / CARD_FILE).read_text(encoding="utf-8"))
-    return card
 
 
 def _read(folder: Path) -> DiffusionProgram:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppl_diffusion.models.library import WEIGHTS, find_folder
+from ppl_diffusion.models.cards import find_folder, list_oracles
 from ppl_diffusion.models.markov_baseline import kmers
 
 BASES = "ACGT"
@@ -293,11 +293,6 @@ def load_oracle(name_or_dir: str | Path) -> Oracle:
     :raises ValueError: if neither a shipped oracle nor a folder has that name.
     """
     return Oracle.load(find_folder(name_or_dir, list_oracles(), "oracle"))
-
-
-def list_oracles() -> list[str]:
-    """Return the names of the shipped oracles."""
-    return sorted(p.parent.name for p in WEIGHTS.glob("*-oracle-*/config.json"))
 
 
 def _encode(bases: str) -> Tensor:

@@ -23,12 +23,12 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, Kernel, Linear, Uniform
 from ppl_diffusion.kernels.psi import PsiSchedule
+from ppl_diffusion.models.cards import PROGRAM_FILE
 from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.processes.schedules import Schedule
 
-PROGRAM_FILE = "program.json"
 FAMILIES: dict[str, type[DiffusionProgram]] = {}
 """Every family of model programs whose module has been imported, by name."""
 # Keeps log(1 - alpha) and 1 / alpha finite at a cost far below the noise of any bound.

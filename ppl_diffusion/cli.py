@@ -67,7 +67,7 @@ def _root(
 @app.command()
 def models() -> None:
     """List the shipped priors and oracles."""
-    from ppl_diffusion.commands.actions import list_models
+    from ppl_diffusion.commands.listing import list_models
 
     list_models()
 

@@ -30,23 +30,6 @@ if TYPE_CHECKING:
 PLOT_KINDS = (".png", ".pdf", ".svg")
 
 
-def list_models() -> None:
-    """Print the shipped priors and oracles with what their cards say."""
-    from ppl_diffusion.models import available, list_oracles, read_card
-
-    priors = [
-        [entry["name"], entry["family"], entry["length"], *_prior_bits(entry["card"])]
-        for entry in available()
-    ]
-    header = ["name", "process", "length", "bits per token, bound", "Markov chain"]
-    table("Priors", header, priors)
-    oracles = []
-    for name in list_oracles():
-        parts = read_card(name)["metrics"].items()
-        oracles.append([name, ", ".join(f"{part}: {numbers['r']:.3f}" for part, numbers in parts)])
-    table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
-
-
 def draw_samples(
     name: str,
     *,
@@ -216,12 +199,6 @@ def _sequence_text(sequences: list[str], kind: str) -> str:
     if kind == "text":
         return "".join(f"--- sample {i} ---\n{text}\n" for i, text in enumerate(sequences, 1))
     return fasta(sequences, [f"sample_{index}" for index in range(1, len(sequences) + 1)])
-
-
-def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
-    metrics = card["metrics"]
-    bound = f"<= {metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
-    return bound, f"{metrics['markov']:.4f} (order {metrics['order']})"
 
 
 def _readable(value: Any) -> object:

@@ -12,12 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ppl_diffusion.commands.terminal import plain
-from ppl_diffusion.diagnostics.claims import claim, evidence_text
-from ppl_diffusion.smc.verdict import SAID, Verdict
 
 if TYPE_CHECKING:
     from ppl_diffusion.design.run import Result
     from ppl_diffusion.diagnostics.comparison import Comparison
+    from ppl_diffusion.smc.verdict import Verdict
 
 Advance = Callable[..., None]
 _FRAME = 3
@@ -104,6 +103,8 @@ def _comparison(result: Result) -> None:
 
 
 def _cost(result: Result) -> None:
+    from ppl_diffusion.diagnostics.claims import claim
+
     summary = result.summary
     alive = len(summary["ess"]) - summary["num_dead_runs"]
     roots = summary["effective_root_ancestors"]
@@ -133,11 +134,15 @@ def _ess(value: float | None, total: int) -> str:
 
 
 def _pooled(summary: Mapping[str, Any]) -> str:
+    from ppl_diffusion.diagnostics.claims import evidence_text
+
     return evidence_text({**summary, "log_evidence": summary["log_evidence_pooled"]})
 
 
 def warnings(verdicts: Iterable[Verdict]) -> None:
     """Print what is wrong with a result, a line each."""
+    from ppl_diffusion.smc.verdict import SAID  # a list of models is printed without it
+
     for verdict in verdicts:
         print(f"{SAID[verdict.level]}: {verdict}")
 
@@ -151,6 +156,8 @@ def _nearest(collapse: Mapping[str, Any]) -> str:
 
 def comparison_tables(comparison: Comparison) -> None:
     """Print contenders side by side: as they are, at equal evaluations, and what to mind."""
+    from ppl_diffusion.smc.verdict import Verdict
+
     rows = comparison.rows
     labels = [str(row["label"]) for row in rows]
     as_they_are: dict[str, list[object]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,8 @@ class Stem(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         length, reach = tokens.shape[-1], self.width // 2
         padded = F.pad(tokens, (reach, reach), value=self.outside)
-        return self._sum(
-            [table(padded[:, i : i + length]) for i, table in enumerate(self.tables)], length
-        )
+        looked_up = (table(padded[:, i : i + length]) for i, table in enumerate(self.tables))
+        return self._sum(looked_up, length)
 
     def mix(self, ids: Tensor | None, weights: Tensor) -> Tensor:
         """Embed mixtures of symbols: every look-up becomes a weighted sum of rows.
@@ -50,19 +50,20 @@ class Stem(nn.Module):
         weights = torch.cat([F.pad(weights, (0, 0, reach, reach)), beyond], dim=-1)
         if ids is not None:
             ids = F.pad(ids, (0, 1, reach, reach), value=self.outside)
-        parts = []
-        for i, table in enumerate(self.tables):
-            window = slice(i, i + length)
-            symbols = None if ids is None else ids[:, window]
-            parts.append(_mixed_rows(table, symbols, weights[:, window]))
-        return self._sum(parts, length)
+        windows = (slice(i, i + length) for i in range(self.width))
+        mixed = (
+            _mixed_rows(table, None if ids is None else ids[:, window], weights[:, window])
+            for table, window in zip(self.tables, windows, strict=True)
+        )
+        return self._sum(mixed, length)
 
-    def _sum(self, parts: list[Tensor], length: int) -> Tensor:
-        state = parts[0]
-        for part in parts[1:]:
-            state = state + part
+    def _sum(self, parts: Iterator[Tensor], length: int) -> Tensor:
+        # In place: fresh memory for every term costs several times what the sum does.
+        state = next(parts)
+        for part in parts:
+            state += part
         if self.positions is not None:
-            state = state + self.positions[:length]
+            state += self.positions[:length]
         return self.dropout(state)
 
 
@@ -112,11 +113,14 @@ class AdaptiveNorm(nn.Module):
             nn.init.zeros_(self.modulation.bias)
 
     def forward(self, state: Tensor, condition: Tensor | None) -> Tensor:
-        normed: Tensor = self.norm(state)
         if self.modulation is None or condition is None:
+            normed: Tensor = self.norm(state)
             return normed
-        scale, shift = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        return normed * (1.0 + scale) + shift
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        if len(condition) == 1:  # one for all rows: the layer norm applies it in the same pass
+            shape, eps = self.norm.normalized_shape, self.norm.eps
+            return F.layer_norm(state, shape, 1.0 + scale.flatten(), shift.flatten(), eps)
+        return torch.addcmul(shift, self.norm(state), 1.0 + scale)
 
 
 class Gate(nn.Module):
@@ -129,10 +133,11 @@ class Gate(nn.Module):
             nn.init.zeros_(self.modulation.weight)
             nn.init.ones_(self.modulation.bias)
 
-    def forward(self, branch: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, state: Tensor, branch: Tensor, condition: Tensor | None) -> Tensor:
+        """Add the gated branch to the state; the branch is overwritten where it can be."""
         if self.modulation is None or condition is None:
-            return branch
-        return branch * self.modulation(F.silu(condition))
+            return branch.add_(state)
+        return torch.addcmul(state, branch, self.modulation(condition))
 
 
 class Block(nn.Module):
@@ -154,12 +159,19 @@ class Block(nn.Module):
         for norm, branch, gate in zip(self.norms, self.branches, self.gates, strict=True):
             inner = norm(state, condition)
             inner = branch(inner, rotation) if isinstance(branch, Attention) else branch(inner)
-            state = state + gate(inner, condition)
+            state = gate(state, inner, condition)
         return state
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions, with rotary positions."""
+    """Multi-head self-attention over all positions, with rotary positions.
+
+    Rotation turns position ``i`` of a head's first half together with ``i`` of its second. Where
+    the two are neighbours that is one product of complex numbers, so the rows of the input weights
+    are read in that order; queries and keys are permuted alike, which their products do not see.
+    """
+
+    pairs: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -168,14 +180,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         _shrink(self.output, config.depth)
+        self.register_buffer("pairs", _pairs(config), persistent=False)
 
     def forward(self, state: Tensor, rotation: Tensor) -> Tensor:
         rows, length, dim = state.shape
-        split = self.inputs(state).reshape(rows, length, 3, self.heads, dim // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            _rotate(query, rotation), _rotate(key, rotation), value
-        )
+        joint = F.linear(state, self.inputs.weight[self.pairs])
+        split = joint.view(rows, length, 3, self.heads, dim // self.heads)
+        turned = torch.view_as_complex(split[:, :, :2].unflatten(-1, (-1, 2)))
+        turned = turned * torch.view_as_complex(rotation)[:, None, None]
+        query, key = torch.view_as_real(turned).flatten(-2).permute(2, 0, 3, 1, 4)
+        value = split[:, :, 2].transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
         return self.dropout(output)
 
@@ -221,7 +236,9 @@ def rotations(config: TransformerConfig) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
 
 
-def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
-    even, odd = rows.chunk(2, dim=-1)
-    cosine, sine = rotation[..., 0], rotation[..., 1]
-    return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+def _pairs(config: TransformerConfig) -> Tensor:
+    """Order of the outputs of an attention's input layer in which rotated pairs are neighbours."""
+    half = config.dim // config.heads // 2
+    order = torch.arange(3 * config.dim)
+    paired = order[: 2 * config.dim].reshape(-1, 2, half).mT.flatten()
+    return torch.cat([paired, order[2 * config.dim :]])

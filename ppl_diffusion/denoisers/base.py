@@ -35,8 +35,9 @@ class Denoiser(Protocol):
 
     Optional attributes are read where they exist: ``hidden``, ``head`` and ``hidden_size`` (a
     sparse vocabulary head), ``changes`` (phrases that say how it departs from its network),
-    ``excludes_tokens`` (it cuts off what the network allows) and ``network_rows`` (rows that one
-    state costs).
+    ``excludes_tokens`` (it cuts off what the network allows), ``network_rows`` (rows that one state
+    costs) and ``rows_per_call(length)`` (how many rows are fastest at once; many where it is
+    absent).
 
     A denoiser may have a method ``parameters()``, as every ``torch.nn.Module`` has: the tensors its
     output depends on, whose gradients and in-place updates then invalidate what was remembered.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.deferred import refuse_if
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.processes.base import Process
@@ -57,10 +58,20 @@ def clean_log_probs(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Ten
     :raises ValueError: if the output has the wrong shape, is NaN or is not normalised.
     """
     log_c = without_mask(log_c, shape, vocab_size).to(torch.float64)
-    total = log_c.exp().sum(-1, keepdim=True)
-    require_normalised((total.detach() - 1).abs().amax() if total.numel() else total.sum())
     # float32 rows sum to one only almost: a path of many sites would lose that mass.
-    return log_c - total.log()
+    return log_c - log_total(log_c)
+
+
+def log_total(log_c: Tensor) -> Tensor:
+    """Return the log of what rows sum to, which must be nearly nothing.
+
+    :param log_c: ``(*rows, V)``.
+    :returns: float64 ``(*rows, 1)``.
+    :raises ValueError: if a row is NaN or is not normalised.
+    """
+    total = log_c.to(torch.float64).exp().sum(-1, keepdim=True)
+    require_normalised(deviation(total))
+    return total.log()
 
 
 def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor:
@@ -71,22 +82,48 @@ def without_mask(log_c: Tensor, shape: Sequence[int], vocab_size: int) -> Tensor
     :raises TypeError: if the output is no tensor.
     :raises ValueError: if it has the wrong shape.
     """
-    expected = (*shape, vocab_size)
-    require_tensor(log_c, expected)
-    if tuple(log_c.shape) == (*shape, vocab_size + 1):
+    require_columns(log_c, shape, vocab_size)
+    if log_c.shape[-1] > vocab_size:
         log_c = torch.log_softmax(log_c[..., :vocab_size], -1)
-    if tuple(log_c.shape) != expected:
-        raise ValueError(f"the denoiser returned shape {tuple(log_c.shape)}, expected {expected}.")
     return log_c
 
 
+def require_columns(log_c: object, shape: Sequence[int], vocab_size: int) -> None:
+    """Refuse an output that has no column per clean token, or one more for the mask.
+
+    :param log_c: what a denoiser returned for states of ``shape``.
+    :raises TypeError: if it is no tensor.
+    :raises ValueError: if it has the wrong shape.
+    """
+    expected = (*shape, vocab_size)
+    require_tensor(log_c, expected)
+    found = tuple(log_c.shape)  # type: ignore[attr-defined]
+    if found not in (expected, (*shape, vocab_size + 1)):
+        raise ValueError(f"the denoiser returned shape {found}, expected {expected}.")
+
+
+def deviation(total: Tensor) -> Tensor:
+    """Return by how much the sums of rows are off one, at most; zero where there are none.
+
+    :param total: of any shape.
+    """
+    total = total.detach()
+    return (total - 1).abs().amax() if total.numel() else total.sum()
+
+
 def require_normalised(deviation: Tensor) -> None:
-    """Refuse predictions whose rows are off one by 1e-3 or more, or NaN."""
-    if not bool(deviation < 1e-3):
-        raise ValueError(
-            "the denoiser returned NaN or unnormalised log-probabilities; "
-            "apply log_softmax over the clean vocabulary."
-        )
+    """Refuse predictions whose rows are off one by 1e-3 or more, or NaN.
+
+    :raises ValueError: if they are; at the latest when collected checks are read.
+    """
+    refuse_if(~(deviation < 1e-3), _unnormalised)
+
+
+def _unnormalised() -> ValueError:
+    return ValueError(
+        "the denoiser returned NaN or unnormalised log-probabilities; "
+        "apply log_softmax over the clean vocabulary."
+    )
 
 
 def require_rows(output: object, states: Tensor, vocab_size: int) -> None:

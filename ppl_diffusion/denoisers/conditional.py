@@ -53,7 +53,7 @@ class Labelled(Wrapper):
         # A class in words: nothing else tells the laws of two labels apart.
         fixed = not (self.conditions or self.unconditional)
         self.changes: tuple[str, ...] = (f"label {self.label}",) if fixed else ()
-        self.adopt(network, "process")
+        self.adopt(network, "process", "rows_per_call")
         if has_head(network):
             self.adopt(network, "head", "hidden_size")
             vars(self)["hidden"] = self._hidden
@@ -107,6 +107,8 @@ class Paired(Wrapper):
         self.excludes_tokens = any(getattr(p, "excludes_tokens", False) for p in self._parts)
         if all(hasattr(part, "parameters") for part in self._parts):
             vars(self)["parameters"] = self._all_parameters
+        if all(hasattr(part, "rows_per_call") for part in self._parts):
+            vars(self)["rows_per_call"] = self._rows_per_call
         for part in self._parts:
             if hasattr(part, "process"):
                 self.process = part.process
@@ -170,6 +172,10 @@ class Paired(Wrapper):
         """Move both parts, in place."""
         for part in self._parts:
             move(part, device)
+
+    def _rows_per_call(self, length: int) -> int:
+        # A shared network sees every state twice.
+        return max(min(part.rows_per_call(length) for part in self._parts) // 2, 1)
 
     def _all_parameters(self) -> list[Tensor]:
         return [*self.conditional.parameters(), *self.unconditional.parameters()]  # type: ignore[attr-defined]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser, Wrapper
+from ppl_diffusion.denoisers.batching import rows_per_call
 from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.denoisers.times import require_time_per_row
-from ppl_diffusion.rows import RowTable, distinct_rows
+from ppl_diffusion.rows import DistinctRows, RowTable
 
 
 class Rows(NamedTuple):
@@ -39,7 +40,8 @@ class Rows(NamedTuple):
         return torch.cat([self.tokens, *parts], -1) if parts else self.tokens
 
     def take(self, index: Tensor) -> Rows:
-        return Rows(self.tokens[index], {n: x[index] for n, x in self.given.items()})
+        given = {n: x.index_select(0, index) for n, x in self.given.items()}
+        return Rows(self.tokens.index_select(0, index), given)
 
     def split(self, size: int) -> list[Rows]:
         names, columns = list(self.given), [x.split(size) for x in self.given.values()]
@@ -64,7 +66,8 @@ class EvaluatedDenoiser(Wrapper):
     are the same where tokens *and* conditions are, bit by bit.
 
     :param reuse: keep the last call's outputs; switched off, only deduplication remains.
-    :param max_rows: largest number of rows sent to the network at once (bounds its memory).
+    :param max_rows: largest number of rows sent to the network at once; None for what suits it:
+        its ``rows_per_call``, else 4096.
 
     :ivar rows_requested: rows asked for so far.
     :ivar rows_evaluated: rows the network saw.
@@ -72,7 +75,7 @@ class EvaluatedDenoiser(Wrapper):
     """
 
     def __init__(
-        self, denoiser: Denoiser, *, reuse: bool = True, max_rows: int | None = 4096
+        self, denoiser: Denoiser, *, reuse: bool = True, max_rows: int | None = None
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows must be >= 1 or None, got {max_rows}.")
@@ -112,9 +115,10 @@ class EvaluatedDenoiser(Wrapper):
         if (known := self._recall_last(tokens, t, given)) is not None:
             return known
         key = rows.key
-        first, inverse = distinct_rows(key)
-        values = self._values(rows.take(first), key[first], t)
-        output = values[inverse].reshape(*tokens.shape, -1)
+        distinct = DistinctRows.of(key)
+        first = distinct.first
+        values = self._values(rows.take(first), key.index_select(0, first), distinct.hashes, t)
+        output = values.index_select(0, distinct.inverse).reshape(*tokens.shape, -1)
         # An inference tensor can be edited without leaving a trace.
         tensors = (tokens, *given.values())
         traced = not any(x.is_inference() for x in tensors)
@@ -133,34 +137,40 @@ class EvaluatedDenoiser(Wrapper):
         unmoved = [x._version for x in (tokens, *last.given.values())] == last.versions
         return last.output if same and unmoved else None
 
-    def _values(self, rows: Rows, key: Tensor, t: float) -> Tensor:
+    def _values(self, rows: Rows, key: Tensor, hashes: Tensor, t: float) -> Tensor:
         if torch.is_grad_enabled() or not self.reuse:
             return self._evaluate(rows, t)
-        known = self._recall(key, t)
-        values = self._evaluate(rows, t) if known is None else self._complete(rows, t, *known)
-        self._memory = (t, RowTable.build(key, values))
+        table = self._table(key, t)
+        if table is None:
+            values = self._evaluate(rows, t)
+        else:
+            values = self._complete(table, rows, key, hashes, t)
+        self._memory = (t, RowTable.build(key, values, hashes))
         return values
 
-    def _recall(self, key: Tensor, t: float) -> tuple[Tensor, Tensor] | None:
-        """Return ``(index, remembered values)``, or None where nothing can be reused."""
+    def _table(self, key: Tensor, t: float) -> RowTable | None:
+        """Return what is remembered, or None where it cannot be of use."""
         if self._memory is None or not (self.time_free or self._memory[0] == t):
             return None
         table = self._memory[1]
-        if table.rows.shape[-1] != key.shape[-1] or table.rows.device != key.device:
-            return None
-        index = table.find(key)
-        return (index, table.values) if bool((index >= 0).any()) else None
+        fits = table.rows.shape[-1] == key.shape[-1] and table.rows.device == key.device
+        return table if fits else None
 
-    def _complete(self, rows: Rows, t: float, index: Tensor, remembered: Tensor) -> Tensor:
-        values = remembered[index.clamp_min(0)]
-        new = index < 0
-        if bool(new.any()):
+    def _complete(
+        self, table: RowTable, rows: Rows, key: Tensor, hashes: Tensor, t: float
+    ) -> Tensor:
+        index = table.find(key, hashes)
+        (new,) = torch.where(index < 0)  # the one read of the device: how many there are
+        if len(new) == len(index):
+            return self._evaluate(rows, t)
+        values = table.values.index_select(0, index.clamp_min_(0))
+        if len(new):
             values[new] = self._evaluate(rows.take(new), t)
         return values
 
     def _evaluate(self, rows: Rows, t: float | Tensor) -> Tensor:
         count = len(rows.tokens)
-        size = max(count if self.max_rows is None else self.max_rows, 1)
+        size = self.max_rows or rows_per_call(self.denoiser, rows.tokens.shape[-1])
         chunks = rows.split(size)
         times = t.split(size) if isinstance(t, Tensor) else [t] * len(chunks)
         self.num_calls += len(chunks)

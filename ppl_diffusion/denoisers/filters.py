@@ -49,7 +49,7 @@ class Filter(Wrapper, ABC):
             )
         self.denoiser = denoiser
         self.excludes_tokens: bool = getattr(denoiser, "excludes_tokens", False)
-        self.adopt(denoiser, "process", "network_rows", "conditions")
+        self.adopt(denoiser, "process", "network_rows", "rows_per_call", "conditions")
         if has_head(denoiser):
             self.adopt(denoiser, "hidden", "hidden_size")
             vars(self)["head"] = self._filtered_head

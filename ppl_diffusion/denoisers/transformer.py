@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Block, Stem, TimeEmbedding, rotations
 from ppl_diffusion.denoisers.base import Kind
+from ppl_diffusion.denoisers.batching import rows_that_fit
 from ppl_diffusion.denoisers.config import TransformerConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -82,6 +83,16 @@ class Transformer(nn.Module):
         """
         batch, length = tokens.shape[:-1], self._checked(tokens.shape[-1])
         return self._trunk(self.stem(tokens.reshape(-1, length)), batch, t, label)
+
+    def rows_per_call(self, length: int) -> int:
+        """Return how many rows are best sent at once; it depends on the machine, not on the clock.
+
+        :param length: tokens of a row.
+        """
+        widest = max(3.0, self.config.mlp_ratio) * self.config.dim
+        if (device := self.vocabulary.weight.device).type != "cpu":
+            widest = max(widest, self.vocab_size)  # the head may run on every position
+        return rows_that_fit(round(widest * length * 4), length, device)
 
     def hidden_mixture(
         self,
@@ -177,7 +188,7 @@ class Transformer(nn.Module):
     ) -> Tensor | None:
         parts = (self._embedded_time(t, batch), self._embedded_label(label, batch))
         present = [part[:, None, :] for part in parts if part is not None]
-        return present[0] + present[1] if len(present) == 2 else next(iter(present), None)
+        return F.silu(sum(present[1:], present[0])) if present else None
 
     def _embedded_time(self, t: float | Tensor, batch: torch.Size) -> Tensor | None:
         if self.time is None:

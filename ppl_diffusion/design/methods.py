@@ -30,6 +30,7 @@ from ppl_diffusion.inference import (
 )
 from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
 from ppl_diffusion.kernels import OrderedKernel
+from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.potentials import AbstractPotential, Constraint, SumPotential
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.smc import ParticlePosterior
@@ -175,10 +176,10 @@ class HeldFill(FillTwist):
     ) -> Tensor | None:
         return self.base.uniforms(carried, shape, generator)
 
-    def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
+    def fill(self, completions: Completions, uniforms: Tensor | None) -> Tensor:
         """Return completions; a position that was given another base keeps it."""
-        size = log_x0.shape[-1]
-        known = torch.nn.functional.one_hot(self.clamp.tokens, size).to(log_x0).log()
-        possible = (log_x0 + known).amax(-1) > -torch.inf
-        held = (self.clamp.mask.to(possible.device) & possible)[..., None]
-        return self.base.fill(torch.where(held, known, log_x0), uniforms)
+        tokens, mask = self.clamp.tokens, self.clamp.mask
+        filled = self.base.fill(completions, uniforms)
+        known = tokens.to(filled.device)
+        held = mask.to(filled.device) & completions.allow(known)
+        return torch.where(held[:, :, None], known, filled)

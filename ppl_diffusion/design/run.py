@@ -36,6 +36,7 @@ from ppl_diffusion.diagnostics.claims import (
 )
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.potentials.failures import REWARDS
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
@@ -111,9 +112,14 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "target": posterior.target,
         "law": posterior.law.to_json(),
         "seed": job.search.seed,
-        "settings": job.settings(),
+        "settings": {**job.settings(), **_work(posterior)},
         "warnings": list(map(str, posterior.warnings)),
     }
+
+
+def _work(posterior: ParticlePosterior) -> dict[str, Any]:
+    """Return the entry of the settings about rewards that ran in workers; empty if none did."""
+    return {name: value for name, value in posterior.settings.items() if name == REWARDS}
 
 
 def _collapse(posterior: ParticlePosterior, samples: torch.Tensor) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """
     designs, sequences = result.designs, result.sequences
     with whole_folder(folder, replace=replace) as place:
-        timeless = dataclasses.replace(result.posterior, seconds=math.nan)
+        timeless = _timeless(result.posterior)
         timeless.save(place / "particles")
         (place / "designs.csv").write_text(
             designs_csv(designs, result.columns, sequences), encoding="utf-8"
@@ -168,10 +174,15 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     return " ".join(filter(None, left_out)) or None
 
 
+def _timeless(posterior: ParticlePosterior) -> ParticlePosterior:
+    settings = {name: value for name, value in posterior.settings.items() if name != REWARDS}
+    return dataclasses.replace(posterior, seconds=math.nan, settings=settings)
+
+
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:
     chain = target.chain
     # Half of a masked chain's steps reveal nothing in a given row; those cost no evaluation.
-    kernel = chain.kernel.with_denoiser(EvaluatedDenoiser(chain.kernel.denoiser, max_rows=4096))
+    kernel = chain.kernel.with_denoiser(EvaluatedDenoiser(chain.kernel.denoiser))
     cheaper, generator = ReverseChain(kernel, chain.length), _stream(job, _PRIOR)
     return chain.x0(cheaper.sample((NUM_PRIOR_SAMPLES,), generator=generator))
 

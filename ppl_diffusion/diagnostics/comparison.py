@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from ppl_diffusion.diagnostics.claims import (
     evidence_figures,
@@ -231,6 +230,8 @@ def _pooled_weights(posterior: "ParticlePosterior", kept: int) -> NDArray[np.flo
     log_evidence = as_array(posterior.log_evidence)[:kept, None]
     log_w = as_array(posterior.log_weights)[:kept]
     log_w = log_w + np.where(np.isnan(log_evidence), 0.0, log_evidence)
+    from scipy.special import logsumexp  # slow to import
+
     total = logsumexp(log_w)
     return np.exp(log_w - total) if np.isfinite(total) else np.zeros_like(log_w)
 

@@ -1,4 +1,4 @@
-"""The three-way mixture where the vocabulary is too large for a table of all sites."""
+"""The three-way mixture, with the prediction asked for only where it enters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers.prediction import Prediction
 from ppl_diffusion.processes.base import Process
-from ppl_diffusion.processes.mixture import three_way
+from ppl_diffusion.processes.mixture import absorbing_weights, three_way
 
 Levels = tuple[float, float, float | Tensor]
 
@@ -15,7 +15,7 @@ Levels = tuple[float, float, float | Tensor]
 def sparse_log_prob(
     process: Process, z: Tensor, j: Tensor, prediction: Prediction, levels: Levels
 ) -> Tensor:
-    """Return ``log p(j | z)`` per site, evaluating the head only where it enters.
+    """Return ``log p(j | z)`` per site.
 
     :param z: current states, int64 ``(*batch, L)``.
     :param j: next states, int64 ``(*batch, L)``.
@@ -24,9 +24,7 @@ def sparse_log_prob(
     :returns: float64 ``(*batch, L)``.
     """
     size = process.vocab_size
-    where = (j < size) & (
-        (z == size) if process.absorbing else torch.ones_like(j, dtype=torch.bool)
-    )
+    where = (j < size) & (z == size) if process.absorbing else None
     ids = torch.stack([z, j], -1).clamp_max(size - 1)
     c_z, c_j = prediction.probabilities(ids, where).unbind(-1)
     stay, den, prior = _weights(process, z, c_z, levels)
@@ -43,7 +41,7 @@ def sparse_draw(
     u_move: Tensor,
     u_token: Tensor,
 ) -> Tensor:
-    """Draw next states, evaluating the head only at the sites that draw from the denoiser.
+    """Draw next states; rows are made only of the sites that draw from the denoiser.
 
     :param z: current states, int64 ``(*batch, L)``.
     :param prediction: of the clean tokens, ``(*batch, L, V)``.
@@ -53,8 +51,7 @@ def sparse_draw(
     """
     c_z = torch.zeros_like(u_move)
     if not process.absorbing:
-        everywhere = torch.ones_like(z, dtype=torch.bool)
-        c_z = prediction.probabilities(z[..., None], everywhere)[..., 0]
+        c_z = prediction.probabilities(z[..., None], None)[..., 0]
     stay, den, prior = _weights(process, z, c_z, levels)
     from_prior = u_move < prior
     stays = (u_move >= prior + den) & (stay > 0)
@@ -65,6 +62,6 @@ def sparse_draw(
 def _weights(
     process: Process, z: Tensor, c_z: Tensor, levels: Levels
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if process.absorbing:  # c_z of a revealed token cancels, and that of a mask is zero
-        c_z = (z != process.vocab_size).to(torch.float64)
+    if process.absorbing:
+        return absorbing_weights(process, z, *levels)
     return three_way(*levels, c_z, process.prior_prob(z))

@@ -14,12 +14,23 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser, move
-from ppl_diffusion.denoisers.checks import check_denoiser, clean_log_probs, require_rows
+from ppl_diffusion.denoisers.checks import (
+    check_denoiser,
+    clean_log_probs,
+    require_columns,
+    require_rows,
+)
 from ppl_diffusion.denoisers.prediction import (
     DensePrediction,
     HeadPrediction,
     Prediction,
     prefers_head,
+)
+from ppl_diffusion.kernels.completions import (
+    BridgedCompletions,
+    Completions,
+    MaskedCompletions,
+    TableCompletions,
 )
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.base import Process, whole_number
@@ -324,19 +335,44 @@ class Kernel(ABC):
         return log_c
 
     def predict(self, carry: Carry, k: int) -> Prediction:
-        """Return the cavity prediction at grid point ``k``, as hidden states if those are less."""
-        tokens = carry["tokens"]
-        bridge = self.process.absorbing or self.denoiser.kind == "cavity"
-        if not (bridge and prefers_head(self.denoiser)) or self._revealed(tokens):
-            return DensePrediction(self.cavity_log_probs(carry, k))
-        ask = self.denoiser.hidden  # type: ignore[attr-defined]
-        hidden = ask(tokens, self.time_of(carry, k), **carry.get(GIVEN, {}))
-        require_rows(hidden, tokens, self.process.vocab_size)
-        return HeadPrediction(hidden, self._checked_head, self.process.vocab_size)
+        """Return the cavity prediction at grid point ``k``, as hidden states if those are less.
 
-    def _checked_head(self, rows: Tensor) -> Tensor:
+        What the network returned is kept as it is: rows are normalised, and checked as by
+        :meth:`cavity_log_probs`, where they are asked for. A row that nobody uses is not checked.
+        """
+        if type(self).cavity_log_probs is not Kernel.cavity_log_probs:
+            return DensePrediction(self.cavity_log_probs(carry, k))
+        return self._predict(carry, k)
+
+    def _predict(self, carry: Carry, k: int) -> Prediction:
+        tokens, size = carry["tokens"], self.process.vocab_size
+        bridge = self.process.absorbing or self.denoiser.kind == "cavity"
+        if not bridge or self._revealed(tokens):
+            return DensePrediction(self.cavity_log_probs(carry, k))
+        t, given = self.time_of(carry, k), carry.get(GIVEN, {})
+        if not prefers_head(self.denoiser):
+            log_c = self.denoiser(tokens, t, **given)
+            require_columns(log_c, tokens.shape, size)
+            return DensePrediction(log_c, raw=True, vocab_size=size)
+        hidden = self.denoiser.hidden(tokens, t, **given)  # type: ignore[attr-defined]
+        require_rows(hidden, tokens, size)
         head = self.denoiser.head  # type: ignore[attr-defined]
-        return clean_log_probs(head(rows), rows.shape[:-1], self.process.vocab_size)
+        return HeadPrediction(hidden, head, size, raw=True)
+
+    def completions(self, carry: Carry, k: int) -> Completions:
+        """Return what a look-ahead fills unfinished states with.
+
+        Their law is :meth:`posterior_mean`, of which no table is made unless a kernel has its own.
+        """
+        if type(self).posterior_mean is not Kernel.posterior_mean:
+            return TableCompletions(self.posterior_mean(carry, k))
+        return self._completions(carry, k)
+
+    def _completions(self, carry: Carry, k: int) -> Completions:
+        tokens, prediction = carry["tokens"], self.predict(carry, k)
+        if self.process.absorbing:
+            return MaskedCompletions(tokens, prediction)
+        return BridgedCompletions(self.process, tokens, prediction, float(self.alphas[k]))
 
     def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
         """Return the time at which step ``k`` asks the denoiser, a number or one per row.

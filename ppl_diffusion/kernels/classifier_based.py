@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from ppl_diffusion.denoisers.base import Denoiser, move
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel, Value
+from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.kernels.state_step import StateStep
 from ppl_diffusion.processes.base import whole_number
 from ppl_diffusion.rows import distinct_rows
@@ -153,6 +154,10 @@ class ClassifierKernel(Kernel):
     def posterior_mean(self, carry: Carry, k: int) -> Tensor:
         """Return ``log p(x0 | x_k)`` per site, without the tilt."""
         return self.kernel.posterior_mean(carry, k)
+
+    def completions(self, carry: Carry, k: int) -> Completions:
+        """Return what a look-ahead fills states with, without the tilt."""
+        return self.kernel.completions(carry, k)
 
     def asks_denoiser(self, carry: Carry, k: int) -> bool:
         """Return whether step ``k`` from this carry costs a call of the denoiser."""

@@ -31,7 +31,9 @@ from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import check_denoiser, clean_log_probs, require_tensor
 from ppl_diffusion.denoisers.conditional import Guided, Paired, require_common_support
 from ppl_diffusion.denoisers.guidance import guided_log_probs
+from ppl_diffusion.denoisers.prediction import Prediction
 from ppl_diffusion.kernels.base import GIVEN, Carry
+from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.kernels.interpolating import InterpolatingKernel
 from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.kernels.state_step import StateStep
@@ -132,6 +134,14 @@ class ClassifierFreeKernel(InterpolatingKernel):
             return super().posterior_mean(carry, k)
         table = self._guided_bridge(carry["tokens"], self._cavities(carry, k), k, 1.0, None)
         return table[..., : self.process.vocab_size]
+
+    def predict(self, carry: Carry, k: int) -> Prediction:
+        """Return the guided prediction of the clean tokens."""
+        return super().predict(carry, k) if self._tabulates else self._predict(carry, k)
+
+    def completions(self, carry: Carry, k: int) -> Completions:
+        """Return what a look-ahead fills states with: draws from :meth:`posterior_mean`."""
+        return super().completions(carry, k) if self._tabulates else self._completions(carry, k)
 
     @property
     def mixes(self) -> bool:

@@ -85,6 +85,11 @@ class EventKernel(Kernel):
             and self.num_steps == other.num_steps
         )
 
+    @property
+    def has_path_density(self) -> bool:
+        """False: given its carry a step has a density, and the carry holds when; ask the grid."""
+        return False
+
     def start_carry(
         self,
         tokens: Tensor,
@@ -137,13 +142,13 @@ class EventKernel(Kernel):
         """
         self.check_step(k)
         tokens, future = carry[TOKENS], carry[FUTURE]
-        own = future.rounds is not None and future.reveal is carry[REVEAL]
-        sites = future.rounds[0] if own and future.rounds else None
-        revealed = self._pending(carry) == self._next(carry)[..., None]
+        if future.rounds is not None and future.reveal is carry[REVEAL]:
+            sites = future.rounds[0] if future.rounds else tokens.new_zeros(0)
+        else:
+            pending = self._pending(carry)
+            sites = (pending == _next(pending, self.grid)[..., None]).flatten().nonzero()[:, 0]
         prediction = self.predict(carry, k)
-        return EventStep(
-            tokens, prediction, revealed, sites=sites, fixed=fixed, validate_args=False
-        )
+        return EventStep(tokens, prediction, sites, fixed=fixed, validate_args=False)
 
     def advance(self, carry: Carry, value: Value, k: int, *, step: object = None) -> Carry:
         """Return the carry after a round."""
@@ -155,7 +160,7 @@ class EventKernel(Kernel):
         if self.denoiser.time_free:
             return 1.0
         times = torch.as_tensor(self.grid.times, device=carry[TOKENS].device)
-        return times[self._next(carry)]
+        return times[_next(self._pending(carry), self.grid)]
 
     def path(self, carry: Carry) -> Tensor:
         """Return the path on the grid that ends in complete states, ``(*batch, T + 1, L)``."""
@@ -170,12 +175,13 @@ class EventKernel(Kernel):
         masked = carry[TOKENS] == self.process.vocab_size
         return torch.where(masked, carry[REVEAL], self.grid.num_steps)
 
-    def _next(self, carry: Carry) -> Tensor:
-        """Return the step of each row's next reveals, int64 ``(*batch,)``; the last if complete."""
-        return self._pending(carry).amin(-1).clamp_max(self.grid.num_steps - 1)
-
     def _revealed(self, tokens: Tensor) -> bool:
         return False  # rounds end when nothing is left, and asking would wait for the device
 
     def _repr_options(self) -> str:
         return f" rounds of {self.grid.num_steps} steps"
+
+
+def _next(pending: Tensor, grid: Kernel) -> Tensor:
+    """Return the step of each row's next reveals, int64 ``(*batch,)``; the last if complete."""
+    return pending.amin(-1).clamp_max(grid.num_steps - 1)

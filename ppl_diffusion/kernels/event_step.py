@@ -8,7 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction, as_prediction
+from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
+from ppl_diffusion.kernels.shapes import check_expand
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 
@@ -23,8 +24,8 @@ class EventStep(StepDistribution):
     :param tokens: current states, int64 ``(*batch, L)``; the mask has id ``V``.
     :param log_probs: log-probabilities of clean tokens, ``(*batch, L, V)``, or a
         :class:`~ppl_diffusion.denoisers.Prediction`.
-    :param revealed: bool ``(*batch, L)``: the positions; masked ones only.
-    :param sites: their indices into the flattened ``(*batch, L)``, where the caller knows them.
+    :param sites: the positions, masked ones only, as indices into the flattened ``(*batch, L)`` of
+        ``tokens``, int64 ``(m,)``.
     :param fixed: bool ``(*batch, L)`` or None: positions of a prompt, which keep their token.
     :raises ValueError: if shapes do not fit.
     """
@@ -35,26 +36,22 @@ class EventStep(StepDistribution):
         self,
         tokens: Tensor,
         log_probs: Tensor | Prediction,
-        revealed: Tensor,
+        sites: Tensor,
         *,
-        sites: Tensor | None = None,
         fixed: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        batch = torch.broadcast_shapes(tokens.shape[:-1], log_probs.shape[:-2])
-        length, size = tokens.shape[-1], log_probs.shape[-1]
-        if log_probs.shape[-2] != length or revealed.shape[-1] != length:
+        batch, length, size = tokens.shape[:-1], tokens.shape[-1], log_probs.shape[-1]
+        if log_probs.shape[:-1] != tokens.shape:
             raise ValueError(
-                f"EventStep: log_probs of shape {tuple(log_probs.shape)} and revealed of shape "
-                f"{tuple(revealed.shape)} are not for {length} sites."
+                f"EventStep: log_probs of shape {tuple(log_probs.shape)} are no predictions of "
+                f"tokens of shape {tuple(tokens.shape)}."
             )
         self.num_states = size + 1
-        self.tokens = tokens.expand(*batch, length)
-        self.prediction = as_prediction(log_probs).expand(batch)
-        self.revealed = revealed.expand(*batch, length)
+        self.tokens, self.prediction = tokens, as_prediction(log_probs)
+        self.sites = sites
         self.fixed = None if fixed is None else fixed.expand(*batch, length)
-        self._sites = sites if revealed.shape[:-1] == batch else None
-        super().__init__(torch.Size(batch), torch.Size((length,)), validate_args=validate_args)
+        super().__init__(batch, torch.Size((length,)), validate_args=validate_args)
         if self._validate_args:
             check_states(self)
             check_normalised(self, self.prediction)
@@ -65,11 +62,10 @@ class EventStep(StepDistribution):
         return self.prediction.dense()
 
     @property
-    def sites(self) -> Tensor:
-        """The revealed positions as indices into the flattened ``(*batch, L)``, int64 ``(m,)``."""
-        if self._sites is None:
-            self._sites = self.revealed.flatten().nonzero()[:, 0]
-        return self._sites
+    def revealed(self) -> Tensor:
+        """The revealed positions, bool ``(*batch, L)``."""
+        where = torch.zeros(self.tokens.numel(), dtype=torch.bool, device=self.tokens.device)
+        return where.index_fill(0, self.sites, True).view(self.tokens.shape)
 
     def sample(
         self,
@@ -106,19 +102,20 @@ class EventStep(StepDistribution):
         return torch.where(legal, total.reshape(legal.shape), -torch.inf)
 
     def _rows(self, sites: Tensor) -> Tensor:
-        """Return the predictions of some sites, ``(m, V)``; the head runs at these alone."""
-        prediction = self.prediction
-        if isinstance(prediction, HeadPrediction):
-            return prediction.head(prediction.hidden.flatten(0, -2)[sites])
-        return prediction.dense().flatten(0, -2)[sites]
+        """Return the predictions of some sites, ``(m, V)``."""
+        return torch.cat([log_c for _, log_c in self.prediction.rows(sites)])
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Return the same distribution with larger batch dimensions."""
-        known, self._sites = self._sites, None  # indices into another batch
-        try:
-            return super().expand(batch_shape, _instance)
-        finally:
-            self._sites = known
+        shape = check_expand(self.batch_shape, batch_shape)
+        new: Self = self._get_checked_instance(type(self), _instance)
+        new.num_states, new.prediction = self.num_states, self.prediction.expand(shape)
+        new.tokens = self.tokens.expand(*shape, -1)
+        new.sites = self.revealed.expand(new.tokens.shape).flatten().nonzero()[:, 0]
+        new.fixed = None if self.fixed is None else self.fixed.expand(new.tokens.shape)
+        super(StepDistribution, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
 
     def with_log_probs(self, log_probs: Tensor) -> EventStep:
         """Return the same step with another prediction of the clean tokens.
@@ -128,8 +125,7 @@ class EventStep(StepDistribution):
         return EventStep(
             self.tokens,
             log_probs,
-            self.revealed,
-            sites=self._sites,
+            self.sites,
             fixed=self.fixed,
             validate_args=False,
         )

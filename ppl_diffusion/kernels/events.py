@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.batching import rows_per_call
 from ppl_diffusion.denoisers.checks import (
     clean_log_probs,
     require_normalised,
@@ -158,7 +159,8 @@ def decode(
 ) -> Decoded:
     """Reveal the masked positions of a batch according to a plan.
 
-    Nothing is read back to the host between calls; predictions are checked once at the end.
+    Rounds of many rows are cut into calls of as many as suit the network. Nothing is read back to
+    the host between calls; predictions are checked once at the end.
 
     :param denoiser: predictor of clean tokens; its ``hidden`` and ``head`` are used where it has
         them, so that the vocabulary is computed for the revealed positions only.
@@ -173,25 +175,42 @@ def decode(
     known = {name: value[plan.rows] for name, value in (given or {}).items()}
     order = torch.cat([state.new_zeros(0), *(sites for _, sites in plan.rounds)])
     noise = uniforms[plan.rows].flatten()
-    draws = noise[order].split([len(sites) for _, sites in plan.rounds])
+    length, most = tokens.shape[-1], rows_per_call(denoiser, tokens.shape[-1])
+    shares = _shares(plan, length, most)
+    draws = iter(noise[order].split([share for own in shares for share in own]))
     log_p, totals = [noise.new_zeros(0)], [noise.new_zeros(0)]
     hidden_gradient = False
-    for index, ((size, sites), u) in enumerate(zip(plan.rounds, draws, strict=True)):
-        with torch.set_grad_enabled(probe and index == 0):
-            own = {name: value[:size] for name, value in known.items()}
-            rows = predict_at(denoiser, state[:size], plan.times[:size, index], sites, own)
-        hidden_gradient = hidden_gradient or rows.requires_grad
-        rows = without_mask(rows.detach(), sites.shape, vocab_size)
-        drawn, total = draw_normalised(rows, u)
+    for index, ((size, sites), own_shares) in enumerate(zip(plan.rounds, shares, strict=True)):
+        tokens_drawn = []
+        for part, start in zip(sites.split(own_shares), range(0, size, most), strict=True):
+            window = slice(start, min(start + most, size))
+            with torch.set_grad_enabled(probe and index == 0):
+                own = {name: value[window] for name, value in known.items()}
+                times = plan.times[window, index]
+                rows = predict_at(denoiser, state[window], times, part - start * length, own)
+            hidden_gradient = hidden_gradient or rows.requires_grad
+            rows = without_mask(rows.detach(), part.shape, vocab_size)
+            drawn, total = draw_normalised(rows, next(draws))
+            tokens_drawn.append(drawn)
+            log_p.append(rows.gather(-1, drawn[:, None])[:, 0])
+            totals.append(total)
         # Not in place: a denoiser may have kept the state it was shown.
-        state = state.flatten().index_put((sites,), drawn).view(state.shape)
-        log_p.append(rows.gather(-1, drawn[:, None])[:, 0])
-        totals.append(total)
+        state = state.flatten().index_put((sites,), torch.cat(tokens_drawn)).view(state.shape)
     total = torch.cat(totals)
     require_normalised((total - 1).abs().amax() if len(total) else total.sum())
     log_c = torch.zeros_like(noise).index_put((order,), torch.cat(log_p) - total.log())
     home = plan.rows.argsort()
     return Decoded(state[home], log_c.reshape(state.shape)[home], hidden_gradient)
+
+
+def _shares(plan: RevealPlan, length: int, most: int) -> list[list[int]]:
+    """Return how many sites of each round fall into each of its calls of ``most`` rows."""
+    if len(plan.rows) <= most:
+        return [[len(r.sites)] for r in plan.rounds]
+    # Sites are in ascending order, and every row under way reveals one: no call is empty.
+    counts = [torch.bincount(r.sites // (most * length)) for r in plan.rounds]
+    host = iter(torch.cat(counts).tolist() if counts else [])
+    return [[next(host) for _ in own] for own in counts]
 
 
 def score(
@@ -203,7 +222,7 @@ def score(
     answers: Tensor,
     *,
     given: Mapping[str, Tensor] | None = None,
-    max_rows: int,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Return the log-probabilities of known reveals, float64 ``(M,)``, differentiable.
 
@@ -212,12 +231,13 @@ def score(
     :param reveals: bool ``(M, L)``, the positions that are revealed next.
     :param answers: clean tokens, int64 ``(M, L)``.
     :param given: conditions of each state, ``(M, *event)``.
-    :param max_rows: rows per network call.
+    :param max_rows: rows per network call, None for what suits the network.
     :raises ValueError: if the denoiser's output is no distribution over the clean tokens.
     """
     if not len(states):  # a network need not take empty batches
         return torch.zeros(0, dtype=torch.float64, device=states.device)
     parts, given = [], given or {}
+    max_rows = max_rows or rows_per_call(denoiser, states.shape[-1])
     chunks = (x.split(max_rows) for x in (states, times, reveals, answers, *given.values()))
     for z, t, chosen, x, *values in zip(*chunks, strict=True):
         sites, own = chosen.flatten().nonzero()[:, 0], dict(zip(given, values, strict=True))

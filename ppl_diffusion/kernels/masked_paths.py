@@ -14,8 +14,6 @@ from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.kernels.events import RevealPlan, decode, grid_bins, score
 from ppl_diffusion.processes.schedules import Schedule
 
-_MIN_ROWS = 64
-
 
 class MaskedPath(NamedTuple):
     """A path and what its reveals were worth.
@@ -180,7 +178,6 @@ def reveal_log_prob(
         reveals[row, step],
         path[row, -1],
         given={name: value[row] for name, value in given.items()},
-        max_rows=max(len(path), _MIN_ROWS),
     )
     log_p = values.new_zeros(len(path)).index_add(0, row, values)
     return torch.where(found.valid, log_p, -math.inf)

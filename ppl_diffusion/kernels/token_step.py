@@ -7,7 +7,7 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction, as_prediction
+from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
 from ppl_diffusion.kernels._sparse import sparse_draw, sparse_log_prob
 from ppl_diffusion.kernels.kappa_rules import kappa_room
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
@@ -130,7 +130,7 @@ class TokenStep(StepDistribution):
         table = not self.process.absorbing and bool(torch.any(self._kappa < 0))
         # A prior over tokens and something else needs c of both; the table knows how.
         pure = self.process.absorbing or self.num_states == self.process.vocab_size
-        return isinstance(self.prediction, HeadPrediction) and pure and not table
+        return pure and not table
 
     def with_log_probs(self, log_probs: Tensor) -> TokenStep:
         """Return the same step with another prediction of the clean tokens.

@@ -20,3 +20,4 @@ from ppl_diffusion.potentials.motif_files import read_motifs as read_motifs
 from ppl_diffusion.potentials.motifs import MotifMatrix as MotifMatrix
 from ppl_diffusion.potentials.rewards import Likelihood as Likelihood
 from ppl_diffusion.potentials.rewards import Reward as Reward
+from ppl_diffusion.potentials.threads import Threads as Threads

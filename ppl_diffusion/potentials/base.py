@@ -62,6 +62,15 @@ class AbstractPotential(ABC):
         value = self(x0)
         return torch.where(value == -math.inf, FORBIDDEN_GUESS, value)
 
+    def prefetch(self, x0: Tensor) -> None:  # noqa: B027 (most potentials have nothing to start)
+        """Start in the background what the look-ahead of sequences will need, if anything can be.
+
+        What is slow and runs in an executor overrides it, and what is made of other potentials
+        passes it on. Answers do not change; :meth:`lookahead` waits for what is still missing.
+
+        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
+        """
+
     def __add__(self, other: AbstractPotential) -> SumPotential:
         if not isinstance(other, AbstractPotential):
             return NotImplemented
@@ -126,6 +135,10 @@ class SumPotential(AbstractPotential):
         """Return the sum of the terms' look-aheads: one broken constraint hides no other term."""
         return torch.stack([term.lookahead(x0) for term in self.terms]).sum(0)
 
+    def prefetch(self, x0: Tensor) -> None:
+        for term in self.terms:
+            term.prefetch(x0)
+
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.terms))
 
@@ -148,6 +161,9 @@ class ScaledPotential(AbstractPotential):
 
     def lookahead(self, x0: Tensor) -> Tensor:
         return self.scale * self.base.lookahead(x0)
+
+    def prefetch(self, x0: Tensor) -> None:
+        self.base.prefetch(x0)
 
     def __repr__(self) -> str:
         return f"{self.scale:g} * {self.base!r}"

@@ -2,32 +2,38 @@
 
 SMC asks for the same sequences again and again (resampling copies them), and a docking program or
 a laboratory robot answers slowly, in parallel, and not always. :class:`SequenceFunction` sits
-between the two: it removes duplicates, remembers values, distributes chunks over an executor, and
-turns every failure either into one clear error or into a counted rejection.
+between the two: it removes duplicates, remembers values, hands pieces to an executor, and turns
+every failure either into one clear error or into a counted rejection.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
-from ppl_diffusion.potentials.answers import WrongAnswer, read_answer
-from ppl_diffusion.potentials.failures import report
+from ppl_diffusion.potentials.answers import WrongAnswer
+from ppl_diffusion.potentials.calls import (
+    Calls,
+    CallsInTurn,
+    GaveUp,
+    Outcome,
+    Piece,
+    RowFunction,
+    guided_sizes,
+)
+from ppl_diffusion.potentials.failures import report, watch_calls
+from ppl_diffusion.potentials.workers import CallsBeside, workers_of
 from ppl_diffusion.rows import distinct_rows
 
 OnError = Literal["raise", "reject"]
-RowFunction = Callable[[Tensor], Any]
-_Piece = list[int]
-_Outcome = list[float | str] | Exception
-"""What came back for a piece: a number or a reason for each sequence, or an error for all."""
 
 
 class FunctionOptions(TypedDict, total=False):
@@ -36,13 +42,10 @@ class FunctionOptions(TypedDict, total=False):
     name: str | None
     batch_size: int | None
     executor: Executor | None
+    num_workers: int | None
     timeout: float | None
     on_error: OnError
     cache_size: int
-
-
-class _GaveUp(TimeoutError):
-    """A call was still running when its time was over."""
 
 
 @dataclass(eq=False, repr=False)
@@ -52,9 +55,12 @@ class SequenceFunction:
     :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array, a series, a list or a generator of
         numbers. None, text or any other object in place of a number, and another number of values
         than of sequences, are failures like an exception.
-    :param batch_size: sequences per call of ``fn``; by default all at once, and one at a time when
-        there is an executor.
+    :param batch_size: sequences per call of ``fn``; by default all at once, and with an executor
+        pieces that shrink towards the end (:func:`~ppl_diffusion.potentials.calls.guided_sizes`),
+        or one at a time where failures are expected (a ``timeout``, or ``on_error="reject"``):
+        the neighbours of a failure would have to be asked about again.
     :param executor: where calls run (with a process pool, ``fn`` must be picklable).
+    :param num_workers: how many calls it runs at once, where it does not say so itself.
     :param timeout: seconds without any call finishing after which the running ones are given up;
         needs an executor.
     :param on_error: ``"raise"`` a :class:`~ppl_diffusion.errors.PotentialError`, or ``"reject"``:
@@ -77,11 +83,11 @@ class SequenceFunction:
     name: str | None = None
     batch_size: int | None = None
     executor: Executor | None = None
+    num_workers: int | None = None
     timeout: float | None = None
     on_error: OnError = "raise"
     cache_size: int = 100_000
     worst: float | None = -math.inf
-    num_calls: int = field(default=0, init=False)
     num_sequences: int = field(default=0, init=False)
     num_failures: int = field(default=0, init=False)
     first_failure: str | None = field(default=None, init=False)
@@ -90,6 +96,17 @@ class SequenceFunction:
         self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._check_options()
+        # How many work is looked up once: it sizes the pieces, which must not change in a run.
+        workers = self.num_workers or workers_of(self.executor)
+        self._calls: Calls = (
+            CallsInTurn(self.fn)
+            if self.executor is None
+            else CallsBeside(self.fn, self.executor, workers, self.timeout, str(self.name))
+        )
+
+    @property
+    def num_calls(self) -> int:
+        return self._calls.num_rows
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return the value of each sequence, NaN where it was rejected.
@@ -103,108 +120,93 @@ class SequenceFunction:
         values = torch.tensor(self._look_up(rows[first].cpu()), dtype=torch.float64)
         return values.to(x0.device)[inverse].reshape(x0.shape[:-1])
 
+    def prefetch(self, x0: Tensor) -> None:
+        """Start calls for what is not known yet in the executor, and wait for none of them.
+
+        Asking for these sequences later collects the answers; without an executor nothing happens.
+
+        :param x0: clean tokens, int64 ``(*batch, L)``.
+        """
+        if self.executor is not None:
+            watch_calls(str(self.name), self._calls)
+            rows = x0.reshape(-1, x0.shape[-1])
+            rows = rows[distinct_rows(rows)[0]].cpu()
+            self._start(rows, _keys(rows))
+
     def clear(self) -> None:
         """Forget all values, rejections included; the counters stay."""
         self._cache.clear()
 
     def _look_up(self, rows: Tensor) -> list[float]:
-        keys = [row.tobytes() for row in rows.to(torch.int32).numpy()]
+        watch_calls(str(self.name), self._calls)
+        keys = _keys(rows)
         found = {key: self._cache[key] for key in keys if key in self._cache}
         for key in found:
             self._cache.move_to_end(key)
-        unknown = [i for i, key in enumerate(keys) if key not in found]
-        for i, value in self._evaluate(rows, unknown):
-            found[keys[i]] = self._cache[keys[i]] = value
-            self.num_sequences += 1
-            if len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
+        self._calls.num_known += len(found)
+        self._start(rows, keys)
+        wanted = {key for key in keys if key not in found}
+        for key, value in self._answers(wanted):
+            if key in wanted:
+                found[key] = value
+                wanted.remove(key)
         report(str(self.name), found, self.first_failure)
         return [found[key] for key in keys]
 
-    def _evaluate(self, rows: Tensor, unknown: _Piece) -> Iterator[tuple[int, float]]:
-        """Yield ``(index, value)`` as values come in."""
-        again: _Piece = []
-        for piece, outcome in self._call(rows, self._split(unknown)):
-            # What took too long once would take too long again.
-            failed = isinstance(outcome, Exception) and not isinstance(outcome, _GaveUp)
-            if failed and len(piece) > 1:
-                again += piece
-            else:
-                yield from self._settle(rows, piece, outcome)
-        for piece, outcome in self._call(rows, [[i] for i in again]):
-            yield from self._settle(rows, piece, outcome)
+    def _start(self, rows: Tensor, keys: list[bytes]) -> None:
+        """Start calls for rows that have no value and are not being asked about already."""
+        known, under_way = self._cache, self._calls.under_way
+        new = [i for i, key in enumerate(keys) if key not in known and key not in under_way]
+        begin = 0
+        for size in self._sizes(len(new)):
+            part = new[begin : begin + size]
+            self._calls.submit(Piece([keys[i] for i in part], rows[part]))
+            begin += size
 
-    def _split(self, indices: _Piece) -> list[_Piece]:
-        size = self.batch_size or (1 if self.executor else max(len(indices), 1))
-        return [indices[i : i + size] for i in range(0, len(indices), size)]
+    def _sizes(self, count: int) -> list[int]:
+        size, workers = self.batch_size, self._calls.num_workers
+        if size is None and self.executor is not None:
+            alone = self.timeout is not None or self.on_error == "reject" or workers is None
+            if workers is not None and not alone:
+                return guided_sizes(count, workers)
+            size = 1
+        size = size or max(count, 1)
+        return [min(size, count - begin) for begin in range(0, count, size)]
 
-    def _call(self, rows: Tensor, pieces: list[_Piece]) -> Iterator[tuple[_Piece, _Outcome]]:
-        """Yield every piece with what came back for it."""
-        if self.executor is not None:
-            yield from self._call_in_executor(self.executor, rows, pieces)
+    def _answers(self, wanted: set[bytes]) -> Iterator[tuple[bytes, float]]:
+        """Yield values as they come in, others than those wanted too, until these are all known."""
+        try:
+            while wanted:
+                for piece, outcome in self._calls.finished():
+                    yield from self._answered(piece, outcome)
+        except BaseException:
+            self._calls.cancel()
+            raise
+
+    def _answered(self, piece: Piece, outcome: Outcome) -> Iterator[tuple[bytes, float]]:
+        # What took too long once would take too long again.
+        failed = isinstance(outcome, Exception) and not isinstance(outcome, GaveUp)
+        if failed and len(piece) > 1:
+            for single in piece.singles():
+                self._calls.submit(single)
             return
-        for piece in pieces:
-            self.num_calls += len(piece)
-            outcome: _Outcome
-            try:
-                outcome = read_answer(self.fn(rows[piece]), len(piece))
-            except Exception as error:
-                outcome = error
-            yield piece, outcome
+        for key, value in self._settle(piece, outcome):
+            self._cache[key] = value
+            self.num_sequences += 1
+            if len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+            yield key, value
 
-    def _call_in_executor(
-        self, executor: Executor, rows: Tensor, pieces: list[_Piece]
-    ) -> Iterator[tuple[_Piece, _Outcome]]:
-        self.num_calls += sum(map(len, pieces))
-        pending = {executor.submit(self.fn, rows[piece]): piece for piece in pieces}
-        try:
-            while pending:
-                for future in self._next(pending):
-                    piece = pending.pop(future)
-                    yield piece, self._outcome(future, len(piece))
-        finally:
-            for future in pending:
-                future.cancel()
-
-    def _next(self, pending: dict[Future[Any], _Piece]) -> Sequence[Future[Any]]:
-        done, waiting = wait(pending, self.timeout, FIRST_COMPLETED)
-        if done:
-            return list(done)
-        stuck = [future for future in waiting if future.running()]
-        if stuck:
-            return stuck
-        raise PotentialError(
-            f"{self.name} left no worker free: {sum(map(len, pending.values()))} sequences were "
-            f"not started within {self.timeout} s; give the executor more workers, or a new one."
-        )
-
-    def _outcome(self, future: Future[Any], count: int) -> _Outcome:
-        if not future.done():
-            return _GaveUp(f"no answer within {self.timeout} s")
-        error = future.exception()
-        if isinstance(error, BrokenExecutor):
-            raise PotentialError(
-                f"{self.name} lost its executor ({error}); "
-                "check that the function can run in a worker, and give a new executor."
-            ) from error
-        if isinstance(error, Exception):
-            return error
-        try:
-            return read_answer(future.result(), count)
-        except Exception as unread:
-            return unread
-
-    def _settle(
-        self, rows: Tensor, piece: _Piece, outcome: _Outcome
-    ) -> Iterator[tuple[int, float]]:
+    def _settle(self, piece: Piece, outcome: Outcome) -> Iterator[tuple[bytes, float]]:
         """Apply the policy to what came back for one piece."""
         cause = outcome if isinstance(outcome, Exception) else None
         found = [_reason(outcome)] * len(piece) if isinstance(outcome, Exception) else outcome
-        answers = [self._check(value) for value in found]
-        for i, answer in sorted(
-            zip(piece, answers, strict=True), key=lambda entry: isinstance(entry[1], str)
-        ):
-            yield i, self._reject(rows[i], answer, cause) if isinstance(answer, str) else answer
+        answers = enumerate(map(self._check, found))
+        for i, answer in sorted(answers, key=lambda entry: isinstance(entry[1], str)):
+            value = (
+                self._reject(piece.rows[i], answer, cause) if isinstance(answer, str) else answer
+            )
+            yield piece.keys[i], value
 
     def _check(self, value: float | str) -> float | str:
         legal = isinstance(value, str) or math.isfinite(value) or value == self.worst
@@ -232,10 +234,14 @@ class SequenceFunction:
                 f"{self.name}: timeout needs an executor and a positive number of seconds, got "
                 f"{self.timeout} with executor={self.executor}."
             )
-        for option in ("batch_size", "cache_size"):
+        for option in ("batch_size", "cache_size", "num_workers"):
             number = getattr(self, option)
             if number is not None and number < 1:
                 raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
+
+
+def _keys(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.to(torch.int32).numpy()]
 
 
 def _reason(error: Exception) -> str:

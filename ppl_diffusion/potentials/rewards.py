@@ -37,6 +37,9 @@ class _OfFunction(AbstractPotential):
         """The first rejected sequence and the reason, in words; None while there is none."""
         return self.function.first_failure
 
+    def prefetch(self, x0: Tensor) -> None:
+        self.function.prefetch(x0)
+
     def log_potential(self, x0: Tensor) -> Tensor:
         value = self.function(x0)
         return torch.where(value.isnan(), -math.inf, self._transform(value))

@@ -83,13 +83,14 @@ def site_weights(
     :returns: three float64 arrays shaped like ``z``.
     """
     if process.absorbing:
-        return _absorbing_weights(process, z, a, b, kappa)
+        return absorbing_weights(process, z, a, b, kappa)
     return three_way(a, b, kappa, gather_clean(log_c, z, process.vocab_size), process.prior_prob(z))
 
 
-def _absorbing_weights(
+def absorbing_weights(
     process: Process, z: Array, a: Array, b: Array, kappa: Array
 ) -> tuple[Array, Array, Array]:
+    """Return :func:`three_way` for every site of an absorbing process, without its prediction."""
     # A masked site has pi_z = 1 and c_z = 0, a revealed one pi_z = 0 and its c_z cancels: no
     # gather, and where the levels are numbers two cases in all, whatever the number of sites.
     xp = array_namespace(z)

@@ -21,8 +21,9 @@ from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import Moved, ProgramSource, Rng, Source, State
+from ppl_diffusion.programs.sources import ChainSource, Moved, ProgramSource, Rng, Source, State
 from ppl_diffusion.programs.trails import remember
+from ppl_diffusion.smc.evaluated_potential import Pending
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.rejuvenation import tilt
 from ppl_diffusion.smc.twists import (
@@ -245,7 +246,7 @@ class Bound:
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
         )
-        return self.sites[name].as_path(kernel.posterior_mean(carry, 0).argmax(-1))
+        return self.sites[name].as_path(kernel.completions(carry, 0).likeliest())
 
     # Moving.
 
@@ -309,6 +310,16 @@ class Bound:
     def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
         """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
         return per_particle(log_mean_exp(self.source.look(fills, state), 2))
+
+    def submit(self, fills: Mapping[str, Tensor]) -> Pending:
+        """Begin to score completions of a bare chain, and return what waits for ``log h``.
+
+        :param fills: the completions.
+        """
+        source = self.source
+        assert isinstance(source, ChainSource)
+        pending = source.submit(fills)
+        return lambda: per_particle(log_mean_exp(pending(), 2))
 
     def look(self, state: State, generator: Rng) -> Tensor:
         """Return ``log h`` of states by new completions, float64 ``(R, N)``."""
@@ -491,14 +502,14 @@ def chain_mover(
     fill: Any,
     proposal: Any = None,
     *,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     on_events: bool = False,
 ) -> BoundFeynmanKac:
     """Return the mover of a site by its own chain, or by a proposal.
 
     :param fill: the twist whose noise travels with the particles, or None.
     :param proposal: how particles move; None is the chain itself.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param on_events: go from reveal to reveal where that can be done.
     """
     model = FeynmanKac(site.chain, no_potential, twist=fill, proposal=proposal)

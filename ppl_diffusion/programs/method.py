@@ -76,6 +76,7 @@ class Method(ABC):
     :cvar keeps_paths: whether particles carry whole paths, so that nobody need record them.
     :cvar replays: whether paths may be scored again under other conditions: it moves particles by
         the chain's own law, and remembers nothing but the look-ahead that it carries.
+    :cvar looks_late: whether it weighs chains by late completions too, where they are asked for.
     :cvar needs_paths: whether paths are recorded for it even if nobody wants to keep them.
     """
 
@@ -88,6 +89,7 @@ class Method(ABC):
     keeps_paths: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     needs_paths: ClassVar[bool] = False
+    looks_late: ClassVar[bool] = False
 
     def source(self, model: Any, potential: PotentialLike | None) -> Source:
         """Return a bare chain, or a composition, with its potential.
@@ -111,7 +113,7 @@ class Method(ABC):
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return how the particles of a site move: here by its chain, its twist and its clamp.
 
-        :param max_rows: largest number of rows sent to the network at once.
+        :param max_rows: largest number of rows sent to the network at once, None for what suits it.
         """
         proposal = held_proposal(site)
         return chain_mover(site, self.fill, proposal, max_rows=max_rows)
@@ -222,6 +224,11 @@ class Method(ABC):
         :param source: what is to be sampled.
         :raises CapabilityError: if it does.
         """
+        if self.fill.late and not (self.looks_late and isinstance(source, ChainSource)):
+            raise CapabilityError(
+                f"{type(self).__name__}: late=True is for 'smc' and 'steering' of one chain with a "
+                "potential; elsewhere look ahead in time."
+            )
         for site in source.chains:
             self._require_movable(site, source)
         if source.program is not None and self.needs.clean_sequences:

@@ -21,8 +21,10 @@ from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.run import ProgramRun, same_values
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.tracking import Place
-from ppl_diffusion.rows import RowTable, distinct_rows
-from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
+from ppl_diffusion.row_memory import RowMemory
+from ppl_diffusion.rows import DistinctRows
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential, Pending, UncachedPotential
+from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.law import Law, Tilt, digest
 from ppl_diffusion.smc.twists import log_mean_exp
 
@@ -147,6 +149,14 @@ class ChainSource(Source):
             return self.potential(fills["x"])
         return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
 
+    def submit(self, fills: Fills) -> Pending:
+        """Begin to ask the potential about every completion; the answer is that of :meth:`look`.
+
+        :param fills: the completions.
+        """
+        pending = self.potential.submit(fills["x"])
+        return lambda: require_finite(pending(), self.given.name)
+
     def children(
         self, fills: Fills, changes: Changes, state: State, *, last: bool = False
     ) -> Tensor:
@@ -188,7 +198,7 @@ class ProgramSource(Source):
             for site in program.chains
             if site.steering is not None
         }
-        self._memory: RowTable | None = None
+        self._memory = RowMemory(torch.int64)
 
     @property
     def law(self) -> Law:
@@ -267,7 +277,7 @@ class ProgramSource(Source):
         whole = paths is not None and bool(program.reads | program.shows)
         # Whole paths are seldom equal, and latents drawn here differ where sequences do not.
         every = whole or bool(program.redrawn) or not strict
-        first, inverse = self._distinct(x0, latents, keep_all=every)
+        first, inverse, _ = self._distinct(x0, latents, keep_all=every)
         chains = {n: p.flatten(0, 1) for n, p in paths.items()} if whole and paths else x0
         known = {name: value[first] for name, value in (chains | latents).items()}
         chunks = torch.arange(len(first), device=first.device).split(MAX_ROWS)
@@ -384,22 +394,25 @@ class ProgramSource(Source):
         # What is drawn in place is fresh noise: equal rows are then no equal questions.
         read = set(self.program.latents) - self.program.unread
         drawn = not read <= latents.keys() or len(rows) < len(self.chains)
-        first, inverse = self._distinct(rows, latents, keep_all=drawn)
-        keys = None if drawn or last else self._keys(rows, latents)[first]
-        values = torch.empty(len(first), dtype=torch.float64, device=first.device)
-        new = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        if keys is not None and self._memory is not None:
-            index = self._memory.find(keys)
-            values, new = self._memory.values[index.clamp_min(0)].clone(), index < 0
-        asked = first[new]
+        first, inverse, hashes = self._distinct(rows, latents, keep_all=drawn)
         known = {**rows, **latents}
-        if len(asked):
-            parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]
-            values[new] = torch.cat(parts)
-        if keys is not None:
-            self._memory = RowTable.build(keys, values)
+        if drawn or last:
+            values = self._ask_in_parts(known, first, latents, last)
+        else:
+            keys = self._keys(rows, latents)[first]
+            values, remembered = self._memory.find(keys, hashes)
+            new = (~remembered).nonzero()[:, 0]
+            if len(new):
+                values[new] = answers = self._ask_in_parts(known, first[new], latents, last)
+                self._memory.add(keys[new], hashes[new], answers)
         found = values[inverse]
         return self._within_clamps(found, rows) if last else found
+
+    def _ask_in_parts(
+        self, known: Mapping[str, Tensor], asked: Tensor, latents: Mapping[str, Tensor], last: bool
+    ) -> Tensor:
+        parts = [self._ask(known, part, latents, last) for part in asked.split(MAX_ROWS)]
+        return torch.cat(parts)
 
     def _ask(
         self, known: Mapping[str, Tensor], part: Tensor, latents: Mapping[str, Tensor], last: bool
@@ -415,27 +428,17 @@ class ProgramSource(Source):
 
     def _distinct(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, keep_all: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> DistinctRows:
         if keep_all:
             tokens = next(iter(rows.values()))
             every = torch.arange(len(tokens), device=tokens.device)
-            return every, every
-        return distinct_rows(self._keys(rows, latents))
+            return DistinctRows(every, every, every)
+        return DistinctRows.of(self._keys(rows, latents))
 
     def _keys(self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Tensor:
         """Return the flat view that a cache needs: tokens, and latents by value."""
         # By tokens alone, particles with other latents would get the first one's answer.
         return torch.cat([bits(x) for x in [*rows.values(), *latents.values()]], -1)
-
-
-class UncachedPotential(EvaluatedPotential):
-    """A potential asked about every row it is shown: for comparison, and for random potentials."""
-
-    def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
-        ask: Callable[[Tensor], Tensor] = self.potential if final else self.potential.lookahead
-        rows = x0.reshape(-1, x0.shape[-1])
-        self.num_calls += len(rows)
-        return ask(rows).to(torch.float64).reshape(x0.shape[:-1])
 
 
 def bits(value: Tensor) -> Tensor:

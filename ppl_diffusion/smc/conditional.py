@@ -26,14 +26,15 @@ from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import tokens_of
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
 from ppl_diffusion.smc.feynman_kac import (
     LOG_PROB,
     BoundFeynmanKac,
-    EvaluatedPotential,
     FeynmanKac,
     KernelProposal,
     per_particle,
 )
+from ppl_diffusion.smc.late import require_in_time
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler
 from ppl_diffusion.smc.twists import Carry
@@ -68,7 +69,7 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
 
     :param model: the model; its chain needs a density.
     :param retained: one path per run, int64 ``(R, *plates, T + 1, L)``.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param potential: evaluates ``log G`` instead of the model's own potential, where it depends on
         the run; takes ``x0 (R, N, *plates, L)``.
     :raises CapabilityError: if the chain has no density.
@@ -80,9 +81,10 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         model: FeynmanKac,
         retained: Tensor,
         *,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         potential: EvaluatedPotential | None = None,
     ) -> None:
+        require_in_time(model.twist)
         retained = _check_paths(model, retained)
         # With the densities of the moves a retained path that the chain cannot take shows itself.
         super().__init__(model, max_rows=max_rows, track_log_prob=True)
@@ -183,7 +185,7 @@ def conditional_smc(
     num_particles: int,
     ess_threshold: float = 0.5,
     generator: torch.Generator | None = None,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ConditionalRun:
     """Make one conditional SMC sweep from each of ``R`` retained paths.
@@ -192,7 +194,7 @@ def conditional_smc(
     :param retained: paths, int64 ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2, the retained one included.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :raises CapabilityError: if the chain has no density.
     :raises ValueError: if the settings or a retained path are impossible.
     """
@@ -262,14 +264,14 @@ def two_sided_evidence(
     num_particles: int,
     ess_threshold: float = 0.5,
     generator: torch.Generator | None = None,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
 ) -> EvidenceBounds:
     """Bracket ``log Z`` by as many plain as conditional runs, of one resampling scheme.
 
     :param exact_paths: independent draws of ``p(path) G(x0) / Z``, ``(R, *plates, T + 1, L)``.
     :param num_particles: particles ``N`` per run, at least 2.
     :param ess_threshold: fraction of ``N`` below which a run is resampled.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     """
     plain = run_smc(
         fk,

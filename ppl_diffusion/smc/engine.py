@@ -25,6 +25,7 @@ from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.smc.feynman_kac import FeynmanKac
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
+from ppl_diffusion.smc.late import looking
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
 from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
@@ -65,7 +66,7 @@ def run_smc(
     generator: torch.Generator | None = None,
     *,
     store_path: bool = True,
-    max_rows: int | None = 4096,
+    max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ParticlePosterior:
     """Run SMC on a Feynman-Kac model.
@@ -79,7 +80,7 @@ def run_smc(
         resamples (importance sampling), anything above 1 always does.
     :param generator: source of randomness (the global one by default).
     :param store_path: keep the states of all steps, so that paths can be read back.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param progress: called with ``(steps done, steps in all)``.
     :returns: the weighted particles. Runs in which every particle died have evidence zero and
         say at which step (``died_at``).
@@ -91,7 +92,7 @@ def run_smc(
     started = time.perf_counter()
     with torch.no_grad(), watch_failures() as failures:
         trace = smc_loop(
-            bound,
+            looking(bound),
             bound.num_steps,
             num_particles,
             num_runs,
@@ -240,26 +241,37 @@ def smc_loop(
         first = engine.log_twist(carry, 0, generator)
         twist = zeros if first is None else first
         weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
+        base = _base(weights, log_z, twist)
         log, k = _Log(record, carry), 0
         while k < num_steps:
             if hasattr(engine, "foresee"):
                 carry, k = engine.foresee(carry, k, generator)
             if hasattr(engine, "renew"):
                 carry, twist = engine.renew(carry, twist, k, generator)
-            base = _base(weights, log_z, twist)
+                base, log.settled = _base(weights, log_z, twist), False
+            before = base
             carry, log_ratio = engine.move({**carry, LOG_BASE: base}, k, generator)
-            carry = {**carry, LOG_BASE: base + log_ratio}
+            if isinstance(log_ratio, Tensor):
+                base = base + log_ratio
+            carry = {**carry, LOG_BASE: base}
             last = k + 1 == num_steps
             if last and hasattr(engine, "close"):
                 so_far = partial(log.paths, carry, parents)
                 carry, ahead = engine.close(carry, generator, so_far)
             else:
                 ahead = engine.log_twist(carry, k + 1, generator)
+            k += 1
+            if progress is not None:
+                progress(k, num_steps)
+            if ahead is None and not isinstance(log_ratio, Tensor) and log.settled:
+                log.repeat(carry, parents)
+                parents = identity
+                continue
             ahead = twist if ahead is None else ahead
             weights, twist = weights.add(log_ratio + ahead - twist), ahead
-            _check_weights(weights, k)
+            _check_weights(weights, k - 1)
             due = weights.alive & (weights.ess < ess_threshold * num_particles) & (not last)
-            log.add(carry, weights, log_z, parents, due, base)
+            log.add(carry, weights, log_z, parents, due, before)
             parents = identity
             (some,) = checks.read(due.any())
             if some:
@@ -268,9 +280,8 @@ def smc_loop(
                 parents = torch.where(due[:, None], chosen, identity)
                 carry, twist = engine.gather(carry, parents), twist.gather(1, parents)
                 weights = Weights(torch.where(due[:, None], 0.0, weights.log))
-            k += 1
-            if progress is not None:
-                progress(k, num_steps)
+                log.settled = False
+            base = _base(weights, log_z, twist)
         return log.trace(carry, weights, twist, isinstance(resampler, Multinomial))
 
 
@@ -284,6 +295,15 @@ class _Log:
         self.history = [] if record is None else [self._kept(carry)]
         self.ancestors: list[Tensor] = []
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        self.settled = False
+        """Whether nothing has changed the weights since the last step was noted."""
+
+    def repeat(self, carry: Carry, parents: Tensor) -> None:
+        """Note a step that left all weights as they were."""
+        self.ancestors.append(parents)
+        self.steps.append(self.steps[-1])
+        if self.record is not None:
+            self.history.append(self._kept(carry))
 
     def add(
         self,
@@ -301,6 +321,7 @@ class _Log:
             nothing.
         """
         self.ancestors.append(parents)
+        self.settled = True
         mass = log_mean_exp(base, 1)
         self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due, mass))
         if self.record is not None:

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from ppl_diffusion.smc.run_statistics import as_array, pooled_log_evidence
 
@@ -126,6 +125,8 @@ def lognormal_interval(
     :param num_shown: how many log-evidences showed it, at least two.
     :param overspent: by what the variance of each is too small.
     """
+    from scipy.special import stdtrit  # slow to import, and runs do without
+
     variance = sd**2
     spread = variance * overspent / len(values) + variance**2 / (2 * (num_shown - 1))
     half = float(stdtrit(num_shown - 1, (1 + LEVEL) / 2)) * math.sqrt(spread)

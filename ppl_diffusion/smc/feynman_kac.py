@@ -30,7 +30,7 @@ from ppl_diffusion.kernels.event_kernel import EventKernel
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
-from ppl_diffusion.rows import RowTable, distinct_rows
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
 from ppl_diffusion.smc.law import Base, Law, Tilt
 from ppl_diffusion.smc.support import excluded_token, missing_support
 from ppl_diffusion.smc.twists import (
@@ -154,13 +154,13 @@ class FeynmanKac:
     def bind(
         self,
         *,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         track_log_prob: bool = False,
         on_events: bool = False,
     ) -> BoundFeynmanKac:
         """Return the model with fresh caches and counters, ready for one run.
 
-        :param max_rows: largest number of rows sent to the network at once.
+        :param max_rows: largest number of rows sent to the network at once, None for what suits it.
         :param track_log_prob: carry each path's log-probability along as ``"log_prob"``.
         :param on_events: go from reveal to reveal where that can be done.
         """
@@ -174,14 +174,14 @@ class BoundFeynmanKac:
     """A :class:`FeynmanKac` during one run: its caches and its costs.
 
     :param model: what is run.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     :param track_log_prob: carry each path's log-probability along.
     :param on_events: go from reveal to reveal where that can be done
         (:class:`~ppl_diffusion.kernels.EventKernel`).
     """
 
     model: FeynmanKac
-    max_rows: int | None = 4096
+    max_rows: int | None = None
     track_log_prob: bool = False
     on_events: bool = False
     denoiser: EvaluatedDenoiser = field(init=False)
@@ -322,8 +322,16 @@ class BoundFeynmanKac:
         if isinstance(model.twist, CallableTwist):
             return model.twist(carry, k, tuple(tokens.shape[:2]))
         values = self.potential.lookahead(self.fills(model.twist, carry, k, generator))
+        return self.looked(carry, values)
+
+    def looked(self, carry: Carry, values: Tensor) -> Tensor:
+        """Return ``log h``, ``(R, N)``, of what completions are worth.
+
+        :param carry: the carry that it weighs.
+        :param values: look-aheads of the completions, ``(R, N, num_fills, *plates)``.
+        """
         log_f = log_mean_exp(values.flatten(3).sum(-1) if values.ndim > 3 else values, 2)
-        floor = model.twist.floor
+        floor = self.model.twist.floor if isinstance(self.model.twist, FillTwist) else 0.0
         if not floor:
             return log_f
         return floored(log_f, mean_lookahead(log_f, carry[LOG_BASE]), floor)
@@ -334,7 +342,8 @@ class BoundFeynmanKac:
         """Return a twist's completions of the state, int64 ``(R, N, num_fills, *plates, L)``."""
         tokens = carry["tokens"]
         uniforms = twist.uniforms(carry.get(FILL_UNIFORMS), tuple(tokens.shape), generator)
-        return twist.fill(self._kernel.posterior_mean(carry, k), uniforms)
+        uniforms = None if uniforms is None else uniforms.to(tokens.device)
+        return twist.fill(self._kernel.completions(carry, k), uniforms)
 
     def gather(self, carry: Carry, ancestors: Tensor) -> Carry:
         """Return the carry of the chosen ancestors, ``ancestors`` int64 ``(R, N)``."""
@@ -375,49 +384,6 @@ class KernelProposal:
 
     def _inside(self, own: Carry) -> Carry:
         return {self.PREFIX + name: x for name, x in own.items() if name != "tokens"}
-
-
-class EvaluatedPotential:
-    """A potential asked once per distinct sequence, with the last answers kept.
-
-    :ivar num_calls: sequences the potential was asked about.
-    """
-
-    def __init__(self, potential: AbstractPotential) -> None:
-        self.potential = potential
-        self.num_calls = 0
-        self._memory: dict[bool, RowTable] = {}
-
-    def __call__(self, x0: Tensor) -> Tensor:
-        """Return ``log G``, float64 ``(*batch,)``.
-
-        :param x0: clean tokens, int64 ``(*batch, L)``.
-        """
-        return self._evaluate(x0, final=True)
-
-    def lookahead(self, x0: Tensor) -> Tensor:
-        """Return the finite surrogate for guesses, float64 ``(*batch,)``.
-
-        :param x0: guessed tokens, int64 ``(*batch, L)``.
-        """
-        return self._evaluate(x0, final=False)
-
-    def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
-        ask = self.potential if final else self.potential.lookahead
-        rows = x0.reshape(-1, x0.shape[-1])
-        first, inverse = distinct_rows(rows)
-        unique = rows[first]
-        table = self._memory.get(final)
-        index = torch.full_like(first, -1) if table is None else table.find(unique)
-        values = torch.empty(len(unique), dtype=torch.float64, device=unique.device)
-        new = index < 0
-        if table is not None:
-            values[~new] = table.values[index[~new]]
-        if bool(new.any()):
-            self.num_calls += int(new.sum())
-            values[new] = ask(unique[new])
-        self._memory[final] = RowTable.build(unique, values)
-        return values[inverse].reshape(x0.shape[:-1])
 
 
 def _require_same_grid(model: Kernel, proposal: Kernel) -> None:

@@ -47,7 +47,7 @@ class PathModel:
     :param chain: the reverse chain; plates in its batch shape belong to every particle.
     :param log_potential: ``x0 (R, N, *plates, L) -> log G (R, N)`` or ``(R, N, *plates)``; or that
         and other values of the same particles.
-    :param max_rows: largest number of rows sent to the network at once.
+    :param max_rows: largest number of rows sent to the network at once, None for what suits it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PathModel:
         chain: ReverseChain,
         log_potential: Callable[[Tensor], Rated],
         *,
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
     ) -> None:
         known = chain.kernel.denoiser
         if not isinstance(known, EvaluatedDenoiser):  # else its answers are shared

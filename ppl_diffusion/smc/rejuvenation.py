@@ -201,7 +201,7 @@ class WasteFree(Resampler):
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = array_namespace(weights)
-        heads = Stratified().draw(uniforms, xp.log(weights))
+        heads = Stratified()._ancestors(uniforms, weights)
         copies = xp.broadcast_to(heads[..., None], (*heads.shape, self.length))
         return xp.reshape(copies, weights.shape)
 

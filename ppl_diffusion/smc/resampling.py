@@ -5,19 +5,26 @@ The uniforms are arguments, so torch and JAX give the same ancestors, and a run 
 its random numbers. Distribution functions are float64, the last bin ends at exactly one, and an
 index is clipped to the last particle of positive weight. Comparison: Douc and Cappe (2005),
 Gerber, Chopin and Whiteley (2019, SSP), Del Moral (2004, killing).
+
+The schemes of low variance are one idea: lay ``N`` copies on a line in shares of ``N w``, and let
+particle ``i``'s ancestors end at the whole number below or above ``C_i = N (w_0 + ... + w_i)``.
+They differ in how the roundings of neighbours hang together.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from array_api_compat import is_torch_array
 
 from ppl_diffusion.arrays import Array, array_namespace, device_of, int64_of, to_float64
-from ppl_diffusion.smc.weights import Weights
+from ppl_diffusion.deferred import refuse_if
 
 
 @dataclass(frozen=True)
@@ -44,19 +51,19 @@ class Resampler(ABC):
         :returns: int64 indices in ``0..N-1``, ``(*runs, N)``.
         :raises ValueError: if a weight is NaN or ``+inf``, or the uniforms have a wrong shape.
         """
-        xp = array_namespace(log_weights)
         needed = self.num_uniforms(log_weights.shape[-1])
         if tuple(uniforms.shape) != (*log_weights.shape[:-1], needed):
             raise ValueError(
                 f"{self.name} resampling of weights {tuple(log_weights.shape)} needs uniforms "
                 f"{(*log_weights.shape[:-1], needed)}, got {tuple(uniforms.shape)}."
             )
-        if bool(xp.any(xp.isnan(log_weights) | (log_weights == math.inf))):
-            raise ValueError(f"{self.name} resampling: a log-weight is NaN or +inf.")
-        weights = Weights(to_float64(log_weights))
-        ancestors = self._ancestors(to_float64(uniforms), weights.normalised)
-        stay = xp.broadcast_to(_iota(log_weights), log_weights.shape)
-        return xp.where(weights.alive[..., None], ancestors, stay)
+        return _near(self._resample, uniforms, log_weights)
+
+    def _resample(self, uniforms: Array, log_weights: Array) -> Array:
+        top = _top(log_weights)
+        _refuse(top, self.name)
+        ancestors = self._ancestors(uniforms, _normalised(log_weights, top))
+        return _where_alive(top, ancestors, _iota)
 
 
 @dataclass(frozen=True)
@@ -79,21 +86,17 @@ class Residual(Resampler):
     name = "residual"
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
-        xp = array_namespace(weights)
-        size = weights.shape[-1]
+        xp = _namespace(weights)
+        expected, slots = weights.shape[-1] * weights, _iota(weights)
         # Round-off must not turn N w = 3 - 1e-16 into two certain copies and a sure third draw:
         # both are unbiased, so the floor is taken as it comes.
-        whole = xp.floor(size * weights)
-        ends = xp.cumulative_sum(whole, axis=-1)
-        slots = to_float64(_iota(weights))
-        certain = _count(ends, slots)
-        fraction = size * weights - whole
-        total = xp.sum(fraction, axis=-1, keepdims=True)
-        rest = xp.where(
-            total > 0, fraction / xp.where(total > 0, total, xp.ones_like(total)), weights
-        )
-        drawn = _inverse_cdf(rest, uniforms)
-        return xp.where(slots < ends[..., -1:], xp.minimum(certain, _last_positive(weights)), drawn)
+        whole = xp.floor(expected)
+        ends = _running_sum(whole)
+        certain = slots < ends[..., -1:]
+        rest = expected - whole
+        rest = xp.where(xp.sum(rest, axis=-1, keepdims=True) > 0, rest, weights)
+        drawn = _inverse_cdf(rest, xp.where(certain, 0.0, uniforms))
+        return xp.where(certain, _count(ends, to_float64(slots)), drawn)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,13 @@ class Stratified(Resampler):
     name = "stratified"
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
-        return self.draw(uniforms, array_namespace(weights).log(weights))
+        xp = _namespace(weights)
+        size = uniforms.shape[-1]
+        below, share = _line(weights, size)
+        # There is no stratum behind the last one, and nothing above its end.
+        stratum = xp.minimum(_whole(below), _iota(uniforms)[-1])
+        above = _take(uniforms, stratum) < share
+        return _owners(below + above, size, weights)
 
     def draw(self, uniforms: Array, log_weights: Array) -> Array:
         """Draw any number of indices, not necessarily ``N``.
@@ -112,8 +121,10 @@ class Stratified(Resampler):
         :param log_weights: log-weights ``(*runs, N)``, some of them positive.
         :returns: int64 indices in ``0..N-1``, ``(*runs, M)``, sorted.
         """
-        points = (to_float64(_iota(uniforms)) + uniforms) / uniforms.shape[-1]
-        return _inverse_cdf(Weights(to_float64(log_weights)).normalised, points)
+        return _near(self._drawn, uniforms, log_weights)
+
+    def _drawn(self, uniforms: Array, log_weights: Array) -> Array:
+        return self._ancestors(uniforms, _normalised(log_weights, _top(log_weights)))
 
 
 @dataclass(frozen=True)
@@ -130,29 +141,46 @@ class Systematic(Resampler):
         return num_particles + 1
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
-        xp = array_namespace(weights)
-        order = xp.argsort(uniforms[..., 1:], axis=-1)
-        shuffled = xp.take_along_axis(weights, order, axis=-1)
-        comb = (to_float64(_iota(weights)) + uniforms[..., :1]) / weights.shape[-1]
-        return xp.take_along_axis(order, _inverse_cdf(shuffled, comb), axis=-1)
+        order = _order(uniforms[..., 1:])
+        shuffled = _take(weights, order)
+        below, share = _line(shuffled, weights.shape[-1])
+        above = uniforms[..., :1] < share
+        return _owners(below + above, weights.shape[-1], shuffled, order)
 
 
 @dataclass(frozen=True)
 class SSP(Resampler):
     """Srinivasan sampling: fractions are settled pair by pair (Gerber et al. 2019, Alg. 2).
 
-    As low in variance as the comb and provably consistent. A scan of length ``N``: one uniform per
-    settled pair, the last for the remainder of round-off.
+    As low in variance as the comb and provably consistent. One fraction ``a`` is open; it meets
+    the next one, mass moves so that one of the two becomes an integer and the expectation of both
+    is kept; the integer one is frozen, the other stays open. One uniform per pair, and one left.
+
+    That is no chain of roundings: both keep their sum, so the open fraction after particle ``i`` is
+    ``c_i``, what ``C_i`` has above a whole number, whoever holds it. Hence each pair is settled
+    by itself. Where the sum passes a whole number (``c_i < c_{i-1}``) one of the two is frozen at
+    one, else at zero; it is ``a`` with probability ``(c_{i-1} - c_i) / (1 - c_i)``, else
+    ``1 - c_{i-1} / c_i``. What is open after particle ``i`` is frozen at the first pair after ``i``
+    that freezes ``a``, and ``i``'s copies end above ``C_i`` if that is at one.
     """
 
     name = "ssp"
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
-        xp = array_namespace(weights)
-        copies = _ssp_copies(uniforms, weights)
-        ends = xp.cumulative_sum(copies, axis=-1)
-        slots = to_float64(_iota(weights))
-        return xp.minimum(_count(ends, slots), _last_positive(weights))
+        xp = _namespace(weights)
+        size = weights.shape[-1]
+        below, share = _line(weights, size)
+        before, after = share, xp.roll(share, -1, axis=-1)
+        passes = after < before
+        # One product for both cases, as in the paper: the next one gives to the open one.
+        both = xp.where(passes, 1 - after, after)
+        gains = uniforms * both < xp.where(passes, before - after, before)
+        # Pairs are numbered from the end, so that the next one that freezes is the largest; the
+        # last particle makes no pair.
+        left = size - 1 - _iota(weights)
+        freezes = (passes == gains) & (left > 0)
+        above = _max_from_here(xp.where(freezes, 2 * left + passes, 0)) % 2
+        return _owners(below + above, size, weights)
 
 
 @dataclass(frozen=True)
@@ -166,12 +194,15 @@ class Killing(Resampler):
         return 2 * num_particles
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
-        xp = array_namespace(weights)
+        xp = _namespace(weights)
         size = weights.shape[-1]
-        top = xp.max(weights, axis=-1, keepdims=True)
-        keep = uniforms[..., :size] * top < weights
-        return xp.where(keep, _iota(weights), _inverse_cdf(weights, uniforms[..., size:]))
+        keep = uniforms[..., :size] * xp.max(weights, axis=-1, keepdims=True) < weights
+        redrawn = _inverse_cdf(weights, xp.where(keep, 0.0, uniforms[..., size:]))
+        return xp.where(keep, _iota(weights), redrawn)
 
+
+_RADIX = 256
+"""From so many numbers on two passes of counting are faster than comparing."""
 
 RESAMPLERS: dict[str, Resampler] = {
     scheme.name: scheme
@@ -192,36 +223,148 @@ def as_resampler(scheme: str | Resampler) -> Resampler:
     return RESAMPLERS[scheme]
 
 
+def _near(draw: Callable[[Array, Array], Array], uniforms: Array, log_weights: Array) -> Array:
+    """Draw in float64, and on the CPU with NumPy, whose calls cost a fraction of torch's."""
+    if is_torch_array(log_weights) and log_weights.device.type == "cpu":
+        near = draw(uniforms.detach().double().numpy(), log_weights.detach().double().numpy())
+        return torch.from_numpy(np.require(near, requirements="W"))
+    return draw(to_float64(uniforms), to_float64(log_weights))
+
+
+def _namespace(x: Array) -> Any:
+    """Return NumPy itself where its functions do, without the layer that costs as much again."""
+    return np if isinstance(x, np.ndarray) else array_namespace(x)
+
+
+def _refuse(top: Array, name: str) -> None:
+    """Raise an error if the largest log-weight of a run is NaN or infinite."""
+
+    def complaint() -> ValueError:
+        return ValueError(f"{name} resampling: a log-weight is NaN or +inf.")
+
+    fine = (top < math.inf).all()
+    if is_torch_array(top):
+        refuse_if(~fine, complaint)
+    elif not bool(fine):
+        raise complaint()
+
+
+def _normalised(log_weights: Array, top: Array) -> Array:
+    """Return weights that sum to one; equal ones where all are dead: their draws are not taken.
+
+    :param top: the largest log-weights, ``(*runs, 1)``.
+    """
+    xp = _namespace(log_weights)
+    scaled = _where_alive(top, log_weights - _where_alive(top, top, xp.zeros_like), xp.zeros_like)
+    weights = xp.exp(scaled)
+    return weights / xp.sum(weights, axis=-1, keepdims=True)
+
+
+def _where_alive(top: Array, there: Array, elsewhere: Callable[[Array], Array]) -> Array:
+    """Return one thing where a run lives and another where all its particles are dead."""
+    alive = top > -math.inf
+    if isinstance(alive, np.ndarray) and alive.all():  # no need to wait for an answer here
+        return there
+    return _namespace(top).where(alive, there, elsewhere(there))
+
+
+def _top(log_weights: Array) -> Array:
+    if isinstance(log_weights, np.ndarray):
+        return np.maximum.reduce(log_weights, axis=-1, keepdims=True)
+    return array_namespace(log_weights).max(log_weights, axis=-1, keepdims=True)
+
+
+def _take(x: Array, index: Array) -> Array:
+    """Return the entries of each run that an index names."""
+    if not isinstance(x, np.ndarray):
+        return array_namespace(x).take_along_axis(x, index, axis=-1)
+    if x.size > x.shape[-1]:  # NumPy takes from one long array at a fifth of the price
+        starts = x.shape[-1] * np.arange(x.size // x.shape[-1])
+        index = index + starts.reshape(*x.shape[:-1], 1)
+    return x.reshape(-1).take(index)
+
+
 def _iota(like: Array) -> Array:
-    xp = array_namespace(like)
-    return xp.arange(like.shape[-1], device=device_of(like))
+    if isinstance(like, np.ndarray):
+        return np.arange(like.shape[-1])
+    return array_namespace(like).arange(like.shape[-1], device=device_of(like))
+
+
+def _whole(x: Array) -> Array:
+    xp = array_namespace(x)
+    return x.astype(np.int64) if isinstance(x, np.ndarray) else xp.astype(x, int64_of(xp))
+
+
+def _running_sum(x: Array) -> Array:
+    if isinstance(x, np.ndarray):
+        return np.add.accumulate(x, axis=-1)
+    return array_namespace(x).cumulative_sum(x, axis=-1)
+
+
+def _max_from_here(x: Array) -> Array:
+    """Return the largest of each number and those behind it."""
+    if isinstance(x, np.ndarray):
+        return np.maximum.accumulate(x[..., ::-1], axis=-1)[..., ::-1]
+    if is_torch_array(x):
+        return x.flip(-1).cummax(-1).values.flip(-1)
+    from jax import lax
+
+    return lax.cummax(x, axis=x.ndim - 1, reverse=True)
 
 
 def _last_positive(weights: Array) -> Array:
     """Return the index of the last positive weight, ``(*runs, 1)``."""
-    xp = array_namespace(weights)
-    index = xp.where(weights > 0, _iota(weights), xp.zeros_like(_iota(weights)))
-    return xp.max(index, axis=-1, keepdims=True)
+    xp = _namespace(weights)
+    return xp.max(xp.where(weights > 0, _iota(weights), 0), axis=-1, keepdims=True)
+
+
+def _cdf(weights: Array) -> Array:
+    """Return the distribution function of weights; it is one from the last positive one on."""
+    sums = _running_sum(weights)
+    cdf = sums / sums[..., -1:]
+    if isinstance(cdf, np.ndarray):
+        return cdf  # added up one by one: zeros change nothing
+    last = _last_positive(weights)
+    return array_namespace(cdf).where(_iota(weights) >= last, 1.0, cdf)
+
+
+def _line(weights: Array, num: int) -> tuple[Array, Array]:
+    """Return where the shares of ``num`` copies end: whole numbers and what is above them."""
+    ends = num * _cdf(weights)
+    below = _namespace(ends).floor(ends)
+    return below, ends - below
+
+
+def _owners(ends: Array, num: int, weights: Array, order: Array | None = None) -> Array:
+    """Return who owns each of ``num`` slots if particles' slots end there, in their order."""
+    if isinstance(ends, np.ndarray):
+        copies = ends.astype(np.int64)
+        copies[..., 1:] -= copies[..., :-1].copy()
+        owners = np.broadcast_to(_iota(ends), ends.shape) if order is None else order
+        return np.repeat(owners.ravel(), copies.ravel()).reshape(*ends.shape[:-1], num)
+    xp = array_namespace(ends)
+    slots = xp.arange(num, device=device_of(ends), dtype=ends.dtype)
+    owner = xp.minimum(_count(ends, slots), _last_positive(weights))
+    return owner if order is None else _take(order, owner)
 
 
 def _inverse_cdf(weights: Array, points: Array) -> Array:
     """Return, for each point in ``[0, 1)``, the first index whose distribution function exceeds it.
 
-    Runs are searched in one sorted array: run ``r``'s function is shifted to ``[r, r + 1]``.
+    Never one of weight zero.
     """
-    xp = array_namespace(weights)
-    last = _last_positive(weights)
-    cdf = xp.cumulative_sum(weights, axis=-1)
-    cdf = xp.where(_iota(weights) >= last, xp.ones_like(cdf), cdf / cdf[..., -1:])
-    return xp.minimum(_count(cdf, points), last)
+    xp = _namespace(weights)
+    return xp.minimum(_count(_cdf(weights), points), _last_positive(weights))
 
 
 def _count(ends: Array, points: Array) -> Array:
     """Return how many of the sorted ``ends`` of the same run are ``<=`` each point."""
     xp = array_namespace(ends)
     points = xp.broadcast_to(points, (*ends.shape[:-1], points.shape[-1]))
-    if is_torch_array(ends):  # the only library whose search is batched
-        return xp.searchsorted(ends.contiguous(), points.contiguous(), right=True)
+    if isinstance(ends, np.ndarray):  # whose own search takes one run at a time
+        return _count(torch.from_numpy(ends), torch.from_numpy(points.copy())).numpy()
+    if is_torch_array(ends):
+        return torch.searchsorted(ends.contiguous(), points.contiguous(), right=True)
     flat_ends = ends.reshape(-1, ends.shape[-1])
     flat_points = points.reshape(-1, points.shape[-1])
     rows = [
@@ -230,32 +373,16 @@ def _count(ends: Array, points: Array) -> Array:
     return xp.stack(rows).reshape(points.shape)
 
 
-def _ssp_copies(uniforms: Array, weights: Array) -> Array:
-    """Return the number of copies of each particle, float64 ``(*runs, N)``.
-
-    One fraction stays open; it meets the next one, mass moves so that one of the two becomes an
-    integer and the expectation of both is kept; the integer one is frozen.
-    """
-    xp = array_namespace(weights)
-    expected = weights.shape[-1] * weights
-    whole = xp.floor(expected)
-    fraction = expected - whole
-    open_f = fraction[..., 0]
-    open_i = xp.zeros_like(xp.astype(open_f, int64_of(xp)))
-    frozen_i, frozen_f = [], []
-    for j in range(1, weights.shape[-1]):
-        f = fraction[..., j]
-        up, down = xp.minimum(1 - open_f, f), xp.minimum(open_f, 1 - f)
-        gains = uniforms[..., j - 1] * (up + down) < down
-        open_f, f = xp.where(gains, open_f + up, open_f - down), xp.where(gains, f - up, f + down)
-        done = xp.minimum(open_f, 1 - open_f) <= xp.minimum(f, 1 - f)  # which one is the integer
-        frozen_i.append(xp.where(done, open_i, xp.full_like(open_i, j)))
-        frozen_f.append(xp.round(xp.where(done, open_f, f)))
-        open_i = xp.where(done, xp.full_like(open_i, j), open_i)
-        open_f = xp.where(done, f, open_f)
-    settled = xp.stack([*frozen_f, xp.zeros_like(open_f)], axis=-1)
-    # What is left open is 0 or 1 up to round-off: it takes whatever is missing from N.
-    missing = weights.shape[-1] - xp.sum(whole, axis=-1) - xp.sum(settled, axis=-1)
-    last = xp.stack([*[xp.zeros_like(missing)] * len(frozen_f), missing], axis=-1)
-    order = xp.argsort(xp.stack([*frozen_i, open_i], axis=-1), axis=-1)
-    return whole + xp.take_along_axis(settled + last, order, axis=-1)
+def _order(keys: Array) -> Array:
+    """Return the order of numbers in ``[0, 1)`` by their first 32 bits, ties as they stand."""
+    words = keys * 2.0**32
+    if not isinstance(words, np.ndarray):
+        xp = array_namespace(words)
+        return xp.argsort(xp.floor(words), axis=-1, stable=True)
+    if words.shape[-1] < _RADIX:
+        return np.argsort(np.floor(words), axis=-1, kind="stable")
+    # NumPy sorts 16 bits by counting: two passes, the lower half first.
+    halves = words.astype(np.uint32)
+    order = np.argsort(halves.astype(np.uint16), axis=-1, kind="stable")
+    upper = _take((halves >> 16).astype(np.uint16), order)
+    return _take(order, np.argsort(upper, axis=-1, kind="stable"))

@@ -25,7 +25,8 @@ from torch import Tensor
 from ppl_diffusion.arrays import json_types
 from ppl_diffusion.errors import CapabilityError, ParticleCollapse, PotentialError
 from ppl_diffusion.potentials.base import AbstractPotential, Potential
-from ppl_diffusion.smc.feynman_kac import EvaluatedPotential, per_particle
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
+from ppl_diffusion.smc.feynman_kac import per_particle
 from ppl_diffusion.smc.khat import khat
 from ppl_diffusion.smc.law import Law, Tilt
 from ppl_diffusion.smc.origin import Origin, Scored

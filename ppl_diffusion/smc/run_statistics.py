@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 
 def as_array(values: Any) -> NDArray[Any]:
@@ -19,6 +18,8 @@ def as_array(values: Any) -> NDArray[Any]:
 
 def pooled_log_evidence(log_evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     """Log of the mean evidence over runs (axis 0), the unbiased pooling; a dead run counts as 0."""
+    from scipy.special import logsumexp  # slow to import, and runs do without
+
     return np.asarray(logsumexp(log_evidence, axis=0) - np.log(len(log_evidence)))
 
 

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.kernels.completions import Completions
+from ppl_diffusion.processes.noise import uniforms
 
 Carry = dict[str, Any]
 FILL_UNIFORMS = "fill_uniforms"
@@ -30,11 +31,20 @@ class FillTwist(ABC):
 
     ``log h`` is the log-mean-exp of the potential's look-ahead over ``num_fills`` completions,
     mixed with their mean over the population where there is a ``floor`` (:func:`floored`).
+
+    ``late`` completions are scored while the network looks at the next state, and count there
+    (:mod:`ppl_diffusion.smc.late`).
     """
 
     name: ClassVar[str]
     num_fills: int = 1
     floor: float = 0.0
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        """Say in the name what is late, so that results do."""
+        if self.late:
+            object.__setattr__(self, "name", f"{type(self).name}, late")
 
     @abstractmethod
     def uniforms(
@@ -53,20 +63,25 @@ class FillTwist(ABC):
         """
         return None
 
-    def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
+    def fill(self, completions: Completions, uniforms: Tensor | None) -> Tensor:
         """Return completions, int64 ``(R, N, num_fills, *plates, L)``.
 
-        :param log_x0: ``log p(x0 | x_k)`` per site, ``(R, N, *plates, L, V)``.
+        :param completions: of the states ``(R, N, *plates, L)``.
+        :param uniforms: what :meth:`uniforms` returned.
         """
         if uniforms is None:
-            return log_x0.argmax(-1)[:, :, None]
-        return draw_categorical(log_x0[:, :, None], uniforms.to(log_x0.device))
+            return completions.likeliest()[:, :, None]
+        return completions.draw(uniforms.movedim(2, -1)).movedim(-1, 2)
 
 
 @dataclass(frozen=True)
 class ArgmaxFill(FillTwist):
-    """Fill every site with its likeliest token: one deterministic completion."""
+    """Fill every site with its likeliest token: one deterministic completion.
 
+    :param late: score it while the network looks at the next state.
+    """
+
+    late: bool = False
     name = "argmax"
 
     def uniforms(self, carried: Tensor | None, shape: tuple[int, ...], generator: Any) -> None:
@@ -82,13 +97,16 @@ class PersistentFill(FillTwist):
 
     :param num_fills: completions per particle.
     :param floor: share of the mean over the population, see :func:`floored`.
+    :param late: score them while the network looks at the next state.
     """
 
     num_fills: int = 4
     floor: float = 0.0
+    late: bool = False
     name = "persistent"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_floor(self.floor)
 
     def init(self, shape: tuple[int, ...], generator: Any) -> Tensor:
@@ -111,14 +129,18 @@ class Defensive(FillTwist):
 
     :param num_persistent: completions with inherited noise, besides the likeliest one.
     :param floor: share of the mean over the population, see :func:`floored`; 0 for none.
+    :param late: score completions while the network looks at the next state, which lets slow
+        rewards run beside it; resampling then sees one step less.
     :raises ValueError: if a number is not usable.
     """
 
     num_persistent: int = 4
     floor: float = 0.2
+    late: bool = False
     name = "defensive"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_floor(self.floor)
         if self.num_persistent < 0:
             raise ValueError(f"num_persistent must be >= 0, got {self.num_persistent}.")
@@ -136,12 +158,12 @@ class Defensive(FillTwist):
         """Return the carried noise."""
         return carried
 
-    def fill(self, log_x0: Tensor, uniforms: Tensor | None) -> Tensor:
+    def fill(self, completions: Completions, uniforms: Tensor | None) -> Tensor:
         """Return the likeliest completion, then the others."""
-        likeliest = super().fill(log_x0, None)
+        likeliest = super().fill(completions, None)
         if uniforms is None:
             return likeliest
-        return torch.cat([likeliest, super().fill(log_x0, uniforms)], 2)
+        return torch.cat([likeliest, super().fill(completions, uniforms)], 2)
 
 
 @dataclass(frozen=True)
@@ -149,9 +171,11 @@ class SampledFill(FillTwist):
     """Fill with fresh samples at every step; unbiased and, at realistic lengths, very noisy.
 
     :param num_fills: completions per particle.
+    :param late: score them while the network looks at the next state.
     """
 
     num_fills: int = 4
+    late: bool = False
     name = "sample"
 
     def uniforms(self, carried: Tensor | None, shape: tuple[int, ...], generator: Any) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.models import load
-from ppl_diffusion.models.program import FAMILIES, PROGRAM_FILE, DiffusionProgram
+from ppl_diffusion.models.cards import PROGRAM_FILE
+from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 from ppl_diffusion.testing.dense import all_states
 
 STANDARD_ERRORS = 5.0

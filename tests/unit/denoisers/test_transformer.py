@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Attention, Gate, Stem
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.config import TransformerConfig
 from ppl_diffusion.denoisers.transformer import Transformer
@@ -272,3 +274,76 @@ def test_labelled_networks_are_saved_and_old_files_load(tmp_path):
 
 def test_the_hidden_size_is_that_of_the_rows(network):
     assert network.hidden(tokens(2), 0.5).shape == (2, LENGTH, network.hidden_size)
+
+
+# the parts against their plain forms
+
+
+def plain_attention(layer, state, rotation):
+    """Queries and keys permuted first, then rotated half by half; softmax spelled out."""
+    rows, length, dim = state.shape
+    split = layer.inputs(state).reshape(rows, length, 3, layer.heads, dim // layer.heads)
+    query, key, value = split.permute(2, 0, 3, 1, 4)
+
+    def rotate(x):
+        (even, odd), (cosine, sine) = x.chunk(2, dim=-1), rotation.unbind(-1)
+        return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+
+    weights = rotate(query) @ rotate(key).mT / (dim // layer.heads) ** 0.5
+    mixed = weights.softmax(-1) @ value
+    return layer.output(mixed.transpose(1, 2).reshape(rows, length, dim))
+
+
+def gradients(output, layer, *inputs):
+    output.square().sum().backward()
+    found = [x.grad.clone() for x in (*inputs, *layer.parameters())]
+    for x in (*inputs, *layer.parameters()):
+        x.grad = None
+    return found
+
+
+def test_attention_is_the_plain_one_to_rounding():
+    """Rotated in pairs that lie side by side: float32 sums in another order, no more."""
+    network = make(dim=24, heads=3)
+    layer = network.blocks[0].branches[0]
+    assert isinstance(layer, Attention)
+    state = torch.randn(6, LENGTH, 24, requires_grad=True)
+    new, old = layer(state, network.rotation), plain_attention(layer, state, network.rotation)
+    torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
+    pairs = zip(gradients(new, layer, state), gradients(old, layer, state), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    flat = torch.zeros_like(network.rotation)
+    flat[..., 0] = 1.0
+    assert not torch.allclose(layer(state, flat), new, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_conditioned_norm_and_gate_are_the_plain_ones(rows):
+    """With one condition for all rows the layer norm takes scale and shift itself."""
+    norm, gate = AdaptiveNorm(16, conditioned=True), Gate(16, conditioned=True)
+    for parameter in (*norm.parameters(), *gate.parameters()):
+        torch.nn.init.normal_(parameter)
+    state, branch = torch.randn(2, 5, LENGTH, 16)
+    condition = torch.randn(rows, 1, 16, requires_grad=True)
+    scale, shift = norm.modulation(condition).chunk(2, dim=-1)
+    expected = F.layer_norm(state, (16,)) * (1 + scale) + shift
+    found = norm(state, condition)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    pairs = zip(
+        gradients(found, norm, condition), gradients(expected, norm, condition), strict=True
+    )
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    gated = state + branch * gate.modulation(condition)
+    torch.testing.assert_close(gate(state, branch, condition), gated, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_are_summed_in_order():
+    stem = make(stem_width=3, learned_positions=True).stem
+    assert isinstance(stem, Stem)
+    z = tokens(4)
+    padded, before = F.pad(z, (1, 1), value=5), [table.weight.clone() for table in stem.tables]
+    first, second, third = (t(padded[:, i : i + LENGTH]) for i, t in enumerate(stem.tables))
+    assert torch.equal(stem(z), first + second + third + stem.positions)
+    assert all(torch.equal(t.weight, w) for t, w in zip(stem.tables, before, strict=True))

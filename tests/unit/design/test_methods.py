@@ -18,6 +18,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import Bootstrap, Refinement, TwistedSampler, methods
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
+from ppl_diffusion.kernels.completions import TableCompletions
 from ppl_diffusion.potentials import GCContent, Potential
 from ppl_diffusion.smc.twists import ArgmaxFill, PersistentFill
 
@@ -150,7 +151,8 @@ def test_guesses_hold_fixed_bases_wherever_they_can():
     open_law = torch.full((1, 2, LENGTH, 4), 0.25).log()
     wrong = torch.tensor([1.0, 0.0, 0.0, 0.0]).log()
     open_law[0, 1, 1] = wrong  # this particle was given another base already
-    assert fill.fill(open_law, None)[0, :, 0, 1].tolist() == [2, 0]
+    filled = fill.fill(TableCompletions(open_law), None)
+    assert filled[0, :, 0, 1].tolist() == [2, 0]
 
 
 def test_defaults_depend_on_the_method():

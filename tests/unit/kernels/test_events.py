@@ -208,6 +208,21 @@ def test_log_c_is_of_the_prediction_that_the_token_was_drawn_from():
     torch.testing.assert_close(done.log_c, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("most", [1, 3, 5])
+def test_calls_of_few_rows_decode_the_same(most):
+    group, levels = ordered_groups(3)
+    plan, noise = RevealPlan.of(group, levels), torch.rand(8, 7, dtype=torch.float64)
+    whole, parts = SpyWithHead(), SpyWithHead()
+    parts.rows_per_call = lambda length: most
+    expected = decode(whole, 3, PROMPTS, plan, noise)
+    done = decode(parts, 3, PROMPTS, plan, noise)
+    assert torch.equal(done.tokens, expected.tokens)
+    torch.testing.assert_close(done.log_c, expected.log_c, rtol=0, atol=1e-12)
+    assert max(len(shown) for shown in parts.shown) == most < len(whole.shown[0])
+    assert sum(map(len, parts.shown)) == sum(map(len, whole.shown))
+    assert sum(parts.head_rows) == sum(whole.head_rows)
+
+
 # what it costs
 
 

@@ -142,7 +142,7 @@ def test_denoiser_must_behave(output, text):
 
     kernel = make(denoiser=Broken(), num_steps=2)
     with pytest.raises(ValueError, match=text):
-        kernel.step(kernel.init_carry((2,), 2), 0)
+        kernel.step(kernel.init_carry((2,), 2), 0).sample((20,))
 
 
 @pytest.mark.parametrize("wrap", [lambda d: d, EvaluatedDenoiser])

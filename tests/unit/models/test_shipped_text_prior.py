@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ppl_diffusion import models
-from ppl_diffusion.models.library import WEIGHTS
+from ppl_diffusion.models.cards import WEIGHTS
 
 NAME = "tinyshakespeare-uniform"
 

@@ -1,0 +1,380 @@
+"""What slow rewards cost: beside the network, in busy workers, and asked about once.
+
+**Overlap.** A network and a reward that both sleep, and take equally long, are run with late scores
+(``Defensive(late=True)``) and in time. ``overlap_wall_ratio`` is the wall time over the sum of the
+network's seconds and those during which rewards were under way, measured in that very run: half is
+all that can be had, one is what waiting in turn costs. Workers take their sequences one by one, in
+constant times or in heavy-tailed ones (log-normal, a standard deviation of one in the log).
+
+**Utilisation.** One question of many sequences to a pool: ``utilisation`` is the share of the
+workers' time in which they work, by the default pieces and, for comparison, one at a time and in
+equal parts; ``idle_share`` is what is missing, with the goal. ``call_overhead_ratio`` is the time
+that sequences of no cost take by the default pieces over that of one at a time.
+
+**Memory.** ``repeat_share`` is the share of sequences that a run asks about again: with the memory
+of a run, and with that of the last question alone. ``memory_over_last_call`` is the process time of
+the one over the other for a potential that costs nothing, 4,096 particles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks._problems import Problem
+from benchmarks._report import Row, run, table, verdict
+from ppl_diffusion.denoisers import Denoiser
+from ppl_diffusion.denoisers.base import Wrapper
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.inference import SMC
+from ppl_diffusion.potentials import AbstractPotential, Potential, Reward, SequenceFunction, Threads
+from ppl_diffusion.potentials.failures import watch_failures
+from ppl_diffusion.programs import sources
+from ppl_diffusion.row_memory import RowMemory
+from ppl_diffusion.rows import RowTable, hash_rows
+from ppl_diffusion.smc import Defensive, ParticlePosterior
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
+
+WORKERS = (1, 4, 16)
+WALL_GOAL, IDLE_GOAL, MEMORY_GOAL = 0.6, 0.15, 1.1
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    :param network: seconds of a network call.
+    :param num_steps: steps of the chain.
+    :param particles: particles of a run.
+    :param sequences: of one question to a pool.
+    :param work: seconds of all of them together, times the number of workers.
+    :param population: sequences of a question where memories are compared.
+    :param questions: how many of them.
+    :param repeats: how often everything is repeated; medians are shown.
+    """
+
+    network: float
+    num_steps: int
+    particles: int
+    sequences: int
+    work: float
+    population: int
+    questions: int
+    repeats: int
+
+
+QUICK = Size(0.05, 24, 64, 400, 0.4, 4096, 32, 3)
+FULL = Size(0.1, 40, 64, 2000, 2.0, 4096, 64, 5)
+
+
+class SleepingNetwork(Wrapper):
+    """A network whose calls take a given time, whatever they are asked.
+
+    :param denoiser: what answers.
+    :param seconds: of a call.
+
+    :ivar busy: seconds of all calls so far.
+    """
+
+    def __init__(self, denoiser: Denoiser, seconds: float) -> None:
+        self.denoiser, self.seconds, self.busy = denoiser, seconds, 0.0
+        self.adopt(denoiser, "conditions")
+
+    def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
+        """Return the denoiser's answer, later."""
+        started = time.perf_counter()
+        output = self.denoiser(tokens, t, **given)
+        time.sleep(max(0.0, self.seconds - (time.perf_counter() - started)))
+        self.busy += time.perf_counter() - started
+        return output
+
+
+@dataclass(frozen=True)
+class SleepingReward:
+    """A log-potential each of whose sequences takes its own time.
+
+    :param value: what is answered.
+    :param seconds: of a sequence, on average.
+    :param heavy: whether times are log-normal; a sequence takes the same time whenever it is asked.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    seconds: float
+    heavy: bool
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Return ``log G``, ``(B,)``, after the time that all of them take."""
+        time.sleep(float(self.times(x0).sum()))
+        return self.value(x0)
+
+    def times(self, x0: Tensor) -> Tensor:
+        """Return the seconds of each sequence, ``(B,)``."""
+        if not self.heavy:
+            return torch.full((len(x0),), self.seconds, dtype=torch.float64)
+        share = ((hash_rows(x0) % 999_983).double() + 0.5) / 999_983
+        normal = 2**0.5 * torch.erfinv(2 * share - 1)
+        return self.seconds * torch.exp(normal - 0.5)
+
+
+def tails(heavy: bool) -> str:
+    """Return how times are called."""
+    return "heavy-tailed" if heavy else "constant"
+
+
+# Beside the network.
+
+
+def wall_ratio(size: Size, workers: int, *, heavy: bool, late: bool, seed: int) -> float:
+    """Return the wall time of a run over the sum of what network and rewards take.
+
+    :param workers: calls that run at once.
+    :param heavy: whether times of sequences are heavy-tailed.
+    :param late: whether scores may arrive a step late.
+    """
+    problem, asked = Problem.load("B1"), []
+
+    def counted(x0: Tensor) -> Tensor:
+        asked.append(len(x0))
+        return problem.log_potential(x0)
+
+    chain = problem.chain(size.num_steps)
+    steered(chain, Potential(counted), size, late, seed)
+    reward = SleepingReward(
+        problem.log_potential, size.network * workers * len(asked) / sum(asked), heavy
+    )
+    network = SleepingNetwork(chain.kernel.denoiser, size.network)
+    slow = ReverseChain(chain.kernel.with_denoiser(network), chain.length)
+    with Threads(workers) as pool:
+        potential = Reward(reward, executor=pool)
+        started = time.perf_counter()
+        (told,) = steered(slow, potential, size, late, seed).settings["rewards"].values()
+        wall = time.perf_counter() - started
+    return wall / (network.busy + told["under_way"])
+
+
+def steered(
+    chain: ReverseChain, potential: AbstractPotential, size: Size, late: bool, seed: int
+) -> ParticlePosterior:
+    """Return one run of the bootstrap filter with look-aheads."""
+    twist = Defensive(late=late)
+    return SMC(chain, potential, twist=twist, num_particles=size.particles).run(seed=seed)
+
+
+def measure_overlap(size: Size) -> Iterator[Row]:
+    """Yield the wall time over the sum of both, late and in time."""
+    for heavy in (False, True):
+        for workers in WORKERS:
+            for late in (True, False):
+                values = [
+                    wall_ratio(size, workers, heavy=heavy, late=late, seed=seed)
+                    for seed in range(size.repeats if late else 1)
+                ]
+                yield Row(
+                    "overlap_wall_ratio",
+                    median(values),
+                    "of the sum",
+                    len(values),
+                    # What waits for its slowest sequence takes longer than another step's network.
+                    WALL_GOAL if late and not heavy else None,
+                    {"workers": workers, "times": tails(heavy), "late": late},
+                )
+
+
+# In busy workers.
+
+PIECES: dict[str, Callable[[int, int], int | None]] = {
+    "guided": lambda count, workers: None,
+    "one by one": lambda count, workers: 1,
+    "equal parts": lambda count, workers: -(-count // workers),
+}
+"""How many sequences a call is given, by name: ``(sequences, workers) -> batch_size``."""
+
+
+def utilisation(size: Size, workers: int, pieces: str, *, heavy: bool) -> float:
+    """Return the share of the workers' time in which they work at one question.
+
+    :param workers: calls that run at once.
+    :param pieces: a name of :data:`PIECES`.
+    :param heavy: whether times of sequences are heavy-tailed.
+    """
+    reward = SleepingReward(first_token, size.work * workers / size.sequences, heavy)
+    x0 = torch.arange(size.sequences)[:, None].expand(-1, 4)
+    with Threads(workers) as pool, watch_failures() as watched:
+        batch = PIECES[pieces](size.sequences, workers)
+        SequenceFunction(reward, executor=pool, batch_size=batch, name="r")(x0)
+        return float(watched.work()["r"]["utilisation"])
+
+
+def first_token(x0: Tensor) -> Tensor:
+    """Return the first token of sequences: an answer of no cost.
+
+    :param x0: int64 ``(B, L)``.
+    """
+    return x0[:, 0].to(torch.float64)
+
+
+def call_overhead(size: Size, workers: int) -> float:
+    """Return the time of sequences of no cost by the default pieces, over one at a time.
+
+    :param workers: calls that run at once.
+    """
+    x0 = torch.arange(10 * size.sequences)[:, None].expand(-1, 4)
+    seconds = {}
+    for batch in (None, 1):
+        with Threads(workers) as pool:
+            started = time.perf_counter()
+            SequenceFunction(first_token, executor=pool, batch_size=batch)(x0)
+            seconds[batch] = time.perf_counter() - started
+    return seconds[None] / seconds[1]
+
+
+def measure_workers(size: Size) -> Iterator[Row]:
+    """Yield how busy workers are."""
+    for heavy in (False, True):
+        for workers in WORKERS:
+            for pieces in PIECES:
+                found = [
+                    utilisation(size, workers, pieces, heavy=heavy) for _ in range(size.repeats)
+                ]
+                value, where = median(found), {"workers": workers, "times": tails(heavy)}
+                where["pieces"] = pieces
+                yield Row("utilisation", value, "share", size.repeats, None, where)
+                if pieces == "guided":
+                    yield Row("idle_share", 1 - value, "share", size.repeats, IDLE_GOAL, where)
+    ratios = [call_overhead(size, 4) for _ in range(size.repeats)]
+    yield Row("call_overhead_ratio", median(ratios), "x", size.repeats, 1.0, {"workers": 4})
+
+
+# Asked about once.
+
+
+class LastQuestion(RowMemory):
+    """A memory of what was asked last, as runs had before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._table: RowTable | None = None
+
+    def find(self, rows: Tensor, hashes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is remembered; whoever asks fills in the rest, which is remembered then."""
+        values = torch.empty(len(rows), dtype=torch.float64)
+        known = torch.zeros(len(rows), dtype=torch.bool)
+        if self._table is not None:
+            index = self._table.find(rows, hashes)
+            known = index >= 0
+            values[known] = self._table.values[index[known]]
+        self._table = RowTable(hashes, rows, values)
+        return values, known
+
+    def add(self, rows: Tensor, hashes: Tensor, values: Tensor) -> None:
+        """Nothing is left to do."""
+
+
+class LastQuestionPotential(EvaluatedPotential):
+    """A potential with such a memory."""
+
+    def __init__(self, potential: AbstractPotential) -> None:
+        super().__init__(potential)
+        self._memory = {final: LastQuestion() for final in (True, False)}
+
+
+@contextmanager
+def remembering(kind: type[EvaluatedPotential]) -> Iterator[None]:
+    """Let runs ask through another memory.
+
+    :param kind: the class they ask through.
+    """
+    usual = sources.EvaluatedPotential
+    sources.EvaluatedPotential = kind  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        sources.EvaluatedPotential = usual  # type: ignore[misc]
+
+
+def repeat_share(size: Size, kind: type[EvaluatedPotential], seed: int) -> float:
+    """Return the share of sequences that a run asks about again.
+
+    :param kind: the class it asks through.
+    """
+    problem, seen, asked = Problem.load("B1"), set(), 0
+
+    class Recorded(Potential):
+        def lookahead(self, x0: Tensor) -> Tensor:
+            nonlocal asked
+            asked += len(x0)
+            seen.update(row.tobytes() for row in x0.numpy())
+            return super().lookahead(x0)
+
+    with remembering(kind):
+        steered(problem.chain(size.num_steps), Recorded(problem.log_potential), size, False, seed)
+    return 1 - len(seen) / asked
+
+
+def questions(size: Size, seed: int) -> list[Tensor]:
+    """Return guesses of particles that move and are resampled, int64 ``(1, N, F, L)`` each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    shape, length = (1, size.population, 5), 64
+    x0, found = draw(4, *shape, length), []
+    for k in range(size.questions):
+        if k % 4 == 0:
+            x0 = x0[:, draw(size.population, size.population).sort().values]
+        moved = x0.scatter(-1, draw(length, *shape, 1), draw(4, *shape, 1))
+        x0 = torch.where(draw(5, *shape, 1) > 0, moved, x0)
+        found.append(x0)
+    return found
+
+
+def memory_seconds(kind: type[EvaluatedPotential], asked: list[Tensor]) -> float:
+    """Return the process time of questions to a potential of next to no cost.
+
+    :param kind: the class they are asked through.
+    """
+    evaluated = kind(Potential(lambda x0: (x0 == 2).sum(-1) / 10))
+    started = time.process_time()
+    for x0 in asked:
+        evaluated.lookahead(x0)
+    return time.process_time() - started
+
+
+def measure_memory(size: Size) -> Iterator[Row]:
+    """Yield what is asked again, and what remembering it costs."""
+    kinds = {"run": EvaluatedPotential, "last question": LastQuestionPotential}
+    for name, kind in kinds.items():
+        shares = [repeat_share(size, kind, seed) for seed in range(size.repeats)]
+        goal = 0.0 if name == "run" else None
+        yield Row("repeat_share", median(shares), "share", len(shares), goal, {"memory": name})
+    ratios = []
+    for seed in range(size.repeats):
+        asked = questions(size, seed)
+        now, before = (memory_seconds(kind, asked) for kind in kinds.values())
+        ratios.append(now / before)
+    where = {"num_particles": size.population}
+    yield Row("memory_over_last_call", median(ratios), "x", len(ratios), MEMORY_GOAL, where)
+
+
+def measure(quick: bool, console: Console) -> list[Row]:
+    """Measure what slow rewards cost."""
+    size = QUICK if quick else FULL
+    rows = [*measure_overlap(size), *measure_workers(size), *measure_memory(size)]
+    shown = table("Rewards beside the network", ["what", "where", "value", "goal"])
+    for row in rows:
+        where = ", ".join(f"{name} {value}" for name, value in row.coordinates.items())
+        shown.add_row(row.name, where, f"{row.value:.3f} {row.unit}", verdict(row))
+    console.print(shown)
+    return rows
+
+
+if __name__ == "__main__":
+    run(measure)

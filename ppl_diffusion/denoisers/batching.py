@@ -1,0 +1,73 @@
+"""How many rows a network is asked about at once.
+
+On a processor a call is fastest while what an operation reads and writes stays in the cache, on an
+accelerator the larger the better. Both are read off the machine, never timed: the number of rows
+may decide the last bits of an output, and the same seed must give the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from ppl_diffusion.denoisers.base import Denoiser
+
+MANY = 4096
+"""Rows per call of a denoiser that does not say what suits it."""
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_USUAL_CACHE = 16 * 2**20
+# An operation reads one tensor and writes one: half of the cache, the rest is left to others.
+_SHARE_OF_CACHE = 4
+# Beyond 32 MB glibc maps every tensor anew, and touching fresh pages costs more than arithmetic.
+_LARGEST = 16 * 2**20
+# Below so many tokens the fixed costs of a call show.
+_FEWEST_TOKENS = 2048
+# About 16 tensors as wide as the widest live at a time, in half of the memory.
+_SHARE_OF_MEMORY = 32
+
+
+def rows_per_call(denoiser: Denoiser, length: int) -> int:
+    """Return how many rows suit a call of a denoiser: what it says, else :data:`MANY`.
+
+    :param denoiser: a denoiser; a method ``rows_per_call(length) -> int`` is asked if it has one.
+    :param length: tokens of a row.
+    """
+    said = getattr(denoiser, "rows_per_call", None)
+    return MANY if said is None else max(int(said(length)), 1)
+
+
+def rows_that_fit(row_bytes: int, length: int, device: torch.device) -> int:
+    """Return the rows for which the widest tensor of a network fits where it is fast.
+
+    :param row_bytes: bytes of one row of that tensor.
+    :param length: tokens of a row.
+    :param device: where the network lives.
+    """
+    if device.type == "cpu":
+        room = min(cache_bytes() // _SHARE_OF_CACHE, _LARGEST)
+        return max(room // row_bytes, -(-_FEWEST_TOKENS // length))
+    memory = _memory_bytes(device)
+    return MANY if memory is None else max(memory // _SHARE_OF_MEMORY // row_bytes, 1)
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Return the size of the largest cache of a processor, 16 MB where it is not told."""
+    found = [_bytes(path.read_text()) for path in _CACHES.glob("index*/size")]
+    return max(found, default=_USUAL_CACHE)
+
+
+def _bytes(text: str) -> int:
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, unit = text.strip()[:-1], text.strip()[-1:]
+    return int(number) * units[unit] if unit in units else int(text)
+
+
+def _memory_bytes(device: torch.device) -> int | None:
+    # All of it, not what is free now: that would change from run to run.
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
