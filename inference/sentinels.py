@@ -32,7 +32,7 @@ class Watched:
 
     def __init__(self, engine: Engine) -> None:
         self.init, self.move, self.gather = engine.init, engine.move, engine.gather
-        self.foresee = engine.foresee
+        self.foresee: Callable[..., tuple[State, int]] = engine.foresee  # type: ignore[attr-defined]
         self.close: Callable[..., tuple[State, Tensor]] = engine.close  # type: ignore[attr-defined]
         self.look = engine.log_twist
         self.seen: list[Tensor | None] = []

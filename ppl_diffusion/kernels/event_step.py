@@ -79,11 +79,14 @@ class EventStep(StepDistribution):
         """
         if tuple(sample_shape):
             return super().sample(sample_shape, generator=generator)
-        sites = self.sites
+        flat, sites = self.tokens.flatten(), self.sites
         noise = uniforms(sites.shape, generator=generator, device=sites.device)
+        begun = 0
         with torch.no_grad():
-            drawn = draw_categorical(self._rows(sites), noise)
-        return self.tokens.flatten().index_put((sites,), drawn).view(self.tokens.shape)
+            for own, log_c in self.prediction.rows(sites):
+                drawn = draw_categorical(log_c, noise[begun : begun + len(own)])
+                flat, begun = flat.index_put((own,), drawn), begun + len(own)
+        return flat.view(self.tokens.shape)
 
     def draw(self, u_token: Tensor) -> Tensor:  # type: ignore[override]
         """Turn uniforms into next states; the same uniforms give the same states."""
@@ -96,14 +99,13 @@ class EventStep(StepDistribution):
             return many._score(many.tokens, value)
         size, sites, length = self.num_states - 1, self.sites, value.shape[-1]
         legal = torch.where(self.revealed, (value >= 0) & (value < size), value == tokens).all(-1)
-        drawn = value.flatten()[sites].clamp(0, size - 1)
-        log_c = self._rows(sites).gather(-1, drawn[:, None])[:, 0]
+        parts = [
+            log_c.gather(-1, value.flatten()[own].clamp(0, size - 1)[:, None])[:, 0]
+            for own, log_c in self.prediction.rows(sites)
+        ]
+        log_c = torch.cat(parts) if parts else legal.new_zeros(0, dtype=torch.float64)
         total = log_c.new_zeros(legal.numel()).index_add(0, sites // length, log_c)
         return torch.where(legal, total.reshape(legal.shape), -torch.inf)
-
-    def _rows(self, sites: Tensor) -> Tensor:
-        """Return the predictions of some sites, ``(m, V)``."""
-        return torch.cat([log_c for _, log_c in self.prediction.rows(sites)])
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Return the same distribution with larger batch dimensions."""
