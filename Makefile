@@ -4,11 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 RUN := $(abspath $(BIN))
+MYPY = cd build/typecheck && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	--cache-dir $(CURDIR)/.mypy_cache --python-executable $(RUN)/python -p ppl_diffusion
 
 # torch and the BLAS below it start one thread per core in every worker unless told otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint links floors typecheck format notebooks docs figures bench slow gpu dist clean
+# Tests start Python many times: what it compiles is kept, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help install demo test lint style links floors typecheck format notebooks docs figures bench slow gpu dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,13 +34,17 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: install ## design yeast promoters with the shipped prior, in about a minute
 	OMP_NUM_THREADS=$${DEMO_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/ppl-diffusion design yeast-promoter --out runs/demo --force
 
-test: lint ## lint, type-check, then run the tests
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow and not gpu'
+# mypy takes half a minute without its cache, so it runs beside the tests; what it finds comes last.
+test: style floors ## lint, type-check and run the tests; fails if one of them does
+	@($(MYPY)) >build/typecheck.log 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m 'not slow and not gpu'; \
+	tests=$$?; wait $$types || { cat build/typecheck.log; exit 1; }; exit $$tests
 
-lint: install ## ruff, mypy, and the floors between the rooms
+lint: style typecheck floors ## ruff, mypy, and the floors between the rooms
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory typecheck floors
 
 # models/ and inference/ are sub-packages only after installation, so mypy and import-linter read a
 # tree of links that has the shape of the installed package.
@@ -49,8 +58,7 @@ floors: links
 	cd build/typecheck && $(RUN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
 typecheck: links
-	cd build/typecheck && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(RUN)/python -p ppl_diffusion
+	$(MYPY)
 
 format: install ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,14 @@
 """Seeds, and readable failures of the shipped contracts."""
 
+import os
+
 import pyro
 import pytest
 import torch
 from pyro.poutine import runtime
+
+# JAX is asked for numbers on small arrays, each compiled once and used once.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 pytest.register_assert_rewrite("ppl_diffusion.testing")
 

@@ -124,8 +124,18 @@ LONG = MotifProblem.random(4, 200).with_gaps(2, 10)
 OPTIONS = {"num_particles": 3, "num_runs": 40, "store_path": False, "ess_threshold": 0.9}
 
 
+LAST = {}
+
+
 def value(carry, k):
-    return LONG.log_value(carry["tokens"])
+    """The true value; the same rows, one step after another, are asked about once."""
+    tokens = carry["tokens"]
+    rows, back = tokens.reshape(-1, LONG.length).unique(dim=0, return_inverse=True)
+    asked = rows.numpy().tobytes()
+    if asked not in LAST:
+        LAST.clear()
+        LAST[asked] = LONG.log_value(rows)
+    return LAST[asked][back].reshape(tokens.shape[:-1])
 
 
 PROGRAMS = {

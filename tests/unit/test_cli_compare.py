@@ -40,12 +40,20 @@ def prior(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(prior, tmp_path_factory):
+def runs(prior, tmp_path_factory, _no_plots):
     folder = tmp_path_factory.mktemp("runs")
     for seed in (1, 2):
         asked = ["--gc", "0.2", "0.8", "--seed", str(seed), "--out", str(folder / f"run{seed}")]
         assert run(["design", prior, *QUICK, *asked]) == 0
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plots():
+    """Runs are compared here, not looked at; the plots of a run are seen to in test_cli.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppl_diffusion.design.run.save_plots", lambda posterior, folder: None)
+        yield
 
 
 def compared(folders, tmp_path):
