@@ -23,6 +23,7 @@ class Stopwatch:
     def __init__(self, network: Transformer) -> None:
         self.network, self.kind, self.time_free = network, network.kind, network.time_free
         self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
+        self.rows_per_call = network.rows_per_call
         self.seconds, self.calls, self.rows, self.head_rows = 0.0, 0, 0, 0
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:

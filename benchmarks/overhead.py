@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,8 +20,10 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks._report import Row, run, table, verdict
+from benchmarks.network import part_rows
 from ppl_diffusion import models
 from ppl_diffusion.denoisers import Denoiser
+from ppl_diffusion.denoisers.batching import rows_per_call
 from ppl_diffusion.denoisers.config import TransformerConfig
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.distributions import ReverseChain
@@ -45,6 +48,7 @@ class TimedDenoiser:
         self.denoiser = denoiser
         self.vocab_size, self.kind = denoiser.vocab_size, denoiser.kind
         self.time_free = denoiser.time_free
+        self.rows_per_call = partial(rows_per_call, denoiser)
         self.seconds, self.rows = 0.0, 0
 
     def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
@@ -225,6 +229,8 @@ def summarise(setting: Setting, timings: dict[str, list[Timing]]) -> Iterator[Ro
             "ratio_max": max(t.ratio for t in runs),
             "step_ms": 1e3 * median(t.wall for t in runs) / steps,
             "network_ms": 1e3 * median(t.network for t in runs) / steps,
+            "network_row_ms": 1e3 * median(t.network / t.rows for t in runs),
+            "rows_per_call": rows_per_call(setting.chain.kernel.denoiser, setting.chain.length),
             "potential_ms": 1e3 * median(t.potential for t in runs) / steps,
             "evaluations": round(median(t.rows for t in runs)),
             "rows_requested": setting.rows_requested,
@@ -233,6 +239,22 @@ def summarise(setting: Setting, timings: dict[str, list[Timing]]) -> Iterator[Ro
         name = "smc_over_network" if is_smc else "chain_over_network"
         ratio = median(t.ratio for t in runs)
         yield Row(name, ratio, "ratio", len(runs), GOAL if is_smc else None, coordinates)
+
+
+def network_rows(setting: Setting, found: list[Row], repeats: int) -> Iterator[Row]:
+    """Yield the network's own speed: a ratio to a slow network would prove little.
+
+    :param setting: what was run.
+    :param found: rows of :func:`summarise`.
+    :param repeats: calls of the network beside its own matrix products.
+    """
+    c = found[0].coordinates
+    yield Row("network_ms_per_row", c["network_row_ms"], "ms", found[0].n)
+    yield Row("rows_per_call", c["rows_per_call"], "rows", 1)
+    network = setting.chain.kernel.denoiser
+    if isinstance(network, Transformer):
+        with torch.no_grad():
+            yield from part_rows(network, min(c["rows_per_call"], setting.num_particles), repeats)
 
 
 def measure(quick: bool, console: Console) -> list[Row]:
@@ -246,7 +268,10 @@ def measure(quick: bool, console: Console) -> list[Row]:
     timings |= measure_timings(setting, 1 if quick else 5, list(METHODS)[2:])
     rows = list(summarise(setting, timings))
     _print(setting, rows, console)
-    return rows
+    own = list(network_rows(setting, rows, 10 if quick else 40))
+    for row in own:
+        console.print(f"{row.name} {row.value:.3g} {row.unit}")
+    return rows + own
 
 
 def _print(setting: Setting, rows: list[Row], console: Console) -> None:

@@ -124,6 +124,39 @@ def test_overhead_rows():
     assert rows[0]["evaluations"] == 5  # all particles share the fully masked first state
 
 
+def test_overhead_states_the_networks_own_speed():
+    overhead = module("overhead")
+    chain = overhead.random_chain(2, dim=8, depth=1, heads=2)
+    setting = overhead.Setting("random transformer", chain, num_particles=4)
+    timings = overhead.measure_timings(setting, 1, ["SMC, no twist"])
+    found = list(overhead.summarise(setting, timings))
+    rows = {row.name: row for row in overhead.network_rows(setting, found, 2)}
+    assert rows["rows_per_call"].value == chain.kernel.denoiser.rows_per_call(80)
+    assert rows["network_ms_per_row"].value > 0
+    assert rows["share_of_peak"].value > 0
+    assert rows["share_of_peak"].coordinates["rows"] == 4
+
+
+def test_network_rows():
+    bench, overhead = module("network"), module("overhead")
+    network = overhead.random_chain(1, dim=16, depth=1, heads=2).kernel.denoiser
+    chosen = network.rows_per_call(80)
+    with torch.no_grad():
+        rows = [row.flat() for row in bench.rows_rows(network, (2, 4, 2 * chosen), 1)]
+        layer, state = network.blocks[0].branches[0], torch.randn(3, 80, 16)
+        plain = bench.plain_attention(layer, state, network.rotation)
+        torch.testing.assert_close(layer(state, network.rotation), plain, rtol=1e-5, atol=1e-5)
+        parts = {row.name: row for row in bench.part_rows(network, 2, 2)}
+    *times, choice = rows
+    assert [row["rows"] for row in times] == [2, 4, chosen, 2 * chosen]
+    assert [row["chosen"] for row in times] == [False, False, True, False]
+    assert choice["rows"] == chosen
+    assert choice["value"] >= 1
+    assert parts["rotation_over_plain"].goal == bench.ROTATION_GOAL
+    products = 80 * 16 * (4 * 16 + 2 * 32 + 2 * 80) + 80 * 16 * 4
+    assert bench.flops(network) == 2 * products
+
+
 def test_memory_is_that_of_this_process():
     memory = module("memory")
     peak, seconds, evaluations = memory.smc_usage(20, 3, "argmax")
