@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import EventKernel
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
@@ -150,7 +151,9 @@ class Bound:
         """
         chain = self.sites[name].chain
         own = chain.given if given is None else given
-        known = ReverseChain(self.movers[name].kernel, chain.length, prompt=chain.prompt, given=own)
+        kernel = self.movers[name].kernel
+        kernel = kernel.grid if isinstance(kernel, EventKernel) else kernel
+        known = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=own)
         return known if given is not None else known.expand(chain.batch_shape)
 
     # Opening: what is drawn before a chain can start.
@@ -256,13 +259,16 @@ class Bound:
         :param group: the group that would be; the last one is where the only chain is complete
             after it.
         """
-        sites, found = dict(state["sites"]), group
-        for name, carry in sites.items():
-            foresee = getattr(self.movers[name], "foresee", None)
-            if foresee is not None and state["done"][name] < self.steps[name]:
-                sites[name], found = foresee(carry, group, generator)
-        alone = len(self.sites) == 1
-        return {**state, "sites": sites}, found if alone else group
+        sites, found = {}, group
+        for name, carry in state["sites"].items():
+            keeper = self._keeper(name)
+            if keeper is not None and state["done"][name] < self.steps[name]:
+                sites[name], found = keeper.foresee(carry, group, generator)
+        if not sites:
+            return state, group
+        return {**state, "sites": {**state["sites"], **sites}}, (
+            found if len(self.sites) == 1 else group
+        )
 
     def step(self, state: State, item: Item, generator: Rng) -> Moved:
         """Return states after one move of one site, and ``log K - log M``, ``(R, N)`` or 0."""
