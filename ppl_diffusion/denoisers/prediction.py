@@ -77,11 +77,12 @@ class Prediction(ABC):
 
         :param uniforms: numbers in ``[0, 1)``, ``(*batch, L)``, or ``(*batch, L, m)`` for as many
             draws from each row.
-        :param where: bool ``(*batch, L)``, the sites that draw.
+        :param where: the sites that draw, bool or indices as in :meth:`rows`.
         :param otherwise: int64, shaped like the uniforms.
         """
-        many = uniforms.ndim > where.ndim
-        noise = uniforms.reshape(where.numel(), -1) if many else uniforms.reshape(-1)
+        lead = self.shape[:-1]
+        many = uniforms.ndim > len(lead)
+        noise = uniforms.reshape(lead.numel(), -1) if many else uniforms.reshape(-1)
         out = otherwise.clone(memory_format=torch.contiguous_format)
         flat = out.view(noise.shape)
         for sites, log_c in self.rows(where):
@@ -92,7 +93,7 @@ class Prediction(ABC):
     def likeliest(self, where: Tensor, otherwise: Tensor) -> Tensor:
         """Return the likeliest token at some sites, and what was there elsewhere.
 
-        :param where: bool ``(*batch, L)``.
+        :param where: the sites, bool or indices as in :meth:`rows`.
         :param otherwise: int64 ``(*batch, L)``.
         """
         out = otherwise.clone(memory_format=torch.contiguous_format)

@@ -70,11 +70,12 @@ class MaskedCompletions(Completions):
 
     :param tokens: states, int64 ``(*batch, L)``.
     :param prediction: of the clean tokens, ``(*batch, L, V)``; it is asked for at masked sites.
+    :param sites: the masked sites as indices into the flattened states, where they are known.
     """
 
-    def __init__(self, tokens: Tensor, prediction: Prediction) -> None:
+    def __init__(self, tokens: Tensor, prediction: Prediction, sites: Tensor | None = None) -> None:
         self.tokens, self.prediction = tokens, prediction
-        self.masked = tokens == prediction.shape[-1]
+        self.masked = tokens == prediction.shape[-1] if sites is None else sites
 
     def likeliest(self) -> Tensor:
         """Return the likeliest tokens, see :class:`Completions`."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.prediction import Prediction
 from ppl_diffusion.kernels.base import GIVEN, TOKENS, Carry, Kernel, Value
+from ppl_diffusion.kernels.completions import Completions, MaskedCompletions
 from ppl_diffusion.kernels.event_step import EventStep
 from ppl_diffusion.kernels.events import RoundAhead, grid_bins, rounds_ahead
 from ppl_diffusion.processes.noise import uniforms
@@ -181,6 +182,11 @@ class EventKernel(Kernel):
         # A look-ahead asks, and then the move that follows it.
         self._asked = None if torch.is_grad_enabled() else (tokens, carry[REVEAL], prediction)
         return prediction
+
+    def _completions(self, carry: Carry, k: int) -> Completions:
+        rounds = self._rounds(carry)
+        pending = rounds[0].pending if rounds else None
+        return MaskedCompletions(carry[TOKENS], self.predict(carry, k), pending)
 
     def advance(self, carry: Carry, value: Value, k: int, *, step: object = None) -> Carry:
         """Return the carry after a round."""

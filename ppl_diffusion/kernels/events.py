@@ -116,10 +116,12 @@ class RoundAhead(NamedTuple):
 
     :param sites: revealed positions, indices into the flattened states, ascending int64 ``(m,)``.
     :param rows: the rows under way, int64 ``(n,)``; None for all of them.
+    :param pending: the positions revealed in this round and in later ones, int64.
     """
 
     sites: Tensor
     rows: Tensor | None
+    pending: Tensor
 
 
 def rounds_ahead(group: Tensor) -> tuple[RoundAhead, ...]:
@@ -139,7 +141,10 @@ def rounds_ahead(group: Tensor) -> tuple[RoundAhead, ...]:
     for gone in ended[: len(counts)]:
         left -= gone
         under_way.append(None if left == len(group) else rows[:left])
-    return tuple(map(RoundAhead, order[known:].split(counts), under_way)) if counts else ()
+    if not counts:
+        return ()
+    later = [order[known + sum(counts[:j]) :] for j in range(len(counts))]
+    return tuple(map(RoundAhead, order[known:].split(counts), under_way, later))
 
 
 def _compact(group: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ppl_diffusion.deferred import refuse_if
 from ppl_diffusion.errors import CapabilityError, PotentialError
 
 FORBIDDEN_GUESS = -2.0
@@ -193,10 +194,13 @@ def check_log_potential(value: Tensor, x0: Tensor, name: str) -> Tensor:
         raise PotentialError(f"{name} returned complex numbers; return real log-potentials.")
     value = value.to(torch.float64)
     bad = torch.isnan(value) | (value == math.inf)
-    if bool(bad.any()):
-        row = x0.reshape(-1, x0.shape[-1])[bad.reshape(-1)][0].tolist()
-        raise PotentialError(
-            f"{name} returned NaN or +inf for {int(bad.sum())} of {bad.numel()} sequences, first "
-            f"{row}; return a finite log-potential, or -inf to exclude a sequence."
-        )
+    refuse_if(bad.any(), lambda: _unusable(name, bad, x0))
     return value
+
+
+def _unusable(name: str, bad: Tensor, x0: Tensor) -> PotentialError:
+    row = x0.reshape(-1, x0.shape[-1])[bad.reshape(-1)][0].tolist()
+    return PotentialError(
+        f"{name} returned NaN or +inf for {int(bad.sum())} of {bad.numel()} sequences, first "
+        f"{row}; return a finite log-potential, or -inf to exclude a sequence."
+    )

@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ppl_diffusion.deferred import refuse_if
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.potentials.factor import PotentialFactor
@@ -162,12 +163,14 @@ class ProgramRun:
             value = torch.where(value == -torch.inf, FORBIDDEN_GUESS, value)
         if not self.strict:
             return torch.where(value == torch.inf, torch.nan, value)
-        if bool((torch.isnan(value) | (value == torch.inf)).any()):
-            raise PotentialError(
+        refuse_if(
+            (torch.isnan(value) | (value == torch.inf)).any(),
+            lambda: PotentialError(
                 f"{self.program.owner}: site {name!r} of {self.program.name} has log-density NaN "
                 f"or +inf for {int((~(value < torch.inf)).sum())} of {self.size} particles; check "
                 "it."
-            )
+            ),
+        )
         return value
 
     def _scored(self, site: dict[str, Any] | None, name: str, lookahead: bool) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppl_diffusion.deferred import refuse_if
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels.base import GIVEN
@@ -466,12 +467,14 @@ def with_sites(x: Tensor, sites: Tensor, values: Tensor) -> Tensor:
 
 def require_finite(value: Tensor, name: str) -> Tensor:
     """Return look-aheads after checking that they are finite."""
-    if not bool(torch.isfinite(value).all()):
-        raise PotentialError(
+    refuse_if(
+        ~torch.isfinite(value).all(),
+        lambda: PotentialError(
             f"the look-ahead of {name} is not finite for {int((~value.isfinite()).sum())} of "
             f"{value.numel()} guesses, which would exclude tokens the target may need; return a "
             "penalty instead of -inf."
-        )
+        ),
+    )
     return value
 
 
