@@ -3,34 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.row_memory import RowMemory
+from ppl_diffusion.row_memory import MAX_ROWS, RowMemory
 from ppl_diffusion.rows import DistinctRows
 
 Pending = Callable[[], Tensor]
 """Waits for an answer that was asked for before, and returns it: float64 ``(*batch,)``."""
 
 
-class _Question(NamedTuple):
-    """Distinct sequences, and what is known of them.
+FEW = 2048
+"""Rows of a question up to which a dictionary on the host is faster than sorted hashes."""
 
-    :ivar rows: the sequences, int64 ``(U, L)``.
-    :ivar hashes: of the sequences, ``(U,)``.
-    :ivar inverse: which of them each row is, ``(B,)``.
-    :ivar values: what is remembered, ``(U,)``.
-    :ivar new: indices of those about which nothing is, ``(n,)``.
+
+class _Question(NamedTuple):
+    """What is not known about a batch of sequences.
+
+    :ivar asked: distinct sequences about which nothing is remembered, int64 ``(n, L)``.
+    :ivar settle: remembers their answers ``(n,)``, and returns those of the batch, ``(B,)``.
     """
 
-    rows: Tensor
-    hashes: Tensor
-    inverse: Tensor
-    values: Tensor
-    new: Tensor
+    asked: Tensor
+    settle: Callable[[Tensor], Tensor]
+
+
+class _Answers(Protocol):
+    """What is remembered of answers."""
+
+    def question(self, rows: Tensor) -> _Question: ...
+
+
+class _SortedAnswers:
+    """Answers by sorted hashes: few operations on many rows, wherever these are."""
+
+    def __init__(self) -> None:
+        self.memory = RowMemory()
+
+    def question(self, rows: Tensor) -> _Question:
+        first, inverse, hashes = DistinctRows.of(rows)
+        unique = rows.index_select(0, first)
+        values, known = self.memory.find(unique, hashes)
+        new = (~known).nonzero()[:, 0]
+        asked = unique[new]
+
+        def settle(answers: Tensor) -> Tensor:
+            if len(new):
+                values[new] = answers
+                self.memory.add(asked, hashes[new], answers)
+            return values[inverse]
+
+        return _Question(asked, settle)
+
+
+class _ListedAnswers:
+    """Answers in a dictionary: nothing is launched for a few rows on the host."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, float] = {}
+
+    def question(self, rows: Tensor) -> _Question:
+        keys = [row.tobytes() for row in rows.to("cpu", torch.int32).numpy()]
+        new: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self.known:
+                new.setdefault(key, i)
+        asked = rows[list(new.values())]
+
+        def settle(answers: Tensor) -> Tensor:
+            self.known.update(zip(new, answers.tolist(), strict=True))
+            found = torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
+            if len(self.known) > MAX_ROWS:  # the older half
+                for key in list(islice(self.known, len(self.known) // 2)):
+                    del self.known[key]
+            return found.to(rows.device)
+
+        return _Question(asked, settle)
 
 
 class EvaluatedPotential:
@@ -45,7 +97,7 @@ class EvaluatedPotential:
     def __init__(self, potential: AbstractPotential) -> None:
         self.potential = potential
         self.num_calls = 0
-        self._memory = {final: RowMemory() for final in (True, False)}
+        self._answers: dict[bool, _Answers] = {}
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return ``log G``, float64 ``(*batch,)``.
@@ -67,8 +119,8 @@ class EvaluatedPotential:
         :param x0: guessed tokens, int64 ``(*batch, L)``.
         """
         question = self._question(x0, final=False)
-        if len(question.new):
-            self.potential.prefetch(question.rows[question.new])
+        if len(question.asked):
+            self.potential.prefetch(question.asked)
         return lambda: self._answer(question, final=False).reshape(x0.shape[:-1])
 
     def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
@@ -76,21 +128,17 @@ class EvaluatedPotential:
 
     def _question(self, x0: Tensor, final: bool) -> _Question:
         rows = x0.reshape(-1, x0.shape[-1])
-        first, inverse, hashes = DistinctRows.of(rows)
-        unique = rows.index_select(0, first)
-        values, known = self._memory[final].find(unique, hashes)
-        return _Question(unique, hashes, inverse, values, (~known).nonzero()[:, 0])
+        if final not in self._answers:  # chosen once: two memories would ask twice
+            few = rows.device.type == "cpu" and len(rows) <= FEW
+            self._answers[final] = _ListedAnswers() if few else _SortedAnswers()
+        return self._answers[final].question(rows)
 
     def _answer(self, question: _Question, final: bool) -> Tensor:
-        rows, hashes, inverse, values, new = question
-        if len(new):
-            self.num_calls += len(new)
-            asked = rows.index_select(0, new)
-            values[new] = answers = (
-                self.potential(asked) if final else self.potential.lookahead(asked)
-            )
-            self._memory[final].add(asked, hashes[new], answers)
-        return values[inverse]
+        asked, settle = question
+        if not len(asked):
+            return settle(asked.new_zeros(0, dtype=torch.float64))
+        self.num_calls += len(asked)
+        return settle(self.potential(asked) if final else self.potential.lookahead(asked))
 
 
 class UncachedPotential(EvaluatedPotential):
