@@ -48,7 +48,7 @@ class UncachedDenoiser(EvaluatedDenoiser):
     """Every row that is asked for, as often as it is asked for."""
 
     def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
-        return self._evaluate(Rows.of(tokens, given), t).reshape(*tokens.shape, -1)
+        return self._evaluate(Rows.of(tokens, given, t)).reshape(*tokens.shape, -1)
 
 
 UNCACHED = {

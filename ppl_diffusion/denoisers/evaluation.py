@@ -32,10 +32,10 @@ class Rows(NamedTuple):
 
     tokens: Tensor
     given: dict[str, Tensor]
-    t: float | Tensor | None
+    t: float | Tensor | None = None
 
     @classmethod
-    def of(cls, tokens: Tensor, given: dict[str, Tensor], t: float | Tensor | None) -> Rows:
+    def of(cls, tokens: Tensor, given: dict[str, Tensor], t: float | Tensor | None = None) -> Rows:
         batch = tokens.ndim - 1
         flat = {n: x.reshape(-1, *x.shape[batch:]) for n, x in given.items()}
         times = t.expand(tokens.shape[:-1]).reshape(-1) if isinstance(t, Tensor) else t
@@ -78,8 +78,8 @@ class _Memory:
     def serves(self, rows: Rows) -> bool:
         """Return whether these rows may be among those remembered."""
         mine, own = self.rows.t, rows.t
-        each = isinstance(mine, Tensor) and isinstance(own, Tensor)
-        same = each or (mine == own and not isinstance(own, Tensor))
+        each = isinstance(mine, Tensor), isinstance(own, Tensor)
+        same = all(each) or (not any(each) and mine == own)
         return same and self.rows.tokens.device == rows.tokens.device
 
     @property

@@ -76,7 +76,9 @@ class _ListedAnswers:
 
         def settle(answers: Tensor) -> Tensor:
             self.known.update(zip(new, answers.tolist(), strict=True))
-            found = torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
+            found = torch.tensor(
+                [self.known[key] for key in keys], dtype=torch.float64, device="cpu"
+            )
             if len(self.known) > MAX_ROWS:  # the older half
                 for key in list(islice(self.known, len(self.known) // 2)):
                     del self.known[key]

@@ -227,8 +227,12 @@ def _near(draw: Callable[[Array, Array], Array], uniforms: Array, log_weights: A
     """Draw in float64, and on the CPU with NumPy, whose calls cost a fraction of torch's."""
     if is_torch_array(log_weights) and log_weights.device.type == "cpu":
         near = draw(uniforms.detach().double().numpy(), log_weights.detach().double().numpy())
-        return torch.from_numpy(np.require(near, requirements="W"))
+        return _tensor(np.require(near, requirements="W"))
     return draw(to_float64(uniforms), to_float64(log_weights))
+
+
+def _tensor(x: Array) -> torch.Tensor:
+    return torch.as_tensor(x, device="cpu")
 
 
 def _namespace(x: Array) -> Any:
@@ -362,7 +366,7 @@ def _count(ends: Array, points: Array) -> Array:
     xp = array_namespace(ends)
     points = xp.broadcast_to(points, (*ends.shape[:-1], points.shape[-1]))
     if isinstance(ends, np.ndarray):  # whose own search takes one run at a time
-        return _count(torch.from_numpy(ends), torch.from_numpy(points.copy())).numpy()
+        return _count(_tensor(ends), _tensor(points.copy())).numpy()
     if is_torch_array(ends):
         return torch.searchsorted(ends.contiguous(), points.contiguous(), right=True)
     flat_ends = ends.reshape(-1, ends.shape[-1])

@@ -40,9 +40,9 @@ def network_requests(monkeypatch):
     requests = []
 
     def ask_all(self, tokens, t):
-        rows = Rows.of(tokens, {})
+        rows = Rows.of(tokens, {}, t)
         requests.append((None if self.time_free else float(t), rows.tokens))
-        return self._evaluate(rows, t).reshape(*tokens.shape, -1)
+        return self._evaluate(rows).reshape(*tokens.shape, -1)
 
     monkeypatch.setattr(EvaluatedDenoiser, "_hidden", ask_all)
     return requests
