@@ -32,6 +32,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.arguments import require_moves
 from ppl_diffusion.inference.path_moves import checked_moves, moved, side_by_side, small_type
+from ppl_diffusion.kernels import EventKernel
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.bound import Bound, Mover
 from ppl_diffusion.programs.method import Method, Needs, described, methods, register
@@ -160,7 +161,7 @@ class Refinement(Method):
             return self.num_sweeps
         size = run.shape[1]
         elements = {name: run.sites[name].chain.batch_shape.numel() for name in moves}
-        guided = size * sum(run.steps[name] * count for name, count in elements.items())
+        guided = size * sum(self._rows(run, name) * count for name, count in elements.items())
         sweep = sum(
             move.num_rows(run.sites[name].chain) * elements[name]
             for name, own in moves.items()
@@ -168,6 +169,14 @@ class Refinement(Method):
         )
         rest = guided * (1 - self.share) / self.share
         return max(1, round(rest / (min(self.num_chains, size) * max(sweep, 1.0))))
+
+    @staticmethod
+    def _rows(run: Bound, name: str) -> float:
+        """Return how many rows a sequence of the first half costs."""
+        kernel = run.movers[name].kernel
+        if isinstance(kernel, EventKernel):
+            return kernel.expected_rounds(run.sites[name].chain.num_free)
+        return run.steps[name]
 
     def num_steps(self, run: Bound) -> int:
         """Return the steps of the inner method."""

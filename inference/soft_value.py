@@ -121,7 +121,8 @@ class SoftValueGuidance(LookingAhead):
             self._check_greed(run, gain, log_score, group)
         chosen = self._choose(log_score, generator)
         index = first + chosen
-        moved = {**run.gather(children, index), LOG_H: log_h.gather(1, index)}
+        kept = children if self.num_children == 1 else run.gather(children, index)
+        moved = {**kept, LOG_H: log_h.gather(1, index)}
         if not self.weighted:
             return moved, 0.0
         taken = log_score.gather(-1, chosen[..., None])[..., 0]
@@ -134,9 +135,11 @@ class SoftValueGuidance(LookingAhead):
         self, run: Bound, state: State, group: int, generator: Rng
     ) -> tuple[State, Tensor, Tensor]:
         """Return all children side by side, ``log K - log M`` and values, each ``(R, N * M)``."""
-        lineages = torch.arange(run.shape[1], device=run.device)
-        family = lineages.repeat_interleave(self.num_children)
-        repeated = run.gather(state, family.expand(run.shape[0], -1))
+        repeated = state
+        if self.num_children > 1:
+            lineages = torch.arange(run.shape[1], device=run.device)
+            family = lineages.repeat_interleave(self.num_children)
+            repeated = run.gather(state, family.expand(run.shape[0], -1))
         children, log_ratio = super().move(run, repeated, group, generator)
         children, log_h = self.rated(run, children, group, generator)
         return children, (log_h.new_zeros(()) + log_ratio).expand_as(log_h), log_h

@@ -108,8 +108,11 @@ class FKSteering(LookingAhead):
 
     @property
     def on_events(self) -> bool:
-        """Whether particles may go from reveal to reveal: where all of their states are scored."""
-        return self.every == 1 and self.interval is None
+        """Whether particles may go from reveal to reveal: where it does not matter what is scored.
+
+        The law of the published closing is that of scores at steps of the grid.
+        """
+        return self.every == 1 and self.interval is None and not self.published
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Find out which steps are scored."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference.lookahead import Exhaustive, Fills, Lookahead, OfState
-from ppl_diffusion.kernels import EventKernel, RevealStep
+from ppl_diffusion.kernels import RevealStep
 from ppl_diffusion.kernels.base import ORDERED
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
@@ -45,7 +45,7 @@ from ppl_diffusion.programs.method import Method, Needs, based, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Changes, Moved, Rng, Source, State
-from ppl_diffusion.smc.feynman_kac import Proposal, draw_step, per_particle
+from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, Proposal, draw_step, per_particle
 from ppl_diffusion.smc.twists import (
     ArgmaxFill,
     CallableTwist,
@@ -233,14 +233,14 @@ class TwistedSampler(Method):
         """Move one site by what its children promise, and return ``log K - log q``, ``(R, N)``."""
         site, mover = run.sites[item.site], run.movers[item.site]
         carry, kernel = state["sites"][item.site], mover.kernel
-        if isinstance(kernel, EventKernel):
-            carry = kernel.redrawn(carry, generator)
-            if kernel.rounds_left(carry) == 0:
+        if isinstance(mover, BoundFeynmanKac):
+            carry, idle = mover.begin(carry, item.k, generator)
+            if idle:
                 return run.moved(state, item, carry), 0.0
         step: Any = kernel.step(carry, item.k, fixed=site.chain.fixed)
         if isinstance(step, RevealStep) and not bool(step.eligible.any()):
-            idle = kernel.advance(carry, step.tokens, item.k, step=step)
-            return run.moved(state, item, idle), 0.0
+            still = kernel.advance(carry, step.tokens, item.k, step=step)
+            return run.moved(state, item, still), 0.0
         proposal = self._proposal_of(site)
         if proposal == "clamped":
             return self._clamped(run, state, item, step, generator)

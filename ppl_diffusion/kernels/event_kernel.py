@@ -94,6 +94,14 @@ class EventKernel(Kernel):
         """False: given its carry a step has a density, and the carry holds when; ask the grid."""
         return False
 
+    def expected_rounds(self, free: int) -> float:
+        """Return how many of the steps of the grid reveal something, on average.
+
+        :param free: positions that are to be revealed.
+        """
+        share = np.diff(self.grid.alphas)  # of the positions, revealed in each step
+        return float((1 - (1 - share) ** free).sum())
+
     def start_carry(
         self,
         tokens: Tensor,

@@ -82,7 +82,8 @@ class Bound:
         self.stages = stages(above)
         self.steps = {name: mover.kernel.num_steps for name, mover in self.movers.items()}
         self.groups: list[Group] = groups_of(self.plan, self.stages, self.steps)
-        on_grid = {name: site.chain.num_steps for name, site in self.sites.items()}
+        on_grid = dict(self.steps)
+        on_grid |= {n: self.sites[n].chain.num_steps for n in self.sites if self._keeper(n)}
         same = on_grid == self.steps
         self.num_steps = len(self.groups if same else groups_of(self.plan, self.stages, on_grid))
         """Steps of the chains on their grids, which their rounds of reveals stand for."""
@@ -111,9 +112,10 @@ class Bound:
     def times(self) -> Tensor:
         """The time grid of the chain that moves at every step, or the share of steps to go."""
         total = self.num_steps
-        for site in self.sites.values():
-            if site.chain.num_steps == total:
-                return torch.as_tensor(site.chain.kernel.times, device="cpu")
+        for name, mover in self.movers.items():
+            kernel = mover.kernel if self._keeper(name) is None else self.sites[name].chain.kernel
+            if kernel.num_steps == total:
+                return torch.as_tensor(kernel.times, device="cpu")
         return torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64, device="cpu")
 
     def at(self, shape: tuple[int, int]) -> Bound:

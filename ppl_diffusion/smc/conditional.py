@@ -174,6 +174,7 @@ class ConditionalRun:
             num_potential_calls=self.engine.num_potential_calls,
             law=model.law.but(exact=False, why=_CONDITIONAL),
             settings={**model.settings, "resampler": ConditionalMultinomial.name},
+            compact_path=self.trace.path(),
             **self.trace.posterior_fields(),
         )
 

@@ -236,6 +236,16 @@ class BoundFeynmanKac:
         """Number of its steps: those of the chain, or the rounds in which it is revealed."""
         return self._kernel.num_steps
 
+    def begin(self, carry: Carry, k: int, generator: torch.Generator | None) -> tuple[Carry, bool]:
+        """Return a carry that can make step ``k``, and whether nothing is left to be done in it."""
+        kernel = self._kernel
+        if not isinstance(kernel, EventKernel):
+            return carry, False
+        # What the last round reveals is settled: copies made since share it, and draw their tokens.
+        if k + 1 < self.num_steps:
+            carry = kernel.redrawn(carry, generator)
+        return carry, kernel.rounds_left(carry) == 0
+
     def foresee(self, carry: Carry, k: int, generator: torch.Generator | None) -> tuple[Carry, int]:
         """Return a carry that knows its rounds, and the step that is made next.
 
@@ -291,10 +301,9 @@ class BoundFeynmanKac:
         self, carry: Carry, k: int, generator: torch.Generator | None
     ) -> tuple[Carry, Tensor | float]:
         """Return the carry after step ``k`` and ``log K - log M``, ``(R, N)`` or 0."""
-        if isinstance(self._kernel, EventKernel):
-            carry = self._kernel.redrawn(carry, generator)
-            if self._kernel.rounds_left(carry) == 0:
-                return carry, 0.0
+        carry, idle = self.begin(carry, k, generator)
+        if idle:
+            return carry, 0.0
         step = self._kernel.step(carry, k, fixed=self.model.chain.fixed)
         proposal = step if self._proposal is None else self._proposal(step, carry, k)
         value = self._draw(proposal, k, generator)

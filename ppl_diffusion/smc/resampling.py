@@ -32,6 +32,8 @@ class Resampler(ABC):
     """One resampling scheme."""
 
     name: ClassVar[str]
+    near: ClassVar[bool] = False
+    """Whether it also takes NumPy arrays, which are what it gets on the CPU then."""
 
     def num_uniforms(self, num_particles: int) -> int:
         """Return how many uniforms one run needs, one per particle unless a scheme says other."""
@@ -57,6 +59,8 @@ class Resampler(ABC):
                 f"{self.name} resampling of weights {tuple(log_weights.shape)} needs uniforms "
                 f"{(*log_weights.shape[:-1], needed)}, got {tuple(uniforms.shape)}."
             )
+        if not self.near:
+            return self._resample(to_float64(uniforms), to_float64(log_weights))
         return _near(self._resample, uniforms, log_weights)
 
     def _resample(self, uniforms: Array, log_weights: Array) -> Array:
@@ -71,6 +75,7 @@ class Multinomial(Resampler):
     """``N`` independent draws, in the order drawn (unsorted)."""
 
     name = "multinomial"
+    near = True
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         return _inverse_cdf(weights, uniforms)
@@ -84,6 +89,7 @@ class Residual(Resampler):
     """
 
     name = "residual"
+    near = True
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = _namespace(weights)
@@ -104,6 +110,7 @@ class Stratified(Resampler):
     """One draw in each of ``N`` equal strata."""
 
     name = "stratified"
+    near = True
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = _namespace(weights)
@@ -135,6 +142,7 @@ class Systematic(Resampler):
     """
 
     name = "systematic"
+    near = True
 
     def num_uniforms(self, num_particles: int) -> int:
         """One offset and ``N`` sort keys."""
@@ -165,6 +173,7 @@ class SSP(Resampler):
     """
 
     name = "ssp"
+    near = True
 
     def _ancestors(self, uniforms: Array, weights: Array) -> Array:
         xp = _namespace(weights)
@@ -188,6 +197,7 @@ class Killing(Resampler):
     """Keep particle ``i`` with probability ``w_i / max w``, else redraw it from the weights."""
 
     name = "killing"
+    near = True
 
     def num_uniforms(self, num_particles: int) -> int:
         """Two uniforms per particle: survive, and redraw."""

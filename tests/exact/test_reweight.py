@@ -97,7 +97,7 @@ def test_the_same_potential_changes_nothing():
 
 
 def test_what_was_excluded_cannot_come_back():
-    strict, loose = many(FORBID, runs=4, n=64), many(runs=4, n=64)
+    strict, loose = many(FORBID, runs=20, n=64), many(runs=20, n=64)
     with pytest.raises(CapabilityError, match=r"\d+ particles .* were excluded by the old one"):
         strict.reweight(OLD)
     forced = strict.reweight(OLD, force=True)

@@ -157,16 +157,17 @@ def forget_skipped_weights(chain, potential, *, runs, particles, seed):
     with torch.no_grad():
         state = method.begin(run, None)
         twist = method.look(run, state, 0, None)
-        for k in range(chain.num_steps):
+        steps = len(run.groups)
+        for k in range(steps):
             state, _ = method.move(run, state, k, None)
-            if k + 1 == chain.num_steps:
+            if k + 1 == steps:
                 state = run.final(state)
                 ahead = method.pay(run, state)
             else:
                 ahead = method.look(run, state, k + 1, None)
             weights, twist = Weights(ahead - twist), ahead
             due = weights.ess < 0.5 * particles
-            if k + 1 < chain.num_steps and bool(due.any()):
+            if k + 1 < steps and bool(due.any()):
                 uniforms = torch.rand(runs, particles + 1, dtype=torch.float64)
                 parents = systematic(uniforms, weights.log)
                 parents = torch.where(due[:, None], parents, torch.arange(particles))

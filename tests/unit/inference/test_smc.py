@@ -238,9 +238,15 @@ def test_costs_are_counted():
 
 def test_progress_is_reported():
     seen = []
-    chain = toy_chain(num_steps=3)
-    SMC(discrete, num_particles=2, progress=lambda *a: seen.append(a)).run(chain)
+    chain = toy_chain(length=2, num_steps=3)
+    SMC(
+        discrete, num_particles=2, method="steering", every=2, progress=lambda *a: seen.append(a)
+    ).run(chain)
     assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    rounds = toy_chain(length=2, num_steps=300)  # two positions: two rounds
+    SMC(discrete, num_particles=2, progress=lambda *a: seen.append(a)).run(rounds)
+    assert seen == [(1, 2), (2, 2)]
 
 
 def test_save_and_reopen(tmp_path):

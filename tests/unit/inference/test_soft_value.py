@@ -29,8 +29,8 @@ def test_all_children_are_rated_and_caching_changes_nothing_else():
     cached, plain = guide(), guide(cache=False)
     assert torch.equal(cached.path, plain.path)
     assert torch.equal(cached.log_evidence, plain.log_evidence)
-    # Runs, lineages, children; steps with five completions each, and the last, which is the end.
-    assert plain.num_potential_calls == 3 * 8 * 4 * (4 * 5 + 1)
+    # Runs, lineages, children; rounds with five completions each, and the last, which is the end.
+    assert plain.num_potential_calls == 3 * 8 * 4 * (3 * 5 + 1)
     assert cached.num_potential_calls < plain.num_potential_calls / 2
 
 
@@ -52,7 +52,7 @@ def test_children_are_one_flat_batch():
         return GOAL(x0)
 
     guide(Potential(count), cache=False)
-    assert sizes == [3 * 8 * 4 * 5] * 4 + [3 * 8 * 4]
+    assert sizes == [3 * 8 * 4 * 5] * 3 + [3 * 8 * 4]  # four positions, four rounds
 
 
 def test_one_lineage_has_an_evidence_of_its_own():
