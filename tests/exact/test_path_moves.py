@@ -326,8 +326,8 @@ def test_both_halves_cost_alike():
     goal = toy_potential(4, 6)
     for share in (0.3, 0.5, 0.8):
         # Few chains: one sweep is the least there is, and that of all would be most of the cost.
-        method = Refinement(share=share, num_chains=8)
-        post = SMC(chain, goal, method=method, num_particles=32, num_runs=2)
+        method = Refinement(share=share, num_chains=4)
+        post = SMC(chain, goal, method=method, num_particles=64, num_runs=2)
         settings = post.run(seed=0).settings
         part = settings["inner_evaluations"] / (
             settings["inner_evaluations"] + settings["move_evaluations"]
