@@ -173,7 +173,7 @@ def _order_log_probs(
     first = torch.arange(len(rows), device=x0.device) * chain.length
     given = {name: value.expand(len(rows), *value.shape) for name, value in chain.given.items()}
     for site in order.unbind(-1):
-        time = torch.as_tensor(kernel.prediction_time(state, 0), dtype=torch.float64)
+        time = torch.as_tensor(kernel.prediction_time({"tokens": state}, 0), dtype=torch.float64)
         log_d = predict_at(denoiser, state, time.expand(len(rows)), first + site, given)
         log_d = clean_log_probs(log_d, site.shape, process.vocab_size)
         token = rows.gather(-1, site[:, None])

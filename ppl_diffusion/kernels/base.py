@@ -328,7 +328,7 @@ class Kernel(ABC):
         tokens = carry["tokens"]
         if self._revealed(tokens):
             return self._flat(tokens)
-        log_c = self.denoiser(tokens, self.time_of(carry, k), **carry.get(GIVEN, {}))
+        log_c = self.denoiser(tokens, self.prediction_time(carry, k), **carry.get(GIVEN, {}))
         log_c = clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
         if self.denoiser.kind == "posterior":
             log_c = posterior_to_cavity(self.process, tokens, log_c, float(self.alphas[k]))
@@ -349,7 +349,7 @@ class Kernel(ABC):
         bridge = self.process.absorbing or self.denoiser.kind == "cavity"
         if not bridge or self._revealed(tokens):
             return DensePrediction(self.cavity_log_probs(carry, k))
-        t, given = self.time_of(carry, k), carry.get(GIVEN, {})
+        t, given = self.prediction_time(carry, k), carry.get(GIVEN, {})
         if not prefers_head(self.denoiser):
             log_c = self.denoiser(tokens, t, **given)
             require_columns(log_c, tokens.shape, size)
@@ -374,16 +374,9 @@ class Kernel(ABC):
             return MaskedCompletions(tokens, prediction)
         return BridgedCompletions(self.process, tokens, prediction, float(self.alphas[k]))
 
-    def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
-        """Return the time at which step ``k`` asks the denoiser, a number or one per row.
-
-        :param tokens: int64 ``(*batch, L)``.
-        """
+    def prediction_time(self, carry: Carry, k: int) -> float | Tensor:
+        """Return the time at which step ``k`` asks the denoiser, a number or one per row."""
         return float(self.times[k])
-
-    def time_of(self, carry: Carry, k: int) -> float | Tensor:
-        """Return the time at which a carry's prediction is made, a number or one per row."""
-        return self.prediction_time(carry[TOKENS], k)
 
     def check_length(self, length: int) -> None:
         """Refuse a number of positions that the kernel cannot run; here any from one will do.

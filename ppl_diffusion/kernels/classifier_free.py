@@ -169,7 +169,7 @@ class ClassifierFreeKernel(InterpolatingKernel):
         if self._revealed(tokens):
             return self._flat(tokens), self._flat(tokens)
         size = self.process.vocab_size
-        both = self.denoiser(tokens, self.prediction_time(tokens, k), **carry.get(GIVEN, {}))
+        both = self.denoiser(tokens, self.prediction_time(carry, k), **carry.get(GIVEN, {}))
         _require_pair(both, (*tokens.shape, 2 * size))
         first, second = (self._cavity(c, tokens, k) for c in both.split(size, -1))
         return first, second

@@ -201,7 +201,7 @@ class EventKernel(Kernel):
         moved = super().advance(carry, value, k)
         return {**moved, FUTURE: carry[FUTURE].after()}
 
-    def time_of(self, carry: Carry, k: int) -> float | Tensor:
+    def prediction_time(self, carry: Carry, k: int) -> float | Tensor:
         """Return the time at which each row predicts its next reveals, ``(*batch,)``."""
         if self.denoiser.time_free:
             return 1.0

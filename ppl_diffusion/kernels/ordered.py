@@ -155,11 +155,11 @@ class OrderedKernel(Kernel):
         log_c = self.denoiser(tokens, time, **carry.get(GIVEN, {}))
         return clean_log_probs(log_c, tokens.shape, self.process.vocab_size)
 
-    def prediction_time(self, tokens: Tensor, k: int) -> float | Tensor:
+    def prediction_time(self, carry: Carry, k: int) -> float | Tensor:
         """Return the time at which a state is predicted: one per row if their masks differ."""
         if self.denoiser.time_free:
             return float(self.times[k])
-        masks = (tokens == self.process.vocab_size).sum(-1)
+        masks = (carry["tokens"] == self.process.vocab_size).sum(-1)
         times: Tensor = _mean_times(self.process, masks, self.length)
         same = masks.numel() > 0 and bool((masks == masks.flatten()[0]).all())
         return float(times.flatten()[0]) if same else times
