@@ -43,7 +43,7 @@ from ppl_diffusion.programs import sources
 from ppl_diffusion.row_memory import RowMemory
 from ppl_diffusion.rows import RowTable, hash_rows
 from ppl_diffusion.smc import Defensive, ParticlePosterior
-from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
+from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential, SortedAnswers
 
 WORKERS = (1, 4, 16)
 WALL_GOAL, IDLE_GOAL, MEMORY_GOAL = 0.6, 0.15, 1.1
@@ -282,7 +282,7 @@ class LastQuestionPotential(EvaluatedPotential):
 
     def __init__(self, potential: AbstractPotential) -> None:
         super().__init__(potential)
-        self._memory = {final: LastQuestion() for final in (True, False)}
+        self._answers = {final: SortedAnswers(LastQuestion()) for final in (True, False)}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ FEW = 2048
 """Rows of a question up to which a dictionary on the host is faster than sorted hashes."""
 
 
-class _Question(NamedTuple):
+class Question(NamedTuple):
     """What is not known about a batch of sequences.
 
     :ivar asked: distinct sequences about which nothing is remembered, int64 ``(n, L)``.
@@ -32,19 +32,22 @@ class _Question(NamedTuple):
     settle: Callable[[Tensor], Tensor]
 
 
-class _Answers(Protocol):
+class Answers(Protocol):
     """What is remembered of answers."""
 
-    def question(self, rows: Tensor) -> _Question: ...
+    def question(self, rows: Tensor) -> Question: ...
 
 
-class _SortedAnswers:
-    """Answers by sorted hashes: few operations on many rows, wherever these are."""
+class SortedAnswers:
+    """Answers by sorted hashes: few operations on many rows, wherever these are.
 
-    def __init__(self) -> None:
-        self.memory = RowMemory()
+    :param memory: where they are kept.
+    """
 
-    def question(self, rows: Tensor) -> _Question:
+    def __init__(self, memory: RowMemory | None = None) -> None:
+        self.memory = RowMemory() if memory is None else memory
+
+    def question(self, rows: Tensor) -> Question:
         first, inverse, hashes = DistinctRows.of(rows)
         unique = rows.index_select(0, first)
         values, known = self.memory.find(unique, hashes)
@@ -57,16 +60,16 @@ class _SortedAnswers:
                 self.memory.add(asked, hashes[new], answers)
             return values[inverse]
 
-        return _Question(asked, settle)
+        return Question(asked, settle)
 
 
-class _ListedAnswers:
+class ListedAnswers:
     """Answers in a dictionary: nothing is launched for a few rows on the host."""
 
     def __init__(self) -> None:
         self.known: dict[bytes, float] = {}
 
-    def question(self, rows: Tensor) -> _Question:
+    def question(self, rows: Tensor) -> Question:
         keys = [row.tobytes() for row in rows.to("cpu", torch.int32).numpy()]
         new: dict[bytes, int] = {}
         for i, key in enumerate(keys):
@@ -84,7 +87,7 @@ class _ListedAnswers:
                     del self.known[key]
             return found.to(rows.device)
 
-        return _Question(asked, settle)
+        return Question(asked, settle)
 
 
 class EvaluatedPotential:
@@ -99,7 +102,7 @@ class EvaluatedPotential:
     def __init__(self, potential: AbstractPotential) -> None:
         self.potential = potential
         self.num_calls = 0
-        self._answers: dict[bool, _Answers] = {}
+        self._answers: dict[bool, Answers] = {}
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return ``log G``, float64 ``(*batch,)``.
@@ -128,14 +131,14 @@ class EvaluatedPotential:
     def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
         return self._answer(self._question(x0, final), final).reshape(x0.shape[:-1])
 
-    def _question(self, x0: Tensor, final: bool) -> _Question:
+    def _question(self, x0: Tensor, final: bool) -> Question:
         rows = x0.reshape(-1, x0.shape[-1])
         if final not in self._answers:  # chosen once: two memories would ask twice
             few = rows.device.type == "cpu" and len(rows) <= FEW
-            self._answers[final] = _ListedAnswers() if few else _SortedAnswers()
+            self._answers[final] = ListedAnswers() if few else SortedAnswers()
         return self._answers[final].question(rows)
 
-    def _answer(self, question: _Question, final: bool) -> Tensor:
+    def _answer(self, question: Question, final: bool) -> Tensor:
         asked, settle = question
         if not len(asked):
             return settle(asked.new_zeros(0, dtype=torch.float64))

@@ -22,10 +22,16 @@ def steer(potential=GOAL, *, chain=CHAIN, seed=1, **options):
     ).run(seed=seed)
 
 
+def test_every_round_is_scored_if_nothing_else_is_said():
+    posterior = steer()  # four positions: four rounds, the last of which is the end
+    assert posterior.settings["scored_steps"] == [1, 2, 3]
+    moves = (posterior.log_evidence_steps.diff(dim=-1) != 0).any(0)
+    assert 0 < int(moves.sum()) <= 3
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({}, [1, 2, 3, 4]),
         ({"every": 2}, [1, 3]),
         ({"interval": (2, 3)}, [2, 3]),
         ({"every": 2, "interval": (2, 9)}, [2, 4]),
