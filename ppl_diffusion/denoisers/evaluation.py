@@ -17,7 +17,7 @@ from ppl_diffusion.denoisers.base import Denoiser, Wrapper
 from ppl_diffusion.denoisers.batching import rows_per_call
 from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.prediction import prefers_head
-from ppl_diffusion.denoisers.times import require_time_per_row
+from ppl_diffusion.denoisers.times import MOST_PROBES, require_time_per_row
 from ppl_diffusion.rows import DistinctRows, RowTable
 
 LITTLE = 7 / 8
@@ -129,6 +129,7 @@ class EvaluatedDenoiser(Wrapper):
             vars(self)["hidden"] = self._hidden
             vars(self)["hidden_size"] = denoiser.hidden_size  # type: ignore[attr-defined]
         self.all_new, self._all_differ, self._sent, self._time = False, False, 0, 1.0
+        self._probes = 0
         self._memory: _Memory | None = None
         self._last: _Last | None = None
         optional = ("changes", "conditions", "excludes_tokens", "output_size", "network_rows")
@@ -142,7 +143,7 @@ class EvaluatedDenoiser(Wrapper):
     def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
         """Return the hidden states where those are kept, the log-probabilities otherwise."""
         if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
-            require_time_per_row(self.denoiser, tokens, t, given)
+            self._check_times(tokens, t, given)
             time: float | Tensor | None = t
         else:
             number = float(t if not isinstance(t, Tensor) else t.flatten()[0])
@@ -166,6 +167,12 @@ class EvaluatedDenoiser(Wrapper):
         if keep and traced:
             self._last = _Last(tokens, given, [x._version for x in tensors], time, output)
         return output
+
+    def _check_times(self, tokens: Tensor, t: Tensor, given: dict[str, Tensor]) -> None:
+        # A state may not show the time, the fully masked one for instance: later ones are tried.
+        if self._probes < MOST_PROBES:
+            settled = require_time_per_row(self.denoiser, tokens, t, given)
+            self._probes = MOST_PROBES if settled else self._probes + 1
 
     def _recall_last(
         self, tokens: Tensor, t: float | Tensor | None, given: dict[str, Tensor]

@@ -26,7 +26,7 @@ from ppl_diffusion.denoisers.checks import (
     require_normalised,
     without_mask,
 )
-from ppl_diffusion.processes.noise import draw_categorical, likeliest
+from ppl_diffusion.processes.noise import draw_categorical, draw_normalised, likeliest
 
 CHUNK = 2**22
 """Log-probabilities held at once while rows are made of gathered sites (32 MB)."""
@@ -71,6 +71,18 @@ class Prediction(ABC):
         :param where: bool ``(*batch, L)``, or indices into the flattened ``(*batch, L)``, int64
             ``(n,)``; None for all of them.
         """
+
+    def draw_at(self, sites: Tensor, uniforms: Tensor) -> Tensor:
+        """Return one token drawn at each of some sites, int64 ``(n,)``.
+
+        :param sites: indices into the flattened ``(*batch, L)``, int64 ``(n,)``.
+        :param uniforms: numbers in ``[0, 1)``, ``(n,)``.
+        """
+        drawn, begun = [sites.new_zeros(0)], 0
+        for own, log_c in self.rows(sites):
+            drawn.append(draw_categorical(log_c, uniforms[begun : begun + len(own)]))
+            begun += len(own)
+        return torch.cat(drawn)
 
     def draw(self, uniforms: Tensor, where: Tensor, otherwise: Tensor) -> Tensor:
         """Return tokens drawn at some sites, and what was there elsewhere.
@@ -163,6 +175,20 @@ class _Kept(Prediction):
     def dense(self) -> Tensor:
         """Return the whole table, ``(*batch, L, V)``."""
         return self._log_probs(self._kept.flatten(0, -2)).reshape(self.shape)
+
+    def draw_at(self, sites: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw tokens, see :class:`Prediction`; rows are drawn from and checked as they come."""
+        if not self._raw:
+            return super().draw_at(sites, uniforms)
+        drawn, begun = [sites.new_zeros(0)], 0
+        for part, own in self._sites(sites):
+            output = without_mask(self._output(own), part.shape, self.shape[-1])
+            tokens, total = draw_normalised(output, uniforms[begun : begun + len(part)])
+            if len(total):
+                require_normalised((total - 1).abs().amax())
+            drawn.append(tokens)
+            begun += len(part)
+        return torch.cat(drawn)
 
     def probabilities(self, ids: Tensor, where: Tensor | None) -> Tensor:
         """Return probabilities of tokens, see :class:`Prediction`."""

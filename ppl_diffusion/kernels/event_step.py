@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.prediction import Prediction, as_prediction
 from ppl_diffusion.kernels.shapes import check_expand
 from ppl_diffusion.kernels.step import StepDistribution, check_normalised, check_states
-from ppl_diffusion.processes.noise import draw_categorical, uniforms
+from ppl_diffusion.processes.noise import uniforms
 
 
 class EventStep(StepDistribution):
@@ -81,12 +81,9 @@ class EventStep(StepDistribution):
             return super().sample(sample_shape, generator=generator)
         flat, sites = self.tokens.flatten(), self.sites
         noise = uniforms(sites.shape, generator=generator, device=sites.device)
-        begun = 0
         with torch.no_grad():
-            for own, log_c in self.prediction.rows(sites):
-                drawn = draw_categorical(log_c, noise[begun : begun + len(own)])
-                flat, begun = flat.index_put((own,), drawn), begun + len(own)
-        return flat.view(self.tokens.shape)
+            drawn = self.prediction.draw_at(sites, noise)
+        return flat.index_put((sites,), drawn).view(self.tokens.shape)
 
     def draw(self, u_token: Tensor) -> Tensor:  # type: ignore[override]
         """Turn uniforms into next states; the same uniforms give the same states."""

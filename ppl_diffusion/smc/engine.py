@@ -244,11 +244,13 @@ def smc_loop(
         base = _base(weights, log_z, twist)
         log, k = _Log(record, carry), 0
         while k < num_steps:
-            if hasattr(engine, "foresee"):
-                carry, k = engine.foresee(carry, k, generator)
+            # What is carried was looked ahead from the future that copies still share: latents move
+            # by it before each copy gets its own.
             if hasattr(engine, "renew"):
                 carry, twist = engine.renew(carry, twist, k, generator)
                 base, log.settled = _base(weights, log_z, twist), False
+            if hasattr(engine, "foresee"):
+                carry, k = engine.foresee(carry, k, generator)
             before = base
             carry, log_ratio = engine.move({**carry, LOG_BASE: base}, k, generator)
             if isinstance(log_ratio, Tensor):

@@ -59,9 +59,15 @@ class Resampler(ABC):
                 f"{self.name} resampling of weights {tuple(log_weights.shape)} needs uniforms "
                 f"{(*log_weights.shape[:-1], needed)}, got {tuple(uniforms.shape)}."
             )
-        if not self.near:
+        if not self._takes_numpy:
             return self._resample(to_float64(uniforms), to_float64(log_weights))
         return _near(self._resample, uniforms, log_weights)
+
+    @property
+    def _takes_numpy(self) -> bool:
+        # A scheme that inherits from one that does need not.
+        owner = next(cls for cls in type(self).__mro__ if "_ancestors" in vars(cls))
+        return bool(vars(owner).get("near", False))
 
     def _resample(self, uniforms: Array, log_weights: Array) -> Array:
         top = _top(log_weights)
