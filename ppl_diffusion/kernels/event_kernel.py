@@ -213,8 +213,12 @@ class EventKernel(Kernel):
         tokens, reveal = carry[TOKENS], carry[REVEAL]
         size = self.process.vocab_size
         small = torch.uint8 if size < 2**8 else torch.int16 if size < 2**15 else torch.int32
-        steps = torch.arange(self.grid.num_steps + 1, device=tokens.device)[:, None]
-        return torch.where(steps > reveal[..., None, :], tokens.to(small)[..., None, :], size)
+        # Compared in a small type: of all tensors of a run this is the only one with T times L.
+        count = self.grid.num_steps
+        index = torch.int16 if count < 2**15 else torch.int32
+        steps = torch.arange(count + 1, dtype=index, device=tokens.device)[:, None]
+        shown = steps > reveal.to(index)[..., None, :]
+        return torch.where(shown, tokens.to(small)[..., None, :], size)
 
     def _pending(self, carry: Carry) -> Tensor:
         """Return the step that reveals each masked position, ``T`` elsewhere."""

@@ -142,6 +142,7 @@ class SMCTrace:
     died_at: Tensor
     multinomial: bool
     history: list[dict[str, Tensor]] = field(default_factory=list)
+    eve: Tensor | None = None
 
     def paths(self) -> dict[str, Tensor]:
         """Return the surviving paths of what was recorded, in a compact integer type.
@@ -159,7 +160,7 @@ class SMCTrace:
 
     def posterior_fields(self) -> dict[str, Any]:
         """Return the fields of a :class:`ParticlePosterior` that the loop knows."""
-        eve = eve_indices(self.ancestors)
+        eve = eve_indices(self.ancestors) if self.eve is None else self.eve
         return {
             "log_weights": self.weights.log_normalised,
             "log_evidence": self.log_evidence_steps[:, -1],
@@ -201,6 +202,7 @@ class SMCTrace:
             ess=self.ess[:, shown],
             log_mass=self.log_mass[:, shown],
             history=[],
+            eve=eve_indices(self.ancestors),  # of the steps that were made: the others move nobody
         )
 
     def _evidence_variance(self, eve: Tensor) -> Tensor:

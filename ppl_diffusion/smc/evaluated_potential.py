@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.row_memory import MAX_ROWS, RowMemory
+from ppl_diffusion.row_memory import MAX_BYTES, MAX_ROWS, RowMemory
 from ppl_diffusion.rows import DistinctRows
 
 Pending = Callable[[], Tensor]
@@ -76,18 +76,25 @@ class ListedAnswers:
             if key not in self.known:
                 new.setdefault(key, i)
         asked = rows[list(new.values())]
+        # Held here: what other questions crowd out meanwhile is still known to this one.
+        mine = {key: self.known[key] for key in keys if key in self.known}
 
         def settle(answers: Tensor) -> Tensor:
-            self.known.update(zip(new, answers.tolist(), strict=True))
-            found = torch.tensor(
-                [self.known[key] for key in keys], dtype=torch.float64, device="cpu"
-            )
-            if len(self.known) > MAX_ROWS:  # the older half
-                for key in list(islice(self.known, len(self.known) // 2)):
-                    del self.known[key]
-            return found.to(rows.device)
+            own = dict(zip(new, answers.tolist(), strict=True))
+            mine.update(own)
+            self.known.update(own)
+            self._forget(rows.shape[-1])
+            values = torch.tensor([mine[key] for key in keys], dtype=torch.float64, device="cpu")
+            return values.to(rows.device)
 
         return Question(asked, settle)
+
+    def _forget(self, length: int) -> None:
+        """Forget the older half of what is more than there is room for."""
+        room = min(MAX_ROWS, MAX_BYTES // (4 * max(length, 1)))
+        if len(self.known) > room:
+            for key in list(islice(self.known, len(self.known) - room // 2)):
+                del self.known[key]
 
 
 class EvaluatedPotential:
