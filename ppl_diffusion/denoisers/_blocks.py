@@ -98,7 +98,7 @@ class TimeEmbedding(nn.Module):
         )
         angles = times[:, None] * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.layers(features.to(self.layers[0].weight.dtype))
+        return self.layers(features.to(next(self.parameters()).dtype))
 
 
 class AdaptiveNorm(nn.Module):

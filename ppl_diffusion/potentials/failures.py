@@ -149,9 +149,7 @@ def watch_failures() -> Iterator[Failures]:
         failures.cancel()
 
 
-def report(
-    name: str, fn: RowFunction, values: Mapping[bytes, float], first: str | None
-) -> None:
+def report(name: str, fn: RowFunction, values: Mapping[bytes, float], first: str | None) -> None:
     """Tell whoever watches what a function answered; see :meth:`Failures.note`."""
     failures = _WATCHED.get()
     if failures is not None:
