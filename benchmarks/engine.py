@@ -43,7 +43,12 @@ SIZE, VOCAB_SIZE = 64, 4
 GOAL_ENGINE, GOAL_READS = 3.0, 1.0
 WITH_GOAL = ("smc", "smc, no twist", "smc, argmax twist")
 ON_EVENTS = (*WITH_GOAL, "steering", "twisted", "soft-value")
-"""Methods that read nothing inside a step but whether to resample."""
+"""Methods whose host reads have a goal.
+
+A filter without look-ahead reads nothing inside a step but whether to resample. Look-aheads ask the
+potential about distinct sequences, which reads a few more; on the CPU a few rows are looked up in a
+dictionary, and that counts as ``tolist`` and ``numpy``.
+"""
 
 FILTER_STEPS = 100
 NUM_PARTICLES = (64, 1024, 4096)

@@ -68,6 +68,14 @@ CASES = (
     Case(4, 4096, 64, 64, twist="persistent"),
     Case(4, 4096, 64, 64, twist="defensive"),
 )
+QUICK = (
+    Case(20_000, 16, 32, 8, width=16),
+    Case(4, 1024, 64, 64),
+    Case(256, 64, 64, 64),
+    Case(4, 1024, 64, 64, twist="persistent"),
+    Case(4, 1024, 64, 64, twist="defensive"),
+)
+"""Smaller ones, without the goals of the full size."""
 
 
 class LookUp:
@@ -178,10 +186,15 @@ def compare(case: Case, repeats: int) -> list[Row]:
 def measure(quick: bool, console: Console) -> list[Row]:
     """Measure whole runs with and without tables of all sites.
 
-    :param quick: one repeat instead of five.
-    :param console: where the table goes.
+    :param quick: smaller cases, and one repeat instead of five.
+    :param console: where a line of each case goes as it ends, and the table of all.
     """
-    rows = [row for case in CASES for row in compare(case, 1 if quick else 5)]
+    rows: list[Row] = []
+    for case in QUICK if quick else CASES:
+        found = compare(case, 1 if quick else 5)
+        told = ", ".join(f"{row.name} {row.value:.3f} {row.unit}" for row in found)
+        console.print(f"{case.name}: {told}")
+        rows += found
     made = table(
         "Runs with a cheap network, beside float64 tables of every site",
         ["", "measure", "plain", "lazy", "ratio", "goal"],

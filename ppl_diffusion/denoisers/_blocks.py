@@ -98,7 +98,7 @@ class TimeEmbedding(nn.Module):
         )
         angles = times[:, None] * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.layers(features.to(torch.float32))
+        return self.layers(features.to(next(self.parameters()).dtype))
 
 
 class AdaptiveNorm(nn.Module):
@@ -186,9 +186,12 @@ class Attention(nn.Module):
         rows, length, dim = state.shape
         joint = F.linear(state, self.inputs.weight[self.pairs])
         split = joint.view(rows, length, 3, self.heads, dim // self.heads)
-        turned = torch.view_as_complex(split[:, :, :2].unflatten(-1, (-1, 2)))
-        turned = turned * torch.view_as_complex(rotation)[:, None, None]
-        query, key = torch.view_as_real(turned).flatten(-2).permute(2, 0, 3, 1, 4)
+        # There are no complex numbers of two bfloat16, and hardly any of two halves.
+        wide = torch.promote_types(joint.dtype, torch.float32)
+        turned = torch.view_as_complex(split[:, :, :2].unflatten(-1, (-1, 2)).to(wide))
+        turned = turned * torch.view_as_complex(rotation.to(wide))[:, None, None]
+        turned = torch.view_as_real(turned).to(joint.dtype)
+        query, key = turned.flatten(-2).permute(2, 0, 3, 1, 4)
         value = split[:, :, 2].transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, length, dim))

@@ -8,6 +8,7 @@ may decide the last bits of an output, and the same seed must give the same byte
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def rows_that_fit(row_bytes: int, length: int, device: torch.device) -> int:
     :param length: tokens of a row.
     :param device: where the network lives.
     """
+    row_bytes, length = max(row_bytes, 1), max(length, 1)
     if device.type == "cpu":
         room = min(cache_bytes() // _SHARE_OF_CACHE, _LARGEST)
         return max(room // row_bytes, -(-_FEWEST_TOKENS // length))
@@ -56,14 +58,16 @@ def rows_that_fit(row_bytes: int, length: int, device: torch.device) -> int:
 @functools.cache
 def cache_bytes() -> int:
     """Return the size of the largest cache of a processor, 16 MB where it is not told."""
-    found = [_bytes(path.read_text()) for path in _CACHES.glob("index*/size")]
-    return max(found, default=_USUAL_CACHE)
+    return max(map(_told_bytes, _CACHES.glob("index*/size")), default=0) or _USUAL_CACHE
 
 
-def _bytes(text: str) -> int:
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    number, unit = text.strip()[:-1], text.strip()[-1:]
-    return int(number) * units[unit] if unit in units else int(text)
+def _told_bytes(path: Path) -> int:
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    try:
+        told = re.fullmatch(r"([0-9]+)([KMG]?)", path.read_text().strip())
+    except (OSError, UnicodeDecodeError):
+        told = None
+    return 0 if told is None else int(told[1]) * units[told[2]]
 
 
 def _memory_bytes(device: torch.device) -> int | None:

@@ -150,7 +150,7 @@ class SequenceFunction:
             if key in wanted:
                 found[key] = value
                 wanted.remove(key)
-        report(str(self.name), found, self.first_failure)
+        report(str(self.name), self.fn, found, self.first_failure)
         return [found[key] for key in keys]
 
     def _start(self, rows: Tensor, keys: list[bytes]) -> None:

@@ -30,6 +30,13 @@ class Times:
     under_way: float = 0.0
     waited: float = 0.0
 
+    def __add__(self, other: Times) -> Times:
+        return Times(
+            self.busy + other.busy,
+            self.under_way + other.under_way,
+            self.waited + other.waited,
+        )
+
     def since(self, before: Times) -> Times:
         """Return what was added.
 

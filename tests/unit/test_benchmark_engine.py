@@ -309,6 +309,46 @@ def test_a_goal_is_a_share_of_the_time_before():
     assert row.value == pytest.approx(0.4)
     assert not row.ok
     assert row.flat()["evidence_before"] == row.flat()["evidence_after"] == 1.5
+    assert against.timed(against.Case("c", 0.3), "c, quick", answers).goal is None
+
+
+def test_a_round_is_a_step_that_reveals_something():
+    against = module("against")
+    assert against.expected_rounds(2, 2) == 1.5
+    assert against.expected_rounds(1024, 64) == pytest.approx(62.07, abs=0.01)
+    took = {"chain.sample": 1.0, "engine, argmax, T=256": 1.5, "engine, argmax, T=1,024": 1.8}
+    answers = {}
+    for case in against.CASES:
+        told = [{"seconds": took.get(case.name, 1.0)}]
+        answers[case.name] = {"before": told, "after": told}
+    rows = [row for row in against.derived(answers) if "num_steps" in row.coordinates]
+    after = {(row.name, row.coordinates["num_steps"]): row for row in rows[4:]}
+    assert after["time_over_t64", 1024].value == pytest.approx(1.8)
+    assert after["time_over_t64", 1024].goal is None
+    per_round = after["time_per_round_over_t64", 1024]
+    assert per_round.value == pytest.approx(1.8 * 40.64 / 62.07, abs=0.001)
+    assert per_round.goal == 1.2
+
+
+# Fills.
+
+
+def test_each_case_of_fills_is_told_as_it_ends(monkeypatch, capsys):
+    fills = module("fills")
+    assert all(case.time_goal is case.memory_goal is None for case in fills.QUICK)
+    told = []
+
+    def compare(case, repeats):
+        told.append(capsys.readouterr().out)
+        where = {"case": case.name, "plain_seconds": 2.0, "seconds": 1.0}
+        return [module("_report").Row("fill_time", 0.5, "of plain", repeats, None, where)]
+
+    monkeypatch.setattr(fills, "compare", compare)
+    rows = fills.measure(True, module("_report").console())
+    assert len(rows) == len(fills.QUICK)
+    assert told[0] == ""
+    for case, line in zip(fills.QUICK, told[1:], strict=False):
+        assert line == f"{case.name}: fill_time 0.500 of plain\n"
 
 
 def test_the_page_of_benchmarks_names_each_command():

@@ -53,6 +53,25 @@ def test_cache_sizes_are_read(monkeypatch, tmp_path, text, size):
     assert batching.cache_bytes.__wrapped__() == 2**24
 
 
+@pytest.mark.parametrize("content", [b"", b"unknown", b"512KB", b"K", b"\xff", None])
+def test_a_cache_of_no_known_size_is_passed_over(monkeypatch, tmp_path, content):
+    monkeypatch.setattr(batching, "_CACHES", tmp_path)
+    size = tmp_path / "index3" / "size"
+    size.parent.mkdir()
+    size.mkdir() if content is None else size.write_bytes(content)
+    assert batching.cache_bytes.__wrapped__() == 2**24
+    (tmp_path / "index2").mkdir()
+    (tmp_path / "index2" / "size").write_text("64K")
+    assert batching.cache_bytes.__wrapped__() == 2**16
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_without_tokens_have_a_number_too(monkeypatch, device):
+    monkeypatch.setattr(batching, "_memory_bytes", lambda device: 2**30)
+    assert rows_that_fit(0, 0, torch.device(device)) >= 1
+    assert network().rows_per_call(0) >= 1
+
+
 def test_wrappers_pass_it_on(small_cache):
     inner = network()
     expected = inner.rows_per_call(8)

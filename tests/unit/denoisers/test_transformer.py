@@ -347,3 +347,14 @@ def test_embeddings_are_summed_in_order():
     first, second, third = (t(padded[:, i : i + LENGTH]) for i, t in enumerate(stem.tables))
     assert torch.equal(stem(z), first + second + third + stem.positions)
     assert all(torch.equal(t.weight, w) for t, w in zip(stem.tables, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_networks_are_near_the_wide_one(network, dtype):
+    x = tokens(6)
+    expected = network.hidden(x, 0.5)
+    hidden = network.to(dtype).hidden(x, 0.5)
+    assert hidden.dtype == dtype
+    # Roundings to eight bits, .004 of a number each, through two blocks.
+    assert (hidden - expected).norm() < 0.05 * expected.norm()
+    assert network(x, 0.5).dtype == torch.float32

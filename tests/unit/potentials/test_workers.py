@@ -196,6 +196,37 @@ class TestTold:
         assert 0 <= told["overlap"] <= 1
         assert told["seconds"] > 0
 
+    def test_functions_of_one_name_are_told_apart(self):
+        def docking(target):
+            def dock(x0):
+                if (x0[:, 0] == target).any():
+                    raise ValueError("no site")
+                return count_g(x0)
+
+            return dock
+
+        first, second = docking(0), docking(-1)
+        x0 = torch.arange(8).remainder(4)[:, None].expand(-1, 3) + torch.arange(8)[:, None] // 4
+        options = {"on_error": "reject", "batch_size": 1}
+        with ThreadPoolExecutor(2) as pool, watch_failures() as watched:
+            Reward(first, executor=pool, **options)(x0)
+            Reward(second, executor=pool, **options)(x0[:3])
+            Reward(first, 0.5, executor=pool, **options)(x0[:2])
+            for _ in range(20):
+                Reward(docking(0), executor=pool, **options)(x0[:1])
+        told = watched.settings()
+        counts = {name: (each["asked"], each["failed"]) for name, each in told["rewards"].items()}
+        assert counts == {"dock": (5 + 2 + 20, 1), "dock 2": (3, 0)}
+        assert list(told["failures"]) == ["dock"]
+
+    def test_no_end_of_names_where_a_program_makes_functions(self):
+        with ThreadPoolExecutor(1) as pool, watch_failures() as watched:
+            for scale in torch.ones(20):
+                Reward(lambda x0, s=scale: s * count_g(x0), executor=pool)(sequences(1))
+        told = watched.settings()["rewards"]
+        assert list(told) == ["<lambda>", *(f"<lambda> {i}" for i in range(2, 9))]
+        assert sum(each["asked"] for each in told.values()) == 20
+
     def test_functions_without_workers_say_nothing(self):
         with watch_failures() as watched:
             SequenceFunction(count_g)(sequences(3))
