@@ -262,8 +262,18 @@ class TestThreads:
         assert first.result() is None
 
     def test_there_is_at_least_one(self):
-        with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
-            Threads(0)
+        for number in (0, 2.5, "two"):
+            message = f"num_workers must be a whole number, at least 1, got {number!r}"
+            with pytest.raises(ValueError, match=message):
+                Threads(number)
+
+    def test_one_that_was_shut_down_is_a_lost_executor(self):
+        for pool in (Threads(1), ThreadPoolExecutor(1)):
+            pool.shutdown()
+            reward = Reward(count_g, executor=pool, on_error="reject")
+            for _ in range(2):
+                with pytest.raises(PotentialError, match=r"count_g lost its executor .*shutdown"):
+                    reward(sequences(2))
 
 
 @pytest.mark.slow
