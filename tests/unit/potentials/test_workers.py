@@ -110,9 +110,11 @@ class TestPrefetch:
             assert torch.equal(function(sequences(5)), again(sequences(5)))
 
     def test_an_error_cancels_what_is_queued(self):
-        started = threading.Event()
+        started, over = threading.Event(), threading.Event()
 
         def dies(x0):
+            if started.is_set():  # the next one keeps the only worker until the error is told
+                over.wait(60)
             started.set()
             raise RuntimeError("gone")
 
@@ -123,8 +125,10 @@ class TestPrefetch:
                 self.futures.append(super().submit(*args))
                 return self.futures[-1]
 
-        with Counting(1) as pool, pytest.raises(PotentialError, match="gone"):
-            Reward(dies, executor=pool)(sequences(50))
+        with Counting(1) as pool:
+            with pytest.raises(PotentialError, match="gone"):
+                Reward(dies, executor=pool, batch_size=1)(sequences(50))
+            over.set()
         assert sum(future.cancelled() for future in pool.futures) > 0
 
 
