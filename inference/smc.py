@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from ppl_diffusion.denoisers.batching import row_limit
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_latent_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
@@ -122,7 +123,7 @@ class SMC:
         self.resampler, self.ess_threshold = self.method.resampling(self.scheme, self.asked)
         self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
         self.plan = as_plan(schedule)
-        self.store_path, self.max_rows, self.progress = store_path, max_rows, progress
+        self.store_path, self.max_rows, self.progress = store_path, row_limit(max_rows), progress
         self.vectorize_particles = vectorize_particles
         self.num_sentinels = require_sentinels(self.method, num_sentinels)
 
@@ -255,6 +256,7 @@ class SMC:
         samples = dict(state["values"])
         if run.source.is_program:
             samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
+        rounds = {"num_rounds": len(run.groups)} if run.on_events else {}
         shown = frozenset() if run.program is None else run.program.shows
         # Values that read whole paths, where the method did not keep these: not lost in silence.
         left_out = {"left_out": sorted(shown - samples.keys())} if shown - samples.keys() else {}
@@ -280,6 +282,7 @@ class SMC:
                 **_discrete(run),
                 **found,
                 "num_steps": steps,
+                **rounds,
                 "seed": seed,
             },
             seconds=time.perf_counter() - started,

@@ -165,7 +165,7 @@ def fit_value(
     :param learning_rate: the rate at the start.
     :param width: units of the hidden layers.
     :param depth: hidden layers.
-    :param max_rows: largest number of rows sent to the denoiser at once.
+    :param max_rows: largest number of rows sent to the denoiser at once, None for what suits it.
     :param seed: seed of the training; the global random state is left alone if it is given.
     :raises ValueError: if a number or the loss is not usable, or no path has a potential above
         ``-inf``.

@@ -8,8 +8,10 @@ may decide the last bits of an output, and the same seed must give the same byte
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,25 @@ _LARGEST = 16 * 2**20
 _FEWEST_TOKENS = 2048
 # About 16 tensors as wide as the widest live at a time, in half of the memory.
 _SHARE_OF_MEMORY = 32
+
+
+def row_limit(max_rows: Any, name: str = "max_rows") -> int | None:
+    """Return the largest number of rows per call, or None for what suits the network.
+
+    :param max_rows: what was given.
+    :param name: what errors call it.
+    :raises TypeError: if it is neither a whole number nor None.
+    :raises ValueError: if it is less than one.
+    """
+    if max_rows is None:
+        return None
+    try:
+        count = operator.index(max_rows)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number or None, got {max_rows!r}.") from error
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1 or None, got {count}.")
+    return count
 
 
 def rows_per_call(denoiser: Denoiser, length: int) -> int:

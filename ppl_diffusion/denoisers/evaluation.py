@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser, Wrapper
-from ppl_diffusion.denoisers.batching import rows_per_call
+from ppl_diffusion.denoisers.batching import row_limit, rows_per_call
 from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.denoisers.times import MOST_PROBES, require_time_per_row
@@ -113,11 +113,9 @@ class EvaluatedDenoiser(Wrapper):
     def __init__(
         self, denoiser: Denoiser, *, reuse: bool = True, max_rows: int | None = None
     ) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be >= 1 or None, got {max_rows}.")
         self.denoiser = denoiser
         self.reuse = reuse
-        self.max_rows = max_rows
+        self.max_rows = row_limit(max_rows)
         self._network_rows: int = getattr(denoiser, "network_rows", 1)
         # A denoiser made of several knows better than its caller what a row cost.
         self._is_counter = hasattr(denoiser, "rows_evaluated")

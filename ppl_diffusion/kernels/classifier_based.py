@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.base import Denoiser, move
+from ppl_diffusion.denoisers.batching import MANY, row_limit
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels.base import FACTORISED, Carry, Kernel, Value
 from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.kernels.state_step import StateStep
-from ppl_diffusion.processes.base import whole_number
 from ppl_diffusion.rows import distinct_rows
 
 Mode = Literal["exact", "first-order"]
@@ -66,7 +66,7 @@ class ClassifierKernel(Kernel):
     :param log_likelihood: log-likelihood of the observation given a noised state.
     :param scale: ``g >= 0``; 0 is unguided, 1 Bayes' rule, above 1 overshoots.
     :param mode: whether neighbours are asked about, or estimated from a gradient.
-    :param max_rows: largest number of sequences sent to the classifier at once.
+    :param max_rows: largest number of sequences sent to the classifier at once; None for 4096.
     :raises ValueError: if the scale, the mode or ``max_rows`` is not usable.
     :raises CapabilityError: if the kernel's steps are not products over sites.
     """
@@ -78,13 +78,13 @@ class ClassifierKernel(Kernel):
         *,
         scale: float = 1.0,
         mode: Mode = "exact",
-        max_rows: int = 4096,
+        max_rows: int | None = None,
     ) -> None:
         _check_options(kernel, scale, mode)
         super().__init__(kernel.process, kernel.denoiser, kernel.times)
         self.kernel, self.log_likelihood = kernel, log_likelihood
         self.scale, self.mode = float(scale), mode
-        self.max_rows = whole_number(max_rows, "ClassifierKernel: max_rows")
+        self.max_rows = row_limit(max_rows, "ClassifierKernel: max_rows")
         self.markov = kernel.markov
 
     @property
@@ -213,13 +213,13 @@ class ClassifierKernel(Kernel):
         return values
 
     def _blocks(self, chosen: Tensor) -> list[tuple[Tensor, ...]]:
-        return [index.split(self.max_rows) for index in chosen.nonzero(as_tuple=True)]
+        return [index.split(self.max_rows or MANY) for index in chosen.nonzero(as_tuple=True)]
 
     def _first_order(self, tokens: Tensor, wanted: Tensor, t: float) -> Tensor:
         """Return the linear expansion of ``log P`` about the states, up to a constant per site."""
         moving = wanted.flatten(1).any(1).nonzero()[:, 0]
         values = torch.zeros(wanted.shape, dtype=torch.float64, device=tokens.device)
-        for block in moving.split(self.max_rows):
+        for block in moving.split(self.max_rows or MANY):
             values[block] = self._gradient(tokens[block], wanted.shape[-1], t)
         return values
 
@@ -235,7 +235,8 @@ class ClassifierKernel(Kernel):
         return gradient.to(torch.float64)
 
     def _ask(self, states: Tensor, t: float) -> Tensor:
-        return torch.cat([self._checked(block, t) for block in states.split(self.max_rows)])
+        blocks = states.split(self.max_rows or MANY)
+        return torch.cat([self._checked(block, t) for block in blocks])
 
     def _checked(self, states: Tensor, t: float) -> Tensor:
         values = self.log_likelihood(states, t)

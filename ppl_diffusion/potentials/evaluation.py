@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass, field
+from numbers import Integral
 from typing import Literal, TypedDict
 
 import torch
@@ -229,6 +230,16 @@ class SequenceFunction:
             raise ValueError(
                 f'{self.name}: on_error is "raise" or "reject", got {self.on_error!r}.'
             )
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise TypeError(
+                f"{self.name}: an executor has a method submit, such as Threads(4), got "
+                f"{type(self.executor).__name__}."
+            )
+        if self.num_workers is not None and self.executor is None:
+            raise ValueError(
+                f"{self.name}: num_workers={self.num_workers!r} needs the executor they work in; "
+                "pass executor=Threads(...), which knows its own number."
+            )
         if self.timeout is not None and (self.executor is None or not self.timeout > 0):
             raise ValueError(
                 f"{self.name}: timeout needs an executor and a positive number of seconds, got "
@@ -236,8 +247,10 @@ class SequenceFunction:
             )
         for option in ("batch_size", "cache_size", "num_workers"):
             number = getattr(self, option)
-            if number is not None and number < 1:
-                raise ValueError(f"{self.name}: {option} must be at least 1, got {number}.")
+            if number is not None and (not isinstance(number, Integral) or number < 1):
+                raise ValueError(
+                    f"{self.name}: {option} must be a whole number, at least 1, got {number!r}."
+                )
 
 
 def _keys(rows: Tensor) -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from numbers import Integral
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,7 +19,7 @@ class Threads(Executor):
     program for ever, though its results are long written. Here the call is left behind.
 
     :param num_workers: how many threads.
-    :raises ValueError: if that is none.
+    :raises ValueError: if that is none, or no whole number.
 
     Example::
 
@@ -26,8 +27,10 @@ class Threads(Executor):
     """
 
     def __init__(self, num_workers: int) -> None:
-        if num_workers < 1:
-            raise ValueError(f"Threads: num_workers must be at least 1, got {num_workers}.")
+        if not isinstance(num_workers, int | Integral) or num_workers < 1:
+            raise ValueError(
+                f"Threads: num_workers must be a whole number, at least 1, got {num_workers!r}."
+            )
         self.num_workers = num_workers
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._closed = False

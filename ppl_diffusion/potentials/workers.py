@@ -145,7 +145,8 @@ class CallsBeside(Calls):
     def _start(self, piece: Piece) -> None:
         try:
             call = self.executor.submit(partial(timed, self.fn), piece.rows)
-        except BrokenExecutor as error:
+        except RuntimeError as error:  # broken, or shut down
+            self.cancel()
             raise self._lost(error) from error
         self._clock.started(call)
         self._pending[call] = piece

@@ -104,6 +104,11 @@ class Bound:
         return site
 
     @property
+    def on_events(self) -> bool:
+        """Whether a chain goes from reveal to reveal, so that rounds stand for its steps."""
+        return any(self._keeper(name) is not None for name in self.sites)
+
+    @property
     def num_evaluations(self) -> int:
         """Network rows evaluated so far, over all chains."""
         return sum(mover.num_evaluations for mover in self.movers.values())

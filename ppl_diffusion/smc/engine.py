@@ -109,6 +109,7 @@ def run_smc(
         "resampler": scheme.name,
         "ess_threshold": ess_threshold,
         "num_steps": fk.num_steps,
+        **({"num_rounds": bound.num_steps} if bound.knows_path else {}),
         **failures.settings(),
     }
     tokens = trace.carry["tokens"]
@@ -391,7 +392,26 @@ def _resample(resampler: Resampler, weights: Weights, generator: torch.Generator
     runs = weights.log.shape[:-1]
     shape = (*runs, resampler.num_uniforms(weights.num_particles))
     noise = uniforms(shape, generator=generator, device=weights.log.device)
-    return resampler(noise, weights.log)
+    return _checked(resampler(noise, weights.log), resampler, weights)
+
+
+def _checked(ancestors: Tensor, resampler: Resampler, weights: Weights) -> Tensor:
+    """Refuse what names no particles: a scheme may be anybody's."""
+    shape, num = tuple(weights.log.shape), weights.num_particles
+
+    def complaint(got: str) -> ValueError:
+        return ValueError(
+            f"the resampler {type(resampler).__name__} returned {got}; return the index of a "
+            f"particle, 0 to {num - 1}, for each new one: int64 {shape}."
+        )
+
+    if not isinstance(ancestors, Tensor):
+        raise complaint(type(ancestors).__name__)
+    if ancestors.dtype != torch.int64 or tuple(ancestors.shape) != shape:
+        raise complaint(f"{ancestors.dtype} {tuple(ancestors.shape)}")
+    outside = ((ancestors < 0) | (ancestors >= num)).any()
+    refuse_if(outside, lambda: complaint("indices of no particle"))
+    return ancestors.clamp(0, num - 1)  # so that the device lives until the check is read
 
 
 def _compact(tokens: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ class FillTwist(ABC):
 
     def __post_init__(self) -> None:
         """Say in the name what is late, so that results do."""
+        if not isinstance(self.late, bool):
+            kind = type(self).__name__
+            raise TypeError(f"{kind}: late is True or False, got {self.late!r}.")
         if self.late:
             object.__setattr__(self, "name", f"{type(self).name}, late")
 

@@ -112,6 +112,9 @@ def test_chunks(max_rows):
 def test_bad_chunk():
     with pytest.raises(ValueError, match="max_rows must be >= 1 or None, got 0"):
         wrapped(max_rows=0)
+    for rows in (2.5, "all"):
+        with pytest.raises(TypeError, match=f"a whole number or None, got {rows!r}"):
+            wrapped(max_rows=rows)
 
 
 def test_distinct_rows_reconstruct():

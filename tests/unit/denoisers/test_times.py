@@ -1,9 +1,13 @@
 """One time per row: denoisers that reduce the times of their rows to one number are found."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser, TableDenoiser
+from ppl_diffusion.denoisers.times import MOST_PROBES
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
@@ -71,7 +75,7 @@ def test_one_that_reads_them_row_by_row_is_not(asked):
     ASKED[asked](flat)
 
 
-def test_each_denoiser_is_asked_once_and_not_while_it_is_trained():
+def test_each_wrapper_asks_once_where_the_state_shows_the_time():
     counter = counted(chain_of(Timed()))[1]
     evaluated = EvaluatedDenoiser(counter)
     evaluated(PATHS[:, 1], TIMES)
@@ -79,9 +83,93 @@ def test_each_denoiser_is_asked_once_and_not_while_it_is_trained():
     evaluated(PATHS[:, 1], TIMES)
     assert counter.rows == 40 + 4
     assert evaluated.rows_evaluated == 40
-    training = Timed(REDUCTIONS["first"])
-    training.training = True
-    EvaluatedDenoiser(training)(PATHS[:, 1], TIMES)
+
+
+def test_states_that_do_not_show_the_time_are_asked_about_a_few_times():
+    flat = Timed(lambda t: torch.tensor(0.3))  # never reads the time, and does not promise so
+    counter = counted(chain_of(flat))[1]
+    evaluated = EvaluatedDenoiser(counter, reuse=False)
+    for _ in range(MOST_PROBES + 3):
+        evaluated(PATHS[:, 1], TIMES)
+    assert counter.rows == 20 * (MOST_PROBES + 3) + 4 * MOST_PROBES
+
+
+class Late(Timed):
+    """Reads the time where something is revealed, and reduces it there."""
+
+    def __call__(self, tokens, t):
+        begun = bool((tokens != 3).any())
+        return super().__call__(tokens, t if begun else torch.tensor(0.3))
+
+
+def test_a_later_state_shows_what_the_first_did_not():
+    evaluated = EvaluatedDenoiser(Late(torch.amax))
+    evaluated(torch.full((20, 3), 3), TIMES)
+    with pytest.raises(ValueError, match=r"Late was given one time per row.*row by row"):
+        evaluated(torch.tensor([[0, 3, 1]]).expand(20, 3), TIMES)
+
+
+def in_training(read, dropout=0.0):
+    """A network that is being trained, with dropout or without."""
+
+    class Module(torch.nn.Module, Timed):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            Timed.__init__(self, read)
+            self.dropout = torch.nn.Dropout(dropout)
+
+        def forward(self, tokens, t):
+            return torch.log_softmax(self.dropout(Timed.__call__(self, tokens, t)), -1)
+
+        __call__ = torch.nn.Module.__call__
+
+    return Module().train()
+
+
+def test_networks_in_training_are_asked_unless_calls_differ():
+    with pytest.raises(ValueError, match=r"Module was given one time per row"):
+        EvaluatedDenoiser(in_training(torch.amax))(PATHS[:, 1], TIMES)
+    EvaluatedDenoiser(in_training(lambda t: t))(PATHS[:, 1], TIMES)
+    torch.manual_seed(0)
+    EvaluatedDenoiser(in_training(torch.amax, dropout=0.5))(PATHS[:, 1], TIMES)
+
+
+@dataclass
+class Plain:
+    """Compares by value, so that it has no hash."""
+
+    read: Callable
+    kind: str = "posterior"
+    time_free: bool = False
+    vocab_size: int = 3
+
+    def __call__(self, tokens, t):
+        return Timed(self.read)(tokens, t)
+
+
+class Slotted:
+    """Has no place for a weak reference."""
+
+    __slots__ = ("kind", "read", "time_free", "vocab_size")
+
+    def __init__(self, read):
+        self.read, self.kind, self.time_free, self.vocab_size = read, "posterior", False, 3
+
+    def __call__(self, tokens, t):
+        return Timed(self.read)(tokens, t)
+
+
+@pytest.mark.parametrize("kind", [Plain, Slotted])
+def test_nothing_is_asked_of_the_class_of_a_denoiser(kind):
+    EvaluatedDenoiser(kind(lambda t: t))(PATHS[:, 1], TIMES)
+    with pytest.raises(ValueError, match=rf"{kind.__name__} was given one time per row"):
+        EvaluatedDenoiser(kind(torch.amax))(PATHS[:, 1], TIMES)
+
+
+def test_one_that_wants_a_number_gets_the_same_sentence():
+    wants = Timed(lambda t: torch.tensor(float(t)))
+    with pytest.raises(ValueError, match=r"Timed was given one time per row.*failed.*row by row"):
+        EvaluatedDenoiser(wants)(PATHS[:, 1], TIMES)
 
 
 class TestRowByRow(DenoiserContract):

@@ -15,6 +15,7 @@ from ppl_diffusion.handlers import Steering
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.potentials.factor import factor
+from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing.oracles import ExactChain, total_variation, z_score
 from ppl_diffusion.testing.toys import counted, toy_chain, toy_potential
 
@@ -247,6 +248,25 @@ def test_progress_is_reported():
     rounds = toy_chain(length=2, num_steps=300)  # two positions: two rounds
     SMC(discrete, num_particles=2, progress=lambda *a: seen.append(a)).run(rounds)
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_results_say_how_many_rounds_they_took():
+    chain = toy_chain(length=2, num_steps=300)
+    by_rounds = SMC(discrete, num_particles=2).run(chain, seed=0).settings
+    assert (by_rounds["num_rounds"], by_rounds["num_steps"]) == (2, 300)
+    direct = run_smc(FeynmanKac(chain, GOAL), 2).settings
+    assert (direct["num_rounds"], direct["num_steps"]) == (2, 300)
+    held = toy_chain("uniform", length=2, num_steps=3)
+    for settings in (
+        SMC(discrete, num_particles=2).run(held, seed=0).settings,
+        run_smc(FeynmanKac(held, GOAL), 2).settings,
+    ):
+        assert "num_rounds" not in settings
+
+
+def test_rows_per_call_are_whole():
+    with pytest.raises(TypeError, match="max_rows must be a whole number or None, got 'all'"):
+        SMC(discrete, max_rows="all")
 
 
 def test_save_and_reopen(tmp_path):

@@ -320,6 +320,7 @@ def test_refusals():
         ClassifierKernel(kernel, logistic(kernel.process), mode="second-order")
     with pytest.raises(ValueError, match="max_rows must be >= 1"):
         ClassifierKernel(kernel, logistic(kernel.process), max_rows=0)
+    assert ClassifierKernel(kernel, logistic(kernel.process)).max_rows is None
     with pytest.raises(CapabilityError, match="no kernel whose steps are products over sites"):
         ClassifierKernel(toy_chain(), logistic(kernel.process))
 

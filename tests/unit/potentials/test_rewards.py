@@ -389,13 +389,20 @@ class TestExecutor:
         ({"temperature": math.nan}, "temperature must be a positive"),
         ({"timeout": 3.0}, "timeout needs an executor"),
         ({"on_error": "ignore"}, 'on_error is "raise" or "reject"'),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"cache_size": 0}, "cache_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, at least 1, got 2.5"),
+        ({"cache_size": "all"}, "cache_size must be a whole number, at least 1, got 'all'"),
+        ({"num_workers": 2}, "num_workers=2 needs the executor they work in"),
     ],
 )
 def test_bad_options_are_one_sentence(options, text):
     with pytest.raises(ValueError, match=text):
         Reward(count_g, **options)
+
+
+def test_an_executor_takes_calls():
+    with pytest.raises(TypeError, match=r"count_g: an executor has a method submit.* got int"):
+        Reward(count_g, executor=3)
 
 
 def test_a_reward_must_be_callable():

@@ -110,9 +110,11 @@ class TestPrefetch:
             assert torch.equal(function(sequences(5)), again(sequences(5)))
 
     def test_an_error_cancels_what_is_queued(self):
-        started = threading.Event()
+        started, over = threading.Event(), threading.Event()
 
         def dies(x0):
+            if started.is_set():  # the next one keeps the only worker until the error is told
+                over.wait(60)
             started.set()
             raise RuntimeError("gone")
 
@@ -123,8 +125,10 @@ class TestPrefetch:
                 self.futures.append(super().submit(*args))
                 return self.futures[-1]
 
-        with Counting(1) as pool, pytest.raises(PotentialError, match="gone"):
-            Reward(dies, executor=pool)(sequences(50))
+        with Counting(1) as pool:
+            with pytest.raises(PotentialError, match="gone"):
+                Reward(dies, executor=pool, batch_size=1)(sequences(50))
+            over.set()
         assert sum(future.cancelled() for future in pool.futures) > 0
 
 
@@ -293,8 +297,18 @@ class TestThreads:
         assert first.result() is None
 
     def test_there_is_at_least_one(self):
-        with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
-            Threads(0)
+        for number in (0, 2.5, "two"):
+            message = f"num_workers must be a whole number, at least 1, got {number!r}"
+            with pytest.raises(ValueError, match=message):
+                Threads(number)
+
+    def test_one_that_was_shut_down_is_a_lost_executor(self):
+        for pool in (Threads(1), ThreadPoolExecutor(1)):
+            pool.shutdown()
+            reward = Reward(count_g, executor=pool, on_error="reject")
+            for _ in range(2):
+                with pytest.raises(PotentialError, match=r"count_g lost its executor .*shutdown"):
+                    reward(sequences(2))
 
 
 @pytest.mark.slow

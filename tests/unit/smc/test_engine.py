@@ -9,7 +9,15 @@ from ppl_diffusion.denoisers import EvaluatedDenoiser
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.potentials import Potential
-from ppl_diffusion.smc import RESAMPLERS, CallableTwist, FeynmanKac, feynman_kac, run_smc
+from ppl_diffusion.smc import (
+    RESAMPLERS,
+    CallableTwist,
+    FeynmanKac,
+    Multinomial,
+    feynman_kac,
+    run_smc,
+)
+from ppl_diffusion.smc.twists import ArgmaxFill, Defensive, PersistentFill, SampledFill
 from ppl_diffusion.testing import (
     counted,
     toy_chain,
@@ -278,6 +286,37 @@ def test_result_says_what_it_is():
 def test_bad_settings(options, text):
     with pytest.raises(ValueError, match=text):
         run(toy_markov_chain(), **options)
+
+
+def test_rows_are_whole():
+    with pytest.raises(TypeError, match=r"max_rows must be a whole number or None, got 2\.5"):
+        run(toy_markov_chain(), max_rows=2.5)
+
+
+@pytest.mark.parametrize("twist", [ArgmaxFill, PersistentFill, SampledFill, Defensive])
+def test_late_is_yes_or_no(twist):
+    with pytest.raises(TypeError, match=rf"{twist.__name__}: late is True or False, got 'no'"):
+        twist(late="no")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (lambda w: torch.full(w.shape, w.shape[-1]), "indices of no particle"),
+        (lambda w: torch.full(w.shape, -1), "indices of no particle"),
+        (lambda w: w, r"torch\.float64 \(6, 16\)"),
+        (lambda w: torch.zeros(w.shape[0], 3, dtype=torch.int64), r"torch\.int64 \(6, 3\)"),
+        (lambda w: [0], "list"),
+    ],
+    ids=["above", "below", "floats", "few", "list"],
+)
+def test_resamplers_return_particles(answer, text):
+    class Mine(Multinomial):
+        def __call__(self, uniforms, log_weights):
+            return answer(log_weights)
+
+    with pytest.raises(ValueError, match=f"the resampler Mine returned {text}; return the index"):
+        run(toy_markov_chain(), resampler=Mine(), ess_threshold=1.01)
 
 
 def test_twist_must_be_something():

@@ -125,6 +125,23 @@ def test_biased_scheme_fails_the_contract():
         contract.test_expected_copies(Forgetful(), [0.05, 0.1, 0.15, 0.3, 0.4])
 
 
+def test_a_scheme_that_inherits_gets_tensors():
+    """Those that are shipped say of themselves alone that they take NumPy."""
+
+    class Sorted(Multinomial):
+        def _ancestors(self, uniforms, weights):
+            return torch.searchsorted(weights.cumsum(-1), uniforms.sort(-1).values)
+
+    class Named(Multinomial):
+        name = "mine"
+
+    uniforms = torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_weights = torch.zeros(5, 4, dtype=torch.float64)
+    chosen = Multinomial()(uniforms, log_weights)
+    assert torch.equal(Sorted()(uniforms, log_weights), chosen.sort(-1).values)
+    assert torch.equal(Named()(uniforms, log_weights), chosen)
+
+
 def test_names():
     assert as_resampler("ssp") is RESAMPLERS["ssp"]
     mine = Multinomial()
