@@ -1,5 +1,6 @@
 """Seeds, and readable failures of the shipped contracts."""
 
+import gc
 import os
 
 import pyro
@@ -11,6 +12,12 @@ from pyro.poutine import runtime
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 pytest.register_assert_rewrite("ppl_diffusion.testing")
+
+
+def pytest_collection_finish():
+    # What was imported stays: a collector that walks it again and again is a tenth of the suite.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

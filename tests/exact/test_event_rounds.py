@@ -79,7 +79,7 @@ def p_value(chain, paths) -> float:
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_rounds_have_the_law_of_the_steps(grid, copies):
     chain = make_chain(grid)
-    paths = rounds(chain, (1, 60_000), torch.Generator().manual_seed(3), copies=copies)
+    paths = rounds(chain, (1, 20_000), torch.Generator().manual_seed(3), copies=copies)
     assert p_value(chain, paths) > LEVEL
 
 
@@ -87,7 +87,7 @@ def test_a_prompt_stays_and_is_no_reveal():
     chain = make_chain(GRIDS["coarse"], prompt=torch.tensor([-1, 1, -1]))
     kernel = chain.kernel.on_events(chain.num_free)
     assert kernel.num_steps == 2
-    paths = rounds(chain, (1, 60_000), torch.Generator().manual_seed(4), copies=(1,))
+    paths = rounds(chain, (1, 20_000), torch.Generator().manual_seed(4), copies=(1,))
     assert bool((paths[..., 1] == 1).all())
     assert p_value(chain, paths) > LEVEL
 
@@ -113,7 +113,7 @@ def shared(kernel, carry, generator):
 def test_wrong_futures_are_found_out(mutant):
     chain = make_chain(GRIDS["fine"])
     generator = torch.Generator().manual_seed(3)
-    paths = rounds(chain, (1, 60_000), generator, copies=(1, 2), redrawn=mutant)
+    paths = rounds(chain, (1, 20_000), generator, copies=(1, 2), redrawn=mutant)
     assert p_value(chain, paths) < 1e-12
 
 
