@@ -243,6 +243,19 @@ def test_latents_move_by_the_future_that_was_looked_ahead_from(method):
         assert abs(float(found.mean() - exact)) < 4 * float(found.std()) / len(found) ** 0.5
 
 
+def test_children_of_the_last_round_are_complete():
+    """A round is the last one for all particles; children whose reveals moved on would keep masks.
+
+    Few particles, so that the last round comes early and reveals several positions at once.
+    """
+    chain = make_chain(GRIDS["coarse"])
+    options = {"num_particles": 2, "num_children": 4, "ess_threshold": 0.9}
+    for seed in range(60):
+        posterior = SMC(chain, log_g, method="soft-value", **options).run(seed=seed)
+        assert int(posterior.x0.max()) < V
+        assert torch.isfinite(chain.log_prob(posterior.path)).all()
+
+
 def test_results_have_the_steps_of_the_grid():
     chain = make_chain(GRIDS["fine"], hasty=False)
     posterior = run_smc(FeynmanKac(chain, log_g), 8, 50, ess_threshold=0.9)
