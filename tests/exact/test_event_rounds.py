@@ -132,6 +132,23 @@ def test_copies_get_futures_of_their_own():
     assert sum(len(ahead.sites) for ahead in planned[FUTURE].rounds) == 50 * L
 
 
+def test_a_new_future_is_predicted_anew():
+    """Also of the same states: a look-ahead may have asked about copies before it was drawn."""
+    kernel = make_chain(GRIDS["fine"]).kernel.on_events(L)
+    generator = torch.Generator().manual_seed(0)
+    carry = kernel.init_carry((1, 50), L, generator=generator)
+    with torch.no_grad():
+        before = kernel.predict(carry, 0).dense()
+        assert kernel.predict(carry, 0).dense() is before
+        copies = kernel.redrawn({**carry, REVEAL: carry[REVEAL].clone()}, generator)
+        assert copies["tokens"] is carry["tokens"]
+        found = kernel.predict(copies, 0).dense()
+    times = kernel.prediction_time(copies, 0)
+    expected = kernel.denoiser(carry["tokens"], times)
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, before)
+
+
 def test_planned_rounds_are_the_pending_ones():
     kernel = make_chain(GRIDS["coarse"]).kernel.on_events(L)
     generator = torch.Generator().manual_seed(1)

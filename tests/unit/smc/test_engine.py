@@ -377,3 +377,12 @@ def test_functions_become_potentials_and_twists():
     fk = FeynmanKac(toy_markov_chain(), lambda x0: x0.sum(-1), lambda carry, k: None)
     assert isinstance(fk.potential, Potential)
     assert isinstance(fk.twist, CallableTwist)
+
+
+def test_steps_after_resampling_are_judged_anew():
+    """Where nothing is looked at, weights stay what they are, not what they were before."""
+    model = FeynmanKac(toy_chain(num_steps=6), toy_potential(), twist="argmax", twist_every=3)
+    always = run_smc(model, 16, 5, ess_threshold=2.0)
+    assert bool(always.resampled[:, :-1].all())
+    idle = always.ess[:, [0, 1, 3, 4]]
+    torch.testing.assert_close(idle, torch.full_like(idle, 16.0))
