@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ppl_diffusion.models.datasets import Sequences, reverse_complement
 from ppl_diffusion.models.distillation import Distillation
+from ppl_diffusion.models.latent_objective import LatentObjective
 from ppl_diffusion.models.objectives import Curriculum, Nelbo, Objective
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe
@@ -25,6 +26,7 @@ _OBJECTIVES: dict[str, type[Objective]] = {
     "nelbo": Nelbo,
     "curriculum": Curriculum,
     "distillation": Distillation,
+    "latent": LatentObjective,
 }
 _SEEDS = 2**63  # torch takes no larger seeds
 _VALID_SEED = 20_240_607
@@ -84,7 +86,7 @@ class Fit(lightning.LightningModule):
         """Bound some validation rows, with the same times and noise at every validation."""
         generator = torch.Generator("cpu").manual_seed(_VALID_SEED + batch_index)
         times = self.recipe.valid_times
-        terms = self._context.program.bound_terms(batch, num_times=times, generator=generator)
+        terms = self.objective.bound_terms(batch, num_times=times, generator=generator)
         self._valid_terms.append(terms.mean(0))
         mean = float(torch.cat(self._valid_terms).mean())
         self.valid_bits = mean * _BITS / batch.shape[-1]
@@ -203,16 +205,39 @@ class WeightAverage(EMAWeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(decay=decay)
+        # Buffers that learn, as codes do, are averages of their own.
+        super().__init__(decay=decay, use_buffers=False)
         self._kwargs["avg_fn"] = lambda mean, value, count: (
             mean + (value - mean) * (1.0 - min(decay, (1.0 + float(count)) / (10.0 + float(count))))
         )
 
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Average, and take what is not trained any more as it is: other parts rely on it."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        assert self._average_model is not None
+        means = self._average_model.module.parameters()
+        with torch.no_grad():
+            for mean, value in zip(means, pl_module.parameters(), strict=True):
+                if not value.requires_grad:
+                    mean.copy_(value)
+
 
 def _parameter_groups(network: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     named = list(network.named_parameters())
-    tables = ("stem", "label")  # a row of a table is a vector of its own
-    matrices = [p for name, p in named if p.ndim > 1 and not name.startswith(tables)]
-    rest = [p for name, p in named if p.ndim <= 1 or name.startswith(tables)]
+    matrices = [p for name, p in named if p.ndim > 1 and not _is_table(name)]
+    rest = [p for name, p in named if p.ndim <= 1 or _is_table(name)]
     decayed = {"params": matrices, "weight_decay": weight_decay}
     return [decayed, {"params": rest, "weight_decay": 0.0}]
+
+
+def _is_table(name: str) -> bool:
+    # A row of a table is a vector of its own.
+    tables = ("stem", "label", "slots", "queries", "codebook")
+    return name.removeprefix("encoder.").split(".")[0] in tables

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,16 @@ from torch.nn import functional as F
 from ppl_diffusion.denoisers.latent_transformer import LatentTransformer
 from ppl_diffusion.denoisers.quantiser import GumbelQuantiser, Quantiser, VectorQuantiser
 from ppl_diffusion.models.latent_phases import Phases, draw_phases
+from ppl_diffusion.models.latent_terms import (
+    Encoded,
+    bound_terms,
+    encoded,
+    hidden_tokens,
+    latent_terms,
+    noised_latent,
+    token_terms,
+)
 from ppl_diffusion.models.objectives import Objective
-from ppl_diffusion.processes import nelbo_terms
-from ppl_diffusion.processes.noise import uniforms
 
 _HIDDEN = 0.9  # largest share of a view's tokens that is hidden for the contrast
 _TEMPERATURE = 0.1  # of the contrast
@@ -28,19 +35,6 @@ _QUANTISERS: dict[str, type[VectorQuantiser] | type[GumbelQuantiser]] = {
     "vq": VectorQuantiser,
     "gumbel": GumbelQuantiser,
 }
-
-
-class Encoded(NamedTuple):
-    """The clean latent of a batch, as it is learnt.
-
-    :param vectors: float32 ``(n, N, d)``, what the denoiser reads; gradients reach the encoder.
-    :param codes: int64 ``(n, N)``, or None.
-    :param loss: what learning it costs besides, a scalar.
-    """
-
-    vectors: Tensor
-    codes: Tensor | None
-    loss: Tensor
 
 
 class LatentObjective(Objective):
@@ -121,26 +115,26 @@ class LatentObjective(Objective):
         """Return whether the code is still learnt and its law not yet."""
         return step < self.learning * self.steps
 
+    def _learns(self, step: int) -> bool:
+        return self.in_first_stage(step) or not self.frozen
+
     def loss(self, rows: Tensor, step: int) -> Tensor:
         """Return the loss in nats per sequence."""
         first = self.in_first_stage(step)
-        learns = first or not self.frozen
-        self._let_learn(learns)
-        phases = draw_phases(rows, self._shares(first))
-        noised = self._hidden(rows, phases)
-        encoded = self._encoded(rows, noised, step) if learns else self._known(rows)
-        latent, vectors = self._noised(encoded, phases)
+        self._let_learn(self._learns(step))
+        phases, length = draw_phases(rows, self._shares(first)), rows.shape[1]
+        noised = hidden_tokens(self.program, rows, phases.tokens)
+        clean, loss = self._encoded(rows, noised, step)
+        latent, vectors = noised_latent(self.program, clean, phases.latent, phases.withheld)
         hidden = self.network.rows(noised, vectors, phases.latent)
-        log_probs = self.network.head(hidden[:, : rows.shape[1]])
-        loss = encoded.loss + self._token_loss(rows, noised, log_probs, phases)
-        if not first:
-            predicted = self.network.latent_head(hidden[:, rows.shape[1] :])
-            weight = self.latent_weight * self._ramp(step)
-            loss = loss + weight * self._latent_loss(encoded, latent, predicted, phases)
+        log_probs = self.network.head(hidden[:, :length])
+        loss = loss + self._token_loss(rows, noised, log_probs, phases)
         if self.independence:
-            student = self.network.rows(self._all_hidden(rows), vectors, phases.latent)
-            alone = self.network.head(student[:, : rows.shape[1]])
-            loss = loss + self.independence * self._divergence(log_probs, alone, noised, phases)
+            loss = loss + self.independence * self._divergence(noised, vectors, log_probs, phases)
+        if weight := self._weight(step):
+            predicted, u = self.network.latent_head(hidden[:, length:]), phases.latent
+            terms = latent_terms(self.program, clean, latent, predicted, u, self.cap)
+            loss = loss + weight * _mean(terms, phases.for_latent)
         return loss
 
     def _shares(self, first: bool) -> dict[str, float]:
@@ -149,10 +143,14 @@ class LatentObjective(Objective):
         shares = {"finished": finished, "mixed": self.mixed, "withheld": self.withheld}
         return {**{k: (1.0 - latent) * share for k, share in shares.items()}, "latent": latent}
 
-    def _ramp(self, step: int) -> float:
+    def _weight(self, step: int) -> float:
+        """Return the weight of the law of the latent: none in the first stage, then a ramp."""
+        if self.in_first_stage(step):
+            return 0.0
         start = self.learning * self.steps
-        done = (step - start) / max(self.steps - start, 1) - self.delay
-        return float(done >= 0) if self.ramp == 0.0 else min(max(done / self.ramp, 0.0), 1.0)
+        done = (step - start) / max(self.steps - start, 1.0) - self.delay
+        share = float(done >= 0) if self.ramp == 0.0 else min(max(done / self.ramp, 0.0), 1.0)
+        return self.latent_weight * share
 
     def _let_learn(self, learns: bool) -> None:
         parts = list(self.network.encoder.parameters())
@@ -161,30 +159,18 @@ class LatentObjective(Objective):
         for parameter in parts:
             parameter.requires_grad_(learns)
 
-    def _hidden(self, rows: Tensor, phases: Phases) -> Tensor:
-        process, u = self.program.process, uniforms((2, *rows.shape), device=rows.device)
-        alpha = process.schedule.alpha(phases.tokens)[:, None]
-        noised: Tensor = process.corrupt(rows, alpha, u[0], u[1])
-        return noised
-
-    def _all_hidden(self, rows: Tensor) -> Tensor:
-        return torch.full_like(rows, self.network.vocab_size)
-
-    @torch.no_grad()
-    def _known(self, rows: Tensor) -> Encoded:
-        latent = self.network.encode(rows)
-        codes = latent if self.network.latent.num_codes else None
-        return Encoded(self.network.vectors(latent), codes, torch.zeros((), device=rows.device))
-
-    def _encoded(self, rows: Tensor, noised: Tensor, step: int) -> Encoded:
+    def _encoded(self, rows: Tensor, noised: Tensor, step: int) -> tuple[Encoded, Tensor]:
+        """Return the clean latent, and what learning it costs besides."""
+        if not self._learns(step):
+            return encoded(self.network, rows), torch.zeros((), device=rows.device)
         encoder, visible = self.network.encoder, self._visible(rows, noised != rows)
         raw = encoder.raw(rows, visible)
         vectors, loss = encoder.scale(raw, learn=True), self._costs(rows, raw)
         if self.quantiser is None:
-            return Encoded(vectors, None, loss)
+            return Encoded(vectors, None), loss
         progress = step / max(self.learning * self.steps, 1.0)
         quantised = self.quantiser(vectors, progress)
-        return Encoded(quantised.vectors, quantised.codes, loss + quantised.loss)
+        return Encoded(quantised.vectors, quantised.codes), loss + quantised.loss
 
     def _visible(self, rows: Tensor, hidden: Tensor) -> Tensor | None:
         if not self.hide:
@@ -204,51 +190,32 @@ class LatentObjective(Objective):
         seen = torch.rand(2, *rows.shape, device=rows.device) >= shares
         encoder = self.network.encoder
         one, other = (F.normalize(encoder(rows, view).flatten(1), dim=1) for view in seen)
-        return F.cross_entropy(one @ other.T / _TEMPERATURE, torch.arange(len(rows)).to(rows))
-
-    def _noised(self, encoded: Encoded, phases: Phases) -> tuple[Tensor, Tensor]:
-        """Return the noisy latent and the vectors that the denoiser reads of it."""
-        process = self.program.latent_process
-        if encoded.codes is None:
-            eps = torch.randn_like(encoded.vectors)
-            latent = process.corrupt(encoded.vectors, phases.latent, eps)
-            # The signal that is left at level 1 belongs to the forward process; rows without a
-            # latent are drawn as a chain is started, from noise alone.
-            latent = torch.where(phases.withheld[:, None, None], eps, latent)
-            return latent, latent
-        u = uniforms((2, *encoded.codes.shape), device=encoded.codes.device)
-        alpha = process.schedule.alpha(phases.latent)[:, None]
-        latent = process.corrupt(encoded.codes, alpha, u[0], u[1])
-        hole = (latent == self.network.latent.num_codes)[..., None]
-        return latent, torch.where(hole, self.network.hole, encoded.vectors)
+        return F.cross_entropy(
+            one @ other.T / _TEMPERATURE, torch.arange(len(rows), device=rows.device)
+        )
 
     def _token_loss(
         self, rows: Tensor, noised: Tensor, log_probs: Tensor, phases: Phases
     ) -> Tensor:
-        t = phases.tokens[:, None]
-        terms = nelbo_terms(self.program.process, rows, noised, log_probs, t).sum(-1)
+        terms = token_terms(self.program, rows, noised, log_probs, phases.tokens)
         weight = (1.0 + self.focus) * phases.tokens**self.focus
         return _mean(weight * terms, phases.for_tokens)
 
-    def _latent_loss(
-        self, encoded: Encoded, latent: Tensor, predicted: Tensor, phases: Phases
-    ) -> Tensor:
-        process, u = self.program.latent_process, phases.latent
-        if encoded.codes is not None:
-            # A code is an index: nothing flows back into what chose it.
-            terms = nelbo_terms(process, encoded.codes, latent, predicted, u[:, None]).sum(-1)
-            return _mean(terms, phases.for_latent)
-        # Detached: an encoder could otherwise make its latent easy to predict, by saying nothing.
-        error = (predicted - encoded.vectors.detach()).square().sum((-2, -1))
-        return _mean(squared_error_weight(process, u).clamp(max=self.cap) * error, phases.for_latent)
-
     def _divergence(
-        self, log_probs: Tensor, alone: Tensor, noised: Tensor, phases: Phases
+        self, noised: Tensor, vectors: Tensor, log_probs: Tensor, phases: Phases
     ) -> Tensor:
+        """Return KL of predictions from visible tokens and latent to those from the latent."""
+        masks, length = torch.full_like(noised, self.network.vocab_size), noised.shape[1]
+        alone = self.network.head(self.network.rows(masks, vectors, phases.latent)[:, :length])
         teacher = log_probs.detach()
         each = (teacher.exp() * (teacher - alone)).sum(-1)
-        hidden = noised == self.network.vocab_size
-        return _mean((each * hidden).sum(-1), phases.for_tokens & ~phases.withheld)
+        return _mean((each * (noised == masks)).sum(-1), phases.for_tokens & ~phases.withheld)
+
+    def bound_terms(
+        self, rows: Tensor, *, num_times: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw terms of the bound of the path on which the latent is finished first."""
+        return bound_terms(self.program, rows, num_times=num_times, generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moving averages of the codes."""
@@ -258,18 +225,6 @@ class LatentObjective(Objective):
         super().load_state_dict(state)
         if self.quantiser is not None:
             self.quantiser.load_state_dict(state["quantiser"])
-
-
-def squared_error_weight(process: Any, level: Tensor) -> Tensor:
-    """Return ``-g'(u) / 2``, what a squared error costs per unit of level in the continuous bound.
-
-    :param process: a Gaussian process with ``snr``.
-    :param level: levels ``u``, float64 ``(n,)``.
-    """
-    with torch.enable_grad():
-        u = level.detach().requires_grad_()
-        slope: Tensor = torch.autograd.grad(process.snr(u).sum(), u)[0]
-    return -0.5 * slope
 
 
 def _mean(terms: Tensor, chosen: Tensor) -> Tensor:
@@ -289,4 +244,6 @@ def _check_shares(**shares: float) -> None:
         if not 0.0 <= share <= 1.0 or not math.isfinite(share):
             raise ValueError(f"latent: {name} must lie in [0, 1], got {share}.")
     if shares["mixed"] + shares["withheld"] > 1.0:
-        raise ValueError("latent: mixed and withheld are shares of the same rows; their sum is > 1.")
+        raise ValueError(
+            "latent: mixed and withheld are shares of the same rows; their sum is > 1."
+        )

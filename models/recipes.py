@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ppl_diffusion.models import masked, uniform  # noqa: F401  (the families of the recipes)
 from ppl_diffusion.models.program import FAMILIES
 
-ObjectiveName = Literal["nelbo", "curriculum", "distillation"]
+ObjectiveName = Literal["nelbo", "curriculum", "distillation", "latent"]
 DecayName = Literal["cosine", "none"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 _NAMES = {"objective": OBJECTIVES, "decay": get_args(DecayName)}
@@ -44,8 +44,9 @@ class Recipe:
         each is bounded at ``valid_times`` times.
     :param objective: what a step minimises, one of :data:`OBJECTIVES`.
     :param options: further arguments of the objective,
-        :class:`~ppl_diffusion.models.objectives.Curriculum` or
-        :class:`~ppl_diffusion.models.distillation.Distillation`.
+        :class:`~ppl_diffusion.models.objectives.Curriculum`,
+        :class:`~ppl_diffusion.models.distillation.Distillation` or
+        :class:`~ppl_diffusion.models.latent_objective.LatentObjective`.
     :param decay: what the learning rate does after the warm-up: fall to zero as a cosine, or stay.
     :param markov_order: order of the Markov chain that the prior is compared with.
     :param quoted_baseline: bits per token of that chain as quoted, NaN if there is no such figure.

@@ -128,7 +128,7 @@ def _check(levels: np.ndarray) -> None:
             "where it is not to be drawn."
         )
     at_end = levels[levels[:, 0] == 0][0, 1]
-    if not (at_end in (0.0, 1.0)):
+    if at_end not in (0.0, 1.0):
         raise ValueError(
             f"Path: the tokens are finished while the latent is at level {at_end:.3g}, and what it "
             "becomes matters no more; finish the latent no later than the tokens."
