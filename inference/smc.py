@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from ppl_diffusion.denoisers.batching import row_limit
+from ppl_diffusion.kernels.blocks import widened
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_latent_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
@@ -255,7 +256,7 @@ class SMC:
         first = run.source.chains[0].name
         samples = dict(state["values"])
         if run.source.is_program:
-            samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
+            samples |= {name: widened(path) for name, path in (paths or {}).items()}
         rounds = {"num_rounds": len(run.groups)} if run.on_events else {}
         shown = frozenset() if run.program is None else run.program.shows
         # Values that read whole paths, where the method did not keep these: not lost in silence.
