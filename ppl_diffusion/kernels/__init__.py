@@ -39,4 +39,5 @@ from ppl_diffusion.processes.base import Uniform as Uniform
 from ppl_diffusion.processes.schedules import Cosine as Cosine
 from ppl_diffusion.processes.schedules import Linear as Linear
 from ppl_diffusion.processes.schedules import LogLinear as LogLinear
+from ppl_diffusion.processes.schedules import Polynomial as Polynomial
 from ppl_diffusion.processes.schedules import Schedule as Schedule
