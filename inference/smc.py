@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 
 from ppl_diffusion.denoisers.batching import row_limit
-from ppl_diffusion.kernels.blocks import widened
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_latent_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
@@ -32,6 +31,7 @@ from ppl_diffusion.inference.engine import Engine, MovingEngine
 from ppl_diffusion.inference.latent_run import LatentRun, latent_run
 from ppl_diffusion.inference.scout import LatentMover, LatentMoves
 from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
+from ppl_diffusion.kernels.blocks import widened
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods

@@ -193,9 +193,10 @@ class LatentKernel(Kernel):
         if self.solver is None or LATENT not in moved:
             return after
         # The prediction jumps where tokens change: its differences across such a step mean nothing.
-        own, u = carry[SOLVER], self.path.levels[k][1]
-        told = self._clean_latent(carry, k) if self.solver.order > 1 else carry[LATENT]
-        return {**after, SOLVER: self.solver.remember(own, told, u, TOKENS in moved)}
+        own, latent, u = carry[SOLVER], carry[LATENT], self.path.levels[k][1]
+        told = self._clean_latent(carry, k) if self.solver.order > 1 else latent
+        kept = self.solver.remember(own, latent, told, u, TOKENS in moved)
+        return {**after, SOLVER: kept}
 
     # Predictions.
 

@@ -19,9 +19,7 @@ def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
     return new
 
 
-def check_value(
-    distribution: TorchDistribution, value: Tensor, *, whole: bool = True
-) -> Tensor:
+def check_value(distribution: TorchDistribution, value: Tensor, *, whole: bool = True) -> Tensor:
     """Return ``value`` after checking its event shape, as int64 if it holds whole numbers."""
     event = tuple(distribution.event_shape)
     if value.ndim < len(event) or tuple(value.shape[value.ndim - len(event) :]) != event:

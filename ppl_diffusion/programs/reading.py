@@ -28,8 +28,8 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers.conditioned import require_unconditioned
-from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.kernels.blocks import are_discrete
+from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
     DataSite,

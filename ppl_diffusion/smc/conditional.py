@@ -32,6 +32,7 @@ from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,
     FeynmanKac,
     KernelProposal,
+    ends,
     per_particle,
 )
 from ppl_diffusion.smc.late import require_in_time

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.kernels.blocks import widened
-
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior_files import read_posterior, write_posterior
 from ppl_diffusion.smc.resampling import Stratified
