@@ -21,9 +21,10 @@ from ppl_diffusion.denoisers.base import move
 from ppl_diffusion.denoisers.latent import LatentDenoiser, LatentSpec
 from ppl_diffusion.denoisers.latent_config import LatentConfig
 from ppl_diffusion.denoisers.latent_transformer import LatentTransformer
-from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.denoisers.latent_views import AtLatent, CodeDenoiser
+from ppl_diffusion.distributions import GaussianChain, ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels import Absorbing
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.kernels.latent_kernel import LatentKernel
 from ppl_diffusion.kernels.latent_solvers import LatentSolver
 from ppl_diffusion.kernels.path import PATHS, Path
@@ -113,6 +114,8 @@ class LatentDiffusion(DiffusionProgram):
         self.latent_process = _latent_process(spec, latent_schedule, t_min)
         self.path = path or self.split_steps(DEFAULT_STEPS)
         self.encoder = encoder
+        # One object for all chains: kernels know laws apart by the identity of their denoisers.
+        self._reader = AtLatent(denoiser)
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Absorbing:
@@ -268,6 +271,59 @@ class LatentDiffusion(DiffusionProgram):
         )
         return self.around(kernel, prompt=prompt)
 
+    def latent_chain(
+        self,
+        num_steps: int | None = None,
+        *,
+        solver: LatentSolver | None = None,
+        prompt: Tensor | None = None,
+    ) -> ReverseChain | GaussianChain:
+        """Return the law of the latent before there are tokens, the first half of SEQ.
+
+        It is a site of its own: sample it, then ``prior.token_chain(latent=...)`` of its last row.
+
+        :param num_steps: steps; None for those of the default path.
+        :param solver: how a continuous latent moves.
+        :param prompt: int64 ``(L,)``, tokens that are known already, -1 elsewhere.
+        :returns: a chain over the codes, or over vectors.
+        """
+        levels = self._levels(1, num_steps)
+        process = self.latent_process
+        if isinstance(process, Gaussian):
+            return GaussianChain(
+                process, self.denoiser, self.length, levels, solver=solver, prompt=prompt
+            )
+        if solver is not None:
+            raise TypeError(f"{self.name}: codes are drawn, not solved for; leave the solver out.")
+        masks = torch.full((self.length,), len(self.vocabulary), device=self.device)
+        known = masks if prompt is None else torch.as_tensor(prompt, device=self.device)
+        tokens = torch.where(known >= 0, known, masks)
+        kernel = InterpolatingKernel(process, CodeDenoiser(self.denoiser, tokens), times=levels)
+        return ReverseChain(kernel, self.latent.num_slots)
+
+    def token_chain(
+        self, num_steps: int | None = None, *, latent: Tensor, prompt: Tensor | None = None
+    ) -> ReverseChain:
+        """Return the law of the tokens given a finished latent, the second half of SEQ.
+
+        :param num_steps: steps; None for those of the default path.
+        :param latent: ``(*batch, N)`` codes or ``(*batch, N, d)``, the batch of the chain.
+        :param prompt: int64 ``(L,)``, tokens that are there from the start, -1 elsewhere.
+        """
+        kernel = InterpolatingKernel(self.process, self._reader, times=self._levels(0, num_steps))
+        prompt = None if prompt is None else torch.as_tensor(prompt, device=self.device)
+        given = {"latent": latent.to(self.device)}
+        return ReverseChain(kernel, self.length, prompt=prompt, given=given)
+
+    def _levels(self, channel: int, num_steps: int | None) -> list[float]:
+        """Return levels of tokens (0) or of the latent (1) that fall from 1 to 0."""
+        if num_steps is not None:
+            return [pair[0] for pair in Path.masked(num_steps).levels]
+        levels = sorted({pair[channel] for pair in self.path.levels}, reverse=True)
+        if levels[-1] != 0.0:
+            raise ValueError(f"{self.name}: the default path draws no latent; give num_steps.")
+        return levels
+
     def __call__(self, num_steps: int | None = None) -> Tensor:
         """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``.
 
@@ -382,6 +438,7 @@ class LatentDiffusion(DiffusionProgram):
         evaluations: int,
         grid: tuple[int, int] = (8, 8),
         num_draws: int = 1,
+        min_gain: float = 1e-9,
         generator: torch.Generator | None = None,
     ) -> Path:
         """Return the path of least estimated bound under a budget of network evaluations.
@@ -392,9 +449,11 @@ class LatentDiffusion(DiffusionProgram):
         :param sequences: held-out sequences, int64 ``(n, L)``.
         :param evaluations: budget, one per step.
         :param grid: numbers of equal intervals of token levels and of latent levels.
+        :param min_gain: nats that a path must gain over one of fewer steps: the costs are estimates
+            whose noise a search finds.
         """
         costs = self.path_costs(sequences, grid=grid, num_draws=num_draws, generator=generator)
-        return best_path(costs, evaluations)
+        return best_path(costs, evaluations, min_gain=min_gain)
 
     # Files.
 

@@ -12,14 +12,13 @@ from ppl_diffusion.models.latent_costs import (
     noised_pair,
     prior_cost,
 )
+from ppl_diffusion.models.latent_objective import squared_error_weight
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.gaussian import Gaussian
 from ppl_diffusion.processes.noise import uniforms
 
 # Keeps the rates finite at a cost far below the noise of any loss.
 _MARGIN = 1e-6
-# Half the width over which the slope of the signal-to-noise ratio is taken.
-_REACH = 1e-5
 
 
 def training_loss(
@@ -83,9 +82,7 @@ def training_levels(
 def _rate(process: Process | Gaussian, level: Tensor) -> Tensor:
     """Return what a unit of cost weighs per unit of level, the limit of the weights of steps."""
     if isinstance(process, Gaussian):
-        low, high = (level - _REACH).clamp_min(0.0), (level + _REACH).clamp_max(1.0)
-        slope: Tensor = 0.5 * (process.snr(low) - process.snr(high)) / (high - low)
-        return slope
+        return squared_error_weight(process, level)
     schedule = process.schedule
     hazard: Tensor = -schedule.alpha_prime(level) / torch.exp(schedule.log1m_alpha(level))
     return hazard

@@ -240,7 +240,9 @@ class LatentObjective(Objective):
             return _mean(terms, phases.for_latent)
         # Detached: an encoder could otherwise make its latent easy to predict, by saying nothing.
         error = (predicted - encoded.vectors.detach()).square().sum((-2, -1))
-        return _mean(squared_error_weight(process, u).clamp(max=self.cap) * error, phases.for_latent)
+        return _mean(
+            squared_error_weight(process, u).clamp(max=self.cap) * error, phases.for_latent
+        )
 
     def _divergence(
         self, log_probs: Tensor, alone: Tensor, noised: Tensor, phases: Phases
@@ -289,4 +291,6 @@ def _check_shares(**shares: float) -> None:
         if not 0.0 <= share <= 1.0 or not math.isfinite(share):
             raise ValueError(f"latent: {name} must lie in [0, 1], got {share}.")
     if shares["mixed"] + shares["withheld"] > 1.0:
-        raise ValueError("latent: mixed and withheld are shares of the same rows; their sum is > 1.")
+        raise ValueError(
+            "latent: mixed and withheld are shares of the same rows; their sum is > 1."
+        )

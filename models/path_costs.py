@@ -40,52 +40,47 @@ def estimate_costs(
     :param num_draws: draws of noise, and of drawn codes, per sequence.
     """
     axes = [np.linspace(0.0, 1.0, whole_number(n, "path_costs: grid") + 1) for n in grid]
-    tables = np.zeros((2, len(axes[0]), len(axes[1])))
     encoding = model.encoding(sequences)
     rows = torch.arange(len(sequences), device=sequences.device).repeat(num_draws)
     latent = encoding.draw(rows, generator)
     noise = Noise.draw(sequences[rows], latent, generator)
+    tables = np.zeros((2, len(axes[0]), len(axes[1])))
     for i, j in np.ndindex(tables.shape[1:]):
         point = (float(axes[0][i]), float(axes[1][j]))
         tables[:, i, j] = _costs_at(model, sequences[rows], latent, noise, point)
-    levels = [torch.tensor(axis) for axis in axes]
-    masses = [level_masses(model.process, levels[0]), level_masses(model.latent_process, levels[1])]
-    hidden = [1.0 - masses[0].numpy()[:, None], _hidden(model, masses[1].numpy())]
+    masses = [
+        level_masses(process, torch.tensor(axis)).numpy()
+        for process, axis in zip((model.process, model.latent_process), axes, strict=True)
+    ]
     constant = encoding.cost + prior_cost(model, encoding.point)
-    tokens, codes = (
-        np.divide(table, share, out=np.zeros_like(table), where=share > 0)
-        for table, share in zip(tables, hidden, strict=True)
-    )
-    return PathCosts(
-        axes[0],
-        axes[1],
-        tokens,
-        codes,
-        masses[0].numpy(),
-        masses[1].numpy(),
-        float(constant.mean()),
-    )
+    return PathCosts(*axes, *tables, *masses, float(constant.mean()))
 
 
 def _costs_at(
     model: LatentModel, x0: Tensor, latent: Tensor, noise: Noise, point: tuple[float, float]
 ) -> np.ndarray:
-    total = torch.zeros(2, dtype=torch.float64)
+    """Return the costs per unit of mass at a point, of tokens and of the latent, ``(2,)``.
+
+    What is hidden is divided by how much *was* hidden, times the number of positions, not by how
+    much is on average: the two vary together.
+    """
+    cost, hidden = (torch.zeros(2, dtype=torch.float64) for _ in range(2))
     for start in range(0, len(x0), ROWS):
         part = slice(start, start + ROWS)
         rows, clean = x0[part], latent[part]
         levels = torch.tensor(point, dtype=torch.float64, device=x0.device).expand(len(rows), 2)
-        here = (levels[:, 0], levels[:, 1])
-        states = noised_pair(
-            model, rows, clean, here, Noise(noise.tokens[part], noise.latent[part])
-        )
-        cost = hidden_costs(model, rows, clean, states, here)
-        total += torch.stack([c.sum() for c in cost]).cpu()
-    return (total / len(x0)).numpy()
+        here, drawn = (levels[:, 0], levels[:, 1]), Noise(noise.tokens[part], noise.latent[part])
+        states = noised_pair(model, rows, clean, here, drawn)
+        paid = hidden_costs(model, rows, clean, states, here)
+        cost += torch.stack([each.sum() for each in paid]).cpu()
+        hidden += torch.tensor(_shares_hidden(model, states), dtype=torch.float64)
+    return (cost / hidden.clamp_min(1e-300)).numpy()
 
 
-def _hidden(model: LatentModel, masses: np.ndarray) -> np.ndarray:
-    """Return by what the cost of a hidden latent is divided: an error is per unit already."""
-    if isinstance(model.latent_process, Gaussian):
-        return np.ones((1, len(masses)))
-    return 1.0 - masses[None, :]
+def _shares_hidden(model: LatentModel, states: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Return the hidden share of tokens and codes, summed over rows; all of a continuous latent."""
+    (z, y), process = states, model.latent_process
+    tokens = float((z == model.process.vocab_size).double().mean(1).sum())
+    if isinstance(process, Gaussian):
+        return tokens, float(len(y))
+    return tokens, float((y == process.vocab_size).double().mean(1).sum())

@@ -26,7 +26,6 @@ from ppl_diffusion.kernels.path import Path
 from ppl_diffusion.processes.base import whole_number
 
 _LEVEL_TOLERANCE = 1e-9
-_TIE = 1e-12  # nats: a path of more evaluations must gain more than round-off
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,16 +92,16 @@ class PathCosts:
         return float(tokens * self.tokens[before] + latent * self.latent[before])
 
 
-def best_path(costs: PathCosts, evaluations: int) -> Path:
+def best_path(costs: PathCosts, evaluations: int, *, min_gain: float = 1e-9) -> Path:
     """Return the path over the grid with the least bound, of at most so many steps.
 
     Exact, by dynamic programming over the number of evaluations; with ``I`` token levels and ``J``
     latent levels it takes ``O(evaluations I^2 J^2)`` additions and ``O(I J^2)`` memory. A path that
-    never draws the latent (masked diffusion) is among those compared. Of paths that cost the same
-    the one of fewest steps is returned.
+    never draws the latent (masked diffusion) is among those compared.
 
     :param costs: what steps cost.
     :param evaluations: budget of network evaluations, one per step.
+    :param min_gain: nats that a path must gain over one of fewer steps to be preferred to it.
     :raises ValueError: if the budget is less than one.
     """
     budget = whole_number(evaluations, "best_path: evaluations")
@@ -116,7 +115,7 @@ def best_path(costs: PathCosts, evaluations: int) -> Path:
         origins.append(origin)
         for end, extra in (((0, 0), costs.constant), ((0, columns - 1), 0.0)):
             total = reached[end] + extra
-            if found is None or total < found[0] - _TIE:
+            if found is None or total < found[0] - min_gain:
                 found = (float(total), count, end)
     assert found is not None
     return _trace(costs, origins[: found[1] + 1], found[2])
