@@ -101,7 +101,8 @@ def best_path(costs: PathCosts, evaluations: int, *, min_gain: float = 1e-9) -> 
 
     :param costs: what steps cost.
     :param evaluations: budget of network evaluations, one per step.
-    :param min_gain: nats that a path must gain over one of fewer steps to be preferred to it.
+    :param min_gain: nats that a path must gain over one of fewer steps, or over one that leaves the
+        latent alone, to be preferred to it.
     :raises ValueError: if the budget is less than one.
     """
     budget = whole_number(evaluations, "best_path: evaluations")
@@ -113,7 +114,7 @@ def best_path(costs: PathCosts, evaluations: int, *, min_gain: float = 1e-9) -> 
     for count in range(budget):
         reached, origin = _advance(costs, reached)
         origins.append(origin)
-        for end, extra in (((0, 0), costs.constant), ((0, columns - 1), 0.0)):
+        for end, extra in (((0, columns - 1), 0.0), ((0, 0), costs.constant)):
             total = reached[end] + extra
             if found is None or total < found[0] - min_gain:
                 found = (float(total), count, end)
@@ -152,10 +153,11 @@ def _advance(costs: PathCosts, reached: np.ndarray) -> tuple[np.ndarray, np.ndar
         totals = base[:, None, :] + latent_gain * costs.latent[row:, None, :]
         totals[:, upwards] = np.inf  # no level rises
         totals[0, np.arange(columns), np.arange(columns)] = np.inf  # a step changes something
+        if row == 0:  # finished tokens beside a latent on its way are no path
+            totals[1:, 1:-1] = np.inf
         flat = totals.transpose(1, 0, 2).reshape(columns, -1)
         origin[row] = flat.argmin(1) + row * columns
         after[row] = flat.min(1)
-    after[0, 1:-1] = np.inf  # finished tokens beside a latent on its way are no path
     return after, origin
 
 

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Block, Stem, TimeEmbedding, per_row, rotations
+from ppl_diffusion.denoisers._blocks import (
+    AdaptiveNorm,
+    Block,
+    Stem,
+    TimeEmbedding,
+    per_row,
+    rotations,
+)
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
 from ppl_diffusion.denoisers.config import TransformerConfig

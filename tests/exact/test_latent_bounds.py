@@ -186,10 +186,9 @@ class Regression:
 
     kind, time_free, vocab_size = "cavity", True, 2
     latent = LatentSpec(1, dim=1)
-    conditions = {"latent": 2, "latent_time": 0}
 
     def __init__(self, process):
-        self.process = process
+        self.process, self.conditions = process, {"latent": 2, "latent_time": 0}
 
     def joint(self, tokens, t, /, *, latent, latent_time):
         level = torch.as_tensor(latent_time, dtype=torch.float64)[..., None, None]
@@ -216,7 +215,7 @@ def quantiles(x0):
     return (values / moments.square().mean().sqrt())[:, None, None]
 
 
-GAUSSIAN = {1: 4.4956, 2: 2.6568, 4: 1.8196, 16: 1.2900, 64: 1.1833, 1024: 1.15287}
+GAUSSIAN = {1: 4.4956, 2: 2.6568, 4: 1.8196, 16: 1.2900, 64: 1.1833}
 
 
 @pytest.mark.parametrize("steps", GAUSSIAN)
@@ -236,7 +235,7 @@ def test_the_bound_of_a_gaussian_chain(steps):
     exact = float((masses.diff() / (1 + 2 * masses[:-1])).sum()) + prior
     assert exact == pytest.approx(GAUSSIAN[steps], abs=6e-5)
     x0, generator = all_states(2, 8), torch.Generator().manual_seed(4)
-    bound = model.bound(x0, path, num_samples=8, num_steps=min(steps, 16), generator=generator)
+    bound = model.bound(x0, path, num_samples=8, generator=generator)
     latent = float((bound.latent + bound.prior).mean())
     assert abs(latent - exact) < 5 * bound.mean_error
     assert bound.mean_error < 0.1
@@ -271,21 +270,38 @@ def test_tokens_read_the_noisy_latent():
     assert float(exact.max()) > 5 * float(spread.max())
 
 
-def test_a_constant_encoder_is_never_below_the_entropy():
-    """The published loss is: it asks for no latent at all, and is not called a bound."""
-    process = Gaussian()
-    problem = BITS.embedded(lambda x: torch.zeros(len(x), 1, 1))
-    encoder = lambda x: torch.zeros(len(x), 1, 1)  # noqa: E731
-    model = program(problem, encoder=encoder, denoiser=problem.denoiser(process))
-    x0, path = sequences(problem), Path.sequential(2, 2)
-    bound = model.bound(x0, path, num_samples=500, generator=torch.Generator().manual_seed(6))
+def nothing(x0):
+    return torch.zeros(len(x0), 1, 1)
+
+
+def whispers(x0):
+    """Say all of a sequence, in vectors that are easy to predict because they are short."""
+    return 0.3 * (2.0 * x0[..., None] - 1.0).double()
+
+
+@pytest.mark.parametrize("encoder", [nothing, whispers], ids=["nothing", "whispers"])
+def test_no_encoder_brings_the_bound_below_the_entropy(encoder):
+    problem = BITS.embedded(encoder)
+    model = program(problem, encoder=encoder, denoiser=problem.denoiser(Gaussian()))
+    generator = torch.Generator().manual_seed(6)
+    bound = model.bound(
+        sequences(BITS), Path.sequential(2, 2), num_samples=500, generator=generator
+    )
     mean, error = averaged(problem, bound)
-    assert mean - 5 * error < BITS.entropy + 0.5 * BITS.length  # a masked model of two steps
     assert mean + 5 * error > BITS.entropy
-    loss = model.bound(x0, path, surrogate="mse", generator=torch.Generator().manual_seed(7))
+    if encoder is nothing:  # what is left is a masked model of two steps
+        assert abs(mean - 1.196699) < 5 * error + 1e-3
+
+
+def test_the_published_loss_is_no_bound():
+    """Tokens read vectors for whose density nobody pays: even times their number it is too low."""
+    problem = BITS.embedded(whispers)
+    model = program(problem, encoder=whispers, denoiser=problem.denoiser(Gaussian()))
+    generator = torch.Generator().manual_seed(7)
+    loss = model.bound(sequences(BITS), Path.sequential(2, 2), surrogate="mse", generator=generator)
+    assert 2 * averaged(problem, loss)[0] < 0.5 * BITS.entropy
     assert loss.bound is None
     assert not loss.is_bound
-    assert averaged(problem, loss)[0] < BITS.entropy
     assert "no bound" in repr(loss)
 
 
