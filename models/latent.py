@@ -140,7 +140,7 @@ class LatentDiffusion(DiffusionProgram):
         :param shape: fields of :class:`~ppl_diffusion.denoisers.latent_config.LatentConfig` that
             the vocabulary and the length do not decide: ``num_slots``, ``num_codes``, ...
         """
-        network = LatentTransformer(LatentConfig(len(vocabulary), length, **shape)).eval()
+        network: Any = LatentTransformer(LatentConfig(len(vocabulary), length, **shape)).eval()
         return cls(
             network,
             vocabulary=vocabulary,
@@ -220,7 +220,6 @@ class LatentDiffusion(DiffusionProgram):
         :raises ValueError: if the name is unknown, or the numbers do not fit it.
         """
         steps = (latent_steps, token_steps)
-        split = latent_steps is not None and token_steps is not None
         if isinstance(path, int):
             path, num_steps = None, path if num_steps is None else num_steps
         alone = steps == (None, None)
@@ -231,12 +230,14 @@ class LatentDiffusion(DiffusionProgram):
         name = path or "seq"
         if name not in PATHS:
             raise ValueError(f"There is no path {name!r}: choose one of {', '.join(PATHS)}.")
-        if name == "seq" and split and num_steps is None:
-            return Path.sequential(*steps)
+        if name == "seq" and latent_steps and token_steps and num_steps is None:
+            return Path.sequential(latent_steps, token_steps)
         if num_steps is None or not alone:
             wanted = "num_steps, or latent_steps and token_steps" if name == "seq" else "num_steps"
             raise ValueError(f"{self.name}: the path {name!r} takes {wanted}; give just that.")
-        return self.split_steps(num_steps) if name == "seq" else PATHS[name](num_steps)
+        named: dict[str, Any] = {**PATHS, "seq": self.split_steps}
+        found: Path = named[name](num_steps)
+        return found
 
     def chain(  # type: ignore[override]  # its path decides what kappa decides elsewhere
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.checks import clean_log_probs
 from ppl_diffusion.denoisers.latent import LatentDenoiser
 from ppl_diffusion.kernels.path import Path
-from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.base import Absorbing, Process
 from ppl_diffusion.processes.gaussian import Gaussian
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 
@@ -56,7 +56,7 @@ class LatentModel(Protocol):
 
     denoiser: LatentDenoiser
     process: Process
-    latent_process: Process | Gaussian
+    latent_process: Absorbing | Gaussian
 
     def encoding(self, x0: Tensor) -> Encoding: ...
 

@@ -53,7 +53,15 @@ def estimate_costs(
         for process, axis in zip((model.process, model.latent_process), axes, strict=True)
     ]
     constant = encoding.cost + prior_cost(model, encoding.point)
-    return PathCosts(*axes, *tables, *masses, float(constant.mean()))
+    return PathCosts(
+        token_levels=axes[0],
+        latent_levels=axes[1],
+        tokens=tables[0],
+        latent=tables[1],
+        token_mass=masses[0],
+        latent_mass=masses[1],
+        constant=float(constant.mean()),
+    )
 
 
 def _costs_at(
