@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
@@ -39,7 +38,7 @@ class LatentSolver(ABC):
     :ivar eta: noise of a step, from 0 (none) to 1 (that of the forward process).
     """
 
-    name: ClassVar[str]
+    name: str
     order: int
     eta: float
 
