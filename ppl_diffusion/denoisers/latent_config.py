@@ -51,9 +51,7 @@ class LatentConfig:
     def __post_init__(self) -> None:
         for name in ("num_slots", "latent_dim", "depth", "encoder_depth"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"LatentConfig: {name} is {getattr(self, name)}; give 1 or more."
-                )
+                raise ValueError(f"LatentConfig: {name} is {getattr(self, name)}; give 1 or more.")
         if self.num_codes is not None and self.num_codes < 2:
             raise ValueError(
                 f"LatentConfig: num_codes is {self.num_codes}; give 2 or more, or None for a "

@@ -87,16 +87,20 @@ class VectorQuantiser(Quantiser):
     ) -> None:
         self.codebook, self.revival, self.revival_share = codebook, revival, revival_share
         size, dim = codebook.shape
-        self.library: nn.Module = _library().VectorQuantize(
-            dim=dim,
-            codebook_size=size,
-            decay=decay,
-            commitment_weight=commitment,
-            use_cosine_sim=True,
-            rotation_trick=False,
-            threshold_ema_dead_code=revival,
-            kmeans_init=True,
-        ).to(codebook.device)
+        self.library: nn.Module = (
+            _library()
+            .VectorQuantize(
+                dim=dim,
+                codebook_size=size,
+                decay=decay,
+                commitment_weight=commitment,
+                use_cosine_sim=True,
+                rotation_trick=False,
+                threshold_ema_dead_code=revival,
+                kmeans_init=True,
+            )
+            .to(codebook.device)
+        )
 
     def __call__(self, vectors: Tensor, progress: float = 0.0) -> Quantised:
         """Return codes of vectors, and move the averages; ``progress`` does not matter."""
@@ -128,12 +132,12 @@ class GumbelQuantiser(Quantiser):
     :param temperatures: of the softmax at the beginning and at the end; exponential in between.
     """
 
-    def __init__(
-        self, codebook: Tensor, *, temperatures: tuple[float, float] = (1.0, 0.1)
-    ) -> None:
+    def __init__(self, codebook: Tensor, *, temperatures: tuple[float, float] = (1.0, 0.1)) -> None:
         first, last = temperatures
         if not 0.0 < last <= first:
-            raise ValueError(f"gumbel: temperatures must fall and stay above 0, got {temperatures}.")
+            raise ValueError(
+                f"gumbel: temperatures must fall and stay above 0, got {temperatures}."
+            )
         self.codebook, self.temperatures = codebook, temperatures
 
     def __call__(self, vectors: Tensor, progress: float) -> Quantised:
