@@ -86,7 +86,7 @@ class Fit(lightning.LightningModule):
         """Bound some validation rows, with the same times and noise at every validation."""
         generator = torch.Generator("cpu").manual_seed(_VALID_SEED + batch_index)
         times = self.recipe.valid_times
-        terms = self.objective.bound_terms(batch, num_times=times, generator=generator)
+        terms = self._context.program.bound_terms(batch, num_times=times, generator=generator)
         self._valid_terms.append(terms.mean(0))
         mean = float(torch.cat(self._valid_terms).mean())
         self.valid_bits = mean * _BITS / batch.shape[-1]

@@ -20,7 +20,6 @@ from ppl_diffusion.denoisers.quantiser import GumbelQuantiser, Quantiser, Vector
 from ppl_diffusion.models.latent_phases import Phases, draw_phases
 from ppl_diffusion.models.latent_terms import (
     Encoded,
-    bound_terms,
     encoded,
     hidden_tokens,
     latent_terms,
@@ -210,12 +209,6 @@ class LatentObjective(Objective):
         teacher = log_probs.detach()
         each = (teacher.exp() * (teacher - alone)).sum(-1)
         return _mean((each * (noised == masks)).sum(-1), phases.for_tokens & ~phases.withheld)
-
-    def bound_terms(
-        self, rows: Tensor, *, num_times: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draw terms of the bound of the path on which the latent is finished first."""
-        return bound_terms(self.program, rows, num_times=num_times, generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moving averages of the codes."""

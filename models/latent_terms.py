@@ -17,8 +17,6 @@ from ppl_diffusion.denoisers.latent_transformer import LatentTransformer
 from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.processes.noise import uniforms
 
-_MARGIN = 1e-6  # keeps 1 / t finite
-
 
 class Encoded(NamedTuple):
     """The clean latent of a batch.
@@ -124,48 +122,3 @@ def squared_error_weight(process: Any, level: Tensor) -> Tensor:
         u = level.detach().requires_grad_()
         slope: Tensor = torch.autograd.grad(process.snr(u).sum(), u)[0]
     return -0.5 * slope
-
-
-@torch.no_grad()
-def bound_terms(
-    program: Any, rows: Tensor, *, num_times: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw terms whose mean bounds ``-log p(x0)`` where the latent is finished first.
-
-    In the limit of many steps of either kind. Levels are squares of stratified uniforms, weighted
-    accordingly, as in :meth:`ppl_diffusion.models.program.DiffusionProgram.bound_terms`.
-
-    :param rows: clean tokens, int64 ``(n, L)``.
-    :param num_times: terms, and twice as many network rows, per sequence.
-    :returns: nats, float64 ``(num_times, n)``.
-    """
-    clean = encoded(program.denoiser, rows)
-    prior = (
-        0.0 if clean.codes is not None else program.latent_process.prior_kl(clean.vectors.double())
-    )
-    terms = []
-    for stratum in range(num_times):
-        jitter = uniforms((len(rows),), generator=generator, device=rows.device)
-        root = ((stratum + jitter) / num_times).clamp(_MARGIN, 1.0 - _MARGIN)
-        pair = _latent_first(program, rows, clean, root.square(), generator)
-        terms.append(2.0 * root * pair + prior)
-    return torch.stack(terms)
-
-
-def _latent_first(
-    program: Any,
-    rows: Tensor,
-    clean: Encoded,
-    level: Tensor,
-    generator: torch.Generator | None,
-) -> Tensor:
-    network, length = program.denoiser, rows.shape[1]
-    latent, vectors = noised_latent(program, clean, level, generator=generator)
-    masks = torch.full_like(rows, network.vocab_size)
-    predicted = network.latent_head(network.rows(masks, vectors, level)[:, length:])
-    first = latent_terms(program, clean, latent, predicted, level)
-    done = torch.zeros_like(level)
-    noised = hidden_tokens(program, rows, level, generator)
-    _, vectors = noised_latent(program, clean, done, generator=generator)
-    log_probs = network.head(network.rows(noised, vectors, done)[:, :length])
-    return first + token_terms(program, rows, noised, log_probs, level)

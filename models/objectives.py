@@ -49,12 +49,6 @@ class Objective(ABC):
         :param step: optimiser steps taken so far.
         """
 
-    def bound_terms(
-        self, rows: Tensor, *, num_times: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draw what a validation averages: :meth:`DiffusionProgram.bound_terms`."""
-        return self.program.bound_terms(rows, num_times=num_times, generator=generator)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know besides the network."""
         return {}

@@ -60,7 +60,8 @@ class Quantiser(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Take up what :meth:`state_dict` returned, by default nothing."""
+        assert not state
 
 
 class VectorQuantiser(Quantiser):
