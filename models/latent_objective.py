@@ -125,12 +125,14 @@ class LatentObjective(Objective):
         noised = hidden_tokens(self.program, rows, phases.tokens)
         clean, loss = self._encoded(rows, noised, step)
         latent, vectors = noised_latent(self.program, clean, phases.latent, phases.withheld)
+        if weight := self._weight(step):  # what is noised is what is predicted: it must not move
+            vectors = torch.where(phases.for_latent[:, None, None], vectors.detach(), vectors)
         hidden = self.network.rows(noised, vectors, phases.latent)
         log_probs = self.network.head(hidden[:, :length])
         loss = loss + self._token_loss(rows, noised, log_probs, phases)
         if self.independence:
             loss = loss + self.independence * self._divergence(noised, vectors, log_probs, phases)
-        if weight := self._weight(step):
+        if weight:
             predicted, u = self.network.latent_head(hidden[:, length:]), phases.latent
             terms = latent_terms(self.program, clean, latent, predicted, u, self.cap)
             loss = loss + weight * _mean(terms, phases.for_latent)

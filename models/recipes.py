@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ppl_diffusion.models import masked, uniform  # noqa: F401  (the families of the recipes)
+from ppl_diffusion.models import latent, masked, uniform  # noqa: F401  (the families of the recipes)
 from ppl_diffusion.models.program import FAMILIES
 
 ObjectiveName = Literal["nelbo", "curriculum", "distillation", "latent"]

@@ -29,6 +29,8 @@ class LatentConfig:
     :param dropout: probability of dropping a unit of the denoiser, during training only.
     :param stem_width: how many tokens, an odd number, the input embedding of one position sees.
     :param learned_positions: whether to add a learned vector per absolute position.
+    :param adaptive: whether all norms and gates of both streams follow the noise level of the
+        latent, which doubles the parameters of a block; otherwise it is added to the slots alone.
     :param encoder_depth: blocks of the encoder, of the same width.
     :raises ValueError: if the numbers do not fit together.
     """
@@ -46,6 +48,7 @@ class LatentConfig:
     dropout: float = 0.0
     stem_width: int = 1
     learned_positions: bool = False
+    adaptive: bool = True
     encoder_depth: int = 2
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class LatentConfig:
             dropout=self.dropout,
             stem_width=self.stem_width,
             learned_positions=self.learned_positions,
-            time_conditioning=True,
+            time_conditioning=self.adaptive,
         )
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ppl_diffusion.denoisers._blocks import Block, Stem, rotations
 from ppl_diffusion.denoisers.latent_config import LatentConfig
 
-_PACE = 0.01  # of the running mean and variance
+_PACE = 0.05  # of the running mean and variance: an encoder that learns soon outruns them
 _FLOOR = 1e-5  # of a variance that is divided by
 
 

@@ -1,9 +1,9 @@
 """A transformer of two streams that predicts clean tokens and a clean latent at once.
 
 Tokens and slots have their own weights and attend to each other (LADD, arXiv 2510.18114; the block
-is that of Esser et al. 2024, arXiv 2403.03206). Both streams follow the noise level of the latent;
-the level of the tokens is not told, as the best prediction from masked tokens does not depend on
-it. Where the latent is all noise the network is an ordinary masked denoiser.
+is that of Esser et al. 2024, arXiv 2403.03206). They are told the noise level of the latent; that
+of the tokens is not told, as the best prediction from masked tokens does not depend on it. Where
+the latent is all noise the network is an ordinary masked denoiser.
 
 The encoder that turns a clean sequence into its latent, and the vectors that stand for codes, are
 parts of the network: one file holds them all.
@@ -37,7 +37,8 @@ class LatentTransformer(nn.Module):
 
     :ivar latent: what the latent is, ``N`` codes or ``N`` vectors.
     :ivar conditions: what the output depends on besides tokens: the latent and its noise level.
-    :ivar hidden_size: width of the rows that the heads read.
+    :ivar hidden_size: width of the rows that the head of tokens reads. Those of :meth:`joint` are
+        wider by ``d`` where the latent is continuous.
     :ivar encoder: what reads clean sequences, :meth:`encode` in raw vectors.
     :ivar codebook: vectors of the codes, float32 ``(K, d)``; absent in a continuous latent.
     """
@@ -62,10 +63,12 @@ class LatentTransformer(nn.Module):
         self.slots = nn.Parameter(torch.randn(config.num_slots, config.dim))
         self._make_codes()
         self.blocks = nn.ModuleList(TwoStreamBlock(trunk) for _ in range(config.depth))
-        self.norm = AdaptiveNorm(config.dim, conditioned=True)
-        self.latent_norm = AdaptiveNorm(config.dim, conditioned=True)
+        self.norm = AdaptiveNorm(config.dim, conditioned=config.adaptive)
+        self.latent_norm = AdaptiveNorm(config.dim, conditioned=config.adaptive)
         self.vocabulary = _silent(config.dim, config.vocab_size)
         self.prediction = _silent(config.dim, config.num_codes or config.latent_dim)
+        # A clean vector is a multiple of the noisy one, plus what the slots add.
+        self.kept = None if config.num_codes else _silent(config.dim, config.latent_dim)
         self.encoder = LatentEncoder(config)
         self.register_buffer("rotation", rotations(trunk), persistent=False)
         self.to(torch.float32)
@@ -99,7 +102,7 @@ class LatentTransformer(nn.Module):
     ) -> Tensor:
         """Return the rows of :meth:`joint` that belong to tokens, ``(*batch, L, dim)``."""
         rows = self.joint(tokens, t, latent=latent, latent_time=latent_time)
-        return rows[..., : tokens.shape[-1], :]
+        return rows[..., : tokens.shape[-1], : self.hidden_size]
 
     def forward(
         self, tokens: Tensor, t: float | Tensor, *, latent: Tensor, latent_time: float | Tensor
@@ -109,15 +112,17 @@ class LatentTransformer(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Return normalised log-probabilities of clean tokens, ``(..., V)``."""
-        return F.log_softmax(self.vocabulary(rows).float(), dim=-1)
+        return F.log_softmax(self.vocabulary(rows[..., : self.hidden_size]).float(), dim=-1)
 
     def latent_head(self, rows: Tensor) -> Tensor:
         """Return log-probabilities of codes, ``(..., K)``, or the clean latent, ``(..., d)``.
 
         There is no column for a hole: what is predicted is clean.
         """
-        predicted = self.prediction(rows).float()
-        return predicted if self.latent.dim is not None else F.log_softmax(predicted, dim=-1)
+        predicted = self.prediction(rows[..., : self.hidden_size]).float()
+        if self.latent.dim is None:
+            return F.log_softmax(predicted, dim=-1)
+        return predicted + rows[..., self.hidden_size :]
 
     def vectors(self, latent: Tensor) -> Tensor:
         """Return what the network reads of a latent, float32 ``(*batch, N, d)``.
@@ -144,16 +149,24 @@ class LatentTransformer(nn.Module):
         state = self.stem(tokens.expand(*batch, length).reshape(-1, length))
         inner = self.inputs(vectors).expand(*batch, -1, -1)
         slots = inner.reshape(-1, *inner.shape[-2:]) + self.slots
-        condition = self._condition(latent_time, batch)
+        level = self._level(latent_time, batch)
+        condition = F.silu(level) if self.config.adaptive else None
+        slots = slots if self.config.adaptive else slots + level
         rotation = self.rotation[:length]
         for block in self.blocks:
             state, slots = block(state, slots, rotation, condition)
-        ends = self.norm(state, condition), self.latent_norm(slots, condition)
-        return torch.cat(ends, dim=1).unflatten(0, batch) if batch else torch.cat(ends, 1)[0]
+        state, slots = self.norm(state, condition), self.latent_norm(slots, condition)
+        if self.kept is not None:
+            kept = (self.kept(level) * vectors).expand(*batch, -1, -1).flatten(0, -3)
+            slots = torch.cat([slots, kept], -1)
+            state = F.pad(state, (0, kept.shape[-1]))
+        return torch.cat([state, slots], dim=1).reshape(*batch, -1, slots.shape[-1])
 
-    def _condition(self, latent_time: float | Tensor, batch: torch.Size) -> Tensor:
+    def _level(self, latent_time: float | Tensor, batch: torch.Size) -> Tensor:
+        """Return the embedded level of every row, or one that all share, ``(n or 1, 1, dim)``."""
         times = torch.as_tensor(latent_time, dtype=torch.float64, device=self.slots.device)
-        return F.silu(self.time(per_row(times, batch)))[:, None, :]
+        level: Tensor = self.time(per_row(times, batch))[:, None, :]
+        return level
 
     def _checked(self, length: int) -> int:
         if length > self.config.max_length:
