@@ -154,11 +154,10 @@ class LatentObjective(Objective):
         return self.latent_weight * share
 
     def _let_learn(self, learns: bool) -> None:
-        parts = list(self.network.encoder.parameters())
-        if self.network.config.quantiser == "gumbel" and self.network.latent.num_codes:
-            parts.append(self.network.codebook)  # type: ignore[arg-type]
-        for parameter in parts:
-            parameter.requires_grad_(learns)
+        encoder, codes = self.network.encoder, getattr(self.network, "codebook", None)
+        encoder.requires_grad_(learns and encoder.learns)
+        if isinstance(codes, torch.nn.Parameter):
+            codes.requires_grad_(learns)
 
     def _encoded(self, rows: Tensor, noised: Tensor, step: int) -> tuple[Encoded, Tensor]:
         """Return the clean latent, and what learning it costs besides."""

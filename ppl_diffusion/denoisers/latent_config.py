@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ppl_diffusion.denoisers.config import TransformerConfig
 from ppl_diffusion.denoisers.latent import LatentSpec
@@ -32,6 +33,8 @@ class LatentConfig:
     :param adaptive: whether all norms and gates of both streams follow the noise level of the
         latent, which doubles the parameters of a block; otherwise it is added to the slots alone.
     :param encoder_depth: blocks of the encoder, of the same width.
+    :param encoder: or what a pretrained encoder says of itself,
+        :attr:`~ppl_diffusion.denoisers.hidden_states.HiddenStatesEncoder.description`.
     :raises ValueError: if the numbers do not fit together.
     """
 
@@ -50,6 +53,7 @@ class LatentConfig:
     learned_positions: bool = False
     adaptive: bool = True
     encoder_depth: int = 2
+    encoder: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "latent_dim", "depth", "encoder_depth"):

@@ -52,8 +52,11 @@ class LatentEncoder(nn.Module):
     """A bidirectional transformer over clean tokens and ``N`` learned queries.
 
     :param config: shape of the network it belongs to.
+
+    :cvar learns: whether training moves it.
     """
 
+    learns = True
     rotation: Tensor
 
     def __init__(self, config: LatentConfig) -> None:

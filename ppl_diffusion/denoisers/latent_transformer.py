@@ -11,6 +11,7 @@ parts of the network: one file holds them all.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +24,7 @@ from ppl_diffusion.denoisers._two_streams import TwoStreamBlock
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
 from ppl_diffusion.denoisers.files import read_config, read_weights, write_network
+from ppl_diffusion.denoisers.hidden_states import HiddenStatesEncoder
 from ppl_diffusion.denoisers.latent_config import LatentConfig
 from ppl_diffusion.denoisers.latent_encoder import LatentEncoder
 from ppl_diffusion.denoisers.quantiser import nearest, unit_codes
@@ -34,11 +36,11 @@ class LatentTransformer(nn.Module):
     Parameters and outputs are float32 whatever torch's default dtype is.
 
     :param config: its shape.
+    :param encoder: a pretrained encoder in place of its own; it is saved with the network.
 
     :ivar latent: what the latent is, ``N`` codes or ``N`` vectors.
     :ivar conditions: what the output depends on besides tokens: the latent and its noise level.
-    :ivar hidden_size: width of the rows that the head of tokens reads. Those of :meth:`joint` are
-        wider by ``d`` where the latent is continuous.
+    :ivar hidden_size: width of the rows that the heads read.
     :ivar encoder: what reads clean sequences, :meth:`encode` in raw vectors.
     :ivar codebook: vectors of the codes, float32 ``(K, d)``; absent in a continuous latent.
     """
@@ -46,8 +48,10 @@ class LatentTransformer(nn.Module):
     rotation: Tensor
     codebook: Tensor
 
-    def __init__(self, config: LatentConfig) -> None:
+    def __init__(self, config: LatentConfig, encoder: HiddenStatesEncoder | None = None) -> None:
         super().__init__()
+        if encoder is not None:
+            config = dataclasses.replace(config, encoder=encoder.description)
         self.config = config
         self.vocab_size, self.hidden_size = config.vocab_size, config.dim
         self.kind: Kind = "cavity"
@@ -67,9 +71,7 @@ class LatentTransformer(nn.Module):
         self.latent_norm = AdaptiveNorm(config.dim, conditioned=config.adaptive)
         self.vocabulary = _silent(config.dim, config.vocab_size)
         self.prediction = _silent(config.dim, config.num_codes or config.latent_dim)
-        # A clean vector is a multiple of the noisy one, plus what the slots add.
-        self.kept = None if config.num_codes else _silent(config.dim, config.latent_dim)
-        self.encoder = LatentEncoder(config)
+        self.encoder = encoder or _encoder(config)
         self.register_buffer("rotation", rotations(trunk), persistent=False)
         self.to(torch.float32)
 
@@ -102,7 +104,7 @@ class LatentTransformer(nn.Module):
     ) -> Tensor:
         """Return the rows of :meth:`joint` that belong to tokens, ``(*batch, L, dim)``."""
         rows = self.joint(tokens, t, latent=latent, latent_time=latent_time)
-        return rows[..., : tokens.shape[-1], : self.hidden_size]
+        return rows[..., : tokens.shape[-1], :]
 
     def forward(
         self, tokens: Tensor, t: float | Tensor, *, latent: Tensor, latent_time: float | Tensor
@@ -112,17 +114,15 @@ class LatentTransformer(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Return normalised log-probabilities of clean tokens, ``(..., V)``."""
-        return F.log_softmax(self.vocabulary(rows[..., : self.hidden_size]).float(), dim=-1)
+        return F.log_softmax(self.vocabulary(rows).float(), dim=-1)
 
     def latent_head(self, rows: Tensor) -> Tensor:
         """Return log-probabilities of codes, ``(..., K)``, or the clean latent, ``(..., d)``.
 
         There is no column for a hole: what is predicted is clean.
         """
-        predicted = self.prediction(rows[..., : self.hidden_size]).float()
-        if self.latent.dim is None:
-            return F.log_softmax(predicted, dim=-1)
-        return predicted + rows[..., self.hidden_size :]
+        predicted = self.prediction(rows).float()
+        return predicted if self.latent.dim is not None else F.log_softmax(predicted, dim=-1)
 
     def vectors(self, latent: Tensor) -> Tensor:
         """Return what the network reads of a latent, float32 ``(*batch, N, d)``.
@@ -156,10 +156,6 @@ class LatentTransformer(nn.Module):
         for block in self.blocks:
             state, slots = block(state, slots, rotation, condition)
         state, slots = self.norm(state, condition), self.latent_norm(slots, condition)
-        if self.kept is not None:
-            kept = (self.kept(level) * vectors).expand(*batch, -1, -1).flatten(0, -3)
-            slots = torch.cat([slots, kept], -1)
-            state = F.pad(state, (0, kept.shape[-1]))
         return torch.cat([state, slots], dim=1).reshape(*batch, -1, slots.shape[-1])
 
     def _level(self, latent_time: float | Tensor, batch: torch.Size) -> Tensor:
@@ -221,6 +217,12 @@ class LatentTransformer(nn.Module):
             network = cls(config)
         read_weights(network, directory)
         return network.eval()
+
+
+def _encoder(config: LatentConfig) -> LatentEncoder | HiddenStatesEncoder:
+    if config.encoder is None:
+        return LatentEncoder(config)
+    return HiddenStatesEncoder.restore(config.encoder, config.num_slots, config.latent_dim)
 
 
 def _silent(width: int, outputs: int) -> nn.Linear:
