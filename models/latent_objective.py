@@ -80,7 +80,7 @@ class LatentObjective(Objective):
         mixed: float = 0.15,
         withheld: float = 0.15,
         hide: float = 0.0,
-        focus: float = 0.0,
+        focus: float = 1.0,
         latent_weight: float = 1.0,
         delay: float = 0.0,
         ramp: float = 0.0,

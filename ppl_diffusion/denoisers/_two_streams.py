@@ -51,7 +51,7 @@ class TwoStreamBlock(nn.Module):
         length = tokens.shape[1]
         ours = self.tokens.split(tokens, rotation, condition)
         theirs = self.slots.split(slots, None, condition)
-        both = (torch.cat(pair, dim=2) for pair in zip(ours, theirs, strict=True))
-        mixed = F.scaled_dot_product_attention(*both)
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(ours, theirs, strict=True))
+        mixed = F.scaled_dot_product_attention(query, key, value)
         tokens = self.tokens(tokens, mixed[:, :, :length], condition)
         return tokens, self.slots(slots, mixed[:, :, length:], condition)

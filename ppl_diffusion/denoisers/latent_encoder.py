@@ -22,6 +22,7 @@ class Standardised(nn.Module):
 
     mean: Tensor
     variance: Tensor
+    seen: Tensor
 
     def __init__(self, *shape: int) -> None:
         super().__init__()

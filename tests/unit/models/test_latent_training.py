@@ -131,7 +131,7 @@ def test_the_loss_of_a_fresh_network_is_known(rows, kind):
         program, steps=10, learning=0.0, mixed=0.0, withheld=0.0, latent_rows=0.5, cap=math.inf
     )
     program.denoiser.encoder.scale(program.denoiser.encoder.raw(rows), learn=True)
-    losses = torch.stack([objective.loss(rows, 0) for _ in range(2000)])
+    losses = torch.stack([objective.loss(rows, 0) for _ in range(600)])
     tokens = 6 * math.log(6)  # each is hidden with probability t and weighs 1 / t
     latent = 2 * math.log(4)
     if kind == "vectors":
@@ -141,7 +141,7 @@ def test_the_loss_of_a_fresh_network_is_known(rows, kind):
     error = float(losses.std()) / len(losses) ** 0.5
     # Five standard errors: false alarm 6e-7.
     assert abs(float(losses.mean()) - tokens - latent) < 5 * error
-    assert error < 0.02 * (tokens + latent)
+    assert error < 0.04 * (tokens + latent)
 
 
 def test_a_constant_latent_costs_what_it_is_worth(rows):
