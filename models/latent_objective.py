@@ -28,6 +28,7 @@ from ppl_diffusion.models.latent_terms import (
 )
 from ppl_diffusion.models.objectives import Objective
 
+_SETTLING = 50  # steps
 _HIDDEN = 0.9  # largest share of a view's tokens that is hidden for the contrast
 _TEMPERATURE = 0.1  # of the contrast
 _QUANTISERS: dict[str, type[VectorQuantiser] | type[GumbelQuantiser]] = {
@@ -162,6 +163,7 @@ class LatentObjective(Objective):
     def _encoded(self, rows: Tensor, noised: Tensor, step: int) -> tuple[Encoded, Tensor]:
         """Return the clean latent, and what learning it costs besides."""
         if not self._learns(step):
+            self._settle(rows, step)
             return encoded(self.network, rows), torch.zeros((), device=rows.device)
         encoder, visible = self.network.encoder, self._visible(rows, noised != rows)
         raw = encoder.raw(rows, visible)
@@ -171,6 +173,16 @@ class LatentObjective(Objective):
         progress = step / max(self.learning * self.steps, 1.0)
         quantised = self.quantiser(vectors, progress)
         return Encoded(quantised.vectors, quantised.codes), loss + quantised.loss
+
+    @torch.no_grad()
+    def _settle(self, rows: Tensor, step: int) -> None:
+        """Measure the scale of an encoder that has just stopped; while it moved, it lagged."""
+        stopped = math.ceil(self.learning * self.steps)
+        if not self.network.encoder.learns or not 0 <= step - stopped < _SETTLING:
+            return
+        if step == stopped:
+            self.network.encoder.scale.restart()
+        self.network.encoder(rows, learn=True)
 
     def _visible(self, rows: Tensor, hidden: Tensor) -> Tensor | None:
         if not self.hide:

@@ -42,6 +42,10 @@ class Standardised(nn.Module):
         self._follow(mean.detach(), variance.detach())
         return (values - mean) / (variance + _FLOOR).sqrt()
 
+    def restart(self) -> None:
+        """Forget the running moments with the next rows."""
+        self.seen.zero_()
+
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         self.seen += 1  # a plain mean at first: the random start is forgotten at once
         pace = max(_PACE, 1.0 / float(self.seen))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ppl_diffusion.models import LatentDiffusion, load
+from ppl_diffusion.models import LatentDiffusion, latent_objective, load
 from ppl_diffusion.models import training as training_module
 from ppl_diffusion.models.latent_objective import LatentObjective
 from ppl_diffusion.models.latent_phases import draw_phases
@@ -108,18 +108,24 @@ def test_the_law_of_a_live_latent_does_not_move_the_encoder(rows, kind):
     assert found.get("encoder.output.weight", torch.zeros(1)).abs().max() == 0
 
 
-def test_a_frozen_encoder_says_the_same_after_more_steps(rows):
-    objective = make(steps=10, learning=0.3)
-    optimizer = torch.optim.AdamW(objective.network.parameters(), lr=0.1, weight_decay=0.1)
-    said = []
-    for step in range(10):
+@pytest.mark.parametrize("kind", ["codes", "vectors"])
+def test_a_frozen_encoder_settles_and_then_says_the_same(rows, kind, monkeypatch):
+    """Its scale is measured anew when it stops: moments that ran beside it lag."""
+    monkeypatch.setattr(latent_objective, "_SETTLING", 3)
+    objective = make(kind, steps=12, learning=0.4)
+    network = objective.network
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    said, scales = [], []
+    for step in range(12):
         optimizer.zero_grad()
         objective.loss(rows, step).backward()
         optimizer.step()
-        said.append(objective.network.encode(rows))
+        said.append(network.encode(rows))
+        scales.append(network.encoder(rows).var(0, correction=0))
     assert not torch.equal(said[0], said[-1])
-    assert all(torch.equal(said[3], later) for later in said[3:])
-    assert torch.equal(said[2], said[3])
+    assert all(torch.equal(said[7], later) for later in said[7:])
+    torch.testing.assert_close(scales[-1], torch.ones(2, 4), atol=0.05, rtol=0)
+    assert not torch.allclose(scales[4], torch.ones(2, 4), atol=0.05, rtol=0)
 
 
 @torch.no_grad()
