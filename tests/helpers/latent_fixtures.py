@@ -55,7 +55,8 @@ class Mixture:
         a, b = float(self.process.signal(u)), float(self.process.noise(u))
         parts = zip(self.shares, self.means, self.variances, strict=True)
         return sum(
-            w * torch.exp(-0.5 * (y - a * m) ** 2 / (a * a * v + b * b))
+            w
+            * torch.exp(-0.5 * (y - a * m) ** 2 / (a * a * v + b * b))
             / math.sqrt(2 * math.pi * (a * a * v + b * b))
             for w, m, v in parts
         )

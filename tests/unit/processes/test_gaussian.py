@@ -1,6 +1,7 @@
 """The Gaussian process: ends, bridges, weights, and the bound of a chain that ends in noise."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def linear_chain(process, num_steps):
     errors = [unit - float(process.noise(u)) for u in levels[:-1]]
     bound = gaussian_bound_terms(process, levels, unit, errors).sum()
     variance = 1.0
-    for u, s in zip(levels[:-1], levels[1:], strict=True):
+    for u, s in pairwise(levels):
         keep, pull, std = process.step(u, s)
         variance = (keep + pull * process.signal(u)) ** 2 * variance + std**2
     log_q = -0.5 * math.log(2 * math.pi * math.e * float(process.noise(0.0)) ** 2)
@@ -151,7 +152,9 @@ BOUNDS = [4.4956, 2.6568, 1.8196, 1.2900, 1.1833, 1.15287]
 EXACT = [4.4911, 1.5143, 1.2311, 1.1559, 1.1512, 1.15089]
 
 
-@pytest.mark.parametrize(("num_steps", "bound", "exact"), zip(NUM_STEPS, BOUNDS, EXACT, strict=True))
+@pytest.mark.parametrize(
+    ("num_steps", "bound", "exact"), list(zip(NUM_STEPS, BOUNDS, EXACT, strict=True))
+)
 def test_bound_of_a_chain_that_ends_in_noise(num_steps, bound, exact):
     """Strict at every number of steps, and the gap closes; published digits."""
     process = Gaussian("linear", 0.1)
