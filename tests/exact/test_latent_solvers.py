@@ -46,9 +46,7 @@ def test_slopes_of_deis(order, expected):
     assert slope(errors(DEIS(order))) == pytest.approx(expected, abs=6e-3)
 
 
-@pytest.mark.parametrize(
-    ("solver", "expected"), [(DPMSolver(2), 1.99), (DEIS(2, "t"), 1.99)], ids=repr
-)
+@pytest.mark.parametrize(("solver", "expected"), [(DPMSolver(2), 1.99), (DEIS(2, "t"), 1.99)])
 def test_slopes_of_order_two(solver, expected):
     assert slope(errors(solver)) == pytest.approx(expected, abs=6e-3)
 
