@@ -62,7 +62,9 @@ class ChainMarginal(TorchDistribution):
 
     def __init__(self, chain: Chain, *, validate_args: bool | None = None) -> None:
         self.chain = chain
-        super().__init__(chain.batch_shape, chain.event_shape[1:], validate_args=validate_args)
+        super().__init__(
+            chain.batch_shape, torch.Size((chain.length,)), validate_args=validate_args
+        )
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:

@@ -72,7 +72,7 @@ def flattened(value: Value, blocks: Blocks) -> Tensor:
         return tokens
     kind = torch.int64 if are_discrete(blocks) else torch.float64
     lead = tokens.shape[:-1]
-    parts = [value[name].reshape(*lead, -1) for name in blocks]
+    parts = [value[name].reshape((*lead, -1)) for name in blocks]
     return torch.cat([part.to(kind) for part in (tokens, *parts)], -1)
 
 
@@ -88,7 +88,7 @@ def split(flat: Tensor, blocks: Blocks, length: int) -> Value:
     found = {TOKENS: tokens.to(torch.int64)}
     for (name, spec), part in zip(blocks.items(), parts, strict=True):
         part = part if spec.num_states is None else part.to(torch.int64)
-        found[name] = part.reshape(*flat.shape[:-1], *spec.event_shape)
+        found[name] = part.reshape((*flat.shape[:-1], *spec.event_shape))
     return found
 
 

@@ -508,7 +508,7 @@ class _Rows:
             self.paths[site.name] = paths
 
     def _clean(self, site: ChainSite) -> Tensor:
-        first = site.chain.x0(self.first[site.name])
+        first = self.first[site.name][..., -1, :]
         clean = first.expand(self.size, *first.shape).clone()
         trials = torch.cat([_two_constants(site), trial_sequences(site, NUM_SEQUENCES)])
         clean[self.sequences[1:]] = trials.to(clean.device)

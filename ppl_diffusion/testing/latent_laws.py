@@ -239,9 +239,7 @@ def _marginal_entropies(table: Tensor) -> dict[tuple[int, ...], float]:
     return {kept: entropy(table.sum(gone) if gone else table) for kept, gone in rest.items()}
 
 
-def _forgotten(
-    entropies: dict[tuple[int, ...], float], keeps: list[tuple[float, float]]
-) -> float:
+def _forgotten(entropies: dict[tuple[int, ...], float], keeps: list[tuple[float, float]]) -> float:
     """Average ``sum_i H(i | R) - H(S | R)`` over what is revealed before and by a step."""
     total, sites = 0.0, range(len(keeps))
     for when in itertools.product(("before", "now", "later"), repeat=len(keeps)):

@@ -175,7 +175,10 @@ class ScalarLatent:
         denoiser, count = self.denoiser or self.problem.denoiser(self.process), tokens.shape[-1]
         rows = denoiser.joint(tokens, level[0], latent=y[..., None, None], latent_time=level[1])
         rows = rows.detach()
-        head, clean = denoiser.head(rows[..., :count, :]), denoiser.latent_head(rows[..., count:, :])
+        head, clean = (
+            denoiser.head(rows[..., :count, :]),
+            denoiser.latent_head(rows[..., count:, :]),
+        )
         return head.double(), clean[..., 0, 0].double()
 
     def _grid(self) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_diffusion.denoisers import TableDenoiser
+from ppl_diffusion.denoisers import AtLatent, CodeDenoiser, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import Steering, clamp, twist
 from ppl_diffusion.inference import SMC, ParticleGibbs, methods
-from ppl_diffusion.kernels import Absorbing, OrderedKernel
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, LatentKernel, OrderedKernel
+from ppl_diffusion.kernels import Path as Grid
 from ppl_diffusion.potentials import factor
+from ppl_diffusion.processes.gaussian import Gaussian
 from ppl_diffusion.programs import Bound
 from ppl_diffusion.smc.feynman_kac import take_particles
 from ppl_diffusion.testing.conditional import LabelledTables, TiltedSites
+from ppl_diffusion.testing.latent_toys import corr_bits
 from ppl_diffusion.testing.oracles import ExactChain, z_score
 from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
@@ -256,12 +259,85 @@ def half_covariate_table():
     return weight * density(torch.tensor(0.0), 0.5, 1.0), zeros(x)
 
 
+BITS = corr_bits(0.2)
+BINARY = Absorbing(2)
+BESIDE = ReverseChain(LatentKernel(BINARY, BINARY, BITS.denoiser(), Grid.joint(2)), 2)
+CODES = ReverseChain(
+    InterpolatingKernel(BINARY, CodeDenoiser(BITS.denoiser(), torch.full((2,), 2)), num_steps=1), 1
+)
+TOLD = InterpolatingKernel(BINARY, AtLatent(BITS.denoiser()), num_steps=2)
+VECTORS = BITS.embedded(lambda x: 2.0 * x[:, :1, None] - 1.0)
+NOISE = Gaussian("linear", t_min=0.2)
+SMOOTH = ReverseChain(
+    LatentKernel(BINARY, NOISE, VECTORS.denoiser(NOISE), Grid.sequential(1, 1)), 2
+)
+
+
+def beside():
+    """Tokens and a code that are drawn at once; the program reads both."""
+    path = pyro.sample("path", BESIDE)
+    x = pyro.deterministic("x", BESIDE.x0(path), event_dim=1)
+    code = pyro.deterministic("code", BESIDE.latent(path), event_dim=1)
+    mean = zeros(x) + code[..., 0]
+    pyro.sample("y", dist.Normal(mean, 0.7), obs=torch.tensor(2.0).double())
+
+
+def beside_table():
+    paths = BESIDE.enumerate_support()
+    x, code = BESIDE.x0(paths), BESIDE.latent(paths)[:, 0]
+    return BESIDE.log_prob(paths).exp() * density(zeros(x) + code, 2.0), zeros(x) * (code + 1)
+
+
+def coded():
+    """A code first, as a chain of its own, and the tokens given it."""
+    code = CODES.x0(pyro.sample("latent", CODES))
+    code = pyro.deterministic("code", code, event_dim=1)
+    chain = ReverseChain(TOLD, 2, given={"latent": code})
+    x = pyro.deterministic("x", chain.x0(pyro.sample("path", chain)), event_dim=1)
+    mean = zeros(x) + code[..., 0]
+    pyro.sample("y", dist.Normal(mean, 0.7), obs=torch.tensor(2.0).double())
+
+
+def coded_table():
+    x, code = every(2)[:, None], torch.arange(2)
+    value = zeros(x) + code
+    return BITS.joint.reshape(4, 2) * density(value, 2.0), zeros(x) * (code + 1)
+
+
+def smooth():
+    """A continuous latent on the path of the chain, before its tokens."""
+    path = pyro.sample("path", SMOOTH)
+    x = pyro.deterministic("x", SMOOTH.x0(path), event_dim=1)
+    code = pyro.deterministic("code", SMOOTH.latent(path)[..., 0], event_dim=1)
+    mean = zeros(x) + code[..., 0]
+    pyro.sample("y", dist.Normal(mean, 0.7), obs=torch.tensor(2.0).double())
+
+
+def smooth_table():
+    """By quadrature of the noise and of the finished latent, of equal weights."""
+    points = torch.linspace(-6.0, 6.0, 241, dtype=torch.float64)
+    mesh = float(points[1] - points[0])
+    kernel, prior = SMOOTH.kernel, dist.Normal(torch.tensor(0.0).double(), 1.0)
+    hidden = torch.full((241, 2), 2)
+    first = kernel.resume({"tokens": hidden, "latent": points[:, None, None]})
+    moves = kernel.step(first, 0).blocks["latent"].log_prob(points[:, None, None, None]).exp()
+    finished = moves @ (prior.log_prob(points).exp() * mesh)  # (241,)
+    second = kernel.resume({"tokens": hidden, "latent": points[:, None, None]})
+    tokens = kernel.step(second, 1).blocks["tokens"].log_prob(every(2)[:, None]).exp()
+    x, weight = zeros(every(2))[:, None], tokens * finished * mesh
+    return weight * density(x + points, 2.0), x * (points + 1)
+
+
 @dataclass(frozen=True)
 class Row:
     words: str
     program: object
     table: object
     first: object = staticmethod(lambda s: zeros(s["x"]))
+
+
+def with_code(s):
+    return zeros(s["x"]) * (s["code"][..., 0] + 1)
 
 
 HELD = clamp(plain, tokens=torch.tensor([0, 2]), mask=torch.tensor([False, True]))
@@ -282,6 +358,9 @@ ROWS = {
     "obs_mask": Row("obs_mask", half_observed, half_observed_table, lambda s: s["y"][..., 1]),
     "counts": Row("obs_mask of counts", half_counted, half_counted_table, lambda s: s["y"][..., 1]),
     "covariate": Row("obs_mask of a covariate", half_covariate, half_covariate_table),
+    "beside": Row("chain of tokens and a code (JOINT)", beside, beside_table, with_code),
+    "coded": Row("code first, tokens given it (SEQ, two chains)", coded, coded_table, with_code),
+    "smooth": Row("chain of a vector and tokens (SEQ)", smooth, smooth_table, with_code),
 }
 SIZE = {"num_particles": 12, "num_runs": 200}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -18,9 +18,9 @@ class Ancestral(LatentSolver):
     It is also the first-order SDE form of DPM-Solver++: the two have one formula.
     """
 
-    name: ClassVar[str] = "ancestral"
-    order: ClassVar[int] = 1
-    eta: ClassVar[float] = 1.0
+    name = "ancestral"
+    order = 1
+    eta = 1.0
 
     def estimate(self, process: Gaussian, latent: Tensor, prediction: Tensor, *step: Any) -> Tensor:
         """Return the prediction."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
@@ -39,7 +38,7 @@ class LatentSolver(ABC):
     :ivar eta: noise of a step, from 0 (none) to 1 (that of the forward process).
     """
 
-    name: ClassVar[str]
+    name: str
     order: int
     eta: float
 
@@ -65,19 +64,29 @@ class LatentSolver(ABC):
 
     def remember(
         self,
-        history: History,
+        process: Gaussian,
         latent: Tensor,
         prediction: Tensor,
         u: Level,
+        history: History,
         restart: bool | Tensor = False,
     ) -> History:
-        """Return the history after the step from level ``u``.
+        """Return the history after a step of the latent from level ``u``; the old is left alone.
 
-        :param latent: latent *before* the step, ``(*b, N, d)``.
-        :param prediction: what was predicted from it, same shape.
-        :param restart: whether the next prediction jumps for another reason than the step, because
-            tokens changed or guidance was switched; or which rows, bool ``(*b,)``. Differences of
-            predictions across such a jump mean nothing, so the next step has order 1.
+        :param latent: latent *before* the step, ``(*b, N, d)``; the others are those of
+            :meth:`law`.
+        :param restart: as the ``rows`` of :meth:`forget`, where the step changed tokens too.
+        """
+        return history
+
+    def forget(self, history: History, rows: bool | Tensor = True) -> History:
+        """Return a history after which the next step has order 1.
+
+        It is wanted where the next prediction jumps for another reason than the step of the
+        latent, because tokens changed or guidance was switched: differences of predictions across
+        a jump mean nothing.
+
+        :param rows: whether to forget, or of which rows, bool ``(*b,)``.
         """
         return history
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +19,8 @@ class DDIM(LatentSolver):
     :raises ValueError: if ``eta`` is not in ``[0, 1]``.
     """
 
-    name: ClassVar[str] = "ddim"
-    order: ClassVar[int] = 1
+    name = "ddim"
+    order = 1
     eta: float = 0.0
 
     def __post_init__(self) -> None:

@@ -7,12 +7,12 @@ the latent of the step before.
 import pyro
 import pytest
 import torch
-from torch.distributions import Normal
+from pyro.distributions import Normal
 
 from ppl_diffusion import handlers
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import BlockStep, ReverseChain
-from ppl_diffusion.errors import CapabilityError, IntractableLogProb
+from ppl_diffusion.errors import IntractableLogProb
 from ppl_diffusion.kernels import (
     FACTORISED,
     SAMPLE_ONLY,
@@ -150,23 +150,57 @@ def test_quadrature_is_the_enumeration_where_nothing_depends_on_the_latent():
     assert evidence(kernel, potential) > 1.2
 
 
-def test_paths_of_tokens_alone_have_no_density():
+def test_a_path_packs_tokens_and_latent():
     chain = ReverseChain(make(), LENGTH)
     path = chain.sample((5,))
-    assert path.shape == (5, 5, LENGTH)
-    with pytest.raises(IntractableLogProb, match="integral over what its steps draw"):
-        chain.log_prob(path)
+    assert path.shape == (5, 5, LENGTH + 1)
+    assert path.dtype == torch.float64
+    assert chain.x0(path).dtype == torch.int64
+    assert torch.equal(chain.latent(path), path[:, -1, LENGTH])
+    assert torch.equal(chain.latent(path, k=0), torch.zeros(5, dtype=torch.float64))
+    steps, carry = (
+        torch.zeros(5, dtype=torch.float64),
+        chain.kernel.start_carry(path[:, 0, :2].long()),
+    )
+    for k in range(chain.num_steps):
+        value = {"tokens": path[:, k + 1, :2].long(), "latent": path[:, k + 1, 2]}
+        step = chain.kernel.step(carry, k)
+        steps = steps + step.log_prob(value)
+        carry = chain.kernel.advance(carry, value, k, step=step)
+    torch.testing.assert_close(chain.log_prob(path), steps)
+    torch.testing.assert_close(chain.log_prob(path.clone()), steps)
+    moved = path.clone()
+    moved[:, 0, 2] = 1.0  # the latent starts at zero
+    assert bool((chain.log_prob(moved) == -torch.inf).all())
+    with pytest.raises(ValueError, match="draws latent beside its tokens, and no 'noise'"):
+        chain.block(path, "noise")
+
+
+def test_the_clean_sequence_alone_has_no_density():
+    chain = ReverseChain(make(), LENGTH)
+    x0 = chain.x0(chain.sample((5,)))
     for what in ("log_prob", "log_prob_bound", "log_prob_estimate"):
         with pytest.raises(IntractableLogProb):
-            getattr(chain.marginal(), what)(path[:, -1])
+            getattr(chain.marginal(), what)(x0)
     assert chain.kernel.claim == "FACTORISED with latent"
-    fk = FeynmanKac(chain, potential)
-    with pytest.raises(CapabilityError, match="is FACTORISED with latent"):
-        fk.bind(track_log_prob=True)
-    with pytest.raises(CapabilityError, match="FACTORISED with latent"):
-        conditional_smc(fk, retained=path[:1], num_particles=4)
-    with pytest.raises(CapabilityError, match=r"\(FACTORISED with latent\) have no density"):
-        handlers.unroll(lambda: pyro.sample("x", chain))()
+
+
+def test_an_unrolled_chain_has_a_site_for_every_block():
+    chain = ReverseChain(make(), LENGTH)
+    trace = pyro.poutine.trace(handlers.unroll(lambda: pyro.sample("x", chain))).get_trace()
+    path = trace.nodes["x"]["value"]
+    for k in range(1, 5):
+        assert torch.equal(trace.nodes[f"x_tok_{k}"]["value"], chain.tokens(path)[k])
+        assert torch.equal(trace.nodes[f"x_lat_{k}"]["value"], path[k, 2])
+    torch.testing.assert_close(trace.log_prob_sum(), chain.log_prob(path.clone()))
+
+
+def test_conditional_smc_holds_the_latent_of_its_path():
+    chain = ReverseChain(make(), LENGTH)
+    path = chain.sample((3,))
+    run = conditional_smc(FeynmanKac(chain, potential), retained=path, num_particles=4)
+    assert torch.equal(run.trace.path()[:, 0], path)
+    assert run.path.shape == path.shape
 
 
 def test_a_block_step_is_the_product_of_its_blocks():
