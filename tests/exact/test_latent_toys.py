@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from ppl_diffusion.denoisers import LatentDenoiser
 from ppl_diffusion.denoisers.latent_views import AtLatent
-from ppl_diffusion.kernels import Absorbing, Cosine, Path
+from ppl_diffusion.kernels import Absorbing, Cosine, Linear, Path
 from ppl_diffusion.processes.gaussian import Gaussian
 from ppl_diffusion.processes.schedules import Polynomial
 from ppl_diffusion.testing import DenoiserContract
@@ -38,16 +38,15 @@ def near(value, digits=5):
 
 
 def scheduled(seed):
-    """A path of up to six steps that lowers one level or both, at random."""
+    """A path of up to five steps that lowers one level or both, at random."""
     generator = torch.Generator().manual_seed(seed)
-    falls = torch.rand(6, 2, generator=generator, dtype=torch.float64)
-    falls = falls * (torch.rand(6, 2, generator=generator) < 0.6)
-    falls[-1] = 1 - falls[:-1].sum(0) / falls.sum(0).clamp_min(1e-9)
-    levels = 1 - (falls / falls.sum(0)).cumsum(0)
+    drops = torch.randint(3, (4, 2), generator=generator).tolist()
+    x = y = total = 9
     pairs = [(1.0, 1.0)]
-    for x, y in levels[:-1].tolist():
-        if (x, y) != pairs[-1]:
-            pairs.append((x, min(x, y)))
+    for fall, other in drops:
+        x, y = x - fall, y - other
+        if (x / total, y / total) != pairs[-1]:
+            pairs.append((x / total, y / total))
     return Path([*pairs, (0.0, 0.0)])
 
 
@@ -118,7 +117,9 @@ def test_the_floor_that_the_noise_of_the_last_latent_leaves(schedule, floor):
     y = torch.linspace(-9, 9, 40001, dtype=torch.float64)
     density = torch.exp(-(((y - a) / b) ** 2) / 2) / (b * math.sqrt(2 * math.pi))
     r = torch.sigmoid(2 * a * y / b**2)
-    assert float((2 * r * (1 - r) * density).sum() * (y[1] - y[0])) == pytest.approx(floor, rel=0.02)
+    assert float((2 * r * (1 - r) * density).sum() * (y[1] - y[0])) == near(
+        floor, 6 if floor < 1e-3 else 5
+    )
 
 
 def signed(problem, scale=1.0):
@@ -129,30 +130,29 @@ def signed(problem, scale=1.0):
 # One step, and closed forms.
 
 
-@pytest.mark.parametrize(("delta", "best"), [(0.0, 0.41421), (0.05, 0.34549)])
+@pytest.mark.parametrize(("delta", "best"), [(0.0, math.sqrt(2) - 1), (0.05, 0.345362)])
 def test_no_product_law_comes_near(delta, best):
+    """The best has two equal sites, both leaning to one value. (0.34549 has been published.)"""
     problem = corr_bits(delta)
     one_step = LatentLaw.of(problem, Path.masked(1)).total_variation
-    assert one_step == near(0.5 - entropy_free(delta), 12)
-    p = torch.linspace(0, 1, 2001, dtype=torch.float64)
-    sites = torch.stack([1 - p, p], -1)
-    laws = sites[:, None, :, None] * sites[None, :, None, :]
-    found = (laws - problem.data).abs().sum((-1, -2)).min() / 2
-    assert best - 1e-5 < float(found) < best + 5e-4  # a grid of 5e-4
+    assert one_step == near(0.5 - 2 * delta * (1 - delta), 12)
+    p = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    found = product_distances(problem, p[:, None], p)
+    assert best < float(found.min()) < best + 1e-3
+    p = torch.linspace(0.25, 0.35, 100_001, dtype=torch.float64)
+    assert float(product_distances(problem, p, p).min()) == near(best)
 
 
-def entropy_free(delta):
-    return 2 * delta * (1 - delta)
+def product_distances(problem, p, q):
+    pairs = [(p * q, 3), ((1 - p) * q, 1), (p * (1 - q), 2), ((1 - p) * (1 - q), 0)]
+    data = problem.data.flatten()
+    return sum((law - data[cell]).abs() for law, cell in pairs) / 2
 
 
 @pytest.mark.parametrize("schedule", [None, Cosine(), Polynomial(2.0)])
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_masked_diffusion_in_closed_form(schedule, steps):
-    kept = [1 - n / steps for n in range(steps + 1)]
-    if schedule is not None:
-        kept = [float(schedule.alpha(t)) for t in kept]
-    else:
-        kept = [1 - t for t in kept]
+    kept = [float((schedule or Linear()).alpha(1 - n / steps)) for n in range(steps + 1)]
     squares = sum((b - a) ** 2 for a, b in itertools.pairwise(kept))
     law = LatentLaw.of(BITS, Path.masked(steps), token_schedule=schedule)
     assert law.total_variation == near((0.5 - DIFFER) * squares, 12)
@@ -249,11 +249,14 @@ def test_slots_that_are_drawn_at_once_forget_each_other_too():
 
 
 def test_a_lead_of_the_code_does_not_help_while_both_move():
-    quick = LatentLaw.of(BITS, Path.joint(4), latent_schedule=Polynomial(2.0))
-    lead = LatentLaw.of(BITS, Path.led(4, 1))
-    joint = LatentLaw.of(BITS, Path.joint(4))
-    assert quick.total_variation == near(0.155, 3)
-    print("led", lead.total_variation, joint.total_variation)
+    """Four steps against JOINT in four, and four with one step of lead against JOINT in five."""
+    quick = LatentLaw.of(BITS, Path.joint(4), latent_schedule=Polynomial(2.0)).total_variation
+    ahead = Path([(1, 1), (0.75, 0.5), (0.5, 0.25), (0.25, 0), (0, 0)])
+    assert quick == near(0.155, 3)
+    assert LatentLaw.of(BITS, ahead).total_variation == near(0.158, 3)
+    joint = [LatentLaw.of(BITS, Path.joint(steps)).total_variation for steps in (4, 5)]
+    assert quick > joint[0]
+    assert LatentLaw.of(BITS, Path.led(4, 1)).total_variation > joint[1]
 
 
 # Gaussian latents.
@@ -302,7 +305,7 @@ def test_squared_errors_are_divergences_of_steps(schedule):
     process, y = Gaussian(schedule), torch.tensor([0.3], dtype=torch.float64)
     for u, s in [(1.0, 0.6), (0.6, 0.5), (0.2, 0.0)]:
         (true, std), (guess, _) = (
-            ancestral(process)(y, torch.tensor([x]).double(), u, s) for x in (0.8, -0.4)
+            ancestral(process)(y, torch.tensor([x], dtype=torch.float64), u, s) for x in (0.8, -0.4)
         )
         g = [(float(process.signal(x)) / float(process.noise(x))) ** 2 for x in (u, s)]
         divergence = float((true - guess) ** 2) / (2 * std**2)
@@ -354,22 +357,25 @@ def test_one_step_laws_are_those_of_the_path():
     torch.testing.assert_close(one_step_law(problem), LatentLaw.of(problem, SEQ).joint)
 
 
-@pytest.mark.parametrize(("steps", "published"), [(2, 0.672), (4, 0.310), (8, 0.154)])
+GAPS = [(2, 0.672), (4, 0.310), (8, 0.154), (16, 0.0735)]
+
+
+@pytest.mark.parametrize(("steps", "published"), GAPS)
 def test_masked_diffusion_of_sixteen_bits(steps, published, generator):
-    """Published within 0.01, itself sampled; the average over the last bits is exact."""
+    """Published within 0.01, itself sampled; one order of reveals pays for bound and entropy."""
     problem = binary_saw(1, num_points=64)
-    denoiser, num = problem.denoiser(), 6000
+    denoiser, num = problem.denoiser(), 4000
     x, codes = problem.draw(num, generator)
-    first = torch.rand(x.shape, generator=generator)
-    cost = problem.log_prob(x)
-    for n in range(steps, 0, -1):
-        state = torch.where(first < n / steps, 2, x)
+    step = (torch.rand(x.shape, generator=generator) * steps).long()
+    gap = problem.log_prob(x)
+    for n in range(steps):
+        state = torch.where(step <= n, 2, x)
         rows = denoiser(state, 1.0, latent=torch.ones_like(codes), latent_time=1.0)
         own = rows.gather(-1, x[..., None])[..., 0]
-        cost = cost - torch.where(state == 2, own, 0.0).sum(-1) / n
-    error = float(cost.std()) / math.sqrt(num)
-    assert abs(float(cost.mean()) - published) < 0.01 + 4 * error
-    assert error < 0.015
+        gap = gap - torch.where(step == n, own, 0.0).sum(-1)
+    error = float(gap.std()) / math.sqrt(num)
+    assert error < 0.02
+    assert abs(float(gap.mean()) - published) < 0.01 + 4 * error
 
 
 def test_entropy_of_the_long_saw(generator):
@@ -431,12 +437,15 @@ def test_predictions_are_conditional_laws():
             torch.testing.assert_close(rows[site, :size], law / law.sum())
 
 
-@pytest.mark.parametrize("level", [0.0, 0.4, 1.0, torch.tensor([0.1, 0.9])])
+@pytest.mark.parametrize("level", [0.0, 0.4, 1.0, torch.tensor([0.1, 0.9], dtype=torch.float64)])
 def test_predictions_beside_a_noisy_latent(level):
     problem, process = signed(random_latents(2, 3, 2, seed=6), 1.3), Gaussian()
-    tokens, y = torch.tensor([[2, 0, 2], [1, 2, 2]]), torch.tensor([[[0.2]], [[-0.7]]]).double()
+    tokens, y = (
+        torch.tensor([[2, 0, 2], [1, 2, 2]]),
+        torch.tensor([[[0.2]], [[-0.7]]], dtype=torch.float64),
+    )
     rows = problem.denoiser(process).joint(tokens, 0.5, latent=y, latent_time=level)
-    for row, u in enumerate(torch.as_tensor(level).expand(2).tolist()):
+    for row, u in enumerate(torch.as_tensor(level, dtype=torch.float64).expand(2).tolist()):
         a, b = float(process.signal(u)), float(process.noise(u))
         weight = problem.data.clone()
         for x in itertools.product(range(2), repeat=3):
