@@ -59,6 +59,7 @@ class ScalarLatent:
     :param problem: a continuous problem with one slot of one coordinate.
     :param process: the noise of the latent.
     :param denoiser: the problem's own by default.
+    :param token_schedule: linear by default.
     :param num_points: points of the grid.
     :param spacing: of the nodes of a standard normal.
     """
@@ -66,7 +67,7 @@ class ScalarLatent:
     problem: LatentProblem
     process: Diffusing
     denoiser: LatentDenoiser | None = None
-    token_schedule: Schedule = Linear()
+    token_schedule: Schedule | None = None
     num_points: int = 2001
     spacing: float = 0.1
 
@@ -85,7 +86,7 @@ class ScalarLatent:
         return law.reshape([self.problem.vocab_size] * self.problem.length)
 
     def bounds(self, path: Path) -> Tensor:
-        """Return the exact NELBO of each sequence in nats, ``(V,) * L``, zero where it cannot occur.
+        """Return the exact NELBO of each sequence in nats, ``(V,) * L``; zero if it cannot occur.
 
         The model's steps are :func:`ancestral`; the chain of the latent ends at level 0, where the
         process still has noise, and its encoder is a function of the sequence.
@@ -197,7 +198,7 @@ class ScalarLatent:
         return (a / b) ** 2
 
     def _keep(self, level: float) -> float:
-        return float(self.token_schedule.alpha(level))
+        return float((self.token_schedule or Linear()).alpha(level))
 
     def _reveal(self, before: float, after: float) -> float:
         kept = self._keep(before)

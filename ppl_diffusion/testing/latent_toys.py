@@ -180,25 +180,19 @@ class ExactLatentDenoiser:
         """Return log-probabilities of codes ``(..., K)``, or the clean latent ``(..., d)``."""
         return rows[..., : self.problem.latent.shape[-1]]
 
-    def joint(
-        self,
-        tokens: Tensor,
-        t: float | Tensor,
-        /,
-        *,
-        latent: Tensor,
-        latent_time: float | Tensor = 0.0,
-    ) -> Tensor:
+    def joint(self, tokens: Tensor, t: float | Tensor, /, **given: Any) -> Tensor:
         """Return a row for each token and slot, ``(*batch, L + N, max(V, K or d))``.
 
+        :param given: ``latent``, and ``latent_time`` if it is continuous (0 by default).
         :raises ValueError: if a hole stands beside what never occurs together, unless the rows of
             such states are to be uniform.
         """
+        latent, level = given["latent"], given.get("latent_time", 0.0)
         problem, count = self.problem, tokens.shape[-1]
         own = _log_evidence(problem.tokens, tokens)  # (*batch, L, M)
         prior, hole = problem.weights.log().expand(*own.shape[:-2], -1), tokens == self.vocab_size
         if problem.continuous:
-            prior = prior + self._log_density(latent, latent_time)
+            prior = prior + self._log_density(latent, level)
             everything = (own.sum(-2) + prior)[..., None, :]
             whole = self._posterior(everything, torch.ones_like(hole[..., :1]))[..., 0, :]
             clean = torch.einsum("...m,mnd->...nd", whole, problem.latent)
@@ -252,7 +246,7 @@ def corr_bits(delta: float) -> LatentProblem:
 
 
 def mix_prod(length: int, p: float) -> LatentProblem:
-    """Return independent bits that are ``C`` with probability ``p``; the code is the fair bit ``C``.
+    """Return independent bits that are ``C`` with probability ``p``; their code is the fair ``C``.
 
     :param length: number of bits.
     """
