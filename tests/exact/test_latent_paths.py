@@ -230,20 +230,21 @@ def test_a_solver_of_two_steps_remembers_what_was_predicted(generator):
     torch.testing.assert_close(y[:, 2], keep * y[:, 1] + pull * estimate)
 
 
-def test_the_density_of_a_path_of_vectors(generator):
-    """Step by step from the formulas: the levels and the tokens are those *before* each step."""
-    path = Path.joint(3)
+@pytest.mark.parametrize("path", [Path.joint(3), Path.sequential(2, 2), Path.led(2, 1)], ids=str)
+def test_the_density_of_a_path_of_vectors(path, generator):
+    """Step by step from the formulas: levels, tokens and latent are those *before* each step."""
     chain, denoiser, update = vectors(path), SIGNED.denoiser(NOISE), ancestral(NOISE)
     drawn = chain.sample((50,), generator=generator)
     tokens, y = drawn[..., :2].long(), drawn[..., 2]
     expected = Normal(y.new_zeros(()), 1.0).log_prob(y[:, 0])
-    for k, ((t, u), (_, s)) in enumerate(itertools.pairwise(path.levels)):
+    for k, ((t, u), (t_next, s)) in enumerate(itertools.pairwise(path.levels)):
         latent = y[:, k, None, None]
         rows = denoiser.joint(tokens[:, k], t, latent=latent, latent_time=u)
-        mean, std = update(y[:, k], rows[:, 2, 0], u, s)
-        expected = expected + Normal(mean, y.new_tensor(std)).log_prob(y[:, k + 1])
+        if s < u:
+            mean, std = update(y[:, k], rows[:, 2, 0], u, s)
+            expected = expected + Normal(mean, y.new_tensor(std)).log_prob(y[:, k + 1])
         before, after = tokens[:, k], tokens[:, k + 1]
-        chances = torch.tensor([1 / (3 - k), 1 - 1 / (3 - k)], dtype=torch.float64).log()
+        chances = torch.tensor([(t - t_next) / t, t_next / t], dtype=torch.float64).log()
         own = rows[:, :2].gather(-1, after.clamp_max(1)[..., None])[..., 0]
         move = torch.where(after == 2, chances[1], own + chances[0])
         expected = expected + torch.where(before == 2, move, 0.0).sum(-1)

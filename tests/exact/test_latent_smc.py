@@ -26,9 +26,9 @@ from ppl_diffusion.testing.latent_toys import corr_bits, random_latents
 BINARY = Absorbing(2)
 PATHS = {"joint": Path.joint(4), "short": Path.joint(2), "seq": Path.sequential(1, 2)}
 METHODS = {
-    "smc": {"twist": "persistent"},
+    "smc": {"twist": "persistent", "ess_threshold": 2.0},  # resamples at every step
     "soft-value": {},
-    "steering": {"twist": "persistent"},
+    "steering": {"twist": "persistent", "ess_threshold": 2.0},
     "importance-sampling": {},
 }
 SIZE = {"num_particles": 16, "num_runs": 300}
