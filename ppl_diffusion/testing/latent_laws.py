@@ -100,6 +100,22 @@ def total_correlations(
     return [_forgotten(entropies, [step.keeps(latent) for latent in kinds]) for step in steps]
 
 
+def one_step_law(problem: LatentProblem) -> Tensor:
+    """Return ``p(c) prod_i p(x_i | c)``, ``(V,) * L + (K,) * N``, also of long sequences.
+
+    It is what is generated when all tokens are drawn at once from exact codes: the law of
+    ``Path.sequential(1, 1)`` for one slot. Its divergence from ``p~(x, c)`` is the bound's gap.
+    """
+    joint, count = problem.joint, problem.length
+    codes = joint.sum(tuple(range(count)))
+    law = codes.reshape(1, -1)
+    for site in range(count):
+        others = tuple(other for other in range(count) if other != site)
+        given = (joint.sum(others) / codes).nan_to_num().reshape(problem.vocab_size, -1)
+        law = (law[:, None] * given).flatten(0, 1)
+    return law.reshape(joint.shape)
+
+
 @dataclass(frozen=True)
 class _Step:
     """Keep-probabilities of tokens and codes before and after a step, and its levels before."""
@@ -141,7 +157,8 @@ class _States:
         for site, size in enumerate(self.sizes):
             keep = step.keeps(self.latent[site])[0]
             here, clean = self.all[:, site], self.cells[:, site, None]
-            laws = laws * (keep * (here == clean) + (1 - keep) * (here == size))
+            shown, hole = (here == clean).double(), (here == size).double()
+            laws = laws * (keep * shown + (1 - keep) * hole)
         return laws
 
     def predict(self, denoiser: LatentDenoiser, step: _Step, law: Tensor) -> list[Tensor]:

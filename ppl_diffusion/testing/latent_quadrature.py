@@ -59,6 +59,7 @@ class ScalarLatent:
     :param problem: a continuous problem with one slot of one coordinate.
     :param process: the noise of the latent.
     :param denoiser: the problem's own by default.
+    :param token_schedule: linear by default.
     :param num_points: points of the grid.
     :param spacing: of the nodes of a standard normal.
     """
@@ -66,45 +67,42 @@ class ScalarLatent:
     problem: LatentProblem
     process: Diffusing
     denoiser: LatentDenoiser | None = None
-    token_schedule: Schedule = Linear()
-    num_points: int = 4001
+    token_schedule: Schedule | None = None
+    num_points: int = 2001
     spacing: float = 0.1
 
     def tokens(self, path: Path, update: Update) -> Tensor:
         """Return the law of generated sequences, ``(V,) * L``."""
         states = all_states(self.problem.vocab_size + 1, self.problem.length)
-        grid = torch.linspace(-REACH, REACH, self.num_points, dtype=torch.float64)
+        grid, width = self._grid()
         clean = (states < self.problem.vocab_size).all(-1)
         value = torch.eye(len(states), dtype=torch.float64)[:, clean]
         value = value[:, None].expand(-1, len(grid), -1)
         levels = list(zip(path.levels[:-1], path.levels[1:], strict=True))
         for before, after in reversed(levels):
             value = self._backwards(value, states, grid, before, after, update)
-        density = torch.exp(-grid.square() / 2) / math.sqrt(2 * math.pi) * (grid[1] - grid[0])
+        density = torch.exp(-grid.square() / 2) / math.sqrt(2 * math.pi) * width
         law = density @ value[-1]  # all holes is the last state
         return law.reshape([self.problem.vocab_size] * self.problem.length)
 
     def bounds(self, path: Path) -> Tensor:
-        """Return the exact NELBO of each sequence in nats, ``(V,) * L``.
+        """Return the exact NELBO of each sequence in nats, ``(V,) * L``; zero if it cannot occur.
 
         The model's steps are :func:`ancestral`; the chain of the latent ends at level 0, where the
         process still has noise, and its encoder is a function of the sequence.
         """
-        sequences, means = self._encoded()
+        sequences, means = self.problem.tokens.argmax(-1), self.problem.latent[:, 0, 0]
         a, b = _scales(self.process, 1.0)
         total = ((a * means) ** 2 + b**2 - 1 - 2 * math.log(b)) / 2
         for before, after in zip(path.levels[:-1], path.levels[1:], strict=True):
             total = total + self._step_cost(sequences, means, before, after)
-        return total.reshape([self.problem.vocab_size] * self.problem.length)
+        table = torch.zeros_like(self.problem.data)
+        table[tuple(sequences.unbind(-1))] = total
+        return table
 
-    def _encoded(self) -> tuple[Tensor, Tensor]:
-        """Every sequence, and its code; nan where the sequence cannot occur."""
-        sequences = all_states(self.problem.vocab_size, self.problem.length)
-        means = torch.full((len(sequences),), math.nan, dtype=torch.float64)
-        kept = self.problem.tokens.argmax(-1)
-        for row, mean in zip(kept, self.problem.latent[:, 0, 0], strict=True):
-            means[(sequences == row).all(-1)] = mean
-        return sequences, means
+    def nelbo(self, path: Path) -> float:
+        """Return the exact bound, averaged over the data, in nats."""
+        return float((self.problem.data * self.bounds(path)).sum())
 
     def _step_cost(
         self,
@@ -115,10 +113,10 @@ class ScalarLatent:
     ) -> Tensor:
         nodes, weights = self._nodes()
         a, b = _scales(self.process, before[1])
-        y = a * means.nan_to_num()[:, None] + b * nodes  # (X, nodes)
+        y = a * means[:, None] + b * nodes  # (M, nodes)
         gain = (self._snr(after[1]) - self._snr(before[1])) / 2
         keep, rho = self._keep(before[0]), self._reveal(before[0], after[0])
-        total = torch.zeros(len(sequences), dtype=torch.float64)
+        total = torch.zeros_like(means)
         for hidden in all_states(2, self.problem.length).bool():
             chance = (1 - keep) ** int(hidden.sum()) * keep ** int((~hidden).sum())
             if chance == 0:
@@ -126,9 +124,8 @@ class ScalarLatent:
             tokens = torch.where(hidden, self.problem.vocab_size, sequences)[:, None]
             log_p, clean = self._predict(tokens.expand(-1, len(nodes), -1), y, before)
             own = log_p.gather(-1, sequences[:, None, :, None].expand(*log_p.shape[:-1], 1))
-            miss = -(own[..., 0] * hidden).sum(-1) * rho
-            miss = miss + gain * (clean - means[:, None]) ** 2
-            total = total + chance * miss @ weights
+            miss = -torch.where(hidden, own[..., 0], 0.0).sum(-1) * rho
+            total = total + chance * ((miss + gain * (clean - means[:, None]) ** 2) @ weights)
         return total
 
     def _backwards(
@@ -185,6 +182,12 @@ class ScalarLatent:
         )
         return head.double(), clean[..., 0, 0].double()
 
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Points and their widths, dense around zero: steps without noise divide the line there."""
+        even = torch.linspace(-6, 6, self.num_points, dtype=torch.float64)
+        scale = REACH / math.sinh(6)
+        return scale * even.sinh(), scale * even.cosh() * (even[1] - even[0])
+
     def _nodes(self) -> tuple[Tensor, Tensor]:
         """Nodes and weights of a standard normal, by the trapezoid rule."""
         nodes = torch.arange(-8.0, 8.0 + self.spacing / 2, self.spacing, dtype=torch.float64)
@@ -195,7 +198,7 @@ class ScalarLatent:
         return (a / b) ** 2
 
     def _keep(self, level: float) -> float:
-        return float(self.token_schedule.alpha(level))
+        return float((self.token_schedule or Linear()).alpha(level))
 
     def _reveal(self, before: float, after: float) -> float:
         kept = self._keep(before)

@@ -129,8 +129,10 @@ class LatentProblem:
 
         :param x0: int64 ``(*batch, L)``.
         """
-        log_p = _reads(self.tokens.log(), x0).sum(-2)  # (*batch, M)
-        return torch.logsumexp(self.weights.log() + log_p, -1)
+        log_p = self.weights.log()
+        for site, law in enumerate(self.tokens.log().unbind(1)):
+            log_p = log_p + law.T[x0[..., site]]  # (*batch, M)
+        return torch.logsumexp(log_p, -1)
 
     def denoiser(
         self, process: Diffusing | None = None, *, unseen: Unseen = "refuse"
@@ -178,42 +180,30 @@ class ExactLatentDenoiser:
         """Return log-probabilities of codes ``(..., K)``, or the clean latent ``(..., d)``."""
         return rows[..., : self.problem.latent.shape[-1]]
 
-    def joint(
-        self,
-        tokens: Tensor,
-        t: float | Tensor,
-        /,
-        *,
-        latent: Tensor,
-        latent_time: float | Tensor = 0.0,
-    ) -> Tensor:
+    def joint(self, tokens: Tensor, t: float | Tensor, /, **given: Any) -> Tensor:
         """Return a row for each token and slot, ``(*batch, L + N, max(V, K or d))``.
 
+        :param given: ``latent``, and ``latent_time`` if it is continuous (0 by default).
         :raises ValueError: if a hole stands beside what never occurs together, unless the rows of
             such states are to be uniform.
         """
-        own = _log_evidence(self.problem.tokens, tokens)  # (*batch, L, M)
-        prior = self.problem.weights.log().expand(*own.shape[:-2], -1)
-        if self.problem.continuous:
-            seen = self._log_density(latent, latent_time).expand_as(prior)
-            slots = own.new_zeros((*own.shape[:-2], 0, own.shape[-1]))
+        latent, level = given["latent"], given.get("latent_time", 0.0)
+        problem, count = self.problem, tokens.shape[-1]
+        own = _log_evidence(problem.tokens, tokens)  # (*batch, L, M)
+        prior, hole = problem.weights.log().expand(*own.shape[:-2], -1), tokens == self.vocab_size
+        if problem.continuous:
+            prior = prior + self._log_density(latent, level)
+            everything = (own.sum(-2) + prior)[..., None, :]
+            whole = self._posterior(everything, torch.ones_like(hole[..., :1]))[..., 0, :]
+            clean = torch.einsum("...m,mnd->...nd", whole, problem.latent)
         else:
-            seen, batch = torch.zeros_like(prior), tokens.shape[:-1]
-            slots = _log_evidence(self.problem.latent, latent.expand(*batch, -1))
-        others = _leave_one_out(torch.cat([own, slots], -2)) + (prior + seen)[..., None, :]
-        hole = (torch.cat([own, slots], -2) == 0).all(-1)
-        weights = self._posterior(others, hole)
-        count = tokens.shape[-1]
-        first = _mixed(weights[..., :count, :], self.problem.tokens).log()
-        return _stacked(first, self._latent_rows(weights, count, own, prior + seen))
-
-    def _latent_rows(self, weights: Tensor, count: int, own: Tensor, prior: Tensor) -> Tensor:
-        if not self.problem.continuous:
-            return _mixed(weights[..., count:, :], self.problem.latent).log()
-        everything = (own.sum(-2) + prior)[..., None, :]
-        hole = torch.ones(everything.shape[:-1], dtype=torch.bool)
-        whole = self._posterior(everything, hole)[..., 0, :]
-        return torch.einsum("...m,mnd->...nd", whole, self.problem.latent)
+            codes = latent.expand(*tokens.shape[:-1], -1)
+            own = torch.cat([own, _log_evidence(problem.latent, codes)], -2)
+            hole = torch.cat([hole, codes == problem.latent.shape[-1]], -1)
+        weights = self._posterior(_leave_one_out(own) + prior[..., None, :], hole)
+        if not problem.continuous:
+            clean = _mixed(weights[..., count:, :], problem.latent).log()
+        return _stacked(_mixed(weights[..., :count, :], problem.tokens).log(), clean)
 
     def _posterior(self, logits: Tensor, hole: Tensor) -> Tensor:
         """Normalise over components; nobody reads the rows of what is revealed."""
@@ -256,7 +246,7 @@ def corr_bits(delta: float) -> LatentProblem:
 
 
 def mix_prod(length: int, p: float) -> LatentProblem:
-    """Return independent bits that are ``C`` with probability ``p``; the code is the fair bit ``C``.
+    """Return independent bits that are ``C`` with probability ``p``; their code is the fair ``C``.
 
     :param length: number of bits.
     """
@@ -337,12 +327,8 @@ def _outer(sites: list[Tensor]) -> Tensor:
 
 def _log_evidence(laws: Tensor, states: Tensor) -> Tensor:
     """``log p_m`` of what is revealed and zero at holes, ``(M, S, A), (*b, S) -> (*b, S, M)``."""
-    return _reads(pad(laws.log(), (0, 1)), states)
-
-
-def _reads(log_laws: Tensor, states: Tensor) -> Tensor:
     sites = torch.arange(states.shape[-1], device=states.device)
-    return log_laws.permute(1, 2, 0)[sites, states]
+    return pad(laws.log(), (0, 1)).permute(1, 2, 0)[sites, states]
 
 
 def _leave_one_out(terms: Tensor) -> Tensor:
