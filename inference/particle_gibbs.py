@@ -35,6 +35,7 @@ from ppl_diffusion.inference.bootstrap import Bootstrap
 from ppl_diffusion.inference.engine import Engine
 from ppl_diffusion.inference.latent_block import LatentBlock, require_continuous
 from ppl_diffusion.kernels.base import GIVEN
+from ppl_diffusion.kernels.blocks import compacted, widened
 from ppl_diffusion.potentials import factor
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
@@ -314,11 +315,10 @@ class GibbsSampler:
         first, site = next(iter(paths.values())), next(iter(self.sites.values()))
         is_program, replay = self.options.is_program, Replay(self.program)
         shown = paths if is_program and self.options.store_path else {}
-        kind = torch.uint8 if site.chain.kernel.process.num_states <= 256 else torch.int32
         return GibbsPosterior(
-            x0=first[..., -1, :],
+            x0=site.chain.x0(first),
             samples={**samples, **shown},
-            compact_path=first.to(kind) if self.options.store_path else None,
+            compact_path=compacted(first) if self.options.store_path else None,
             log_density=log_density,
             log_evidence=torch.stack([state.log_evidence for state in draws], 1),
             ess=torch.stack([state.ess for state in draws], 1),
@@ -380,7 +380,7 @@ class GibbsSampler:
         slot = torch.multinomial(trace.weights.normalised, 1)
         whole = run.own_paths(trace.carry, trace.paths())
         paths = {
-            name: path[torch.arange(len(slot), device=slot.device), slot[:, 0]].to(torch.int64)
+            name: widened(path[torch.arange(len(slot), device=slot.device), slot[:, 0]])
             for name, path in whole.items()
         }
         return paths, run.gather(trace.carry, slot), trace

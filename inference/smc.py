@@ -31,6 +31,7 @@ from ppl_diffusion.inference.engine import Engine, MovingEngine
 from ppl_diffusion.inference.latent_run import LatentRun, latent_run
 from ppl_diffusion.inference.scout import LatentMover, LatentMoves
 from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
+from ppl_diffusion.kernels.blocks import widened
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
@@ -255,7 +256,7 @@ class SMC:
         first = run.source.chains[0].name
         samples = dict(state["values"])
         if run.source.is_program:
-            samples |= {name: path.to(torch.int64) for name, path in (paths or {}).items()}
+            samples |= {name: widened(path) for name, path in (paths or {}).items()}
         rounds = {"num_rounds": len(run.groups)} if run.on_events else {}
         shown = frozenset() if run.program is None else run.program.shows
         # Values that read whole paths, where the method did not keep these: not lost in silence.

@@ -12,6 +12,7 @@ from ppl_diffusion.models.cards import names as names
 from ppl_diffusion.models.cards import read_card as read_card
 
 if TYPE_CHECKING:
+    from ppl_diffusion.models.latent import LatentDiffusion as LatentDiffusion
     from ppl_diffusion.models.library import load as load
     from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
     from ppl_diffusion.models.oracles import Oracle as Oracle
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DiffusionProgram": "program",
+    "LatentDiffusion": "latent",
     "MaskedDiffusion": "masked",
     "Oracle": "oracles",
     "SAMPLERS": "samplers",

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ppl_diffusion.models import masked, uniform  # noqa: F401  (the families of what is shipped)
+from ppl_diffusion.models import latent, masked, uniform  # noqa: F401  (the families of ours)
 from ppl_diffusion.models.cards import PROGRAM_FILE, find_folder, names
 from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 

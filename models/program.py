@@ -341,7 +341,7 @@ class DiffusionProgram(ABC):
         entries = {"name": self.name, "length": self.length, "vocabulary": self.vocabulary}
         schedule = self.process.schedule
         if schedule != Linear():  # the default is left out: folders of before must stay as they are
-            entries["schedule"] = [type(schedule).__name__, dataclasses.asdict(schedule)]
+            entries["schedule"] = schedule_entry(schedule)
         return entries
 
     @classmethod
@@ -352,14 +352,7 @@ class DiffusionProgram(ABC):
         :raises ValueError: if the schedule is of a class that was not imported.
         """
         if "schedule" in settings:
-            name, fields = settings["schedule"]
-            known = {schedule.__name__: schedule for schedule in Schedule.__subclasses__()}
-            if name not in known:
-                raise ValueError(
-                    f"The prior in {str(directory)!r} has the schedule {name!r}, none of "
-                    f"{', '.join(known)}; import the module that defines it."
-                )
-            settings["schedule"] = known[name](**fields)
+            settings["schedule"] = read_schedule(settings["schedule"], directory)
         return cls(cls.network.from_pretrained(directory).requires_grad_(False), **settings)
 
     def _ids(self, text: str) -> list[int]:
@@ -380,6 +373,26 @@ class DiffusionProgram(ABC):
     def __repr__(self) -> str:
         letters = "".join(self.vocabulary)
         return f"{type(self).__name__}({self.name!r}, vocabulary={letters!r}, length={self.length})"
+
+
+def schedule_entry(schedule: Schedule) -> list[Any]:
+    """Return a schedule as JSON knows it, for :func:`read_schedule`."""
+    return [type(schedule).__name__, dataclasses.asdict(schedule)]
+
+
+def read_schedule(entry: Sequence[Any], directory: str | Path) -> Schedule:
+    """Return the schedule of an entry of the prior in a folder.
+
+    :raises ValueError: if it is of a class that was not imported.
+    """
+    name, fields = entry
+    known = {schedule.__name__: schedule for schedule in Schedule.__subclasses__()}
+    if name not in known:
+        raise ValueError(
+            f"The prior in {str(directory)!r} has the schedule {name!r}, none of "
+            f"{', '.join(known)}; import the module that defines it."
+        )
+    return known[name](**fields)
 
 
 def stratified_times(rows: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -9,6 +9,10 @@ from ppl_diffusion.denoisers.config import TransformerConfig as TransformerConfi
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
 from ppl_diffusion.denoisers.filters import Nucleus as Nucleus
 from ppl_diffusion.denoisers.filters import Temperature as Temperature
+from ppl_diffusion.denoisers.latent import LatentDenoiser as LatentDenoiser
+from ppl_diffusion.denoisers.latent import LatentSpec as LatentSpec
+from ppl_diffusion.denoisers.latent_views import AtLatent as AtLatent
+from ppl_diffusion.denoisers.latent_views import CodeDenoiser as CodeDenoiser
 from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission

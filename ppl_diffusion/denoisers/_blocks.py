@@ -101,6 +101,14 @@ class TimeEmbedding(nn.Module):
         return self.layers(features.to(next(self.parameters()).dtype))
 
 
+def per_row(values: Tensor, batch: torch.Size) -> Tensor:
+    """Return values of a batch as one per row, or as one where all rows share it.
+
+    That is the rule in a reverse chain: what is embedded once broadcasts.
+    """
+    return values.reshape(1) if values.numel() == 1 else values.expand(batch).reshape(-1)
+
+
 class AdaptiveNorm(nn.Module):
     """Layer norm whose scale and shift follow the condition, if there is one."""
 
@@ -145,7 +153,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        branches: list[nn.Module] = [Attention(config), _perceptron(config)]
+        branches: list[nn.Module] = [Attention(config), perceptron(config)]
         if config.conv_width:
             branches.insert(0, LocalConvolution(config))
         conditioned = config.conditioned
@@ -183,18 +191,30 @@ class Attention(nn.Module):
         self.register_buffer("pairs", _pairs(config), persistent=False)
 
     def forward(self, state: Tensor, rotation: Tensor) -> Tensor:
+        return self.joined(F.scaled_dot_product_attention(*self.split(state, rotation)))
+
+    def split(self, state: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, ``(rows, heads, L, width)`` each.
+
+        :param rotation: of the positions, or None where they have none.
+        """
         rows, length, dim = state.shape
         joint = F.linear(state, self.inputs.weight[self.pairs])
         split = joint.view(rows, length, 3, self.heads, dim // self.heads)
+        if rotation is None:
+            query, key, value = split.permute(2, 0, 3, 1, 4)
+            return query, key, value
         # There are no complex numbers of two bfloat16, and hardly any of two halves.
         wide = torch.promote_types(joint.dtype, torch.float32)
         turned = torch.view_as_complex(split[:, :, :2].unflatten(-1, (-1, 2)).to(wide))
         turned = turned * torch.view_as_complex(rotation.to(wide))[:, None, None]
         turned = torch.view_as_real(turned).to(joint.dtype)
         query, key = turned.flatten(-2).permute(2, 0, 3, 1, 4)
-        value = split[:, :, 2].transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
+        return query, key, split[:, :, 2].transpose(1, 2)
+
+    def joined(self, mixed: Tensor) -> Tensor:
+        """Return the output, ``(rows, L, dim)``, of mixed values ``(rows, heads, L, width)``."""
+        output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return self.dropout(output)
 
 
@@ -217,7 +237,7 @@ class LocalConvolution(nn.Module):
         return mixed
 
 
-def _perceptron(config: TransformerConfig) -> nn.Sequential:
+def perceptron(config: TransformerConfig) -> nn.Sequential:
     width = round(config.mlp_ratio * config.dim)
     output = nn.Linear(width, config.dim)
     _shrink(output, config.depth)

@@ -126,12 +126,16 @@ def _unnormalised() -> ValueError:
     )
 
 
-def require_rows(output: object, states: Tensor, vocab_size: int) -> None:
-    """Refuse an output that is not one row per position, ``(*batch, L, anything)``."""
-    expected = (*states.shape, vocab_size)
+def require_rows(output: object, states: Tensor, vocab_size: int, beside: int = 0) -> None:
+    """Refuse an output that is not one row per position, ``(*batch, L, anything)``.
+
+    :param beside: number of rows after those, of a latent.
+    """
+    *batch, length = states.shape
+    expected = (*batch, length + beside, vocab_size)
     require_tensor(output, expected)
     shape = tuple(output.shape)  # type: ignore[attr-defined]
-    if shape[:-1] != tuple(states.shape):
+    if shape[:-1] != expected[:-1]:
         raise ValueError(f"the denoiser returned shape {shape}, expected {expected}.")
 
 

@@ -8,6 +8,7 @@ reuses for every row it has just seen at the same time (at any time, if the deno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.base import Denoiser, Wrapper
 from ppl_diffusion.denoisers.batching import row_limit, rows_per_call
 from ppl_diffusion.denoisers.checks import require_rows
+from ppl_diffusion.denoisers.latent import LatentDenoiser
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.denoisers.times import MOST_PROBES, require_time_per_row
 from ppl_diffusion.rows import DistinctRows, RowTable
@@ -120,12 +122,20 @@ class EvaluatedDenoiser(Wrapper):
         # A denoiser made of several knows better than its caller what a row cost.
         self._is_counter = hasattr(denoiser, "rows_evaluated")
         self.rows_requested = self.rows_evaluated = self.num_calls = 0
-        # With a large vocabulary hidden states are what is deduplicated and kept.
-        self._sparse = prefers_head(denoiser)
-        if self._sparse:
-            vars(self)["head"] = denoiser.head  # type: ignore[attr-defined]
+        # With a large vocabulary hidden states are what is deduplicated and kept, and with a latent
+        # the rows that both heads read.
+        self._joint = isinstance(denoiser, LatentDenoiser)
+        self._sparse = self._joint or prefers_head(denoiser)
+        self._ask: Callable[..., Tensor] = denoiser
+        self._beside = 0
+        if isinstance(denoiser, LatentDenoiser):
+            self._ask, self._beside = denoiser.joint, denoiser.latent.num_slots
+            vars(self)["joint"] = self._hidden
+            self.adopt(denoiser, "latent", "latent_head", "head")
+        elif self._sparse:
+            self._ask = denoiser.hidden  # type: ignore[attr-defined]
             vars(self)["hidden"] = self._hidden
-            vars(self)["hidden_size"] = denoiser.hidden_size  # type: ignore[attr-defined]
+            self.adopt(denoiser, "head", "hidden_size")
         self.all_new, self._all_differ, self._sent, self._time = False, False, 0, 1.0
         self._probes = 0
         self._memory: _Memory | None = None
@@ -136,10 +146,12 @@ class EvaluatedDenoiser(Wrapper):
     def __call__(self, tokens: Tensor, t: float | Tensor, /, **given: Tensor) -> Tensor:
         """Return log-probabilities, shape ``(*batch, L, V)``."""
         output = self._hidden(tokens, t, **given)
-        return self.denoiser.head(output) if self._sparse else output  # type: ignore[attr-defined]
+        if not self._sparse:
+            return output
+        return self.denoiser.head(output[..., : tokens.shape[-1], :])  # type: ignore[attr-defined]
 
     def _hidden(self, tokens: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
-        """Return the hidden states where those are kept, the log-probabilities otherwise."""
+        """Return the rows where those are kept, the log-probabilities otherwise."""
         if isinstance(t, Tensor) and t.numel() > 1 and not self.time_free:
             self._check_times(tokens, t, given)
             time: float | Tensor | None = t
@@ -161,7 +173,7 @@ class EvaluatedDenoiser(Wrapper):
         else:
             values = self._compared(rows, keep)
             self._all_differ = all_new and self._sent > LITTLE * len(rows.tokens)
-        output = values.reshape(*tokens.shape, -1)
+        output = values.reshape(*tokens.shape[:-1], tokens.shape[-1] + self._beside, -1)
         if keep and traced:
             self._last = _Last(tokens, given, [x._version for x in tensors], time, output)
         return output
@@ -217,12 +229,13 @@ class EvaluatedDenoiser(Wrapper):
         chunks = rows.split(size)
         self.num_calls += len(chunks)
         before, self._sent = self._counted_inside, count
-        ask = self.denoiser.hidden if self._sparse else self.denoiser  # type: ignore[attr-defined]
-        outputs = [ask(c.tokens, self._time if c.t is None else c.t, **c.given) for c in chunks]
+        outputs = [
+            self._ask(c.tokens, self._time if c.t is None else c.t, **c.given) for c in chunks
+        ]
         inside = self._counted_inside - before
         self.rows_evaluated += inside if self._is_counter else count * self._network_rows
         for output, chunk in zip(outputs, chunks, strict=True):
-            require_rows(output, chunk.tokens, self.vocab_size)
+            require_rows(output, chunk.tokens, self.vocab_size, self._beside)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @property

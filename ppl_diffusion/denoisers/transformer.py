@@ -11,24 +11,25 @@ zero-initialised gates Peebles and Xie (2023, arXiv 2212.09748).
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Block, Stem, TimeEmbedding, rotations
+from ppl_diffusion.denoisers._blocks import (
+    AdaptiveNorm,
+    Block,
+    Stem,
+    TimeEmbedding,
+    per_row,
+    rotations,
+)
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
 from ppl_diffusion.denoisers.config import TransformerConfig
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+from ppl_diffusion.denoisers.files import read_config, read_weights, write_network
 
 
 class Transformer(nn.Module):
@@ -143,12 +144,7 @@ class Transformer(nn.Module):
 
         :param directory: folder, made if it is absent.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE)
-        text = json.dumps(dataclasses.asdict(self.config), indent=2, sort_keys=True)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_network(self, self.config, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -158,12 +154,11 @@ class Transformer(nn.Module):
         :raises FileNotFoundError: if one of the two files is absent.
         :raises ValueError: if a file is corrupt or the two do not belong together.
         """
-        folder = Path(directory)
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_config(directory, TransformerConfig)
         # The random start is overwritten; it must not move the caller's generator.
         with torch.random.fork_rng(devices=[]):
             network = cls(config)
-        _load_weights(network, folder / WEIGHTS_FILE)
+        read_weights(network, directory)
         return network.eval()
 
     def _checked(self, length: int) -> int:
@@ -194,7 +189,7 @@ class Transformer(nn.Module):
         if self.time is None:
             return None
         times = torch.as_tensor(t, dtype=torch.float64, device=self.vocabulary.weight.device)
-        embedded: Tensor = self.time(_per_row(times, batch))
+        embedded: Tensor = self.time(per_row(times, batch))
         return embedded
 
     def _embedded_label(self, label: int | Tensor | None, batch: torch.Size) -> Tensor | None:
@@ -208,48 +203,10 @@ class Transformer(nn.Module):
         label = self.num_classes if label is None else label
         labels = torch.as_tensor(label, device=self.vocabulary.weight.device)
         try:
-            embedded: Tensor = self.label(_per_row(labels, batch))
+            embedded: Tensor = self.label(per_row(labels, batch))
         except IndexError as error:
             raise ValueError(
                 f"Transformer: a label lies outside 0..{self.num_classes}; "
                 "the last of these means no label."
             ) from error
         return embedded
-
-
-def _per_row(values: Tensor, batch: torch.Size) -> Tensor:
-    # One value for all rows is the rule in a reverse chain: embed it once and let it broadcast.
-    return values.reshape(1) if values.numel() == 1 else values.expand(batch).reshape(-1)
-
-
-def _read_config(path: Path) -> TransformerConfig:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Transformer: {path} does not exist; give a folder that save_pretrained wrote."
-        )
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        return TransformerConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Transformer: {path} is no transformer configuration ({error}); "
-            "write it anew with save_pretrained."
-        ) from error
-
-
-def _load_weights(network: Transformer, path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Transformer: {path} does not exist; give a folder that save_pretrained wrote."
-        )
-    try:
-        network.load_state_dict(load_file(path))
-    except SafetensorError as error:
-        raise ValueError(
-            f"Transformer: {path} is not a readable safetensors file ({error}); fetch it anew."
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"Transformer: the weights in {path} do not fit the configuration beside them; "
-            "keep the two files of one save_pretrained call together."
-        ) from error

@@ -1,5 +1,6 @@
 """Reverse chains as Pyro distributions; the laws of their steps come from the kernels."""
 
+from ppl_diffusion.distributions.gaussian_chain import GaussianChain as GaussianChain
 from ppl_diffusion.distributions.marginal import ChainMarginal as ChainMarginal
 from ppl_diffusion.distributions.reverse_chain import ReverseChain as ReverseChain
 from ppl_diffusion.kernels.block_step import BlockStep as BlockStep

@@ -15,6 +15,7 @@ from ppl_diffusion.distributions.marginal import ChainMarginal
 from ppl_diffusion.distributions.memo import declares_gradient, recall, remember
 from ppl_diffusion.errors import IntractableLogProb
 from ppl_diffusion.kernels.base import Carry, Kernel, SampledPath, check_given
+from ppl_diffusion.kernels.blocks import TOKENS, BlockSpec, Value, are_discrete, tokens_of
 from ppl_diffusion.kernels.shapes import check_expand, check_value, enumerated
 from ppl_diffusion.kernels.step import MAX_ENUMERATE
 from ppl_diffusion.processes.base import whole_number
@@ -22,6 +23,10 @@ from ppl_diffusion.processes.base import whole_number
 
 class ReverseChain(TorchDistribution):
     """The law of a reverse path, event shape ``(T + 1, L)``.
+
+    Where a kernel draws latents beside the tokens (``kernel.blocks``), the value packs both: its
+    rows hold the tokens first and then the blocks, ``(T + 1, W)``, whole numbers or float64.
+    :meth:`x0` and :meth:`block` take it apart.
 
     ``log_prob`` is exact and normalised: prior of the noisiest state times ``T`` factorised
     steps. The clean sequence is :meth:`x0`; its law is another object, :meth:`marginal`.
@@ -67,7 +72,7 @@ class ReverseChain(TorchDistribution):
         check_given(kernel, self.given, "ReverseChain")
         batch_shape = self._common_batch()
         self.given = kernel.expand_given(self.given, batch_shape)
-        event_shape = torch.Size((kernel.num_steps + 1, self.length))
+        event_shape = torch.Size((kernel.num_steps + 1, kernel.width(self.length)))
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def _common_batch(self) -> torch.Size:
@@ -97,26 +102,68 @@ class ReverseChain(TorchDistribution):
         """Prompt positions, bool ``(L,)`` or ``(*batch, L)``, or None."""
         return None if self.prompt is None else self.prompt >= 0
 
-    @constraints.dependent_property(is_discrete=True, event_dim=2)
+    @constraints.dependent_property(event_dim=2)
     def support(self) -> constraints.Constraint:
         """Paths of states."""
         last = self.kernel.process.num_states - 1
-        return constraints.independent(constraints.integer_interval(0, last), 2)
+        tokens, blocks = constraints.integer_interval(0, last), self.kernel.blocks
+        if not blocks:
+            return constraints.independent(tokens, 2)
+        beside = [_entries(spec) for spec in blocks.values()]
+        lengths = [self.length, *(spec.size for spec in blocks.values())]
+        return constraints.independent(constraints.cat([tokens, *beside], -1, lengths), 2)
 
     def x0(self, path: Tensor) -> Tensor:
         """Return the clean sequence of a path.
 
-        :param path: ``(*batch, T + 1, L)``.
-        :returns: ``(*batch, L)``.
+        :param path: ``(*batch, T + 1, L)``, or ``(*batch, T + 1, W)``.
+        :returns: int64 ``(*batch, L)``.
         :raises ValueError: if it is no path.
         """
+        self._require_path(path)
+        return tokens_of(self.kernel.split(path[..., -1, :]))
+
+    def block(self, path: Tensor, name: str = "latent", k: int = -1) -> Tensor:
+        """Return a block of a path that was drawn beside the tokens.
+
+        :param path: ``(*batch, T + 1, W)``.
+        :param name: a name of ``kernel.blocks``.
+        :param k: number of steps taken, 0 (noisiest) to ``T``; by default the finished block.
+        :returns: ``(*batch, *event)``.
+        :raises ValueError: if it is no path, or there is no such block.
+        """
+        self._require_path(path)
+        if name not in self.kernel.blocks:
+            raise ValueError(
+                f"block: the chain draws {', '.join(self.kernel.blocks) or 'nothing'} beside its "
+                f"tokens, and no {name!r}."
+            )
+        value = self.kernel.split(path[..., k, :])
+        assert not isinstance(value, Tensor)
+        return value[name]
+
+    def latent(self, path: Tensor, k: int = -1) -> Tensor:
+        """Return the latent of a path, see :meth:`block`.
+
+        :param path: ``(*batch, T + 1, W)``.
+        :param k: number of steps taken; by default the finished latent.
+        """
+        return self.block(path, "latent", k)
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """Return the tokens of states or paths, int64 ``(..., L)``.
+
+        :param states: ``(..., L)``, or ``(..., W)`` with blocks.
+        """
+        return tokens_of(self.kernel.split(states))
+
+    def _require_path(self, path: Tensor) -> None:
         if path.shape[-2:] != self.event_shape:
             raise ValueError(
-                f"x0: expected a path (*batch, {self.num_steps + 1}, {self.length}), got shape "
+                f"x0: expected a path (*batch, {', '.join(map(str, self.event_shape))}), got shape "
                 f"{tuple(path.shape)}; a chain is conditioned on tokens of its clean sequence by "
                 "ppl_diffusion.handlers.clamp."
             )
-        return path[..., -1, :]
 
     def marginal(self) -> ChainMarginal:
         """Return the law of the clean sequence, as a distribution of its own."""
@@ -139,7 +186,8 @@ class ReverseChain(TorchDistribution):
     ) -> Tensor:
         """Draw paths, with ``T`` network calls.
 
-        :returns: int64 ``(*sample_shape, *batch, T + 1, L)``.
+        :returns: int64 ``(*sample_shape, *batch, T + 1, L)``; ``(..., T + 1, W)`` with blocks, in
+            float64 where one is continuous.
         """
         shape = torch.Size((*sample_shape, *self.batch_shape))
         # A gradient that parameters() does not name shows in the output of the first network call.
@@ -159,8 +207,8 @@ class ReverseChain(TorchDistribution):
         carry = self.start(shape, generator)
         log_p: Tensor | None = None
         if kernel.has_path_density:
-            log_p = kernel.prior_log_prob(carry["tokens"], self.prompt)
-        states = [carry["tokens"]]
+            log_p = kernel.prior_log_prob(self._begun(carry), self.prompt)
+        states = [kernel.flat(carry)]
         for k in range(kernel.num_steps):
             with torch.set_grad_enabled(probe):
                 step = kernel.step(carry, k, fixed=self.fixed)
@@ -170,21 +218,26 @@ class ReverseChain(TorchDistribution):
             hidden = hidden or (probe and getattr(step, "wants_gradient", False))
             probe = probe and not kernel.asks_denoiser(carry, k)
             carry = kernel.advance(carry, value, k, step=step)
-            states.append(carry["tokens"])
+            states.append(kernel.flat(carry))
         return SampledPath(torch.stack(states, -2), log_p, hidden)
+
+    def _begun(self, carry: Carry) -> Value:
+        blocks = {name: carry[name] for name in self.kernel.blocks}
+        return {TOKENS: carry[TOKENS], **blocks} if blocks else carry[TOKENS]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log-probability of paths, with at most ``T`` network calls.
 
-        :param value: int64 ``(*sample, *batch, T + 1, L)``.
+        :param value: int64 ``(*sample, *batch, T + 1, L)``, with blocks ``(..., T + 1, W)``.
         :returns: float64, the broadcast batch shape; ``-inf`` for impossible paths.
-        :raises IntractableLogProb: if the kernel has no density, or draws more than tokens.
+        :raises IntractableLogProb: if the kernel has no density.
         """
         if self._validate_args:
             self._validate_sample(value)
         log_p = recall(value, self.kernel, **self._known)
         if log_p is None:
-            log_p = self._path_log_prob(check_value(self, value))
+            exact = are_discrete(self.kernel.blocks)
+            log_p = self._path_log_prob(check_value(self, value, whole=exact))
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     @property
@@ -199,27 +252,35 @@ class ReverseChain(TorchDistribution):
         if whole is not None:
             return whole
         if not self.kernel.has_path_density:
-            inner = "an integral over what its steps draw beside the tokens"
             raise IntractableLogProb(
-                f"log_prob: the density of a path of {type(self.kernel).__name__} is "
-                f"{inner if self.kernel.blocks else 'not known'}; use run_smc, which needs none."
+                f"log_prob: the density of a path of {type(self.kernel).__name__} is not known; "
+                "use run_smc, which needs none."
             )
-        states = path.unbind(-2)
-        log_p = self.kernel.prior_log_prob(states[0], self.prompt)
-        carry = self.kernel.start_carry(states[0], given=self.given)
-        for k, tokens in enumerate(states[1:]):
+        start, *values = [self.kernel.split(state) for state in path.unbind(-2)]
+        log_p = self.kernel.prior_log_prob(start, self.prompt)
+        carry = self.kernel.resume(start, self.given)
+        for k, value in enumerate(values):
             step = self.kernel.step(carry, k, fixed=self.fixed)
-            log_p = log_p + step.log_prob(tokens)
-            carry = self.kernel.advance(carry, tokens, k, step=step)
+            log_p = log_p + step.log_prob(value)
+            carry = self.kernel.advance(carry, value, k, step=step)
         return log_p
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all paths, ``(S ** (L (T + 1)), *batch, T + 1, L)``, for tiny chains.
 
-        :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``.
+        :raises NotImplementedError: if there are more than ``MAX_ENUMERATE``, or a block is
+            continuous.
         """
-        size, device = self.kernel.process.num_states, self.kernel.device
-        return enumerated(self, size, expand, MAX_ENUMERATE, device)
+        kernel, beside = self.kernel, self.kernel.blocks.values()
+        sizes = [kernel.process.num_states] * self.length
+        for spec in beside:
+            if spec.num_states is None:
+                raise NotImplementedError(
+                    f"ReverseChain: {type(kernel).__name__} draws continuous latents beside the "
+                    "tokens; use sampling-based inference."
+                )
+            sizes += [spec.num_states] * spec.size
+        return enumerated(self, sizes, expand, MAX_ENUMERATE, kernel.device)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: ReverseChain | None = None
@@ -267,11 +328,17 @@ class ReverseChain(TorchDistribution):
         for name, value in (given or {}).items():
             own = value.shape[: value.ndim - kernel.conditions[name]]
             batch = torch.Size(torch.broadcast_shapes(batch, own))
-        return batch, torch.Size((kernel.num_steps + 1, length))
+        return batch, torch.Size((kernel.num_steps + 1, kernel.width(length)))
 
     def __repr__(self) -> str:
         shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
         return f"ReverseChain({self.kernel!r}, {shapes})"
+
+
+def _entries(spec: BlockSpec) -> constraints.Constraint:
+    if spec.num_states is None:
+        return constraints.real
+    return constraints.integer_interval(0, spec.num_states - 1)
 
 
 def _check_prompt(prompt: Tensor, length: int, kernel: Kernel) -> Tensor:

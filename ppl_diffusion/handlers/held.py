@@ -12,6 +12,8 @@ from torch import Tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers.proposals import Step
 from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.block_step import BlockStep
+from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.kernels.event_step import EventStep
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep
@@ -49,7 +51,7 @@ class ClampProposal:
         self.tokens = torch.where(mask, tokens, 0).to(torch.int64)
         self.vocab_size = vocab_size
 
-    def __call__(self, step: TorchDistribution, carry: Carry, k: int, /) -> Step:
+    def __call__(self, step: TorchDistribution, carry: Carry, k: int, /) -> Step | BlockStep:
         """Return the clamped step (a :class:`~ppl_diffusion.smc.Proposal`).
 
         :raises CapabilityError: if the step shows no prediction, or where the bridge could not
@@ -57,6 +59,8 @@ class ClampProposal:
             may be revealed and masked again.
         :raises ValueError: if the chain's prompt holds another token at a clamped position.
         """
+        if isinstance(step, BlockStep):
+            return step.with_block(TOKENS, self(step.blocks[TOKENS], carry, k))
         if not isinstance(step, TokenStep | RevealStep | EventStep):
             raise CapabilityError(
                 f"clamp: it holds tokens by changing what the denoiser predicts, which a "

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import Carry
+from ppl_diffusion.kernels.block_step import BlockStep
+from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.kernels.event_step import EventStep
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep
@@ -38,6 +40,8 @@ class LogitsProposal:
 
     def __call__(self, step: TorchDistribution, carry: Carry, k: int, /) -> TorchDistribution:
         """Return the tilted step (a :class:`~ppl_diffusion.smc.Proposal`)."""
+        if isinstance(step, BlockStep):
+            return step.with_block(TOKENS, self(step.blocks[TOKENS], carry, k))
         step = tiltable(step)
         return tilted(step, self.logits(carry, step.log_probs, k))
 
@@ -63,6 +67,8 @@ class GradientProposal:
 
     def __call__(self, step: TorchDistribution, carry: Carry, k: int, /) -> TorchDistribution:
         """Return the tilted step (a :class:`~ppl_diffusion.smc.Proposal`)."""
+        if isinstance(step, BlockStep):
+            return step.with_block(TOKENS, self(step.blocks[TOKENS], carry, k))
         step = tiltable(step)
         soft = mean_prediction(step).exp()
         rows = soft.reshape(-1, *soft.shape[-2:])

@@ -73,7 +73,7 @@ class ProposedChain(TorchDistribution):
         names = ("chain", "twist", "clamp", "steering")
         return ProposedChain(**{name: getattr(self, name) for name in names} | parts)
 
-    @constraints.dependent_property(is_discrete=True, event_dim=2)
+    @constraints.dependent_property(event_dim=2)
     def support(self) -> constraints.Constraint:
         """Paths of states."""
         return self.chain.support
@@ -127,17 +127,18 @@ def _move(chain: ReverseChain, moves: Proposal | None, shape: torch.Size) -> Dra
     """Draw paths step by step, weighted by ``prod p / q``."""
     kernel: Any = chain.kernel
     carry = chain.start(shape)
-    log_p = kernel.prior_log_prob(carry["tokens"], chain.prompt)
-    log_weight, states = torch.zeros_like(log_p), [carry["tokens"]]
+    states = [kernel.flat(carry)]
+    log_p = kernel.prior_log_prob(kernel.split(states[0]), chain.prompt)
+    log_weight = torch.zeros_like(log_p)
     for k in range(kernel.num_steps):
         step = kernel.step(carry, k, fixed=chain.fixed)
         proposal = step if moves is None else moves(step, carry, k)
-        tokens = proposal.sample()
-        increment = step.log_prob(tokens)
+        value = proposal.sample()
+        increment = step.log_prob(value)
         log_p = log_p + increment
-        log_weight = log_weight + increment - proposal.log_prob(tokens)
-        carry = kernel.advance(carry, tokens, k, step=step)
-        states.append(tokens)
+        log_weight = log_weight + increment - proposal.log_prob(value)
+        carry = kernel.advance(carry, value, k, step=step)
+        states.append(kernel.flat(carry))
     return Draw(torch.stack(states, -2), log_p, log_weight)
 
 

@@ -84,7 +84,7 @@ class Steering:
         fk = FeynmanKac(chain, self.potential, twist=self.twist, proposal=moves)
         bound, scheme = fk.bind(track_log_prob=True), as_resampler(self.resampler)
         size = (fk.num_steps, self.num_particles, runs)
-        return smc_loop(bound, *size, scheme, self.ess_threshold, None, record="tokens")
+        return smc_loop(bound, *size, scheme, self.ess_threshold, None, record=bound.record)
 
     def _warn_of_exclusions(self, log_potential: Tensor) -> None:
         if self.excludes or not bool((log_potential == -torch.inf).any()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -15,6 +15,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import GIVEN, Carry
+from ppl_diffusion.kernels.blocks import TOKENS
 
 
 class Unroll(Reparam):
@@ -23,6 +24,9 @@ class Unroll(Reparam):
     The joint density is the same number, factor by factor, and the cost is the same ``T``
     network calls; the site ``x`` stays as the deterministic path. With an observed path the
     steps are observed.
+
+    A chain with latents beside its tokens has a site for each of them wherever a step draws it:
+    ``x_tok_k`` and ``x_lat_k``, without the prefix where the site is called ``"path"``.
     """
 
     def apply(self, msg: Any) -> Any:
@@ -36,7 +40,8 @@ class Unroll(Reparam):
                 f"unroll: the steps of {type(chain.kernel).__name__} ({chain.kernel.claim}) have "
                 "no density given the tokens; use a kernel that has one."
             )
-        states = _sample_steps(name, chain, msg["value"])
+        sample = _sample_blocks if chain.kernel.blocks else _sample_steps
+        states = sample(name, chain, msg["value"])
         path = _joined(states, chain) if msg["value"] is None else msg["value"]
         site = Delta(path, event_dim=chain.event_dim).mask(False)
         return {"fn": site, "value": path, "is_observed": True}
@@ -56,6 +61,44 @@ def _sample_steps(name: str, chain: ReverseChain, path: Tensor | None) -> list[T
         carry = kernel.advance(carry, _whole(states[-1], chain, step), k, step=step)
         carry = _with_given(carry, states[-1], chain)
     return states
+
+
+def _sample_blocks(name: str, chain: ReverseChain, path: Tensor | None) -> list[Tensor]:
+    kernel: Any = chain.kernel
+    prefix = "" if name == "path" else f"{name}_"
+    known = [None] * (chain.num_steps + 1) if path is None else path.unbind(-2)
+    observed = [None if x is None else kernel.split(x) for x in known]
+    begun = {TOKENS: chain.start(chain.batch_shape)[TOKENS]}
+    start = kernel.prior_blocks(chain.batch_shape, chain.length, prompt=chain.prompt)
+    carry = kernel.resume(begun | _sample_laws(prefix, 0, start, {}, observed[0]), chain.given)
+    states = [kernel.flat(carry)]
+    for k in range(chain.num_steps):
+        step = kernel.step(carry, k, fixed=chain.fixed)
+        # Noise that a step leaves alone is no site: it would be resampled, and mean nothing.
+        seen = observed[k + 1] or carry
+        still = step.blocks.keys() - kernel.moved(k)
+        held = {n: carry[n] for n in still if torch.equal(seen[n], carry[n])}
+        laws = {n: law for n, law in step.blocks.items() if n not in held}
+        value = _sample_laws(prefix, k + 1, laws, held, observed[k + 1])
+        carry = kernel.advance(carry, value, k, step=step)
+        states.append(kernel.flat(carry))
+    return states
+
+
+def _sample_laws(
+    prefix: str,
+    k: int,
+    laws: Mapping[str, Any],
+    held: Mapping[str, Tensor],
+    observed: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    drawn = {
+        block: pyro.sample(
+            f"{prefix}{block[:3]}_{k}", law, obs=None if observed is None else observed[block]
+        )
+        for block, law in laws.items()
+    }
+    return {**held, **drawn}
 
 
 def _with_given(carry: Carry, state: Tensor, chain: ReverseChain) -> Carry:

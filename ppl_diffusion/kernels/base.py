@@ -26,6 +26,15 @@ from ppl_diffusion.denoisers.prediction import (
     Prediction,
     prefers_head,
 )
+from ppl_diffusion.kernels.blocks import (
+    TOKENS,
+    BlockSpec,
+    Value,
+    flattened,
+    split,
+    tokens_of,
+    width,
+)
 from ppl_diffusion.kernels.completions import (
     BridgedCompletions,
     Completions,
@@ -49,32 +58,7 @@ SAMPLE_ONLY = "SAMPLE_ONLY"
 GIVEN = "given"
 """Key of the carry: what the chain is conditioned on, a dict of tensors ``(*batch, *event)``."""
 
-TOKENS = "tokens"
-"""Name of the block of a step, and key of the carry, that holds the states."""
-
 Carry = dict[str, Any]
-
-Value = Tensor | Mapping[str, Tensor]
-"""What a step draws: states, or a dict of blocks, the states among them."""
-
-
-def tokens_of(value: Value) -> Tensor:
-    """Return the states in what a step drew.
-
-    :param value: states, or blocks.
-    """
-    return value if isinstance(value, Tensor) else value[TOKENS]
-
-
-class BlockSpec(NamedTuple):
-    """A latent that a step draws beside the tokens.
-
-    :param event_shape: its shape per sequence.
-    :param num_states: how many values an entry has; None where it is continuous.
-    """
-
-    event_shape: tuple[int, ...]
-    num_states: int | None = None
 
 
 class SampledPath(NamedTuple):
@@ -164,8 +148,35 @@ class Kernel(ABC):
 
     @property
     def has_path_density(self) -> bool:
-        """Whether paths of tokens have a density; with blocks it is an integral over these."""
-        return self.capability != SAMPLE_ONLY and not self.blocks
+        """Whether paths, of the tokens and all blocks, have a density."""
+        return self.capability != SAMPLE_ONLY
+
+    def width(self, length: int) -> int:
+        """Return the number ``W`` of entries of a flat state, ``L`` where there are no blocks.
+
+        :param length: number ``L`` of tokens.
+        """
+        return width(self.blocks, length)
+
+    def flat(self, value: Value) -> Tensor:
+        """Return tokens and blocks side by side, ``(*batch, W)``; tokens alone as they are.
+
+        :param value: what a step drew, or a carry, which holds it.
+        """
+        return flattened(value, self.blocks)
+
+    def split(self, flat: Tensor) -> Value:
+        """Return a flat state as steps draw it: states, or a dict of blocks.
+
+        :param flat: ``(*batch, W)``.
+        """
+        beside = sum(spec.size for spec in self.blocks.values())
+        return split(flat, self.blocks, flat.shape[-1] - beside)
+
+    @property
+    def can_hold(self) -> bool:
+        """Whether known tokens of the clean sequence stay once they are there (a clamp)."""
+        return self.capability == ORDERED
 
     @property
     def claim(self) -> str:
@@ -229,6 +240,15 @@ class Kernel(ABC):
             return {"tokens": tokens}
         return {"tokens": tokens, GIVEN: self.expand_given(given, tokens.shape[:-1])}
 
+    def resume(self, value: Value, given: Mapping[str, Tensor] | None = None) -> Carry:
+        """Return the carry of a noisiest state that is known, blocks included.
+
+        :param value: int64 ``(*batch, L)``, or the blocks.
+        :param given: values of :attr:`conditions`, each broadcastable to ``(*batch, *event)``.
+        """
+        carry = self.start_carry(tokens_of(value), given=given)
+        return carry if isinstance(value, Tensor) else {**carry, **value}
+
     def expand_given(
         self, given: Mapping[str, Tensor] | None, batch_shape: Sequence[int]
     ) -> dict[str, Tensor]:
@@ -253,18 +273,40 @@ class Kernel(ABC):
         # At alpha = 0 and kappa = 0 the only move of the mixture is a draw from the prior.
         return TokenStep(self.process, start, flat, 0.0, 0.0, 0.0, fixed=fixed, validate_args=False)
 
-    def prior_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+    def prior_blocks(
+        self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
+    ) -> dict[str, TorchDistribution]:
+        """Return the laws of what is random in the noisiest state, block by block."""
+        return {TOKENS: self.prior_step(batch_shape, length, prompt=prompt)}
+
+    def moved(self, k: int) -> set[str]:
+        """Return the names of the blocks that step ``k`` can change, ``"tokens"`` among them."""
+        return {TOKENS, *self.blocks}
+
+    def prior_log_prob(self, value: Value, prompt: Tensor | None = None) -> Tensor:
         """Return the log-probability of a noisiest state.
 
-        :param tokens: int64 ``(*batch, L)``.
+        :param value: int64 ``(*batch, L)``, or the blocks; those that are not there are taken to be
+            where :meth:`start_carry` puts them.
         :param prompt: as in :meth:`init_carry`; prompt positions are certain.
         :returns: float64 ``(*batch,)``.
         """
+        tokens = tokens_of(value)
         log_p = torch.log(self.process.prior_prob(tokens))
         if prompt is not None:
             certain = torch.where(tokens == prompt, 0.0, -torch.inf).to(log_p.dtype)
             log_p = torch.where(prompt >= 0, certain, log_p)
-        return log_p.sum(-1)
+        total: Tensor = log_p.sum(-1)
+        return total if isinstance(value, Tensor) else total + self._blocks_log_prob(value)
+
+    def _blocks_log_prob(self, value: Mapping[str, Tensor]) -> Tensor:
+        """Return the log-density of the noisiest blocks; here they begin in one place."""
+        start = self.start_carry(value[TOKENS])
+        same = [
+            (value[name] == start[name]).reshape(*value[TOKENS].shape[:-1], -1).all(-1)
+            for name in self.blocks
+        ]
+        return torch.where(torch.stack(same).all(0), 0.0, -torch.inf).to(torch.float64)
 
     def sample_path(
         self,
@@ -373,6 +415,13 @@ class Kernel(ABC):
         if self.process.absorbing:
             return MaskedCompletions(tokens, prediction)
         return BridgedCompletions(self.process, tokens, prediction, float(self.alphas[k]))
+
+    def guess(self, carry: Carry, k: int) -> dict[str, Tensor]:
+        """Return what a look-ahead takes the finished blocks to be; here what they are.
+
+        :returns: every block, ``(*batch, *event)``.
+        """
+        return {name: carry[name] for name in self.blocks}
 
     def prediction_time(self, carry: Carry, k: int) -> float | Tensor:
         """Return the time at which step ``k`` asks the denoiser, a number or one per row."""

@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_diffusion.kernels.base import TOKENS
+from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.kernels.step import StepDistribution
 
 
@@ -29,6 +29,14 @@ class BlockStep(TorchDistribution):
         self.blocks = dict(blocks)
         batch = torch.broadcast_shapes(*(law.batch_shape for law in blocks.values()))
         super().__init__(torch.Size(batch), blocks[TOKENS].event_shape, validate_args=False)
+
+    def with_block(self, name: str, law: TorchDistribution) -> BlockStep:
+        """Return the same step with another law of one block.
+
+        :param name: the block.
+        :param law: its law, of the same shapes.
+        """
+        return BlockStep({**self.blocks, name: law})
 
     def sample(
         self,

@@ -81,6 +81,11 @@ class InterpolatingKernel(Kernel):
         return bool(np.all(self.kappa == 1))
 
     @property
+    def can_hold(self) -> bool:
+        """Whether known tokens stay: not where they may be noised to something impossible."""
+        return self.ancestral or bool((self.process.prior > 0).all() and self.kappa.min() >= 0)
+
+    @property
     def changes(self) -> tuple[str, ...]:
         """Psi corrections, besides what the denoiser changes."""
         if self.ancestral:

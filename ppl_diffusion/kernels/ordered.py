@@ -59,6 +59,7 @@ class OrderedKernel(Kernel):
     """
 
     capability = ORDERED
+    can_hold = True
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -56,7 +57,7 @@ class Path:
     def ordered(cls, num_steps: int) -> Self:
         """Return the path of JOINT in half steps, the latent first (ORDERED-JOINT)."""
         down = _down(num_steps)
-        halves = [[(x, y), (y, y)] for x, y in zip(down[:-1], down[1:], strict=True)]
+        halves = [[(x, y), (y, y)] for x, y in pairwise(down)]
         return cls([(1.0, 1.0)] + [pair for half in halves for pair in half])
 
     @classmethod
@@ -86,7 +87,7 @@ class Path:
     @property
     def one_at_a_time(self) -> bool:
         """Whether no step draws tokens and latent at once."""
-        steps = zip(self.levels[:-1], self.levels[1:], strict=True)
+        steps = pairwise(self.levels)
         return not any(x < x0 and y < y0 for (x0, y0), (x, y) in steps)
 
     def __repr__(self) -> str:
@@ -124,11 +125,11 @@ def _check(levels: np.ndarray) -> None:
         raise ValueError(f"Path: the tokens end at level {tokens:.3g}, still noisy; end them at 0.")
     if latent not in (0.0, 1.0):
         raise ValueError(
-            f"Path: the latent ends at level {latent:.3g}; end it at 0, or leave it at 1 throughout "
-            "where it is not to be drawn."
+            f"Path: the latent ends at level {latent:.3g}; end it at 0, or leave it at 1 "
+            "throughout where it is not to be drawn."
         )
     at_end = levels[levels[:, 0] == 0][0, 1]
-    if not (at_end in (0.0, 1.0)):
+    if at_end not in (0.0, 1.0):
         raise ValueError(
             f"Path: the tokens are finished while the latent is at level {at_end:.3g}, and what it "
             "becomes matters no more; finish the latent no later than the tokens."

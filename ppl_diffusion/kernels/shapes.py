@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,8 @@ def check_expand(old: Sequence[int], new: Sequence[int]) -> torch.Size:
     return new
 
 
-def check_value(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Return ``value`` as int64 after checking its event shape."""
+def check_value(distribution: TorchDistribution, value: Tensor, *, whole: bool = True) -> Tensor:
+    """Return ``value`` after checking its event shape, as int64 if it holds whole numbers."""
     event = tuple(distribution.event_shape)
     if value.ndim < len(event) or tuple(value.shape[value.ndim - len(event) :]) != event:
         raise ValueError(
@@ -33,24 +34,30 @@ def check_value(distribution: TorchDistribution, value: Tensor) -> Tensor:
             f"{type(distribution).__name__}: value of shape {tuple(value.shape)} does not "
             f"broadcast with batch shape {tuple(distribution.batch_shape)}."
         ) from error
-    return value.to(torch.int64)
+    return value.to(torch.int64) if whole else value
 
 
 def enumerated(
     distribution: TorchDistribution,
-    num_states: int,
+    num_states: int | Sequence[int],
     expand: bool,
     limit: int,
     device: torch.device,
 ) -> Tensor:
-    """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it."""
-    entries = distribution.event_shape.numel()
-    if num_states**entries > limit:
+    """Return every array of states of the event shape, as Pyro's ``enumerate_support`` wants it.
+
+    :param num_states: states of every entry, or of each entry of the last dimension.
+    """
+    entries, last = distribution.event_shape.numel(), distribution.event_shape[-1]
+    own = [num_states] * last if isinstance(num_states, int) else list(num_states)
+    sizes = own * (entries // last)
+    if math.prod(sizes) > limit:
+        shown = f"{own[0]}**{entries}" if len(set(own)) == 1 else str(math.prod(sizes))
         raise NotImplementedError(
-            f"{type(distribution).__name__}: the support has {num_states}**{entries} values, "
+            f"{type(distribution).__name__}: the support has {shown} values, "
             f"more than max_enumerate = {limit}; use sampling-based inference."
         )
-    grid = torch.cartesian_prod(*[torch.arange(num_states, device=device)] * entries)
+    grid = torch.cartesian_prod(*[torch.arange(size, device=device) for size in sizes])
     batch = distribution.batch_shape
     values = grid.reshape(-1, *[1] * len(batch), *distribution.event_shape)
     return values.expand(-1, *batch, *distribution.event_shape) if expand else values

@@ -9,6 +9,8 @@ from ppl_diffusion.processes.duality import coupled_states as coupled_states
 from ppl_diffusion.processes.duality import diffusion_signal as diffusion_signal
 from ppl_diffusion.processes.duality import diffusion_signal_prime as diffusion_signal_prime
 from ppl_diffusion.processes.duality import log_diffusion_noise as log_diffusion_noise
+from ppl_diffusion.processes.gaussian import Gaussian as Gaussian
+from ppl_diffusion.processes.gaussian import gaussian_bound_terms as gaussian_bound_terms
 from ppl_diffusion.processes.mixture import gather_clean as gather_clean
 from ppl_diffusion.processes.mixture import log_posterior_mean as log_posterior_mean
 from ppl_diffusion.processes.mixture import mixture_log_prob as mixture_log_prob
@@ -22,4 +24,5 @@ from ppl_diffusion.processes.noise import jax_uniforms as jax_uniforms
 from ppl_diffusion.processes.schedules import Cosine as Cosine
 from ppl_diffusion.processes.schedules import Linear as Linear
 from ppl_diffusion.processes.schedules import LogLinear as LogLinear
+from ppl_diffusion.processes.schedules import Polynomial as Polynomial
 from ppl_diffusion.processes.schedules import Schedule as Schedule

@@ -107,6 +107,38 @@ class LogLinear(Schedule):
 
 
 @dataclass(frozen=True)
+class Polynomial(Schedule):
+    """``alpha(t) = 1 - t ** power``: tokens are kept longer than linearly, then lost faster.
+
+    :param power: exponent, at least 1 (:class:`Linear`); below 1 the slope at ``t = 0`` would be
+        infinite. LADD (arXiv:2510.18114) has 2 for the codes of its latents.
+    :raises ValueError: if ``power`` is less than 1 or infinite.
+    """
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.power < math.inf:
+            raise ValueError(f"Polynomial: power must lie in [1, inf), got {self.power}.")
+
+    def alpha(self, t: Array) -> Array:
+        """Return ``1 - t ** power``."""
+        return 1.0 - to_float64(t) ** self.power
+
+    def alpha_prime(self, t: Array) -> Array:
+        """Return ``-power t ** (power - 1)``."""
+        return -self.power * to_float64(t) ** (self.power - 1.0)
+
+    def log1m_alpha(self, t: Array) -> Array:
+        """Return ``power log t``."""
+        return self.power * _log(to_float64(t))
+
+    def time_from_log1m(self, y: Array) -> Array:
+        """Return ``exp(y / power)``."""
+        return _clip_unit(_exp(to_float64(y) / self.power))
+
+
+@dataclass(frozen=True)
 class Cosine(Schedule):
     """``alpha(t) = 1 - cos(pi/2 (1 - t)) = 1 - sin(pi t / 2)``."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import EventKernel
 from ppl_diffusion.kernels.base import Carry, Kernel
+from ppl_diffusion.kernels.blocks import TOKENS, are_discrete
 from ppl_diffusion.programs.ahead import Ahead, Levels, Rated
 from ppl_diffusion.programs.schedule import Group, Item, Plan, groups_of, stages
 from ppl_diffusion.programs.sites import ChainSite
@@ -216,7 +217,7 @@ class Bound:
     ) -> State:
         begun = {n: self.movers[n].init(*self.shape, generator, g) for n, g in given.items()}
         done = {**state["done"], **dict.fromkeys(begun, 0)}
-        noisiest = {**state["noisiest"], **{n: carry["tokens"] for n, carry in begun.items()}}
+        noisiest = {**state["noisiest"], **{n: self._flat(n, carry) for n, carry in begun.items()}}
         return {**state, "sites": {**state["sites"], **begun}, "done": done, "noisiest": noisiest}
 
     def _open_by_program(
@@ -256,7 +257,8 @@ class Bound:
         carry = kernel.init_carry(
             chain.batch_shape, chain.length, prompt=chain.prompt, given=chain.given
         )
-        return self.sites[name].as_path(kernel.completions(carry, 0).likeliest())
+        clean = kernel.completions(carry, 0).likeliest()
+        return self.sites[name].as_path(kernel.flat({TOKENS: clean, **kernel.guess(carry, 0)}))
 
     # Moving.
 
@@ -314,11 +316,27 @@ class Bound:
         for name, carry in state["sites"].items():
             k = state["done"][name]
             if k == self.steps[name]:  # finished: all completions are the sequence itself
-                tokens = carry["tokens"][:, :, None]
-                found[name] = tokens.expand(*tokens.shape[:2], twist.num_fills, *tokens.shape[3:])
+                clean = self._flat(name, carry)[:, :, None]
+                found[name] = clean.expand(*clean.shape[:2], twist.num_fills, *clean.shape[3:])
             else:
-                found[name] = self.movers[name].fills(twist, carry, k, generator)
+                fills = self.movers[name].fills(twist, carry, k, generator)
+                found[name] = self._completed(name, carry, k, fills)
         return found
+
+    def _flat(self, name: str, carry: Carry) -> Tensor:
+        return self.movers[name].kernel.flat(carry)
+
+    def _completed(self, name: str, carry: Carry, k: int, fills: Tensor) -> Tensor:
+        """Return completions of the tokens with the blocks beside them as they are guessed."""
+        kernel = self.movers[name].kernel
+        if not kernel.blocks:
+            return fills
+        lead = (*fills.shape[:2], fills.shape[2], *fills.shape[3:-1])
+        beside = {
+            block: x[:, :, None].expand(*lead, *kernel.blocks[block].event_shape)
+            for block, x in kernel.guess(carry, k).items()
+        }
+        return kernel.flat({TOKENS: fills, **beside})
 
     def score(self, state: State, fills: Mapping[str, Tensor]) -> Tensor:
         """Return ``log h`` of states whose completions are known, float64 ``(R, N)``."""
@@ -469,20 +487,21 @@ class Bound:
 
     def record(self, state: State) -> dict[str, Tensor]:
         """Return what is kept of the states after every group, of chains that keep nothing."""
-        return {n: self._tokens(state, n) for n in self.sites if self._keeper(n) is None}
+        return {n: self._state(state, n) for n in self.sites if self._keeper(n) is None}
 
     def _keeper(self, name: str) -> BoundFeynmanKac | None:
         """Return the mover of a chain whose carry holds its path, if it does."""
         mover = self.movers[name]
         return mover if isinstance(mover, BoundFeynmanKac) and mover.knows_path else None
 
-    def _tokens(self, state: State, name: str) -> Tensor:
+    def _state(self, state: State, name: str) -> Tensor:
         if name in state["sites"]:
-            tokens: Tensor = state["sites"][name]["tokens"]
-            return tokens
+            return self._flat(name, state["sites"][name])
         chain = self.sites[name].chain
-        shape = (*self.shape, *chain.batch_shape, chain.length)
-        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        shape = (*self.shape, *chain.batch_shape, chain.event_shape[-1])
+        discrete = are_discrete(chain.kernel.blocks)
+        kind = torch.uint8 if discrete else torch.float64
+        return torch.zeros(shape, dtype=kind, device=self.device)
 
     def own_paths(self, state: State, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the path of every chain, its own steps alone, ``(R, N, *plates, T + 1, L)``.

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
-from ppl_diffusion.kernels.base import ORDERED, SAMPLE_ONLY
+from ppl_diffusion.kernels.base import SAMPLE_ONLY
 from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.schedule import Item
@@ -271,14 +270,7 @@ def held_proposal(site: ChainSite) -> Any:
 
 def can_hold(site: ChainSite) -> bool:
     """Return whether clamped tokens can be held: not where they may be masked again on the way."""
-    kernel = site.chain.kernel
-    if site.clamp is None:
-        return False
-    if isinstance(kernel, InterpolatingKernel):
-        return kernel.ancestral or bool(
-            (kernel.process.prior > 0).all() and kernel.kappa.min() >= 0
-        )
-    return isinstance(kernel, OrderedKernel) or kernel.capability == ORDERED
+    return site.clamp is not None and site.chain.kernel.can_hold
 
 
 def described(value: Any) -> Any:

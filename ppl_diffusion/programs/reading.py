@@ -28,6 +28,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.handlers.conditioned import require_unconditioned
+from ppl_diffusion.kernels.blocks import are_discrete
 from ppl_diffusion.programs.run import PARTICLE_PLATE, ProgramRun, same_values, scored_log_prob
 from ppl_diffusion.programs.sites import (
     ChainSite,
@@ -556,7 +557,7 @@ def trial_sequences(site: ChainSite, number: int) -> Tensor:
         tokens = torch.cat(list(orders), -1)[..., :number]
     else:  # orders of a large alphabet would not fit into memory
         tokens = (torch.randint(size, shape, device=device)[..., None] + row) % size
-    return _prompted(tokens.movedim(-1, 0), site)
+    return site.beside(_prompted(tokens.movedim(-1, 0), site))
 
 
 def _two_constants(site: ChainSite) -> Tensor:
@@ -566,7 +567,8 @@ def _two_constants(site: ChainSite) -> Tensor:
     device = chain.kernel.device
     first = torch.randint(size, (), device=device)
     tokens = (first + torch.arange(2, device=device)) % size
-    return _prompted(tokens.reshape(2, *[1] * len(shape)).expand(2, *shape), site)
+    two = _prompted(tokens.reshape(2, *[1] * len(shape)).expand(2, *shape), site)
+    return site.beside(two)
 
 
 def _prompted(tokens: Tensor, site: ChainSite) -> Tensor:
@@ -579,7 +581,8 @@ def _prompted(tokens: Tensor, site: ChainSite) -> Tensor:
 def _histories(clean: Tensor, site: ChainSite) -> Tensor:
     """Return paths to clean sequences, noise until the end first, then noise that gives way."""
     chain, shape = site.chain, torch.Size((NUM_HISTORIES, *clean.shape))
-    noise = chain.kernel.init_carry(shape[:-1], chain.length, prompt=chain.prompt)["tokens"]
+    carry = chain.kernel.init_carry(shape[:-1], chain.length, prompt=chain.prompt)
+    noise = chain.kernel.flat(carry)
     step = torch.arange(chain.num_steps + 1, device=clean.device)[:, None]
     when = torch.randint(1, chain.num_steps + 1, shape, device=clean.device)
     when[0] = chain.num_steps
@@ -588,7 +591,8 @@ def _histories(clean: Tensor, site: ChainSite) -> Tensor:
 
 def _empty_path(name: str, chain: ReverseChain) -> Tensor:
     shape = (*chain.batch_shape, *chain.event_shape)
-    return torch.zeros(shape, dtype=torch.int64, device=chain.kernel.device)
+    kind = torch.int64 if are_discrete(chain.kernel.blocks) else torch.float64
+    return torch.zeros(shape, dtype=kind, device=chain.kernel.device)
 
 
 def _same_chain(site: dict[str, Any], known: ChainSite) -> bool:

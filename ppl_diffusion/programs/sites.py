@@ -17,6 +17,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal, ProposedChain, Steering, as_steering, joined
+from ppl_diffusion.kernels.blocks import TOKENS, arbitrary
 from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.law import Base
 
@@ -51,12 +52,29 @@ class ChainSite:
         clamp = None if self.clamp is None else (self.clamp.tokens, self.clamp.mask)
         return Base.of(self.chain, self.name, clamp, drawn=drawn)
 
+    def beside(self, tokens: Tensor) -> Tensor:
+        """Return clean sequences with random blocks beside them, to try a program on.
+
+        :param tokens: int64 ``(*batch, L)``.
+        """
+        return with_blocks(self.chain, tokens)
+
     def as_path(self, clean: Tensor) -> Tensor:
         """Return clean sequences repeated as if each were a whole path, ``(*batch, T + 1, L)``.
 
-        :param clean: int64 ``(*batch, L)``.
+        :param clean: int64 ``(*batch, L)``, or flat with blocks, ``(*batch, W)``.
         """
         return clean[..., None, :].expand(*clean.shape[:-1], self.chain.num_steps + 1, -1)
+
+
+def with_blocks(chain: ReverseChain, tokens: Tensor) -> Tensor:
+    """Return clean sequences of a chain with random blocks beside them, ``(*batch, W)``.
+
+    :param tokens: int64 ``(*batch, L)``.
+    """
+    blocks, batch = chain.kernel.blocks, tokens.shape[:-1]
+    beside = {name: arbitrary(spec, batch, tokens.device) for name, spec in blocks.items()}
+    return chain.kernel.flat({TOKENS: tokens, **beside}) if beside else tokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ppl_diffusion.deferred import refuse_if
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
-from ppl_diffusion.kernels.base import GIVEN
+from ppl_diffusion.kernels.base import GIVEN, Kernel
+from ppl_diffusion.kernels.blocks import TOKENS, tokens_of
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS, AbstractPotential, Potential
 from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.run import ProgramRun, same_values
@@ -25,7 +26,7 @@ from ppl_diffusion.programs.tracking import Place
 from ppl_diffusion.row_memory import RowMemory
 from ppl_diffusion.rows import DistinctRows
 from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential, Pending, UncachedPotential
-from ppl_diffusion.smc.feynman_kac import per_particle
+from ppl_diffusion.smc.feynman_kac import ends, per_particle
 from ppl_diffusion.smc.law import Law, Tilt, digest
 from ppl_diffusion.smc.twists import log_mean_exp
 
@@ -146,16 +147,17 @@ class ChainSource(Source):
 
     def look(self, fills: Fills, state: State, *, last: bool = False) -> Tensor:
         """Ask the potential about every completion."""
+        x0 = self._tokens(fills["x"])
         if last:
-            return self.potential(fills["x"])
-        return require_finite(self.potential.lookahead(fills["x"]), self.given.name)
+            return self.potential(x0)
+        return require_finite(self.potential.lookahead(x0), self.given.name)
 
     def submit(self, fills: Fills) -> Pending:
         """Begin to ask the potential about every completion; the answer is that of :meth:`look`.
 
         :param fills: the completions.
         """
-        pending = self.potential.submit(fills["x"])
+        pending = self.potential.submit(self._tokens(fills["x"]))
         return lambda: require_finite(pending(), self.given.name)
 
     def children(
@@ -166,7 +168,7 @@ class ChainSource(Source):
         if last:
             unfinished = state["sites"]["x"]["tokens"][..., None, None, :]
             return self.potential(with_sites(unfinished, positions[..., None], tokens))
-        each = fills["x"].movedim(2, -2)[..., None, None, :, :]
+        each = self._tokens(fills["x"]).movedim(2, -2)[..., None, None, :, :]
         rows = with_sites(each, positions[..., None, None], tokens[..., None])
         values = require_finite(self.potential.lookahead(rows), self.given.name)
         return log_mean_exp(values, -1)
@@ -175,8 +177,15 @@ class ChainSource(Source):
         self, state: State, paths: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Ask the potential about the clean sequences."""
-        x0 = state["sites"]["x"]["tokens"]
-        return per_particle(self.potential(x0)), {"x0": x0}
+        carry = state["sites"]["x"]
+        return per_particle(self.potential(carry[TOKENS])), ends(self._kernel, carry)
+
+    @property
+    def _kernel(self) -> Kernel:
+        return self.chains[0].chain.kernel
+
+    def _tokens(self, clean: Tensor) -> Tensor:
+        return tokens_of(self._kernel.split(clean))
 
 
 class ProgramSource(Source):
@@ -272,9 +281,9 @@ class ProgramSource(Source):
         """
         program = self.program
         latents = {name: x.flatten(0, 1) for name, x in state["latents"].items()}
-        tokens = {s.name: state["sites"][s.name]["tokens"] for s in self.chains}
-        shape = next(iter(tokens.values())).shape[:2]
-        x0 = {name: x.flatten(0, 1) for name, x in tokens.items()}
+        clean = {s.name: s.chain.kernel.flat(state["sites"][s.name]) for s in self.chains}
+        shape = next(iter(clean.values())).shape[:2]
+        x0 = {name: x.flatten(0, 1) for name, x in clean.items()}
         whole = paths is not None and bool(program.reads | program.shows)
         # Whole paths are seldom equal, and latents drawn here differ where sequences do not.
         every = whole or bool(program.redrawn) or not strict
@@ -357,7 +366,7 @@ class ProgramSource(Source):
     def _within_clamps(self, log_g: Tensor, x0: Mapping[str, Tensor]) -> Tensor:
         for site in self.chains:
             if site.clamp is not None:
-                held = site.clamp.holds(x0[site.name])
+                held = site.clamp.holds(site.chain.tokens(x0[site.name]))
                 inside = held.flatten(1).all(-1) if held.ndim > 1 else held
                 log_g = log_g.masked_fill(~inside.to(log_g.device), -torch.inf)
         return log_g
@@ -370,10 +379,11 @@ class ProgramSource(Source):
             clamp = site.clamp
             if clamp is None or site.name not in held:
                 continue
-            guess = held[site.name]
+            guess, beside = held[site.name].tensor_split([site.chain.length], -1)
             tokens, mask = clamp.beside(guess)
             if site.name in self.holding:
-                held[site.name] = torch.where(mask, tokens, guess)
+                kept = torch.where(mask, tokens.to(guess.dtype), guess)
+                held[site.name] = torch.cat([kept, beside], -1)
                 continue
             wrong = ((guess != tokens) & mask).flatten(3).sum(-1)
             penalty = penalty + FORBIDDEN_GUESS * wrong.to(torch.float64)
@@ -384,9 +394,13 @@ class ProgramSource(Source):
         total = torch.zeros(some.shape[:3], dtype=torch.float64, device=some.device)
         # Chains that wait for another one to end have no completions yet, and nothing to add.
         for name in self._surrogates.keys() & fills.keys():
-            value = self._surrogates[name].lookahead(fills[name])  # (R, N, F, *plates)
+            tokens = self._chain(name).tokens(fills[name])
+            value = self._surrogates[name].lookahead(tokens)  # (R, N, F, *plates)
             total = total + (value.flatten(3).sum(-1) if value.ndim > 3 else value)
         return total
+
+    def _chain(self, name: str) -> ReverseChain:
+        return next(site.chain for site in self.chains if site.name == name)
 
     def _guessed(
         self, rows: Mapping[str, Tensor], latents: Mapping[str, Tensor], *, last: bool
@@ -462,7 +476,7 @@ def with_sites(x: Tensor, sites: Tensor, values: Tensor) -> Tensor:
     """
     shape = torch.broadcast_shapes(x.shape[:-1], sites.shape, values.shape)
     index, value = (t.expand(shape)[..., None] for t in (sites, values))
-    return x.expand(*shape, x.shape[-1]).scatter(-1, index, value)
+    return x.expand(*shape, x.shape[-1]).scatter(-1, index, value.to(x.dtype))
 
 
 def require_finite(value: Tensor, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.programs.sites import chain_of, is_chain
+from ppl_diffusion.programs.sites import chain_of, is_chain, with_blocks
 
 Place = Callable[[str, ReverseChain], Tensor]
 
@@ -158,4 +158,5 @@ def _random_path(chain: ReverseChain) -> Tensor:
     clean = torch.randint(size, shape, device=chain.kernel.device)
     if chain.prompt is not None:
         clean = torch.where(chain.prompt >= 0, chain.prompt, clean)
+    clean = with_blocks(chain, clean)
     return clean[..., None, :].expand(*shape[:-1], chain.num_steps + 1, -1).clone()

@@ -9,25 +9,28 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.kernels.base import Carry, Kernel
+from ppl_diffusion.kernels.blocks import widened
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.smc.feynman_kac import LOG_PROB, per_particle
 
 TRAIL = "trail"
-"""Entry of the state: by chain and number of own steps, the tokens after them, ``(R, N, ...)``."""
+"""Entry of the state: by chain and number of own steps, its flat states, ``(R, N, ...)``."""
 
 State = dict[str, Any]
 
 
 def remember(state: State, site: ChainSite) -> State:
-    """Return states that remember the tokens that one chain has now.
+    """Return states that remember what one chain has drawn by now.
 
     :param state: states.
     :param site: the chain.
     """
-    name, small = site.name, site.chain.kernel.process.num_states <= 256
-    tokens = state["sites"][name]["tokens"].to(torch.uint8 if small else torch.int32)
+    name, kernel = site.name, site.chain.kernel
+    kept = kernel.flat(state["sites"][name])
+    if not kernel.blocks:  # tokens alone are small
+        kept = kept.to(torch.uint8 if kernel.process.num_states <= 256 else torch.int32)
     trails = state.get(TRAIL, {})
-    own = {**trails.get(name, {}), state["done"][name]: tokens}
+    own = {**trails.get(name, {}), state["done"][name]: kept}
     return {**state, TRAIL: {**trails, name: own}}
 
 
@@ -48,12 +51,13 @@ def retrace(
     :param states: the noisiest state, and the others by number of steps.
     :param given: the conditions, each ``(R, N, *plates, *event)``.
     """
-    tokens, trail = states
-    told = kernel.start_carry(tokens, given=given)
-    log_p = kernel.prior_log_prob(tokens, site.chain.prompt)
+    first, trail = states
+    start = kernel.split(first)
+    told = kernel.resume(start, given)
+    log_p = kernel.prior_log_prob(start, site.chain.prompt)
     for k, kept in enumerate(trail[n] for n in sorted(trail)):
         step = kernel.step(told, k, fixed=site.chain.fixed)
-        value = kept.to(torch.int64)
+        value = kernel.split(widened(kept))
         log_p = log_p + step.log_prob(value)
         told = kernel.advance(told, value, k, step=step)
     return {**carry, **told, LOG_PROB: per_particle(log_p)}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import tokens_of
+from ppl_diffusion.kernels.blocks import Value, tokens_of, widened
 from ppl_diffusion.smc.engine import Progress, SMCTrace, run_smc, smc_loop
 from ppl_diffusion.smc.evaluated_potential import EvaluatedPotential
 from ppl_diffusion.smc.feynman_kac import (
@@ -32,6 +32,7 @@ from ppl_diffusion.smc.feynman_kac import (
     BoundFeynmanKac,
     FeynmanKac,
     KernelProposal,
+    ends,
     per_particle,
 )
 from ppl_diffusion.smc.late import require_in_time
@@ -102,11 +103,12 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         """Return the noisiest states, slot 0 that of the retained path."""
         given = self.model.chain.given if given is None else given
         carry = super().init(runs, particles, generator, given)
-        tokens = _hold(carry["tokens"], self.retained[..., 0, :])
-        carry = {**carry, **self._kernel.start_carry(tokens, generator, given=given)}
+        kernel = self._kernel
+        start = kernel.split(_hold(kernel.flat(carry), self.retained[..., 0, :]))
+        carry = {**carry, **kernel.resume(start, given)}
         if isinstance(self._proposal, KernelProposal):
-            carry |= self._proposal.start(tokens, given)
-        log_p = per_particle(self._kernel.prior_log_prob(tokens, self.model.chain.prompt))
+            carry |= self._proposal.start(tokens_of(start), given)
+        log_p = per_particle(kernel.prior_log_prob(start, self.model.chain.prompt))
         _require(log_p[:, :1] > -math.inf, "starts from a state that the chain cannot start from")
         return {**carry, LOG_PROB: log_p}
 
@@ -119,9 +121,9 @@ class ConditionalFeynmanKac(BoundFeynmanKac):
         _require(possible, f"makes a move of probability zero at step {k}")
         return moved, log_ratio
 
-    def _draw(self, moves: TorchDistribution, k: int, generator: torch.Generator | None) -> Tensor:
-        drawn = tokens_of(super()._draw(moves, k, generator))
-        return _hold(drawn, self.retained[..., k + 1, :])
+    def _draw(self, moves: TorchDistribution, k: int, generator: torch.Generator | None) -> Value:
+        drawn = self._kernel.flat(super()._draw(moves, k, generator))
+        return self._kernel.split(_hold(drawn, self.retained[..., k + 1, :]))
 
     def log_twist(self, carry: Carry, k: int, generator: torch.Generator | None) -> Tensor | None:
         """Return ``log h_k``; at the end that of the retained path must be possible."""
@@ -169,7 +171,7 @@ class ConditionalRun:
         return ParticlePosterior(
             x0=tokens,
             times=torch.as_tensor(model.chain.kernel.times),
-            samples={"x0": tokens},
+            samples=ends(model.chain.kernel, self.trace.carry),
             num_evaluations=self.engine.num_evaluations,
             num_potential_calls=self.engine.num_potential_calls,
             law=model.law.but(exact=False, why=_CONDITIONAL),
@@ -217,13 +219,13 @@ def conditional_smc(
             ConditionalMultinomial(),
             ess_threshold,
             generator,
-            record="tokens",
+            record=model.record,
             progress=progress,
         )
         slot = torch.multinomial(trace.weights.normalised, 1, generator=generator)[:, 0]
     paths = trace.path()
     assert paths is not None  # the tokens were recorded
-    path = paths[torch.arange(len(slot)), slot].to(torch.int64)
+    path = widened(paths[torch.arange(len(slot)), slot])
     return ConditionalRun(path, slot, trace, model)
 
 
@@ -323,4 +325,4 @@ def _check_paths(model: FeynmanKac, retained: Tensor) -> Tensor:
             f"conditional SMC: retained paths must have shape (R, {', '.join(map(str, expected))}),"
             f" got {tuple(retained.shape)}."
         )
-    return retained.to(torch.int64)
+    return widened(retained)

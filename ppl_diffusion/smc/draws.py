@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from ppl_diffusion.kernels.blocks import widened
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior_files import read_posterior, write_posterior
 from ppl_diffusion.smc.resampling import Stratified
@@ -69,7 +70,7 @@ class Draws(ABC):
     @property
     def path(self) -> Tensor | None:
         """Whole paths, int64 ``(R, N, *plates, T + 1, L)``, or None if they were not stored."""
-        return None if self.compact_path is None else self.compact_path.to(torch.int64)
+        return None if self.compact_path is None else widened(self.compact_path)
 
     @property
     @abstractmethod

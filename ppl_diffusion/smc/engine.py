@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.deferred import deferred_checks, refuse_if
+from ppl_diffusion.kernels.blocks import compacted
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.processes.noise import uniforms
-from ppl_diffusion.smc.feynman_kac import FeynmanKac
+from ppl_diffusion.smc.feynman_kac import STATE, FeynmanKac, ends
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
 from ppl_diffusion.smc.late import looking
 from ppl_diffusion.smc.posterior import ParticlePosterior
@@ -99,7 +100,7 @@ def run_smc(
             scheme,
             ess_threshold,
             generator,
-            record="tokens" if store_path and not bound.knows_path else None,
+            record=bound.record if store_path and not bound.knows_path else None,
             progress=progress,
         )
     path = bound.path(trace.carry) if store_path and bound.knows_path else trace.path()
@@ -116,7 +117,7 @@ def run_smc(
     posterior = ParticlePosterior(
         x0=tokens,
         times=torch.as_tensor(fk.chain.kernel.times, device="cpu"),
-        samples={"x0": tokens},
+        samples=ends(bound.kernel, trace.carry),
         num_evaluations=bound.num_evaluations,
         num_potential_calls=bound.num_potential_calls,
         law=fk.law,
@@ -152,7 +153,7 @@ class SMCTrace:
         """
         return _paths(self.history, self.ancestors)
 
-    def path(self, name: str = "tokens") -> Tensor | None:
+    def path(self, name: str = STATE) -> Tensor | None:
         """Return the surviving paths of one entry of the carry, or None if it was not recorded.
 
         :param name: the entry.
@@ -336,7 +337,7 @@ class _Log:
         assert self.record is not None
         record = self.record
         kept = {record: carry[record]} if isinstance(record, str) else record(carry)
-        return {name: _compact(tokens) for name, tokens in kept.items()}
+        return {name: compacted(tokens) for name, tokens in kept.items()}
 
     def paths(self, carry: Carry, parents: Tensor) -> dict[str, Tensor]:
         """Return the paths that end in a population whose step is not logged yet."""
@@ -412,13 +413,6 @@ def _checked(ancestors: Tensor, resampler: Resampler, weights: Weights) -> Tenso
     outside = ((ancestors < 0) | (ancestors >= num)).any()
     refuse_if(outside, lambda: complaint("indices of no particle"))
     return ancestors.clamp(0, num - 1)  # so that the device lives until the check is read
-
-
-def _compact(tokens: Tensor) -> Tensor:
-    """Return a copy in the smallest integer type; token ids are far below 2**15 or 2**31."""
-    top = int(tokens.max()) if tokens.numel() else 0
-    kind = torch.uint8 if top < 2**8 else torch.int16 if top < 2**15 else torch.int32
-    return tokens.to(kind)
 
 
 def _check_settings(num_particles: int, num_runs: int, ess_threshold: float) -> None:

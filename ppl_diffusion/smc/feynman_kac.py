@@ -24,8 +24,9 @@ from torch import Tensor
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser
 from ppl_diffusion.distributions.reverse_chain import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel, Value, check_given
+from ppl_diffusion.kernels.base import SAMPLE_ONLY, Kernel, check_given
 from ppl_diffusion.kernels.block_step import BlockStep
+from ppl_diffusion.kernels.blocks import TOKENS, Value
 from ppl_diffusion.kernels.event_kernel import EventKernel
 from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
@@ -47,6 +48,8 @@ from ppl_diffusion.smc.twists import (
 )
 
 LOG_PROB = "log_prob"
+STATE = "state"
+"""What the engine keeps of a chain at every step: its flat states."""
 
 
 class Proposal(Protocol):
@@ -292,10 +295,13 @@ class BoundFeynmanKac:
         if isinstance(self._proposal, KernelProposal):
             carry = {**carry, **self._proposal.start(carry["tokens"], given)}
         if self.track_log_prob:
-            carry[LOG_PROB] = per_particle(
-                self._kernel.prior_log_prob(carry["tokens"], chain.prompt)
-            )
+            begun = self._kernel.split(self._kernel.flat(carry))
+            carry[LOG_PROB] = per_particle(self._kernel.prior_log_prob(begun, chain.prompt))
         return carry
+
+    def record(self, carry: Carry) -> dict[str, Tensor]:
+        """Return what is kept of a carry at every step."""
+        return {STATE: self._kernel.flat(carry)}
 
     def move(
         self, carry: Carry, k: int, generator: torch.Generator | None
@@ -409,6 +415,11 @@ def _require_same_grid(model: Kernel, proposal: Kernel) -> None:
             f"FeynmanKac: the proposal {missing}; no weight makes up for what is never drawn, so "
             "propose by a kernel that can go wherever the chain goes."
         )
+
+
+def ends(kernel: Kernel, carry: Carry) -> dict[str, Tensor]:
+    """Return the sites of a bare chain: the clean sequences ``x0``, and the blocks beside them."""
+    return {"x0": carry[TOKENS], **{name: carry[name] for name in kernel.blocks}}
 
 
 def per_particle(values: Tensor) -> Tensor:

@@ -38,6 +38,17 @@ class ModelContract:
         """Return the model under test."""
         raise NotImplementedError
 
+    def least(self, model: DiffusionProgram, rows: Tensor) -> Tensor:
+        """Return what no bound may lie below, ``-log p(x0)`` of the law that it bounds, ``(n,)``.
+
+        Here of the continuous-time limit; a model whose bound is that of one chain overrides it.
+
+        :param rows: clean sequences, int64 ``(n, L)``.
+        """
+        coarse, fine = (-model.chain(k * self.grid).marginal().log_prob(rows) for k in (1, 2))
+        # An error of order 1 / T halves with the grid, so what is left is about the difference.
+        return fine - 2.0 * (fine - coarse).abs()
+
     @pytest.fixture(name="model")
     def _model(self) -> DiffusionProgram:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -55,9 +66,10 @@ class ModelContract:
     def test_samples_are_clean_sequences(self, model: DiffusionProgram) -> None:
         chain = model.chain(3)
         path = chain.sample((50,), generator=torch.Generator().manual_seed(1))
-        assert path.shape == (50, 4, model.length)
-        assert path.dtype == torch.int64
-        assert 0 <= int(path.min()) <= int(path.max()) < model.process.num_states
+        tokens = chain.tokens(path)  # a path may pack more than tokens
+        assert tokens.shape == (50, 4, model.length)
+        assert tokens.dtype == torch.int64
+        assert 0 <= int(tokens.min()) <= int(tokens.max()) < model.process.num_states
         assert int(chain.x0(path).min()) >= 0
         assert int(chain.x0(path).max()) < len(model.vocabulary)
 
@@ -94,10 +106,7 @@ class ModelContract:
         assert terms.dtype == torch.float64
         bounds = terms.mean(0).reshape(repeats, -1)
         error = bounds.std(0) / repeats**0.5
-        coarse, fine = (-model.chain(k * self.grid).marginal().log_prob(rows) for k in (1, 2))
-        # An error of order 1 / T halves with the grid, so what is left is about the difference.
-        limit = fine - 2.0 * (fine - coarse).abs()
-        assert bool((bounds.mean(0) + STANDARD_ERRORS * error >= limit).all())
+        assert bool((bounds.mean(0) + STANDARD_ERRORS * error >= self.least(model, rows)).all())
 
     def test_what_is_saved_comes_back(self, model: DiffusionProgram, tmp_path: Path) -> None:
         model.save(tmp_path)
@@ -108,7 +117,8 @@ class ModelContract:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert not any(p.requires_grad for p in _parameters(again))
-        assert torch.equal(_draw(model), _draw(again))
+        # Whole numbers exactly; vectors are of float32, and memory decides the order of its sums.
+        assert torch.allclose(_draw(model), _draw(again), rtol=1e-5, atol=1e-5)
 
     def test_a_folder_of_an_unknown_family_says_so(
         self, model: DiffusionProgram, tmp_path: Path
@@ -122,7 +132,7 @@ class ModelContract:
     def test_moving_it_nowhere_changes_nothing(self, model: DiffusionProgram) -> None:
         before = _draw(model)
         assert model.to(model.device) is model
-        assert torch.equal(_draw(model), before)
+        assert torch.allclose(_draw(model), before, rtol=1e-5, atol=1e-5)
 
 
 def _clean(model: DiffusionProgram) -> Tensor:

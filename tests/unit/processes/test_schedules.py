@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_diffusion.kernels import Cosine, Linear, LogLinear
+from ppl_diffusion.kernels import Cosine, Linear, LogLinear, Polynomial
 
-SCHEDULES = [Linear(), LogLinear(), LogLinear(eps=0.1), Cosine()]
+SCHEDULES = [Linear(), LogLinear(), LogLinear(eps=0.1), Cosine(), Polynomial(), Polynomial(3.5)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 
 
@@ -93,9 +93,22 @@ def test_libraries_agree(schedule):
 def test_schedules_are_values():
     assert LogLinear(0.1) == LogLinear(eps=0.1) != LogLinear(0.2)
     assert len({Linear(), Linear(), Cosine()}) == 2
+    assert Polynomial(2) == Polynomial() != Polynomial(3)
 
 
 @pytest.mark.parametrize("eps", [-0.1, 1.0, math.nan])
 def test_bad_eps(eps):
     with pytest.raises(ValueError, match=r"LogLinear: eps must lie in \[0, 1\)"):
         LogLinear(eps)
+
+
+def test_polynomial_of_power_one_is_linear():
+    t = np.linspace(0, 1, 11)
+    for name in ("alpha", "alpha_prime", "log1m_alpha"):
+        np.testing.assert_array_equal(getattr(Polynomial(1.0), name)(t), getattr(Linear(), name)(t))
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0, -1.0, math.inf, math.nan])
+def test_bad_power(power):
+    with pytest.raises(ValueError, match=r"Polynomial: power must lie in \[1, inf\)"):
+        Polynomial(power)

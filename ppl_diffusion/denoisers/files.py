@@ -1,0 +1,82 @@
+"""Networks as folders: weights as safetensors, the shape as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+Config = TypeVar("Config")
+
+
+def write_network(network: nn.Module, config: Any, directory: str | Path) -> None:
+    """Write weights and shape of a network; reading them back gives the same bits.
+
+    :param config: a dataclass.
+    :param directory: folder, made if it is absent.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE)
+    text = json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(
+    directory: str | Path, make: Callable[..., Config], who: str = "Transformer"
+) -> Config:
+    """Read the shape of a network.
+
+    :param make: the dataclass that it was.
+    :param who: what errors call the network.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: if it holds something else.
+    """
+    path = Path(directory) / CONFIG_FILE
+    _require(path, who)
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return make(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{who}: {path} is no transformer configuration ({error}); "
+            "write it anew with save_pretrained."
+        ) from error
+
+
+def read_weights(network: nn.Module, directory: str | Path) -> None:
+    """Read the weights of a network in place.
+
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: if it is corrupt or of another network.
+    """
+    path, who = Path(directory) / WEIGHTS_FILE, type(network).__name__
+    _require(path, who)
+    try:
+        network.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{who}: {path} is not a readable safetensors file ({error}); fetch it anew."
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"{who}: the weights in {path} do not fit the configuration beside them; "
+            "keep the two files of one save_pretrained call together."
+        ) from error
+
+
+def _require(path: Path, who: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{who}: {path} does not exist; give a folder that save_pretrained wrote."
+        )
