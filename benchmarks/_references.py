@@ -3,7 +3,9 @@
 ``python -m benchmarks._references --data DATA`` makes ``reference_kmers.json`` anew. Held-out rows
 (validation and test) are split into two halves, by families of near copies where there are such;
 each half keeps its word frequencies. The noise floor is the same measure that samples get, taken
-of as many real sequences from the other half.
+of as many real sequences from the other half. Sequences that are filled up to a length are cut at
+their end, and their words may reach over it by one letter to either side: where sequences begin and
+end is measured too.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ import numpy as np
 import typer
 from scipy.special import rel_entr
 
-from ppl_diffusion.models.datasets import Sequences, load_sequences
+from ppl_diffusion.models.datasets import PADDING, Sequences, load_sequences, unpad
 
 FILE = Path(__file__).with_name("reference_kmers.json")
-ORDERS = {"yeast": 4, "tinyshakespeare": 3}
+ORDERS = {"yeast": 4, "tinyshakespeare": 3, "names": 3, "qm9": 4}
 """Letters of a word in each data set."""
 
 SIZES = (8, 24, 48, 96)
 """Numbers of sequences with a noise floor."""
+
+SHORT_SIZES = (256, 1024)
+"""The same for short sequences, those that are filled up: each holds few words."""
 
 _DRAWS = 200
 
@@ -57,6 +62,13 @@ class Reference:
     entropy: float
     floors: Mapping[int, tuple[float, float]]
 
+    def spelt(self, text: str) -> str:
+        """Return a sequence as its words are taken from it.
+
+        :param text: as it is decoded.
+        """
+        return spelt(text) if PADDING in self.vocabulary else text
+
     def divergence(self, texts: Sequence[str]) -> tuple[float, float]:
         """Return the Jensen-Shannon divergence of word frequencies to held-out text, nats.
 
@@ -64,7 +76,7 @@ class Reference:
         :returns: the mean over both halves of the held-out text, and its standard error, by
             leaving out one sequence at a time (jackknife).
         """
-        found = [Counter(_cut(text, self.order)) for text in texts]
+        found = [Counter(_cut(self.spelt(text), self.order)) for text in texts]
         keys = sorted(set().union(*self.halves, *found))
         counts = np.array([[row[key] for key in keys] for row in found], dtype=np.float64)
         halves = [np.array([half.get(key, 0.0) for key in keys]) for half in self.halves]
@@ -74,6 +86,14 @@ class Reference:
             for c in (whole, whole - counts)
         )
         return float(value), float(np.std(without) * math.sqrt(len(texts) - 1))
+
+
+def spelt(text: str) -> str:
+    """Return a sequence that was filled up without its filling, between signs for its two ends.
+
+    :param text: as it is decoded.
+    """
+    return f"^{unpad(text)}$"
 
 
 def words(
@@ -187,13 +207,14 @@ class HeldOut:
         return words(self.texts, order, self.weights.tolist())
 
     def draw(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Draw sequences with replacement, every family as often.
+        """Draw sequences, every family as often.
 
-        :param count: how many.
+        :param count: how many; as many as in :data:`SHORT_SIZES` are drawn without replacement, as
+            repeated ones would be taken for low entropy.
         :param rng: source of randomness.
         """
-        p = self.weights / self.weights.sum()
-        return [self.texts[i] for i in rng.choice(len(self.texts), count, p=p)]
+        p, again = self.weights / self.weights.sum(), count not in SHORT_SIZES
+        return [self.texts[i] for i in rng.choice(len(self.texts), count, replace=again, p=p)]
 
 
 def held_out(name: str, folder: Path) -> tuple[HeldOut, Sequences]:
@@ -205,6 +226,10 @@ def held_out(name: str, folder: Path) -> tuple[HeldOut, Sequences]:
     data = load_sequences(name, folder)
     rows = [*data.valid.tolist(), *data.test.tolist()]
     texts = ["".join(data.vocabulary[i] for i in row) for row in rows]
+    if PADDING in data.vocabulary:
+        # The rows are in alphabetical order: every other one would halve them too evenly.
+        order = np.random.default_rng(0).permutation(len(texts))
+        return HeldOut(list(map(spelt, texts)), order), data
     return HeldOut(texts, np.array(near_copies(texts))), data
 
 
@@ -231,6 +256,7 @@ def make_reference(name: str, folder: Path) -> Reference:
     whole, data = held_out(name, folder)
     halves = (whole.half(0), whole.half(1))
     laws = tuple(half.words(ORDERS[name]) for half in halves)
+    sizes = SHORT_SIZES if PADDING in data.vocabulary else SIZES
     return Reference(
         name,
         data.vocabulary,
@@ -240,7 +266,7 @@ def make_reference(name: str, folder: Path) -> Reference:
         len(np.unique(whole.family)),
         (laws[0], laws[1]),
         mean_entropy(whole.texts, whole.weights.tolist()),
-        {count: _floor(halves, laws, ORDERS[name], count) for count in SIZES},
+        {count: _floor(halves, laws, ORDERS[name], count) for count in sizes},
     )
 
 
@@ -259,7 +285,7 @@ def _floor(
     return float(np.mean(found)), float(np.std(found))
 
 
-def main(data: Annotated[Path, typer.Option(help="Folder that holds dna/ and text/.")]) -> None:
+def main(data: Annotated[Path, typer.Option(help="Folder that holds dna/, text/, ...")]) -> None:
     """Write the table of held-out statistics."""
     entries = [asdict(make_reference(name, data)) for name in ORDERS]
     text = json.dumps(_rounded(entries), separators=(",", ":"))

@@ -24,6 +24,11 @@ _DRAWN_ORDER, _DRAWN_ROWS = 3, 50_000
 _PROMOTER = "1"  # the label of promoters in the human file
 _TEXT = "text/tinyshakespeare.{}.txt.gz"
 _WINDOW = 128  # characters of a sequence of text
+_FIRST_NAMES, _NAME_LENGTH = "text/names.csv.gz", 15
+_QM9, _SMILES_LENGTH = "molecules/qm9.csv.gz", 24
+
+PADDING = "_"
+"""The letter for no letter; it fills short sequences up, behind their end."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,68 @@ def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
     )
 
 
+def _names(folder: str | Path | None) -> Sequences:
+    """First names of at most 15 letters, filled up with :data:`PADDING`."""
+    return _padded(
+        find_data(folder, _FIRST_NAMES),
+        "name",
+        _NAME_LENGTH,
+        licence="Data: MIT (repository karpathy/makemore), from public United States statistics.",
+        source="First names in lower case (karpathy/makemore)",
+        noun="first names",
+        unit="letter",
+    )
+
+
+def _qm9(folder: str | Path | None) -> Sequences:
+    """SMILES of molecules of at most nine heavy atoms, one token per character.
+
+    The atoms are C, N, O, F, aromatic c, n, o, and hydrogens and charges in brackets: no atom has
+    a symbol of two characters, so that a character is an atom, a bond, a branch or a ring.
+    """
+    return _padded(
+        find_data(folder, _QM9),
+        "smiles",
+        _SMILES_LENGTH,
+        licence="Data: repository aspuru-guzik-group/selfies is Apache-2.0; the data's own licence "
+        "is not stated.",
+        source="Canonical SMILES of QM9 (Ramakrishnan et al. 2014)",
+        noun="SMILES of small molecules",
+        unit="character",
+    )
+
+
+def _padded(file: Path, column: str, length: int, *, source: str, **words: str) -> Sequences:
+    """Read the texts of a table that fit into a length; the card says how many do not."""
+    with gzip.open(file, "rt", newline="", encoding="utf-8") as lines:
+        rows = [(row[column], row["split"]) for row in csv.DictReader(lines)]
+    fitting = [(text, split) for text, split in rows if len(text) <= length]
+    vocabulary = "".join(sorted({letter for text, _ in fitting for letter in text})) + PADDING
+    codes = {letter: code for code, letter in enumerate(vocabulary)}
+    ids = torch.tensor([[codes[x] for x in text.ljust(length, PADDING)] for text, _ in fitting])
+    train, valid, test = (
+        ids[torch.tensor([split == part for _, split in fitting])]
+        for part in ("train", "valid", "test")
+    )
+    return Sequences(
+        train=train,
+        valid=valid,
+        test=test,
+        test_family=torch.arange(len(test)),
+        related=train[:0],
+        related_weights=torch.empty(0, dtype=torch.float64),
+        source=f"{source}, filled up to {length} with {PADDING!r}; {len(rows) - len(fitting)} of "
+        f"{len(rows)} are longer and left out.",
+        vocabulary=vocabulary,
+        **words,
+    )
+
+
+def unpad(text: str) -> str:
+    """Return a decoded sequence without the :data:`PADDING` behind its end."""
+    return text.rstrip(PADDING)
+
+
 def reverse_complement(rows: Tensor) -> Tensor:
     """Return the other strand of rows ``(n, L)``; the ids of a base and its partner add to 3."""
     return 3 - rows.flip(-1)
@@ -213,6 +280,8 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
     "yeast": _yeast_promoters,
     "human": _human_promoters,
     "tinyshakespeare": _tiny_shakespeare,
+    "names": _names,
+    "qm9": _qm9,
 }
 
 

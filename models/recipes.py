@@ -119,6 +119,17 @@ _YEAST = Recipe(
 )
 _TIMED = {**_YEAST.shape, "time_conditioning": True}
 
+_MASKED_NAMES = Recipe(
+    family="masked",
+    dataset="names",
+    shape=_SHAPE,
+    steps=15_000,
+    batch_size=128,
+    shares=(1.0, 1.0),
+    validate_every=500,
+    markov_order=3,
+)
+
 RECIPES: dict[str, Recipe] = {
     "yeast-promoter": _YEAST,
     "yeast-promoter-uniform": dataclasses.replace(
@@ -144,6 +155,8 @@ RECIPES: dict[str, Recipe] = {
         valid_rows=128,
         markov_order=3,
     ),
+    "masked-names": _MASKED_NAMES,
+    "masked-qm9": dataclasses.replace(_MASKED_NAMES, dataset="qm9", steps=10_000, valid_rows=2000),
 }
 
 
