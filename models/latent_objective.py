@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ppl_diffusion.denoisers.latent_encoder import LatentEncoder
 from ppl_diffusion.denoisers.latent_transformer import LatentTransformer
 from ppl_diffusion.denoisers.quantiser import GumbelQuantiser, Quantiser, VectorQuantiser
 from ppl_diffusion.models.latent_phases import Phases, draw_phases
@@ -178,11 +179,13 @@ class LatentObjective(Objective):
     def _settle(self, rows: Tensor, step: int) -> None:
         """Measure the scale of an encoder that has just stopped; while it moved, it lagged."""
         stopped = math.ceil(self.learning * self.steps)
-        if not self.network.encoder.learns or not 0 <= step - stopped < _SETTLING:
+        encoder = self.network.encoder
+        if not encoder.learns or not 0 <= step - stopped < _SETTLING:
             return
         if step == stopped:
-            self.network.encoder.scale.restart()
-        self.network.encoder(rows, learn=True)
+            assert isinstance(encoder, LatentEncoder)
+            encoder.scale.restart()
+        encoder(rows, learn=True)
 
     def _visible(self, rows: Tensor, hidden: Tensor) -> Tensor | None:
         if not self.hide:

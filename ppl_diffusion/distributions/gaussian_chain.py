@@ -105,7 +105,7 @@ class GaussianChain(TorchDistribution):
         states, history = [start], self.solver.start(start)
         for u, s in pairwise(self.levels):
             law, clean = self._law(states[-1], u, s, history)
-            history = self.solver.remember(history, states[-1], clean, u)
+            history = self.solver.remember(self.process, states[-1], clean, u, history)
             states.append(law.rsample())
         return torch.stack(states, -3)
 
@@ -129,7 +129,7 @@ class GaussianChain(TorchDistribution):
         for (y, y_next), (u, s) in steps:
             law, clean = self._law(y, u, s, history)
             log_p = log_p + law.log_prob(y_next)
-            history = self.solver.remember(history, y, clean, u)
+            history = self.solver.remember(self.process, y, clean, u, history)
         return log_p
 
     def _law(self, latent: Tensor, u: float, s: float, history: Any) -> tuple[Any, Tensor]:

@@ -94,7 +94,7 @@ class LatentKernel(Kernel):
 
     def same_as(self, other: object) -> bool:
         """Return whether both kernels define the same path law by construction."""
-        return type(other) is type(self) and self._key == cast(LatentKernel, other)._key
+        return type(other) is type(self) and self._key == other._key
 
     @property
     def _key(self) -> tuple[Any, ...]:
@@ -190,12 +190,15 @@ class LatentKernel(Kernel):
         """Return the carry after the move of step ``k``, with what the solver remembers of it."""
         after = super().advance(carry, value, k, step=step)
         moved = self.moved(k)
-        if self.solver is None or LATENT not in moved:
+        if self.solver is None or self.solver.order == 1:
             return after
-        # The prediction jumps where tokens change: its differences across such a step mean nothing.
+        assert isinstance(self.latent_process, Gaussian)
         own, latent, u = carry[SOLVER], carry[LATENT], self.path.levels[k][1]
-        told = self._clean_latent(carry, k) if self.solver.order > 1 else latent
-        kept = self.solver.remember(own, latent, told, u, TOKENS in moved)
+        # The prediction jumps where tokens change: its differences across such a step mean nothing.
+        if LATENT not in moved:
+            return {**after, SOLVER: self.solver.forget(own)}
+        told, jumps = self._clean_latent(carry, k), TOKENS in moved
+        kept = self.solver.remember(self.latent_process, latent, told, u, own, jumps)
         return {**after, SOLVER: kept}
 
     # Predictions.
@@ -236,7 +239,7 @@ class LatentKernel(Kernel):
 
     def _rows(self, carry: Carry, k: int) -> Tensor:
         tokens, (t, u) = carry[TOKENS], self.path.levels[k]
-        told = u if self.solver is None else self.solver.label(u)
+        told = u if self.solver is None else float(self.solver.label(u))
         level = self._told(told, tokens.shape[:-1], tokens.device)
         given = {**carry.get(GIVEN, {}), LATENT: carry[LATENT], LATENT_TIME: level}
         return self.latent_denoiser.joint(tokens, t, **given)

@@ -201,10 +201,6 @@ def test_tokens_beside_a_vector(name, solver, generator):
     assert_frequencies(counted(chain.x0(drawn)), law)
 
 
-HISTORY = "the history of a solver is handed over in an order that solvers do not take"
-
-
-@pytest.mark.xfail(raises=TypeError, reason=HISTORY)
 def test_a_chain_of_vectors_and_its_tokens_in_two(generator):
     chain = GaussianChain(NOISE, SIGNED.denoiser(NOISE), 2, 2)
     finished = chain.latent(chain.sample((8000,)))
@@ -214,7 +210,6 @@ def test_a_chain_of_vectors_and_its_tokens_in_two(generator):
     assert_frequencies(counted(tokens.x0(tokens.sample(generator=generator))), law)
 
 
-@pytest.mark.xfail(raises=TypeError, reason=HISTORY)
 def test_a_solver_of_two_steps_remembers_what_was_predicted(generator):
     """The second step of DPM-Solver++ (2M) extrapolates the first two predictions, in log-SNR."""
     path, denoiser = Path.sequential(4, 1), SIGNED.denoiser(NOISE)
