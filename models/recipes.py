@@ -130,6 +130,14 @@ _MASKED_NAMES = Recipe(
     markov_order=3,
 )
 
+# As many parameters at sampling as the masked networks: the encoder is not counted.
+_LATENT_SHAPE = {**_SHAPE, "dim": 64, "dropout": 0.1, "adaptive": False}
+_CODES = {"num_slots": 2, "num_codes": 128}
+_VECTORS = {"num_slots": 2, "latent_dim": 8}
+_LATENT_NAMES = dataclasses.replace(
+    _MASKED_NAMES, family="latent", objective="latent", shape={**_LATENT_SHAPE, **_CODES}
+)
+
 RECIPES: dict[str, Recipe] = {
     "yeast-promoter": _YEAST,
     "yeast-promoter-uniform": dataclasses.replace(
@@ -157,6 +165,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "masked-names": _MASKED_NAMES,
     "masked-qm9": dataclasses.replace(_MASKED_NAMES, dataset="qm9", steps=10_000, valid_rows=2000),
+    "latent-names": _LATENT_NAMES,
+    "latent-names-co": dataclasses.replace(_LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}),
 }
 
 
