@@ -121,6 +121,12 @@ class Exhaustive(Lookahead):
     def __init__(self, run: Bound) -> None:
         super().__init__(run)
         site = run.only
+        if site.chain.kernel.blocks:
+            raise CapabilityError(
+                "TwistedSampler: twist='exhaustive' lists sequences, and the chain draws "
+                f"{', '.join(site.chain.kernel.blocks)} beside them; use a fill such as "
+                "PersistentFill(16)."
+            )
         size, length = site.chain.kernel.process.vocab_size, site.chain.length
         if size**length > MAX_SEQUENCES:
             raise ValueError(

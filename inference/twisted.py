@@ -30,13 +30,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference.lookahead import Exhaustive, Fills, Lookahead, OfState
-from ppl_diffusion.kernels import RevealStep
+from ppl_diffusion.kernels import BlockStep, RevealStep
 from ppl_diffusion.kernels.base import ORDERED
+from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.ahead import Ahead
@@ -245,13 +247,13 @@ class TwistedSampler(Method):
         if proposal == "clamped":
             return self._clamped(run, state, item, step, generator)
         moves: Any = (
-            self._reweighted(run, state, item, tiltable(step), generator)
+            self._reweighted(run, state, item, step, generator)
             if isinstance(proposal, str)
             else proposal(step, carry, item.k)
         )
-        tokens = draw_step(moves, generator)
-        moved = run.moved(state, item, kernel.advance(carry, tokens, item.k, step=step))
-        log_ratio = per_particle(step.log_prob(tokens) - moves.log_prob(tokens))
+        value = draw_step(moves, generator)
+        moved = run.moved(state, item, kernel.advance(carry, value, item.k, step=step))
+        log_ratio = per_particle(step.log_prob(value) - moves.log_prob(value))
         return {**moved, GUESS: None, LOG_H: None}, log_ratio
 
     def _clamped(
@@ -329,10 +331,16 @@ class TwistedSampler(Method):
         masks = (step.tokens == step.log_probs.shape[-1]).sum(-1)
         return step.count == 1 and run.ends_with(state, item.site) and bool((masks <= 1).all())
 
-    def _reweighted(self, run: Bound, state: State, item: Item, step: Step, generator: Rng) -> Step:
+    def _reweighted(
+        self, run: Bound, state: State, item: Item, step: TorchDistribution, generator: Rng
+    ) -> Step | BlockStep:
         """Tilt the prediction by what completions with each token pay, over what all of them do."""
-        guess = self._guess(run, state, generator)
-        own = guess[item.site].movedim(2, -2)  # (*B, F, L)
+        if isinstance(step, BlockStep):  # what stands beside the tokens moves by the chain itself
+            tokens = self._reweighted(run, state, item, step.blocks[TOKENS], generator)
+            return step.with_block(TOKENS, tokens)
+        step, guess = tiltable(step), self._guess(run, state, generator)
+        clean = run.sites[item.site].chain.tokens(guess[item.site])
+        own = clean.movedim(2, -2)  # (*B, F, L)
         values = run.source.look(guess, state).movedim(2, -1)  # (R, N, *elements, F)
         values = values.reshape(
             *values.shape[:2], *[1] * (own.ndim - 1 - values.ndim), *values.shape[2:]

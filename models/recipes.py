@@ -75,7 +75,7 @@ class Recipe:
     quoted_baseline: float = float("nan")
 
     def __post_init__(self) -> None:
-        for field_, names in {"family": FAMILIES, **_NAMES}.items():
+        for field_, names in {"family": sorted(FAMILIES), **_NAMES}.items():
             known = f"one of {', '.join(names)}"
             self._require(field_, getattr(self, field_) in names, known)
         for field_, low in _LOWEST.items():

@@ -428,10 +428,23 @@ def declared(method, name):
             f"{owner} moves particles its own way and has no use for the twist of the program "
             "plain; take the twist off, or use another method."
         )
-    if needs.free_chains and name == "second":
+    if needs.free_chains and name in ("second", "coded"):
+        chain = {"second": "b", "coded": "path"}[name]
         return (
-            f"{owner}: the chain 'b' of second depends on the sequence of another one, which is "
-            "moved again here; use SMC."
+            f"{owner}: the chain {chain!r} of {name} depends on the sequence of another one, which "
+            "is moved again here; use SMC."
+        )
+    if needs.free_chains and name in ("beside", "smooth"):
+        return (
+            "SuffixRefresh: a LatentKernel remembers more than its tokens, so its steps cannot be "
+            "taken again from a state; use OrderRefresh or no move."
+        )
+    if method == "corrector" and name in ("beside", "smooth"):
+        kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel
+        return (
+            "Corrector: lockstep reveals need a masked chain at kappa=1 whose law is its "
+            f"denoiser's, which {kernel!r} is not; use InterpolatingKernel or OrderedKernel "
+            "(clock='mean'), or form='path' for other processes."
         )
     return "nothing is declared"
 
