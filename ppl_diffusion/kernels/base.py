@@ -179,6 +179,11 @@ class Kernel(ABC):
         return self.capability == ORDERED
 
     @property
+    def parts(self) -> bool:
+        """Whether copies of a particle part again: not where their steps are not random."""
+        return True
+
+    @property
     def claim(self) -> str:
         """The capability and the blocks, for messages."""
         return (

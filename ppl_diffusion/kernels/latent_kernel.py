@@ -73,13 +73,14 @@ class LatentKernel(Kernel):
         states = None if clean is None else clean + 1
         own = BlockSpec(self.spec.event_shape, states, clean)
         self.blocks: Mapping[str, BlockSpec] = MappingProxyType({LATENT: own})
-        self.capability = FACTORISED if self.parts or not path.draws_latent else SAMPLE_ONLY
+        self.capability = FACTORISED if self.parts else SAMPLE_ONLY
         self._level: tuple[tuple[float, torch.Size, torch.device], Tensor] | None = None
 
     @property
     def parts(self) -> bool:
         """Whether copies of a particle part again: not where the latent moves without noise."""
-        return self.solver is None or self.solver.stochastic
+        solver = self.solver
+        return solver is None or solver.stochastic or not self.path.draws_latent
 
     @property
     def conditions(self) -> Mapping[str, int]:

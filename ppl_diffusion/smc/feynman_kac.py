@@ -97,6 +97,13 @@ class FeynmanKac:
                 f"FeynmanKac: chain must be a ReverseChain, got {type(chain).__name__}; "
                 "wrap a kernel as ReverseChain(kernel, length)."
             )
+        if not chain.kernel.parts:
+            raise CapabilityError(
+                f"FeynmanKac: steps of {chain.kernel!r} are not random, so that copies made by "
+                "resampling would never part again; take a solver with noise, such as Ancestral(), "
+                "or make the noise a latent of the program (GaussianChain.noise and from_noise), "
+                "which moves renew."
+            )
         if isinstance(proposal, Kernel):
             _require_same_grid(chain.kernel, proposal)
             known = chain.given.keys() & proposal.conditions.keys()

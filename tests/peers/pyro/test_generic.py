@@ -24,8 +24,16 @@ from ppl_diffusion.distributions import (
     StateStep,
     TokenStep,
 )
-from ppl_diffusion.kernels import Absorbing, ExtrapolatedKernel, OrderedKernel, Uniform
+from ppl_diffusion.kernels import (
+    Absorbing,
+    ExtrapolatedKernel,
+    LatentKernel,
+    OrderedKernel,
+    Uniform,
+)
+from ppl_diffusion.kernels import Path as Grid
 from ppl_diffusion.testing import PROCESSES, state_index, toy_chain, toy_process
+from ppl_diffusion.testing.latent_toys import corr_bits
 
 SOURCE = os.environ.get("PYRO_SOURCE")
 if not SOURCE:
@@ -201,7 +209,27 @@ TABLES = fixtures.Fixture(
     expected_support_non_vec=support(MASK, 2),
     expected_support=support(MASK, 2, (2, 1)),
 )
-CASES = [CHAINS, PROMPTED, MARGINALS, STEPS, REVEALS, TABLES]
+BITS = Absorbing(2)
+TOYS = corr_bits(0.2).denoiser()
+BOTH = [[2, 2, 2], [2, 1, 2], [0, 1, 1]]
+LATENT = fixtures.Fixture(
+    pyro_dist=ReverseChain,
+    examples=[
+        {
+            "kernel": LatentKernel(BITS, BITS, TOYS, Grid.joint(2)),
+            "length": 2,
+            "test_data": [BOTH, [[2, 2, 2], [2, 2, 1], [1, 1, 1]]],
+        },
+        {
+            "kernel": LatentKernel(BITS, BITS, TOYS, Grid.sequential(1, 1)),
+            "length": 2,
+            "test_data": [[2, 2, 2], [2, 2, 0], [0, 0, 0]],
+        },
+    ],
+    is_discrete=True,
+    min_samples=1000,
+)
+CASES = [CHAINS, LATENT, PROMPTED, MARGINALS, STEPS, REVEALS, TABLES]
 # An event shape that is a property of a kernel *object* does not follow from argument shapes.
 STATIC_CASES = [PROMPTED, STEPS, REVEALS, TABLES]
 

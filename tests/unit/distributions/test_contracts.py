@@ -5,8 +5,16 @@ import torch
 
 from ppl_diffusion.denoisers.prediction import HeadPrediction
 from ppl_diffusion.distributions import RevealStep, ReverseChain, StateStep, TokenStep
-from ppl_diffusion.kernels import Absorbing, ExtrapolatedKernel, OrderedKernel, Uniform
+from ppl_diffusion.kernels import (
+    Absorbing,
+    ExtrapolatedKernel,
+    LatentKernel,
+    OrderedKernel,
+    Path,
+    Uniform,
+)
 from ppl_diffusion.testing import DistributionContract, toy_chain
+from ppl_diffusion.testing.latent_toys import corr_bits
 
 
 class TestMaskedChain(DistributionContract):
@@ -107,6 +115,25 @@ class TestExtrapolatedChain(DistributionContract):
     def make_distribution(self):
         masked = toy_chain("absorbing").kernel
         return ReverseChain(ExtrapolatedKernel(masked.process, masked.denoiser, num_steps=2), 2)
+
+
+def latent_chain(path, code=None):
+    """A chain of two bits and a code beside them."""
+    bits = Absorbing(2)
+    kernel = LatentKernel(bits, bits, corr_bits(0.2).denoiser(), path)
+    return ReverseChain(kernel, 2)
+
+
+class TestTokensAndCodeAtOnce(DistributionContract):
+    def make_distribution(self):
+        return latent_chain(Path.joint(2))
+
+
+class TestCodeFirst(DistributionContract):
+    batch_shape = (2, 1)
+
+    def make_distribution(self):
+        return latent_chain(Path.sequential(1, 1)).expand(self.batch_shape)
 
 
 class TestRevealStep(DistributionContract):
