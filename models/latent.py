@@ -316,6 +316,31 @@ class LatentDiffusion(DiffusionProgram):
         given = {"latent": latent.to(self.device)}
         return ReverseChain(kernel, self.length, prompt=prompt, given=given)
 
+    def code_law(
+        self, num_steps: int | None = None, *, prompt: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return all codes and what :meth:`latent_chain` gives them, where they are few.
+
+        ``pyro.sample("which", Categorical(logits=log_probs))`` is then a latent that can be
+        enumerated, and ``codes[which]`` the condition of :meth:`token_chain`.
+
+        :param num_steps: steps of the latent; None for those of the default path.
+        :param prompt: int64 ``(L,)``, tokens that are known already, -1 elsewhere.
+        :returns: codes, int64 ``(K ** N, N)``, and their log-probabilities, float64 ``(K ** N,)``.
+        :raises CapabilityError: if the latent is continuous.
+        :raises NotImplementedError: if there are more than
+            :data:`~ppl_diffusion.kernels.step.MAX_ENUMERATE` codes.
+        :raises IntractableLogProb: if the chain has too many states on its way to them.
+        """
+        chain = self.latent_chain(num_steps, prompt=prompt)
+        if isinstance(chain, GaussianChain):
+            raise CapabilityError(
+                f"{self.name}: the latent is continuous and cannot be listed; sample latent_chain."
+            )
+        marginal = chain.marginal()
+        codes = marginal.enumerate_support()
+        return codes, marginal.log_prob(codes)
+
     def _levels(self, channel: int, num_steps: int | None) -> list[float]:
         """Return levels of tokens (0) or of the latent (1) that fall from 1 to 0."""
         if num_steps is not None:

@@ -8,6 +8,8 @@ from ppl_diffusion.smc.draws import Draws as Draws
 from ppl_diffusion.smc.engine import run_smc as run_smc
 from ppl_diffusion.smc.engine import smc_loop as smc_loop
 from ppl_diffusion.smc.evidence import Evidence as Evidence
+from ppl_diffusion.smc.factorised import PositionPotential as PositionPotential
+from ppl_diffusion.smc.factorised import factorised as factorised
 from ppl_diffusion.smc.feynman_kac import FeynmanKac as FeynmanKac
 from ppl_diffusion.smc.feynman_kac import Proposal as Proposal
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior

@@ -210,6 +210,8 @@ class BoundFeynmanKac:
         rounds = counted.on_events(chain.num_free) if wanted and not self.track_log_prob else None
         self._kernel = rounds or counted
         self._proposal, self._proposal_denoiser = self._bind_proposal()
+        twist = self.model.twist
+        self._twist = twist.at(self._kernel) if isinstance(twist, CallableTwist) else twist
         self.potential = EvaluatedPotential(self.model.potential)
 
     def _bind_proposal(self) -> tuple[Proposal | None, EvaluatedDenoiser | None]:
@@ -339,11 +341,12 @@ class BoundFeynmanKac:
         model, tokens = self.model, carry["tokens"]
         if k == self.num_steps:
             return per_particle(self.potential(tokens))
-        if model.twist is None or k % model.twist_every:
+        twist = self._twist
+        if twist is None or k % model.twist_every:
             return None
-        if isinstance(model.twist, CallableTwist):
-            return model.twist(carry, k, tuple(tokens.shape[:2]))
-        values = self.potential.lookahead(self.fills(model.twist, carry, k, generator))
+        if isinstance(twist, CallableTwist):
+            return twist(carry, k, tuple(tokens.shape[:2]))
+        values = self.potential.lookahead(self.fills(twist, carry, k, generator))
         return self.looked(carry, values)
 
     def looked(self, carry: Carry, values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.processes.noise import uniforms
 
@@ -196,6 +197,13 @@ class CallableTwist:
 
     fn: Callable[[Carry, int], Tensor]
     name: str = "callable"
+
+    def at(self, kernel: Kernel) -> CallableTwist:
+        """Return the twist for a run whose network is behind a counter; here it asks none.
+
+        :param kernel: the chain's kernel around it.
+        """
+        return self
 
     def __call__(self, carry: Carry, k: int, shape: tuple[int, int]) -> Tensor:
         """Return the checked ``log h``, float64 ``shape``.
