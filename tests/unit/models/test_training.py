@@ -139,7 +139,7 @@ def test_recipes_build_their_programs():
     for name in RECIPES:
         recipe = find_recipe(name)
         program = FAMILIES[recipe.family].build("ACGT", 10, **recipe.shape)
-        assert program.denoiser.time_free == (recipe.family == "masked")
+        assert program.denoiser.time_free == (recipe.family in ("masked", "latent"))
 
 
 def test_missing_data_is_one_sentence(tmp_path, monkeypatch):
