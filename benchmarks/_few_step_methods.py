@@ -100,12 +100,13 @@ def describe_path(path: Path) -> str:
 
 
 def count_parameters(program: DiffusionProgram) -> int:
-    """Return how many parameters take part in sampling: an encoder does not.
+    """Return how many parameters take part in sampling: codes do, though no gradient moves them,
+    and an encoder does not.
 
     :param program: the prior.
     """
     network: Any = program.denoiser
     assert isinstance(network, nn.Module)
-    encoder = getattr(network, "encoder", None)
-    left_out = set(encoder.parameters()) if isinstance(encoder, nn.Module) else set()
-    return sum(p.numel() for p in network.parameters() if p not in left_out)
+    learnt = {name: p.numel() for name, p in network.named_parameters()}
+    codes = {name: b.numel() for name, b in network.named_buffers() if name == "codebook"}
+    return sum(n for name, n in {**learnt, **codes}.items() if not name.startswith("encoder."))

@@ -137,6 +137,13 @@ _VECTORS = {"num_slots": 2, "latent_dim": 8}
 _LATENT_NAMES = dataclasses.replace(
     _MASKED_NAMES, family="latent", objective="latent", shape={**_LATENT_SHAPE, **_CODES}
 )
+_LATENT_QM9 = dataclasses.replace(
+    _LATENT_NAMES,
+    dataset="qm9",
+    shape={**_LATENT_SHAPE, "num_slots": 2, "num_codes": 256},
+    steps=6000,
+    valid_rows=500,
+)
 
 RECIPES: dict[str, Recipe] = {
     "yeast-promoter": _YEAST,
@@ -167,6 +174,8 @@ RECIPES: dict[str, Recipe] = {
     "masked-qm9": dataclasses.replace(_MASKED_NAMES, dataset="qm9", steps=10_000, valid_rows=2000),
     "latent-names": _LATENT_NAMES,
     "latent-names-co": dataclasses.replace(_LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}),
+    "latent-qm9": _LATENT_QM9,
+    "latent-qm9-co": dataclasses.replace(_LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}),
 }
 
 
