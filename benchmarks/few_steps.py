@@ -1,4 +1,4 @@
-"""Quality of names and molecules against the number of network evaluations, with and without a latent.
+"""Quality of names and molecules against network evaluations, with and without a latent.
 
 The measure is the Jensen-Shannon divergence of the frequencies of short words, ends included, to
 held-out sequences, in nats: lower is better. Words that contradict each other and samples that
