@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_diffusion.distributions import ReverseChain
-from ppl_diffusion.kernels.latent_solvers import DPMSolver, LatentSolver
+from ppl_diffusion.kernels.latent_solvers import DPMSolver, LatentSolver, Wide
 from ppl_diffusion.kernels.path import Path
 from ppl_diffusion.models.latent import LatentDiffusion
 from ppl_diffusion.models.program import DiffusionProgram
@@ -84,9 +84,11 @@ METHODS: Mapping[str, Method] = {
     "di-seq": Method("latent-{}", latent_first),
     "di-ordered": Method("latent-{}", in_turns),
     "co-seq": Method("latent-{}-co", latent_first),
+    "co-seq-wide": Method("latent-{}-co", latent_first, Wide()),
     "co-seq-dpm": Method("latent-{}-co", latent_first, DPMSolver(order=2)),
 }
-"""Names of rows; the last is the law of DPM-Solver++(2M), which has no bound."""
+"""Names of rows. A continuous latent moves by the steps of DDPM, whose bound there is, by wider ones
+that do not take the prediction for known, or by DPM-Solver++(2M), which has no density."""
 
 
 def describe_path(path: Path) -> str:

@@ -127,7 +127,7 @@ def test_rows_of_a_data_set(priors, case, monkeypatch):
     }
     for row in lines:
         assert row["value"] > row["floor"] > 0  # untrained
-        assert (row["bound"] is None) == (row["method"] == "co-seq-dpm")
+        assert (row["bound"] is None) == (row["method"] in ("co-seq-wide", "co-seq-dpm"))
         assert row["known"] == 0.0
         assert row["valid"] is None
     assert "Parameters at sampling: masked-names" in console.export_text()
