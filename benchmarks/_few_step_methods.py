@@ -87,8 +87,8 @@ METHODS: Mapping[str, Method] = {
     "co-seq-wide": Method("latent-{}-co", latent_first, Wide()),
     "co-seq-dpm": Method("latent-{}-co", latent_first, DPMSolver(order=2)),
 }
-"""Names of rows. A continuous latent moves by the steps of DDPM, whose bound there is, by wider ones
-that do not take the prediction for known, or by DPM-Solver++(2M), which has no density."""
+"""Names of rows. A continuous latent moves by the steps of DDPM, which the bound is of, by wider
+ones that do not take the prediction for known, or by DPM-Solver++(2M), which has no density."""
 
 
 def describe_path(path: Path) -> str:

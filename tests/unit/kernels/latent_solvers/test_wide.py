@@ -1,4 +1,6 @@
-"""Wide steps are exact where latents are standard normal, and what they cost is their divergence."""
+"""Wide steps are exact where latents are standard normal, and cost their divergence."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def test_a_standard_normal_latent_stays_one(levels):
     process, one = Gaussian(), torch.ones(1, 1, 1, dtype=torch.float64)
     for solver, exact in ((Wide(), True), (Ancestral(), False)):
         variance = 1.0
-        for u, s in zip(levels[:-1], levels[1:], strict=True):
+        for u, s in pairwise(levels):
             law = solver.law(process, one, predict(process, one, u), u, s, {})
             variance = float(law.mean) ** 2 * variance + float(law.variance)
         assert (abs(variance - 1.0) < 1e-9) == exact
