@@ -173,9 +173,13 @@ RECIPES: dict[str, Recipe] = {
     "masked-names": _MASKED_NAMES,
     "masked-qm9": dataclasses.replace(_MASKED_NAMES, dataset="qm9", steps=10_000, valid_rows=2000),
     "latent-names": _LATENT_NAMES,
-    "latent-names-co": dataclasses.replace(_LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}),
+    "latent-names-co": dataclasses.replace(
+        _LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}, steps=8000
+    ),
     "latent-qm9": _LATENT_QM9,
-    "latent-qm9-co": dataclasses.replace(_LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}),
+    "latent-qm9-co": dataclasses.replace(
+        _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=5000
+    ),
 }
 
 

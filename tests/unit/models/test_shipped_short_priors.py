@@ -8,7 +8,7 @@ from ppl_diffusion.models.cards import WEIGHTS
 from ppl_diffusion.models.datasets import PADDING, unpad
 from ppl_diffusion.models.latent import LatentDiffusion
 
-NAMES = ("masked-names", "masked-qm9")
+NAMES = ("masked-names", "masked-qm9", "latent-names")
 LATENT = [name for name in NAMES if name.startswith("latent")]
 TEXTS = {"names": ["olivia", "jameson", "annabel"], "qm9": ["CC1CC1O", "OC1CC2OC12", "CCC(C)C#N"]}
 
