@@ -5,8 +5,9 @@
     python -m ppl_diffusion.models.evaluate yeast-promoter --data DIR
 
 The bound is that of the continuous-time chain, in bits per token, averaged over stratified times;
-it is an upper bound on the code length, so the prior may be better than it says. Rows of one family
-are near copies, so standard errors treat families, not rows, as independent.
+where there is a latent it is that of the chain on the default path, averaged over its steps. It is
+an upper bound on the code length, so the prior may be better than it says. Rows of one family are
+near copies, so standard errors treat families, not rows, as independent.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from ppl_diffusion.models.cards import CARD_FILE, WEIGHTS
 from ppl_diffusion.models.datasets import Sequences, load_sequences
+from ppl_diffusion.models.latent import LatentDiffusion
 from ppl_diffusion.models.library import load
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
 from ppl_diffusion.models.program import DiffusionProgram
@@ -138,10 +141,32 @@ def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> No
     Console().print(table)
 
 
+def describe_path(program: DiffusionProgram) -> str | None:
+    """Say which path the bound is of, None of a prior without a latent: it is in continuous time.
+
+    :param program: the prior.
+    """
+    if not isinstance(program, LatentDiffusion):
+        return None
+    falls = [(x < x0, y < y0) for (x0, y0), (x, y) in pairwise(program.path.levels)]
+    tokens, latent = (sum(column) for column in zip(*falls, strict=True))
+    order = ", one after the other" if program.path.one_at_a_time else ""
+    return f"{len(falls)} evaluations, {latent} for the latent and {tokens} for the tokens{order}"
+
+
 def write_card(
-    folder: Path, name: str, sequences: Sequences, result: Evaluation, *, note: str = ""
+    folder: Path,
+    name: str,
+    sequences: Sequences,
+    result: Evaluation,
+    *,
+    note: str = "",
+    path: str | None = None,
 ) -> None:
-    """Write ``card.json`` and the same as ``card.md``."""
+    """Write ``card.json`` and the same as ``card.md``.
+
+    :param path: which path the bound is of, from :func:`describe_path`.
+    """
     recipe = find_recipe(name)
     card: dict[str, Any] = {
         "name": name,
@@ -152,6 +177,7 @@ def write_card(
         "note": note,
         "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR "
         f"--times {result.times}",
+        **({} if path is None else {"path": path}),
         # JSON knows no NaN.
         "metrics": {k: None if math.isnan(v) else round(v, 4) for k, v in asdict(result).items()},
     }
@@ -168,6 +194,7 @@ def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:
     verdict = "below" if metrics["gain"] > 0 else "above"
     independent = metrics["families"] == metrics["sequences"]
     errors = "with sequences as independent" if independent else "over families of near copies"
+    where = f"\n- Path of the bound: {card['path']}" if "path" in card else ""
     return f"""# {card["name"]}
 
 A {card["family"]} diffusion prior over {noun}.
@@ -175,7 +202,7 @@ A {card["family"]} diffusion prior over {noun}.
 - Data: {card["data"]}
 - Licence: {card["licence"]}
 - Training: `{card["training"]}` {card["note"]}
-- Evaluation: `{card["evaluation"]}`
+- Evaluation: `{card["evaluation"]}`{where}
 
 ## Test split ({metrics["sequences"]} sequences, {metrics["families"]} families)
 
@@ -215,7 +242,8 @@ def main(
     print_evaluation(name, result, unit=sequences.unit)
     if ship:
         program.save(WEIGHTS / name)
-        write_card(WEIGHTS / name, name, sequences, result, note=note)
+        path = describe_path(program)
+        write_card(WEIGHTS / name, name, sequences, result, note=note, path=path)
 
 
 if __name__ == "__main__":

@@ -133,9 +133,16 @@ _MASKED_NAMES = Recipe(
 # As many parameters at sampling as the masked networks: the encoder is not counted.
 _LATENT_SHAPE = {**_SHAPE, "dim": 64, "dropout": 0.1, "adaptive": False}
 _CODES = {"num_slots": 2, "num_codes": 128}
-_VECTORS = {"num_slots": 2, "latent_dim": 8}
+_VECTORS = {"num_slots": 2, "latent_dim": 4}
 _LATENT_NAMES = dataclasses.replace(
     _MASKED_NAMES, family="latent", objective="latent", shape={**_LATENT_SHAPE, **_CODES}
+)
+_LATENT_QM9 = dataclasses.replace(
+    _LATENT_NAMES,
+    dataset="qm9",
+    shape={**_LATENT_SHAPE, "num_slots": 2, "num_codes": 192},
+    steps=8000,
+    valid_rows=500,
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -166,7 +173,13 @@ RECIPES: dict[str, Recipe] = {
     "masked-names": _MASKED_NAMES,
     "masked-qm9": dataclasses.replace(_MASKED_NAMES, dataset="qm9", steps=10_000, valid_rows=2000),
     "latent-names": _LATENT_NAMES,
-    "latent-names-co": dataclasses.replace(_LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}),
+    "latent-names-co": dataclasses.replace(
+        _LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}, steps=8000
+    ),
+    "latent-qm9": _LATENT_QM9,
+    "latent-qm9-co": dataclasses.replace(
+        _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=5000
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from ppl_diffusion.kernels.latent_solvers import (
     Ancestral,
     DPMSolver,
     TwoGrids,
+    Wide,
 )
 from ppl_diffusion.kernels.latent_solvers.deis import EQUAL_STEPS, noise_weights
 from ppl_diffusion.processes import Gaussian
@@ -32,6 +33,7 @@ ALL = [
     DEIS(3, "t"),
     DEIS(3, "ipndm"),
     TwoGrids(0.5),
+    Wide(),
 ]
 MULTISTEP = [solver for solver in ALL if solver.order > 1]
 each_solver = pytest.mark.parametrize("solver", ALL, ids=repr)

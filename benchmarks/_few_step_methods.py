@@ -1,0 +1,114 @@
+"""The methods that are compared at few network evaluations, each a chain and a bound of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels.latent_solvers import DPMSolver, LatentSolver, Wide
+from ppl_diffusion.kernels.path import Path
+from ppl_diffusion.models.latent import LatentDiffusion
+from ppl_diffusion.models.program import DiffusionProgram
+
+_TERMS = 8  # of a bound per sequence, at least
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a prior is sampled with a number of network evaluations.
+
+    :param prior: what the prior's name begins and ends with, around that of the data set.
+    :param path: the path of so many evaluations; None for masked diffusion without a latent.
+    :param solver: how a continuous latent moves, by its steps of DDPM if None.
+    """
+
+    prior: str
+    path: Callable[[LatentDiffusion, int], Path] | None = None
+    solver: LatentSolver | None = None
+
+    def prior_name(self, dataset: str) -> str:
+        """Return the name of the prior of a data set."""
+        return self.prior.format(dataset)
+
+    def chain(self, program: Any, evaluations: int) -> tuple[ReverseChain, str]:
+        """Return the chain, and its path in words.
+
+        :param program: the prior, of the family that the method is for.
+        :param evaluations: network evaluations, one a step.
+        """
+        if self.path is None:
+            return program.chain(num_steps=evaluations), f"masked({evaluations})"
+        found = self.path(program, evaluations)
+        return program.chain(found, solver=self.solver), describe_path(found)
+
+    def bound(self, program: Any, evaluations: int, rows: Tensor) -> Tensor | None:
+        """Return the bound of that chain, bits per token, float64 ``(n,)``; None where none is.
+
+        :param rows: held-out sequences, int64 ``(n, L)``.
+        """
+        if self.solver is not None:
+            return None  # that of DDPM's steps is the bound of another chain
+        source = torch.Generator().manual_seed(0)
+        scale = rows.shape[-1] * math.log(2.0)
+        repeats = -(-_TERMS // evaluations)
+        if self.path is None:
+            law, terms = program.chain(num_steps=evaluations).marginal(), repeats * evaluations
+            found: Tensor = -law.log_prob_bound(rows, num_samples=terms, generator=source)
+            return found / scale
+        path = self.path(program, evaluations)
+        bound = program.bound(rows, path, num_samples=repeats, generator=source).bound
+        return None if bound is None else bound / scale
+
+
+def latent_first(program: LatentDiffusion, evaluations: int) -> Path:
+    """Return the path of SEQ as the model divides it, :meth:`LatentDiffusion.split_steps`."""
+    return program.split_steps(evaluations)
+
+
+def in_turns(program: LatentDiffusion, evaluations: int) -> Path:
+    """Return the path on which latent and tokens take turns, in half steps.
+
+    A latent path needs two evaluations: with one, the latent is not drawn.
+    """
+    return Path.ordered(evaluations // 2) if evaluations > 1 else Path.masked(1)
+
+
+METHODS: Mapping[str, Method] = {
+    "masked": Method("masked-{}"),
+    "di-seq": Method("latent-{}", latent_first),
+    "di-ordered": Method("latent-{}", in_turns),
+    "co-seq": Method("latent-{}-co", latent_first),
+    "co-seq-wide": Method("latent-{}-co", latent_first, Wide()),
+    "co-seq-dpm": Method("latent-{}-co", latent_first, DPMSolver(order=2)),
+}
+"""Names of rows. A continuous latent moves by the steps of DDPM, which the bound is of, by wider
+ones that do not take the prediction for known, or by DPM-Solver++(2M), which has no density."""
+
+
+def describe_path(path: Path) -> str:
+    """Return a path in a few characters."""
+    if not path.draws_latent:
+        return f"masked({path.num_steps})"
+    latent = sum(tokens == 1.0 for tokens, _ in path.levels) - 1
+    if path == Path.sequential(latent, path.num_steps - latent):
+        return f"seq({latent}+{path.num_steps - latent})"
+    return f"ordered({path.num_steps // 2})"
+
+
+def count_parameters(program: DiffusionProgram) -> int:
+    """Return how many parameters take part in sampling: codes do, though no gradient moves them,
+    and an encoder does not.
+
+    :param program: the prior.
+    """
+    network: Any = program.denoiser
+    assert isinstance(network, nn.Module)
+    learnt = {name: p.numel() for name, p in network.named_parameters()}
+    codes = {name: b.numel() for name, b in network.named_buffers() if name == "codebook"}
+    return sum(n for name, n in {**learnt, **codes}.items() if not name.startswith("encoder."))

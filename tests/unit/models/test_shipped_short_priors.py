@@ -1,0 +1,68 @@
+"""Shipped priors over names and molecules, with and without a latent: small, able, honest cards."""
+
+import pytest
+import torch
+
+from ppl_diffusion import models
+from ppl_diffusion.models.cards import WEIGHTS
+from ppl_diffusion.models.datasets import PADDING, unpad
+from ppl_diffusion.models.latent import LatentDiffusion
+
+NAMES = ("masked-names", "masked-qm9", "latent-names")
+LATENT = [name for name in NAMES if name.startswith("latent")]
+TEXTS = {"names": ["olivia", "jameson", "annabel"], "qm9": ["CC1CC1O", "OC1CC2OC12", "CCC(C)C#N"]}
+
+
+def known(prior):
+    """Return sequences of the kind that a prior was trained on."""
+    texts = TEXTS["qm9" if "qm9" in prior.name else "names"]
+    return prior.encode([text.ljust(prior.length, PADDING) for text in texts])
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def prior(request):
+    return models.load(request.param)
+
+
+def test_it_is_small(prior):
+    assert sum(path.stat().st_size for path in (WEIGHTS / prior.name).iterdir()) < 2_000_000
+
+
+def test_it_generates(prior):
+    chain = prior.chain(num_steps=8)
+    texts = prior.decode(chain.x0(chain.sample((16,))))
+    filled = [text for text in texts if PADDING in unpad(text)]
+    assert len(filled) < 8, texts  # the filling is at the end
+
+
+def test_it_prefers_its_kind_to_its_letters_in_another_order(prior):
+    """The bounds of the two are tens of nats apart: no false alarms."""
+    source = torch.Generator().manual_seed(0)
+    rows = known(prior)
+    shuffled = rows[:, torch.randperm(prior.length, generator=source)]
+    bounds = [prior.bound_terms(r, num_times=32, generator=source).mean() for r in (rows, shuffled)]
+    assert float(bounds[1]) > float(bounds[0]) + 10.0
+
+
+def test_both_cards_agree(prior):
+    card = models.read_card(prior.name)
+    text = (WEIGHTS / prior.name / "card.md").read_text(encoding="utf-8")
+    metrics = card["metrics"]
+    assert "Apache-2.0" in card["licence"]
+    for key in ("data", "licence", "training", "evaluation"):
+        assert card[key] in text
+    for key in ("bound", "bound_error", "markov", "gain", "gain_error"):
+        assert f"{metrics[key]:.4f}" in text
+    assert metrics["times"] >= 16
+    assert metrics["gain"] == pytest.approx(metrics["markov"] - metrics["bound"], abs=2e-4)
+    assert metrics["bound"] < metrics["markov"]
+    assert ("path" in card) == isinstance(prior, LatentDiffusion)
+    assert card.get("path", "") in text
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latents_are_read_off_sequences(name):
+    prior = models.load(name)
+    latents = prior.encode_latent(known(prior))
+    assert latents.shape[1:] == prior.latent.event_shape
+    assert len(latents.unique(dim=0)) == len(latents)
