@@ -19,6 +19,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import InterpolatingKernel, Kernel, OrderedKernel, Process, PsiSchedule
 from ppl_diffusion.kernels.confidence import ConfidenceKernel
 from ppl_diffusion.kernels.psi import parse_psi
+from ppl_diffusion.models.latent import LatentDiffusion
 from ppl_diffusion.models.program import DiffusionProgram
 
 DEFAULT_STEPS = 64
@@ -35,12 +36,18 @@ class SamplerSettings:
     :param kappa_schedule: a Psi schedule, as :func:`~ppl_diffusion.kernels.psi.parse_psi` reads it.
     :param block: positions per block, from left to right.
     :param filters: ``nucleus:P``, ``nucleus-drop:P`` or ``temperature:T``, applied in order.
+    :param path: of a prior with a latent, a name out of :data:`ppl_diffusion.kernels.path.PATHS`.
+    :param latent_steps: steps of the latent on the path ``seq``.
+    :param token_steps: steps of the tokens on it.
     """
 
     num_steps: int | None = None
     kappa_schedule: str | None = None
     block: int | None = None
     filters: Sequence[str] = ()
+    path: str | None = None
+    latent_steps: int | None = None
+    token_steps: int | None = None
 
 
 def make_chain(
@@ -60,9 +67,37 @@ def make_chain(
     for name, option in _OPTIONS.items():
         if getattr(settings, name) is not None and name not in known:
             raise ValueError(f"The sampler {sampler!r} takes no {option}: leave it out.")
+    if isinstance(program, LatentDiffusion):
+        return _along_path(program, sampler, settings)
+    for name, option in _OF_PATHS.items():
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{program.name} draws no latent beside its tokens, so it has no {option}: leave "
+                "it out, or choose a latent prior."
+            )
     program = copy.copy(program)
     program.denoiser = filtered(program.denoiser, settings.filters)
     return program.around(build(program, settings))
+
+
+def _along_path(program: LatentDiffusion, sampler: str, settings: SamplerSettings) -> ReverseChain:
+    """Return the chain of tokens and a latent."""
+    if sampler != "ancestral":
+        raise ValueError(
+            f"{program.name} draws a latent beside its tokens, which the sampler {sampler!r} does "
+            "not: leave it out, and choose a --path."
+        )
+    if settings.filters:
+        raise ValueError(
+            f"{program.name} draws a latent beside its tokens, and filters know tokens alone: "
+            "leave --filter out."
+        )
+    return program.chain(
+        settings.path,
+        num_steps=settings.num_steps,
+        latent_steps=settings.latent_steps,
+        token_steps=settings.token_steps,
+    )
 
 
 def filtered(denoiser: Denoiser, filters: Sequence[str]) -> Denoiser:
@@ -149,6 +184,11 @@ def _smallest_group(length: int, block: int, num_steps: int | None) -> int:
     return next(g for g in range(1, block + 1) if sum(-(-n // g) for n in sizes) <= num_steps)
 
 
+_OF_PATHS = {
+    "path": "--path",
+    "latent_steps": "--latent-steps",
+    "token_steps": "--token-steps",
+}
 _OPTIONS = {"num_steps": "--steps", "kappa_schedule": "--kappa-schedule", "block": "--block"}
 
 Build = Callable[[DiffusionProgram, SamplerSettings], Kernel]

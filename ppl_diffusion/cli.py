@@ -100,6 +100,15 @@ def sample(
         ),
     ] = None,
     block: Annotated[int | None, Option(help="Positions per block of semi-autoregressive.")] = None,
+    path: Annotated[
+        str | None,
+        Option(
+            help="How a prior with a latent draws it and the tokens: seq (the latent first, the "
+            "default), ordered, joint or masked."
+        ),
+    ] = None,
+    latent_steps: Annotated[int | None, Option(help="Steps of the latent on the path seq.")] = None,
+    token_steps: Annotated[int | None, Option(help="Steps of the tokens on the path seq.")] = None,
     filter_: Annotated[
         list[str] | None,
         Option(
@@ -118,7 +127,10 @@ def sample(
     from ppl_diffusion.commands.actions import draw_samples
     from ppl_diffusion.models.samplers import SamplerSettings
 
-    settings = SamplerSettings(steps, kappa_schedule, block, tuple(filter_ or ()))
+    filters = tuple(filter_ or ())
+    settings = SamplerSettings(
+        steps, kappa_schedule, block, filters, path, latent_steps, token_steps
+    )
     draw_samples(
         name, num=num, seed=seed, sampler=sampler, settings=settings, out=out, device=device
     )

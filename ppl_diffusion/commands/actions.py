@@ -42,15 +42,19 @@ def draw_samples(
 ) -> None:
     """Draw sequences from a prior and print them or write a file.
 
-    :param out: ``.csv`` for a table, anything else for FASTA, or for plain text where the symbols
-        are no letters; standard output if None.
+    Letters that only fill sequences up are left out.
+
+    :param out: ``.csv`` for a table, anything else for FASTA, or a line each where the symbols are
+        no letters; standard output if None.
     :raises InputError: if a name, a number or the place is wrong.
     """
     from ppl_diffusion.models import load
+    from ppl_diffusion.models.datasets import PADDING, unpad
     from ppl_diffusion.models.samplers import make_chain
 
     numbers = (("num", num, 1), ("seed", seed, 0), ("steps", settings.num_steps, 1))
-    for what, value, low in (*numbers, ("block", settings.block, 1)):
+    own = (("latent-steps", settings.latent_steps, 1), ("token-steps", settings.token_steps, 1))
+    for what, value, low in (*numbers, ("block", settings.block, 1), *own):
         if value is not None:
             at_least(what, value, low)
     if out is not None:
@@ -60,9 +64,10 @@ def draw_samples(
         chain = make_chain(prior, sampler, settings)
     generator = torch.Generator().manual_seed(seed)
     sequences = list(prior.decode(chain.x0(chain.sample((num,), generator=generator))))
-    letters = all(symbol.isalpha() for symbol in prior.vocabulary)
-    kind = "csv" if out is not None and out.suffix.lower() == ".csv" else "fasta"
-    text = _sequence_text(sequences, kind if letters or kind == "csv" else "text")
+    if PADDING in prior.vocabulary:
+        sequences = [unpad(text) for text in sequences]
+    table = out is not None and out.suffix.lower() == ".csv"
+    text = _sequence_text(sequences, "csv" if table else _kind(prior.vocabulary))
     if out is None:
         print(text, end="")
     else:
@@ -190,12 +195,24 @@ def _check_plot(path: Path) -> None:
         )
 
 
+def _kind(vocabulary: Sequence[str]) -> str:
+    """Return how sequences are best written."""
+    from ppl_diffusion.models.datasets import PADDING
+
+    if "\n" in vocabulary:
+        return "text"
+    letters = all(symbol.isalpha() for symbol in vocabulary if symbol != PADDING)
+    return "fasta" if letters else "lines"
+
+
 def _sequence_text(sequences: list[str], kind: str) -> str:
     if kind == "csv":
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("sample", "sequence"), *enumerate(sequences, 1)])
         return file.getvalue()
+    if kind == "lines":
+        return "".join(f"{text}\n" for text in sequences)
     if kind == "text":
         return "".join(f"--- sample {i} ---\n{text}\n" for i, text in enumerate(sequences, 1))
     return fasta(sequences, [f"sample_{index}" for index in range(1, len(sequences) + 1)])
