@@ -68,7 +68,12 @@ def measure(quick: bool, console: Console) -> list[Row]:
                 values = (law.total_variation, law.nelbo - problem.entropy)
                 units = zip(_WORDS, ("", "nats"), values, strict=True)
                 rows += [Row(what, value, unit, 1, None, where) for what, unit, value in units]
-                made.add_row(code, name, str(evaluations), *(f"{abs(round(value, 4)):.4f}" for value in values))
+                made.add_row(
+                    code,
+                    name,
+                    str(evaluations),
+                    *(f"{abs(round(value, 4)):.4f}" for value in values),
+                )
     console.print(made)
     plot(rows, PLOT)
     console.print(f"wrote {PLOT}")
