@@ -56,7 +56,7 @@ class Plan:
     datasets: Sequence[str] = DATASETS
 
 
-QUICK, FULL = Plan(256, 128), Plan(1024, 1000)
+QUICK, FULL = Plan(1024, 128), Plan(1024, 1000)
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,6 +116,7 @@ class LatentDiffusion(DiffusionProgram):
         self.encoder = encoder
         # One object for all chains: kernels know laws apart by the identity of their denoisers.
         self._reader = AtLatent(denoiser)
+        self._code_readers: dict[tuple[int, ...], CodeDenoiser] = {}
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Absorbing:
@@ -299,8 +300,15 @@ class LatentDiffusion(DiffusionProgram):
         masks = torch.full((self.length,), len(self.vocabulary), device=self.device)
         known = masks if prompt is None else torch.as_tensor(prompt, device=self.device)
         tokens = torch.where(known >= 0, known, masks)
-        kernel = InterpolatingKernel(process, CodeDenoiser(self.denoiser, tokens), times=levels)
+        kernel = InterpolatingKernel(process, self._code_reader(tokens), times=levels)
         return ReverseChain(kernel, self.latent.num_slots)
+
+    def _code_reader(self, tokens: Tensor) -> CodeDenoiser:
+        # One object for one prompt: programs that build the chain anew know it again by that.
+        key = tuple(tokens.tolist())
+        if key not in self._code_readers:
+            self._code_readers[key] = CodeDenoiser(self.denoiser, tokens)
+        return self._code_readers[key]
 
     def token_chain(
         self, num_steps: int | None = None, *, latent: Tensor, prompt: Tensor | None = None

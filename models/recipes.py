@@ -141,7 +141,7 @@ _LATENT_QM9 = dataclasses.replace(
     _LATENT_NAMES,
     dataset="qm9",
     shape={**_LATENT_SHAPE, "num_slots": 2, "num_codes": 192},
-    steps=8000,
+    steps=5000,
     valid_rows=500,
 )
 
@@ -174,11 +174,11 @@ RECIPES: dict[str, Recipe] = {
     "masked-qm9": dataclasses.replace(_MASKED_NAMES, dataset="qm9", steps=10_000, valid_rows=2000),
     "latent-names": _LATENT_NAMES,
     "latent-names-co": dataclasses.replace(
-        _LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}, steps=8000
+        _LATENT_NAMES, shape={**_LATENT_SHAPE, **_VECTORS}, steps=5000
     ),
     "latent-qm9": _LATENT_QM9,
     "latent-qm9-co": dataclasses.replace(
-        _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=5000
+        _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=4000
     ),
 }
 

@@ -6,6 +6,7 @@ import torch
 from ppl_diffusion import models
 from ppl_diffusion.models.cards import WEIGHTS
 from ppl_diffusion.models.datasets import PADDING, unpad
+from ppl_diffusion.models.evaluate import describe_path
 from ppl_diffusion.models.latent import LatentDiffusion
 
 NAMES = ("masked-names", "masked-qm9", "latent-names")
@@ -56,6 +57,7 @@ def test_both_cards_agree(prior):
     assert metrics["times"] >= 16
     assert metrics["gain"] == pytest.approx(metrics["markov"] - metrics["bound"], abs=2e-4)
     assert metrics["bound"] < metrics["markov"]
+    assert card.get("path") == describe_path(prior)
     assert ("path" in card) == isinstance(prior, LatentDiffusion)
     assert card.get("path", "") in text
 
