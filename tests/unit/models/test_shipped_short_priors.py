@@ -9,7 +9,7 @@ from ppl_diffusion.models.datasets import PADDING, unpad
 from ppl_diffusion.models.evaluate import describe_path
 from ppl_diffusion.models.latent import LatentDiffusion
 
-NAMES = ("masked-names", "masked-qm9", "latent-names")
+NAMES = ("masked-names", "masked-qm9", "latent-names", "latent-qm9")
 LATENT = [name for name in NAMES if name.startswith("latent")]
 TEXTS = {"names": ["olivia", "jameson", "annabel"], "qm9": ["CC1CC1O", "OC1CC2OC12", "CCC(C)C#N"]}
 
