@@ -149,7 +149,7 @@ print(f"both codes of {names[5]!r} held:", decode(both.x0(both.sample((8,)))))
 # %%
 smooth = ppd.models.load("latent-names-co")
 seen = smooth.encode("jayden".ljust(LENGTH, BLANK))
-way = smooth.latent_chain(2)
+way = smooth.latent_chain(1)
 
 
 def letters_at_once():
@@ -162,7 +162,7 @@ def letters_at_once():
 
 pyro.set_rng_seed(0)
 mcmc = MCMC(
-    NUTS(letters_at_once, max_tree_depth=4), num_samples=60, warmup_steps=40, disable_progbar=True
+    NUTS(letters_at_once, max_tree_depth=3), num_samples=60, warmup_steps=40, disable_progbar=True
 )
 mcmc.run()
 latents = mcmc.get_samples()["latent"][:, -1]
