@@ -92,6 +92,14 @@ def _along_path(program: LatentDiffusion, sampler: str, settings: SamplerSetting
             f"{program.name} draws a latent beside its tokens, and filters know tokens alone: "
             "leave --filter out."
         )
+    both = (settings.latent_steps, settings.token_steps)
+    first, alone = settings.path in (None, "seq"), both == (None, None)
+    if (settings.path is not None and alone and settings.num_steps is None) or not (
+        alone or (first and None not in both and settings.num_steps is None)
+    ):
+        wanted = "--steps, or both --latent-steps and --token-steps" if first else "--steps"
+        name = settings.path or "seq"
+        raise ValueError(f"{program.name}: the path {name!r} takes {wanted}; give just that.")
     return program.chain(
         settings.path,
         num_steps=settings.num_steps,

@@ -47,9 +47,9 @@ def test_sequences_are_drawn_along_a_path(folder, path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--path", "seq", "--latent-steps", "2"), "takes num_steps, or latent_steps and"),
+        (("--path", "seq", "--latent-steps", "2"), "takes --steps, or both --latent-steps and"),
         (("--path", "spiral", "--steps", "3"), "There is no path 'spiral': choose one of masked"),
-        (("--path", "joint", "--token-steps", "3"), "the path 'joint' takes num_steps"),
+        (("--path", "joint", "--token-steps", "3"), "the path 'joint' takes --steps; give"),
         (("--sampler", "psi"), "draws a latent beside its tokens, which the sampler 'psi' does"),
         (("--filter", "nucleus:0.9"), "filters know tokens alone"),
         (("--latent-steps", "0", "--token-steps", "2"), "atent-steps must be at least 1"),
