@@ -11,7 +11,7 @@ from ppl_diffusion.kernels.latent_solvers import DDIM, Ancestral, DPMSolver
 from ppl_diffusion.processes.gaussian import Gaussian
 from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.testing import KernelContract
-from ppl_diffusion.testing.latent_toys import corr_bits
+from ppl_diffusion.testing.latent_toys import corr_bits, random_latents
 
 BITS = Absorbing(2)
 CODES = corr_bits(0.2)
@@ -133,3 +133,46 @@ def test_what_does_not_fit_is_refused(arguments, sentence):
 def test_a_solver_for_codes_is_refused():
     with pytest.raises(TypeError, match="codes are drawn, not solved for"):
         LatentKernel(BITS, BITS, CODES.denoiser(), Path.joint(2), solver=DDIM())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [Path([(1, 1), (1, 0.6), (0.5, 0.6), (0.5, 0.3), (0, 0)]), Path([(1, 1), (0.5, 0.5), (0, 0)])],
+    ids=["tokens between", "both at once"],
+)
+def test_a_multistep_solver_begins_anew_where_tokens_have_moved(path):
+    """The prediction jumps there: the next step has the law of order one, to the last bit."""
+    second, first = (of_vectors(path, DPMSolver(n, sde=True)) for n in (2, 1))
+    carry = second.init_carry((3,), 2, generator=torch.Generator().manual_seed(1))
+    alike = first.resume({name: carry[name] for name in ("tokens", "latent")})
+    torch.manual_seed(2)
+    for k in range(path.num_steps):
+        step, other = second.step(carry, k), first.step(alike, k)
+        value = step.sample()
+        torch.testing.assert_close(step.log_prob(value), other.log_prob(value), rtol=0, atol=0)
+        carry = second.advance(carry, value, k, step=step)
+        alike = first.advance(alike, value, k, step=other)
+
+
+def test_a_multistep_solver_goes_on_where_they_have_not():
+    """Without tokens in between the second step of order two is another one."""
+    second, first = (of_vectors(Path.sequential(12, 1), DPMSolver(n, sde=True)) for n in (2, 1))
+    carry = second.init_carry((3,), 2, generator=torch.Generator().manual_seed(1))
+    alike = first.resume({name: carry[name] for name in ("tokens", "latent")})
+    torch.manual_seed(2)
+    for k in range(2):
+        step, other = second.step(carry, k), first.step(alike, k)
+        value = step.sample()
+        carry = second.advance(carry, value, k, step=step)
+        alike = first.advance(alike, value, k, step=other)
+    assert not torch.equal(step.log_prob(value), other.log_prob(value))
+
+
+def test_known_slots_are_certain_in_a_guess():
+    problem = random_latents(2, 2, 2, 2, seed=5)
+    kernel = LatentKernel(BITS, BITS, problem.denoiser(), Path.sequential(2, 1))
+    carry = kernel.resume({"tokens": torch.full((2,), 2), "latent": torch.tensor([0, 2])})
+    other = kernel.resume({"tokens": torch.full((2,), 2), "latent": torch.tensor([1, 2])})
+    assert int(kernel.guess(carry, 1)["latent"][0]) == 0
+    assert int(kernel.guess(other, 1)["latent"][0]) == 1
+    assert int(kernel.guess(carry, 1)["latent"].max()) < 2
