@@ -9,7 +9,14 @@ from ppl_diffusion.models.datasets import PADDING, unpad
 from ppl_diffusion.models.evaluate import describe_path
 from ppl_diffusion.models.latent import LatentDiffusion
 
-NAMES = ("masked-names", "masked-qm9", "latent-names", "latent-qm9")
+NAMES = (
+    "masked-names",
+    "masked-qm9",
+    "latent-names",
+    "latent-qm9",
+    "latent-names-co",
+    "latent-qm9-co",
+)
 LATENT = [name for name in NAMES if name.startswith("latent")]
 TEXTS = {"names": ["olivia", "jameson", "annabel"], "qm9": ["CC1CC1O", "OC1CC2OC12", "CCC(C)C#N"]}
 
@@ -56,7 +63,8 @@ def test_both_cards_agree(prior):
         assert f"{metrics[key]:.4f}" in text
     assert metrics["times"] >= 16
     assert metrics["gain"] == pytest.approx(metrics["markov"] - metrics["bound"], abs=2e-4)
-    assert metrics["bound"] < metrics["markov"]
+    # Vectors move in few steps: their bound is loose, and the card says that it lies above.
+    assert metrics["bound"] < metrics["markov"] or prior.name.endswith("-co")
     assert card.get("path") == describe_path(prior)
     assert ("path" in card) == isinstance(prior, LatentDiffusion)
     assert card.get("path", "") in text
