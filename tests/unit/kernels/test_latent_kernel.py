@@ -137,7 +137,7 @@ def test_a_solver_for_codes_is_refused():
 
 @pytest.mark.parametrize(
     "path",
-    [Path([(1, 1), (1, 0.6), (0.5, 0.6), (0.5, 0.3), (0, 0)]), Path([(1, 1), (0.5, 0.5), (0, 0)])],
+    [Path([(1, 1), (1, 0.6), (0.5, 0.6), (0.5, 0.3), (0, 0)]), Path.joint(12)],
     ids=["tokens between", "both at once"],
 )
 def test_a_multistep_solver_begins_anew_where_tokens_have_moved(path):
