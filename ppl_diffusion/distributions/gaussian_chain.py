@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from ppl_diffusion.denoisers.latent import LatentDenoiser
 from ppl_diffusion.denoisers.latent_views import prior_rows
 from ppl_diffusion.errors import CapabilityError, IntractableLogProb
+from ppl_diffusion.kernels.latent_kernel import checked_clean
 from ppl_diffusion.kernels.latent_solvers import Ancestral, LatentSolver
 from ppl_diffusion.kernels.shapes import check_expand
 from ppl_diffusion.processes.base import whole_number
@@ -135,7 +136,9 @@ class GaussianChain(TorchDistribution):
     def _law(self, latent: Tensor, u: float, s: float, history: Any) -> tuple[Any, Tensor]:
         told = self.solver.label(u)
         rows = prior_rows(self.denoiser, self.tokens, latent, told)
-        clean = self.denoiser.latent_head(rows).to(latent.dtype)
+        predicted = self.denoiser.latent_head(rows).to(latent.dtype)
+        owner = type(self.denoiser).__name__
+        clean = checked_clean(predicted, self.denoiser.latent, latent.shape[:-2], owner)
         law = self.solver.law(self.process, latent, clean, u, s, history)
         assert isinstance(law, Delta) or law.has_rsample
         return law, clean

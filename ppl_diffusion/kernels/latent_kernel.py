@@ -16,6 +16,7 @@ import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
+from ppl_diffusion.deferred import refuse_if
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.latent import LATENT, LATENT_TIME, LatentDenoiser, LatentSpec
 from ppl_diffusion.denoisers.prediction import HeadPrediction, Prediction
@@ -236,7 +237,7 @@ class LatentKernel(Kernel):
     def _clean_latent(self, carry: Carry, k: int) -> Tensor:
         rows = self._rows(carry, k)[..., carry[TOKENS].shape[-1] :, :]
         clean = self.latent_denoiser.latent_head(rows).to(torch.float64)
-        return clean if self.spec.dim is not None else torch.log_softmax(clean, -1)
+        return checked_clean(clean, self.spec, rows.shape[:-2], type(self.denoiser).__name__)
 
     def _rows(self, carry: Carry, k: int) -> Tensor:
         tokens, (t, u) = carry[TOKENS], self.path.levels[k]
@@ -255,6 +256,31 @@ class LatentKernel(Kernel):
 
     def _repr_options(self) -> str:
         return f", {self.path!r}" + ("" if self.solver is None else f", {self.solver!r}")
+
+
+def checked_clean(clean: Tensor, spec: LatentSpec, batch: torch.Size, owner: str) -> Tensor:
+    """Return what a network predicts for the latent, codes normalised; refuse what it cannot be.
+
+    :param clean: log-probabilities ``(*batch, N, K)`` or vectors ``(*batch, N, d)``, float64.
+    :param owner: name of the network, for the message.
+    :raises ValueError: if the shape is another, or a number is NaN or infinite; of numbers at the
+        latest when collected checks are read.
+    """
+    expected = (*batch, spec.num_slots, spec.num_codes or spec.dim)
+    if tuple(clean.shape) != expected:
+        raise ValueError(
+            f"latent_head of {owner} returned shape {tuple(clean.shape)}, expected {expected}."
+        )
+    discrete = spec.num_codes is not None
+    bad = (torch.isnan(clean) if discrete else ~torch.isfinite(clean)).any()
+    refuse_if(
+        bad,
+        lambda: ValueError(
+            f"latent_head of {owner} returned NaN{'' if discrete else ' or infinite numbers'}; "
+            "look for a weight or an input that is no number."
+        ),
+    )
+    return torch.log_softmax(clean, -1) if discrete else clean
 
 
 def _even(latent: Tensor, num_codes: int) -> Tensor:

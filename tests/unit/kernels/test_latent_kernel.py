@@ -176,3 +176,36 @@ def test_known_slots_are_certain_in_a_guess():
     assert int(kernel.guess(carry, 1)["latent"][0]) == 0
     assert int(kernel.guess(other, 1)["latent"][0]) == 1
     assert int(kernel.guess(carry, 1)["latent"].max()) < 2
+
+
+class Broken:
+    """A network whose latent head is spoilt."""
+
+    def __init__(self, denoiser, spoil):
+        vars(self).update({n: getattr(denoiser, n) for n in ("latent", "conditions", "vocab_size")})
+        self.kind, self.time_free, self.joint, self.head = (
+            "cavity",
+            True,
+            denoiser.joint,
+            denoiser.head,
+        )
+        self.latent_head = lambda rows: spoil(denoiser.latent_head(rows))
+
+    def __call__(self, tokens, t, **given):
+        return self.head(self.joint(tokens, t, **given)[..., : tokens.shape[-1], :])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda rows: rows * float("nan"), "latent_head of Broken returned NaN"),
+        (lambda rows: rows[..., :0], r"latent_head of Broken returned shape \(3, 1, 0\), expected"),
+    ],
+)
+@pytest.mark.parametrize("noise", [BITS, NOISE], ids=["codes", "vectors"])
+def test_a_latent_that_is_no_number_is_refused(noise, spoil, sentence):
+    problem = CODES if noise is BITS else VECTORS
+    network = Broken(problem.denoiser(None if noise is BITS else noise), spoil)
+    kernel = LatentKernel(BITS, noise, network, Path.sequential(1, 1))
+    with pytest.raises(ValueError, match=sentence):
+        ReverseChain(kernel, 2).sample((3,))
