@@ -23,7 +23,7 @@ from ppl_diffusion.denoisers.latent_config import LatentConfig
 from ppl_diffusion.denoisers.latent_transformer import LatentTransformer
 from ppl_diffusion.denoisers.latent_views import AtLatent, CodeDenoiser
 from ppl_diffusion.distributions import GaussianChain, ReverseChain
-from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.errors import CapabilityError, IntractableLogProb
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.kernels.latent_kernel import LatentKernel
 from ppl_diffusion.kernels.latent_solvers import LatentSolver
@@ -174,7 +174,9 @@ class LatentDiffusion(DiffusionProgram):
 
         :param x0: int64 ``(n, L)``.
         :raises CapabilityError: if there is no encoder.
+        :raises ValueError: if these are no clean sequences.
         """
+        self._require_clean(x0)
         encoder = self.encoder or getattr(self.denoiser, "encode", None)
         if encoder is None:
             raise CapabilityError(
@@ -188,6 +190,40 @@ class LatentDiffusion(DiffusionProgram):
         point = encoder(x0)
         # In the precision of the chain.
         return Encoding(point if self.latent.dim is None else point.to(torch.float64))
+
+    def _require_clean(self, x0: Tensor) -> None:
+        size = len(self.vocabulary)
+        fits = x0.ndim == 2 and x0.shape[1] == self.length and x0.dtype == torch.int64
+        if not fits or not bool(((x0 >= 0) & (x0 < size)).all()):
+            raise ValueError(
+                f"{self.name}: clean sequences are int64 ids 0 to {size - 1} of shape "
+                f"(n, {self.length}), got {x0.dtype} of shape {tuple(x0.shape)}"
+                f"{f' with {int(x0.min())} to {int(x0.max())}' if x0.numel() else ''}; encode() "
+                "makes them from text."
+            )
+
+    def _finished(self, latent: Any) -> Tensor:
+        """Return a finished latent as a tensor, after checking that it is one."""
+        # Made from others it would forget where it came from, which readers of programs ask.
+        value = latent if isinstance(latent, Tensor) else torch.as_tensor(latent)
+        value, spec = value.to(self.device), self.latent
+        event = spec.event_shape
+        shape = tuple(value.shape[max(value.ndim - len(event), 0) :])
+        if spec.num_codes is None:
+            good = shape == event and value.is_floating_point()
+            wanted = f"finite numbers of shape (*batch, {spec.num_slots}, {spec.dim})"
+            inside = good and bool(torch.isfinite(value).all())
+        else:
+            good = shape == event and value.dtype == torch.int64
+            wanted = f"int64 codes 0 to {spec.num_codes - 1} of shape (*batch, {spec.num_slots})"
+            inside = good and bool(((value >= 0) & (value < spec.num_codes)).all())
+        if not inside:
+            raise ValueError(
+                f"{self.name}: a finished latent holds {wanted}, got {value.dtype} of shape "
+                f"{tuple(value.shape)}{' with others' if good else ''}; latent_chain draws them, "
+                "and encode_latent reads them off sequences."
+            )
+        return value
 
     # Chains.
 
@@ -224,6 +260,8 @@ class LatentDiffusion(DiffusionProgram):
         if isinstance(path, int):
             path, num_steps = None, path if num_steps is None else num_steps
         alone = steps == (None, None)
+        if not (path is None or isinstance(path, str | Path)):
+            path = Path(path)
         if isinstance(path, Path) or (path is None and num_steps is None and alone):
             if num_steps is not None or not alone:
                 raise ValueError(f"{self.name}: a path has its own steps; leave the numbers out.")
@@ -231,8 +269,8 @@ class LatentDiffusion(DiffusionProgram):
         name = path or "seq"
         if name not in PATHS:
             raise ValueError(f"There is no path {name!r}: choose one of {', '.join(PATHS)}.")
-        if name == "seq" and latent_steps and token_steps and num_steps is None:
-            return Path.sequential(latent_steps, token_steps)
+        if name == "seq" and None not in steps and num_steps is None:
+            return Path.sequential(*steps)  # type: ignore[arg-type]  # both are there
         if num_steps is None or not alone:
             wanted = "num_steps, or latent_steps and token_steps" if name == "seq" else "num_steps"
             raise ValueError(f"{self.name}: the path {name!r} takes {wanted}; give just that.")
@@ -321,7 +359,7 @@ class LatentDiffusion(DiffusionProgram):
         """
         kernel = InterpolatingKernel(self.process, self._reader, times=self._levels(0, num_steps))
         prompt = None if prompt is None else torch.as_tensor(prompt, device=self.device)
-        given = {"latent": latent.to(self.device)}
+        given = {"latent": self._finished(latent)}
         return ReverseChain(kernel, self.length, prompt=prompt, given=given)
 
     def code_law(
@@ -336,18 +374,22 @@ class LatentDiffusion(DiffusionProgram):
         :param prompt: int64 ``(L,)``, tokens that are known already, -1 elsewhere.
         :returns: codes, int64 ``(K ** N, N)``, and their log-probabilities, float64 ``(K ** N,)``.
         :raises CapabilityError: if the latent is continuous.
-        :raises NotImplementedError: if there are more than
-            :data:`~ppl_diffusion.kernels.step.MAX_ENUMERATE` codes.
-        :raises IntractableLogProb: if the chain has too many states on its way to them.
+        :raises IntractableLogProb: if they are too many to list.
         """
         chain = self.latent_chain(num_steps, prompt=prompt)
         if isinstance(chain, GaussianChain):
             raise CapabilityError(
                 f"{self.name}: the latent is continuous and cannot be listed; sample latent_chain."
             )
-        marginal = chain.marginal()
-        codes = marginal.enumerate_support()
-        return codes, marginal.log_prob(codes)
+        marginal, spec = chain.marginal(), self.latent
+        try:
+            codes = marginal.enumerate_support()
+            return codes, marginal.log_prob(codes)
+        except (NotImplementedError, IntractableLogProb) as error:
+            raise IntractableLogProb(
+                f"{self.name}: {spec.num_slots} slots of {spec.num_codes} codes are too many to "
+                "list; sample latent_chain."
+            ) from error
 
     def _levels(self, channel: int, num_steps: int | None) -> list[float]:
         """Return levels of tokens (0) or of the latent (1) that fall from 1 to 0."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -101,10 +101,16 @@ def _down(num_steps: int) -> list[float]:
 
 
 def _pairs(levels: Iterable[Sequence[float]]) -> tuple[tuple[float, float], ...]:
-    pairs: list[Any] = [tuple(pair) for pair in levels]
-    if len(pairs) < 2 or any(len(pair) != 2 for pair in pairs):
-        raise ValueError("Path: levels must be at least two pairs (token level, latent level).")
-    return tuple((float(x), float(y)) for x, y in pairs)
+    try:
+        pairs = tuple((float(x), float(y)) for x, y in levels)
+    except (TypeError, ValueError):
+        pairs = ()
+    if len(pairs) < 2:
+        raise ValueError(
+            "Path: levels must be at least two pairs of numbers (token level, latent level), got "
+            f"{levels!r}."
+        )
+    return pairs
 
 
 def _check(levels: np.ndarray) -> None:

@@ -47,13 +47,13 @@ def factorised(chain: ReverseChain, log_likelihoods: Tensor) -> FeynmanKac:
             f"factorised: tokens must be masked and stay once they are revealed, which those of "
             f"{kernel!r} do not; use FeynmanKac with a potential."
         )
-    potential = PositionPotential(log_likelihoods)
-    shape = (chain.length, kernel.process.vocab_size)
-    if tuple(log_likelihoods.shape) != shape:
+    shape, values = (chain.length, kernel.process.vocab_size), torch.as_tensor(log_likelihoods)
+    if tuple(values.shape) != shape:
         raise ValueError(
             f"factorised: log_likelihoods must have shape {shape}, one number per position and "
-            f"token, got {tuple(log_likelihoods.shape)}."
+            f"token, got {tuple(values.shape)}."
         )
+    potential = PositionPotential(values)
     own = potential.log_likelihoods
     return FeynmanKac(chain, potential, _MeanTwist.of(kernel, own), PositionProposal(own))
 

@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from ppl_diffusion.denoisers import Transformer
+from ppl_diffusion.errors import IntractableLogProb
 from ppl_diffusion.kernels.path import Path
 from ppl_diffusion.models import LatentDiffusion, MaskedDiffusion
 from ppl_diffusion.processes.gaussian import Gaussian
@@ -94,3 +96,35 @@ def test_a_gaussian_process_comes_back(tmp_path):
     again = LatentDiffusion.restore(tmp_path, **model.settings())
     assert again.latent_process == Gaussian(Cosine(), 0.2)
     assert again.path == Path.sequential(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("latent", "sentence"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"of shape \(\*batch, 2\), got torch.int64 of shape"),
+        (torch.zeros(2), "got torch.float32"),
+        (torch.tensor([0, 3]), "with others; latent_chain draws them"),
+        (torch.tensor([-1, 0]), "with others"),
+    ],
+)
+def test_what_is_no_finished_latent_is_refused(latent, sentence):
+    prior = LatentDiffusion.build("ab", 4, num_slots=2, num_codes=3, dim=8, depth=1, heads=2)
+    assert prior.token_chain(2, latent=[0, 2]).batch_shape == ()
+    with pytest.raises(ValueError, match=sentence):
+        prior.token_chain(2, latent=latent)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(4).long(), torch.full((1, 4), 2), torch.zeros(1, 4)])
+def test_what_is_no_clean_sequence_is_refused(rows):
+    prior = LatentDiffusion.build("ab", 4, num_slots=2, num_codes=3, dim=8, depth=1, heads=2)
+    for ask in (prior.encode_latent, prior.bound):
+        with pytest.raises(ValueError, match=r"int64 ids 0 to 1 of shape \(n, 4\), got"):
+            ask(rows)
+
+
+def test_a_list_of_levels_is_a_path_and_too_many_codes_are_not_listed():
+    prior = LatentDiffusion.build("ab", 4, num_slots=4, num_codes=30, dim=8, depth=1, heads=2)
+    levels = [(1, 1), (1, 0), (0, 0)]
+    assert prior.chain(levels).kernel.path == prior.find_path("seq", latent_steps=1, token_steps=1)
+    with pytest.raises(IntractableLogProb, match="4 slots of 30 codes are too many to list"):
+        prior.code_law(2)
