@@ -67,8 +67,7 @@ class LatentObjective(Objective):
         tokens: what tokens have in common is pushed into the latent.
     :param quantiser: options of
         :class:`~ppl_diffusion.denoisers.quantiser.VectorQuantiser` or ``GumbelQuantiser``.
-    :raises TypeError: if the program has another network.
-    :raises ValueError: if a share lies outside [0, 1].
+    :raises ValueError: if the program has another network, or a share lies outside [0, 1].
     """
 
     def __init__(
@@ -103,7 +102,10 @@ class LatentObjective(Objective):
             ramp=ramp,
         )
         if not isinstance(program.denoiser, LatentTransformer):
-            raise TypeError("latent: the program must be built around a LatentTransformer.")
+            raise ValueError(
+                f"latent: {program.name} is no prior with a latent of its own network "
+                "(LatentTransformer); train it with the objective nelbo, or a latent recipe."
+            )
         self.network: LatentTransformer = program.denoiser
         self.learning, self.frozen = learning, frozen
         self.latent_rows, self.mixed, self.withheld = latent_rows, mixed, withheld
