@@ -103,7 +103,7 @@ class LatentObjective(Objective):
         )
         if not isinstance(program.denoiser, LatentTransformer):
             raise ValueError(
-                f"latent: {program.name} is no prior with a latent of its own network "
+                "latent: this is no prior with a latent of its own network "
                 "(LatentTransformer); train it with the objective nelbo, or a latent recipe."
             )
         self.network: LatentTransformer = program.denoiser

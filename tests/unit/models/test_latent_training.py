@@ -232,5 +232,5 @@ def test_wrong_requests_are_refused():
         LatentObjective(program, steps=1, withheld=2.0)
     with pytest.raises(ValueError, match="mixed and withheld are shares of the same rows"):
         LatentObjective(program, steps=1, withheld=0.6, mixed=0.6)
-    with pytest.raises(ValueError, match="is no prior with a latent of its own network"):
+    with pytest.raises(ValueError, match="this is no prior with a latent of its own network"):
         LatentObjective(SimpleNamespace(denoiser=None), steps=1)
