@@ -24,6 +24,7 @@ __all__ = [
     "diagnostics",
     "distributions",
     "handlers",
+    "imaging",
     "inference",
     "kernels",
     "models",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ppl_diffusion import diagnostics as diagnostics
     from ppl_diffusion import distributions as distributions
     from ppl_diffusion import handlers as handlers
+    from ppl_diffusion import imaging as imaging
     from ppl_diffusion import kernels as kernels
     from ppl_diffusion import potentials as potentials
     from ppl_diffusion import processes as processes

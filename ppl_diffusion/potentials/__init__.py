@@ -9,6 +9,8 @@ from ppl_diffusion.potentials.constraints import Constraint as Constraint
 from ppl_diffusion.potentials.constraints import ForbiddenMotif as ForbiddenMotif
 from ppl_diffusion.potentials.constraints import GCContent as GCContent
 from ppl_diffusion.potentials.constraints import RequiredMotif as RequiredMotif
+from ppl_diffusion.potentials.embedded import EmbeddedPotential as EmbeddedPotential
+from ppl_diffusion.potentials.embedded import GaussianMeasurement as GaussianMeasurement
 from ppl_diffusion.potentials.evaluation import SequenceFunction as SequenceFunction
 from ppl_diffusion.potentials.factor import PotentialFactor as PotentialFactor
 from ppl_diffusion.potentials.factor import factor as factor

@@ -1,0 +1,1 @@
+"""Images as token sequences: codecs, measurement operators, metrics and files."""
