@@ -36,7 +36,8 @@ def test_points_between_codes_have_a_gradient():
     toy = measured_toy()
     points = torch.zeros(3, 4, 2, dtype=torch.float64, requires_grad=True)
     toy.potential.embedded(points).sum().backward()
-    assert points.grad is not None and bool((points.grad != 0).any())
+    assert points.grad is not None
+    assert bool((points.grad != 0).any())
     assert toy.potential.num_embedded == 3
 
 
