@@ -6,6 +6,8 @@ draws: particles that share an ancestor are no independent ones, and few of them
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,21 @@ def quantile(draws: Tensor, weights: Tensor, level: float) -> Tensor:
 def interval(draws: Tensor, weights: Tensor, level: float = LEVEL) -> tuple[Tensor, Tensor]:
     """Return the ends of the central interval of the weighted draws, each ``(...)``.
 
-    The ends are draws: of ``N`` equal ones it holds another draw of the same law in at most
-    ``(N - 1) / (N + 1)`` of all cases (.88 of 16), so that few draws cover too little.
+    The ends are draws, so that those of few are too close to each other: :func:`attainable`.
     """
     tail = (1 - level) / 2
     return quantile(draws, weights, tail), quantile(draws, weights, 1 - tail)
+
+
+def attainable(num_draws: int, level: float = LEVEL) -> float:
+    """Return how often such an interval of independent, equal draws holds one more draw of the law.
+
+    :param num_draws: ``N``.
+    :param level: what it is called.
+    """
+    tail = (1 - level) / 2
+    low, high = (max(1, math.ceil(share * num_draws - 1e-9)) for share in (tail, 1 - tail))
+    return (high - low) / (num_draws + 1)
 
 
 def ranks(
@@ -75,17 +87,21 @@ def coverage(
     weights: Tensor,
     level: float = LEVEL,
     *,
-    randomised: bool = True,
+    randomised: bool = False,
     generator: torch.Generator | None = None,
 ) -> float:
-    """Return the share of pixels whose truth lies in the central interval.
+    """Return the share of pixels whose truth lies in the central :func:`interval`.
+
+    Few draws cover too little even if they are right: compare with :func:`attainable`. The
+    randomised form asks whether :func:`ranks` are central, and is right for few draws; it also
+    excuses few draws that are wrong (a single one always covers its share), so that it judges
+    samplers with many draws, not optimisers.
 
     :param truth: ``(...)``.
     :param draws: ``(N, ...)``.
     :param weights: ``(N,)``.
     :param level: what the share should be.
-    :param randomised: by randomised :func:`ranks`, right for few draws too; otherwise by
-        :func:`interval`, whose ends are draws: too low for few.
+    :param randomised: by ranks.
     """
     if randomised:
         rank = ranks(truth, draws, weights, generator=generator)

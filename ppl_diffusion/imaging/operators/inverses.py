@@ -31,7 +31,10 @@ def damped_least_squares(
         return adjoint(operator, torch.from_numpy(y.ravel())).flatten().numpy()
 
     matrix = LinearOperator((operator.size, size), forward, backward, dtype=np.float64)
-    rows = [lsqr(matrix, y, damp=damping)[0] for y in measured.double().cpu().flatten(1).numpy()]
+    rows = [
+        lsqr(matrix, y, damp=damping, atol=1e-9, btol=1e-9)[0]
+        for y in measured.double().cpu().flatten(1).numpy()
+    ]
     images = torch.from_numpy(np.stack(rows)).reshape(-1, *operator.image_shape)
     return images.to(measured)
 
