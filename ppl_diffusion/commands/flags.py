@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ppl_diffusion.design.checks import user_input
+from ppl_diffusion.jobs.checks import user_input
 
 MODULE = "--method-module"
 PANEL = "How to look (in brackets: what a method does if nothing is said)"
@@ -72,8 +72,8 @@ def _click_options(taken: Collection[str]) -> list[Any]:
 
 
 def _parameters(taken: Collection[str]) -> Iterator[Parameter]:
-    from ppl_diffusion.design.options import options
     from ppl_diffusion.inference import methods
+    from ppl_diffusion.jobs.options import options
     from ppl_diffusion.smc import RESAMPLERS
 
     known = (f"{name}: {(cls.__doc__ or '').split('.')[0]}." for name, cls in methods().items())

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_diffusion.design.folder import whole_file
 from ppl_diffusion.diagnostics import nearest_distance
 from ppl_diffusion.errors import ParticleCollapse
+from ppl_diffusion.jobs.folder import whole_file
 
 if TYPE_CHECKING:
     from ppl_diffusion.design.judging import Columns

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
-from ppl_diffusion.design.folder import MARKER, whole_folder
 from ppl_diffusion.design.judging import Columns, compare, scores
 from ppl_diffusion.design.methods import infer
 from ppl_diffusion.design.program import Target
@@ -36,6 +35,7 @@ from ppl_diffusion.diagnostics.claims import (
 )
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.jobs.folder import MARKER, whole_folder
 from ppl_diffusion.potentials.failures import REWARDS
 
 if TYPE_CHECKING:

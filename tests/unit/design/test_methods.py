@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser
-from ppl_diffusion.design.checks import InputError
 from ppl_diffusion.design.methods import HeldFill, infer
-from ppl_diffusion.design.options import DEFAULTS, options
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import Bootstrap, Refinement, TwistedSampler, methods
+from ppl_diffusion.jobs.checks import InputError
+from ppl_diffusion.jobs.options import DEFAULTS, options
+from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.kernels.completions import TableCompletions
 from ppl_diffusion.potentials import GCContent, Potential

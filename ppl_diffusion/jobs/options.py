@@ -12,8 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ppl_diffusion.design.checks import InputError, one_of
 from ppl_diffusion.inference import Method, methods
+from ppl_diffusion.jobs.checks import InputError, one_of
 
 NONE = "none"
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ppl_diffusion.design.checks import InputError, at_least, one_of, positive, usable_device
-from ppl_diffusion.design.options import DEFAULTS, NONE, THRESHOLDS, options, spoken, usual
 from ppl_diffusion.inference import Method, Refinement, methods
+from ppl_diffusion.jobs.checks import InputError, at_least, one_of, positive, usable_device
+from ppl_diffusion.jobs.options import DEFAULTS, NONE, THRESHOLDS, options, spoken, usual
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
 
@@ -30,7 +30,7 @@ class Search:
     :param ess_threshold: resample when the effective sample size falls below this share; None for
         the method's own.
     :param device: where to compute; None for the CPU.
-    :param options: what is asked of the method, by :func:`ppl_diffusion.design.options.options`.
+    :param options: what is asked of the method, by :func:`ppl_diffusion.jobs.options.options`.
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
 
