@@ -1,1 +1,4 @@
 """Images as token sequences: codecs, measurement operators, metrics and files."""
+
+from ppl_diffusion.imaging.codec import CodecConfig as CodecConfig
+from ppl_diffusion.imaging.codec import ImageCodec as ImageCodec
