@@ -2,3 +2,5 @@
 
 from ppl_diffusion.imaging.codec import CodecConfig as CodecConfig
 from ppl_diffusion.imaging.codec import ImageCodec as ImageCodec
+from ppl_diffusion.imaging.classifier import ClassifierConfig as ClassifierConfig
+from ppl_diffusion.imaging.classifier import ImageClassifier as ImageClassifier
