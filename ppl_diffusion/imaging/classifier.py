@@ -8,6 +8,7 @@ style. Such numbers compare methods on one data set; they are not LPIPS.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Self
 
@@ -52,7 +53,7 @@ class ImageClassifier(nn.Module):
         self.image_shape = (config.channels, config.height, config.width)
         self.num_classes = config.num_classes
         widths = [config.channels, *(config.features * 2**level for level in range(3))]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
         self.head = nn.Sequential(
             nn.Dropout(config.dropout), nn.Linear(widths[-1], config.num_classes)
