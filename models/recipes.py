@@ -145,6 +145,8 @@ _LATENT_QM9 = dataclasses.replace(
     valid_rows=500,
 )
 
+_TEXT = dataclasses.replace(_MASKED_NAMES, dataset="yelp", valid_rows=500)
+
 RECIPES: dict[str, Recipe] = {
     "yeast-promoter": _YEAST,
     "yeast-promoter-uniform": dataclasses.replace(
@@ -179,6 +181,24 @@ RECIPES: dict[str, Recipe] = {
     "latent-qm9": _LATENT_QM9,
     "latent-qm9-co": dataclasses.replace(
         _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=4000
+    ),
+    "arithmetic": dataclasses.replace(
+        _TEXT,
+        dataset="arithmetic",
+        shape={**_SHAPE, "depth": 4, "dropout": 0.0},
+        steps=8000,
+        batch_size=256,
+    ),
+    "sudoku": dataclasses.replace(
+        _TEXT,
+        dataset="sudoku",
+        shape={**_SHAPE, "dim": 112, "depth": 5, "dropout": 0.0},
+        steps=5500,
+        batch_size=64,
+        valid_rows=None,
+    ),
+    "yelp": dataclasses.replace(
+        _TEXT, shape={**_SHAPE, "dim": 128, "depth": 4, "stem_width": 5}, steps=7000, batch_size=64
     ),
 }
 
