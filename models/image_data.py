@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_diffusion.models.data_folder import find_data
+from ppl_diffusion.models.sequences import find_data
 
 _DIGITS_SEED, _DIGITS_TEST, _DIGITS_VALID = 20_251_002, 297, 150
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl_diffusion.imaging.codec import ImageCodec
 from ppl_diffusion.models.image_data import Images, load_images, shifted
 from ppl_diffusion.models.image_files import load_codec
-from ppl_diffusion.models.sequences import Sequences
+from ppl_diffusion.models.sequences import Sequences, unrelated
 
 _FIRST_SYMBOL = 0x2800  # braille patterns: 256 symbols with eight dots for eight bits
 
@@ -41,14 +41,8 @@ def encoded(images: Images, codec: ImageCodec, name: str, *, shift: int = 0) -> 
     """
     moves = torch.tensor(list(product(range(-shift, shift + 1), repeat=2)))
     train = torch.cat([_tokens(codec, _moved(images, move)) for move in moves])
-    test = _tokens(codec, images.test)
-    return Sequences(
-        train=train,
-        valid=_tokens(codec, images.valid),
-        test=test,
-        test_family=torch.arange(len(test)),
-        related=train[:0],
-        related_weights=torch.empty(0, dtype=torch.float64),
+    return unrelated(
+        [train, *(_tokens(codec, part) for part in (images.valid, images.test))],
         licence=images.licence,
         source=f"{images.source} Tokens of the codec {name}.",
         vocabulary=code_symbols(codec.vocab_size),

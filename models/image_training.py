@@ -145,7 +145,7 @@ class _Fit:
 
     def _validate(self) -> float:
         score = float(
-            mean_scores(
+            image_scores(
                 self.task, self.network.eval(), self.images.valid, self.images.valid_labels
             ).mean()
         )
@@ -188,7 +188,7 @@ class _Fit:
 
 
 @torch.no_grad()
-def mean_scores(task: Any, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+def image_scores(task: Any, network: Any, images: Tensor, labels: Tensor) -> Tensor:
     """Return the score of each image, ``(n,)``."""
     parts = zip(images.split(256), labels.split(256), strict=True)
     return torch.cat([task.scores(network, *part) for part in parts])
