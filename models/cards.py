@@ -22,6 +22,16 @@ def list_oracles() -> list[str]:
     return sorted(p.parent.name for p in WEIGHTS.glob("*-oracle-*/config.json"))
 
 
+def codecs() -> list[str]:
+    """Return the names of the shipped codecs of images."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-codec/config.json"))
+
+
+def list_classifiers() -> list[str]:
+    """Return the names of the shipped classifiers of images."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-classifier/config.json"))
+
+
 def available() -> list[dict[str, Any]]:
     """Describe the shipped priors.
 
