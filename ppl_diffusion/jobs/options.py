@@ -1,14 +1,15 @@
 """What can be asked of the registered methods in words: read off their fields, written nowhere.
 
 A field whose type a command line can say (a truth, a number, a word, one of several words) is an
-option of its method; fields of functions and objects are not.
+option of its method; fields of functions and objects are not. A field that holds a small object of
+such fields, as the inner loop of a method, gives its fields in its place.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -27,10 +28,14 @@ THRESHOLDS: Mapping[str, float] = {"refinement": 0.2}
 
 
 class Use(NamedTuple):
-    """What an option is to one method: its default, and what it does."""
+    """What an option is to one method: its default, and what it does.
+
+    :param part: the field of the method whose object has it, None if the method itself does.
+    """
 
     default: Any
     text: str
+    part: str | None = None
 
     @property
     def said(self) -> Any:
@@ -85,17 +90,46 @@ def options() -> dict[str, Option]:
     """Return every option of the registered methods by the name of its field."""
     found: dict[str, Option] = {}
     for name, cls in methods().items():
-        hints = get_type_hints(cls)
+        _add(found, name, cls, DEFAULTS.get(name, {}))
+        own = {each.name for each in fields(cls)}
         for each in fields(cls):
-            kind, choices = _words(hints[each.name])
-            if kind is None or not each.init:
-                continue
-            option = found.setdefault(each.name, Option(each.name, kind))
-            option.choices = tuple(dict.fromkeys(option.choices + choices))
-            own = None if each.default is MISSING else each.default
-            default = DEFAULTS.get(name, {}).get(each.name, own)
-            option.owners[name] = Use(default, _documented(cls, each.name))
+            part = part_of(each)
+            if part is not None:
+                values = {f.name: getattr(part, f.name) for f in fields(part)}
+                _add(found, name, type(part), values, part=each.name, skip=own)
     return {**found, **_of_the_job(found["twist"])}
+
+
+def part_of(each: Field[Any]) -> Any:
+    """Return the object of options that a field holds if nothing is said, or None."""
+    made = each.default_factory() if callable(each.default_factory) else each.default
+    return made if each.init and is_dataclass(made) and not isinstance(made, type) else None
+
+
+def _add(
+    found: dict[str, Option],
+    method: str,
+    cls: type,
+    values: Mapping[str, Any],
+    *,
+    part: str | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """Add the options that the fields of a class are to a method.
+
+    :param values: defaults where they are not those of the class.
+    :param skip: names that mean something else to the method.
+    """
+    hints = get_type_hints(cls)
+    for each in fields(cls):
+        kind, choices = _words(hints[each.name])
+        if kind is None or not each.init or each.name in skip:
+            continue
+        option = found.setdefault(each.name, Option(each.name, kind))
+        option.choices = tuple(dict.fromkeys(option.choices + choices))
+        own = None if each.default is MISSING else each.default
+        default = values.get(each.name, own)
+        option.owners[method] = Use(default, _documented(cls, each.name), part)
 
 
 def usual(method: str, inner: str | None = None) -> dict[str, Any]:
@@ -132,7 +166,7 @@ def _flat(hint: Any) -> Iterator[Any]:
         yield from _flat(part)
 
 
-def _documented(cls: type[Method], name: str) -> str:
+def _documented(cls: type, name: str) -> str:
     """Return the sentence about a field: the first class that has it says it in full."""
     for base in reversed(cls.__mro__):
         found = re.search(

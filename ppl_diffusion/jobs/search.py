@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ppl_diffusion.inference import Method, Refinement, methods
 from ppl_diffusion.jobs.checks import InputError, at_least, one_of, positive, usable_device
-from ppl_diffusion.jobs.options import DEFAULTS, NONE, THRESHOLDS, options, spoken, usual
+from ppl_diffusion.jobs.options import (
+    DEFAULTS,
+    NONE,
+    THRESHOLDS,
+    options,
+    part_of,
+    spoken,
+    usual,
+)
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
 
@@ -91,9 +99,20 @@ class Search:
         if "twist" in asked:
             asked["twist"] = self._twist(asked["twist"])
         try:
-            return cls(**{name: value for name, value in asked.items() if name in known})
+            whole = {name: value for name, value in asked.items() if name in known}
+            return cls(**whole, **self._parts(name))
         except (ValueError, TypeError) as error:
             raise InputError(spoken(str(error), name)) from error
+
+    def _parts(self, name: str) -> dict[str, Any]:
+        """Return the objects of options of a method that something is asked of."""
+        asked: dict[str, dict[str, Any]] = {}
+        for option in options().values():
+            use = option.owners.get(name)
+            if use is not None and use.part is not None and option.name in self.options:
+                asked.setdefault(use.part, {})[option.name] = self.options[option.name]
+        usual = {each.name: part_of(each) for each in fields(methods()[name])}
+        return {part: replace(usual[part], **values) for part, values in asked.items()}
 
     def _twist(self, name: str) -> FillTwist | str | None:
         fills: int | None = self.options.get("fills")
