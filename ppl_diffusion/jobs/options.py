@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ppl_diffusion.inference import Method, methods
+from ppl_diffusion.inference import methods
 from ppl_diffusion.jobs.checks import InputError, one_of
 
 NONE = "none"
