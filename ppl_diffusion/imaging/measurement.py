@@ -52,7 +52,7 @@ class Measurement:
     def __post_init__(self) -> None:
         if tuple(self.y.shape) != (self.operator.size,) or not bool(self.y.isfinite().all()):
             raise ValueError(
-                f"Measurement: {self.operator.name} measures {self.operator.size} finite numbers, "
+                f"Measurement: {self.operator.label} measures {self.operator.size} finite numbers, "
                 f"got {tuple(self.y.shape)}."
             )
         if not (math.isfinite(self.sigma) and self.sigma > 0):
@@ -101,7 +101,7 @@ class Measurement:
             self.y.to(codec.codebook),
             self.sigma,
             codec.codebook,
-            name=f"the measurement by {self.operator.name}",
+            name=f"the measurement by {self.operator.label}",
         )
 
     def save(self, path: str | Path) -> None:

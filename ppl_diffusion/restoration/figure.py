@@ -29,8 +29,8 @@ def restoration_figure(result: Result) -> Figure:
 
     panels = _panels(result)
     columns = max(len(panels) + 1, 5)
-    figure = Figure(figsize=(_PANEL * columns, 2.35 * _PANEL), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.12, 1))
+    figure = Figure(figsize=(_PANEL * columns, 1.95 * _PANEL), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
     axes = top.subplots(1, len(panels) + 1)
     for ax, (title, image) in zip(axes, panels, strict=False):
         show(ax, image, title)
@@ -79,7 +79,7 @@ def _panels(result: Result) -> list[tuple[str, Tensor]]:
     panels = [] if truth is None else [("truth", truth)]
     return [
         *panels,
-        (f"measured ({operator.name}, {measurement.sigma:g})", seen),
+        (f"measured ({operator.label}, noise {measurement.sigma:g})", seen),
         ("restored", result.images.restored),
         ("posterior mean" if result.posterior.exact else "mean", result.images.mean),
     ]

@@ -31,7 +31,7 @@ def summarise(target: Target, posterior: ParticlePosterior, images: Images) -> d
         "image": job.question.image,
         "prior": job.name,
         "codec": job.codec,
-        "operator": measurement.operator.name,
+        "operator": measurement.operator.label,
         "noise": measurement.sigma,
         "num_measured": measurement.operator.size,
         "method": job.search.method,

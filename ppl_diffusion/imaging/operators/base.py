@@ -114,6 +114,11 @@ class Operator(ABC):
         return self.image_shape
 
     @property
+    def label(self) -> str:
+        """The name by which :func:`make_operator` knows it, with its number: ``sr4``."""
+        return self.name if self.number is None else f"{self.name}{self.parameters[self.number]}"
+
+    @property
     def size(self) -> int:
         """Number ``m`` of numbers that are measured."""
         return math.prod(self.shape)
