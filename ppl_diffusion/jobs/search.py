@@ -98,6 +98,7 @@ class Search:
         asked = {**DEFAULTS.get(name, {}), **self.options, **more}
         if "twist" in asked:
             asked["twist"] = self._twist(asked["twist"])
+        asked = {key: None if value == NONE else value for key, value in asked.items()}
         try:
             whole = {name: value for name, value in asked.items() if name in known}
             return cls(**whole, **self._parts(name))
@@ -110,7 +111,8 @@ class Search:
         for option in options().values():
             use = option.owners.get(name)
             if use is not None and use.part is not None and option.name in self.options:
-                asked.setdefault(use.part, {})[option.name] = self.options[option.name]
+                said = self.options[option.name]
+                asked.setdefault(use.part, {})[option.name] = None if said == NONE else said
         usual = {each.name: part_of(each) for each in fields(methods()[name])}
         return {part: replace(usual[part], **values) for part, values in asked.items()}
 
@@ -127,15 +129,16 @@ class Search:
 
     def _check_options(self) -> None:
         one_of("method", self.method, methods())
-        known = options()
+        known, asked = options(), {}
         for name, value in self.options.items():
             one_of("option", name, known)
-            known[name].check(value, self.method, self.inner)
+            asked[name] = known[name].read(value, self.method, self.inner)
+        object.__setattr__(self, "options", asked)
         if "fills" in self.options:
             at_least("the number of --fills", self.options["fills"], 1)
         positive("the power of the prior", self.options.get("power"))
         keep = self.options.get("keep", 1)
-        if keep > self.num_particles:
+        if isinstance(keep, int) and keep > self.num_particles:
             raise InputError(
                 f"Of {self.num_particles} draws per run {keep} cannot be kept: "
                 "lower --keep, or raise --particles."
