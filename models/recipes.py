@@ -221,10 +221,18 @@ RECIPES: dict[str, Recipe] = {
     "mnist": dataclasses.replace(
         _DIGITS,
         dataset="mnist",
-        shape={**_DIGITS.shape, "dim": 128, "dropout": 0.0},
+        shape={**_DIGITS.shape, "dropout": 0.0},
         steps=3000,
         valid_rows=256,
         valid_times=8,
+    ),
+    "faces": dataclasses.replace(
+        _DIGITS,
+        dataset="faces",
+        shape={**_SHAPE, "dropout": 0.3},
+        steps=2000,
+        batch_size=32,
+        options={},
     ),
 }
 
