@@ -40,7 +40,7 @@ class ImageRecipe:
 
 IMAGE_RECIPES: dict[str, ImageRecipe] = {
     "digits-codec": ImageRecipe("codec", "digits", {"num_bits": 6}, steps=2500),
-    "digits-classifier": ImageRecipe("classifier", "digits", steps=1500),
+    "digits-classifier": ImageRecipe("classifier", "digits", steps=4000),
     "mnist-codec": ImageRecipe(
         "codec", "mnist", {"num_bits": 8, "features": 24}, steps=3000, batch_size=32
     ),

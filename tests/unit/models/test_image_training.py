@@ -164,7 +164,7 @@ def test_a_prior_learns_the_tokens_of_each_label(bars, codec_run, tmp_path, fami
         )
         for labels in (sequences.labels[2], 1 - sequences.labels[2])
     )
-    assert own.mean() + 1.0 < other.mean()  # nats a sequence, with the same times and noise
+    assert own.mean() + 0.3 < other.mean()  # nats a sequence, with the same times and noise
 
 
 def test_cards_of_labelled_priors(bars, codec_run, tmp_path):
