@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.models.cards import available as available
 from ppl_diffusion.models.cards import list_oracles as list_oracles
+from ppl_diffusion.models.cards import list_text_classifiers as list_text_classifiers
 from ppl_diffusion.models.cards import names as names
 from ppl_diffusion.models.cards import read_card as read_card
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SAMPLERS as SAMPLERS
     from ppl_diffusion.models.samplers import SamplerSettings as SamplerSettings
     from ppl_diffusion.models.samplers import make_chain as make_chain
+    from ppl_diffusion.models.text_reward import TextClassifier as TextClassifier
+    from ppl_diffusion.models.text_reward import load_text_classifier as load_text_classifier
     from ppl_diffusion.models.uniform import UniformDiffusion as UniformDiffusion
 
 _HOMES = {
@@ -30,13 +33,15 @@ _HOMES = {
     "Oracle": "oracles",
     "SAMPLERS": "samplers",
     "SamplerSettings": "samplers",
+    "TextClassifier": "text_reward",
     "UniformDiffusion": "uniform",
     "load": "library",
     "load_oracle": "oracles",
+    "load_text_classifier": "text_reward",
     "make_chain": "samplers",
 }
 
-__all__ = [*_HOMES, "available", "list_oracles", "names", "read_card"]
+__all__ = [*_HOMES, "available", "list_oracles", "list_text_classifiers", "names", "read_card"]
 
 
 def __dir__() -> list[str]:
