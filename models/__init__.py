@@ -7,12 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.models.cards import available as available
+from ppl_diffusion.models.cards import codecs as codecs
+from ppl_diffusion.models.cards import list_classifiers as list_classifiers
 from ppl_diffusion.models.cards import list_oracles as list_oracles
 from ppl_diffusion.models.cards import list_text_classifiers as list_text_classifiers
 from ppl_diffusion.models.cards import names as names
 from ppl_diffusion.models.cards import read_card as read_card
 
 if TYPE_CHECKING:
+    from ppl_diffusion.models.image_files import load_classifier as load_classifier
+    from ppl_diffusion.models.image_files import load_codec as load_codec
     from ppl_diffusion.models.latent import LatentDiffusion as LatentDiffusion
     from ppl_diffusion.models.library import load as load
     from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
@@ -36,12 +40,23 @@ _HOMES = {
     "TextClassifier": "text_reward",
     "UniformDiffusion": "uniform",
     "load": "library",
+    "load_classifier": "image_files",
+    "load_codec": "image_files",
     "load_oracle": "oracles",
     "load_text_classifier": "text_reward",
     "make_chain": "samplers",
 }
 
-__all__ = [*_HOMES, "available", "list_oracles", "list_text_classifiers", "names", "read_card"]
+__all__ = [
+    *_HOMES,
+    "available",
+    "codecs",
+    "list_classifiers",
+    "list_oracles",
+    "list_text_classifiers",
+    "names",
+    "read_card",
+]
 
 
 def __dir__() -> list[str]:

@@ -28,6 +28,16 @@ def list_text_classifiers() -> list[str]:
     return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CLASSIFIER_FILE}"))
 
 
+def codecs() -> list[str]:
+    """Return the names of the shipped codecs of images."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-codec/config.json"))
+
+
+def list_classifiers() -> list[str]:
+    """Return the names of the shipped classifiers of images."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-classifier/config.json"))
+
+
 def available() -> list[dict[str, Any]]:
     """Describe the shipped priors.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.models import arithmetic, reviews, sudoku
+from ppl_diffusion.models.image_sequences import image_sequences
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
 from ppl_diffusion.models.sequences import BASES as BASES
 from ppl_diffusion.models.sequences import PADDING as PADDING
@@ -187,4 +189,6 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
     "arithmetic": arithmetic.sequences,
     "sudoku": sudoku.sequences,
     "yelp": reviews.sequences,
+    "digits": partial(image_sequences, "digits", shift=1),
+    "mnist": partial(image_sequences, "mnist"),
 }

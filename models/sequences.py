@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class Sequences:
     :param licence: one sentence, as ``source`` is, for the card of a prior.
     :param vocabulary: one letter per token id.
     :param noun: what the sequences are, for the same; ``unit`` is what a token is.
+    :param labels: classes of the rows of ``train``, ``valid`` and ``test``, int64 ``(n,)`` each,
+        for a network with classes.
+    :param codec: name of the codec whose tokens they are, of images.
+    :param bundled: whether they come with an installed package, so that no folder is needed.
     """
 
     train: Tensor
@@ -43,17 +48,20 @@ class Sequences:
     vocabulary: str = BASES
     noun: str = "promoter sequences"
     unit: str = "base"
+    labels: tuple[Tensor, Tensor, Tensor] | None = None
+    codec: str = ""
+    bundled: bool = False
 
     @property
     def length(self) -> int:
         return self.train.shape[-1]
 
 
-def unrelated(parts: Sequence[Tensor], **words: str) -> Sequences:
+def unrelated(parts: Sequence[Tensor], **words: Any) -> Sequences:
     """Return sequences without related rows, each a family of its own.
 
     :param parts: rows to train on, to stop by, and to quote, int64 ``(n, L)`` each.
-    :param words: ``licence``, ``source``, ``vocabulary``, ``noun`` and ``unit``.
+    :param words: ``licence``, ``source`` and other fields that have nothing to do with rows.
     """
     train, valid, test = parts
     return Sequences(
@@ -76,6 +84,8 @@ def check_sequences(sequences: Sequences, recipe: Recipe) -> None:
             raise ValueError(f"Sequences: {part} holds no rows; training needs at least one.")
     if min(recipe.shares) < 1.0:
         _check_related(sequences, recipe)
+    if recipe.shape.get("num_classes"):
+        _check_labels(sequences, recipe)
     if recipe.both_strands and len(sequences.vocabulary) != len(BASES):
         raise ValueError(
             f"Recipe: both_strands needs the four letters {BASES}, but the vocabulary is "
@@ -100,6 +110,20 @@ def _check_rows(sequences: Sequences, part: str) -> None:
         raise ValueError(
             f"Sequences: {part} holds the id {low if low < 0 else high}, but those of the "
             f"{size} letters {sequences.vocabulary!r} are 0 to {size - 1}; drop or recode its row."
+        )
+
+
+def _check_labels(sequences: Sequences, recipe: Recipe) -> None:
+    if recipe.objective != "nelbo" or min(recipe.shares) < 1.0:
+        raise ValueError(
+            "Recipe: classes are learnt by the objective nelbo, from rows that have labels; set "
+            'objective="nelbo" and shares=(1.0, 1.0), or leave num_classes out.'
+        )
+    parts, labels = (sequences.train, sequences.valid, sequences.test), sequences.labels
+    if labels is None or [len(rows) for rows in parts] != [len(label) for label in labels]:
+        raise ValueError(
+            "Sequences: a network with classes needs labels, one for each row of train, valid and "
+            "test; add them, or leave num_classes out of the recipe."
         )
 
 

@@ -260,7 +260,7 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a prior by its recipe."""
+    """Train a prior, or a codec or classifier of images, by its recipe."""
     from ppl_diffusion.commands.actions import train_prior
 
     place = out or Path("runs") / f"train-{name}"

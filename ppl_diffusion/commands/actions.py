@@ -95,12 +95,13 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
 
 
 def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
-    """Train a prior by its recipe.
+    """Train a prior, or a codec or classifier of images, by its recipe.
 
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
     """
+    from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
     from ppl_diffusion.models.training import TrainingDiverged, train
 
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
@@ -108,6 +109,8 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     asked["device"] = usable_device(asked["device"])
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
+    if name in IMAGE_RECIPES:
+        return _train_images(name, out=out, quiet=quiet, **asked)
     try:
         with user_input():
             run = train(name, out=out, quiet=quiet, **asked)
@@ -118,6 +121,29 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     if not quiet:
         bound = ["best validation bound (bits per token, <=)", run.valid_bits]
         rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
+        table(f"Trained {name}", ["quantity", "value"], rows)
+        print(f"wrote {run.folder}")
+
+
+def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
+    from ppl_diffusion.models.image_training import CHECKPOINT, train_images
+
+    for option in ("objective", "init"):
+        if asked.pop(option) is not None:
+            raise InputError(f"{name} is no prior and has no --{option}: leave it out.")
+    try:
+        with user_input():
+            run = train_images(name, out=out, quiet=quiet, **asked)
+    except KeyboardInterrupt as error:
+        kept = (out / CHECKPOINT).is_file()
+        raise Stopped(
+            "Training was interrupted; go on with --resume."
+            if kept
+            else f"Stopped: nothing was written to {str(out)!r}."
+        ) from error
+    if not quiet:
+        score = [f"best on validation images ({run.score_name})", run.score]
+        rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 
