@@ -14,9 +14,9 @@ LETTERS = "ACGT"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
 
 
-def model(size=len(WORDS)):
+def model():
     config = transformers.BertConfig(
-        vocab_size=size,
+        vocab_size=len(WORDS),
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,

@@ -1,4 +1,4 @@
-"""Equations as strings: all of them right, the verifier, and its extension to laws of characters."""
+"""Equations as strings: all right, the verifier, and its extension to laws of characters."""
 
 import pytest
 import torch
