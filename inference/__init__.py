@@ -1,5 +1,9 @@
 """Inference: one runner, methods as small objects, and what goes with them."""
 
+from ppl_diffusion.inference.anchored_guidance import AnchoredProposal as AnchoredProposal
+from ppl_diffusion.inference.anchored_guidance import Guidance as Guidance
+from ppl_diffusion.inference.anchored_guidance import TiltedTokens as TiltedTokens
+from ppl_diffusion.inference.anchored_smc import AnchoredSMC as AnchoredSMC
 from ppl_diffusion.inference.attach import attach as attach
 from ppl_diffusion.inference.baselines import BeamSearch as BeamSearch
 from ppl_diffusion.inference.baselines import BestOfN as BestOfN
