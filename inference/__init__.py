@@ -22,6 +22,7 @@ from ppl_diffusion.inference.correctors import Tilt as Tilt
 from ppl_diffusion.inference.correctors import order_inconsistency as order_inconsistency
 from ppl_diffusion.inference.particle_gibbs import ParticleGibbs as ParticleGibbs
 from ppl_diffusion.inference.refinement import Refinement as Refinement
+from ppl_diffusion.inference.remask_moves import Remask as Remask
 from ppl_diffusion.inference.scout import LatentMoves as LatentMoves
 from ppl_diffusion.inference.smc import SMC as SMC
 from ppl_diffusion.inference.soft_value import SoftValueGuidance as SoftValueGuidance

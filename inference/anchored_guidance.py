@@ -109,9 +109,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score):
-            raise ValueError(
-                f"Guidance: unknown score {self.score!r}; choose one of {', '.join(get_args(Score))}."
-            )
+            known = ", ".join(get_args(Score))
+            raise ValueError(f"Guidance: unknown score {self.score!r}; choose one of {known}.")
 
     @property
     def deterministic(self) -> bool:
@@ -137,7 +136,10 @@ class Guidance:
         batch, (length, size) = tokens.shape[:-1], log_d.shape[-2:]
         rows, table = tokens.reshape(-1, length), log_d.reshape(-1, length, size)
         before = None if previous is None else previous.reshape(-1, length, size)
-        first, inverse = self._distinct(rows, batch, given)
+        if self.deterministic:
+            first, inverse = distinct_states(tokens, given)
+        else:
+            first = inverse = torch.arange(len(rows), device=rows.device)
         with torch.enable_grad():  # samplers run without gradients, and this one needs some
             found = self.expectation(
                 self.guide,
@@ -153,15 +155,6 @@ class Guidance:
         return Guided(
             log_d, log_c.reshape(shape), scores.reshape(tokens.shape), logits.reshape(shape)
         )
-
-    def _distinct(
-        self, rows: Tensor, batch: torch.Size, given: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        if not self.deterministic:
-            every = torch.arange(len(rows), device=rows.device)
-            return every, every
-        parts = [x.reshape(len(rows), *x.shape[len(batch) :]) for x in (given or {}).values()]
-        return distinct_rows(torch.cat([rows, *map(bits, parts)], -1))
 
     def _scores(self, log_r: Tensor, anchors: Tensor) -> Tensor:
         log_r = log_r.to(torch.float64)
@@ -236,6 +229,19 @@ def stay_probability(step: TokenStep, scores: Tensor, tau: float) -> Tensor:
     mean = total / masked.sum(-1, keepdim=True).clamp_min(1)
     shift = ((scores - mean) / tau).clamp(-MOST_SHIFT, MOST_SHIFT)
     return torch.sigmoid(level.logit() - shift)
+
+
+def distinct_states(
+    tokens: Tensor, given: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return one of each kind of states, and the kind of each: see :func:`distinct_rows`.
+
+    :param tokens: int64 ``(*batch, L)``.
+    :param given: what else tells them apart, each ``(*batch, *event)``.
+    """
+    size = tokens.shape[:-1].numel()
+    beside = [bits(x.reshape(size, *x.shape[tokens.ndim - 1 :])) for x in (given or {}).values()]
+    return distinct_rows(torch.cat([tokens.reshape(size, -1), *beside], -1))
 
 
 def require_maskable(step: Any) -> None:

@@ -1,4 +1,4 @@
-"""Anchored posterior sampling as a proposal: the moves of an optimiser with the weights of a sampler.
+"""Anchored posterior sampling as a proposal: an optimiser's moves with a sampler's weights.
 
 At every step an inner loop climbs the likelihood from the denoiser's table; sites are selected and
 tokens drawn by what it found (:mod:`~ppl_diffusion.inference.anchored_guidance`), and the weight
@@ -24,12 +24,12 @@ iterations, and whatever its loss, weighted particles are exact; a bad inner loo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
+from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.anchored_guidance import (
     Guidance,
@@ -40,26 +40,44 @@ from ppl_diffusion.inference.anchored_guidance import (
     require_maskable,
 )
 from ppl_diffusion.inference.anchored_steps import PolicyStep, values_move
-from ppl_diffusion.inference.anchored_twist import moment_lookahead
+from ppl_diffusion.inference.anchored_twist import carried_lookahead
+from ppl_diffusion.inference.arguments import require_moves
+from ppl_diffusion.inference.guides import guides_of, require_steerable
+from ppl_diffusion.inference.path_moves import checked_moves
 from ppl_diffusion.inference.quantised_expectation import QuantisedExpectation
-from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel, RevealStep
+from ppl_diffusion.inference.remask_moves import Remask, by_default, swept
+from ppl_diffusion.kernels import OrderedKernel, RevealStep
 from ppl_diffusion.kernels.base import GIVEN, Carry
 from ppl_diffusion.potentials.embedded import EmbeddedPotential, GaussianMeasurement
 from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
-from ppl_diffusion.programs.method import Method, Needs, can_hold, described, held_proposal, register
+from ppl_diffusion.programs.method import (
+    Method,
+    Needs,
+    can_hold,
+    described,
+    held_proposal,
+    register,
+)
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import ChainSource, Moved, Rng, Source, State, bits
-from ppl_diffusion.rows import distinct_rows
+from ppl_diffusion.programs.sources import Moved, Rng, Source, State
+from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.feynman_kac import draw_step, per_particle
 from ppl_diffusion.smc.law import Law
+from ppl_diffusion.smc.path_state import PathMove
+from ppl_diffusion.smc.rejuvenation import OrderRefresh
 from ppl_diffusion.smc.twists import CallableTwist, Defensive, FillTwist, TwistLike, as_twist
 
 Variant = Literal["auto", "independent", "policy", "values"]
+MOVES = "anchored/moves"
 LOGITS = "anchored/logits"
 """Where the inner loop of each particle ended, by site, for a warm start."""
 
+CONSISTENT = (
+    "which leaves the law alone where all conditionals of the denoiser belong to one joint law and "
+    "the chain has that law: one site per step"
+)
 P_U = (
     "p_u reveals sites in the order of a policy that follows the guide; it is the law of the "
     "denoiser for every policy where one site is revealed per step and all its conditionals belong "
@@ -90,6 +108,9 @@ class AnchoredSMC(Method):
     :param score: how sure guidance is of a site: ``"max"``, ``"anchor"`` or ``"neg-entropy"``.
     :param floor: share of the mean over the population in ``"moments"``, see
         :func:`~ppl_diffusion.smc.twists.floored`.
+    :param num_sweeps: sweeps of path moves of the finished sequences; their weights stay.
+    :param moves: the moves of a sweep, in order; by default a new order of reveals (not under a
+        policy) and :class:`~ppl_diffusion.inference.Remask`.
     :raises ValueError: if a number or a name is not usable.
 
     Example::
@@ -108,6 +129,8 @@ class AnchoredSMC(Method):
     delta: float = 0.3
     score: Score = "max"
     floor: float = 0.2
+    num_sweeps: int = 0
+    moves: Sequence[PathMove] | None = None
 
     name: ClassVar[str] = "aps-smc"
     needs: ClassVar[Needs] = Needs(density=True, own_moves=True)
@@ -124,6 +147,14 @@ class AnchoredSMC(Method):
                 f"{self.tau}, {self.delta} and {self.floor}."
             )
         self._tokens()  # refuses its own numbers
+        if self.num_sweeps < 0:
+            raise ValueError(f"AnchoredSMC: num_sweeps must be >= 0, got {self.num_sweeps}.")
+        if self.moves is not None:
+            moves = require_moves("AnchoredSMC", self.moves, exact=False)
+            object.__setattr__(self, "moves", moves)
+        if self.num_sweeps:
+            object.__setattr__(self, "needs_paths", True)
+            object.__setattr__(self, "needs", replace(self.needs, free_chains=True))
         if self.twist not in ("auto", "moments"):
             object.__setattr__(self, "twist", as_twist(self.twist))
 
@@ -137,74 +168,26 @@ class AnchoredSMC(Method):
         """The completions, where it looks ahead by any; else the floor of the look-ahead."""
         return self.twist if isinstance(self.twist, FillTwist) else Defensive(0, self.floor)
 
-    def guides(self, source: Source) -> dict[str, EmbeddedPotential]:
-        """Return the guide of each chain that has one.
-
-        :raises CapabilityError: if there is none, or it is not clear whose it is.
-        """
-        names = [site.name for site in source.chains]
-        given = self.guide
-        if given is None and isinstance(source, ChainSource):
-            given = source.given if isinstance(source.given, EmbeddedPotential) else None
-        if given is None:
-            raise CapabilityError(
-                "AnchoredSMC: it follows the gradient of a potential of embeddings, and nothing "
-                "here is one; pass guide=EmbeddedPotential(log_g, codebook), or a "
-                "GaussianMeasurement, which steers and leaves the target alone."
-            )
-        if isinstance(given, EmbeddedPotential):
-            if len(names) > 1:
-                raise CapabilityError(
-                    f"AnchoredSMC: there are the chains {', '.join(names)} and one guide; say whose "
-                    f"it is: guide={{{names[0]!r}: ...}}."
-                )
-            return {names[0]: given}
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(
-                f"AnchoredSMC: guide has {unknown[0]!r}, which is no chain site; there is "
-                f"{', '.join(names)}."
-            )
-        return dict(given)
-
     def require(self, source: Source) -> None:
         """Refuse targets without a guide, and chains that it cannot steer."""
         super().require(source)
         guides = self.guides(source)
         for site in source.chains:
             if site.name in guides:
-                self._require_steerable(site, guides[site.name])
+                require_steerable(site, guides[site.name], self.variant)
 
-    def _require_steerable(self, site: ChainSite, guide: EmbeddedPotential) -> None:
-        kernel, size = site.chain.kernel, len(guide.codebook)
-        if size != kernel.process.vocab_size:
-            raise CapabilityError(
-                f"AnchoredSMC: the codebook of the guide has {size} codes, and the chain "
-                f"{site.name!r} {kernel.process.vocab_size} tokens; pass the guide of its alphabet."
-            )
-        grid = isinstance(kernel, InterpolatingKernel) and kernel.process.absorbing
-        grid = grid and kernel.ancestral
-        ordered = isinstance(kernel, OrderedKernel)
-        if not (grid or ordered) or kernel.blocks:
-            raise CapabilityError(
-                "AnchoredSMC: anchors are for masked chains at kappa=1 (InterpolatingKernel, or "
-                f"OrderedKernel), which {kernel!r} is not; use method='smc'."
-            )
-        fitting = ("auto", "independent") if grid else ("auto", "policy", "values")
-        if self.variant not in fitting:
-            raise CapabilityError(
-                f"AnchoredSMC: variant={self.variant!r} is not for a {type(kernel).__name__}; "
-                f"choose {' or '.join(map(repr, fitting))}."
-            )
+    def guides(self, source: Source) -> dict[str, EmbeddedPotential]:
+        """Return the guide of each chain that has one."""
+        return guides_of(self.guide, source)
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return the site's own chain behind a counter; guided moves are made here."""
         proposal = None if site.name in self.guides(source) else held_proposal(site)
-        fill = self.twist if isinstance(self.twist, FillTwist) else None
-        return chain_mover(site, fill or self._default_fill(source), proposal, max_rows=max_rows)
+        return chain_mover(site, self._fill_of(source), proposal, max_rows=max_rows)
 
-    def _default_fill(self, source: Source) -> FillTwist:
-        return self.fill if self._by_moments(source) else Defensive()
+    def _fill_of(self, source: Source) -> FillTwist:
+        completes = self.twist == "auto" and not self._by_moments(source)
+        return Defensive() if completes else self.fill
 
     def _by_moments(self, source: Source) -> bool:
         guides = self.guides(source).values()
@@ -229,10 +212,11 @@ class AnchoredSMC(Method):
                 "AnchoredSMC: a twist given by a function sees the carry of one chain, and there "
                 "are several; look ahead by completions, such as 'defensive'."
             )
-        if self.twist == "auto" and not by_moments:
-            run.fill = Defensive()
+        run.fill = self._fill_of(run.source)
+        chains = {name: run.sites[name].chain for name in guided if self.num_sweeps}
+        moves = {name: self._moves_of(chain, guided[name]) for name, chain in chains.items()}
         begun = sum(guide.num_embedded for guide in _distinct(guides))
-        run.notes |= {"guided": guided, "moments": by_moments, "embedded": begun}
+        run.notes |= {"guided": guided, "moments": by_moments, "embedded": begun, MOVES: moves}
 
     # Moving.
 
@@ -250,7 +234,7 @@ class AnchoredSMC(Method):
             return run.moved(state, item, still), 0.0
         held = site.clamp(step, carry, item.k) if site.clamp and can_hold(site) else step
         guided = self._guided(guidance, state, item.site, held, carry, generator)
-        value, log_ratio = self._move(step, held, guided, generator)
+        value, log_ratio = self._move(step, guided, generator)
         moved = run.moved(state, item, kernel.advance(carry, value, item.k, step=step))
         if self.expectation.warm_start < 1:
             moved = {**moved, LOGITS: {**moved.get(LOGITS, {}), item.site: guided.logits}}
@@ -264,20 +248,17 @@ class AnchoredSMC(Method):
             step.tokens, step.log_probs, carry.get(GIVEN), previous=previous, generator=generator
         )
 
-    def _move(
-        self, step: Any, held: Any, guided: Guided, generator: Rng
-    ) -> tuple[Tensor, Tensor]:
+    def _move(self, step: Any, guided: Guided, generator: Rng) -> tuple[Tensor, Tensor]:
         """Return next states, and the log of the model's step over the proposal."""
         if isinstance(step, RevealStep) and self.variant != "policy":
-            value, log_ratio = values_move(
-                held, guided.log_c, guided.log_c / self.tau, self.delta, generator
-            )
-            return value, log_ratio + _held_back(step, held, value)
-        proposal = guided_step(held, guided, self.tau)
+            conf = guided.log_c / self.tau
+            return values_move(step, guided.log_c, conf, self.delta, generator)
+        proposal = guided_step(step, guided, self.tau)
         value = draw_step(proposal, generator)
         assert isinstance(value, Tensor)
         # The policy selects in the target, too: only tokens are paid for.
-        model = proposal.with_log_probs(step.log_probs) if isinstance(proposal, PolicyStep) else step
+        policy = isinstance(proposal, PolicyStep)
+        model = proposal.with_log_probs(step.log_probs) if policy else step
         return value, model.log_prob(value) - proposal.log_prob(value)
 
     # Looking ahead.
@@ -300,7 +281,7 @@ class AnchoredSMC(Method):
             carry = state["sites"].get(name)
             if carry is not None:
                 kernel, k = run.movers[name].kernel, state["done"][name]
-                total = total + per_particle(_moments_of(guidance, kernel, carry, k))
+                total = total + per_particle(carried_lookahead(guidance.guide, kernel, carry, k))
         return total
 
     def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
@@ -311,14 +292,41 @@ class AnchoredSMC(Method):
     def _completes(self) -> bool:
         return isinstance(self.twist, FillTwist) or self.twist == "auto"
 
+    # Moving what is finished.
+
+    def _moves_of(self, chain: ReverseChain, guidance: Guidance) -> tuple[PathMove, ...]:
+        policy = self.variant == "policy"
+        default = (Remask(),) if policy else (OrderRefresh(), Remask())
+        moves = default if self.moves is None else self.moves
+        if policy and not all(isinstance(move, Remask) for move in moves):
+            raise CapabilityError(
+                "AnchoredSMC: under variant='policy' the order of reveals is no longer that of the "
+                "chain, which other path moves leave alone; move by Remask()."
+            )
+        return checked_moves([by_default(move, guidance) for move in moves], chain)
+
+    def end(self, run: Bound, trace: SMCTrace) -> SMCTrace:
+        """Move finished sequences by kernels that leave their law alone; weights stay."""
+        moves: dict[str, tuple[PathMove, ...]] = run.notes[MOVES]
+        return swept(run, trace, moves, self.num_sweeps) if moves else trace
+
+    def paths(self, run: Bound, state: State) -> dict[str, Tensor] | None:
+        """Return the paths after moves."""
+        return state.get("paths")
+
     # What is said about it.
 
     def law(self, run: Bound) -> Law:
         """Return the law of the chain; of a policy, that of its own order."""
         law = run.source.law
-        if self.variant != "policy":
+        if self.variant == "policy":
+            law = law.but(product="p_u(path)", why=P_U)
+        every = [move for moves in run.notes[MOVES].values() for move in moves]
+        unpaid = next((move.name for move in every if not move.exact), None)
+        if unpaid is None:
             return law
-        return law.but(product="p_u(path)", why=P_U)
+        words = f"moved {self.num_sweeps} times by {unpaid!r}, {CONSISTENT}"
+        return law.but(exact=False, why=f"{law.why}; {words}" if law.why else words)
 
     def settings(self, run: Bound) -> dict[str, Any]:
         """Return what was chosen, in JSON types, and what the guide was asked."""
@@ -331,6 +339,7 @@ class AnchoredSMC(Method):
             "variant": " + ".join(dict.fromkeys(guided.values())),
             "twist": own if own != "auto" else run.fill.name,
             "expectation": {k: described(v) for k, v in vars(self.expectation).items()},
+            "guide": {name: guide.name for name, guide in self.guides(run.source).items()},
             "num_embedded": asked - run.notes["embedded"],
         }
 
@@ -346,25 +355,6 @@ def _can_move(step: Any) -> bool:
         return step.count > 0 and bool(step.eligible.any())
     masked = step.tokens == step.num_states - 1
     return step.alpha_s > step.alpha_t and bool(masked.any())
-
-
-def _held_back(step: RevealStep, held: RevealStep, value: Tensor) -> Tensor | float:
-    """Return what clamped tokens cost under the model, which the held step takes for certain."""
-    if held is step:
-        return 0.0
-    return step.log_prob(value) - held.log_prob(value)
-
-
-def _moments_of(guidance: Guidance, kernel: Any, carry: Carry, k: int) -> Tensor:
-    """Return ``log psi`` of the states of a chain, ``(*batch,)``, equal states asked about once."""
-    tokens, log_d = carry["tokens"], kernel.predict(carry, k).dense()
-    batch, length = tokens.shape[:-1], tokens.shape[-1]
-    given = [x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in carry.get(GIVEN, {}).values()]
-    rows, table = tokens.reshape(-1, length), log_d.reshape(batch.numel(), length, -1)
-    first, inverse = distinct_rows(torch.cat([rows, *map(bits, given)], -1))
-    assert isinstance(guidance.guide, GaussianMeasurement)
-    found = moment_lookahead(guidance.guide, rows[first], table[first])
-    return found[inverse].reshape(batch)
 
 
 def _distinct(guides: Mapping[str, EmbeddedPotential]) -> Iterator[EmbeddedPotential]:

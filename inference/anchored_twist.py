@@ -17,7 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_diffusion.potentials.embedded import GaussianMeasurement
+from ppl_diffusion.inference.anchored_guidance import distinct_states
+from ppl_diffusion.kernels.base import GIVEN, Carry, Kernel
+from ppl_diffusion.kernels.blocks import TOKENS
+from ppl_diffusion.potentials.embedded import EmbeddedPotential, GaussianMeasurement
 
 
 def moment_lookahead(guide: GaussianMeasurement, tokens: Tensor, log_d: Tensor) -> Tensor:
@@ -30,6 +33,23 @@ def moment_lookahead(guide: GaussianMeasurement, tokens: Tensor, log_d: Tensor) 
     mean, cov = moments(guide.codebook, tokens, log_d)
     residual, jacobian = linearised(guide, mean)
     return gaussian(residual.double(), jacobian.double(), cov.double(), guide.sigma)
+
+
+def carried_lookahead(guide: EmbeddedPotential, kernel: Kernel, carry: Carry, k: int) -> Tensor:
+    """Return ``log psi`` of the states of a chain, ``(*batch,)``; equal ones are asked about once.
+
+    The table is the one that the next step asks for, and kept for it by whoever counts rows.
+
+    :param guide: a measurement.
+    :param k: steps made so far.
+    """
+    assert isinstance(guide, GaussianMeasurement)
+    tokens = carry[TOKENS]
+    log_d = kernel.predict(carry, k).dense()
+    first, inverse = distinct_states(tokens, carry.get(GIVEN))
+    rows, table = tokens.reshape(-1, tokens.shape[-1]), log_d.reshape(-1, *log_d.shape[-2:])
+    found = moment_lookahead(guide, rows[first], table[first])
+    return found[inverse].reshape(tokens.shape[:-1])
 
 
 def moments(codebook: Tensor, tokens: Tensor, log_d: Tensor) -> tuple[Tensor, Tensor]:
