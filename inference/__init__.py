@@ -21,6 +21,10 @@ from ppl_diffusion.inference.correctors import SiteRule as SiteRule
 from ppl_diffusion.inference.correctors import Tilt as Tilt
 from ppl_diffusion.inference.correctors import order_inconsistency as order_inconsistency
 from ppl_diffusion.inference.particle_gibbs import ParticleGibbs as ParticleGibbs
+from ppl_diffusion.inference.quantised_expectation import (
+    QuantisedExpectation as QuantisedExpectation,
+)
+from ppl_diffusion.inference.quantisers import Expectation as Expectation
 from ppl_diffusion.inference.refinement import Refinement as Refinement
 from ppl_diffusion.inference.remask_moves import Remask as Remask
 from ppl_diffusion.inference.scout import LatentMoves as LatentMoves
