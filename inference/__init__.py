@@ -1,5 +1,6 @@
 """Inference: one runner, methods as small objects, and what goes with them."""
 
+from ppl_diffusion.inference.anchored_remasking import AnchoredRemasking as AnchoredRemasking
 from ppl_diffusion.inference.attach import attach as attach
 from ppl_diffusion.inference.baselines import BeamSearch as BeamSearch
 from ppl_diffusion.inference.baselines import BestOfN as BestOfN
@@ -36,3 +37,9 @@ from ppl_diffusion.programs.method import Method as Method
 from ppl_diffusion.programs.method import methods as methods
 from ppl_diffusion.programs.method import register as register
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior
+
+# isort: split
+# The registry lists methods as they come: those that take any potential first.
+from ppl_diffusion.inference.anchored import (
+    AnchoredPosteriorSampler as AnchoredPosteriorSampler,
+)
