@@ -3,6 +3,7 @@
 from ppl_diffusion.inference.anchored_guidance import AnchoredProposal as AnchoredProposal
 from ppl_diffusion.inference.anchored_guidance import Guidance as Guidance
 from ppl_diffusion.inference.anchored_guidance import TiltedTokens as TiltedTokens
+from ppl_diffusion.inference.anchored_remasking import AnchoredRemasking as AnchoredRemasking
 from ppl_diffusion.inference.anchored_smc import AnchoredSMC as AnchoredSMC
 from ppl_diffusion.inference.attach import attach as attach
 from ppl_diffusion.inference.baselines import BeamSearch as BeamSearch
@@ -41,3 +42,9 @@ from ppl_diffusion.programs.method import Method as Method
 from ppl_diffusion.programs.method import methods as methods
 from ppl_diffusion.programs.method import register as register
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior
+
+# isort: split
+# The registry lists methods as they come: those that take any potential first.
+from ppl_diffusion.inference.anchored import (
+    AnchoredPosteriorSampler as AnchoredPosteriorSampler,
+)
