@@ -198,19 +198,19 @@ RECIPES: dict[str, Recipe] = {
         _TEXT,
         dataset="arithmetic",
         shape={**_SHAPE, "depth": 4, "dropout": 0.0},
-        steps=8000,
+        steps=5500,
         batch_size=256,
     ),
     "sudoku": dataclasses.replace(
         _TEXT,
         dataset="sudoku",
-        shape={**_SHAPE, "dim": 112, "depth": 5, "dropout": 0.0},
-        steps=5500,
+        shape={**_SHAPE, "depth": 4, "dropout": 0.0},
+        steps=4000,
         batch_size=64,
         valid_rows=None,
     ),
     "yelp": dataclasses.replace(
-        _TEXT, shape={**_SHAPE, "dim": 128, "depth": 4, "stem_width": 5}, steps=7000, batch_size=64
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=4000, batch_size=64
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(
