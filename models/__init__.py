@@ -10,6 +10,7 @@ from ppl_diffusion.models.cards import available as available
 from ppl_diffusion.models.cards import codecs as codecs
 from ppl_diffusion.models.cards import list_classifiers as list_classifiers
 from ppl_diffusion.models.cards import list_oracles as list_oracles
+from ppl_diffusion.models.cards import list_text_classifiers as list_text_classifiers
 from ppl_diffusion.models.cards import names as names
 from ppl_diffusion.models.cards import read_card as read_card
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SAMPLERS as SAMPLERS
     from ppl_diffusion.models.samplers import SamplerSettings as SamplerSettings
     from ppl_diffusion.models.samplers import make_chain as make_chain
+    from ppl_diffusion.models.text_reward import TextClassifier as TextClassifier
+    from ppl_diffusion.models.text_reward import load_text_classifier as load_text_classifier
     from ppl_diffusion.models.uniform import UniformDiffusion as UniformDiffusion
 
 _HOMES = {
@@ -34,11 +37,13 @@ _HOMES = {
     "Oracle": "oracles",
     "SAMPLERS": "samplers",
     "SamplerSettings": "samplers",
+    "TextClassifier": "text_reward",
     "UniformDiffusion": "uniform",
     "load": "library",
     "load_classifier": "image_files",
     "load_codec": "image_files",
     "load_oracle": "oracles",
+    "load_text_classifier": "text_reward",
     "make_chain": "samplers",
 }
 
@@ -48,6 +53,7 @@ __all__ = [
     "codecs",
     "list_classifiers",
     "list_oracles",
+    "list_text_classifiers",
     "names",
     "read_card",
 ]

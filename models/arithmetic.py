@@ -49,7 +49,8 @@ def spell(text: str) -> str:
     operation = next((letter for letter in left if letter in OPERATIONS), "")
     first, _, second = left.partition(operation) if operation else ("", "", "")
     spelled = f"{first:{PADDING}>2}{operation}{second:{PADDING}>2}{equals}{result:{PADDING}>4}"
-    if len(spelled) != LENGTH or set(spelled) - {*LETTERS, "?"}:
+    given = first and second and result
+    if not given or len(spelled) != LENGTH or set(spelled) - {*LETTERS, "?"}:
         raise ValueError(
             f"arithmetic: {text!r} is no equation as '17+2?=42' is: operands of at most two "
             "digits, a result of at most four, '?' for each character to be found."

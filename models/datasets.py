@@ -191,4 +191,5 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
     "yelp": reviews.sequences,
     "digits": partial(image_sequences, "digits", shift=1),
     "mnist": partial(image_sequences, "mnist"),
+    "faces": partial(image_sequences, "faces", shift=1),
 }

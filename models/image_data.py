@@ -125,6 +125,26 @@ def _mnist(folder: str | Path | None) -> Images:
     )
 
 
+def _faces(folder: str | Path | None) -> Images:
+    """Photographs of faces, 64 x 64 averaged to 32 x 32; training images also mirrored."""
+    parts, labels = _arrays(find_data(folder, "images/olivetti_faces.npz"))
+    train, valid, test = (F.avg_pool2d(part[:, None] / 127.5 - 1.0, 2) for part in parts)
+    return Images(
+        torch.cat([train, train.flip(-1)]),
+        valid,
+        test,
+        labels[0].repeat(2),
+        *labels[1:],
+        num_classes=40,
+        noun="photographs of faces of 32 x 32 pixels",
+        source="Olivetti faces (AT&T Laboratories Cambridge), ten photographs of each person, "
+        "averaged to 32 x 32 pixels: persons 0 to 29 for training, also mirrored, 30 to 32 for "
+        "validation, 33 to 35 for the test.",
+        licence="Data: not stated; real faces, not to be used for identification.",
+        edge=None,
+    )
+
+
 def _arrays(file: Path) -> tuple[list[Tensor], list[Tensor]]:
     with np.load(file, allow_pickle=False) as z:
         images, labels = (
@@ -137,4 +157,5 @@ def _arrays(file: Path) -> tuple[list[Tensor], list[Tensor]]:
 IMAGE_READERS: dict[str, Callable[[str | Path | None], Images]] = {
     "digits": _digits,
     "mnist": _mnist,
+    "faces": _faces,
 }

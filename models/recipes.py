@@ -153,8 +153,6 @@ _DIGITS = Recipe(
     family="masked",
     dataset="digits",
     shape={**_SHAPE, "dropout": 0.2, "num_classes": 10},
-    steps=5000,
-    learning_rate=1e-3,
     shares=(1.0, 1.0),
     valid_times=32,
     options={"label_dropout": 0.5},
@@ -200,19 +198,19 @@ RECIPES: dict[str, Recipe] = {
         _TEXT,
         dataset="arithmetic",
         shape={**_SHAPE, "depth": 4, "dropout": 0.0},
-        steps=8000,
+        steps=5500,
         batch_size=256,
     ),
     "sudoku": dataclasses.replace(
         _TEXT,
         dataset="sudoku",
-        shape={**_SHAPE, "dim": 112, "depth": 5, "dropout": 0.0},
-        steps=5500,
+        shape={**_SHAPE, "depth": 4, "dropout": 0.0},
+        steps=4000,
         batch_size=64,
         valid_rows=None,
     ),
     "yelp": dataclasses.replace(
-        _TEXT, shape={**_SHAPE, "dim": 128, "depth": 4, "stem_width": 5}, steps=7000, batch_size=64
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=4000, batch_size=64
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(
@@ -221,10 +219,18 @@ RECIPES: dict[str, Recipe] = {
     "mnist": dataclasses.replace(
         _DIGITS,
         dataset="mnist",
-        shape={**_DIGITS.shape, "dim": 128, "dropout": 0.0},
+        shape={**_DIGITS.shape, "dropout": 0.0},
         steps=3000,
         valid_rows=256,
         valid_times=8,
+    ),
+    "faces": dataclasses.replace(
+        _DIGITS,
+        dataset="faces",
+        shape={**_SHAPE, "dropout": 0.3},
+        steps=2000,
+        batch_size=32,
+        options={},
     ),
 }
 

@@ -16,7 +16,7 @@ FILE = "text/yelp_sentiment.csv.gz"
 LENGTH = 48
 LETTERS = " abcdefghijklmnopqrstuvwxyz0.,!?'$-" + PADDING
 _NUMBER = "_num_"  # what the source writes for a number; a zero stands for it here
-_SOURCE = (
+SOURCE = (
     "Sentences of Yelp reviews in lower case (Shen et al. 2017, repository "
     "shentianxiao/language-style-transfer)"
 )
@@ -74,7 +74,7 @@ def sequences(folder: str | Path | None = None) -> Sequences:
     return unrelated(
         [reviews.tokens[reviews.of(part)] for part in ("train", "valid", "test")],
         licence=LICENCE,
-        source=f"{_SOURCE}, 0 for a number, filled up to {LENGTH} with {PADDING!r}; "
+        source=f"{SOURCE}, 0 for a number, filled up to {LENGTH} with {PADDING!r}; "
         f"{reviews.left_out} of {total} are longer or hold rare characters and are left out.",
         vocabulary=LETTERS,
         noun="sentences of restaurant reviews",
