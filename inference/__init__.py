@@ -1,5 +1,10 @@
 """Inference: one runner, methods as small objects, and what goes with them."""
 
+from ppl_diffusion.inference.anchored_guidance import AnchoredProposal as AnchoredProposal
+from ppl_diffusion.inference.anchored_guidance import Guidance as Guidance
+from ppl_diffusion.inference.anchored_guidance import TiltedTokens as TiltedTokens
+from ppl_diffusion.inference.anchored_remasking import AnchoredRemasking as AnchoredRemasking
+from ppl_diffusion.inference.anchored_smc import AnchoredSMC as AnchoredSMC
 from ppl_diffusion.inference.attach import attach as attach
 from ppl_diffusion.inference.baselines import BeamSearch as BeamSearch
 from ppl_diffusion.inference.baselines import BestOfN as BestOfN
@@ -19,8 +24,13 @@ from ppl_diffusion.inference.correctors import SiteRule as SiteRule
 from ppl_diffusion.inference.correctors import Tilt as Tilt
 from ppl_diffusion.inference.correctors import order_inconsistency as order_inconsistency
 from ppl_diffusion.inference.particle_gibbs import ParticleGibbs as ParticleGibbs
+from ppl_diffusion.inference.quantised_expectation import (
+    QuantisedExpectation as QuantisedExpectation,
+)
+from ppl_diffusion.inference.quantisers import Expectation as Expectation
 from ppl_diffusion.inference.refinement import Refinement as Refinement
 from ppl_diffusion.inference.relaxed import RelaxedDPS as RelaxedDPS
+from ppl_diffusion.inference.remask_moves import Remask as Remask
 from ppl_diffusion.inference.scout import LatentMoves as LatentMoves
 from ppl_diffusion.inference.smc import SMC as SMC
 from ppl_diffusion.inference.soft_value import SoftValueGuidance as SoftValueGuidance
@@ -37,3 +47,9 @@ from ppl_diffusion.programs.method import Method as Method
 from ppl_diffusion.programs.method import methods as methods
 from ppl_diffusion.programs.method import register as register
 from ppl_diffusion.smc.gibbs_posterior import GibbsPosterior as GibbsPosterior
+
+# isort: split
+# The registry lists methods as they come: those that take any potential first.
+from ppl_diffusion.inference.anchored import (
+    AnchoredPosteriorSampler as AnchoredPosteriorSampler,
+)

@@ -2,6 +2,7 @@
 
 from ppl_diffusion.distributions.gaussian_chain import GaussianChain as GaussianChain
 from ppl_diffusion.distributions.marginal import ChainMarginal as ChainMarginal
+from ppl_diffusion.distributions.plackett_luce import PlackettLuce as PlackettLuce
 from ppl_diffusion.distributions.reverse_chain import ReverseChain as ReverseChain
 from ppl_diffusion.kernels.block_step import BlockStep as BlockStep
 from ppl_diffusion.kernels.reveal_step import RevealStep as RevealStep
