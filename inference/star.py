@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.embedded_guide import Unpaid, codes_of, guide_of
+from ppl_diffusion.inference.embedded_guide import Unpaid, codes_of
+from ppl_diffusion.inference.guides import guide_of
 from ppl_diffusion.kernels import InterpolatingKernel, TokenStep
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.embedded import EmbeddedPotential, GaussianMeasurement
@@ -92,7 +93,7 @@ class G2D2(Unpaid):
     temperature: float = 1.0
 
     name: ClassVar[str] = "g2d2"
-    needs: ClassVar[Needs] = Needs(own_moves=True)
+    needs: ClassVar[Needs] = Needs(own_moves=True, guide=True)
 
     def __post_init__(self) -> None:
         if self.transition not in ("star", "markov"):

@@ -147,12 +147,12 @@ class Stubborn(OfTheJoint):
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_the_star_form_of_the_method_returns_the_posterior_of_the_joint_law(num_steps):
     method = OfTheJoint(num_iterations=0, forget=1.0)
-    require_law(masked_chain(num_steps), method, POSTERIOR)
+    require_law(masked_chain(num_steps), method, POSTERIOR, draws=8000)
 
 
 def test_masks_that_depend_on_the_tokens_are_found_out():
     runner = SMC(
-        masked_chain(3), TOY.potential, method=Stubborn(num_iterations=0), num_particles=20_000
+        masked_chain(3), TOY.potential, method=Stubborn(num_iterations=0), num_particles=8000
     )
     assert chi_square_p_value(counts_of(runner.run(seed=0)), POSTERIOR) < 1e-6
 
@@ -232,22 +232,25 @@ def test_with_two_tokens_the_published_factor_is_the_right_one():
     assert published_odds(0.7, 3) != pytest.approx(mismatch_log_odds(0.7, 3))
 
 
-def metropolis_matrix(alpha, odds=mismatch_log_odds):
-    """Return the Metropolis step of copies for every sequence, ``(256 x, 256 w, 256 w')``."""
-    paid = odds(alpha, SIZE)
-    apart = APART[:, None, :] - APART[:, :, None]
-    ratio = log_accept(GAIN[None, :, None], GAIN[None, None, :], apart, paid).exp().clamp_max(1)
-    moves = torch.where(APART == 1, 1 / (LENGTH * SIZE), 0.0) * ratio
-    stay = 1 - moves.sum(-1)
-    return moves + torch.diag_embed(stay)
+SITES = torch.cartesian_prod(torch.arange(LENGTH), torch.arange(SIZE))
+NEXT = TOY.states[:, None].repeat(1, len(SITES), 1)
+NEXT[:, torch.arange(len(SITES)), SITES[:, 0]] = SITES[:, 1]
+NEXT = TOY.index(NEXT)  # (256, 16): every proposal of a copy, each as likely as the others
+
+
+def metropolis(law, alpha, odds=mismatch_log_odds):
+    """Return the law of copies after a Metropolis step, for every sequence, ``(256 x, 256 w)``."""
+    apart = APART[:, NEXT] - APART[:, :, None]
+    ratio = log_accept(GAIN[None, :, None], GAIN[NEXT], apart, odds(alpha, SIZE)).exp()
+    flow = law[..., None] * ratio.clamp_max(1) / len(SITES)
+    return (law - flow.sum(-1)).index_add(1, NEXT.flatten(), flow.flatten(1))
 
 
 def test_metropolis_steps_leave_the_law_of_the_copy_alone():
     alpha = math.exp(-0.1)
     law = torch.softmax(GAIN + mismatch_log_odds(alpha, SIZE) * APART, 1)
-    moved = torch.einsum("xw,xwv->xv", law, metropolis_matrix(alpha))
-    torch.testing.assert_close(moved, law, rtol=0, atol=1e-14)
-    wrong = torch.einsum("xw,xwv->xv", law, metropolis_matrix(alpha, published_odds))
+    torch.testing.assert_close(metropolis(law, alpha), law, rtol=0, atol=1e-14)
+    wrong = metropolis(law, alpha, published_odds)
     assert float((wrong - law).abs().sum(-1).max()) > 1e-2
 
 
@@ -262,12 +265,11 @@ def annealed_law(method, output):
         prior = torch.eye(256).double()
         for k in range(1, len(grid) - 1):
             prior = prior @ state_matrix(kernel, k, LENGTH)
-        joint = law[:, None] * prior  # (w, x)
-        x_law = joint.sum(0)
-        step = metropolis_matrix(1 - t)
+        joint = (law[:, None] * prior).T  # (x, w)
+        x_law = joint.sum(1)
         for _ in range(method.num_moves):
-            joint = torch.einsum("wx,xwv->vx", joint, step)
-        law = joint.sum(1)
+            joint = metropolis(joint, 1 - t)
+        law = joint.sum(0)
     return law if output == "copy" else x_law
 
 
@@ -347,7 +349,7 @@ def test_first_order_guidance_is_exact_where_the_likelihood_is_linear(bend):
     first = guided("first-order", likelihood, 3).step(tokens, 0).log_probs
     exact = guided("exact", likelihood, 3).step(tokens, 0).log_probs
     gap = float((first.exp() - exact.exp()).abs().max())
-    assert (gap < 1e-6) if bend == 0 else (gap > 1e-2), gap
+    assert (gap < 1e-6) if bend == 0 else (gap > 1e-3), gap
 
 
 @pytest.mark.parametrize("chain", [masked_chain, uniform_chain], ids=["masked", "uniform"])
@@ -500,7 +502,7 @@ PAID = {
     "relaxed-dps wrong": {"zeta": -0.5},
 }
 CHAINS = {"masked": masked_chain, "ordered": ordered_chain, "uniform": uniform_chain}
-SMALL = {"num_particles": 32, "num_runs": 300, "store_path": False}
+SMALL = {"num_particles": 32, "num_runs": 200, "store_path": False}
 
 
 def evidence_of(name):
@@ -618,7 +620,7 @@ def test_methods_that_need_a_guide_say_so():
     for method in ("g2d2", "d-cbg", "relaxed-dps"):
         with pytest.raises(CapabilityError, match=r"follows gradients through a codebook; make"):
             SMC(program, method=method).run(seed=0)
-        with pytest.raises(CapabilityError, match="has 3 codes and the chain 4 tokens"):
+        with pytest.raises(CapabilityError, match="has 3 codes, and the chain 4 tokens"):
             guide = EmbeddedPotential(lambda e: e.sum((-2, -1)), CODES[:3])
             SMC(masked_chain(), TOY.potential, method=method, guide=guide).run(seed=0)
 
