@@ -85,6 +85,8 @@ def options() -> dict[str, Option]:
     """Return every option of the registered methods by the name of its field."""
     found: dict[str, Option] = {}
     for name, cls in methods().items():
+        if cls.needs.guide:  # no potential of a design is a function of embeddings
+            continue
         hints = get_type_hints(cls)
         for each in fields(cls):
             kind, choices = _words(hints[each.name])
