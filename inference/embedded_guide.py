@@ -167,8 +167,8 @@ class GuidedSteps(LookingAhead):
 
     def require(self, source: Source) -> None:
         """Refuse sources without a guide."""
-        super().require(source)
         guide_of(type(self).__name__, self.guide, source)
+        super().require(source)
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return the mover of the site by the tilted steps, with clamped tokens held."""
