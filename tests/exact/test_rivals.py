@@ -15,7 +15,7 @@ from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference import G2D2, SMC, RelaxedDPS, SoftValueGuidance
-from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, OrderedKernel
 from ppl_diffusion.potentials import EmbeddedPotential, GaussianMeasurement, factor
 from ppl_diffusion.testing.dense import all_states, prior_law, state_index, state_matrix
 from ppl_diffusion.testing.oracles import ExactChain, chi_square_p_value, total_variation
