@@ -50,6 +50,7 @@ def mean_field(
     num_sweeps: int,
     *,
     relinearise: bool = False,
+    keep_best: bool = True,
 ) -> MeanField:
     """Return the best product of tables that coordinate ascent finds from the prediction.
 
@@ -57,7 +58,8 @@ def mean_field(
     :param log_d: the prediction, ``(n, L, K)``, finite at masked sites; others are point masses.
     :param masked: bool ``(n, L)``: sites that are updated.
     :param num_sweeps: updates of every site, at most; 0 returns the prediction.
-    :param relinearise: linearise anew in every sweep, and return the best one of each row.
+    :param relinearise: linearise anew in every sweep, after which the bound may fall.
+    :param keep_best: return the best sweep of each row instead of the last one.
     """
     log_r, cost, around, best = log_d, 0, None, None
     for sweep in range(num_sweeps + 1):
@@ -68,7 +70,7 @@ def mean_field(
         residual = potential.residual(mean.to(potential.codebook.dtype)).to(torch.float64)
         cost += len(mean)
         found = log_r, around.free_energy(log_r, log_d, masked, residual)
-        best = found if best is None or not relinearise else _better(found, best)
+        best = found if best is None or not keep_best else _better(found, best)
         if sweep == num_sweeps:
             break
         new = around.sweep(log_r, log_d, masked, residual)

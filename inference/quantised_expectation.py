@@ -174,6 +174,7 @@ class QuantisedExpectation:
             sites.masked,
             sweeps,
             relinearise=self.inner == "gauss-newton",
+            keep_best=self.keep == "best",
         )
         masked = found.log_r[sites.masked]
         anchors = sites.tokens.masked_scatter(

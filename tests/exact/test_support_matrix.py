@@ -22,7 +22,7 @@ from ppl_diffusion.handlers import Steering, clamp, twist
 from ppl_diffusion.inference import SMC, ParticleGibbs, methods
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, LatentKernel, OrderedKernel
 from ppl_diffusion.kernels import Path as Grid
-from ppl_diffusion.potentials import factor
+from ppl_diffusion.potentials import EmbeddedPotential, factor
 from ppl_diffusion.processes.gaussian import Gaussian
 from ppl_diffusion.programs import Bound
 from ppl_diffusion.smc.feynman_kac import take_particles
@@ -363,6 +363,8 @@ ROWS = {
     "smooth": Row("chain of a vector and tokens (SEQ)", smooth, smooth_table, with_code),
 }
 SIZE = {"num_particles": 12, "num_runs": 200}
+BITWISE = ("condition", "beside", "coded", "smooth")
+"""Programs over two tokens."""
 
 
 @cache
@@ -380,7 +382,11 @@ def smc(method, name):
         "beam": {"num_children": 4},
         "tempering": {"powers": [0.0, 0.4, 1.0]},  # no pilot: the ladder is not what is tested
     }
-    return SMC(ROWS[name].program, method=method, **SIZE, **options.get(method, {}))
+    own = options.get(method, {})
+    if methods()[method].needs.guide:  # free to be wrong: it likes the first token
+        codes = torch.eye(2 if name in BITWISE else 3, dtype=torch.float64)
+        own = {**own, "guide": EmbeddedPotential(lambda e: e[..., 0].sum(-1), codes)}
+    return SMC(ROWS[name].program, method=method, **SIZE, **own)
 
 
 def gibbs(name, **options):
@@ -423,6 +429,14 @@ def test_a_method_on_a_program(method, name):
 def declared(method, name):
     """Return the sentence of the property that a method declares, for the programs here."""
     needs, owner = methods()[method].needs, methods()[method].__name__
+    if needs.uniform:
+        process = Absorbing(2 if name in BITWISE else 3)
+        return (
+            "SplitGibbs: a copy differs from its sequence by uniform noise, and the chain is one "
+            f"of {process!r}; take a prior of the Uniform process, or another method."
+        )
+    if needs.guide and name in ("unlike", "second", "coded"):
+        return f"{owner}: it restores one chain, and there are 2; use SMC."
     if needs.own_moves and name == "twist":
         return (
             f"{owner} moves particles its own way and has no use for the twist of the program "
@@ -438,6 +452,18 @@ def declared(method, name):
         return (
             "SuffixRefresh: a LatentKernel remembers more than its tokens, so its steps cannot be "
             "taken again from a state; use OrderRefresh or no move."
+        )
+    if method == "g2d2" and name in ("beside", "smooth"):
+        kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel
+        return (
+            "G2D2: it noises whole sequences to a level of their own at every step, which "
+            f"{kernel!r} does not have; use InterpolatingKernel, or OrderedKernel in one block."
+        )
+    if method == "aps" and name in ("beside", "smooth"):
+        kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel
+        return (
+            f"AnchoredPosteriorSampler: it commits masks, group after group, which {kernel!r} does "
+            "not have; use InterpolatingKernel or OrderedKernel over an Absorbing process."
         )
     if method == "corrector" and name in ("beside", "smooth"):
         kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel

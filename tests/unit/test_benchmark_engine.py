@@ -129,7 +129,8 @@ def test_particles_filters_the_same_model():
 
 
 def test_every_method_is_measured():
-    assert set(methods()) < set(module("engine").runners())
+    free = {name for name, cls in methods().items() if cls.needs.any_target}
+    assert free < set(module("engine").runners())
 
 
 def test_rows_of_a_method(monkeypatch):
