@@ -3,10 +3,11 @@ r"""Quantised expectation: a table of token probabilities, tilted until its code
 The prediction ``d`` of a denoiser is the start of a table ``r = softmax(Phi)`` over the masked
 sites. Its mean in the space of the codes, and the nearest code (the *anchor*), are::
 
-    ebar_i = sum_v r_i(v) c_v,   h_i = argmin_v ||ebar_i - c_v||,   e_i = ebar_i + sg(c_{h_i} - ebar_i)
+    ebar_i = sum_v r_i(v) c_v,   h_i = argmin_v ||ebar_i - c_v||
 
-and ``Phi`` descends the loss of the decoded anchors through the straight-through ``e`` (``sg`` stops
-the gradient; anchored posterior sampling: Rout et al. 2025, arXiv:2510.02291), so that::
+and ``Phi`` descends the loss of the decoded anchors, straight through: of the points ``e_i =
+ebar_i + sg(c_{h_i} - ebar_i)``, where ``sg`` stops the gradient (anchored posterior sampling: Rout
+et al. 2025, arXiv:2510.02291), so that::
 
     dLoss / dPhi_iv = r_i(v) <dLoss/de_i, c_v - ebar_i>    at the quantised point
 
@@ -176,7 +177,8 @@ class QuantisedExpectation:
         )
         masked = found.log_r[sites.masked]
         anchors = sites.tokens.masked_scatter(
-            sites.masked, nearest_code(sites.codebook)(masked.exp().to(sites.dtype) @ sites.codebook)
+            sites.masked,
+            nearest_code(sites.codebook)(masked.exp().to(sites.dtype) @ sites.codebook),
         )
         logits, loss = found.log_r.clamp_min(FLOOR), found.free_energy
         return Expectation(found.log_r, anchors, logits, loss, found.num_rows, found.log_r)

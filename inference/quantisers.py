@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -40,6 +40,15 @@ class Expectation:
     loss: Tensor
     num_losses: int
     log_average: Tensor
+
+    def at(self, rows: Tensor) -> Expectation:
+        """Return what was found for some rows, each as often as it is asked for.
+
+        :param rows: int64 ``(n',)``.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken = {name: x[rows] for name, x in own.items() if isinstance(x, Tensor)}
+        return replace(self, **taken)
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,15 @@ class Needs:
     :param own_moves: it moves particles its own way, and has no use for a twisted site.
     :param clean_sequences: densities must read paths through ``chain.x0(path)`` only.
     :param free_chains: no chain may depend on another chain's sequence.
+    :param guide: it steers through a codebook: by a ``guide`` of its own, or by the potential of a
+        bare chain, an :class:`~ppl_diffusion.potentials.EmbeddedPotential`.
     """
 
     density: bool = False
     own_moves: bool = False
     clean_sequences: bool = True
     free_chains: bool = False
+    guide: bool = False
 
 
 @dataclass(frozen=True)
