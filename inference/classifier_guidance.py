@@ -211,4 +211,3 @@ class PluginLikelihood:
         alpha = float(self.process.schedule.alpha(t))
         mean: Tensor = log_posterior_mean(self.process, tokens, log_c, alpha).exp()
         return mean
-

@@ -91,9 +91,7 @@ class SplitGibbs(Unpaid):
                 f"SplitGibbs: last_time must lie above 0 and not above 1, got {self.last_time}."
             )
         if self.output not in ("copy", "sequence"):
-            raise ValueError(
-                f"SplitGibbs: output is {self.output!r}; choose 'copy' or 'sequence'."
-            )
+            raise ValueError(f"SplitGibbs: output is {self.output!r}; choose 'copy' or 'sequence'.")
 
     def require(self, source: Source) -> None:
         """Refuse chains whose noise is not uniform, several chains, and clamps."""
@@ -117,9 +115,7 @@ class SplitGibbs(Unpaid):
         times = np.append(np.linspace(1.0, self.last_time, self.num_sweeps), 0.0)
         kernel = on_grid(chain.kernel, times)
         swept = ReverseChain(kernel, chain.length, prompt=chain.prompt, given=chain.given)
-        return super().mover(
-            replace(site, chain=swept.expand(chain.batch_shape)), source, max_rows
-        )
+        return super().mover(replace(site, chain=swept.expand(chain.batch_shape)), source, max_rows)
 
     def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
         """Draw the sequence given its copy, and move the copy given the sequence."""
