@@ -121,7 +121,7 @@ class Measurement:
 
     def save(self, path: str | Path) -> None:
         """Write a NumPy archive (``.npz``) that :meth:`load` reads."""
-        parameters = {
+        parameters: dict[str, Any] = {
             _PARAMETER + name: value.cpu().numpy()
             for name, value in self.operator.parameters.items()
         }
