@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppl_diffusion.imaging.measurement import Measurement, codec_error, measure
-from ppl_diffusion.imaging.operators import make_operator
+from ppl_diffusion.imaging.operators import Operator, make_operator
 from ppl_diffusion.testing import PotentialContract
 
 SHAPE = (1, 8, 8)
@@ -55,6 +55,25 @@ def test_noise_comes_from_its_seed_and_has_its_size():
     noise = torch.stack([measure(operator, u, 0.1, s).y - operator(u) for s in range(200)])
     # 12800 numbers: four standard errors, 6e-5 false alarms.
     assert abs(float(noise.square().mean()) / 0.01 - 1) < 4 * math.sqrt(2 / noise.numel())
+
+
+def test_noise_is_not_what_the_operator_was_drawn_from():
+    class Drawn(Operator):
+        name = "drawn"
+
+        @classmethod
+        def draw_parameters(cls, image_shape, rng):
+            return {"normal": torch.from_numpy(rng.standard_normal(64))}
+
+        def measure(self, images):
+            return images
+
+        invert = measure
+
+    operator, u = Drawn.draw(SHAPE, seed=4), image().double()
+    noise = measure(operator, u, 1.0, 4).y - u.flatten()
+    pair = torch.stack([noise, operator.parameters["normal"]])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.5  # 4 / sqrt(64)
 
 
 def test_the_residual_of_the_truth_is_about_one():
