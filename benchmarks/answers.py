@@ -190,7 +190,9 @@ def print_rows(rows: Sequence[Row], screen: Console) -> None:
 
     :param rows: from :func:`measure`.
     """
-    for kind in dict.fromkeys((row.coordinates["problem"], row.coordinates["kind"]) for row in rows):
+    for kind in dict.fromkeys(
+        (row.coordinates["problem"], row.coordinates["kind"]) for row in rows
+    ):
         mine = [r for r in rows if (r.coordinates["problem"], r.coordinates["kind"]) == kind]
         made = table(
             f"{kind[0]}, hidden or known: {kind[1]} ({mine[0].n} questions)",
