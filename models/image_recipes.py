@@ -39,7 +39,12 @@ class ImageRecipe:
 
 
 IMAGE_RECIPES: dict[str, ImageRecipe] = {
-    "digits-codec": ImageRecipe("codec", "digits", {"num_bits": 6}, steps=6000),
-    "digits-classifier": ImageRecipe("classifier", "digits", steps=2000),
-    "mnist-codec": ImageRecipe("codec", "mnist", {"num_bits": 8}, steps=4000),
+    "digits-codec": ImageRecipe("codec", "digits", {"num_bits": 6}, steps=2500),
+    "digits-classifier": ImageRecipe("classifier", "digits", steps=4000),
+    "mnist-codec": ImageRecipe(
+        "codec", "mnist", {"num_bits": 8, "features": 24}, steps=3000, batch_size=32
+    ),
+    "faces-codec": ImageRecipe(
+        "codec", "faces", {"num_bits": 8, "features": 24}, steps=2000, batch_size=32, shift=2
+    ),
 }

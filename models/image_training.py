@@ -26,8 +26,9 @@ from ppl_diffusion.imaging.codec import ImageCodec
 from ppl_diffusion.models.image_data import Images, load_images, shifted
 from ppl_diffusion.models.image_recipes import IMAGE_RECIPES, ImageRecipe
 from ppl_diffusion.models.image_tasks import IMAGE_TASKS, ClassifierTask, CodecTask
+from ppl_diffusion.models.training import CHECKPOINT, RUN_FILE, TrainingDiverged
 
-NETWORK_FOLDER, CHECKPOINT, RUN_FILE = "network", "last.ckpt", "run.json"
+NETWORK_FOLDER = "network"
 _SEEDS = 2**63  # torch takes no larger seeds
 
 
@@ -59,6 +60,7 @@ def train_images(
     quiet: bool = False,
     recipe: ImageRecipe | None = None,
     images: Images | None = None,
+    device: torch.device | str = "cpu",
 ) -> ImageRun:
     """Train a codec or a classifier and keep its best weights.
 
@@ -68,17 +70,25 @@ def train_images(
     :param seed: of the weights, the batches and the shifts.
     :param resume: go on from ``last.ckpt`` in ``out``, with the recipe and seed of its beginning.
     :param images: images of one's own.
+    :param device: where the network is trained; the one that comes back is on the CPU.
     :raises ValueError: if the name or the number of steps is wrong, or the run to resume another.
     :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
+    :raises TrainingDiverged: if the score was never finite.
     """
     recipe = recipe or IMAGE_RECIPES[name]
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"train: {steps} steps is not a run; give 1 or more.")
     images = images or load_images(recipe.dataset, data)
-    fit = _Fit(IMAGE_TASKS[recipe.task](recipe), images, steps, seed, Path(out))
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device(device)
+    fit = _Fit(IMAGE_TASKS[recipe.task](recipe), images, steps, seed, Path(out), place)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         fit.run(resume, quiet)
+    if not math.isfinite(fit.best):
+        raise TrainingDiverged(
+            f"train: the score of {name} was never finite in {steps} steps, so nothing was written "
+            f"to {str(fit.out)!r}; lower the learning rate, or check the images."
+        )
     run = ImageRun(
         fit.task.load(fit.out / NETWORK_FOLDER),
         fit.out,
@@ -95,14 +105,21 @@ class _Fit:
     """One run: network, optimiser and where it stands."""
 
     def __init__(
-        self, task: CodecTask | ClassifierTask, images: Images, steps: int, seed: int, out: Path
+        self,
+        task: CodecTask | ClassifierTask,
+        images: Images,
+        steps: int,
+        seed: int,
+        out: Path,
+        device: torch.device,
     ) -> None:
         self.task: Any = task
         self.images, self.steps, self.seed, self.out = images, steps, seed, out
         self.recipe = task.recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % _SEEDS)
-            self.network: Any = self.task.build(images)
+            self.network: Any = self.task.build(images).to(device)
+        self.device = device
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), weight_decay=self.recipe.weight_decay
         )
@@ -141,14 +158,12 @@ class _Fit:
         most = self.recipe.shift
         moves = torch.randint(-most, most + 1, (len(rows), 2))
         images = shifted(self.images.train[rows], moves, self.images.edge)
-        return images, self.images.train_labels[rows]
+        return images.to(self.device), self.images.labels[0][rows].to(self.device)
 
     def _validate(self) -> float:
-        score = float(
-            image_scores(
-                self.task, self.network.eval(), self.images.valid, self.images.valid_labels
-            ).mean()
-        )
+        images = self.images
+        scores = image_scores(self.task, self.network.eval(), images.valid, images.labels[1])
+        score = float(scores.mean())
         if score > self.best:
             self.best, self.best_step = score, self.step
             self.network.save(self.out / NETWORK_FOLDER)
@@ -190,8 +205,11 @@ class _Fit:
 @torch.no_grad()
 def image_scores(task: Any, network: Any, images: Tensor, labels: Tensor) -> Tensor:
     """Return the score of each image, ``(n,)``."""
+    device = next(network.parameters()).device
     parts = zip(images.split(256), labels.split(256), strict=True)
-    return torch.cat([task.scores(network, *part) for part in parts])
+    return torch.cat(
+        [task.scores(network, part.to(device), label.to(device)).cpu() for part, label in parts]
+    )
 
 
 def _record(run: ImageRun, recipe: ImageRecipe, seed: int) -> None:

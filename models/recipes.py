@@ -153,8 +153,6 @@ _DIGITS = Recipe(
     family="masked",
     dataset="digits",
     shape={**_SHAPE, "dropout": 0.2, "num_classes": 10},
-    steps=5000,
-    learning_rate=1e-3,
     shares=(1.0, 1.0),
     valid_times=32,
     options={"label_dropout": 0.5},
@@ -221,10 +219,18 @@ RECIPES: dict[str, Recipe] = {
     "mnist": dataclasses.replace(
         _DIGITS,
         dataset="mnist",
-        shape={**_DIGITS.shape, "dim": 128, "dropout": 0.0},
+        shape={**_DIGITS.shape, "dropout": 0.0},
         steps=3000,
         valid_rows=256,
         valid_times=8,
+    ),
+    "faces": dataclasses.replace(
+        _DIGITS,
+        dataset="faces",
+        shape={**_SHAPE, "dropout": 0.3},
+        steps=2000,
+        batch_size=32,
+        options={},
     ),
 }
 

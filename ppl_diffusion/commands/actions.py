@@ -127,6 +127,7 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
 
 def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     from ppl_diffusion.models.image_training import CHECKPOINT, train_images
+    from ppl_diffusion.models.training import TrainingDiverged
 
     for option in ("objective", "init"):
         if asked.pop(option) is not None:
@@ -134,13 +135,12 @@ def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     try:
         with user_input():
             run = train_images(name, out=out, quiet=quiet, **asked)
+    except TrainingDiverged as error:
+        raise NoAnswer(str(error)) from error
     except KeyboardInterrupt as error:
         kept = (out / CHECKPOINT).is_file()
-        raise Stopped(
-            "Training was interrupted; go on with --resume."
-            if kept
-            else f"Stopped: nothing was written to {str(out)!r}."
-        ) from error
+        text = "go on with --resume." if kept else f"nothing was written to {str(out)!r}."
+        raise Stopped(f"Stopped: {text}") from error
     if not quiet:
         score = [f"best on validation images ({run.score_name})", run.score]
         rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
