@@ -37,7 +37,7 @@ from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.models.program import DiffusionProgram
 
 PRIORS = ("arithmetic", "sudoku")
-PARTICLES = {"arithmetic": 16, "sudoku": 8}
+PARTICLES = {"arithmetic": 4, "sudoku": 8}
 SIZES = {"arithmetic": (100, 20), "sudoku": (24, 4)}
 """Questions of each kind, and with ``--quick``."""
 _PLAIN: dict[str, Any] = {"num_iterations": 0, "order": "prior", "mask_schedule": "linear"}
@@ -138,10 +138,13 @@ def ask(
     return Answers(*torch.tensor(found, dtype=torch.float64).unbind(-1))
 
 
-def rows_of(prior: str, kind: str, name: str, found: Answers, base: Answers) -> list[Row]:
+def rows_of(
+    prior: str, kind: str, name: str, found: Answers, base: Answers, particles: int
+) -> list[Row]:
     """Return what was found as rows.
 
     :param base: what differences are paired with.
+    :param particles: of each question.
     """
     made = []
     for measure in ("answer", "draws"):
@@ -153,6 +156,7 @@ def rows_of(prior: str, kind: str, name: str, found: Answers, base: Answers) -> 
             "se": standard_error(values),
             "gain": float((values - others).mean()),
             "gain_se": standard_error(values - others),
+            "num_particles": particles,
             "evaluations": float(found.evaluations.mean()),
         }
         made.append(Row(measure, float(values.mean()), "share", len(values), None, coordinates))
@@ -181,7 +185,7 @@ def measure(
         for contender in contenders(iterations):
             found = ask(prior, questions, contender, particles)
             base = base or found
-            rows += rows_of(prior.name, questions.kind, contender.name, found, base)
+            rows += rows_of(prior.name, questions.kind, contender.name, found, base, particles)
     return rows
 
 
@@ -195,7 +199,8 @@ def print_rows(rows: Sequence[Row], screen: Console) -> None:
     ):
         mine = [r for r in rows if (r.coordinates["problem"], r.coordinates["kind"]) == kind]
         made = table(
-            f"{kind[0]}, hidden or known: {kind[1]} ({mine[0].n} questions)",
+            f"{kind[0]}: {kind[1]} ({mine[0].n} questions, "
+            f"{mine[0].coordinates['num_particles']} particles each)",
             ["method", "answer right", "over ancestral", "draws right", "evaluations"],
         )
         for answer, draws in zip(mine[::2], mine[1::2], strict=True):
@@ -217,6 +222,7 @@ def main(
         list[str] | None, typer.Option(help="Name or folder of a prior; may be repeated.")
     ] = None,
     iterations: Annotated[int, typer.Option(min=0, help="Of the inner loop.")] = 10,
+    particles: Annotated[int | None, typer.Option(min=1, help="Of each question.")] = None,
 ) -> None:
     """Compare ways to answer questions at equal evaluations of the denoiser."""
     screen, rows = console(), list[Row]()
@@ -225,7 +231,7 @@ def main(
         if program is not None:
             key = "arithmetic" if program.length == 10 else "sudoku"
             kinds = questions_for(program, SIZES[key][quick])
-            found = measure(program, kinds, PARTICLES[key], iterations)
+            found = measure(program, kinds, particles or PARTICLES[key], iterations)
             print_rows(found, screen)
             rows += found
     write(rows, json_file)
