@@ -205,12 +205,12 @@ RECIPES: dict[str, Recipe] = {
         _TEXT,
         dataset="sudoku",
         shape={**_SHAPE, "depth": 4, "dropout": 0.0},
-        steps=5000,
+        steps=2500,
         batch_size=32,
         valid_rows=None,
     ),
     "yelp": dataclasses.replace(
-        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=4000, batch_size=48
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=2500, batch_size=48
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(
