@@ -205,12 +205,12 @@ RECIPES: dict[str, Recipe] = {
         _TEXT,
         dataset="sudoku",
         shape={**_SHAPE, "depth": 4, "dropout": 0.0},
-        steps=4000,
-        batch_size=64,
+        steps=2500,
+        batch_size=32,
         valid_rows=None,
     ),
     "yelp": dataclasses.replace(
-        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=4000, batch_size=64
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=2500, batch_size=48
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(
@@ -220,7 +220,7 @@ RECIPES: dict[str, Recipe] = {
         _DIGITS,
         dataset="mnist",
         shape={**_DIGITS.shape, "dropout": 0.0},
-        steps=3000,
+        steps=2000,
         valid_rows=256,
         valid_times=8,
     ),
@@ -228,7 +228,7 @@ RECIPES: dict[str, Recipe] = {
         _DIGITS,
         dataset="faces",
         shape={**_SHAPE, "dropout": 0.3},
-        steps=2000,
+        steps=1000,
         batch_size=32,
         options={},
     ),
