@@ -39,10 +39,10 @@ from ppl_diffusion.inference.anchored_guidance import (
     guided_step,
     require_maskable,
 )
+from ppl_diffusion.inference.anchored_guides import guides_of, require_steerable
 from ppl_diffusion.inference.anchored_steps import PolicyStep, values_move
 from ppl_diffusion.inference.anchored_twist import carried_lookahead
 from ppl_diffusion.inference.arguments import require_moves
-from ppl_diffusion.inference.guides import guides_of, require_steerable
 from ppl_diffusion.inference.path_moves import checked_moves
 from ppl_diffusion.inference.quantised_expectation import QuantisedExpectation
 from ppl_diffusion.inference.remask_moves import Remask, by_default, swept
@@ -252,7 +252,8 @@ class AnchoredSMC(Method):
         """Return next states, and the log of the model's step over the proposal."""
         if isinstance(step, RevealStep) and self.variant != "policy":
             conf = guided.log_c / self.tau
-            return values_move(step, guided.log_c, conf, self.delta, generator)
+            picked = values_move(step, guided.log_c, conf, self.delta, generator)
+            return picked.value, picked.log_tokens + picked.log_order
         proposal = guided_step(step, guided, self.tau)
         value = draw_step(proposal, generator)
         assert isinstance(value, Tensor)

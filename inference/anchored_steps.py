@@ -19,6 +19,7 @@ have law ``c`` in the extended target too, and cancel. The *order ratio* does no
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +154,8 @@ class PolicyStep(StepDistribution):
         """Turn uniforms into next states; the same uniforms give the same states."""
         tokens = self.tokens.expand_as(u_order)
         # The largest perturbed scores are a Plackett-Luce order.
-        keys = torch.where(self.eligible, self.scores - (-u_order.log()).log(), -torch.inf)
+        noise = u_order.clamp_min(torch.finfo(u_order.dtype).tiny)
+        keys = torch.where(self.eligible, self.scores - (-noise.log()).log(), -torch.inf)
         rank = keys.argsort(-1, descending=True).argsort(-1)
         chosen = (self.eligible & (rank < self.count)).expand_as(tokens)
         return self.prediction.expand(tokens.shape[:-1]).draw(u_token, chosen, tokens)
@@ -194,21 +196,32 @@ def log_subset_prob(scores: Tensor, eligible: Tensor, chosen: Tensor, count: int
     return torch.stack(found, -1).gather(-1, whole[..., None])[..., 0]
 
 
+class Picked(NamedTuple):
+    """Sites that were picked by values drawn for all of them.
+
+    :param value: next states, int64 ``(*batch, L)``.
+    :param log_tokens: what the tokens are weighed by under the model, ``(*batch,)``.
+    :param log_order: what the picks are weighed by under uniform ones, ``(*batch,)``.
+    """
+
+    value: Tensor
+    log_tokens: Tensor
+    log_order: Tensor
+
+
 def values_move(
     step: RevealStep,
     log_c: Tensor,
     log_conf: Tensor,
     delta: float,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Picked:
     """Draw a token for every eligible site, then pick sites by them, one after another.
 
     :param step: the step of the chain, which reveals sites in uniformly random order.
     :param log_c: law of the tokens, ``(*batch, L, V)``.
     :param log_conf: log of what a site with each token is picked in proportion to, same shape.
     :param delta: share of picks that are uniform, in ``[0, 1]``.
-    :returns: next states, int64 ``(*batch, L)``, and their log-weight under the step's own law,
-        which the tokens that were not picked are no part of, ``(*batch,)``.
     """
     tokens, eligible = step.tokens, step.eligible
     noise = uniforms((2, *tokens.shape), generator=generator, device=tokens.device)
@@ -230,7 +243,7 @@ def values_move(
     value = torch.where(chosen, drawn, tokens)
     index = drawn[..., None]
     ratio = (step.log_probs.gather(-1, index) - log_c.gather(-1, index))[..., 0]
-    return value, log_order + torch.where(chosen, ratio, 0.0).sum(-1)
+    return Picked(value, torch.where(chosen, ratio, 0.0).sum(-1), log_order)
 
 
 def pick_law(conf: Tensor, left: Tensor, delta: float) -> Tensor:

@@ -19,10 +19,11 @@ from ppl_diffusion.commands.tables import (
     table,
     warnings,
 )
-from ppl_diffusion.design.checks import InputError, at_least, usable_device, user_input
-from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.report import fasta, json_text, not_drawn, save_comparison
+from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
+from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
+from ppl_diffusion.jobs.folder import check_file, check_target, write_whole
+from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SamplerSettings
