@@ -153,7 +153,7 @@ _DIGITS = Recipe(
     family="masked",
     dataset="digits",
     shape={**_SHAPE, "dropout": 0.0, "num_classes": 10},
-    steps=6000,
+    steps=3500,
     shares=(1.0, 1.0),
     valid_times=32,
     options={"label_dropout": 0.5},
@@ -218,7 +218,7 @@ RECIPES: dict[str, Recipe] = {
         _DIGITS,
         family="uniform",
         shape={**_DIGITS.shape, "time_conditioning": True},
-        steps=5000,
+        steps=3000,
     ),
     "mnist": dataclasses.replace(
         _DIGITS,
