@@ -152,7 +152,8 @@ _TEXT = dataclasses.replace(_MASKED_NAMES, dataset="yelp", valid_rows=500)
 _DIGITS = Recipe(
     family="masked",
     dataset="digits",
-    shape={**_SHAPE, "dropout": 0.2, "num_classes": 10},
+    shape={**_SHAPE, "dropout": 0.0, "num_classes": 10},
+    steps=3500,
     shares=(1.0, 1.0),
     valid_times=32,
     options={"label_dropout": 0.5},
@@ -214,12 +215,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(
-        _DIGITS, family="uniform", shape={**_DIGITS.shape, "time_conditioning": True}
+        _DIGITS,
+        family="uniform",
+        shape={**_DIGITS.shape, "time_conditioning": True},
+        steps=3000,
     ),
     "mnist": dataclasses.replace(
         _DIGITS,
         dataset="mnist",
-        shape={**_DIGITS.shape, "dropout": 0.0},
         steps=2000,
         valid_rows=256,
         valid_times=8,
