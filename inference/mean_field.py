@@ -13,6 +13,7 @@ that is not affine is linearised about ``ebar`` anew in every sweep (Gauss-Newto
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -144,11 +145,13 @@ def jacobian_of(potential: GaussianMeasurement, points: Tensor) -> tuple[Tensor,
         )
         return backward(basis), num_data * len(points)
     basis = torch.eye(length * dim, dtype=points.dtype, device=points.device)
-    forward = vmap(
-        lambda row: jvp(
-            potential.predict, (points,), (row.reshape(length, dim).expand_as(points),)
-        )[1],
-        out_dims=-1,
-        chunk_size=CHUNK,
-    )
-    return forward(basis).unflatten(-1, (length, dim)), length * dim * len(points)
+
+    def forward(row: Tensor) -> Tensor:
+        direction = row.reshape(length, dim).expand_as(points)
+        pushed: Tensor = jvp(potential.predict, (points,), (direction,))[1]
+        return pushed
+
+    with warnings.catch_warnings():  # torch loads a deprecated module of its own, once
+        warnings.simplefilter("ignore", DeprecationWarning)
+        columns = vmap(forward, out_dims=-1, chunk_size=CHUNK)(basis)
+    return columns.unflatten(-1, (length, dim)), length * dim * len(points)

@@ -11,8 +11,8 @@ et al. 2025, arXiv:2510.02291), so that::
 
     dLoss / dPhi_iv = r_i(v) <dLoss/de_i, c_v - ebar_i>    at the quantised point
 
-Adam makes that move tokens of tiny prior mass, too. The network is asked once and never
-differentiated. Nothing here is a law of anything: the table and the anchors are a guess, for an
+Adam makes that move tokens of tiny prior mass, too, while it exceeds the epsilon of its steps. The
+network is asked once and never differentiated. Nothing here is a law of anything: the table and the anchors are a guess, for an
 optimiser to commit to (:mod:`~ppl_diffusion.inference.anchored`) or a proposal to be weighed.
 
 Where data lie between codes the straight-through loop does not converge: its anchor flips between

@@ -14,7 +14,7 @@ from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.sources import Rng
 
 FLOOR = -70.0
-"""Least log-probability of a prediction: below it a token could never be found again."""
+"""Least log-probability of a prediction: logits are finite. Near it no gradient is felt."""
 
 Quantiser = Literal["straight-through", "soft", "gumbel", "entropy-mix"]
 Nearest = Callable[[Tensor], Tensor]
@@ -124,8 +124,13 @@ def nearest_code(codebook: Tensor) -> Nearest:
     bits = torch.arange(size, device=codebook.device)[:, None] // power % 2
     if size == 2**dim and torch.equal(codebook, (2 * bits - 1).to(codebook.dtype)):
         return lambda points: ((points > 0) * power).sum(-1)
-    exact = "donot_use_mm_for_euclid_dist"  # products would round ties away
-    return lambda points: torch.cdist(points, codebook, compute_mode=exact).argmin(-1)
+
+    def nearest(points: Tensor) -> Tensor:
+        exact = "donot_use_mm_for_euclid_dist"  # products would round ties away
+        rows = points.detach().reshape(-1, dim)
+        return torch.cdist(rows, codebook, compute_mode=exact).argmin(-1).reshape(points.shape[:-1])
+
+    return nearest
 
 
 def quantised(
