@@ -59,7 +59,7 @@ def test_the_gradient_goes_straight_through():
 def test_commitment_is_the_distance_to_the_codes():
     e = torch.tensor([[0.5, -1.0], [-0.5, 1.0]], requires_grad=True)
     loss = commitment(e)
-    assert float(loss) == pytest.approx((0.25 + 0.25) / 4)
+    assert loss.item() == pytest.approx((0.25 + 0.25) / 4)
     (gradient,) = torch.autograd.grad(loss, e)
     assert torch.equal(gradient, torch.tensor([[-0.25, 0.0], [0.25, 0.0]]))
 
