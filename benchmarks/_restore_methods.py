@@ -131,9 +131,7 @@ class ByMethod:
         if not self.ordered:
             return prior.chain(num_steps=self.num_steps)
         size = -(-prior.length // self.num_steps)
-        kernel = OrderedKernel(
-            prior.process, prior.denoiser, length=prior.length, group_size=size
-        )
+        kernel = OrderedKernel(prior.process, prior.denoiser, length=prior.length, group_size=size)
         return prior.around(kernel)
 
     def __call__(
@@ -293,9 +291,7 @@ def _rivals(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
     fit = {"num_iterations": iterations, "decades": 1.0}
     star, markov = G2D2(**fit), G2D2(transition="markov", **fit)
     svdd = SoftValueGuidance(num_children=16, alpha=0.0, weighted=False)
-    sweeps = SplitGibbs(
-        num_sweeps=25, num_prior_steps=steps, num_moves=200, last_time=1e-3
-    )
+    sweeps = SplitGibbs(num_sweeps=25, num_prior_steps=steps, num_moves=200, last_time=1e-3)
     return {
         "g2d2-star": ByMethod(star, size, steps),
         "g2d2-markov": ByMethod(markov, size, steps),

@@ -191,7 +191,8 @@ class GuidedSteps(LookingAhead):
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead, where it counts."""
-        return self.rate(run, state, generator) if self.weighted else None
+        counts = self.weighted and self.twist is not None
+        return self.rate(run, state, generator) if counts else None
 
     def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
         """Return the look-ahead by completions, where it counts."""
