@@ -75,7 +75,7 @@ def profile(quick: bool) -> Clock:
 
     from ppl_diffusion.commands.actions import run_design
     from ppl_diffusion.design.question import Job, Question
-    from ppl_diffusion.design.search import Search
+    from ppl_diffusion.jobs.search import Search
 
     torch.set_num_threads(1)
     with ExitStack() as stack:

@@ -1,6 +1,10 @@
 """Inference: one runner, methods as small objects, and what goes with them."""
 
+from ppl_diffusion.inference.anchored_guidance import AnchoredProposal as AnchoredProposal
+from ppl_diffusion.inference.anchored_guidance import Guidance as Guidance
+from ppl_diffusion.inference.anchored_guidance import TiltedTokens as TiltedTokens
 from ppl_diffusion.inference.anchored_remasking import AnchoredRemasking as AnchoredRemasking
+from ppl_diffusion.inference.anchored_smc import AnchoredSMC as AnchoredSMC
 from ppl_diffusion.inference.attach import attach as attach
 from ppl_diffusion.inference.baselines import BeamSearch as BeamSearch
 from ppl_diffusion.inference.baselines import BestOfN as BestOfN
@@ -9,6 +13,8 @@ from ppl_diffusion.inference.baselines import ImportanceSampling as ImportanceSa
 from ppl_diffusion.inference.bootstrap import Bootstrap as Bootstrap
 from ppl_diffusion.inference.check import Check as Check
 from ppl_diffusion.inference.check import check as check
+from ppl_diffusion.inference.classifier_guidance import ClassifierGuidance as ClassifierGuidance
+from ppl_diffusion.inference.classifier_guidance import PluginLikelihood as PluginLikelihood
 from ppl_diffusion.inference.correctors import CFG as CFG
 from ppl_diffusion.inference.correctors import Composition as Composition
 from ppl_diffusion.inference.correctors import Corrector as Corrector
@@ -23,9 +29,13 @@ from ppl_diffusion.inference.quantised_expectation import (
 )
 from ppl_diffusion.inference.quantisers import Expectation as Expectation
 from ppl_diffusion.inference.refinement import Refinement as Refinement
+from ppl_diffusion.inference.relaxed import RelaxedDPS as RelaxedDPS
+from ppl_diffusion.inference.remask_moves import Remask as Remask
 from ppl_diffusion.inference.scout import LatentMoves as LatentMoves
 from ppl_diffusion.inference.smc import SMC as SMC
 from ppl_diffusion.inference.soft_value import SoftValueGuidance as SoftValueGuidance
+from ppl_diffusion.inference.split_gibbs import SplitGibbs as SplitGibbs
+from ppl_diffusion.inference.star import G2D2 as G2D2
 from ppl_diffusion.inference.steering import FKSteering as FKSteering
 from ppl_diffusion.inference.tempering import Tempering as Tempering
 from ppl_diffusion.inference.twisted import TwistedSampler as TwistedSampler

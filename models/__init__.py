@@ -7,11 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.models.cards import available as available
+from ppl_diffusion.models.cards import codecs as codecs
+from ppl_diffusion.models.cards import list_classifiers as list_classifiers
 from ppl_diffusion.models.cards import list_oracles as list_oracles
+from ppl_diffusion.models.cards import list_text_classifiers as list_text_classifiers
 from ppl_diffusion.models.cards import names as names
 from ppl_diffusion.models.cards import read_card as read_card
 
 if TYPE_CHECKING:
+    from ppl_diffusion.models.image_files import load_classifier as load_classifier
+    from ppl_diffusion.models.image_files import load_codec as load_codec
     from ppl_diffusion.models.latent import LatentDiffusion as LatentDiffusion
     from ppl_diffusion.models.library import load as load
     from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SAMPLERS as SAMPLERS
     from ppl_diffusion.models.samplers import SamplerSettings as SamplerSettings
     from ppl_diffusion.models.samplers import make_chain as make_chain
+    from ppl_diffusion.models.text_reward import TextClassifier as TextClassifier
+    from ppl_diffusion.models.text_reward import load_text_classifier as load_text_classifier
     from ppl_diffusion.models.uniform import UniformDiffusion as UniformDiffusion
 
 _HOMES = {
@@ -30,13 +37,26 @@ _HOMES = {
     "Oracle": "oracles",
     "SAMPLERS": "samplers",
     "SamplerSettings": "samplers",
+    "TextClassifier": "text_reward",
     "UniformDiffusion": "uniform",
     "load": "library",
+    "load_classifier": "image_files",
+    "load_codec": "image_files",
     "load_oracle": "oracles",
+    "load_text_classifier": "text_reward",
     "make_chain": "samplers",
 }
 
-__all__ = [*_HOMES, "available", "list_oracles", "names", "read_card"]
+__all__ = [
+    *_HOMES,
+    "available",
+    "codecs",
+    "list_classifiers",
+    "list_oracles",
+    "list_text_classifiers",
+    "names",
+    "read_card",
+]
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 WEIGHTS = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"
 PROGRAM_FILE = "program.json"
+CLASSIFIER_FILE = "text_classifier.json"
 
 
 def names() -> list[str]:
@@ -20,6 +21,21 @@ def names() -> list[str]:
 def list_oracles() -> list[str]:
     """Return the names of the shipped oracles."""
     return sorted(p.parent.name for p in WEIGHTS.glob("*-oracle-*/config.json"))
+
+
+def list_text_classifiers() -> list[str]:
+    """Return the names of the shipped classifiers of text."""
+    return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CLASSIFIER_FILE}"))
+
+
+def codecs() -> list[str]:
+    """Return the names of the shipped codecs of images."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-codec/config.json"))
+
+
+def list_classifiers() -> list[str]:
+    """Return the names of the shipped classifiers of images."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*-classifier/config.json"))
 
 
 def available() -> list[dict[str, Any]]:

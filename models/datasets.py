@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.models import arithmetic, reviews, sudoku
+from ppl_diffusion.models.image_sequences import image_sequences
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
-from ppl_diffusion.models.recipes import Recipe
+from ppl_diffusion.models.sequences import BASES as BASES
+from ppl_diffusion.models.sequences import PADDING as PADDING
+from ppl_diffusion.models.sequences import Sequences as Sequences
+from ppl_diffusion.models.sequences import check_sequences as check_sequences
+from ppl_diffusion.models.sequences import find_data as find_data
+from ppl_diffusion.models.sequences import unpad as unpad
+from ppl_diffusion.models.sequences import unrelated
 
-BASES = "ACGT"
 YEAST_FILE = "dna/yeast_promoters_80bp.npz"
 _HUMAN = "dna/human_core_promoters_70bp.csv.gz"
 NATIVE = 1  # the kind of native promoter fragments in the yeast file
@@ -27,97 +33,11 @@ _WINDOW = 128  # characters of a sequence of text
 _FIRST_NAMES, _NAME_LENGTH = "text/names.csv.gz", 15
 _QM9, _SMILES_LENGTH = "molecules/qm9.csv.gz", 24
 
-PADDING = "_"
-"""The letter for no letter; it fills short sequences up, behind their end."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Aligned sequences of one length, split by family.
-
-    :param train: rows of the law to be learnt, int64 ``(n, L)``.
-    :param valid: rows of that law for early stopping.
-    :param test: rows of that law for the quoted bounds.
-    :param test_family: family of near copies of each test row, int64 ``(k,)``.
-    :param related: other rows, or all of them, to pretrain on, int64 ``(m, L)``.
-    :param related_weights: how often each related row is drawn, relative, float64 ``(m,)``.
-    :param licence: one sentence, as ``source`` is, for the card of a prior.
-    :param vocabulary: one letter per token id.
-    :param noun: what the sequences are, for the same; ``unit`` is what a token is.
-    """
-
-    train: Tensor
-    valid: Tensor
-    test: Tensor
-    test_family: Tensor
-    related: Tensor
-    related_weights: Tensor
-    licence: str
-    source: str
-    vocabulary: str = BASES
-    noun: str = "promoter sequences"
-    unit: str = "base"
-
-    @property
-    def length(self) -> int:
-        return self.train.shape[-1]
-
 
 def load_sequences(name: str, folder: str | Path | None = None) -> Sequences:
     if name not in READERS:
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(READERS)}.")
     return READERS[name](folder)
-
-
-def check_sequences(sequences: Sequences, recipe: Recipe) -> None:
-    """Refuse data that a recipe cannot be followed with."""
-    for part in ("train", "valid", "test", "related"):
-        if len(getattr(sequences, part)):
-            _check_rows(sequences, part)
-        elif part in ("train", "valid"):
-            raise ValueError(f"Sequences: {part} holds no rows; training needs at least one.")
-    if min(recipe.shares) < 1.0:
-        _check_related(sequences, recipe)
-    if recipe.both_strands and len(sequences.vocabulary) != len(BASES):
-        raise ValueError(
-            f"Recipe: both_strands needs the four letters {BASES}, but the vocabulary is "
-            f"{sequences.vocabulary!r}; set it to False."
-        )
-
-
-def _check_rows(sequences: Sequences, part: str) -> None:
-    rows, size = getattr(sequences, part), len(sequences.vocabulary)
-    if rows.dtype != torch.int64 or rows.ndim != 2:
-        raise ValueError(
-            f"Sequences: {part} must hold token ids, int64 (n, L), but is {rows.dtype} "
-            f"{tuple(rows.shape)}; convert it."
-        )
-    if rows.shape[1] != sequences.length:
-        raise ValueError(
-            f"Sequences: rows of {part} have {rows.shape[1]} tokens, those of train "
-            f"{sequences.length}; cut or pad them."
-        )
-    low, high = (int(end) for end in rows.aminmax())
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"Sequences: {part} holds the id {low if low < 0 else high}, but those of the "
-            f"{size} letters {sequences.vocabulary!r} are 0 to {size - 1}; drop or recode its row."
-        )
-
-
-def _check_related(sequences: Sequences, recipe: Recipe) -> None:
-    rows, weights = sequences.related, sequences.related_weights
-    if not len(rows):
-        raise ValueError(
-            f"Recipe: shares {tuple(recipe.shares)} draw related rows, but the data have none; set "
-            "shares=(1.0, 1.0)."
-        )
-    positive = bool((weights >= 0).all() and weights.isfinite().all() and weights.sum() > 0)
-    if weights.shape != rows.shape[:1] or not positive:
-        raise ValueError(
-            f"Sequences: related_weights must be {len(rows)} finite numbers from 0 up, one per "
-            "related row and not all 0; mend them."
-        )
 
 
 def _yeast_promoters(folder: str | Path | None) -> Sequences:
@@ -169,14 +89,9 @@ def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
     files = (find_data(folder, _TEXT.format(part)) for part in ("train", "valid", "test"))
     train, valid, test = (gzip.decompress(file.read_bytes()).decode("utf-8") for file in files)
     vocabulary = "".join(sorted(set(train)))
-    held_out = _windows(test, vocabulary, _WINDOW)
-    return Sequences(
-        train=_windows(train, vocabulary, _WINDOW // 8),
-        valid=_windows(valid, vocabulary, _WINDOW),
-        test=held_out,
-        test_family=torch.arange(len(held_out)),
-        related=torch.empty(0, _WINDOW, dtype=torch.int64),
-        related_weights=torch.empty(0, dtype=torch.float64),
+    strides = {train: _WINDOW // 8, valid: _WINDOW, test: _WINDOW}
+    return unrelated(
+        [_windows(part, vocabulary, stride) for part, stride in strides.items()],
         licence="Data: public domain (repository karpathy/char-rnn: MIT).",
         source="Plays of Shakespeare as one text (karpathy/char-rnn, tinyshakespeare), cut into "
         f"windows of {_WINDOW} characters.",
@@ -225,27 +140,16 @@ def _padded(file: Path, column: str, length: int, *, source: str, **words: str) 
     vocabulary = "".join(sorted({letter for text, _ in fitting for letter in text})) + PADDING
     codes = {letter: code for code, letter in enumerate(vocabulary)}
     ids = torch.tensor([[codes[x] for x in text.ljust(length, PADDING)] for text, _ in fitting])
-    train, valid, test = (
-        ids[torch.tensor([split == part for _, split in fitting])]
-        for part in ("train", "valid", "test")
-    )
-    return Sequences(
-        train=train,
-        valid=valid,
-        test=test,
-        test_family=torch.arange(len(test)),
-        related=train[:0],
-        related_weights=torch.empty(0, dtype=torch.float64),
+    return unrelated(
+        [
+            ids[torch.tensor([split == part for _, split in fitting])]
+            for part in ("train", "valid", "test")
+        ],
         source=f"{source}, filled up to {length} with {PADDING!r}; {len(rows) - len(fitting)} of "
         f"{len(rows)} are longer and left out.",
         vocabulary=vocabulary,
         **words,
     )
-
-
-def unpad(text: str) -> str:
-    """Return a decoded sequence without the :data:`PADDING` behind its end."""
-    return text.rstrip(PADDING)
 
 
 def reverse_complement(rows: Tensor) -> Tensor:
@@ -282,19 +186,10 @@ READERS: dict[str, Callable[[str | Path | None], Sequences]] = {
     "tinyshakespeare": _tiny_shakespeare,
     "names": _names,
     "qm9": _qm9,
+    "arithmetic": arithmetic.sequences,
+    "sudoku": sudoku.sequences,
+    "yelp": reviews.sequences,
+    "digits": partial(image_sequences, "digits", shift=1),
+    "mnist": partial(image_sequences, "mnist"),
+    "faces": partial(image_sequences, "faces", shift=1),
 }
-
-
-def find_data(folder: str | Path | None, file: str) -> Path:
-    folder = folder or os.environ.get("PPL_DIFFUSION_DATA")
-    if folder is None:
-        raise FileNotFoundError(
-            "No data folder was given: pass --data, or set PPL_DIFFUSION_DATA, to the folder that "
-            f"holds {file}."
-        )
-    path = Path(folder) / file
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The data folder {str(folder)!r} does not hold {file}: check --data."
-        )
-    return path

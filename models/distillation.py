@@ -77,7 +77,7 @@ class Distillation(Objective):
         """Return how far the teacher is ahead after so many optimiser steps."""
         return self.first_delta * 2.0 ** min(step // self._round_length, self.rounds - 1)
 
-    def loss(self, rows: Tensor, step: int) -> Tensor:
+    def loss(self, rows: Tensor, step: int, labels: Tensor | None = None) -> Tensor:
         """Return ``KL(student(z_t, t) || teacher(z_s, s))``, summed over sites."""
         begins = step % self._round_length == 0 and step < self.rounds * self._round_length
         if begins:

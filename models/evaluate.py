@@ -51,6 +51,8 @@ class Evaluation:
     :param gain: ``markov - bound``, paired by sequence; positive if the prior is better.
     :param gain_error: its standard error over families.
     :param gain_error_rows: the same as if rows were independent, which near copies are not.
+    :param given_label: the bound of the conditional prior at the labels of the rows, NaN if the
+        network knows no classes; the label itself is not counted.
     """
 
     sequences: int
@@ -66,6 +68,7 @@ class Evaluation:
     gain: float
     gain_error: float
     gain_error_rows: float
+    given_label: float = math.nan
 
 
 def evaluate(
@@ -78,6 +81,8 @@ def evaluate(
 ) -> Evaluation:
     """Bound the test rows and compare with a Markov chain fitted on the training rows."""
     terms = _bound_terms(program, sequences.test, times, seed)
+    labels = sequences.labels if getattr(program.denoiser, "num_classes", 0) else None
+    given = _bound_terms(program, sequences.test, times, seed, labels[2]) if labels else None
     bound = terms.mean(0)
     chain = MarkovBaseline(sequences.train, recipe.markov_order, len(program.vocabulary))
     bits = chain.bits(sequences.test)
@@ -97,15 +102,19 @@ def evaluate(
         gain=float(gain.mean()),
         gain_error=_error(gain, family),
         gain_error_rows=_error(gain, torch.arange(len(gain), device=gain.device)),
+        given_label=math.nan if given is None else float(given.mean()),
     )
 
 
-def _bound_terms(program: DiffusionProgram, rows: Tensor, times: int, seed: int) -> Tensor:
+def _bound_terms(
+    program: DiffusionProgram, rows: Tensor, times: int, seed: int, labels: Tensor | None = None
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    parts = [
-        program.bound_terms(part.to(program.device), num_times=times, generator=generator)
-        for part in rows.split(512)
-    ]
+    parts = []
+    for part in torch.arange(len(rows)).split(512):
+        law = program if labels is None else program.labelled(labels[part])
+        x0 = rows[part].to(program.device)
+        parts.append(law.bound_terms(x0, num_times=times, generator=generator))
     return torch.cat(parts, dim=1).to(rows.device) / (program.length * math.log(2.0))
 
 
@@ -132,6 +141,8 @@ def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> No
     label = f"bound, {result.times} times a sequence"
     table.add_row(label, f"≤ {result.bound:.4f}", f"{result.bound_error:.4f}")
     table.add_row("  of which noise of the times", "", f"{result.noise_error:.4f}")
+    if not math.isnan(result.given_label):
+        table.add_row("  given the label", f"≤ {result.given_label:.4f}", "")
     table.add_row(f"order-{result.order} Markov, all {unit}s", f"{result.markov:.4f}", "")
     quoted = "" if math.isnan(result.quoted) else f" (quoted: {result.quoted:.4f})"
     rest = f"{result.markov_full_context:.4f}{quoted}"
@@ -168,18 +179,23 @@ def write_card(
     :param path: which path the bound is of, from :func:`describe_path`.
     """
     recipe = find_recipe(name)
+    folder_option = "" if sequences.bundled else "--data DIR "
+    # JSON knows no NaN.
+    metrics = {k: None if math.isnan(v) else round(v, 4) for k, v in asdict(result).items()}
+    if metrics["given_label"] is None:
+        del metrics["given_label"]
     card: dict[str, Any] = {
         "name": name,
         "family": recipe.family,
         "data": sequences.source,
         "licence": f"Weights: Apache-2.0. {sequences.licence}",
-        "training": f"ppl-diffusion train {name} --data DIR --out OUT",
+        "training": f"ppl-diffusion train {name} {folder_option}--out OUT",
         "note": note,
-        "evaluation": f"python -m ppl_diffusion.models.evaluate {name} --data DIR "
+        "evaluation": f"python -m ppl_diffusion.models.evaluate {name} {folder_option}"
         f"--times {result.times}",
         **({} if path is None else {"path": path}),
-        # JSON knows no NaN.
-        "metrics": {k: None if math.isnan(v) else round(v, 4) for k, v in asdict(result).items()},
+        **({"codec": sequences.codec} if sequences.codec else {}),
+        "metrics": metrics,
     }
     text = json.dumps(card, indent=2)
     (folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
@@ -195,6 +211,12 @@ def _card_text(card: dict[str, Any], noun: str, unit: str) -> str:
     independent = metrics["families"] == metrics["sequences"]
     errors = "with sequences as independent" if independent else "over families of near copies"
     where = f"\n- Path of the bound: {card['path']}" if "path" in card else ""
+    codec = f"\n- Codec: {card['codec']}" if "codec" in card else ""
+    given = (
+        f"\n| given the label of a sequence | ≤ {metrics['given_label']:.4f} |"
+        if "given_label" in metrics
+        else ""
+    )
     return f"""# {card["name"]}
 
 A {card["family"]} diffusion prior over {noun}.
@@ -202,13 +224,13 @@ A {card["family"]} diffusion prior over {noun}.
 - Data: {card["data"]}
 - Licence: {card["licence"]}
 - Training: `{card["training"]}` {card["note"]}
-- Evaluation: `{card["evaluation"]}`{where}
+- Evaluation: `{card["evaluation"]}`{where}{codec}
 
 ## Test split ({metrics["sequences"]} sequences, {metrics["families"]} families)
 
 | | bits per {unit} |
 | --- | ---: |
-| bound, {metrics["times"]} times a sequence | ≤ {bound} |
+| bound, {metrics["times"]} times a sequence | ≤ {bound} |{given}
 | order-{metrics["order"]} Markov chain, all {unit}s | {metrics["markov"]:.4f} |
 | without the first {metrics["order"]} {unit}s | {metrics["markov_full_context"]:.4f} |
 | gain, at least (paired) | {gain} |

@@ -77,8 +77,9 @@ class Fit(lightning.LightningModule):
         """Return the loss of one step in bits per token; the batch holds no rows, only a tick."""
         context = self._context
         torch.manual_seed((context.seed * 1_000_003 + self.global_step) % _SEEDS)
-        rows = context.draw(self.global_step).to(self.device)
-        loss = self.objective.loss(rows, self.global_step) * _BITS / rows.shape[-1]
+        rows, labels = context.draw(self.global_step)
+        rows, labels = rows.to(self.device), None if labels is None else labels.to(self.device)
+        loss = self.objective.loss(rows, self.global_step, labels) * _BITS / rows.shape[-1]
         self.log("train_bits", loss, prog_bar=True)
         return loss
 
@@ -154,18 +155,25 @@ class _Context:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
         return self
 
-    def draw(self, step: int) -> Tensor:
-        """Draw the rows of a step from torch's global generator, which the step has seeded."""
+    def draw(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Draw the rows of a step from torch's global generator, which the step has seeded.
+
+        :returns: the rows and, if the network learns classes, their labels.
+        """
         recipe, sequences = self.recipe, self.sequences
         count = round(recipe.shares[step >= recipe.switch * self.steps] * recipe.batch_size)
-        rows = sequences.train[torch.randint(len(sequences.train), (count,))]
+        picked = torch.randint(len(sequences.train), (count,))
+        rows = sequences.train[picked]
+        if recipe.shape.get("num_classes"):
+            assert sequences.labels is not None
+            return rows, sequences.labels[0][picked]
         if rest := recipe.batch_size - count:
             picks = torch.multinomial(sequences.related_weights, rest, replacement=True)
             rows = torch.cat([rows, sequences.related[picks]])
-        if not recipe.both_strands:
-            return rows
-        turned = torch.rand(len(rows), 1) < 0.5
-        return torch.where(turned, reverse_complement(rows), rows)
+        if recipe.both_strands:
+            turned = torch.rand(len(rows), 1) < 0.5
+            rows = torch.where(turned, reverse_complement(rows), rows)
+        return rows, None
 
 
 class KeepBest(Callback):

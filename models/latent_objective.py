@@ -121,7 +121,7 @@ class LatentObjective(Objective):
     def _learns(self, step: int) -> bool:
         return self.in_first_stage(step) or not self.frozen
 
-    def loss(self, rows: Tensor, step: int) -> Tensor:
+    def loss(self, rows: Tensor, step: int, labels: Tensor | None = None) -> Tensor:
         """Return the loss in nats per sequence."""
         first = self.in_first_stage(step)
         self._let_learn(self._learns(step))

@@ -42,11 +42,12 @@ class Objective(ABC):
         self.steps = steps
 
     @abstractmethod
-    def loss(self, rows: Tensor, step: int) -> Tensor:
+    def loss(self, rows: Tensor, step: int, labels: Tensor | None = None) -> Tensor:
         """Return the loss in nats per sequence, a differentiable scalar.
 
         :param rows: clean tokens, int64 ``(n, L)``.
         :param step: optimiser steps taken so far.
+        :param labels: classes of the rows, int64 ``(n,)``; only :class:`Nelbo` learns them.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,10 +63,21 @@ class Objective(ABC):
 
 
 class Nelbo(Objective):
-    """The continuous-time NELBO: :meth:`DiffusionProgram.loss`."""
+    """The bound itself; its loss does not depend on the step.
 
-    def loss(self, rows: Tensor, step: int) -> Tensor:  # the step does not matter
-        return self.program.loss(rows)
+    :param label_dropout: share of the labels that are withheld, where there are any: what the
+        network learns without them is the unconditional prior.
+    """
+
+    def __init__(
+        self, program: DiffusionProgram, *, steps: int, label_dropout: float = 0.1
+    ) -> None:
+        super().__init__(program, steps=steps)
+        self.label_dropout = label_dropout
+
+    def loss(self, rows: Tensor, step: int, labels: Tensor | None = None) -> Tensor:
+        """Return the bound, given the labels that are not withheld."""
+        return self.program.loss(rows, labels=labels, label_dropout=self.label_dropout)
 
 
 class Curriculum(Objective):
@@ -108,7 +120,7 @@ class Curriculum(Objective):
         self.top_k = top_k if few else None
         self.schedule = duo_schedule(program.denoiser.vocab_size, alphas)
 
-    def loss(self, rows: Tensor, step: int) -> Tensor:
+    def loss(self, rows: Tensor, step: int, labels: Tensor | None = None) -> Tensor:
         """Return the soft loss in the first part, the NELBO in the second."""
         soft = step < self.share * self.steps
         return self.soft_loss(rows) if soft else self.program.loss(rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ppl_diffusion.models import latent, masked, uniform  # noqa: F401  (the families of the recipes)
+from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
 from ppl_diffusion.models.program import FAMILIES
 
 ObjectiveName = Literal["nelbo", "curriculum", "distillation", "latent"]
@@ -145,6 +146,19 @@ _LATENT_QM9 = dataclasses.replace(
     valid_rows=500,
 )
 
+_TEXT = dataclasses.replace(_MASKED_NAMES, dataset="yelp", valid_rows=500)
+
+# Half of the labels are withheld: most questions are asked of the unconditional prior.
+_DIGITS = Recipe(
+    family="masked",
+    dataset="digits",
+    shape={**_SHAPE, "dropout": 0.2, "num_classes": 10},
+    shares=(1.0, 1.0),
+    valid_times=32,
+    options={"label_dropout": 0.5},
+    markov_order=1,
+)
+
 RECIPES: dict[str, Recipe] = {
     "yeast-promoter": _YEAST,
     "yeast-promoter-uniform": dataclasses.replace(
@@ -180,12 +194,49 @@ RECIPES: dict[str, Recipe] = {
     "latent-qm9-co": dataclasses.replace(
         _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=4000
     ),
+    "arithmetic": dataclasses.replace(
+        _TEXT,
+        dataset="arithmetic",
+        shape={**_SHAPE, "depth": 4, "dropout": 0.0},
+        steps=5500,
+        batch_size=256,
+    ),
+    "sudoku": dataclasses.replace(
+        _TEXT,
+        dataset="sudoku",
+        shape={**_SHAPE, "depth": 4, "dropout": 0.0},
+        steps=4000,
+        batch_size=64,
+        valid_rows=None,
+    ),
+    "yelp": dataclasses.replace(
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=4000, batch_size=64
+    ),
+    "digits": _DIGITS,
+    "digits-uniform": dataclasses.replace(
+        _DIGITS, family="uniform", shape={**_DIGITS.shape, "time_conditioning": True}
+    ),
+    "mnist": dataclasses.replace(
+        _DIGITS,
+        dataset="mnist",
+        shape={**_DIGITS.shape, "dropout": 0.0},
+        steps=3000,
+        valid_rows=256,
+        valid_times=8,
+    ),
+    "faces": dataclasses.replace(
+        _DIGITS,
+        dataset="faces",
+        shape={**_SHAPE, "dropout": 0.3},
+        steps=2000,
+        batch_size=32,
+        options={},
+    ),
 }
 
 
 def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise ValueError(
-            f"There is no training recipe {name!r}: choose one of {', '.join(RECIPES)}."
-        )
+        known = ", ".join([*RECIPES, *IMAGE_RECIPES])
+        raise ValueError(f"There is no training recipe {name!r}: choose one of {known}.")
     return RECIPES[name]

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from ppl_diffusion import __version__
 from ppl_diffusion.commands.complain import exit_code
-from ppl_diffusion.commands.flags import MODULE, MethodCommand, import_modules
+from ppl_diffusion.commands.flags import MODULE, MethodCommand, RestoreCommand, import_modules
 from ppl_diffusion.commands.terminal import no_windows, readable_streams, spoken_warnings
 
 app = typer.Typer(
@@ -210,7 +210,7 @@ def design(
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
     from ppl_diffusion.commands.actions import run_design
     from ppl_diffusion.design.question import Job, Question, parse_fix, parse_forbid, parse_motif
-    from ppl_diffusion.design.search import Search
+    from ppl_diffusion.jobs.search import Search
 
     question = Question(
         observe=observe,
@@ -238,6 +238,86 @@ def design(
     run_design(Job(name, question, search), place, replace=force, quiet=quiet)
 
 
+@app.command(cls=RestoreCommand)
+def restore(
+    context: typer.Context,
+    image: Annotated[
+        str,
+        Argument(
+            help="PNG, JPEG, .npy or .npz file; or digits:N, the N-th test image of the digits."
+        ),
+    ],
+    operator: Annotated[
+        str | None,
+        Option(
+            help="How it is measured: sr4 (by default), sr2, gblur, mblur, nlblur, rinp, box, hdr, "
+            "phase, or one that an imported module registers."
+        ),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        Option(help="Standard deviation of the noise, for pixels from -1 to 1; 0.05 by default."),
+    ] = None,
+    measured: Annotated[
+        bool, Option("--measured", help="IMAGE is a measurement.npz: nobody knows the truth.")
+    ] = False,
+    resize: Annotated[
+        bool, Option("--resize", help="Bring an image of another size to that of the prior.")
+    ] = False,
+    prior: Annotated[str, Option(help="Shipped prior, or folder that holds one.")] = "digits",
+    codec: Annotated[
+        str | None, Option(help="Its codec, or a folder that holds one; found by itself.")
+    ] = None,
+    particles: Annotated[int, Option(help="Particles per run.")] = 32,
+    runs: Annotated[int, Option(help="Independent runs.")] = 2,
+    steps: Annotated[
+        int | None,
+        Option(
+            help="Steps of the reverse chain; if nothing is said one per two tokens of a masked "
+            "prior, and 64 of any other."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Annotated[Path | None, Option(help="Run folder; runs/restore if absent.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace an earlier run.")] = False,
+    ess_threshold: Annotated[
+        float | None,
+        Option(help="Resample below this share of effective particles; the method's own."),
+    ] = None,
+    method_module: Annotated[
+        list[str] | None,
+        Option(
+            MODULE,
+            metavar="MODULE",
+            help="Import a module first, which registers a method; its name and fields are then "
+            "among the options below. Repeatable.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Restore an image from what was measured of it: draws, mean, and how sure each pixel is."""
+    from ppl_diffusion.commands.restoring import run_restore
+    from ppl_diffusion.jobs.search import Search
+    from ppl_diffusion.restoration.question import Job, Question
+
+    asked = dict(context.obj)
+    search = Search(
+        num_particles=particles,
+        num_runs=runs,
+        num_steps=steps,
+        seed=seed,
+        method=asked.pop("method", RestoreCommand.usual),
+        resampler=asked.pop("resampler", None),
+        ess_threshold=ess_threshold,
+        device=None if device == "cpu" else device,
+        options=asked,
+    )
+    question = Question(image, operator, noise, measured, resize)
+    place = out or Path("runs") / "restore"
+    run_restore(Job(prior, question, search, codec), place, replace=force, quiet=quiet)
+
+
 @app.command()
 def train(
     name: Annotated[str, Argument(help="Recipe, by the name of its prior.")],
@@ -260,7 +340,7 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a prior by its recipe."""
+    """Train a prior, or a codec or classifier of images, by its recipe."""
     from ppl_diffusion.commands.actions import train_prior
 
     place = out or Path("runs") / f"train-{name}"

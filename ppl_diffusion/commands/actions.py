@@ -19,10 +19,11 @@ from ppl_diffusion.commands.tables import (
     table,
     warnings,
 )
-from ppl_diffusion.design.checks import InputError, at_least, usable_device, user_input
-from ppl_diffusion.design.folder import check_file, check_target, write_whole
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.report import fasta, json_text, not_drawn, save_comparison
+from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
+from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
+from ppl_diffusion.jobs.folder import check_file, check_target, write_whole
+from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
     from ppl_diffusion.models.samplers import SamplerSettings
@@ -95,12 +96,13 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
 
 
 def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
-    """Train a prior by its recipe.
+    """Train a prior, or a codec or classifier of images, by its recipe.
 
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
     """
+    from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
     from ppl_diffusion.models.training import TrainingDiverged, train
 
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
@@ -108,6 +110,8 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     asked["device"] = usable_device(asked["device"])
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
+    if name in IMAGE_RECIPES:
+        return _train_images(name, out=out, quiet=quiet, **asked)
     try:
         with user_input():
             run = train(name, out=out, quiet=quiet, **asked)
@@ -118,6 +122,29 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     if not quiet:
         bound = ["best validation bound (bits per token, <=)", run.valid_bits]
         rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
+        table(f"Trained {name}", ["quantity", "value"], rows)
+        print(f"wrote {run.folder}")
+
+
+def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
+    from ppl_diffusion.models.image_training import CHECKPOINT, train_images
+    from ppl_diffusion.models.training import TrainingDiverged
+
+    for option in ("objective", "init"):
+        if asked.pop(option) is not None:
+            raise InputError(f"{name} is no prior and has no --{option}: leave it out.")
+    try:
+        with user_input():
+            run = train_images(name, out=out, quiet=quiet, **asked)
+    except TrainingDiverged as error:
+        raise NoAnswer(str(error)) from error
+    except KeyboardInterrupt as error:
+        kept = (out / CHECKPOINT).is_file()
+        text = "go on with --resume." if kept else f"nothing was written to {str(out)!r}."
+        raise Stopped(f"Stopped: {text}") from error
+    if not quiet:
+        score = [f"best on validation images ({run.score_name})", run.score]
+        rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import typer
 
-from ppl_diffusion.design.checks import InputError
 from ppl_diffusion.errors import ParticleCollapse, PotentialError
+from ppl_diffusion.jobs.checks import InputError
 
 OK = 0
 USAGE = 2

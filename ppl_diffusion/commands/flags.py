@@ -1,18 +1,18 @@
-"""Flags of ``design`` that come from the registered methods."""
+"""Flags of ``design`` and ``restore`` that come from the registered methods."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import import_module
 from inspect import Parameter, Signature
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
 
-from ppl_diffusion.design.checks import user_input
+from ppl_diffusion.jobs.checks import user_input
 
 MODULE = "--method-module"
 PANEL = "How to look (in brackets: what a method does if nothing is said)"
@@ -25,13 +25,19 @@ class MethodCommand(TyperCommand):
 
     Not before: the registry is as heavy as torch, and other commands need neither. The values end
     up in ``context.obj``, by the names of the fields.
+
+    :cvar usual: the method, if nothing is said.
+    :cvar left_out: options that are none of this command.
     """
+
+    usual: ClassVar[str] = "refinement"
+    left_out: ClassVar[Collection[str]] = ()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Import the modules that define methods, read the registry, and parse."""
         import_modules(_modules(args))
         taken = {flag for param in self.params for flag in param.opts}
-        self.params = [*self.params, *_click_options(taken)]
+        self.params = [*self.params, *_click_options(_parameters(taken, self.usual, self.left_out))]
         left: list[str] = super().parse_args(ctx, args)
         return left
 
@@ -41,6 +47,13 @@ class MethodCommand(TyperCommand):
         values = {name.removeprefix(_FIELD): ctx.params.pop(name) for name in names}
         ctx.obj = {name: value for name, value in values.items() if value is not None}
         return super().invoke(ctx)
+
+
+class RestoreCommand(MethodCommand):
+    """The same for restorations."""
+
+    usual = "aps-smc"
+    left_out = ("power",)
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -60,27 +73,29 @@ def _modules(args: Sequence[str]) -> list[str]:
     return after + [w.removeprefix(f"{MODULE}=") for w in args if w.startswith(f"{MODULE}=")]
 
 
-def _click_options(taken: Collection[str]) -> list[Any]:
+def _click_options(parameters: Iterable[Parameter]) -> list[Any]:
     """Let typer make the options, as if they were written in a command's signature."""
 
     def carrier(**_: Any) -> None: ...
 
-    carrier.__signature__ = Signature(list(_parameters(taken)))  # type: ignore[attr-defined]
+    carrier.__signature__ = Signature(list(parameters))  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command()(carrier)
     return list(typer.main.get_command(app).params)
 
 
-def _parameters(taken: Collection[str]) -> Iterator[Parameter]:
-    from ppl_diffusion.design.options import options
+def _parameters(
+    taken: Collection[str], usual: str, left_out: Collection[str]
+) -> Iterator[Parameter]:
     from ppl_diffusion.inference import methods
+    from ppl_diffusion.jobs.options import options
     from ppl_diffusion.smc import RESAMPLERS
 
     known = (f"{name}: {(cls.__doc__ or '').split('.')[0]}." for name, cls in methods().items())
-    yield _parameter("method", str, "--method", f"refinement if nothing is said. {' '.join(known)}")
+    yield _parameter("method", str, "--method", f"{usual} if nothing is said. {' '.join(known)}")
     schemes = f"Systematic if nothing is said; one of {', '.join(RESAMPLERS)}."
     yield _parameter("resampler", str, "--resampler", schemes)
-    for option in options().values():
+    for option in (o for o in options().values() if o.name not in left_out):
         flag = option.flag if option.flag not in taken else f"--method{option.flag[1:]}"
         flags = f"{flag}/{option.off}" if option.kind is bool else flag
         yield _parameter(option.name, option.kind, flags, option.help)

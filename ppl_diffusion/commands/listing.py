@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ppl_diffusion.commands.tables import table
-from ppl_diffusion.models.cards import available, list_oracles, read_card
+from ppl_diffusion.models.cards import (
+    available,
+    codecs,
+    list_classifiers,
+    list_oracles,
+    read_card,
+)
 
 
 def list_models() -> None:
-    """Print the shipped priors and oracles with what their cards say."""
+    """Print the shipped priors, oracles and networks of images with what their cards say."""
     priors = [
         [entry["name"], entry["family"], entry["length"], *_prior_bits(entry["card"])]
         for entry in available()
@@ -21,9 +27,19 @@ def list_models() -> None:
         parts = read_card(name)["metrics"].items()
         oracles.append([name, ", ".join(f"{part}: {numbers['r']:.3f}" for part, numbers in parts)])
     table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
+    images = [
+        [name, "x".join(map(str, card["image"])), card["tokens"], _image_score(card)]
+        for name, card in ((name, read_card(name)) for name in [*codecs(), *list_classifiers()])
+    ]
+    table("Codecs and classifiers of images", ["name", "image", "tokens", "test images"], images)
 
 
 def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:
     metrics = card["metrics"]
     bound = f"<= {metrics['bound']:.4f} ± {metrics['bound_error']:.4f}"
     return bound, f"{metrics['markov']:.4f} (order {metrics['order']})"
+
+
+def _image_score(card: dict[str, Any]) -> str:
+    metrics = card["metrics"]
+    return f"{card['score']} {metrics['score']:.4f} ± {metrics['score_error']:.4f}"

@@ -17,6 +17,7 @@ from ppl_diffusion.denoisers.oracles import MarkovDenoiser as MarkovDenoiser
 from ppl_diffusion.denoisers.oracles import TableDenoiser as TableDenoiser
 from ppl_diffusion.denoisers.oracles import emission as emission
 from ppl_diffusion.denoisers.prediction import Prediction as Prediction
+from ppl_diffusion.denoisers.pretrained import MaskedLanguageModel as MaskedLanguageModel
 from ppl_diffusion.denoisers.topk import LatentMixture as LatentMixture
 from ppl_diffusion.denoisers.topk import dense_latents as dense_latents
 from ppl_diffusion.denoisers.topk import top_k_latents as top_k_latents

@@ -49,8 +49,7 @@ def read_config(
         return make(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{who}: {path} is no transformer configuration ({error}); "
-            "write it anew with save_pretrained."
+            f"{who}: {path} is no network configuration ({error}); write it anew."
         ) from error
 
 

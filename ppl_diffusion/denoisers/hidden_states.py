@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.denoisers.pretrained import token_id, transformers_library
+
 
 class HiddenStatesEncoder(nn.Module):
     """Last hidden states of a frozen Hugging Face encoder, averaged over contiguous chunks.
@@ -65,10 +67,14 @@ class HiddenStatesEncoder(nn.Module):
         :raises ModuleNotFoundError: if ``transformers`` is not installed.
         :raises ValueError: if the model does not know a symbol.
         """
-        library = _transformers()
+        library, owner = transformers_library("A pretrained encoder"), cls.__name__
         tokenizer = library.AutoTokenizer.from_pretrained(name_or_dir)
         model = library.AutoModel.from_pretrained(name_or_dir, **options)
-        ids = [_id_of(tokenizer, s) if s not in left_out else -1 for s in vocabulary]
+        remedy = "name it in left_out, or "
+        ids = [
+            -1 if symbol in left_out else token_id(tokenizer, symbol, owner, remedy)
+            for symbol in vocabulary
+        ]
         return cls(model, ids, num_slots, dim)
 
     @property
@@ -80,7 +86,7 @@ class HiddenStatesEncoder(nn.Module):
     @classmethod
     def restore(cls, description: Mapping[str, Any], num_slots: int, dim: int) -> Self:
         """Return an encoder of a given shape whose weights are still to be read."""
-        library = _transformers()
+        library = transformers_library("A pretrained encoder")
         model = library.AutoModel.from_config(library.AutoConfig.for_model(**description["model"]))
         return cls(model, description["ids"], num_slots, dim)
 
@@ -128,24 +134,3 @@ def pooled(states: Tensor, seen: Tensor, num_slots: int) -> Tensor:
     rank = (seen.cumsum(1) - 1)[:, None]  # among what is seen
     inside = (rank >= first[..., None]) & (rank < end[..., None]) & seen[:, None]
     return inside.to(states.dtype) @ states / inside.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _id_of(tokenizer: Any, symbol: str) -> int:
-    found = tokenizer.convert_tokens_to_ids(symbol)
-    if found is None or (found == tokenizer.unk_token_id and symbol != tokenizer.unk_token):
-        raise ValueError(
-            f"HiddenStatesEncoder: {symbol!r} is no token of the model; name it in left_out, or "
-            "choose a model that has it."
-        )
-    return int(found)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Hidden states need transformers, but {error.name} is not installed; "
-            "run `pip install 'ppl-diffusion[adapters]'`."
-        ) from error
-    return transformers

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ppl_diffusion.design.checks import InputError, user_input
-from ppl_diffusion.design.folder import MARKER
-from ppl_diffusion.design.options import usual
 from ppl_diffusion.design.program import BASES
-from ppl_diffusion.design.search import Search
 from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
+from ppl_diffusion.jobs.checks import InputError, user_input
+from ppl_diffusion.jobs.folder import MARKER
+from ppl_diffusion.jobs.options import usual
+from ppl_diffusion.jobs.search import Search
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion.design.checks import InputError, user_input
 from ppl_diffusion.design.program import Target
-from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import (
@@ -29,6 +27,8 @@ from ppl_diffusion.inference import (
     TwistedSampler,
 )
 from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
+from ppl_diffusion.jobs.checks import InputError, user_input
+from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.potentials import AbstractPotential, Constraint, SumPotential

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ppl_diffusion.design.checks import InputError, finite, positive
-from ppl_diffusion.design.search import Search
+from ppl_diffusion.jobs.checks import InputError, finite, positive
+from ppl_diffusion.jobs.search import Search
 
 IUPAC = "ACGTRYSWKMBDHVN"
 MAX_MOTIF_WEIGHT = 1e6

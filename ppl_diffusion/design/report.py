@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ppl_diffusion.design.folder import whole_file
 from ppl_diffusion.diagnostics import nearest_distance
 from ppl_diffusion.errors import ParticleCollapse
+from ppl_diffusion.jobs.folder import whole_file
+from ppl_diffusion.jobs.writing import no_evidence, reason
 
 if TYPE_CHECKING:
     from ppl_diffusion.design.judging import Columns
@@ -54,33 +53,6 @@ def design_headers(designs: Designs) -> list[str]:
         f"design_{rank} weight={weight:.6g} log_potential={potential:.6g}"
         for rank, (weight, potential) in enumerate(pairs, 1)
     ]
-
-
-def json_text(content: Mapping[str, Any]) -> str:
-    """Write strict JSON: numbers that are not finite become null."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
-
-
-def save_netcdf(data: Any, path: Path) -> None:
-    """Write ArviZ data without its time stamp, so that the same seed gives the same bytes."""
-    groups = data.groups() if callable(data.groups) else data.groups
-    for node in (data, *(data[name] for name in groups if name != "/")):
-        node.attrs.pop("created_at", None)
-    data.to_netcdf(str(path))
-
-
-def save_arviz(posterior: ParticlePosterior, folder: Path) -> str | None:
-    """Write ``posterior.nc`` into a folder; ArviZ, and what it imports, decides nothing.
-
-    :returns: a sentence that says why it was left out, None if it was not.
-    """
-    place = folder / "posterior.nc"
-    try:
-        save_netcdf(posterior.to_arviz(vocabulary=list("ACGT")), place)
-    except Exception as error:
-        place.unlink(missing_ok=True)
-        return f"The ArviZ file {place.name} could not be written ({_reason(error)})."
-    return None
 
 
 def save_plots(posterior: ParticlePosterior, folder: Path) -> str | None:
@@ -128,11 +100,7 @@ def _save_plot(posterior: ParticlePosterior, name: str, place: Path) -> None:
 def not_drawn(names: Sequence[str], error: Exception) -> str:
     """Say in a sentence which plots could not be drawn, and why the first one could not."""
     plural = "s" * (len(names) > 1)
-    return f"The plot{plural} {', '.join(names)} could not be drawn ({_reason(error)})."
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return f"The plot{plural} {', '.join(names)} could not be drawn ({reason(error)})."
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
@@ -148,20 +116,5 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
         figure.savefig(scratch, dpi=120)
 
 
-def no_evidence(method: str) -> str:
-    """Say in a sentence why a result has no evidence."""
-    return f"{method} declares no law here, so that there is no evidence to estimate."
-
-
 def _cell(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -12,30 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
-from ppl_diffusion.design.folder import MARKER, whole_folder
 from ppl_diffusion.design.judging import Columns, compare, scores
 from ppl_diffusion.design.methods import infer
-from ppl_diffusion.design.program import Target
+from ppl_diffusion.design.program import BASES, Target
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.ranking import Designs, rank_designs
-from ppl_diffusion.design.report import (
-    design_headers,
-    designs_csv,
-    fasta,
-    json_text,
-    no_evidence,
-    save_arviz,
-    save_plots,
-)
+from ppl_diffusion.design.report import design_headers, designs_csv, fasta, save_plots
 from ppl_diffusion.diagnostics import collapse, nearest_distance
-from ppl_diffusion.diagnostics.claims import (
-    evidence_figures,
-    evidence_range,
-    knows_ess,
-    number_or_none,
-)
+from ppl_diffusion.diagnostics.claims import knows_ess
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.jobs.folder import MARKER, whole_folder
+from ppl_diffusion.jobs.writing import evidence_entries, json_text, save_arviz, timeless
 from ppl_diffusion.potentials.failures import REWARDS
 
 if TYPE_CHECKING:
@@ -45,7 +32,6 @@ if TYPE_CHECKING:
 NUM_PRIOR_SAMPLES = 256
 SET = 16
 """Designs of a run, and samples of the prior, that are compared with their neighbours."""
-_POOLED = ("pooled", "interval", "sd", "bound", "range")
 # Streams of random numbers that must not depend on each other.
 _JUDGES, _PRIOR = 1, 2
 
@@ -97,7 +83,7 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
     return {
         "prior": job.name,
         "method": job.search.method,
-        **_evidence(posterior, job.search.method),
+        **evidence_entries(posterior, job.search.method),
         "ess": (1.0 / (weights**2).sum(-1)).tolist() if known else [None] * posterior.num_runs,
         "ess_pooled": math.exp(-float(torch.logsumexp(2 * joint, 0))) if known else None,
         "num_dead_runs": int((~posterior.alive).sum()),
@@ -133,23 +119,6 @@ def _collapse(posterior: ParticlePosterior, samples: torch.Tensor) -> dict[str, 
     return {**collapse(posterior, size), "set": size, "prior_nearest": sum(nearest) / len(nearest)}
 
 
-def _evidence(posterior: ParticlePosterior, method: str) -> dict[str, Any]:
-    if not posterior.law.has_evidence:
-        nothing = [None] * posterior.num_runs
-        missing = dict.fromkeys(f"log_evidence_{name}" for name in _POOLED)
-        told = {"evidence_relative_variance": nothing, "evidence_note": no_evidence(method)}
-        return {"log_evidence": nothing, **missing, **told}
-    return {
-        **evidence_figures(posterior.evidence),
-        "log_evidence": posterior.log_evidence.tolist(),
-        "log_evidence_pooled": posterior.pooled_log_evidence,
-        "log_evidence_range": evidence_range(posterior.log_evidence),
-        "evidence_relative_variance": list(
-            map(number_or_none, posterior.evidence_variance.tolist())
-        ),
-    }
-
-
 def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """Write the run folder, whole or not at all.
 
@@ -161,8 +130,8 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """
     designs, sequences = result.designs, result.sequences
     with whole_folder(folder, replace=replace) as place:
-        timeless = _timeless(result.posterior)
-        timeless.save(place / "particles")
+        kept = timeless(result.posterior)
+        kept.save(place / "particles")
         (place / "designs.csv").write_text(
             designs_csv(designs, result.columns, sequences), encoding="utf-8"
         )
@@ -170,13 +139,8 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
             fasta(sequences, design_headers(designs)), encoding="utf-8"
         )
         (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
-        left_out = (save_arviz(timeless, place), save_plots(timeless, place / "plots"))
+        left_out = (save_arviz(kept, place, BASES), save_plots(kept, place / "plots"))
     return " ".join(filter(None, left_out)) or None
-
-
-def _timeless(posterior: ParticlePosterior) -> ParticlePosterior:
-    settings = {name: value for name, value in posterior.settings.items() if name != REWARDS}
-    return dataclasses.replace(posterior, seconds=math.nan, settings=settings)
 
 
 def _prior_samples(target: Target, job: Job) -> torch.Tensor:

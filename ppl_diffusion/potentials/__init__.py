@@ -22,4 +22,6 @@ from ppl_diffusion.potentials.motif_files import read_motifs as read_motifs
 from ppl_diffusion.potentials.motifs import MotifMatrix as MotifMatrix
 from ppl_diffusion.potentials.rewards import Likelihood as Likelihood
 from ppl_diffusion.potentials.rewards import Reward as Reward
+from ppl_diffusion.potentials.text import ClassifierReward as ClassifierReward
+from ppl_diffusion.potentials.text import PretrainedClassifier as PretrainedClassifier
 from ppl_diffusion.potentials.threads import Threads as Threads

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -101,6 +102,35 @@ class GaussianMeasurement(EmbeddedPotential):
         self.predict, self.y, self.sigma, self.linear = predict, y, float(sigma), linear
         self.log_norm = len(y) * math.log(self.sigma * math.sqrt(2 * math.pi))
         super().__init__(self._log_density, codebook, name=name)
+
+    @classmethod
+    def correlated(
+        cls,
+        predict: Callable[[Tensor], Tensor],
+        y: Tensor,
+        covariance: Tensor,
+        codebook: Tensor,
+        **options: Any,
+    ) -> Self:
+        """Return a measurement whose noise has a covariance: ``y = A(e) + N(0, S)``.
+
+        It is that of ``L^-1 y`` with noise of one, ``S = L L^T``, and the density that of ``y``.
+
+        :param covariance: ``S``, ``(m, m)``, positive definite.
+        :param options: ``linear`` and ``name``.
+        :raises ValueError: if it is not.
+        """
+        factor, info = torch.linalg.cholesky_ex(covariance.to(torch.float64))
+        if covariance.shape != (len(y), len(y)) or int(info):
+            raise ValueError(
+                f"{cls.__name__}: the covariance of {len(y)} data is a positive definite matrix, "
+                f"got {tuple(covariance.shape)}."
+            )
+        eye = torch.eye(len(y), dtype=torch.float64, device=factor.device)
+        white = torch.linalg.solve_triangular(factor, eye, upper=False).to(y)
+        made = cls(lambda e: predict(e) @ white.mT, white @ y, 1.0, codebook, **options)
+        made.log_norm += float(factor.diagonal().log().sum())
+        return made
 
     def residual(self, embeddings: Tensor) -> Tensor:
         """Return ``y - A(e)``, ``(*batch, m)``."""

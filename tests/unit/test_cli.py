@@ -227,7 +227,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["design", "PRIOR", "--gc", "0", "1", "--out", "FILE"], "is not a folder"),
     (["design", "PRIOR", "--gc", "0", "1", "--out", "FILE/run"], "not a writable folder"),
     (["design", "PRIOR", "--gc", "0", "1", "--out", "RUN"], "replace it with --force"),
-    (["design", "PRIOR", "--gc", "0", "1", "--out", "HOME", "--force"], "no design run"),
+    (["design", "PRIOR", "--gc", "0", "1", "--out", "HOME", "--force"], "no run"),
     (["sample", "nonsuch"], "There is no prior 'nonsuch'"),
     (["sample", "PRIOR", "--num", "0"], "must be at least 1, not 0"),
     (["sample", "PRIOR", "--steps", "-3"], "must be at least 1, not -3"),

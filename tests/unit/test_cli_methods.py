@@ -11,7 +11,7 @@ from ppl_diffusion.cli import run
 from ppl_diffusion.design.program import build_target
 from ppl_diffusion.design.question import Job, Question
 from ppl_diffusion.design.run import design
-from ppl_diffusion.design.search import Search
+from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.smc import ParticlePosterior
 from ppl_diffusion.smc.law import Law

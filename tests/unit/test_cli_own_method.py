@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from ppl_diffusion.cli import app, run
-from ppl_diffusion.design.options import options
+from ppl_diffusion.jobs.options import options
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.programs.method import METHODS
 

@@ -180,7 +180,7 @@ def test_damaged_folders_are_one_sentence(tmp_path):
         LatentTransformer.from_pretrained(tmp_path)
     make(num_codes=K).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 3}))
-    with pytest.raises(ValueError, match=r"LatentTransformer: .* is no transformer configuration"):
+    with pytest.raises(ValueError, match=r"LatentTransformer: .* is no network configuration"):
         LatentTransformer.from_pretrained(tmp_path)
     make(num_codes=K + 1).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

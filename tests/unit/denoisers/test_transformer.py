@@ -145,7 +145,7 @@ def test_missing_file_is_one_sentence(tmp_path):
 def test_corrupt_config_is_one_sentence(tmp_path, text):
     make().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="is no transformer configuration"):
+    with pytest.raises(ValueError, match="is no network configuration"):
         Transformer.from_pretrained(tmp_path)
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser
-from ppl_diffusion.design.checks import InputError
 from ppl_diffusion.design.methods import HeldFill, infer
-from ppl_diffusion.design.options import DEFAULTS, options
 from ppl_diffusion.design.program import Target
 from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.search import Search
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import Bootstrap, Refinement, TwistedSampler, methods
+from ppl_diffusion.jobs.checks import InputError
+from ppl_diffusion.jobs.options import DEFAULTS, options, part_of
+from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Uniform
 from ppl_diffusion.kernels.completions import TableCompletions
 from ppl_diffusion.potentials import GCContent, Potential
@@ -188,11 +188,13 @@ def test_every_option_is_a_field_of_its_owners_and_documented():
     assert {"twist", "num_children", "alpha", "weighted", "kind", "every", "keep"} < set(known)
     assert "moves" not in known  # objects cannot be said
     for name, option in known.items():
-        for owner, (_, text) in option.owners.items():
-            fields = {f.name for f in dataclasses.fields(methods()[owner])}
+        for owner, use in option.owners.items():
+            fields = {f.name: f for f in dataclasses.fields(methods()[owner])}
+            if use.part is not None:
+                fields = {f.name for f in dataclasses.fields(part_of(fields[use.part]))}
             assert name in fields or name in ("fills", "power")
-            assert len(text) > 10
-            assert "see the method" not in text
+            assert len(use.text) > 10
+            assert "see the method" not in use.text
 
 
 def test_twisted_looks_ahead_as_the_prior_needs_it():

@@ -72,3 +72,21 @@ def test_nan_is_an_error():
     broken = EmbeddedPotential(lambda e: e.sum((-1, -2)) * math.nan, CODES, name="broken")
     with pytest.raises(PotentialError, match="broken returned NaN"):
         broken(torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_correlated_noise_scores_as_the_normal_density():
+    toy = measured_toy()
+    root = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    covariance = root @ root.mT + 0.1 * torch.eye(4).double()
+    y = toy.potential.y
+    found = GaussianMeasurement.correlated(averages, y, covariance, CODES, linear=True)
+    rows = toy.states[::29]
+    law = dist.MultivariateNormal(averages(CODES[rows]), covariance)
+    torch.testing.assert_close(found(rows), law.log_prob(y))
+    assert found.linear
+
+
+@pytest.mark.parametrize("matrix", [torch.eye(3), -torch.eye(4)])
+def test_a_covariance_that_is_none_is_refused(matrix):
+    with pytest.raises(ValueError, match="positive definite"):
+        GaussianMeasurement.correlated(averages, torch.zeros(4), matrix, CODES)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ppl_diffusion.design.checks import InputError
+from ppl_diffusion.jobs.checks import InputError
 
 MARKER = "summary.json"
 
@@ -24,7 +24,7 @@ def check_target(folder: Path, *, replace: bool) -> None:
         return
     if not (folder / MARKER).is_file():
         raise InputError(
-            f"The folder {str(folder)!r} holds files that are no design run: choose another --out."
+            f"The folder {str(folder)!r} holds files that are no run: choose another --out."
         )
     if not replace:
         raise InputError(

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ppl_diffusion.design.checks import InputError, at_least, one_of, positive, usable_device
-from ppl_diffusion.design.options import DEFAULTS, NONE, THRESHOLDS, options, spoken, usual
 from ppl_diffusion.inference import Method, Refinement, methods
+from ppl_diffusion.jobs.checks import InputError, at_least, one_of, positive, usable_device
+from ppl_diffusion.jobs.options import (
+    DEFAULTS,
+    NONE,
+    THRESHOLDS,
+    options,
+    part_of,
+    spoken,
+    usual,
+)
 from ppl_diffusion.smc import RESAMPLERS
 from ppl_diffusion.smc.twists import FillTwist, PersistentFill, SampledFill
 
@@ -30,7 +38,7 @@ class Search:
     :param ess_threshold: resample when the effective sample size falls below this share; None for
         the method's own.
     :param device: where to compute; None for the CPU.
-    :param options: what is asked of the method, by :func:`ppl_diffusion.design.options.options`.
+    :param options: what is asked of the method, by :func:`ppl_diffusion.jobs.options.options`.
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
 
@@ -90,10 +98,23 @@ class Search:
         asked = {**DEFAULTS.get(name, {}), **self.options, **more}
         if "twist" in asked:
             asked["twist"] = self._twist(asked["twist"])
+        asked = {key: None if value == NONE else value for key, value in asked.items()}
         try:
-            return cls(**{name: value for name, value in asked.items() if name in known})
+            whole = {name: value for name, value in asked.items() if name in known}
+            return cls(**whole, **self._parts(name))
         except (ValueError, TypeError) as error:
             raise InputError(spoken(str(error), name)) from error
+
+    def _parts(self, name: str) -> dict[str, Any]:
+        """Return the objects of options of a method that something is asked of."""
+        asked: dict[str, dict[str, Any]] = {}
+        for option in options().values():
+            use = option.owners.get(name)
+            if use is not None and use.part is not None and option.name in self.options:
+                said = self.options[option.name]
+                asked.setdefault(use.part, {})[option.name] = None if said == NONE else said
+        usual = {each.name: part_of(each) for each in fields(methods()[name])}
+        return {part: replace(usual[part], **values) for part, values in asked.items()}
 
     def _twist(self, name: str) -> FillTwist | str | None:
         fills: int | None = self.options.get("fills")
@@ -108,15 +129,16 @@ class Search:
 
     def _check_options(self) -> None:
         one_of("method", self.method, methods())
-        known = options()
+        known, asked = options(), {}
         for name, value in self.options.items():
             one_of("option", name, known)
-            known[name].check(value, self.method, self.inner)
+            asked[name] = known[name].read(value, self.method, self.inner)
+        object.__setattr__(self, "options", asked)
         if "fills" in self.options:
             at_least("the number of --fills", self.options["fills"], 1)
         positive("the power of the prior", self.options.get("power"))
         keep = self.options.get("keep", 1)
-        if keep > self.num_particles:
+        if isinstance(keep, int) and keep > self.num_particles:
             raise InputError(
                 f"Of {self.num_particles} draws per run {keep} cannot be kept: "
                 "lower --keep, or raise --particles."

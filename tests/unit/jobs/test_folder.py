@@ -1,7 +1,7 @@
 import pytest
 
-from ppl_diffusion.design.folder import check_target, whole_folder, write_whole
 from ppl_diffusion.design.question import InputError
+from ppl_diffusion.jobs.folder import check_target, whole_folder, write_whole
 
 
 def fill(folder, text="{}"):
@@ -63,7 +63,7 @@ def test_refusals_name_the_place(tmp_path):
 def test_other_peoples_files_are_never_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
-    with pytest.raises(InputError, match="holds files that are no design run"):
+    with pytest.raises(InputError, match="holds files that are no run"):
         check_target(tmp_path / "home", replace=True)
 
 

@@ -1,0 +1,145 @@
+"""From a question to its target: a prior over tokens, their codec, and a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.imaging.files import read_image
+from ppl_diffusion.imaging.measurement import Measurement, measure
+from ppl_diffusion.imaging.operators import make_operator
+from ppl_diffusion.jobs.checks import InputError, user_input
+from ppl_diffusion.kernels import OrderedKernel
+from ppl_diffusion.models import DiffusionProgram, load, load_codec
+from ppl_diffusion.models.cards import read_card
+from ppl_diffusion.models.image_data import IMAGE_READERS, load_images
+from ppl_diffusion.potentials import GaussianMeasurement
+from ppl_diffusion.restoration.question import NOISE, OPERATOR, Job, Question
+
+if TYPE_CHECKING:
+    from ppl_diffusion.imaging.codec import ImageCodec
+
+REVEALS, UNMASKED_STEPS = 2, 64
+"""Tokens per step of a masked chain, and steps of any other, if nothing is said."""
+DATA = "PPL_DIFFUSION_DATA"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a restoration samples from.
+
+    :param job: the job, with every default filled in.
+    :param measurement: what is known.
+    :param truth: the image that was measured, ``(C, H, W)``, or None.
+    :param potential: the likelihood of tokens.
+    """
+
+    job: Job
+    prior: DiffusionProgram
+    codec: ImageCodec
+    measurement: Measurement
+    truth: Tensor | None
+    potential: GaussianMeasurement
+
+    def chains(self) -> list[ReverseChain]:
+        """Return the chains of the prior that a method may move, the better ones first.
+
+        A masked prior can reveal so many tokens at every step, in a random order, or those whose
+        time has come: the first is nearer to what the network learned at equal steps.
+        """
+        steps, prior = self.job.search.num_steps, self.prior
+        assert steps is not None
+        plain = prior.chain(num_steps=steps)
+        if not prior.process.absorbing:
+            return [plain]
+        size = -(-prior.length // steps)
+        ordered = OrderedKernel(prior.process, prior.denoiser, length=prior.length, group_size=size)
+        return [prior.around(ordered), plain]
+
+
+def build_target(job: Job) -> Target:
+    """Load what a job names, and measure the image.
+
+    :raises InputError: if something does not exist, or does not fit.
+    """
+    with user_input():
+        prior = load(job.name)
+        job = dataclasses.replace(job, codec=job.codec or _codec_name(job.name, prior))
+        assert job.codec is not None
+        codec = load_codec(job.codec)
+        for part in (prior, codec):
+            part.to(job.search.device or "cpu")
+        _require_pair(job, prior, codec)
+        truth, measurement = _measured(job, codec)
+    steps = -(-prior.length // REVEALS) if prior.process.absorbing else UNMASKED_STEPS
+    search = dataclasses.replace(job.search, num_steps=job.search.num_steps or steps)
+    potential = measurement.potential(codec)
+    job = dataclasses.replace(job, search=search)
+    return Target(job, prior, codec, measurement, truth, potential)
+
+
+def _codec_name(name: str, prior: DiffusionProgram) -> str:
+    """Return the codec that the card of a prior names, by default that of its own name."""
+    try:
+        known = read_card(name).get("codec")
+    except FileNotFoundError:
+        known = None
+    return known or f"{prior.name}-codec"
+
+
+def _require_pair(job: Job, prior: DiffusionProgram, codec: ImageCodec) -> None:
+    wanted, found = (prior.length, len(prior.vocabulary)), (codec.length, codec.vocab_size)
+    if wanted != found:
+        raise InputError(
+            f"The prior {job.name!r} writes {wanted[0]} of {wanted[1]} tokens, and the codec "
+            f"{job.codec!r} reads {found[0]} of {found[1]}: give the codec it was trained on with "
+            "--codec."
+        )
+
+
+def _measured(job: Job, codec: ImageCodec) -> tuple[Tensor | None, Measurement]:
+    question, shape = job.question, codec.image_shape
+    if question.measured:
+        measurement = Measurement.load(question.image)
+        found = measurement.operator.image_shape
+        if found != shape:
+            raise InputError(
+                f"The measurement {question.image!r} is one of an image of {_size(found)}, and the "
+                f"prior {job.name!r} draws {_size(shape)}: choose another --prior."
+            )
+        return None, measurement
+    truth = _read(question, shape)
+    operator = make_operator(question.operator or OPERATOR, shape, seed=job.search.seed)
+    noise = NOISE if question.noise is None else question.noise
+    return truth, measure(operator, truth, noise, job.search.seed)
+
+
+def _read(question: Question, shape: tuple[int, int, int]) -> Tensor:
+    """Return the image: a test image of a set, ``SET:NUMBER``, or a file."""
+    named = re.fullmatch(rf"({'|'.join(IMAGE_READERS)}):(\d+)", question.image)
+    if named is None:
+        return read_image(Path(question.image), shape, resize=question.resize)
+    images = load_images(named[1], os.environ.get(DATA))
+    number = int(named[2])
+    if number >= len(images.test):
+        raise InputError(
+            f"The set {named[1]} has test images 0 to {len(images.test) - 1}, not {number}."
+        )
+    if images.image_shape != shape:
+        raise InputError(
+            f"Images of {named[1]} are {_size(images.image_shape)}, and the prior draws "
+            f"{_size(shape)}: choose another --prior."
+        )
+    return images.test[number]
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{height} x {width} pixels, {'grey' if channels == 1 else f'{channels} channels'}"

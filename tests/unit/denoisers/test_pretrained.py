@@ -1,0 +1,73 @@
+"""Masked language models of other people as denoisers, on a tiny random BERT."""
+
+import pytest
+import torch
+
+from ppl_diffusion.denoisers import MaskedLanguageModel
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
+from ppl_diffusion.testing import DenoiserContract
+
+transformers = pytest.importorskip("transformers")
+
+LETTERS = "ACGT"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
+
+
+def model():
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.BertForMaskedLM(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bert")
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(path)
+    model().save_pretrained(path)
+    return path
+
+
+class TestMaskedLanguageModel(DenoiserContract):
+    def make_process(self):
+        return Absorbing(4)
+
+    def make_denoiser(self, process):
+        return MaskedLanguageModel(model(), [8, 7, 6, 5], 4, before=[2], after=[3])
+
+
+def test_at_a_mask_it_is_the_model_s_law_of_our_tokens(folder):
+    denoiser = MaskedLanguageModel.from_pretrained(folder, LETTERS, local_files_only=True)
+    tokens = torch.tensor([[0, 4, 2], [4, 4, 3]])
+    ids = torch.tensor([8, 7, 6, 5, 4])[tokens]
+    whole = torch.cat([torch.full((2, 1), 2), ids, torch.full((2, 1), 3)], 1)
+    logits = denoiser.model(input_ids=whole).logits[:, 1:-1, [8, 7, 6, 5]]
+    torch.testing.assert_close(denoiser(tokens, 0.5), logits.log_softmax(-1))
+
+
+def test_a_chain_around_it_keeps_a_prompt(folder):
+    denoiser = MaskedLanguageModel.from_pretrained(folder, LETTERS, local_files_only=True)
+    kernel = InterpolatingKernel(Absorbing(4), denoiser, num_steps=4)
+    chain = ReverseChain(kernel, 5, prompt=torch.tensor([-1, 2, -1, -1, 0]))
+    rows = chain.x0(chain.sample((8,)))
+    assert bool((rows[:, 1] == 2).all())
+    assert bool((rows[:, 4] == 0).all())
+
+
+def test_another_vocabulary_is_refused_in_a_sentence(folder):
+    with pytest.raises(ValueError, match="MaskedLanguageModel: 'U' is no token of the model"):
+        MaskedLanguageModel.from_pretrained(folder, "ACGU", local_files_only=True)
+    with pytest.raises(ValueError, match="the model has the ids 0 to 8, but ours include 9"):
+        MaskedLanguageModel(model(), [8, 9], 4)
+    with pytest.raises(ValueError, match="or one and the mask, have the id 4 of the model"):
+        MaskedLanguageModel(model(), [8, 4], 4)
