@@ -66,8 +66,8 @@ def runners() -> dict[str, Callable[[ReverseChain], SMC]]:
 
         return build
 
-    # Those that steer through a codebook have none here; their cost is that of the inner loop.
-    found = {name: made(name) for name, cls in methods().items() if not cls.needs.guide}
+    # Those that steer through a codebook, or need uniform noise, have none here.
+    found = {name: made(name) for name, cls in methods().items() if cls.needs.any_target}
     twists = {"smc, no twist": None, "smc, argmax twist": "argmax"}
     return found | {name: made("smc", twist=twist) for name, twist in twists.items()}
 

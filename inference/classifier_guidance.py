@@ -30,7 +30,13 @@ from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import clean_log_probs
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import tiltable, tilted
-from ppl_diffusion.inference.embedded_guide import GuidedSteps, codes_of, mean_embedding, score_at
+from ppl_diffusion.inference.embedded_guide import (
+    GuidedSteps,
+    codes_of,
+    distinct_points,
+    mean_embedding,
+    score_at,
+)
 from ppl_diffusion.kernels import BlockStep
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.kernels.blocks import TOKENS
@@ -147,26 +153,21 @@ class NeighbourTilt:
         return (score @ codes.mT - here).to(torch.float64)
 
     def _differences(self, mean: Tensor) -> Tensor:
-        rows, codes = mean.reshape(-1, *mean.shape[-2:]), codes_of(self.guide, mean)
-        here = self._value(rows)
-        found = [self._at(row, codes) for row in rows]
-        change = torch.stack(found) - here[:, None, None]
-        return change.reshape(*mean.shape[:-1], len(codes))
+        rows, inverse = distinct_points(mean)
+        codes = codes_of(self.guide, mean)
+        place = torch.arange(rows[:, :, 0].numel() * len(codes), device=mean.device)
+        values = torch.cat([self._value(rows, codes, part) for part in place.split(MAX_POINTS)])
+        here = require_finite(self.guide.embedded(rows).to(torch.float64), self.guide.name)
+        change = values.reshape(len(rows), -1, len(codes)) - here[:, None, None]
+        return change[inverse].reshape(*mean.shape[:-1], len(codes))
 
-    def _value(self, points: Tensor) -> Tensor:
+    def _value(self, rows: Tensor, codes: Tensor, part: Tensor) -> Tensor:
+        """Return ``log G`` of some of all neighbours, counted row by row and site by site."""
+        which, token = part // len(codes), part % len(codes)
+        points = rows[which // rows.shape[1]].clone()
+        every = torch.arange(len(part), device=part.device)
+        points[every, which % rows.shape[1]] = codes[token]
         return require_finite(self.guide.embedded(points).to(torch.float64), self.guide.name)
-
-    def _at(self, row: Tensor, codes: Tensor) -> Tensor:
-        """Return ``log G`` of all neighbours of one point, float64 ``(L, K)``."""
-        length, size = len(row), len(codes)
-        site = torch.arange(length, device=row.device).repeat_interleave(size)
-        token = torch.arange(size, device=row.device).repeat(length)
-        values = []
-        for where, which in zip(site.split(MAX_POINTS), token.split(MAX_POINTS), strict=True):
-            points = row.expand(len(where), *row.shape).clone()
-            points[torch.arange(len(where), device=row.device), where] = codes[which]
-            values.append(self._value(points))
-        return torch.cat(values).reshape(length, size)
 
 
 class PluginLikelihood:

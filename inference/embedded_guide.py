@@ -13,53 +13,23 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ppl_diffusion.errors import CapabilityError, PotentialError
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.handlers import ClampProposal, Step, mean_prediction
 from ppl_diffusion.inference.biased import equal_weights
 from ppl_diffusion.inference.bootstrap import LookingAhead
+from ppl_diffusion.inference.guides import guide_of
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.potentials.embedded import EmbeddedPotential
 from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
 from ppl_diffusion.programs.method import Method, Needs, can_hold
 from ppl_diffusion.programs.sites import ChainSite
-from ppl_diffusion.programs.sources import ChainSource, Moved, Rng, Source, State
+from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.rows import distinct_rows
 from ppl_diffusion.smc.feynman_kac import Proposal
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler
-
-
-def guide_of(owner: str, given: EmbeddedPotential | None, source: Source) -> EmbeddedPotential:
-    """Return what steers the only chain of a source.
-
-    :param owner: how errors call the method.
-    :param given: the guide that was asked for; None takes the potential of a bare chain.
-    :raises CapabilityError: if there is none, there are several chains, or tokens and codes differ
-        in number.
-    """
-    if len(source.chains) > 1:
-        raise CapabilityError(
-            f"{owner}: a guide reads the sequence of one chain, and there are "
-            f"{len(source.chains)}; use 'twisted', which needs no guide."
-        )
-    guide = given
-    if guide is None and isinstance(source, ChainSource):
-        guide = source.given if isinstance(source.given, EmbeddedPotential) else None
-    if guide is None:
-        raise CapabilityError(
-            f"{owner}: it follows gradients through a codebook; make the potential of the chain an "
-            "EmbeddedPotential, or give one beside it (guide=...), which steers and is no part of "
-            "the target."
-        )
-    size = source.chains[0].chain.kernel.process.vocab_size
-    if len(guide.codebook) != size:
-        raise CapabilityError(
-            f"{owner}: the codebook of {guide.name} has {len(guide.codebook)} codes and the chain "
-            f"{size} tokens; give one code for each token."
-        )
-    return guide
 
 
 def codes_of(guide: EmbeddedPotential, like: Tensor) -> Tensor:
@@ -115,12 +85,9 @@ def score_at(guide: EmbeddedPotential, embedded: Tensor) -> Tensor:
     :returns: shaped like ``embedded``.
     :raises PotentialError: if the guide has no finite gradient there.
     """
-    rows = embedded.reshape(-1, *embedded.shape[-2:])
-    # Equal states have equal predictions, and after resampling most states are equal.
-    bits = rows.flatten(1).to(torch.float64).contiguous().view(torch.int64)
-    first, inverse = distinct_rows(bits)
+    rows, inverse = distinct_points(embedded)
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = rows[first].clone().requires_grad_()
+        leaf = rows.clone().requires_grad_()
         value = guide.embedded(leaf)
         if not value.requires_grad:
             raise PotentialError(
@@ -134,6 +101,17 @@ def score_at(guide: EmbeddedPotential, embedded: Tensor) -> Tensor:
             "smooth there."
         )
     return gradient[inverse].reshape(embedded.shape)
+
+
+def distinct_points(embedded: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct ones of points ``(*batch, L, b)``, and where each of them is there.
+
+    Equal states have equal predictions, and after resampling most states are equal.
+    """
+    rows = embedded.detach().reshape(-1, *embedded.shape[-2:])
+    bits = rows.flatten(1).to(torch.float64).contiguous().view(torch.int64)
+    first, inverse = distinct_rows(bits)
+    return rows[first], inverse
 
 
 def mean_embedding(guide: EmbeddedPotential, step: Step) -> Tensor:
@@ -177,7 +155,7 @@ class GuidedSteps(LookingAhead):
     weighted: bool = False
 
     exact: ClassVar[bool] = False
-    needs: ClassVar[Needs] = Needs(density=True, own_moves=True)
+    needs: ClassVar[Needs] = Needs(density=True, own_moves=True, guide=True)
 
     def steering(self, guide: EmbeddedPotential, site: ChainSite) -> Proposal:
         """Return how a particle moves instead of by the model's own step.
@@ -189,8 +167,8 @@ class GuidedSteps(LookingAhead):
 
     def require(self, source: Source) -> None:
         """Refuse sources without a guide."""
-        super().require(source)
         guide_of(type(self).__name__, self.guide, source)
+        super().require(source)
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return the mover of the site by the tilted steps, with clamped tokens held."""

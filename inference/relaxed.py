@@ -34,10 +34,10 @@ from ppl_diffusion.handlers import tiltable, tilted
 from ppl_diffusion.inference.embedded_guide import (
     GuidedSteps,
     codes_of,
-    guide_of,
     mean_embedding,
     score_at,
 )
+from ppl_diffusion.inference.guides import guide_of
 from ppl_diffusion.kernels import BlockStep
 from ppl_diffusion.kernels.base import GIVEN, Carry, Kernel
 from ppl_diffusion.kernels.blocks import TOKENS

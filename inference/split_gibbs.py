@@ -35,7 +35,7 @@ from torch import Tensor
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.embedded_guide import Unpaid
-from ppl_diffusion.inference.star import require_grid
+from ppl_diffusion.inference.star import is_on_grid
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel
 from ppl_diffusion.processes.base import Process
@@ -79,7 +79,7 @@ class SplitGibbs(Unpaid):
     output: Literal["copy", "sequence"] = "copy"
 
     name: ClassVar[str] = "split-gibbs"
-    needs: ClassVar[Needs] = Needs(own_moves=True)
+    needs: ClassVar[Needs] = Needs(own_moves=True, uniform=True)
     holds_clamps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -95,14 +95,14 @@ class SplitGibbs(Unpaid):
 
     def require(self, source: Source) -> None:
         """Refuse chains whose noise is not uniform, several chains, and clamps."""
+        for site in source.chains:
+            require_uniform(site.chain.kernel)
         super().require(source)
         if len(source.chains) > 1:
             raise CapabilityError(
                 f"SplitGibbs: it makes a copy of one chain, and there are {len(source.chains)}; "
-                "use 'smc'."
+                "use SMC."
             )
-        site = source.chains[0]
-        require_uniform(site.chain.kernel)
         if site.clamp is not None:
             raise CapabilityError(
                 f"SplitGibbs: the site {site.name!r} is clamped, and copies are moved everywhere; "
@@ -229,7 +229,11 @@ def require_uniform(kernel: Kernel) -> None:
             f"SplitGibbs: a copy differs from its sequence by uniform noise, and the chain is one "
             f"of {kernel.process!r}; take a prior of the Uniform process, or another method."
         )
-    require_grid("SplitGibbs", kernel)
+    if not is_on_grid(kernel):
+        raise CapabilityError(
+            f"SplitGibbs: sweeps run the chain on grids of their own, which {kernel!r} cannot be "
+            "put on; use InterpolatingKernel."
+        )
 
 
 def _is_uniform(process: Process) -> bool:

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.embedded_guide import Unpaid, codes_of, guide_of
-from ppl_diffusion.kernels import InterpolatingKernel, TokenStep
+from ppl_diffusion.inference.embedded_guide import Unpaid, codes_of
+from ppl_diffusion.inference.guides import guide_of
+from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel, RevealStep, TokenStep
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.potentials.embedded import EmbeddedPotential, GaussianMeasurement
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
@@ -92,7 +93,7 @@ class G2D2(Unpaid):
     temperature: float = 1.0
 
     name: ClassVar[str] = "g2d2"
-    needs: ClassVar[Needs] = Needs(own_moves=True)
+    needs: ClassVar[Needs] = Needs(own_moves=True, guide=True)
 
     def __post_init__(self) -> None:
         if self.transition not in ("star", "markov"):
@@ -116,10 +117,10 @@ class G2D2(Unpaid):
             raise ValueError("G2D2: temperature must be positive; small ones are nearly one-hot.")
 
     def require(self, source: Source) -> None:
-        """Refuse sources without a guide, and chains that are not noised on a grid of times."""
-        super().require(source)
+        """Refuse sources without a guide, and chains without a level of noise for each step."""
         guide_of("G2D2", self.guide, source)
-        require_grid("G2D2", source.chains[0].chain.kernel)
+        super().require(source)
+        require_levels(source.chains[0].chain.kernel)
 
     def rates(self, k: int, num_steps: int) -> tuple[float, float]:
         """Return the learning rate and ``lambda`` of a step.
@@ -222,14 +223,18 @@ class G2D2(Unpaid):
         """Return the state after step ``k``, int64 ``(*batch, L)``."""
         process, fixed = kernel.process, site.chain.fixed
         if self.transition == "star" and process.absorbing:
-            masks = math.floor(x0.shape[-1] * (1 - float(kernel.alphas[k + 1])))
+            masks = masks_after(kernel, k, x0.shape[-1])
             return masked_again(x0, masks, process.vocab_size, fixed, generator)
         known = F.one_hot(x0, process.vocab_size).to(torch.float64).log()
-        kappa = 0.0 if self.transition == "star" else 1.0
-        alphas = (float(alpha) for alpha in kernel.alphas[k : k + 2])
-        step = TokenStep(
-            process, carry["tokens"], known, *alphas, kappa, fixed=fixed, validate_args=False
-        )
+        step: TokenStep | RevealStep
+        if isinstance(kernel, OrderedKernel):
+            step = kernel.step(carry, k, fixed=fixed).with_log_probs(known)
+        else:
+            kappa = 0.0 if self.transition == "star" else 1.0
+            alphas = (float(alpha) for alpha in kernel.alphas[k : k + 2])
+            step = TokenStep(
+                process, carry["tokens"], known, *alphas, kappa, fixed=fixed, validate_args=False
+            )
         value: Tensor = draw_step(step, generator)  # type: ignore[assignment]
         return value
 
@@ -243,15 +248,31 @@ class G2D2(Unpaid):
         )
 
 
-def require_grid(owner: str, kernel: Kernel) -> None:
-    """Refuse kernels that are not defined by levels of noise on a grid of times.
+def masks_after(kernel: Kernel, k: int, length: int) -> int:
+    """Return how many of all sites are masked after step ``k`` of a masked chain.
 
-    :raises CapabilityError: if this one is not.
+    :param length: number ``L`` of sites.
     """
-    if not (isinstance(kernel, InterpolatingKernel) and kernel.mixes):
+    if isinstance(kernel, OrderedKernel):
+        return max(length - (k + 1) * kernel.group_size, 0)
+    return math.floor(length * (1 - float(kernel.alphas[k + 1])))
+
+
+def is_on_grid(kernel: Kernel) -> bool:
+    """Return whether the states of a chain are tokens noised to the levels of a grid of times."""
+    return isinstance(kernel, InterpolatingKernel) and kernel.mixes and kernel.markov
+
+
+def require_levels(kernel: Kernel) -> None:
+    """Refuse kernels that do not say how noisy a state is after each step.
+
+    :raises CapabilityError: if this one does not.
+    """
+    in_order = isinstance(kernel, OrderedKernel) and kernel.markov and kernel.block >= kernel.length
+    if not (in_order or is_on_grid(kernel)):
         raise CapabilityError(
-            f"{owner}: it noises tokens to the levels of a grid of times, which "
-            f"{type(kernel).__name__} does not have; build the chain with InterpolatingKernel."
+            f"G2D2: it noises whole sequences to a level of their own at every step, which "
+            f"{kernel!r} does not have; use InterpolatingKernel, or OrderedKernel in one block."
         )
 
 

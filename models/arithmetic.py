@@ -133,6 +133,7 @@ def sequences(folder: str | Path | None = None) -> Sequences:
         vocabulary=LETTERS,
         noun="right equations",
         unit="character",
+        bundled=True,
     )
 
 

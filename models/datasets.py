@@ -89,9 +89,9 @@ def _tiny_shakespeare(folder: str | Path | None) -> Sequences:
     files = (find_data(folder, _TEXT.format(part)) for part in ("train", "valid", "test"))
     train, valid, test = (gzip.decompress(file.read_bytes()).decode("utf-8") for file in files)
     vocabulary = "".join(sorted(set(train)))
-    strides = {train: _WINDOW // 8, valid: _WINDOW, test: _WINDOW}
+    strides = [(train, _WINDOW // 8), (valid, _WINDOW), (test, _WINDOW)]
     return unrelated(
-        [_windows(part, vocabulary, stride) for part, stride in strides.items()],
+        [_windows(part, vocabulary, stride) for part, stride in strides],
         licence="Data: public domain (repository karpathy/char-rnn: MIT).",
         source="Plays of Shakespeare as one text (karpathy/char-rnn, tinyshakespeare), cut into "
         f"windows of {_WINDOW} characters.",

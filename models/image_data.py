@@ -23,7 +23,7 @@ class Images:
     :param train: float32 ``(n, C, H, W)`` in [-1, 1].
     :param valid: images for early stopping.
     :param test: images for quoted figures.
-    :param train_labels: their classes, int64 ``(n,)``, as those of the other parts.
+    :param labels: classes of the images of ``train``, ``valid`` and ``test``, int64 ``(n,)`` each.
     :param num_classes: number of classes.
     :param noun: what the images are; ``source`` and ``licence`` are sentences of a card.
     :param edge: what is moved into a shifted image: the value -1 or, as ``None``, its border.
@@ -33,9 +33,7 @@ class Images:
     train: Tensor
     valid: Tensor
     test: Tensor
-    train_labels: Tensor
-    valid_labels: Tensor
-    test_labels: Tensor
+    labels: tuple[Tensor, Tensor, Tensor]
     num_classes: int
     noun: str
     source: str
@@ -98,8 +96,10 @@ def _digits(folder: str | Path | None) -> Images:
     sizes = [len(images) - _DIGITS_TEST - _DIGITS_VALID, _DIGITS_VALID, _DIGITS_TEST]
     train, valid, test = order.split(sizes)
     return Images(
-        *(images[part] for part in (train, valid, test)),
-        *(labels[part] for part in (train, valid, test)),
+        images[train],
+        images[valid],
+        images[test],
+        (labels[train], labels[valid], labels[test]),
         num_classes=10,
         noun="handwritten digits of 16 x 16 pixels",
         source="Optical recognition of handwritten digits (Alpaydin and Kaynak 1998), the 1797 "
@@ -113,10 +113,14 @@ def _digits(folder: str | Path | None) -> Images:
 def _mnist(folder: str | Path | None) -> Images:
     """Handwritten digits of MNIST, 28 x 28 padded to 32 x 32."""
     parts, labels = _arrays(find_data(folder, "images/mnist.npz"))
-    padded = [F.pad(part[:, None] / 127.5 - 1.0, (2, 2, 2, 2), value=-1.0) for part in parts]
+    train, valid, test = (
+        F.pad(part[:, None] / 127.5 - 1.0, (2, 2, 2, 2), value=-1.0) for part in parts
+    )
     return Images(
-        *padded,
-        *labels,
+        train,
+        valid,
+        test,
+        labels,
         num_classes=10,
         noun="handwritten digits of 32 x 32 pixels",
         source="MNIST (LeCun et al. 1998), the first 22,000 training images, 2,000 of them for "
@@ -133,8 +137,7 @@ def _faces(folder: str | Path | None) -> Images:
         torch.cat([train, train.flip(-1)]),
         valid,
         test,
-        labels[0].repeat(2),
-        *labels[1:],
+        (labels[0].repeat(2), labels[1], labels[2]),
         num_classes=40,
         noun="photographs of faces of 32 x 32 pixels",
         source="Olivetti faces (AT&T Laboratories Cambridge), ten photographs of each person, "
@@ -145,13 +148,14 @@ def _faces(folder: str | Path | None) -> Images:
     )
 
 
-def _arrays(file: Path) -> tuple[list[Tensor], list[Tensor]]:
+def _arrays(file: Path) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     with np.load(file, allow_pickle=False) as z:
         images, labels = (
             [torch.from_numpy(z[f"{letter}_{part}"]) for part in ("train", "valid", "test")]
             for letter in "xy"
         )
-    return [x.to(torch.float32) for x in images], [y.to(torch.int64) for y in labels]
+    train, valid, test = (label.to(torch.int64) for label in labels)
+    return [x.to(torch.float32) for x in images], (train, valid, test)
 
 
 IMAGE_READERS: dict[str, Callable[[str | Path | None], Images]] = {

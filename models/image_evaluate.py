@@ -53,9 +53,7 @@ def evaluate_images(
     network: ImageCodec | ImageClassifier, images: Images, recipe: ImageRecipe
 ) -> ImageEvaluation:
     """Judge a network by the test images."""
-    scores = image_scores(
-        IMAGE_TASKS[recipe.task](recipe), network, images.test, images.test_labels
-    )
+    scores = image_scores(IMAGE_TASKS[recipe.task](recipe), network, images.test, images.labels[2])
     figures: dict[str, Any] = {
         "images": len(scores),
         "score": float(scores.mean()),

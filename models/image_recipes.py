@@ -42,9 +42,9 @@ IMAGE_RECIPES: dict[str, ImageRecipe] = {
     "digits-codec": ImageRecipe("codec", "digits", {"num_bits": 6}, steps=2500),
     "digits-classifier": ImageRecipe("classifier", "digits", steps=4000),
     "mnist-codec": ImageRecipe(
-        "codec", "mnist", {"num_bits": 8, "features": 24}, steps=3000, batch_size=32
+        "codec", "mnist", {"num_bits": 8, "features": 24}, steps=2500, batch_size=32
     ),
     "faces-codec": ImageRecipe(
-        "codec", "faces", {"num_bits": 8, "features": 24}, steps=2000, batch_size=32, shift=2
+        "codec", "faces", {"num_bits": 8, "features": 24}, steps=1500, batch_size=32, shift=2
     ),
 }

@@ -48,7 +48,7 @@ def encoded(images: Images, codec: ImageCodec, name: str, *, shift: int = 0) -> 
         vocabulary=code_symbols(codec.vocab_size),
         noun=f"tokens of {images.noun}",
         unit="token",
-        labels=(images.train_labels.repeat(len(moves)), images.valid_labels, images.test_labels),
+        labels=(images.labels[0].repeat(len(moves)), *images.labels[1:]),
         codec=name,
         bundled=images.bundled,
     )

@@ -158,14 +158,12 @@ class _Fit:
         most = self.recipe.shift
         moves = torch.randint(-most, most + 1, (len(rows), 2))
         images = shifted(self.images.train[rows], moves, self.images.edge)
-        return images.to(self.device), self.images.train_labels[rows].to(self.device)
+        return images.to(self.device), self.images.labels[0][rows].to(self.device)
 
     def _validate(self) -> float:
-        score = float(
-            image_scores(
-                self.task, self.network.eval(), self.images.valid, self.images.valid_labels
-            ).mean()
-        )
+        images = self.images
+        scores = image_scores(self.task, self.network.eval(), images.valid, images.labels[1])
+        score = float(scores.mean())
         if score > self.best:
             self.best, self.best_step = score, self.step
             self.network.save(self.out / NETWORK_FOLDER)

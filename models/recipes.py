@@ -152,7 +152,8 @@ _TEXT = dataclasses.replace(_MASKED_NAMES, dataset="yelp", valid_rows=500)
 _DIGITS = Recipe(
     family="masked",
     dataset="digits",
-    shape={**_SHAPE, "dropout": 0.2, "num_classes": 10},
+    shape={**_SHAPE, "dropout": 0.0, "num_classes": 10},
+    steps=3500,
     shares=(1.0, 1.0),
     valid_times=32,
     options={"label_dropout": 0.5},
@@ -205,22 +206,24 @@ RECIPES: dict[str, Recipe] = {
         _TEXT,
         dataset="sudoku",
         shape={**_SHAPE, "depth": 4, "dropout": 0.0},
-        steps=4000,
-        batch_size=64,
+        steps=2500,
+        batch_size=32,
         valid_rows=None,
     ),
     "yelp": dataclasses.replace(
-        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=4000, batch_size=64
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=2500, batch_size=48
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(
-        _DIGITS, family="uniform", shape={**_DIGITS.shape, "time_conditioning": True}
+        _DIGITS,
+        family="uniform",
+        shape={**_DIGITS.shape, "time_conditioning": True},
+        steps=3000,
     ),
     "mnist": dataclasses.replace(
         _DIGITS,
         dataset="mnist",
-        shape={**_DIGITS.shape, "dropout": 0.0},
-        steps=3000,
+        steps=2000,
         valid_rows=256,
         valid_times=8,
     ),
@@ -228,7 +231,7 @@ RECIPES: dict[str, Recipe] = {
         _DIGITS,
         dataset="faces",
         shape={**_SHAPE, "dropout": 0.3},
-        steps=2000,
+        steps=1000,
         batch_size=32,
         options={},
     ),

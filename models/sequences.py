@@ -34,7 +34,8 @@ class Sequences:
     :param labels: classes of the rows of ``train``, ``valid`` and ``test``, int64 ``(n,)`` each,
         for a network with classes.
     :param codec: name of the codec whose tokens they are, of images.
-    :param bundled: whether they come with an installed package, so that no folder is needed.
+    :param bundled: whether they come with an installed package, or are generated, so that no folder
+        is needed.
     """
 
     train: Tensor

@@ -115,6 +115,7 @@ def sequences(folder: str | Path | None = None) -> Sequences:
         vocabulary=DIGITS,
         noun="filled Sudoku grids",
         unit="cell",
+        bundled=True,
     )
 
 

@@ -268,6 +268,13 @@ def restore(
     codec: Annotated[
         str | None, Option(help="Its codec, or a folder that holds one; found by itself.")
     ] = None,
+    codec_error: Annotated[
+        float,
+        Option(
+            help="Standard deviation of what the codec cannot express, in what is measured; adds "
+            "to the noise, so that draws are not too sure."
+        ),
+    ] = 0.0,
     particles: Annotated[int, Option(help="Particles per run.")] = 32,
     runs: Annotated[int, Option(help="Independent runs.")] = 2,
     steps: Annotated[
@@ -313,7 +320,7 @@ def restore(
         device=None if device == "cpu" else device,
         options=asked,
     )
-    question = Question(image, operator, noise, measured, resize)
+    question = Question(image, operator, noise, measured, resize, codec_error)
     place = out or Path("runs") / "restore"
     run_restore(Job(prior, question, search, codec), place, replace=force, quiet=quiet)
 

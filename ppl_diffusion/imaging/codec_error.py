@@ -1,9 +1,9 @@
 r"""What a codec leaves out of an image, as a part of the model.
 
 No sequence of tokens decodes to the image that was measured: it is ``u = G(c_x) + e``. Data whose
-noise is below the error ``e`` are then fitted by tokens that decode to something else, and intervals
-of decoded pixels miss the truth. With ``e ~ N(mu, Sigma)``, independent of the tokens, as held-out
-images have it (the approximation error model: Kaipio and Somersalo 2005, section 5.8)::
+noise is below the error ``e`` are then fitted by tokens that decode to something else, and
+intervals of decoded pixels miss the truth. With ``e ~ N(mu, Sigma)``, independent of the tokens, as
+held-out images have it (the approximation error model: Kaipio and Somersalo 2005, section 5.8)::
 
     y = A(u) + sigma n  =>  y | x ~ N( A(G(c_x)) + J mu,  S ),      S = sigma^2 I + J Sigma J^T
     u | x, y            ~  N( G(c_x) + mu + K (y - A(G(c_x)) - J mu),  Sigma - K J Sigma ),

@@ -88,33 +88,25 @@ class Search:
         :raises InputError: if it refuses them.
         """
         if self.inner is None:
-            return self._made(self.method)
+            return self._made(self.method, self.options)
         one_of("method", self.inner, methods())
-        return self._made(self.method, inner=self._made(self.inner))
+        # What is refined may have an option of that name, too: its inner loop.
+        rest = {name: value for name, value in self.options.items() if name != "inner"}
+        inner = self._made(self.inner, rest)
+        return self._made(self.method, self.options, inner=inner)
 
-    def _made(self, name: str, **more: Any) -> Method:
+    def _made(self, name: str, chosen: Mapping[str, Any], **more: Any) -> Method:
         cls = methods()[name]
         known = {f.name for f in fields(cls)}
-        asked = {**DEFAULTS.get(name, {}), **self.options, **more}
+        asked = {**DEFAULTS.get(name, {}), **chosen, **more}
         if "twist" in asked:
             asked["twist"] = self._twist(asked["twist"])
         asked = {key: None if value == NONE else value for key, value in asked.items()}
         try:
             whole = {name: value for name, value in asked.items() if name in known}
-            return cls(**whole, **self._parts(name))
+            return cls(**whole, **_parts(name, chosen))
         except (ValueError, TypeError) as error:
             raise InputError(spoken(str(error), name)) from error
-
-    def _parts(self, name: str) -> dict[str, Any]:
-        """Return the objects of options of a method that something is asked of."""
-        asked: dict[str, dict[str, Any]] = {}
-        for option in options().values():
-            use = option.owners.get(name)
-            if use is not None and use.part is not None and option.name in self.options:
-                said = self.options[option.name]
-                asked.setdefault(use.part, {})[option.name] = None if said == NONE else said
-        usual = {each.name: part_of(each) for each in fields(methods()[name])}
-        return {part: replace(usual[part], **values) for part, values in asked.items()}
 
     def _twist(self, name: str) -> FillTwist | str | None:
         fills: int | None = self.options.get("fills")
@@ -158,3 +150,15 @@ class Search:
                 f"The option --{asked[0].replace('_', '-')} is no option of {self.method} as it is "
                 "asked for, where nothing is ever resampled: drop it."
             )
+
+
+def _parts(method: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the objects of options of a method that something is asked of."""
+    found: dict[str, dict[str, Any]] = {}
+    for option in options().values():
+        use = option.owners.get(method)
+        if use is not None and use.part is not None and option.name in asked:
+            said = asked[option.name]
+            found.setdefault(use.part, {})[option.name] = None if said == NONE else said
+    usual = {each.name: part_of(each) for each in fields(methods()[method])}
+    return {part: replace(usual[part], **values) for part, values in found.items()}

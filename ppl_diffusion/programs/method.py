@@ -51,6 +51,7 @@ class Needs:
     :param free_chains: no chain may depend on another chain's sequence.
     :param guide: it steers through a codebook: by a ``guide`` of its own, or by the potential of a
         bare chain, an :class:`~ppl_diffusion.potentials.EmbeddedPotential`.
+    :param uniform: the noise of every chain must be uniform over the tokens.
     """
 
     density: bool = False
@@ -58,6 +59,12 @@ class Needs:
     clean_sequences: bool = True
     free_chains: bool = False
     guide: bool = False
+    uniform: bool = False
+
+    @property
+    def any_target(self) -> bool:
+        """Whether any chain with any potential may do."""
+        return not (self.guide or self.uniform)
 
 
 @dataclass(frozen=True)

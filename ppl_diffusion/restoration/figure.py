@@ -30,7 +30,8 @@ def restoration_figure(result: Result) -> Figure:
     panels = _panels(result)
     columns = max(len(panels) + 1, 5)
     figure = Figure(figsize=(_PANEL * columns, 1.95 * _PANEL), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    top, bottom = parts
     axes = top.subplots(1, len(panels) + 1)
     for ax, (title, image) in zip(axes, panels, strict=False):
         show(ax, image, title)
@@ -49,12 +50,12 @@ def restoration_figure(result: Result) -> Figure:
 def show(ax: Axes, image: Tensor, title: str = "") -> None:
     """Draw an image without axes; what is NaN was not measured."""
     pixels = _pixels(image)
-    unseen = np.isnan(pixels).any(-1)
+    unseen = np.asarray(np.isnan(pixels).any(-1, keepdims=True))
     canvas = np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
     if unseen.any():
         from matplotlib.colors import to_rgb
 
-        canvas = np.where(unseen[..., None], to_rgb(UNSEEN), canvas)
+        canvas = np.where(unseen, to_rgb(UNSEEN), canvas)
     ax.imshow(canvas, interpolation="nearest", vmin=0, vmax=1)
     _bare(ax, title)
 

@@ -20,6 +20,8 @@ class Question:
     :param operator: name of the operator; super-resolution by four if nothing is said.
     :param noise: standard deviation of the noise, for images in [-1, 1]; 0.05 if nothing is said.
     :param measured: whether the image is the measurement, of a truth that nobody knows.
+    :param codec_error: what the codec cannot express, see
+        :meth:`~ppl_diffusion.imaging.measurement.Measurement.potential`.
     :param resize: whether an image of another size is brought to the right one.
     :raises InputError: if a number cannot be used, or a measurement is told what it holds.
     """
@@ -29,6 +31,7 @@ class Question:
     noise: float | None = None
     measured: bool = False
     resize: bool = False
+    codec_error: float = 0.0
 
     def __post_init__(self) -> None:
         positive("the noise", self.noise)

@@ -32,8 +32,8 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     with whole_folder(folder, replace=replace) as place:
         result.target.measurement.save(place / "measurement.npz")
         low, high = images.interval
-        pixels = {"mean": images.mean, "sd": images.sd, "low": low, "high": high}
-        np.savez(place / "pixels.npz", **{name: value.numpy() for name, value in pixels.items()})
+        mean, sd = images.mean.numpy(), images.sd.numpy()
+        np.savez(place / "pixels.npz", mean=mean, sd=sd, low=low.numpy(), high=high.numpy())
         _write_pictures(result, place)
         kept = timeless(result.posterior)
         kept.save(place / "particles")

@@ -78,9 +78,9 @@ def build_target(job: Job) -> Target:
             part.to(job.search.device or "cpu")
         _require_pair(job, prior, codec)
         truth, measurement = _measured(job, codec)
+        potential = measurement.potential(codec, codec_error=job.question.codec_error)
     steps = -(-prior.length // REVEALS) if prior.process.absorbing else UNMASKED_STEPS
     search = dataclasses.replace(job.search, num_steps=job.search.num_steps or steps)
-    potential = measurement.potential(codec)
     job = dataclasses.replace(job, search=search)
     return Target(job, prior, codec, measurement, truth, potential)
 

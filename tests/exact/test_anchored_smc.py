@@ -1,6 +1,6 @@
 """Anchored moves with exact weights, held to enumeration on four sites of four codes.
 
-Evidences are held at four standard errors over 400 runs of 200 particles: false-alarm rate 6e-5
+Evidences are held at four standard errors over 400 runs: false-alarm rate 6e-5
 each, below one in five hundred for the file, once, at the fixed seeds.
 """
 
@@ -23,11 +23,13 @@ from ppl_diffusion.inference import (
     Remask,
     TiltedTokens,
 )
+from ppl_diffusion.inference.anchored_guidance import Guided
 from ppl_diffusion.inference.anchored_steps import PolicyStep, values_move
 from ppl_diffusion.kernels import InterpolatingKernel, OrderedKernel
 from ppl_diffusion.potentials import EmbeddedPotential, factor
 from ppl_diffusion.smc import OrderRefresh
 from ppl_diffusion.smc.path_state import PathModel
+from ppl_diffusion.smc.reveals import RevealTable
 from ppl_diffusion.testing import all_states
 from ppl_diffusion.testing.anchored_toys import measured_toy
 from ppl_diffusion.testing.oracles import (
@@ -126,11 +128,12 @@ def test_whatever_a_guide_does_weights_have_mean_one(variant):
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_evidence(variant, seed):
-    problem = toy(seed)
-    assert abs(z_score(evidences(variant, problem), evidence_of(variant, problem))) < 4
+    problem, size = toy(seed), 32 if seed else 200
+    z = evidences(variant, problem, particles=size)
+    assert abs(z_score(z, evidence_of(variant, problem))) < 4
 
 
-TWISTS = [None, "defensive", "argmax", "moments"]
+TWISTS = [None, "defensive", "moments"]
 
 
 @pytest.mark.parametrize("twist_name", TWISTS, ids=str)
@@ -192,14 +195,13 @@ class Forgets(AnchoredSMC):
         return picked.value, picked.log_tokens
 
 
-@pytest.mark.parametrize("delta", [0.0, 0.3])
-def test_picks_by_value_must_be_paid_for(delta):
-    """Negative control: without the order ratio the evidence is about .6 of what it should be."""
-    problem = toy()
-    z = evidences("values", problem, Forgets(variant="values", delta=delta))
-    truth = math.exp(problem.log_evidence)
-    assert z_score(z, truth) < -8
-    assert float(z.mean()) / truth == pytest.approx({0.0: 0.6, 0.3: 0.7}[delta], abs=0.1)
+def test_picks_by_value_must_be_paid_for():
+    """Negative control: without the order ratio the evidence is .593 of what it is."""
+    problem, last = toy(), QuantisedExpectation(keep="last")
+    method = Forgets(variant="values", delta=0.0, tau=0.5, expectation=last)
+    z = evidences("values", problem, method)
+    assert float(z.mean()) / math.exp(problem.log_evidence) == pytest.approx(0.593, abs=0.02)
+    assert z_score(z, math.exp(problem.log_evidence)) < -20
 
 
 def test_the_twist_buys_more_than_the_tokens():
@@ -219,7 +221,8 @@ def test_the_twist_buys_more_than_the_tokens():
 def test_several_reveals_at_once_have_the_law_of_the_chain():
     """Two sites a step: ``p_unif`` of the chain for values, of a policy for the policy."""
     problem, chain = toy(), ordered(toy(), group_size=2)
-    for variant, law in (("values", two_at_once()), ("policy", under_a_policy(toy(), 2))):
+    for variant, power in (("values", 0.0), ("policy", 1.0)):
+        law = under_a_policy(0, 2, power)
         truth = float((law * problem.log_g.exp()).sum())
         found = run(chain, problem.potential, AnchoredSMC(variant=variant))
         assert abs(z_score(found.log_evidence.exp(), truth)) < 4
@@ -229,61 +232,55 @@ def test_several_reveals_at_once_have_the_law_of_the_chain():
 
 
 STATES = all_states(SIZE + 1, LENGTH)
+MASKS = (STATES == SIZE).sum(-1)
 
 
-def law_of_steps(problem, count, step):
-    """Return the law of clean sequences of a chain of steps over all states, ``(256,)``."""
-    masks = (STATES == SIZE).sum(-1)
-    log_d = problem.denoiser(STATES, 1.0)
-    moves = step(STATES[:, None], log_d[:, None], (STATES == SIZE)[:, None], count)
-    law = (masks == LENGTH).double()
-    for _ in range(LENGTH // count):
-        law = law @ moves.log_prob(STATES).exp()
-    return law[masks == 0]
+def law_of_policy(denoiser, count, scores):
+    """Return the law of clean sequences under a policy, by following its steps, ``(256,)``."""
+    law, log_d = (MASKS == LENGTH).double(), denoiser(STATES, 1.0)
+    for left in range(LENGTH, 0, -count):
+        here, there = left == MASKS, left - count == MASKS
+        tokens = STATES[here][:, None]
+        moves = PolicyStep(
+            tokens, log_d[here][:, None], tokens == SIZE, scores[here][:, None], count
+        )
+        flow = law[here] @ moves.log_prob(STATES[there]).exp()
+        law = torch.zeros_like(law).masked_scatter(there, flow)
+    return law[MASKS == 0]
 
 
-def two_at_once():
-    flat = torch.zeros(LENGTH, dtype=torch.float64)
-    return law_of_steps(
-        toy(), 2, lambda z, log_d, left, n: PolicyStep(z, log_d, left, flat, n, validate_args=False)
-    )
+@cache
+def scores_of(seed, denoiser, expectation):
+    return Guidance(toy(seed).potential, expectation)(STATES, denoiser(STATES, 1.0)).scores
 
 
-def under_a_policy(problem, count, power=1.0, guidance=None):
-    guidance = guidance or Guidance(problem.potential)
-    scores = power * guidance(STATES, problem.denoiser(STATES, 1.0)).scores[:, None]
-    return law_of_steps(
-        problem,
-        count,
-        lambda z, log_d, left, n: PolicyStep(z, log_d, left, scores, n, validate_args=False),
-    )
+def under_a_policy(seed, count, power=1.0, denoiser=None, expectation=None):
+    denoiser = denoiser or toy(seed).denoiser
+    scores = scores_of(seed, denoiser, expectation or QuantisedExpectation())
+    return law_of_policy(denoiser, count, power * scores)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
 def test_no_policy_changes_the_law_one_site_at_a_time(power, seed):
-    problem = toy(seed)
-    law = under_a_policy(problem, 1, power)
-    assert float((law - problem.log_prior.exp()).abs().max()) < 1e-12
+    law = under_a_policy(seed, 1, power)
+    assert float((law - toy(seed).log_prior.exp()).abs().max()) < 1e-12
 
 
 def test_policies_change_the_law_of_two_sites_at_a_time():
-    """The policy ``(max_v d)^3`` without data: total variation .222 to the prior."""
-    problem = toy()
-    asleep = Guidance(problem.potential, QuantisedExpectation(num_iterations=0))
-    law = under_a_policy(problem, 2, 3.0, asleep)
+    """The policy ``(max_v r)^3`` with the last table: total variation .222 to the prior."""
+    law = under_a_policy(0, 2, 3.0, expectation=QuantisedExpectation(keep="last"))
     assert float(law.sum()) == pytest.approx(1.0, abs=1e-12)
-    assert total_variation(law, problem.log_prior.exp()) == pytest.approx(0.222, abs=2e-3)
+    assert total_variation(law, toy().log_prior.exp()) == pytest.approx(0.222, abs=2e-3)
 
 
 def test_an_inconsistent_denoiser_makes_the_law_depend_on_the_policy():
     problem = toy()
-    other = type("Problem", (), {})()
-    other.denoiser, other.potential = Inconsistent(problem.denoiser), problem.potential
-    laws = [under_a_policy(other, 1, power) for power in (0.0, 3.0)]
-    assert total_variation(*laws) > 0.01
-    chain = ordered(problem, other.denoiser)
-    for variant, law in (("policy", under_a_policy(other, 1)), ("values", laws[0])):
+    denoiser = Inconsistent(problem.denoiser)
+    laws = [under_a_policy(0, 1, power, denoiser) for power in (0.0, 1.0, 3.0)]
+    assert total_variation(laws[0], laws[2]) > 0.01
+    chain = ordered(problem, denoiser)
+    for variant, law in (("values", laws[0]), ("policy", laws[1])):
         truth = float((law * problem.log_g.exp()).sum())
         found = run(chain, problem.potential, AnchoredSMC(variant=variant), particles=64)
         assert abs(z_score(found.log_evidence.exp(), truth)) < 4
@@ -292,7 +289,27 @@ def test_an_inconsistent_denoiser_makes_the_law_depend_on_the_policy():
 # Guides of plain Pyro.
 
 
-GUIDANCE = Guidance(toy().potential, QuantisedExpectation(num_iterations=3))
+# Without quantisation there are no ties, which round-off decides differently in other batches.
+GENTLE = measured_toy(sigma=1.5)
+"""A few hundred draws estimate its evidence, which is what plain Pyro can make in seconds."""
+GUIDANCE = Guidance(GENTLE.potential, QuantisedExpectation(3, quantiser="soft"))
+
+
+@cache
+def told():
+    """What it says about every state, once."""
+    return GUIDANCE(STATES, GENTLE.denoiser(STATES, 1.0))
+
+
+class Remembered(Guidance):
+    """Guidance that has been asked about every state before: plain Pyro asks one by one."""
+
+    def __call__(self, tokens, log_d, given=None, **options):
+        index = (tokens * (SIZE + 1) ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)
+        return Guided(log_d, *(x[index] for x in told()[1:]))
+
+
+PROPOSAL = AnchoredProposal(Remembered(GUIDANCE.guide, GUIDANCE.expectation))
 
 
 def site_by_site(chain, law):
@@ -321,10 +338,9 @@ def with_data(steps, potential):
 
 def policies(tokens_of):
     """Return the law of a step whose sites a policy chose: with tokens of ``d`` or of ``c``."""
-    proposal = AnchoredProposal(GUIDANCE)
 
     def law(step, carry, k):
-        moves = proposal(step, carry, k)
+        moves = PROPOSAL(step, carry, k)
         return moves.with_log_probs(step.log_probs) if tokens_of == "d" else moves
 
     return law
@@ -333,35 +349,35 @@ def policies(tokens_of):
 @pytest.mark.parametrize("variant", ["independent", "policy", "order"])
 def test_importance_sampling_by_a_guide_of_plain_pyro(variant):
     """Chain sites in model and guide; "order" weighs the policy against the model's own order."""
-    problem = toy()
+    problem = GENTLE
     chain = chain_of(variant, problem)
     own = policies("d") if variant == "policy" else lambda step, carry, k: step
     model = with_data(site_by_site(chain, own), problem.potential)
-    guide = site_by_site(chain, AnchoredProposal(GUIDANCE))
+    guide = site_by_site(chain, PROPOSAL)
     with torch.no_grad():
-        found = pyro.infer.Importance(model, guide, num_samples=400).run()
+        found = pyro.infer.Importance(model, guide, num_samples=200).run()
     weights = torch.stack([torch.as_tensor(w) for w in found.log_weights]).exp()
     assert abs(z_score(weights, evidence_of(variant, problem))) < 4
 
 
 @pytest.mark.parametrize("variant", ["independent", "order"])
 def test_a_twisted_program_has_the_same_evidence(variant):
-    problem = toy()
+    problem = GENTLE
     chain = chain_of(variant, problem)
 
     def program():
         factor("data", problem.potential, chain.x0(pyro.sample("path", chain)))
 
-    guided = twist(program, proposal=AnchoredProposal(GUIDANCE))
+    guided = twist(program, proposal=PROPOSAL)
     with torch.no_grad():
-        found = pyro.infer.Importance(guided, num_samples=400).run()
+        found = pyro.infer.Importance(guided, num_samples=200).run()
     weights = torch.stack([torch.as_tensor(w) for w in found.log_weights]).exp()
     assert abs(z_score(weights, evidence_of(variant, problem))) < 4
 
 
 @pytest.mark.parametrize("variant", ["independent", "policy"])
 def test_weights_are_those_of_model_and_guide(variant):
-    problem = toy()
+    problem = GENTLE
     chain = chain_of(variant, problem)
     own = policies("d") if variant == "policy" else lambda step, carry, k: step
     method = AnchoredSMC(variant=variant, twist=None, expectation=GUIDANCE.expectation)
@@ -426,7 +442,7 @@ def test_clamps_and_latents_of_programs(variant):
     )
     method = AnchoredSMC(variant=variant, guide=problem.potential)
     found = run(held, None, method, particles=32, runs=200)
-    assert bool((found.samples["path"][..., -1, 2] == 3).all() if "path" in found.samples else True)
+    assert bool((found.x0[..., 2] == 3).all())
     assert abs(z_score(found.log_evidence.exp(), truth)) < 4
 
 
@@ -448,8 +464,6 @@ def transitions(problem, denoiser):
     states, count = problem.states, len(problem.states)
     path = any_path(states)
     model = PathModel(chain, lambda x: problem.potential(x))
-    from ppl_diffusion.smc.reveals import RevealTable
-
     table = RevealTable.of(model, model.state(path[None]))
     matrix = torch.zeros(count, count, dtype=torch.float64)
     for site in range(LENGTH):
@@ -550,7 +564,7 @@ def test_moves_at_the_end_leave_what_weighted_particles_stand_for(variant):
     truth = float((law * problem.log_g.exp() * value).sum())
     method = AnchoredSMC(variant=variant, num_sweeps=2)
     found = run(chain, problem.potential, method, particles=16, runs=400)
-    mean = found.expectation(lambda s: (s["x0"] == 3).sum(-1).double())
+    mean = found.expectation(lambda x0: (x0 == 3).sum(-1).double())
     assert found.exact
     assert abs(z_score(found.log_evidence.exp() * mean, truth)) < 4
     torch.testing.assert_close(found.log_potential, problem.potential(found.x0))
@@ -561,7 +575,7 @@ def test_moves_at_the_end_leave_what_weighted_particles_stand_for(variant):
 
 def test_a_batch_is_what_its_rows_are_alone():
     problem = toy()
-    guidance, rows = Guidance(problem.potential), STATES[::37]
+    guidance, rows = GUIDANCE, STATES[::37]
     log_d = problem.denoiser(rows, 1.0)
     together = guidance(rows, log_d)
     for row in range(len(rows)):

@@ -429,6 +429,12 @@ def test_a_method_on_a_program(method, name):
 def declared(method, name):
     """Return the sentence of the property that a method declares, for the programs here."""
     needs, owner = methods()[method].needs, methods()[method].__name__
+    if needs.uniform:
+        process = Absorbing(2 if name in BITWISE else 3)
+        return (
+            "SplitGibbs: a copy differs from its sequence by uniform noise, and the chain is one "
+            f"of {process!r}; take a prior of the Uniform process, or another method."
+        )
     if needs.guide and name in ("unlike", "second", "coded"):
         return f"{owner}: it restores one chain, and there are 2; use SMC."
     if needs.own_moves and name == "twist":
@@ -446,6 +452,12 @@ def declared(method, name):
         return (
             "SuffixRefresh: a LatentKernel remembers more than its tokens, so its steps cannot be "
             "taken again from a state; use OrderRefresh or no move."
+        )
+    if method == "g2d2" and name in ("beside", "smooth"):
+        kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel
+        return (
+            "G2D2: it noises whole sequences to a level of their own at every step, which "
+            f"{kernel!r} does not have; use InterpolatingKernel, or OrderedKernel in one block."
         )
     if method == "aps" and name in ("beside", "smooth"):
         kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel

@@ -7,8 +7,8 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion.imaging.measurement import Measurement, measure
-from ppl_diffusion.imaging.operators import make_operator
+from ppl_diffusion.imaging.measurement import Measurement, codec_error, measure
+from ppl_diffusion.imaging.operators import Operator, make_operator
 from ppl_diffusion.testing import PotentialContract
 
 SHAPE = (1, 8, 8)
@@ -57,6 +57,25 @@ def test_noise_comes_from_its_seed_and_has_its_size():
     assert abs(float(noise.square().mean()) / 0.01 - 1) < 4 * math.sqrt(2 / noise.numel())
 
 
+def test_noise_is_not_what_the_operator_was_drawn_from():
+    class Drawn(Operator):
+        name = "drawn"
+
+        @classmethod
+        def draw_parameters(cls, image_shape, rng):
+            return {"normal": torch.from_numpy(rng.standard_normal(64))}
+
+        def measure(self, images):
+            return images
+
+        invert = measure
+
+    operator, u = Drawn.draw(SHAPE, seed=4), image().double()
+    noise = measure(operator, u, 1.0, 4).y - u.flatten()
+    pair = torch.stack([noise, operator.parameters["normal"]])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.5  # 4 / sqrt(64)
+
+
 def test_the_residual_of_the_truth_is_about_one():
     residuals = [float(measured("gblur", seed=s).residual(image())) for s in range(100)]
     assert abs(np.mean(residuals) - 1) < 4 * math.sqrt(2 / (64 * 100))
@@ -82,6 +101,24 @@ def test_the_potential_is_the_likelihood_of_decoded_tokens():
     embeddings = codec.codebook[tokens].clone().requires_grad_()
     potential.embedded(embeddings).sum().backward()
     assert bool(embeddings.grad.abs().sum((-2, -1)).gt(0).all())
+
+
+def test_what_a_codec_cannot_express_adds_to_the_noise():
+    measurement, codec = measured("gblur", sigma=0.3), Blocks()
+    tokens = torch.tensor([[0, 1, 2, 3], [3, 3, 0, 1]])
+    wider = Measurement(measurement.operator, measurement.y, 0.5).potential(codec)
+    torch.testing.assert_close(
+        measurement.potential(codec, codec_error=0.4)(tokens), wider(tokens), rtol=1e-6, atol=0
+    )
+    with pytest.raises(ValueError, match="the error of a codec is finite and not negative"):
+        measurement.potential(codec, codec_error=-1.0)
+
+
+def test_the_error_of_a_codec_is_what_the_operator_sees_of_it():
+    images = torch.stack([image(seed) for seed in range(3)])
+    operator = make_operator("gblur", SHAPE)
+    assert codec_error(operator, lambda u: u - 0.2, images) == pytest.approx(0.2)
+    assert codec_error(operator, lambda u: u, images) == 0
 
 
 def test_a_program_observes_it():

@@ -35,6 +35,8 @@ def test_weights_count_copies():
         np.testing.assert_allclose(found.numpy(), peer)
         torch.testing.assert_close(found, weighted.quantile(copies, equal, level))
     truth = torch.zeros_like(draws[0])
+    covered = [weighted.coverage(truth, x, w, 0.6) for x, w in ((draws, weights), (copies, equal))]
+    assert covered[0] == covered[1] != weighted.coverage(truth, draws, torch.ones(3) / 3, 0.6)
     torch.testing.assert_close(
         weighted.crps(truth, draws, weights), weighted.crps(truth, copies, equal)
     )

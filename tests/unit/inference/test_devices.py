@@ -25,7 +25,7 @@ def ordered():
 CHAINS = {"absorbing": toy_chain(), "uniform": toy_chain("uniform"), "ordered": ordered()}
 
 
-UNGUIDED = [name for name, cls in methods().items() if not cls.needs.guide]
+UNGUIDED = [name for name, cls in methods().items() if cls.needs.any_target]
 """Those that any potential will do for."""
 
 

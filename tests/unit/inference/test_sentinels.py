@@ -66,7 +66,7 @@ def test_the_verdict(make_posterior, cost, fires):
     assert lookahead(make_posterior()) is None
 
 
-@pytest.mark.parametrize("name", [name for name, cls in methods().items() if not cls.needs.guide])
+@pytest.mark.parametrize("name", [name for name, cls in methods().items() if cls.needs.any_target])
 def test_every_method_that_resamples_along_the_chain_has_sentinels(name):
     chain, log_g = toy_markov_chain(length=4, num_steps=4), toy_potential(length=4)
     options = {"method": name, "num_particles": 8, "num_runs": 2}

@@ -72,3 +72,11 @@ def test_one_name_may_mean_different_things(looping):
         Search(method="best-of-n", options={"keep": "last"})
     with pytest.raises(InputError, match="no keep called '2': choose one of first, last, none"):
         made(keep="2")
+
+
+def test_what_is_refined_does_not_take_the_name_of_the_method_for_its_own_option():
+    asked = {"inner": "aps-smc", "num_iterations": 3}
+    method = Search(method="refinement", options=asked).make()
+    assert method.inner.name == "aps-smc"
+    assert method.inner.expectation.num_iterations == 3
+    assert method.inner.expectation.inner == "gradient"

@@ -56,7 +56,7 @@ def bars():
     images += 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return Images(
         *images.clamp(-1, 1).split([40, 10, 10]),
-        *labels.split([40, 10, 10]),
+        labels.split([40, 10, 10]),
         num_classes=2,
         noun="bars",
         source="Made up.",
@@ -81,7 +81,7 @@ def test_a_codec_learns(bars, codec_run):
     assert after.codes == 4
     assert isinstance(codec_run.network, ImageCodec)
     assert codec_run.score == pytest.approx(
-        float(CodecTask(CODEC).scores(codec_run.network, bars.valid, bars.valid_labels).mean())
+        float(CodecTask(CODEC).scores(codec_run.network, bars.valid, bars.labels[1]).mean())
     )
 
 
@@ -142,7 +142,7 @@ def test_images_become_tokens_with_labels(bars, codec_run):
     assert sequences.train.shape == (9 * 40, 4)
     assert sequences.vocabulary == "⠀⠁⠂⠃"
     assert sequences.codec == "bars-codec"
-    assert torch.equal(sequences.labels[0], bars.train_labels.repeat(9))
+    assert torch.equal(sequences.labels[0], bars.labels[0].repeat(9))
     # The fifth of nine shifts is none.
     assert torch.equal(sequences.train[160:200], codec_run.network.encode(bars.train))
     assert torch.equal(sequences.test, codec_run.network.encode(bars.test))

@@ -1,0 +1,273 @@
+"""Restoring measured images: anchored posterior sampling, its exact form, and its rivals.
+
+All methods have the same prior over tokens, the same codec and the same measurements of held-out
+images: ``y = A(u) + sigma n``. The image that is scored is the mean of a method's draws (of a
+method that returns one image, that image). Standard errors of differences are those of pairs, image
+by image, as images differ far more than methods do. Intervals are those of the draws; a method that
+returns a single image has none, and covers nothing but by chance.
+
+Methods that end in ``+error`` count what the codec cannot express as a part of the model
+(:mod:`ppl_diffusion.imaging.codec_error`); for all others decoded tokens are images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks._report import JsonFile, Quick, Row, console, table, verdict, write
+from benchmarks._restore_methods import Restorer, restorers
+from benchmarks._restore_scores import Scores, mean_of, paired, score, wins
+from ppl_diffusion import models
+from ppl_diffusion.imaging.measurement import measure
+from ppl_diffusion.imaging.operators import make_operator
+from ppl_diffusion.models.image_data import load_images
+
+TASKS = ("sr4", "gblur", "mblur", "rinp", "box", "hdr", "nlblur")
+NOISES = (0.05, 0.2)
+PUBLISHED, EXACT = "aps-published", "aps-smc+error"
+OURS = ("aps", "aps-smc", "aps+error", "aps-smc+error")
+RIVALS = ("g2d2-star", "g2d2-markov", "split-gibbs", "d-cbg", "relaxed-dps", "svdd-pm")
+REFERENCES = ("prior", "pseudo-inverse", "codec-ceiling")
+METHODS = (PUBLISHED, *OURS, "mean-field", *RIVALS, *REFERENCES)
+SMOKE_METHODS = (PUBLISHED, "aps", "aps-smc", "svdd-pm", "pseudo-inverse", "codec-ceiling")
+"""What a test runs."""
+
+GAIN, LOST_TASKS, COVERAGE = 1.0, 2, (0.85, 0.95)
+"""Goals: decibels over the published settings, tasks that a rival may win, share of pixels."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is restored, and how long methods take.
+
+    :param dataset: of which test images are taken, spread over all of them.
+    :param num_images: of each task at each noise.
+    :param num_steps: steps ``T`` of chains.
+    :param num_iterations: inner iterations ``J``.
+    :param num_samples: draws of methods that nothing weighs.
+    :param num_particles: particles of those that are weighed.
+    """
+
+    dataset: str = "digits"
+    tasks: Sequence[str] = TASKS
+    noises: Sequence[float] = NOISES
+    methods: Sequence[str] = METHODS
+    num_images: int = 64
+    num_steps: int = 8
+    num_iterations: int = 30
+    num_samples: int = 16
+    num_particles: int = 32
+
+
+FULL = Plan()
+QUICK = Plan(tasks=("sr4", "hdr"), noises=(0.05,), num_images=8, num_steps=4, num_iterations=10)
+SMOKE = replace(QUICK, methods=SMOKE_METHODS, num_samples=4, num_particles=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, measured once."""
+
+    task: str
+    noise: float
+    image: int
+
+
+@cache
+def _parts(dataset: str, data: str | None) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    names = set(models.names())
+    uniform = f"{dataset}-uniform"
+    classifier = f"{dataset}-classifier"
+    known = classifier in models.list_classifiers()
+    return {
+        "prior": models.load(dataset),
+        "uniform": models.load(uniform) if uniform in names else None,
+        "codec": models.load_codec(f"{dataset}-codec"),
+        "network": models.load_classifier(classifier if known else "digits-classifier"),
+        "test": load_images(dataset, data).test,
+    }
+
+
+@cache
+def _restorers(plan: Plan) -> Mapping[str, Restorer]:
+    return restorers(plan.num_samples, plan.num_steps, plan.num_iterations, plan.num_particles)
+
+
+def restore_case(plan: Plan, data: str | None, case: Case) -> dict[str, Scores]:
+    """Return the figures of every method on one measured image.
+
+    :param data: the data folder, of sets that come with no package.
+    """
+    parts = _parts(plan.dataset, data)
+    test = parts["test"]
+    # Spread over the set, which need not be in random order.
+    truth = test[case.image * (len(test) // plan.num_images)]
+    operator = make_operator(case.task, tuple(truth.shape), seed=case.image)
+    measurement = measure(operator, truth, case.noise, seed=case.image)
+    found = {}
+    for name in plan.methods:
+        restored = _restorers(plan)[name](
+            parts["prior"], parts["uniform"], parts["codec"], measurement, truth, case.image
+        )
+        found[name] = score(restored, truth, measurement, parts["network"])
+    return found
+
+
+def measure_all(plan: Plan, data: str | None = None, workers: int = 1) -> Found:
+    """Return all figures by task and noise, then method, one for each image."""
+    cases = [
+        Case(task, noise, image)
+        for task in plan.tasks
+        for noise in plan.noises
+        for image in range(plan.num_images)
+    ]
+    work = partial(restore_case, plan, data)
+    found: Found = defaultdict(lambda: defaultdict(list))
+    for case, scores in zip(cases, _mapped(work, cases, workers), strict=True):
+        for name, value in scores.items():
+            found[case.task, case.noise][name].append(value)
+    return found
+
+
+Found = dict[tuple[str, float], dict[str, list[Scores]]]
+
+
+def _mapped(work: Any, cases: Sequence[Case], workers: int) -> Iterator[dict[str, Scores]]:
+    described = {"description": "images", "transient": True, "console": Console(stderr=True)}
+    if workers == 1:
+        yield from track(map(work, cases), total=len(cases), **described)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from track(pool.map(work, cases), total=len(cases), **described)
+
+
+def rows_of(found: Found) -> Iterator[Row]:
+    """Return a row for each task, noise and method: PSNR, with all else as coordinates."""
+    for (task, noise), by_method in found.items():
+        for name, scores in by_method.items():
+            means = mean_of(scores)
+            coordinates: dict[str, Any] = {"task": task, "noise": noise, "method": name, **means}
+            _, coordinates["psnr_se"] = paired([s.psnr for s in scores], [0.0] * len(scores))
+            if PUBLISHED in by_method:
+                against = [s.psnr for s in by_method[PUBLISHED]]
+                gain, error = paired([s.psnr for s in scores], against)
+                coordinates |= {"gain": gain, "gain_se": error}
+            yield Row("restore", means["psnr"], "dB", len(scores), coordinates=coordinates)
+
+
+def goals_of(found: Found) -> Iterator[Row]:
+    """Return the goals that these figures can decide."""
+    first = next(iter(found))
+    by_method = found[first]
+    ours = [name for name in OURS if name in by_method]
+    best = max(ours, key=lambda name: mean_of(by_method[name])["psnr"])
+    n = len(by_method[best])
+    gain, error = paired([s.psnr for s in by_method[PUBLISHED]], [s.psnr for s in by_method[best]])
+    where = {"task": first[0], "noise": first[1], "method": best}
+    yield Row("published_minus_best", gain, "dB", n, goal=-GAIN, coordinates={**where, "se": error})
+    if EXACT in by_method:
+        means = mean_of(by_method[EXACT])
+        middle = sum(COVERAGE) / 2
+        half = (COVERAGE[1] - COVERAGE[0]) / 2
+        gap = abs(means["coverage"] - middle)
+        own = {**where, "method": EXACT, "coverage": means["coverage"]}
+        yield Row("coverage_from_middle", gap, "share", n, goal=half, coordinates=own)
+    at_first = {task: by for (task, noise), by in found.items() if noise == first[1]}
+    if len(at_first) < len(TASKS):
+        return
+    values = {
+        task: {name: mean_of(scores)["psnr"] for name, scores in by.items()}
+        for task, by in at_first.items()
+    }
+    for rival in RIVALS:
+        if all(rival in by for by in values.values()):
+            champion = max(ours, key=lambda name: wins(values, name, rival))
+            lost = len(values) - wins(values, champion, rival)
+            own = {"rival": rival, "method": champion, "noise": first[1]}
+            yield Row("tasks_lost", lost, "tasks", n, goal=LOST_TASKS, coordinates=own)
+
+
+def show(found: Found, screen: Console) -> None:
+    """Print a table for each task and noise."""
+    columns = ["method", "PSNR", "over published", "one draw", "SSIM", "perc.", "resid.", "cover"]
+    columns += ["CRPS", "denoiser", "decoder", "backward", "s"]
+    for (task, noise), by_method in found.items():
+        n = len(next(iter(by_method.values())))
+        made = table(
+            f"{task}, noise {noise:g}, {n} images",
+            columns,
+            "PSNR in dB of the mean of the draws; differences with one standard error of pairs",
+        )
+        for row in rows_of({(task, noise): by_method}):
+            c = row.coordinates
+            gain = f"{c['gain']:+.2f} ± {c['gain_se']:.2f}" if "gain" in c else ""
+            made.add_row(
+                c["method"],
+                f"{c['psnr']:.2f}",
+                gain,
+                f"{c['sample_psnr']:.2f}",
+                f"{c['ssim']:.3f}",
+                f"{c['perceptual']:.3f}",
+                f"{c['residual']:.2f}",
+                f"{c['coverage']:.3f}",
+                f"{c['crps']:.4f}",
+                f"{c['denoiser_rows']:.0f}",
+                f"{c['decoder_forward']:.0f}",
+                f"{c['decoder_backward']:.0f}",
+                f"{c['seconds']:.2f}",
+            )
+        screen.print(made)
+
+
+def show_goals(goals: Iterable[Row], screen: Console) -> None:
+    """Print what was asked for, and whether it is met."""
+    made = table("Goals", ["what", "value", "of", "verdict"])
+    for row in goals:
+        of = ", ".join(f"{k} {v}" for k, v in row.coordinates.items() if isinstance(v, str))
+        error = row.coordinates.get("se", math.nan)
+        value = f"{row.value:.3f}" + (f" ± {error:.3f}" if math.isfinite(error) else "")
+        made.add_row(row.name, value, of, verdict(row))
+    screen.print(made)
+
+
+def main(
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    dataset: Annotated[str, typer.Option(help="digits, mnist, faces.")] = "digits",
+    data: Annotated[Path | None, typer.Option(help="Data folder, of sets but digits.")] = None,
+    images: Annotated[int | None, typer.Option(min=2, help="Images of each task.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only these tasks.")] = None,
+    noise: Annotated[list[float] | None, typer.Option(help="Only these levels.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+) -> None:
+    """Restore measured images by every method."""
+    plan = replace(QUICK if quick else FULL, dataset=dataset)
+    asked = {"num_images": images, "tasks": task, "noises": noise, "methods": method}
+    plan = replace(
+        plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v}
+    )
+    screen = console(150)
+    found = measure_all(plan, None if data is None else str(data), workers)
+    show(found, screen)
+    goals = list(goals_of(found)) if PUBLISHED in plan.methods else []
+    show_goals(goals, screen)
+    write([*rows_of(found), *goals], json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
