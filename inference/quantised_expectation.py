@@ -12,8 +12,9 @@ et al. 2025, arXiv:2510.02291), so that::
     dLoss / dPhi_iv = r_i(v) <dLoss/de_i, c_v - ebar_i>    at the quantised point
 
 Adam makes that move tokens of tiny prior mass, too, while it exceeds the epsilon of its steps. The
-network is asked once and never differentiated. Nothing here is a law of anything: the table and the anchors are a guess, for an
-optimiser to commit to (:mod:`~ppl_diffusion.inference.anchored`) or a proposal to be weighed.
+network is asked once and never differentiated. Nothing here is a law of anything: the table and
+the anchors are a guess, for an optimiser to commit to (:mod:`~ppl_diffusion.inference.anchored`) or
+a proposal to be weighed.
 
 Where data lie between codes the straight-through loop does not converge: its anchor flips between
 the codes around them, so the last iterate depends on the parity of their number and the average of
@@ -227,7 +228,7 @@ class _Descent:
             if iteration == num_iterations:
                 break
             (gradient,) = torch.autograd.grad(new, phi, torch.ones_like(new))
-            if misfit is not None:
+            if misfit is not None and options.stop_at is not None:
                 live = live.masked_scatter(live, misfit > options.stop_at)
             live = live & sites.masked.any(-1)
             if not bool(live.any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,9 +46,14 @@ class Expectation:
 
         :param rows: int64 ``(n',)``.
         """
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken = {name: x[rows] for name, x in own.items() if isinstance(x, Tensor)}
-        return replace(self, **taken)
+        return replace(
+            self,
+            log_r=self.log_r[rows],
+            anchors=self.anchors[rows],
+            logits=self.logits[rows],
+            loss=self.loss[rows],
+            log_average=self.log_average[rows],
+        )
 
 
 @dataclass(frozen=True)

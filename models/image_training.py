@@ -84,7 +84,7 @@ def train_images(
     fit = _Fit(IMAGE_TASKS[recipe.task](recipe), images, steps, seed, Path(out), place)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         fit.run(resume, quiet)
-    if not math.isfinite(fit.best):
+    if fit.best == -math.inf:
         raise TrainingDiverged(
             f"train: the score of {name} was never finite in {steps} steps, so nothing was written "
             f"to {str(fit.out)!r}; lower the learning rate, or check the images."
@@ -186,8 +186,15 @@ class _Fit:
                 f"There is nothing to resume in {str(self.out)!r}: {CHECKPOINT} is missing; train "
                 "without --resume."
             )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.get("origin") != self._origin():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            origin = content["origin"]
+        except Exception as error:  # what damage raises depends on where it is
+            raise ValueError(
+                f"train: {str(path)!r} is damaged or no checkpoint of such a run; train without "
+                "--resume."
+            ) from error
+        if origin != self._origin():
             raise ValueError(
                 f"train: the run in {str(self.out)!r} began with another recipe, seed or number "
                 "of steps; train without --resume."
