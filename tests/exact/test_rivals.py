@@ -275,9 +275,7 @@ def annealed_law(method, output):
 
 @pytest.mark.parametrize("output", ["copy", "sequence"])
 def test_a_run_of_split_gibbs_has_the_law_of_its_sweeps(output):
-    method = SplitGibbs(
-        num_sweeps=3, num_prior_steps=2, num_moves=4, last_time=0.2, output=output
-    )
+    method = SplitGibbs(num_sweeps=3, num_prior_steps=2, num_moves=4, last_time=0.2, output=output)
     law = annealed_law(method, output)
     require_law(uniform_chain(), method, law)
 
