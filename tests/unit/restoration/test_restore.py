@@ -116,6 +116,19 @@ def test_a_saved_measurement_has_no_truth_and_the_same_posterior(places, tmp_pat
     assert list(again.summary["posterior"]) == ["diversity"]
 
 
+@pytest.mark.parametrize("prior", ["digits", "digits-uniform"])
+def test_shipped_priors_know_their_codec_and_classifier(prior):
+    search = Search(method="smc", num_particles=2, num_runs=1, num_steps=2)
+    target = build_target(Job(prior, Question("digits:1", noise=0.5), search))
+    assert target.job.codec == "digits-codec"
+    assert restore(target).summary["metrics"]["codec"].keys() == {
+        "residual",
+        "psnr",
+        "ssim",
+        "perceptual",
+    }
+
+
 def test_seeds_decide_operator_noise_and_draws(places):
     def measured(seed):
         search = dataclasses.replace(SEARCH, seed=seed)
