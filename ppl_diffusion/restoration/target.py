@@ -18,7 +18,7 @@ from ppl_diffusion.imaging.operators import make_operator
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.models import DiffusionProgram, load, load_codec
-from ppl_diffusion.models.cards import read_card
+from ppl_diffusion.models.cards import find_folder, names, read_card
 from ppl_diffusion.models.image_data import IMAGE_READERS, load_images
 from ppl_diffusion.potentials import GaussianMeasurement
 from ppl_diffusion.restoration.question import NOISE, OPERATOR, Job, Question
@@ -88,7 +88,7 @@ def build_target(job: Job) -> Target:
 def _codec_name(name: str, prior: DiffusionProgram) -> str:
     """Return the codec that the card of a prior names, by default that of its own name."""
     try:
-        known = read_card(name).get("codec")
+        known = read_card(str(find_folder(name, names(), "prior").resolve())).get("codec")
     except FileNotFoundError:
         known = None
     return known or f"{prior.name}-codec"

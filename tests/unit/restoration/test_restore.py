@@ -8,6 +8,7 @@ import torch
 from ppl_diffusion.imaging import weighted
 from ppl_diffusion.imaging.measurement import Measurement
 from ppl_diffusion.imaging.metrics import psnr, unit
+from ppl_diffusion.inference import methods
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import OrderedKernel
@@ -116,6 +117,19 @@ def test_a_saved_measurement_has_no_truth_and_the_same_posterior(places, tmp_pat
     assert list(again.summary["posterior"]) == ["diversity"]
 
 
+@pytest.mark.parametrize("prior", ["digits", "digits-uniform"])
+def test_shipped_priors_know_their_codec_and_classifier(prior):
+    search = Search(method="smc", num_particles=2, num_runs=1, num_steps=2)
+    target = build_target(Job(prior, Question("digits:1", noise=0.5), search))
+    assert target.job.codec == "digits-codec"
+    assert restore(target).summary["metrics"]["codec"].keys() == {
+        "residual",
+        "psnr",
+        "ssim",
+        "perceptual",
+    }
+
+
 def test_seeds_decide_operator_noise_and_draws(places):
     def measured(seed):
         search = dataclasses.replace(SEARCH, seed=seed)
@@ -156,3 +170,19 @@ def test_parts_that_do_not_belong_together_are_refused(places, tmp_path):
     question = Question(str(tmp_path / "m.npz"), measured=True)
     with pytest.raises(InputError, match="one of an image of 4 x 4 pixels, grey"):
         build_target(dataclasses.replace(asked, question=question))
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_restores_with_one_of_the_priors(method, places):
+    search = Search(method=method, num_particles=8, num_runs=1, num_steps=2)
+    prior = "uniform" if method == "split-gibbs" else "masked"
+    result = restore(build_target(job(places, prior, search)))
+    assert result.summary["method"] == method
+    assert result.summary["decoder_calls"] > 0
+    assert float(result.images.weights.sum()) == pytest.approx(1)
+
+
+def test_a_method_without_a_chain_to_move_is_refused(places):
+    search = Search(method="split-gibbs", num_particles=2, num_runs=1, num_steps=2)
+    with pytest.raises(InputError, match=r"[Uu]niform"):
+        restore(build_target(job(places, "masked", search)))
