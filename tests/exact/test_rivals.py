@@ -19,7 +19,6 @@ from ppl_diffusion.handlers import clamp
 from ppl_diffusion.inference import (
     G2D2,
     SMC,
-    ClassifierGuidance,
     PluginLikelihood,
     RelaxedDPS,
     SoftValueGuidance,
@@ -36,7 +35,6 @@ from ppl_diffusion.kernels import (
     Uniform,
 )
 from ppl_diffusion.potentials import EmbeddedPotential, GaussianMeasurement, factor
-from ppl_diffusion.processes.mixture import log_posterior_mean
 from ppl_diffusion.testing.anchored_toys import measured_toy
 from ppl_diffusion.testing.dense import all_states, prior_law, state_index, state_matrix
 from ppl_diffusion.testing.oracles import (
