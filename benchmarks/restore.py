@@ -104,7 +104,9 @@ def _parts(dataset: str, data: str | None) -> dict[str, Any]:
 
 @cache
 def _restorers(plan: Plan) -> Mapping[str, Restorer]:
-    return restorers(plan.num_samples, plan.num_steps, plan.num_iterations, plan.num_particles)
+    error = models.load_codec_error(f"{plan.dataset}-codec")
+    sizes = (plan.num_samples, plan.num_steps, plan.num_iterations, plan.num_particles)
+    return restorers(*sizes, error)
 
 
 def restore_case(plan: Plan, data: str | None, case: Case) -> dict[str, Scores]:
