@@ -7,7 +7,6 @@ deviation of each pixel under APS with exact weights. All share one prior and on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks._report import JsonFile, Quick, Row, console, table, write
-from ppl_diffusion.imaging import codec_error, make_operator
 from ppl_diffusion.imaging.metrics import psnr
 from ppl_diffusion.jobs.search import Search
-from ppl_diffusion.models import load_codec
-from ppl_diffusion.models.image_data import load_images
 from ppl_diffusion.restoration.figure import show, show_sd
 from ppl_diffusion.restoration.images import decoded
 from ppl_diffusion.restoration.question import Job, Question
 from ppl_diffusion.restoration.run import Result, restore
-from ppl_diffusion.restoration.target import DATA, build_target
+from ppl_diffusion.restoration.target import build_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +71,7 @@ def restored(
     :param particles: of the method with weights; the others restore once.
     """
     for row, operator in enumerate(operators):
-        error = missed(name, operator, seed + row)
-        question = Question(f"{name}:{seed + row}", operator, noise, codec_error=error)
+        question = Question(f"{name}:{seed + row}", operator, noise)
         results = {}
         for column, (method, options) in METHODS.items():
             numbers = {"num_particles": particles, "num_runs": 1} if column.endswith("mean") else {}
@@ -84,12 +79,6 @@ def restored(
             search = Search(method=method, seed=seed + row, options=options, **numbers)
             results[column] = restore(build_target(Job(name, question, search)))
         yield Line(operator, results)
-
-
-def missed(name: str, operator: str, seed: int) -> float:
-    """Return what the codec misses of the validation images, as the operator sees it."""
-    codec, images = load_codec(f"{name}-codec"), load_images(name, os.environ.get(DATA))
-    return codec_error(make_operator(operator, codec.image_shape, seed=seed), codec, images.valid)
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:

@@ -88,7 +88,7 @@ def _figures(target: Target, image: Tensor) -> dict[str, float | None]:
 
 def _posterior(target: Target, images: Images) -> dict[str, float]:
     """Return figures of the weighted images together, on [0, 1]."""
-    draws, weights = unit(images.images), images.weights
+    draws, weights = unit(images.draws), images.draw_weights
     figures = {"diversity": weighted.diversity(draws, weights)}
     if target.truth is not None:
         truth = unit(target.truth)
