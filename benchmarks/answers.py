@@ -38,7 +38,7 @@ from ppl_diffusion.models.program import DiffusionProgram
 
 PRIORS = ("arithmetic", "sudoku")
 PARTICLES = {"arithmetic": 4, "sudoku": 8}
-SIZES = {"arithmetic": (100, 20), "sudoku": (40, 4)}
+SIZES = {"arithmetic": (100, 20), "sudoku": (24, 4)}
 """Questions of each kind, and with ``--quick``."""
 _PLAIN: dict[str, Any] = {"num_iterations": 0, "order": "prior", "mask_schedule": "linear"}
 

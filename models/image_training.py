@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ppl_diffusion.imaging.classifier import ImageClassifier
 from ppl_diffusion.imaging.codec import ImageCodec
+from ppl_diffusion.imaging.codec_error import CodecError
 from ppl_diffusion.models.image_data import Images, load_images, shifted
 from ppl_diffusion.models.image_recipes import IMAGE_RECIPES, ImageRecipe
 from ppl_diffusion.models.image_tasks import IMAGE_TASKS, ClassifierTask, CodecTask
@@ -89,8 +90,11 @@ def train_images(
             f"train: the score of {name} was never finite in {steps} steps, so nothing was written "
             f"to {str(fit.out)!r}; lower the learning rate, or check the images."
         )
+    network = fit.task.load(fit.out / NETWORK_FOLDER)
+    if isinstance(network, ImageCodec):
+        CodecError.fit(network, images.valid).save(fit.out / NETWORK_FOLDER)
     run = ImageRun(
-        fit.task.load(fit.out / NETWORK_FOLDER),
+        network,
         fit.out,
         fit.best,
         fit.task.score_name,
