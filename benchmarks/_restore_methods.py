@@ -42,6 +42,10 @@ GAMMA, ZETA = 0.03, 0.3
 counted once for each site that a step moves, and at little noise a first step reveals them all."""
 
 
+NUM_DRAWS = 256
+"""Draws of an image, where the error of the codec is one more thing that is random."""
+
+
 @dataclass(frozen=True)
 class Restored:
     """What a restorer found, and what it cost.
@@ -56,6 +60,7 @@ class Restored:
     :param tokens: the sequences, int64 ``(n, L)``, or None where there are none.
     :param exact: whether the weights are exact for a declared law.
     :param log_evidence: the estimate, or None.
+    :param centre: the mean where it is known better than by the images, ``(C, H, W)``.
     """
 
     images: Tensor
@@ -67,10 +72,13 @@ class Restored:
     tokens: Tensor | None = None
     exact: bool = False
     log_evidence: float | None = None
+    centre: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """The weighted mean image, ``(C, H, W)``."""
+        if self.centre is not None:
+            return self.centre
         return (self.weights[:, None, None, None] * self.images).sum(0)
 
 
@@ -175,8 +183,21 @@ class ByMethod:
         restored = _restored(posterior, codec, counted.forward, backward, seconds)
         if isinstance(model, Measurement):
             return restored
-        source = torch.Generator().manual_seed(seed)
-        return replace(restored, images=model.sample(restored.images, generator=source))
+        return _with_draws(restored, model, seed)
+
+
+def _with_draws(restored: Restored, model: MeasuredWithError, seed: int) -> Restored:
+    """Return draws of the image with the error of the codec, and the mean of its law."""
+    source = torch.Generator().manual_seed(seed)
+    rows = restored.weights.double().multinomial(NUM_DRAWS, replacement=True, generator=source)
+    images = restored.images
+    return replace(
+        restored,
+        images=model.sample(images[rows], generator=source),
+        weights=torch.full((NUM_DRAWS,), 1 / NUM_DRAWS).to(images),
+        centre=torch.einsum("n,nchw->chw", restored.weights, model.expected(images)),
+        tokens=None if restored.tokens is None else restored.tokens[rows],
+    )
 
 
 def _closed(method: Method) -> bool:

@@ -282,7 +282,9 @@ class AnchoredSMC(Method):
             carry = state["sites"].get(name)
             if carry is not None:
                 kernel, k = run.movers[name].kernel, state["done"][name]
-                total = total + per_particle(carried_lookahead(guidance.guide, kernel, carry, k))
+                clamp = run.sites[name].clamp
+                log_psi = carried_lookahead(guidance.guide, kernel, carry, k, clamp)
+                total = total + per_particle(log_psi)
         return total
 
     def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
