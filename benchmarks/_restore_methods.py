@@ -267,8 +267,7 @@ def restorers(
     """Return every way of restoring by name.
 
     :param num_samples: samples of methods that nothing weighs.
-    :param num_steps: steps of chains that reveal several tokens each; methods that go by time, as
-        published, get twice as many.
+    :param num_steps: steps of chains; methods whose steps cost next to nothing get twice as many.
     :param num_iterations: inner iterations ``J``; the published preset keeps its own 100.
     :param num_particles: particles of methods that are weighed.
     :param error: adds ``aps+error`` and ``aps-smc+error``, for which what the codec leaves out is a
@@ -278,7 +277,7 @@ def restorers(
         **({} if error is None else _with_error(num_samples, num_particles, num_steps, error)),
         **_anchored(num_samples, num_steps, num_iterations),
         **_weighed(num_particles, num_steps),
-        **_rivals(num_samples, 2 * num_steps, num_iterations),
+        **_rivals(num_samples, num_steps, num_iterations),
         "prior": ByMethod(BestOfN(keep=num_samples), num_samples, 2 * num_steps),
         "pseudo-inverse": pseudo_inverse,
         "codec-ceiling": codec_ceiling,
@@ -342,12 +341,12 @@ def _rivals(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
     star = G2D2(num_iterations=iterations)
     markov = G2D2(num_iterations=iterations, transition="markov")
     svdd = SoftValueGuidance(num_children=16, alpha=0.0, weighted=False)
-    sweeps = SplitGibbs(num_sweeps=25, num_prior_steps=steps, num_moves=200, last_time=1e-3)
+    sweeps = SplitGibbs(num_sweeps=20, num_prior_steps=steps, num_moves=100, last_time=1e-3)
     return {
         "g2d2-star": ByMethod(star, size, steps),
         "g2d2-markov": ByMethod(markov, size, steps),
         "split-gibbs": ByMethod(sweeps, size, steps, uniform=True),
-        "d-cbg": ByMethod(ClassifierGuidance(gamma=GAMMA), size, steps),
-        "relaxed-dps": ByMethod(RelaxedDPS(rescale=True), size, steps),
-        "svdd-pm": ByMethod(svdd, size, steps),
+        "d-cbg": ByMethod(ClassifierGuidance(gamma=GAMMA), size, 2 * steps),
+        "relaxed-dps": ByMethod(RelaxedDPS(rescale=True), size, 2 * steps),
+        "svdd-pm": ByMethod(svdd, size, 2 * steps),
     }

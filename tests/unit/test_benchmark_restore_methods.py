@@ -71,10 +71,10 @@ def test_methods_without_gradients_count_none(name, made, parts):
 
 
 def test_g2d2_decodes_each_particle_once_for_each_iteration(made, parts):
-    """Four steps of two iterations with three particles, and the distinct ends."""
+    """Two steps of two iterations with three particles, and the distinct ends."""
     restored = made["g2d2-star"](*parts, 0)
-    assert restored.decoder_backward == 4 * 2 * 3
-    assert 24 < restored.decoder_forward <= 24 + 3
+    assert restored.decoder_backward == 2 * 2 * 3
+    assert 12 < restored.decoder_forward <= 12 + 3
 
 
 def test_the_truth_is_for_the_ceiling_alone(made, parts):
