@@ -172,47 +172,43 @@ def standard_error(values: Tensor) -> float:
 
 
 def measure(
-    prior: DiffusionProgram, kinds: Sequence[Questions], particles: int, iterations: int
+    prior: DiffusionProgram, questions: Questions, particles: int, iterations: int
 ) -> list[Row]:
-    """Ask all contenders all questions.
+    """Ask all contenders all questions of a kind.
 
     :param particles: of each question.
     :param iterations: of the inner loop.
     """
     rows: list[Row] = []
-    for questions in kinds:
-        base = None
-        for contender in contenders(iterations):
-            found = ask(prior, questions, contender, particles)
-            base = base or found
-            rows += rows_of(prior.name, questions.kind, contender.name, found, base, particles)
+    base = None
+    for contender in contenders(iterations):
+        found = ask(prior, questions, contender, particles)
+        base = base or found
+        rows += rows_of(prior.name, questions.kind, contender.name, found, base, particles)
     return rows
 
 
 def print_rows(rows: Sequence[Row], screen: Console) -> None:
-    """Print one table for each kind of question.
+    """Print the table of one kind of question.
 
     :param rows: from :func:`measure`.
     """
-    for kind in dict.fromkeys(
-        (row.coordinates["problem"], row.coordinates["kind"]) for row in rows
-    ):
-        mine = [r for r in rows if (r.coordinates["problem"], r.coordinates["kind"]) == kind]
-        made = table(
-            f"{kind[0]}: {kind[1]} ({mine[0].n} questions, "
-            f"{mine[0].coordinates['num_particles']} particles each)",
-            ["method", "answer right", "over ancestral", "draws right", "evaluations"],
+    where = rows[0].coordinates
+    made = table(
+        f"{where['problem']}: {where['kind']} ({rows[0].n} questions, "
+        f"{where['num_particles']} particles each)",
+        ["method", "answer right", "over ancestral", "draws right", "evaluations"],
+    )
+    for answer, draws in zip(rows[::2], rows[1::2], strict=True):
+        c, d = answer.coordinates, draws.coordinates
+        made.add_row(
+            c["method"],
+            f"{answer.value:.3f} ± {c['se']:.3f}",
+            f"{c['gain']:+.3f} ± {c['gain_se']:.3f}",
+            f"{draws.value:.3f} ± {d['se']:.3f}",
+            f"{c['evaluations']:.0f}",
         )
-        for answer, draws in zip(mine[::2], mine[1::2], strict=True):
-            c, d = answer.coordinates, draws.coordinates
-            made.add_row(
-                c["method"],
-                f"{answer.value:.3f} ± {c['se']:.3f}",
-                f"{c['gain']:+.3f} ± {c['gain_se']:.3f}",
-                f"{draws.value:.3f} ± {d['se']:.3f}",
-                f"{c['evaluations']:.0f}",
-            )
-        screen.print(made)
+    screen.print(made)
 
 
 def main(
@@ -230,10 +226,10 @@ def main(
         program = load_prior(name, screen)
         if program is not None:
             key = "arithmetic" if program.length == 10 else "sudoku"
-            kinds = questions_for(program, SIZES[key][quick])
-            found = measure(program, kinds, particles or PARTICLES[key], iterations)
-            print_rows(found, screen)
-            rows += found
+            for questions in questions_for(program, SIZES[key][quick]):
+                found = measure(program, questions, particles or PARTICLES[key], iterations)
+                print_rows(found, screen)
+                rows += found
     write(rows, json_file)
 
 

@@ -156,7 +156,7 @@ class AnchoredSMC(Method):
             object.__setattr__(self, "needs_paths", True)
             object.__setattr__(self, "needs", replace(self.needs, free_chains=True))
         if self.twist not in ("auto", "moments"):
-            object.__setattr__(self, "twist", as_twist(self.twist))
+            object.__setattr__(self, "twist", as_twist(self.twist))  # type: ignore[arg-type]
 
     def _tokens(self) -> TiltedTokens:
         return TiltedTokens(self.lam, self.eps, self.temperature)

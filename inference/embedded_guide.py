@@ -137,7 +137,8 @@ class HeldFirst:
 
     def __call__(self, step: Any, carry: Carry, k: int, /) -> TorchDistribution:
         """Return the move (a :class:`~ppl_diffusion.smc.Proposal`)."""
-        return self.proposal(self.clamp(step, carry, k), carry, k)  # type: ignore[arg-type]
+        held: Any = self.clamp(step, carry, k)
+        return self.proposal(held, carry, k)
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ class GuidedSteps(LookingAhead):
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead, where it counts."""
-        return self.rate(run, state, generator) if self.weighted else None
+        counts = self.weighted and self.twist is not None
+        return self.rate(run, state, generator) if counts else None
 
     def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:
         """Return the look-ahead by completions, where it counts."""

@@ -17,6 +17,7 @@ from ppl_diffusion.models.cards import read_card as read_card
 if TYPE_CHECKING:
     from ppl_diffusion.models.image_files import load_classifier as load_classifier
     from ppl_diffusion.models.image_files import load_codec as load_codec
+    from ppl_diffusion.models.image_files import load_codec_error as load_codec_error
     from ppl_diffusion.models.latent import LatentDiffusion as LatentDiffusion
     from ppl_diffusion.models.library import load as load
     from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
@@ -42,6 +43,7 @@ _HOMES = {
     "load": "library",
     "load_classifier": "image_files",
     "load_codec": "image_files",
+    "load_codec_error": "image_files",
     "load_oracle": "oracles",
     "load_text_classifier": "text_reward",
     "make_chain": "samplers",

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ppl_diffusion.imaging.classifier import ImageClassifier
 from ppl_diffusion.imaging.codec import ImageCodec
+from ppl_diffusion.imaging.codec_error import CodecError
 from ppl_diffusion.models.cards import CARD_FILE, WEIGHTS
 from ppl_diffusion.models.image_data import Images, load_images
 from ppl_diffusion.models.image_recipes import IMAGE_RECIPES, ImageRecipe
@@ -154,6 +155,8 @@ def main(
     _print(name, IMAGE_TASKS[recipe.task].score_name, result)
     if ship:
         network.save(WEIGHTS / name)
+        if isinstance(network, ImageCodec):
+            CodecError.fit(network, images.valid).save(WEIGHTS / name)
         write_image_card(WEIGHTS / name, name, network, images, result, note=note)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ppl_diffusion.imaging.classifier import ImageClassifier
 from ppl_diffusion.imaging.codec import ImageCodec
+from ppl_diffusion.imaging.codec_error import CodecError
 from ppl_diffusion.models.cards import codecs, find_folder, list_classifiers
 
 
@@ -18,6 +19,16 @@ def load_codec(name_or_dir: str | Path) -> ImageCodec:
     :raises FileNotFoundError: if the folder lacks a file.
     """
     return ImageCodec.load(find_folder(name_or_dir, codecs(), "codec"))
+
+
+def load_codec_error(name_or_dir: str | Path) -> CodecError:
+    """Load what a codec leaves out of the images it was not trained on.
+
+    :param name_or_dir: as in :func:`load_codec`.
+    :raises ValueError: if there is no such codec.
+    :raises FileNotFoundError: if its folder holds no error.
+    """
+    return CodecError.load(find_folder(name_or_dir, codecs(), "codec"))
 
 
 def load_classifier(name_or_dir: str | Path) -> ImageClassifier:

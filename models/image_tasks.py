@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ppl_diffusion.imaging.classifier import ClassifierConfig, ImageClassifier
 from ppl_diffusion.imaging.codec import CodecConfig, ImageCodec
 from ppl_diffusion.imaging.lfq import commitment, imbalance, straight_through
+from ppl_diffusion.imaging.metrics import psnr
 from ppl_diffusion.models.image_data import Images
 from ppl_diffusion.models.image_recipes import ImageRecipe
 
@@ -70,8 +71,7 @@ class CodecTask(ImageTask[ImageCodec]):
 
     def scores(self, network: ImageCodec, images: Tensor, labels: Tensor) -> Tensor:
         """Return the PSNR of each image after encoding and decoding, clipped to [-1, 1]."""
-        errors = 0.5 * (network(images).clamp(-1.0, 1.0) - images)
-        return -10.0 * errors.square().flatten(1).mean(1).clamp_min(1e-10).log10()
+        return psnr(network(images), images)
 
 
 class ClassifierTask(ImageTask[ImageClassifier]):

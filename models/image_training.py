@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ppl_diffusion.imaging.classifier import ImageClassifier
 from ppl_diffusion.imaging.codec import ImageCodec
+from ppl_diffusion.imaging.codec_error import CodecError
 from ppl_diffusion.models.image_data import Images, load_images, shifted
 from ppl_diffusion.models.image_recipes import IMAGE_RECIPES, ImageRecipe
 from ppl_diffusion.models.image_tasks import IMAGE_TASKS, ClassifierTask, CodecTask
@@ -84,13 +85,16 @@ def train_images(
     fit = _Fit(IMAGE_TASKS[recipe.task](recipe), images, steps, seed, Path(out), place)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         fit.run(resume, quiet)
-    if not math.isfinite(fit.best):
+    if fit.best == -math.inf:
         raise TrainingDiverged(
             f"train: the score of {name} was never finite in {steps} steps, so nothing was written "
             f"to {str(fit.out)!r}; lower the learning rate, or check the images."
         )
+    network = fit.task.load(fit.out / NETWORK_FOLDER)
+    if isinstance(network, ImageCodec):
+        CodecError.fit(network, images.valid).save(fit.out / NETWORK_FOLDER)
     run = ImageRun(
-        fit.task.load(fit.out / NETWORK_FOLDER),
+        network,
         fit.out,
         fit.best,
         fit.task.score_name,
@@ -186,8 +190,15 @@ class _Fit:
                 f"There is nothing to resume in {str(self.out)!r}: {CHECKPOINT} is missing; train "
                 "without --resume."
             )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.get("origin") != self._origin():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            origin = content["origin"]
+        except Exception as error:  # what damage raises depends on where it is
+            raise ValueError(
+                f"train: {str(path)!r} is damaged or no checkpoint of such a run; train without "
+                "--resume."
+            ) from error
+        if origin != self._origin():
             raise ValueError(
                 f"train: the run in {str(self.out)!r} began with another recipe, seed or number "
                 "of steps; train without --resume."

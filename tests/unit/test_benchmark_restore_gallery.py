@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppl_diffusion.imaging.metrics import psnr
+
 ROOT = str(Path(__file__).parents[2])
 
 
@@ -34,7 +36,10 @@ def test_a_row_is_an_operator_and_an_image(lines, gallery):
     rows = gallery.rows_of(lines)
     assert [row.coordinates["task"] for row in rows] == ["rinp", "rinp", "phase", "phase"]
     means = [line.results["APS-SMC, mean"].summary["metrics"]["mean"]["psnr"] for line in lines]
-    assert [row.value for row in rows[1::2]] == means
+    assert [row.value for row in rows[1::2]] == pytest.approx(means)
+    one = lines[1].results["one"]
+    first = one.target.codec.decode(one.posterior.x0[0, 0]).clamp(-1, 1)
+    assert rows[2].value == pytest.approx(float(psnr(first, one.target.truth)))
 
 
 def test_it_is_a_picture(lines, gallery, tmp_path):

@@ -74,7 +74,7 @@ def test_job_and_program_have_the_same_target(prior, matrices):
     assert float(error) < 1.0  # the comparison has power
 
 
-@pytest.mark.parametrize("method", [name for name, cls in methods().items() if cls.needs.any_target])
+@pytest.mark.parametrize("method", [n for n, cls in methods().items() if cls.needs.any_target])
 def test_a_run_says_where_its_tensors_live(prior, matrices, method):
     """With everything asked for, so that each part of a design meets the device of its prior."""
     question = Question(gc=(0.1, 0.9), motifs=(MotifSpec(matrices, "M2", 0.5),), fix=((3, "TA"),))

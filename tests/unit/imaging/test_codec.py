@@ -1,10 +1,19 @@
 """Image codecs: tokens are signs, rows do not see each other, files give back the same bits."""
 
+import math
+
 import pytest
 import torch
 
 from ppl_diffusion.imaging import CodecConfig, ImageCodec
-from ppl_diffusion.imaging.lfq import lfq_codebook, lfq_ids, signs, straight_through
+from ppl_diffusion.imaging.lfq import (
+    commitment,
+    imbalance,
+    lfq_codebook,
+    lfq_ids,
+    signs,
+    straight_through,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,23 @@ def test_the_gradient_goes_straight_through():
     assert torch.equal(quantised, signs(e))
     (gradient,) = torch.autograd.grad((weight * quantised).sum(), e)
     assert torch.equal(gradient, weight)
+
+
+def test_commitment_is_the_distance_to_the_codes():
+    e = torch.tensor([[0.5, -1.0], [-0.5, 1.0]], requires_grad=True)
+    loss = commitment(e)
+    assert loss.item() == pytest.approx((0.25 + 0.25) / 4)
+    (gradient,) = torch.autograd.grad(loss, e)
+    assert torch.equal(gradient, torch.tensor([[-0.25, 0.0], [0.25, 0.0]]))
+
+
+def test_bits_in_balance_lack_nothing():
+    even = torch.tensor([[0.9, -0.2], [-0.9, 0.2]])
+    assert float(imbalance(even)) == pytest.approx(0.0, abs=1e-6)
+    assert float(imbalance(torch.ones(5, 3))) == pytest.approx(math.log(2), abs=1e-4)
+    one = torch.tensor([[1.0, 0.5], [-1.0, 0.5]])  # of two bits one is +1 three times out of four
+    lacking = math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
+    assert float(imbalance(one)) == pytest.approx(lacking / 2, abs=1e-4)
 
 
 def test_shapes_and_leading_dimensions(codec, images):

@@ -17,7 +17,7 @@ from ppl_diffusion.models.image_tasks import CodecTask
 from ppl_diffusion.models.image_training import train_images
 from ppl_diffusion.models.recipes import Recipe
 from ppl_diffusion.models.sequences import check_sequences
-from ppl_diffusion.models.training import train
+from ppl_diffusion.models.training import TrainingDiverged, train
 
 CODEC = ImageRecipe(
     "codec",
@@ -114,6 +114,16 @@ def test_a_resumed_run_is_the_unbroken_one(bars, codec_run, tmp_path, monkeypatc
         train_images("bars-codec", resume=True, **{**options, "out": tmp_path / "none"})
     with pytest.raises(ValueError, match="0 steps is not a run"):
         train_images("bars-codec", steps=0, **options)
+    (tmp_path / "last.ckpt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+        train_images("bars-codec", resume=True, **options)
+
+
+def test_a_run_that_diverges_leaves_nothing(bars, tmp_path):
+    recipe = dataclasses.replace(CODEC, learning_rate=float("inf"))
+    with pytest.raises(TrainingDiverged, match="the score of bars-codec was never finite in 5"):
+        train_images("bars-codec", out=tmp_path, recipe=recipe, images=bars, steps=5, quiet=True)
+    assert not (tmp_path / "network").exists()
 
 
 def test_a_classifier_learns(bars, tmp_path):

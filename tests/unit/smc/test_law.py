@@ -35,7 +35,9 @@ def other_network():
     )
 
 
-@pytest.mark.parametrize("method", [name for name, cls in methods().items() if cls.needs.any_target])
+@pytest.mark.parametrize(
+    "method", [name for name, cls in methods().items() if cls.needs.any_target]
+)
 def test_a_law_survives_json(method):
     law = law_of(method)
     again = Law.from_json(json.loads(json.dumps(law.to_json())))
