@@ -10,7 +10,7 @@ prior of the uniform process::
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.imaging.codec import ImageCodec
+from ppl_diffusion.imaging.codec_error import CodecError, MeasuredWithError
 from ppl_diffusion.imaging.measurement import Measurement
 from ppl_diffusion.inference import (
     G2D2,
@@ -36,6 +37,14 @@ from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.models import DiffusionProgram
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
+GAMMA, ZETA = 0.03, 0.3
+"""Strengths of guidance, chosen on other images than those that are compared: at 1 the evidence is
+counted once for each site that a step moves, and at little noise a first step reveals them all."""
+
+
+NUM_DRAWS = 256
+"""Draws of an image, where the error of the codec is one more thing that is random."""
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -51,6 +60,7 @@ class Restored:
     :param tokens: the sequences, int64 ``(n, L)``, or None where there are none.
     :param exact: whether the weights are exact for a declared law.
     :param log_evidence: the estimate, or None.
+    :param centre: the mean where it is known better than by the images, ``(C, H, W)``.
     """
 
     images: Tensor
@@ -62,10 +72,13 @@ class Restored:
     tokens: Tensor | None = None
     exact: bool = False
     log_evidence: float | None = None
+    centre: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """The weighted mean image, ``(C, H, W)``."""
+        if self.centre is not None:
+            return self.centre
         return (self.weights[:, None, None, None] * self.images).sum(0)
 
 
@@ -118,6 +131,8 @@ class ByMethod:
     :param num_steps: steps of the chain.
     :param ordered: reveal a number of tokens per step, not those whose time has come.
     :param uniform: the chain is that of the uniform process.
+    :param error: what the codec leaves out, as a part of the model; None takes decoded tokens for
+        images.
     """
 
     method: Method
@@ -125,6 +140,7 @@ class ByMethod:
     num_steps: int
     ordered: bool = False
     uniform: bool = False
+    error: CodecError | None = None
 
     def chain(self, prior: DiffusionProgram) -> ReverseChain:
         """Return the chain that particles move by."""
@@ -150,11 +166,12 @@ class ByMethod:
         if self.uniform and prior_uniform is None:
             raise ValueError(f"{self.method.name} needs the prior of the uniform process.")
         chain = self.chain(prior_uniform if self.uniform and prior_uniform else prior)
-        counted = CountedCodec(codec)
+        counted: Any = CountedCodec(codec)
+        model = measurement if self.error is None else MeasuredWithError(measurement, self.error)
         started = time.process_time()
         posterior = SMC(
             chain,
-            measurement.potential(counted),
+            model.potential(counted),
             method=self.method,
             num_particles=self.num_samples,
             store_path=False,
@@ -163,7 +180,24 @@ class ByMethod:
         # Directions of a Jacobian pass in batches that no hook sees.
         decoded = int(posterior.settings.get("num_decoded", 0))
         backward = max(counted.backward, decoded if _closed(self.method) else 0)
-        return _restored(posterior, codec, counted.forward, backward, seconds)
+        restored = _restored(posterior, codec, counted.forward, backward, seconds)
+        if isinstance(model, Measurement):
+            return restored
+        return _with_draws(restored, model, seed)
+
+
+def _with_draws(restored: Restored, model: MeasuredWithError, seed: int) -> Restored:
+    """Return draws of the image with the error of the codec, and the mean of its law."""
+    source = torch.Generator().manual_seed(seed)
+    rows = restored.weights.double().multinomial(NUM_DRAWS, replacement=True, generator=source)
+    images = restored.images
+    return replace(
+        restored,
+        images=model.sample(images[rows], generator=source),
+        weights=torch.full((NUM_DRAWS,), 1 / NUM_DRAWS).to(images),
+        centre=torch.einsum("n,nchw->chw", restored.weights, model.expected(images)),
+        tokens=None if restored.tokens is None else restored.tokens[rows],
+    )
 
 
 def _closed(method: Method) -> bool:
@@ -224,23 +258,37 @@ def _single(image: Tensor, seconds: float, tokens: Tensor | None = None) -> Rest
 
 
 def restorers(
-    num_samples: int = 16, num_steps: int = 8, num_iterations: int = 30, num_particles: int = 32
+    num_samples: int = 16,
+    num_steps: int = 8,
+    num_iterations: int = 30,
+    num_particles: int = 32,
+    error: CodecError | None = None,
 ) -> dict[str, Restorer]:
     """Return every way of restoring by name.
 
     :param num_samples: samples of methods that nothing weighs.
-    :param num_steps: steps of chains that reveal several tokens each; methods that go by time, as
-        published, get twice as many.
+    :param num_steps: steps of chains; methods whose steps cost next to nothing get twice as many.
     :param num_iterations: inner iterations ``J``; the published preset keeps its own 100.
     :param num_particles: particles of methods that are weighed.
+    :param error: adds ``aps+error`` and ``aps-smc+error``, for which what the codec leaves out is a
+        part of the model.
     """
     return {
+        **({} if error is None else _with_error(num_samples, num_particles, num_steps, error)),
         **_anchored(num_samples, num_steps, num_iterations),
         **_weighed(num_particles, num_steps),
-        **_rivals(num_samples, 2 * num_steps, num_iterations),
+        **_rivals(num_samples, num_steps, num_iterations),
         "prior": ByMethod(BestOfN(keep=num_samples), num_samples, 2 * num_steps),
         "pseudo-inverse": pseudo_inverse,
         "codec-ceiling": codec_ceiling,
+    }
+
+
+def _with_error(samples: int, particles: int, steps: int, error: CodecError) -> dict[str, Restorer]:
+    own: dict[str, Any] = {"ordered": True, "error": error}
+    return {
+        "aps+error": ByMethod(AnchoredPosteriorSampler(), samples, steps, **own),
+        "aps-smc+error": ByMethod(AnchoredSMC(), particles, steps, **own),
     }
 
 
@@ -282,21 +330,23 @@ def _weighed(size: int, steps: int) -> dict[str, Restorer]:
     return {
         "aps-smc": ByMethod(AnchoredSMC(), size, steps, ordered=True),
         "aps-smc policy": ByMethod(AnchoredSMC(variant="policy"), size, 2 * steps, ordered=True),
-        "relaxed-dps-smc": ByMethod(RelaxedDPS(weighted=True), size, 2 * steps, ordered=True),
+        "relaxed-dps-smc": ByMethod(
+            RelaxedDPS(weighted=True, zeta=ZETA), size, 2 * steps, ordered=True
+        ),
         "smc": ByMethod(Bootstrap(), size, 2 * steps, ordered=True),
     }
 
 
 def _rivals(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
-    fit = {"num_iterations": iterations, "decades": 1.0}
-    star, markov = G2D2(**fit), G2D2(transition="markov", **fit)
+    star = G2D2(num_iterations=iterations)
+    markov = G2D2(num_iterations=iterations, transition="markov")
     svdd = SoftValueGuidance(num_children=16, alpha=0.0, weighted=False)
-    sweeps = SplitGibbs(num_sweeps=25, num_prior_steps=steps, num_moves=200, last_time=1e-3)
+    sweeps = SplitGibbs(num_sweeps=20, num_prior_steps=steps, num_moves=100, last_time=1e-3)
     return {
         "g2d2-star": ByMethod(star, size, steps),
         "g2d2-markov": ByMethod(markov, size, steps),
         "split-gibbs": ByMethod(sweeps, size, steps, uniform=True),
-        "d-cbg": ByMethod(ClassifierGuidance(), size, steps),
-        "relaxed-dps": ByMethod(RelaxedDPS(), size, steps),
-        "svdd-pm": ByMethod(svdd, size, steps),
+        "d-cbg": ByMethod(ClassifierGuidance(gamma=GAMMA), size, 2 * steps),
+        "relaxed-dps": ByMethod(RelaxedDPS(rescale=True), size, 2 * steps),
+        "svdd-pm": ByMethod(svdd, size, 2 * steps),
     }

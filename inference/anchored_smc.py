@@ -133,7 +133,7 @@ class AnchoredSMC(Method):
     moves: Sequence[PathMove] | None = None
 
     name: ClassVar[str] = "aps-smc"
-    needs: ClassVar[Needs] = Needs(density=True, own_moves=True)
+    needs: ClassVar[Needs] = Needs(density=True, own_moves=True, guide=True)
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
@@ -156,7 +156,7 @@ class AnchoredSMC(Method):
             object.__setattr__(self, "needs_paths", True)
             object.__setattr__(self, "needs", replace(self.needs, free_chains=True))
         if self.twist not in ("auto", "moments"):
-            object.__setattr__(self, "twist", as_twist(self.twist))
+            object.__setattr__(self, "twist", as_twist(self.twist))  # type: ignore[arg-type]
 
     def _tokens(self) -> TiltedTokens:
         return TiltedTokens(self.lam, self.eps, self.temperature)
@@ -171,14 +171,14 @@ class AnchoredSMC(Method):
     def require(self, source: Source) -> None:
         """Refuse targets without a guide, and chains that it cannot steer."""
         super().require(source)
-        guides = self.guides(source)
+        owner, guides = type(self).__name__, self.guides(source)
         for site in source.chains:
             if site.name in guides:
-                require_steerable(site, guides[site.name], self.variant)
+                require_steerable(owner, site, guides[site.name], self.variant)
 
     def guides(self, source: Source) -> dict[str, EmbeddedPotential]:
         """Return the guide of each chain that has one."""
-        return guides_of(self.guide, source)
+        return guides_of(type(self).__name__, self.guide, source)
 
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return the site's own chain behind a counter; guided moves are made here."""
@@ -282,7 +282,9 @@ class AnchoredSMC(Method):
             carry = state["sites"].get(name)
             if carry is not None:
                 kernel, k = run.movers[name].kernel, state["done"][name]
-                total = total + per_particle(carried_lookahead(guidance.guide, kernel, carry, k))
+                clamp = run.sites[name].clamp
+                log_psi = carried_lookahead(guidance.guide, kernel, carry, k, clamp)
+                total = total + per_particle(log_psi)
         return total
 
     def ahead(self, run: Bound, state: State, group: int) -> Ahead | None:

@@ -17,7 +17,9 @@ import math
 import torch
 from torch import Tensor
 
+from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference.anchored_guidance import distinct_states
+from ppl_diffusion.inference.mean_field import jacobian_of
 from ppl_diffusion.kernels.base import GIVEN, Carry, Kernel
 from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.potentials.embedded import EmbeddedPotential, GaussianMeasurement
@@ -35,17 +37,28 @@ def moment_lookahead(guide: GaussianMeasurement, tokens: Tensor, log_d: Tensor) 
     return gaussian(residual.double(), jacobian.double(), cov.double(), guide.sigma)
 
 
-def carried_lookahead(guide: EmbeddedPotential, kernel: Kernel, carry: Carry, k: int) -> Tensor:
+def carried_lookahead(
+    guide: EmbeddedPotential,
+    kernel: Kernel,
+    carry: Carry,
+    k: int,
+    clamp: ClampProposal | None = None,
+) -> Tensor:
     """Return ``log psi`` of the states of a chain, ``(*batch,)``; equal ones are asked about once.
 
     The table is the one that the next step asks for, and kept for it by whoever counts rows.
 
     :param guide: a measurement.
     :param k: steps made so far.
+    :param clamp: tokens that are known before they are revealed.
     """
     assert isinstance(guide, GaussianMeasurement)
     tokens = carry[TOKENS]
     log_d = kernel.predict(carry, k).dense()
+    if clamp is not None:
+        known, where = clamp.beside(tokens)
+        hot = torch.nn.functional.one_hot(known, log_d.shape[-1]).to(log_d).log()
+        log_d = torch.where(where[:, None], hot, log_d)
     first, inverse = distinct_states(tokens, carry.get(GIVEN))
     rows, table = tokens.reshape(-1, tokens.shape[-1]), log_d.reshape(-1, *log_d.shape[-2:])
     found = moment_lookahead(guide, rows[first], table[first])
@@ -67,33 +80,24 @@ def moments(codebook: Tensor, tokens: Tensor, log_d: Tensor) -> tuple[Tensor, Te
 
 
 def linearised(guide: GaussianMeasurement, e: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``y - A(e)``, ``(n, m)``, and the Jacobian of ``A``, ``(n, m, L, b)``.
+    """Return ``y - A(e)``, ``(n, m)``, and the Jacobian of ``A``, ``(n or 1, m, L, b)``.
 
     :param e: points of the embedding space, ``(n, L, b)``.
     """
-    if guide.linear and len(e) > 1:
-        _, jacobian = linearised(guide, e[:1])
-        return guide.residual(e), jacobian.expand(len(e), *jacobian.shape[1:])
-    with torch.enable_grad():
-        leaf = e.detach().requires_grad_()
-        residual = guide.residual(leaf)
-        count = residual.shape[-1]
-        # Rows are independent: one pass gives the gradient of one number of every row.
-        each = torch.eye(count, dtype=residual.dtype, device=e.device)
-        each = each[:, None].expand(count, len(e), count)
-        (gradient,) = torch.autograd.grad(residual, leaf, each, is_grads_batched=True)
-    return residual.detach(), -gradient.movedim(0, 1)
+    jacobian, _ = jacobian_of(guide, e[:1] if guide.linear else e)
+    return guide.residual(e), jacobian
 
 
 def gaussian(residual: Tensor, jacobian: Tensor, cov: Tensor, sigma: float) -> Tensor:
     """Return the log-density of residuals, ``(n,)``, with what the covariance of sites adds.
 
     :param residual: ``(n, m)``.
-    :param jacobian: ``(n, m, L, b)``.
+    :param jacobian: ``(n or 1, m, L, b)``.
     :param cov: of the sites, ``(n, L, b, b)``.
     """
     count = residual.shape[-1]
-    spread = torch.einsum("nmlb,nlbc,nklc->nmk", jacobian, cov, jacobian)
+    own = jacobian.expand(len(residual), *jacobian.shape[1:])
+    spread = torch.einsum("nmlb,nlbc,nklc->nmk", own, cov, own)
     noise = sigma**2 * torch.eye(count, dtype=spread.dtype, device=spread.device)
     factor = torch.linalg.cholesky(spread + noise)
     scaled = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)[..., 0]

@@ -137,7 +137,8 @@ class HeldFirst:
 
     def __call__(self, step: Any, carry: Carry, k: int, /) -> TorchDistribution:
         """Return the move (a :class:`~ppl_diffusion.smc.Proposal`)."""
-        return self.proposal(self.clamp(step, carry, k), carry, k)  # type: ignore[arg-type]
+        held: Any = self.clamp(step, carry, k)
+        return self.proposal(held, carry, k)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def jacobian_of(potential: GaussianMeasurement, points: Tensor) -> tuple[Tensor,
     """
     num_data, (length, dim) = len(potential.y), points.shape[1:]
     if num_data <= length * dim:
-        _, pull = vjp(potential.predict, points)
+        pull = vjp(potential.predict, points)[1]
         basis = torch.eye(num_data, dtype=points.dtype, device=points.device)
         backward = vmap(
             lambda row: pull(row.expand(len(points), -1))[0], out_dims=1, chunk_size=CHUNK

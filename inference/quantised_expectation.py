@@ -233,7 +233,8 @@ class _Descent:
             live = live & sites.masked.any(-1)
             if not bool(live.any()):
                 break
-            self._step(optimiser, phi, gradient, live)
+            phi.grad = gradient  # rows that stopped may drift: they are looked at no more
+            optimiser.step()
         average = (total / seen[sites.rows, None].clamp_min(1)).log()
         return Expectation(
             log_r=sites.table(kept.to(torch.float64).log_softmax(-1)),
@@ -280,14 +281,6 @@ class _Descent:
             return live
         found = loss.masked_scatter(live, new)
         return live & ~(found >= loss)  # a loss that is no number is kept, and seen
-
-    def _step(
-        self, optimiser: torch.optim.Optimizer, phi: Tensor, gradient: Tensor, live: Tensor
-    ) -> None:
-        before, phi.grad = phi.detach().clone(), gradient
-        optimiser.step()
-        # Momentum would carry a row on that has stopped.
-        phi.data[~live[self.sites.rows]] = before[~live[self.sites.rows]]
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

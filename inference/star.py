@@ -183,7 +183,7 @@ class G2D2(Unpaid):
             for _ in range(self.num_iterations if bool(is_open(log_d).any()) else 0):
                 loss = self._loss(guide, logits, log_d, prior, weight, generator)
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 with torch.no_grad():
                     logits.copy_(logits.log_softmax(-1))
@@ -238,9 +238,10 @@ class G2D2(Unpaid):
             step = kernel.step(carry, k, fixed=fixed).with_log_probs(known)
         else:
             kappa = 0.0 if self.transition == "star" else 1.0
-            alphas = (float(alpha) for alpha in kernel.alphas[k : k + 2])
+            before, after = (float(alpha) for alpha in kernel.alphas[k : k + 2])
+            levels = (before, after, kappa)
             step = TokenStep(
-                process, carry["tokens"], known, *alphas, kappa, fixed=fixed, validate_args=False
+                process, carry["tokens"], known, *levels, fixed=fixed, validate_args=False
             )
         value: Tensor = draw_step(step, generator)  # type: ignore[assignment]
         return value

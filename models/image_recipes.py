@@ -38,13 +38,16 @@ class ImageRecipe:
     validate_every: int = 250
 
 
+# Where most of an image is one colour the bits need more balance: with 0.02 all of them froze.
+_EIGHT_BITS = {"num_bits": 8, "features": 24}
+
 IMAGE_RECIPES: dict[str, ImageRecipe] = {
     "digits-codec": ImageRecipe("codec", "digits", {"num_bits": 6}, steps=2500),
     "digits-classifier": ImageRecipe("classifier", "digits", steps=4000),
     "mnist-codec": ImageRecipe(
-        "codec", "mnist", {"num_bits": 8, "features": 24}, steps=2500, batch_size=32
+        "codec", "mnist", _EIGHT_BITS, steps=1500, batch_size=32, balance=0.2
     ),
     "faces-codec": ImageRecipe(
-        "codec", "faces", {"num_bits": 8, "features": 24}, steps=1500, batch_size=32, shift=2
+        "codec", "faces", _EIGHT_BITS, steps=1500, batch_size=32, balance=0.2, shift=2
     ),
 }

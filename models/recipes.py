@@ -223,7 +223,7 @@ RECIPES: dict[str, Recipe] = {
     "mnist": dataclasses.replace(
         _DIGITS,
         dataset="mnist",
-        steps=2000,
+        steps=1500,
         valid_rows=256,
         valid_times=8,
     ),

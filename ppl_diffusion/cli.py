@@ -269,12 +269,12 @@ def restore(
         str | None, Option(help="Its codec, or a folder that holds one; found by itself.")
     ] = None,
     codec_error: Annotated[
-        float,
+        bool | None,
         Option(
-            help="Standard deviation of what the codec cannot express, in what is measured; adds "
-            "to the noise, so that draws are not too sure."
+            help="Count what the codec leaves out of images as a part of the model, so that draws "
+            "are not too sure; if nothing is said, where the codec knows it."
         ),
-    ] = 0.0,
+    ] = None,
     particles: Annotated[int, Option(help="Particles per run.")] = 32,
     runs: Annotated[int, Option(help="Independent runs.")] = 2,
     steps: Annotated[

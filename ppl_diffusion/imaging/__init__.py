@@ -8,7 +8,6 @@ from ppl_diffusion.imaging.editing import Block as Block
 from ppl_diffusion.imaging.editing import block_prompt as block_prompt
 from ppl_diffusion.imaging.editing import outside_pixels as outside_pixels
 from ppl_diffusion.imaging.measurement import Measurement as Measurement
-from ppl_diffusion.imaging.measurement import codec_error as codec_error
 from ppl_diffusion.imaging.measurement import measure as measure
 from ppl_diffusion.imaging.operators.base import Operator as Operator
 from ppl_diffusion.imaging.operators.base import make_operator as make_operator

@@ -25,13 +25,6 @@ _STREAM = 2
 _PARAMETER = "parameter_"
 
 
-class Codec(Protocol):
-    """What :func:`codec_error` needs of a codec."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return images encoded and decoded, ``(n, C, H, W)``."""
-
-
 class Decoder(Protocol):
     """What a measurement needs of a codec."""
 
@@ -96,25 +89,17 @@ class Measurement:
         """
         return (self.y.to(images) - self.operator(images)).square().mean(-1) / self.sigma**2
 
-    def potential(self, codec: Decoder, *, codec_error: float = 0.0) -> GaussianMeasurement:
+    def potential(self, codec: Decoder) -> GaussianMeasurement:
         """Return the log-likelihood of tokens, differentiable in their embeddings.
 
         Decoders are not linear, so that it is not declared linear, whatever the operator.
 
         :param codec: decodes embeddings, and holds the codebook.
-        :param codec_error: standard deviation, in each number that is measured, of what the codec
-            cannot express (:func:`codec_error`); it adds to the noise. Without it the images of a
-            codec are held responsible for every detail of the truth, and draws are too sure.
-        :raises ValueError: if the error is negative or not finite.
         """
-        if not (math.isfinite(codec_error) and codec_error >= 0):
-            raise ValueError(
-                f"Measurement: the error of a codec is finite and not negative, got {codec_error}."
-            )
         return GaussianMeasurement(
             lambda embeddings: self.operator(codec.decode_embedded(embeddings)),
             self.y.to(codec.codebook),
-            math.hypot(self.sigma, codec_error),
+            self.sigma,
             codec.codebook,
             name=f"the measurement by {self.operator.label}",
         )
@@ -181,15 +166,3 @@ def measure(operator: Operator, image: Tensor, sigma: float, seed: int = 0) -> M
         clean = operator(image)
     noise = np.random.default_rng((_STREAM, seed)).standard_normal(operator.size)
     return Measurement(operator, clean + sigma * torch.from_numpy(noise).to(clean), float(sigma))
-
-
-def codec_error(operator: Operator, codec: Codec, images: Tensor) -> float:
-    """Return what a codec's images miss of a measurement: root mean square of each number.
-
-    :param operator: the operator.
-    :param codec: encodes and decodes.
-    :param images: images that it was not trained on, ``(n, C, H, W)``.
-    """
-    with torch.no_grad():
-        missed = operator(images) - operator(codec(images))
-    return float(missed.square().mean().sqrt())

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _ROWS = 256
 """Images decoded at a time."""
+DRAWS = 512
+"""Draws of the image, where the error of the codec is one more thing that is random."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class Images:
     :param tokens: their sequences, int64 ``(M, L)``.
     :param weights: pooled over the runs, float64 ``(M,)``; they sum to one.
     :param log_likelihood: of the data, ``(M,)``.
+    :param draws: of the law of the image, ``(D, C, H, W)``, by ``draw_weights``: the same images,
+        or where the error of the codec is counted draws with it, of equal weight.
     """
 
     images: Tensor
     tokens: Tensor
     weights: Tensor
     log_likelihood: Tensor
+    draws: Tensor
+    draw_weights: Tensor
 
     @property
     def restored(self) -> Tensor:
@@ -46,12 +52,12 @@ class Images:
     @property
     def sd(self) -> Tensor:
         """The standard deviation of every pixel, ``(C, H, W)``."""
-        return weighted.sd(self.images, self.weights)
+        return weighted.sd(self.draws, self.draw_weights)
 
     @property
     def interval(self) -> tuple[Tensor, Tensor]:
         """The ends of the central 90 % interval of every pixel, each ``(C, H, W)``."""
-        return weighted.interval(self.images, self.weights)
+        return weighted.interval(self.draws, self.draw_weights)
 
 
 def decode(target: Target, posterior: ParticlePosterior) -> Images:
@@ -68,13 +74,40 @@ def decode(target: Target, posterior: ParticlePosterior) -> Images:
     # Equal weights differ by rounding: those of an unweighted method are to tie.
     order = sorted(range(len(tokens)), key=lambda m: (-round(float(weights[m]), 9), -log_g[m]))
     kept = [m for m in order if weights[m] > 0]
-    images = decoded(target, tokens[kept])
-    return Images(images, tokens[kept], weights[kept], log_g[kept])
+    tokens, weights = tokens[kept], weights[kept]
+    images = expected(target, tokens)
+    draws, draw_weights = images, weights
+    if target.error is not None:
+        generator = torch.Generator().manual_seed(target.job.search.seed)
+        rows = weights.multinomial(DRAWS, replacement=True, generator=generator)
+        draws = sampled(target, tokens[rows], generator)
+        draw_weights = torch.full((DRAWS,), 1.0 / DRAWS, dtype=torch.float64)
+    return Images(images, tokens, weights, log_g[kept], draws, draw_weights)
+
+
+def expected(target: Target, tokens: Tensor) -> Tensor:
+    """Return the images that sequences stand for, ``(n, C, H, W)``, clipped to [-1, 1].
+
+    :param tokens: int64 ``(n, L)``.
+    """
+    images = decoded(target, tokens)
+    return images if target.error is None else target.error.expected(images).clamp(-1.0, 1.0)
+
+
+def sampled(target: Target, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a draw of the image for each sequence, with the error of the codec if it counts.
+
+    :param tokens: int64 ``(n, L)``.
+    """
+    images = decoded(target, tokens)
+    if target.error is None:
+        return images
+    return target.error.sample(images, generator=generator).clamp(-1.0, 1.0)
 
 
 @torch.no_grad()
 def decoded(target: Target, tokens: Tensor) -> Tensor:
-    """Return the images of sequences, ``(n, C, H, W)``, clipped to [-1, 1].
+    """Return the decoded images of sequences, ``(n, C, H, W)``, clipped to [-1, 1].
 
     :param tokens: int64 ``(n, L)``.
     """

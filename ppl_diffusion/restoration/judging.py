@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +80,7 @@ def _figures(target: Target, image: Tensor) -> dict[str, float | None]:
     figures |= {"psnr": float(psnr(image, truth))}
     if min(truth.shape[1:]) >= 7:
         figures |= {"ssim": float(ssim(image, truth))}
-    name = f"{Path(target.job.name).name}-classifier"
+    name = f"{str(target.job.codec).removesuffix('-codec')}-classifier"
     if name in list_classifiers():
         figures |= {"perceptual": float(perceptual(image, truth, load_classifier(name)))}
     return {key: number_or_none(value) for key, value in figures.items()}
@@ -89,7 +88,7 @@ def _figures(target: Target, image: Tensor) -> dict[str, float | None]:
 
 def _posterior(target: Target, images: Images) -> dict[str, float]:
     """Return figures of the weighted images together, on [0, 1]."""
-    draws, weights = unit(images.images), images.weights
+    draws, weights = unit(images.draws), images.draw_weights
     figures = {"diversity": weighted.diversity(draws, weights)}
     if target.truth is not None:
         truth = unit(target.truth)

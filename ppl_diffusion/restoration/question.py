@@ -20,8 +20,8 @@ class Question:
     :param operator: name of the operator; super-resolution by four if nothing is said.
     :param noise: standard deviation of the noise, for images in [-1, 1]; 0.05 if nothing is said.
     :param measured: whether the image is the measurement, of a truth that nobody knows.
-    :param codec_error: what the codec cannot express, see
-        :meth:`~ppl_diffusion.imaging.measurement.Measurement.potential`.
+    :param codec_error: whether what the codec leaves out of an image is a part of the model
+        (:mod:`ppl_diffusion.imaging.codec_error`); None counts it where the codec knows it.
     :param resize: whether an image of another size is brought to the right one.
     :raises InputError: if a number cannot be used, or a measurement is told what it holds.
     """
@@ -31,7 +31,7 @@ class Question:
     noise: float | None = None
     measured: bool = False
     resize: bool = False
-    codec_error: float = 0.0
+    codec_error: bool | None = None
 
     def __post_init__(self) -> None:
         positive("the noise", self.noise)

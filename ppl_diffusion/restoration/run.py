@@ -13,7 +13,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference import SMC, Method
 from ppl_diffusion.jobs.checks import InputError, user_input
-from ppl_diffusion.restoration.images import Images, decode, decoded
+from ppl_diffusion.restoration.images import Images, decode, sampled
 from ppl_diffusion.restoration.judging import summarise
 from ppl_diffusion.restoration.target import Target
 
@@ -53,7 +53,7 @@ def restore(target: Target, *, progress: Progress | None = None) -> Result:
     images = decode(target, posterior)
     generator = torch.Generator().manual_seed(target.job.search.seed)
     drawn = posterior.resample(NUM_SAMPLES, generator=generator)
-    samples = decoded(target, drawn["x0"])
+    samples = sampled(target, drawn["x0"], generator)
     summary = {
         **summarise(target, posterior, images),
         "decoder_calls": embedded,

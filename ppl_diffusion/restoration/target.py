@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.imaging.codec_error import MeasuredWithError
 from ppl_diffusion.imaging.files import read_image
 from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import make_operator
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.kernels import OrderedKernel
-from ppl_diffusion.models import DiffusionProgram, load, load_codec
-from ppl_diffusion.models.cards import read_card
+from ppl_diffusion.models import DiffusionProgram, load, load_codec, load_codec_error
+from ppl_diffusion.models.cards import find_folder, names, read_card
 from ppl_diffusion.models.image_data import IMAGE_READERS, load_images
 from ppl_diffusion.potentials import GaussianMeasurement
 from ppl_diffusion.restoration.question import NOISE, OPERATOR, Job, Question
@@ -38,7 +39,9 @@ class Target:
     :param job: the job, with every default filled in.
     :param measurement: what is known.
     :param truth: the image that was measured, ``(C, H, W)``, or None.
-    :param potential: the likelihood of tokens.
+    :param error: the measurement with what the codec leaves out, where that is counted.
+
+    :ivar potential: the likelihood of tokens.
     """
 
     job: Job
@@ -46,7 +49,12 @@ class Target:
     codec: ImageCodec
     measurement: Measurement
     truth: Tensor | None
-    potential: GaussianMeasurement
+    error: MeasuredWithError | None
+    potential: GaussianMeasurement = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = self.error or self.measurement
+        object.__setattr__(self, "potential", known.potential(self.codec))
 
     def chains(self) -> list[ReverseChain]:
         """Return the chains of the prior that a method may move, the better ones first.
@@ -78,20 +86,34 @@ def build_target(job: Job) -> Target:
             part.to(job.search.device or "cpu")
         _require_pair(job, prior, codec)
         truth, measurement = _measured(job, codec)
-        potential = measurement.potential(codec, codec_error=job.question.codec_error)
+        error = _error(job, measurement)
     steps = -(-prior.length // REVEALS) if prior.process.absorbing else UNMASKED_STEPS
     search = dataclasses.replace(job.search, num_steps=job.search.num_steps or steps)
     job = dataclasses.replace(job, search=search)
-    return Target(job, prior, codec, measurement, truth, potential)
+    return Target(job, prior, codec, measurement, truth, error)
 
 
 def _codec_name(name: str, prior: DiffusionProgram) -> str:
     """Return the codec that the card of a prior names, by default that of its own name."""
     try:
-        known = read_card(name).get("codec")
+        known = read_card(str(find_folder(name, names(), "prior").resolve())).get("codec")
     except FileNotFoundError:
         known = None
     return known or f"{prior.name}-codec"
+
+
+def _error(job: Job, measurement: Measurement) -> MeasuredWithError | None:
+    """Return the measurement with the error of the codec, if asked for or, unasked, if known."""
+    asked = job.question.codec_error
+    if asked is False:
+        return None
+    assert job.codec is not None
+    try:
+        return MeasuredWithError(measurement, load_codec_error(job.codec))
+    except FileNotFoundError:
+        if asked:
+            raise
+        return None
 
 
 def _require_pair(job: Job, prior: DiffusionProgram, codec: ImageCodec) -> None:

@@ -253,11 +253,13 @@ def test_the_best_iterate_has_more_posterior_mass_than_the_last(group_size):
 
 
 def test_coordinate_ascent_is_exact_where_all_is_a_product():
-    def apart(e):  # each site on its own
+    codes = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.5, -1.0], [2.0, 1.0]], dtype=torch.float64)
+
+    def apart(e):  # each site on its own, and codes of unequal length
         return (e * torch.tensor([1.0, 0.5], dtype=torch.float64)).flatten(-2)
 
     y = torch.randn(8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    potential = GaussianMeasurement(apart, y, 0.7, CODES, linear=True)
+    potential = GaussianMeasurement(apart, y, 0.7, codes, linear=True)
     log_d = marginals()
     posterior = torch.softmax(log_product(log_d) + potential(TOY.states), 0)
     found = QuantisedExpectation(inner="cavi")(potential, MASKS, log_d[None])

@@ -21,7 +21,6 @@ from ppl_diffusion.inference import (
     Guidance,
     QuantisedExpectation,
     Remask,
-    TiltedTokens,
 )
 from ppl_diffusion.inference.anchored_guidance import Guided
 from ppl_diffusion.inference.anchored_steps import PolicyStep, values_move
@@ -581,12 +580,3 @@ def test_a_batch_is_what_its_rows_are_alone():
     for row in range(len(rows)):
         alone = guidance(rows[row : row + 1], log_d[row : row + 1])
         torch.testing.assert_close(alone.log_c[0], together.log_c[row], rtol=0, atol=1e-9)
-
-
-def test_the_tilted_law_keeps_its_floor_and_the_support():
-    log_d = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).double().log()
-    log_r = torch.tensor([[0.1, 0.1, 0.4, 0.4]]).double().log()
-    c = TiltedTokens()(log_d, log_r, torch.tensor([2])).exp()
-    assert c[0, 2:].tolist() == [0.0, 0.0]
-    assert float(c.sum()) == pytest.approx(1.0)
-    assert bool((c >= 0.2 * log_d.exp()).all())

@@ -117,8 +117,8 @@ AS_PREDICTED = {"num_iterations": 0, "forget": 1.0, "top_p": 1.0}
     [("markov", masked_chain, 1.0), ("markov", uniform_chain, 1.0), ("star", uniform_chain, 0.0)],
 )
 def test_without_a_fit_the_method_is_the_chain_of_its_form(form, chain, kappa):
-    law = ExactChain.of(chain(3, kappa)).x0_law()
-    require_law(chain(3), G2D2(transition=form, **AS_PREDICTED), law)
+    law = ExactChain.of(chain(6, kappa)).x0_law()
+    require_law(chain(6), G2D2(transition=form, **AS_PREDICTED), law, draws=60_000)
 
 
 def test_in_order_both_forms_keep_the_law_they_have_in_time():

@@ -15,7 +15,7 @@ from ppl_diffusion.inference import SMC, PluginLikelihood
 from ppl_diffusion.inference.classifier_guidance import NeighbourTilt
 from ppl_diffusion.inference.relaxed import AtMean, ThroughNetwork
 from ppl_diffusion.kernels import ClassifierKernel, InterpolatingKernel
-from ppl_diffusion.potentials import EmbeddedPotential, factor
+from ppl_diffusion.potentials import EmbeddedPotential, GaussianMeasurement, factor
 from ppl_diffusion.testing.anchored_toys import measured_toy
 from ppl_diffusion.testing.oracles import ExactChain, total_variation, z_score
 from tests.helpers.rival_toy import (
@@ -111,41 +111,40 @@ def test_neighbours_are_priced_exactly_where_log_g_is_affine():
 # Relaxed posterior sampling.
 
 
-def operator():
-    """Return ``A`` as a matrix of sites, ``(m, L, b)``, by its definition."""
-    rows = torch.zeros(4, LENGTH, 2).double()
-    for coordinate in range(2):
-        for pair in range(2):
-            rows[coordinate * 2 + pair, 2 * pair : 2 * pair + 2, coordinate] = 0.5
-    return rows
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Codes of unequal length: those of the toy all pay the same for their own squares.
+ROWS, UNEQUAL = random(3, LENGTH, 2, seed=1), random(SIZE, 2, seed=2)
+LINEAR = GaussianMeasurement(
+    lambda e: torch.einsum("mlb,...lb->...m", ROWS, e), random(3, seed=3), 0.8, UNEQUAL, linear=True
+)
 
 
 def prediction():
-    return torch.softmax(
-        torch.randn(LENGTH, SIZE, generator=torch.Generator().manual_seed(5)).double(), -1
-    )
+    return torch.softmax(random(LENGTH, SIZE, seed=5), -1)
 
 
-def tilted_table(**options):
+def tilted_table(guide=LINEAR, **options):
     d = prediction()
-    return torch.softmax(d.log() + AtMean(TOY.potential, **options).tilt(d @ CODES), -1)
+    return torch.softmax(d.log() + AtMean(guide, **options).tilt(d @ guide.codebook), -1)
 
 
 def test_the_cheap_form_is_one_step_of_exponentiated_gradient():
     """``r ~ d exp(-dl/dr)``, the derivative being that in the table."""
     d = prediction().requires_grad_()
-    (slope,) = torch.autograd.grad(-TOY.potential.embedded(d @ CODES), d)
+    (slope,) = torch.autograd.grad(-LINEAR.embedded(d @ UNEQUAL), d)
     step = torch.softmax(d.detach().log() - 0.7 * slope, -1)
     torch.testing.assert_close(tilted_table(zeta=0.7), step, rtol=0, atol=1e-12)
 
 
 def sweep(d):
     """Return the table of every site given the others at their means: mean-field, all at once."""
-    rows, y, sigma = operator(), TOY.potential.y, TOY.potential.sigma
-    parts = torch.einsum("mlb,lb->lm", rows, d @ CODES)
-    rest = y - parts.sum(0) + parts  # (L, m)
-    misfit = rest[:, None] - torch.einsum("mlb,vb->lvm", rows, CODES)
-    return torch.softmax(d.log() - misfit.square().sum(-1) / (2 * sigma**2), -1)
+    parts = torch.einsum("mlb,lb->lm", ROWS, d @ UNEQUAL)
+    rest = LINEAR.y - parts.sum(0) + parts  # (L, m)
+    misfit = rest[:, None] - torch.einsum("mlb,vb->lvm", ROWS, UNEQUAL)
+    return torch.softmax(d.log() - misfit.square().sum(-1) / (2 * LINEAR.sigma**2), -1)
 
 
 def test_with_the_second_order_term_it_is_the_first_mean_field_sweep():
@@ -156,10 +155,10 @@ def test_with_the_second_order_term_it_is_the_first_mean_field_sweep():
 
 def test_rescaled_it_follows_the_norm_and_not_its_square():
     d = prediction()
-    point = (d @ CODES).requires_grad_()
-    norm = TOY.potential.residual(point).norm() / TOY.potential.sigma
+    point = (d @ UNEQUAL).requires_grad_()
+    norm = LINEAR.residual(point).norm() / LINEAR.sigma
     (slope,) = torch.autograd.grad(norm, point)
-    expected = torch.softmax(d.log() - 1.3 * slope @ CODES.mT, -1)
+    expected = torch.softmax(d.log() - 1.3 * slope @ UNEQUAL.mT, -1)
     torch.testing.assert_close(tilted_table(zeta=1.3, rescale=True), expected, rtol=0, atol=1e-12)
 
 

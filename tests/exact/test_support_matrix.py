@@ -362,6 +362,8 @@ ROWS = {
     "coded": Row("code first, tokens given it (SEQ, two chains)", coded, coded_table, with_code),
     "smooth": Row("chain of a vector and tokens (SEQ)", smooth, smooth_table, with_code),
 }
+STEERED = {"unlike": "a", "second": "b", "coded": "path"}
+"""Programs of several chains, and the one that is guided where a method takes them."""
 SIZE = {"num_particles": 12, "num_runs": 200}
 BITWISE = ("condition", "beside", "coded", "smooth")
 """Programs over two tokens."""
@@ -385,7 +387,10 @@ def smc(method, name):
     own = options.get(method, {})
     if methods()[method].needs.guide:  # free to be wrong: it likes the first token
         codes = torch.eye(2 if name in BITWISE else 3, dtype=torch.float64)
-        own = {**own, "guide": EmbeddedPotential(lambda e: e[..., 0].sum(-1), codes)}
+        guide = EmbeddedPotential(lambda e: e[..., 0].sum(-1), codes)
+        # This one steers a chain among others.
+        each = method == "aps-smc" and name in STEERED
+        own = {**own, "guide": {STEERED[name]: guide} if each else guide}
     return SMC(ROWS[name].program, method=method, **SIZE, **own)
 
 
@@ -435,7 +440,7 @@ def declared(method, name):
             "SplitGibbs: a copy differs from its sequence by uniform noise, and the chain is one "
             f"of {process!r}; take a prior of the Uniform process, or another method."
         )
-    if needs.guide and name in ("unlike", "second", "coded"):
+    if needs.guide and name in STEERED:
         return f"{owner}: it restores one chain, and there are 2; use SMC."
     if needs.own_moves and name == "twist":
         return (
@@ -452,6 +457,12 @@ def declared(method, name):
         return (
             "SuffixRefresh: a LatentKernel remembers more than its tokens, so its steps cannot be "
             "taken again from a state; use OrderRefresh or no move."
+        )
+    if method == "aps-smc" and name in ("beside", "smooth"):
+        kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel
+        return (
+            "AnchoredSMC: anchors are for masked chains at kappa=1 (InterpolatingKernel, or "
+            f"OrderedKernel), which {kernel!r} is not; use method='smc'."
         )
     if method == "g2d2" and name in ("beside", "smooth"):
         kernel = {"beside": BESIDE, "smooth": SMOOTH}[name].kernel

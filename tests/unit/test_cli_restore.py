@@ -173,7 +173,7 @@ def test_a_method_that_cannot_say_why(places, tmp_path, capsys):
         (["IMAGE", "--operator", "blur"], "there is no operator 'blur'"),
         (["IMAGE", "--noise", "-1"], "The noise must be above 0"),
         (["IMAGE", "--particles", "1"], "at least 2"),
-        (["IMAGE", "--codec-error", "-1"], "the error of a codec is finite and not negative"),
+        (["IMAGE", "--codec-error"], "has no error.safetensors"),
         (["IMAGE", "--prior", "nothing"], "There is no prior 'nothing'"),
         (["IMAGE", "--codec", "digits-codec"], "reads 16 of 64"),
         (["nowhere.png"], "There is no image 'nowhere.png'"),

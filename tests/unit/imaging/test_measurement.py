@@ -7,7 +7,7 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion.imaging.measurement import Measurement, codec_error, measure
+from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import Operator, make_operator
 from ppl_diffusion.testing import PotentialContract
 
@@ -101,24 +101,6 @@ def test_the_potential_is_the_likelihood_of_decoded_tokens():
     embeddings = codec.codebook[tokens].clone().requires_grad_()
     potential.embedded(embeddings).sum().backward()
     assert bool(embeddings.grad.abs().sum((-2, -1)).gt(0).all())
-
-
-def test_what_a_codec_cannot_express_adds_to_the_noise():
-    measurement, codec = measured("gblur", sigma=0.3), Blocks()
-    tokens = torch.tensor([[0, 1, 2, 3], [3, 3, 0, 1]])
-    wider = Measurement(measurement.operator, measurement.y, 0.5).potential(codec)
-    torch.testing.assert_close(
-        measurement.potential(codec, codec_error=0.4)(tokens), wider(tokens), rtol=1e-6, atol=0
-    )
-    with pytest.raises(ValueError, match="the error of a codec is finite and not negative"):
-        measurement.potential(codec, codec_error=-1.0)
-
-
-def test_the_error_of_a_codec_is_what_the_operator_sees_of_it():
-    images = torch.stack([image(seed) for seed in range(3)])
-    operator = make_operator("gblur", SHAPE)
-    assert codec_error(operator, lambda u: u - 0.2, images) == pytest.approx(0.2)
-    assert codec_error(operator, lambda u: u, images) == 0
 
 
 def test_a_program_observes_it():

@@ -1,13 +1,16 @@
 """Restorations against the posterior of all 256 sequences."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 from ppl_diffusion.imaging import weighted
+from ppl_diffusion.imaging.codec_error import CodecError
 from ppl_diffusion.imaging.measurement import Measurement
 from ppl_diffusion.imaging.metrics import psnr, unit
+from ppl_diffusion.inference import methods
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import OrderedKernel
@@ -116,6 +119,19 @@ def test_a_saved_measurement_has_no_truth_and_the_same_posterior(places, tmp_pat
     assert list(again.summary["posterior"]) == ["diversity"]
 
 
+@pytest.mark.parametrize("prior", ["digits", "digits-uniform"])
+def test_shipped_priors_know_their_codec_and_classifier(prior):
+    search = Search(method="smc", num_particles=2, num_runs=1, num_steps=2)
+    target = build_target(Job(prior, Question("digits:1", noise=0.5), search))
+    assert target.job.codec == "digits-codec"
+    assert restore(target).summary["metrics"]["codec"].keys() == {
+        "residual",
+        "psnr",
+        "ssim",
+        "perceptual",
+    }
+
+
 def test_seeds_decide_operator_noise_and_draws(places):
     def measured(seed):
         search = dataclasses.replace(SEARCH, seed=seed)
@@ -156,3 +172,61 @@ def test_parts_that_do_not_belong_together_are_refused(places, tmp_path):
     question = Question(str(tmp_path / "m.npz"), measured=True)
     with pytest.raises(InputError, match="one of an image of 4 x 4 pixels, grey"):
         build_target(dataclasses.replace(asked, question=question))
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_restores_with_one_of_the_priors(method, places):
+    search = Search(method=method, num_particles=8, num_runs=1, num_steps=2)
+    prior = "uniform" if method == "split-gibbs" else "masked"
+    result = restore(build_target(job(places, prior, search)))
+    assert result.summary["method"] == method
+    assert result.summary["decoder_calls"] > 0
+    assert float(result.images.weights.sum()) == pytest.approx(1)
+
+
+def test_a_method_without_a_chain_to_move_is_refused(places):
+    search = Search(method="split-gibbs", num_particles=2, num_runs=1, num_steps=2)
+    with pytest.raises(InputError, match=r"[Uu]niform"):
+        restore(build_target(job(places, "masked", search)))
+
+
+@pytest.fixture(scope="module")
+def with_error(places, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_error") / "places"
+    shutil.copytree(places, folder)
+    generator = torch.Generator().manual_seed(5)
+    factor = 0.1 * torch.randn(64, 2, generator=generator)
+    CodecError(torch.zeros(64), factor, torch.full((64,), 0.04)).save(folder / "codec")
+    return folder
+
+
+def test_what_the_codec_leaves_out_counts_where_it_is_known(places, with_error):
+    search = Search(method="smc", num_particles=400, num_runs=4, num_steps=3)
+    target = build_target(job(with_error, "uniform", search))
+    result = restore(target)
+    exact = ExactChain.of(target.chains()[0])
+    weights = exact.posterior(target.potential)
+    assert target.error is not None
+    images = target.error.expected(decoded(target, exact.states)).clamp(-1, 1).double()
+    left = target.error.error.covariance - (
+        target.error.gain @ target.error.jacobian @ target.error.error.covariance
+    )
+    mean = weighted.mean(images, weights)
+    spread = weighted.sd(images, weights).square() + left.diagonal().reshape(1, 8, 8)
+    inside = mean.abs() < 0.5  # where nothing is clipped
+    assert int(inside.sum()) > 20
+    torch.testing.assert_close(result.images.mean.double(), mean, rtol=0, atol=0.08)
+    ratio = result.images.sd.double()[inside] / spread.sqrt()[inside]
+    # 512 draws: a standard deviation is within a third of itself but for one in 1e9.
+    assert bool(((ratio - 1).abs() < 0.33).all())
+    plain = build_target(job(with_error, "uniform", search, codec_error=False))
+    assert plain.error is None
+    rows = exact.states[:4]
+    known = plain.measurement.potential(plain.codec)(rows)
+    torch.testing.assert_close(plain.potential(rows), known)
+    assert build_target(job(places)).error is None
+
+
+def test_an_error_that_nobody_knows_is_refused(places):
+    with pytest.raises(InputError, match=r"has no error\.safetensors"):
+        build_target(job(places, codec_error=True))

@@ -1,0 +1,97 @@
+"""Restorers of the benchmark: one shape of result, honest counts, and no look at the truth."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppl_diffusion as ppd
+from ppl_diffusion.imaging.codec_error import CodecError
+from ppl_diffusion.imaging.measurement import measure
+from ppl_diffusion.imaging.operators import make_operator
+from ppl_diffusion.models.image_data import load_images
+
+TINY = {"num_samples": 3, "num_steps": 2, "num_iterations": 2, "num_particles": 4}
+ROOT = str(Path(__file__).parents[2])
+NAMES = (
+    "aps mean-field aps-smc relaxed-dps-smc smc g2d2-star g2d2-markov split-gibbs "
+    "d-cbg relaxed-dps svdd-pm prior pseudo-inverse codec-ceiling aps+error aps-smc+error"
+)
+SINGLE = ("pseudo-inverse", "codec-ceiling")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    prior, codec = ppd.models.load("digits"), ppd.models.load_codec("digits-codec")
+    truth = load_images("digits", None).test[0]
+    measurement = measure(make_operator("sr4", codec.image_shape, seed=0), truth, 0.05, 0)
+    return prior, ppd.models.load("digits-uniform"), codec, measurement, truth
+
+
+@pytest.fixture
+def made(monkeypatch):
+    if ROOT not in sys.path:  # `benchmarks` is not installed
+        monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks._restore_methods")
+    shape = (256,)
+    error = CodecError(torch.zeros(shape), torch.zeros(256, 1), torch.full(shape, 0.01))
+    found = module.restorers(**TINY, error=error)
+    long = found["split-gibbs"]
+    short = replace(long, method=replace(long.method, num_sweeps=2, num_moves=3))
+    return {**found, "split-gibbs": short}
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_a_restorer_returns_images_weights_and_costs(name, made, parts):
+    restored = made[name](*parts, 0)
+    count = len(restored.images)
+    assert restored.images.shape[1:] == parts[-1].shape
+    assert count == 1 if name in SINGLE else count in (3, 4)
+    assert float(restored.weights.sum()) == pytest.approx(1, abs=1e-5)
+    assert restored.seconds >= 0
+    assert restored.mean.shape == parts[-1].shape
+    assert (restored.denoiser_rows > 0) == (name not in SINGLE)
+    assert restored.exact == ("smc" in name)
+    assert (restored.log_evidence is not None) == restored.exact
+
+
+@pytest.mark.parametrize("name", ["aps", "g2d2-star", "mean-field"])
+def test_gradients_are_counted(name, made, parts):
+    restored = made[name](*parts, 0)
+    assert restored.decoder_backward > 0
+    assert restored.decoder_forward > 0
+
+
+@pytest.mark.parametrize("name", ["svdd-pm", "prior", "smc"])
+def test_methods_without_gradients_count_none(name, made, parts):
+    assert made[name](*parts, 0).decoder_backward == 0
+
+
+def test_g2d2_decodes_each_particle_once_for_each_iteration(made, parts):
+    """Two steps of two iterations with three particles, and the distinct ends."""
+    restored = made["g2d2-star"](*parts, 0)
+    assert restored.decoder_backward == 2 * 2 * 3
+    assert 12 < restored.decoder_forward <= 12 + 3
+
+
+def test_the_truth_is_for_the_ceiling_alone(made, parts):
+    other = torch.zeros_like(parts[-1])
+    for name in ("aps", "svdd-pm", "pseudo-inverse"):
+        seen = made[name](*parts[:-1], parts[-1], 1).images
+        unseen = made[name](*parts[:-1], other, 1).images
+        assert torch.equal(seen, unseen)
+
+
+def test_images_with_an_error_of_their_own_are_no_decoded_tokens(made, parts):
+    for name in ("aps+error", "aps-smc+error"):
+        restored = made[name](*parts, 0)
+        assert not torch.allclose(restored.images, parts[2].decode(restored.tokens), atol=0.05)
+
+
+def test_split_gibbs_asks_for_its_prior(made, parts):
+    prior, _, *rest = parts
+    with pytest.raises(ValueError, match="needs the prior of the uniform process"):
+        made["split-gibbs"](prior, None, *rest, 0)
