@@ -42,6 +42,8 @@ GAMMA, ZETA = 0.03, 0.3
 counted once for each site that a step moves, and at little noise a first step reveals them all."""
 
 
+LONG = 100
+"""Inner iterations of the published settings."""
 NUM_DRAWS = 256
 """Draws of an image, where the error of the codec is one more thing that is random."""
 
@@ -315,6 +317,9 @@ def _anchored(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
     for name, options in ABLATIONS.items():
         method = AnchoredPosteriorSampler(num_iterations=iterations, **options)
         found[name] = ByMethod(method, size, steps, ordered=True)
+    # As many gradients as the published settings, the best of them, and the likelihood alone.
+    longer = AnchoredPosteriorSampler(num_iterations=LONG, kl_weight=0.0)
+    found["aps-long"] = ByMethod(longer, size, steps, ordered=True)
     found["mean-field"] = ByMethod(
         AnchoredPosteriorSampler(
             inner="gauss-newton", num_iterations=max(1, iterations // 10), token="sample"
