@@ -67,12 +67,20 @@ def cases() -> list[Case]:
             (" + twist", "moments", 0.0),
             (" + twist, floor .2", "moments", 0.2),
         ):
-            method = AnchoredSMC(variant=variant, twist=twist, floor=floor)  # type: ignore[arg-type]
+            method = AnchoredSMC(
+                variant=variant,  # type: ignore[arg-type]
+                twist=twist,  # type: ignore[arg-type]
+                floor=floor,
+                num_children=1,
+            )
             made.append(Case(variant + name, law, method))
-    no_floor = AnchoredSMC(variant="values", delta=0.0, floor=0.0)
+        made.append(Case(variant + ", default", law, AnchoredSMC(variant=variant)))  # type: ignore[arg-type]
+    no_floor = AnchoredSMC(variant="values", delta=0.0, floor=0.0, num_children=1)
     made.append(Case("values + twist, delta 0", "p", no_floor))
     last = QuantisedExpectation(keep="last")
-    unpaid = Unpaid(variant="values", delta=0.0, tau=0.5, expectation=last)
+    unpaid = Unpaid(
+        variant="values", delta=0.0, tau=0.5, expectation=last, floor=0.0, num_children=1
+    )
     return [*made, Case("WRONG: values, order unpaid", "p", unpaid, wrong=True)]
 
 

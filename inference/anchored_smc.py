@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -43,6 +44,7 @@ from ppl_diffusion.inference.anchored_guides import guides_of, require_steerable
 from ppl_diffusion.inference.anchored_steps import PolicyStep, values_move
 from ppl_diffusion.inference.anchored_twist import carried_lookahead
 from ppl_diffusion.inference.arguments import require_moves
+from ppl_diffusion.inference.families import best_end
 from ppl_diffusion.inference.path_moves import checked_moves
 from ppl_diffusion.inference.quantised_expectation import QuantisedExpectation
 from ppl_diffusion.inference.remask_moves import Remask, by_default, swept
@@ -111,6 +113,8 @@ class AnchoredSMC(Method):
     :param score: how sure guidance is of a site: ``"max"``, ``"anchor"`` or ``"neg-entropy"``.
     :param floor: share of the mean over the population in ``"moments"``, see
         :func:`~ppl_diffusion.smc.twists.floored`.
+    :param num_children: ends drawn for each particle at the last step, of which one is kept by what
+        it is worth, and paid for: an end costs one look at the potential.
     :param num_sweeps: sweeps of path moves of the finished sequences; their weights stay.
     :param moves: the moves of a sweep, in order; by default a new order of reveals (not under a
         policy) and :class:`~ppl_diffusion.inference.Remask`.
@@ -132,6 +136,7 @@ class AnchoredSMC(Method):
     delta: float = 0.3
     score: Score = "max"
     floor: float = 0.2
+    num_children: int = 8
     num_sweeps: int = 0
     moves: Sequence[PathMove] | None = None
 
@@ -150,8 +155,11 @@ class AnchoredSMC(Method):
                 f"{self.tau}, {self.delta} and {self.floor}."
             )
         self._tokens()  # refuses its own numbers
-        if self.num_sweeps < 0:
-            raise ValueError(f"AnchoredSMC: num_sweeps must be >= 0, got {self.num_sweeps}.")
+        if self.num_sweeps < 0 or self.num_children < 1:
+            raise ValueError(
+                "AnchoredSMC: num_sweeps must be >= 0 and num_children >= 1, got "
+                f"{self.num_sweeps} and {self.num_children}."
+            )
         if self.moves is not None:
             moves = require_moves("AnchoredSMC", self.moves, exact=False)
             object.__setattr__(self, "moves", moves)
@@ -222,6 +230,16 @@ class AnchoredSMC(Method):
         run.notes |= {"guided": guided, "moments": by_moments, "embedded": begun, MOVES: moves}
 
     # Moving.
+
+    def move(self, run: Bound, state: State, group: int, generator: Rng) -> Moved:
+        """Move, at last to one of several ends."""
+        if group + 1 < len(run.groups) or self.num_children == 1:
+            return super().move(run, state, group, generator)
+        end = partial(self._end, run, group, generator)
+        return best_end(run, state, self.num_children, end, generator)
+
+    def _end(self, run: Bound, group: int, generator: Rng, state: State) -> Moved:
+        return super().move(run, state, group, generator)
 
     def step(self, run: Bound, state: State, item: Item, generator: Rng) -> Moved:
         """Move one site by its guide, and return ``log K - log Q``, ``(R, N)``."""

@@ -153,7 +153,7 @@ def test_look_aheads_leave_the_evidence(variant, twist_name):
         {"expectation": QuantisedExpectation(5, inner="cavi")},
         {"lam": 0.9, "eps": 0.05, "delta": 0.05},
         {"tau": 0.2, "score": "neg-entropy", "temperature": 3.0},
-        {"score": "anchor", "floor": 0.0},
+        {"score": "anchor", "floor": 0.0, "num_children": 1},
     ],
     ids=str,
 )
@@ -208,13 +208,15 @@ def test_the_twist_buys_more_than_the_tokens():
     sizes = {}
     for name, method in {
         "bootstrap": Bootstrap(twist=None),
-        "tokens": AnchoredSMC(variant="policy", twist=None),
-        "twist": AnchoredSMC(variant="policy"),
+        "tokens": AnchoredSMC(variant="policy", twist=None, num_children=1),
+        "twist": AnchoredSMC(variant="policy", num_children=1),
+        "ends": AnchoredSMC(variant="policy"),
     }.items():
         found = run(ordered(problem), problem.potential, method, runs=100)
         sizes[name] = float((-(2 * found.log_weights).logsumexp(-1)).exp().mean()) / 200
     assert sizes["tokens"] > sizes["bootstrap"]
     assert sizes["twist"] > 3 * sizes["tokens"]
+    assert sizes["ends"] > 1.1 * sizes["twist"]
 
 
 def test_several_reveals_at_once_have_the_law_of_the_chain():
@@ -379,7 +381,9 @@ def test_weights_are_those_of_model_and_guide(variant):
     problem = GENTLE
     chain = chain_of(variant, problem)
     own = policies("d") if variant == "policy" else lambda step, carry, k: step
-    method = AnchoredSMC(variant=variant, twist=None, expectation=GUIDANCE.expectation)
+    method = AnchoredSMC(
+        variant=variant, twist=None, expectation=GUIDANCE.expectation, num_children=1
+    )
     found = run(
         chain, problem.potential, method, particles=6, runs=1, store_path=True, ess_threshold=0.0
     )

@@ -202,6 +202,7 @@ def test_a_curved_measurement_is_linearised_where_the_table_is():
         ({"lam": -0.1}, r"lam lies in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature is positive"),
         ({"num_sweeps": -1}, "num_sweeps must be >= 0"),
+        ({"num_children": 0}, "num_children >= 1"),
         ({"twist": "nothing"}, "unknown twist 'nothing'"),
         ({"score": "luck"}, "unknown score 'luck'"),
     ],
