@@ -24,7 +24,7 @@ iterations, and whatever its loss, weighted particles are exact; a bad inner loo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -69,6 +69,7 @@ from ppl_diffusion.smc.path_state import PathMove
 from ppl_diffusion.smc.rejuvenation import OrderRefresh
 from ppl_diffusion.smc.twists import CallableTwist, Defensive, FillTwist, TwistLike, as_twist
 
+MEAN_FIELD = QuantisedExpectation(quantiser="soft", kl_weight=1.0)
 Variant = Literal["auto", "independent", "policy", "values"]
 MOVES = "anchored/moves"
 LOGITS = "anchored/logits"
@@ -99,7 +100,9 @@ class AnchoredSMC(Method):
     :param guide: the potential whose gradient is followed, or one for each chain site by name. A
         bare chain's own potential by default. It steers and looks ahead; the target is whatever the
         potential, or the program, says.
-    :param expectation: the inner loop.
+    :param expectation: the inner loop: by default mean-field Bayes by gradients (``"soft"``,
+        ``kl_weight=1``), as proposals need the spread of the posterior, which tables that end at
+        anchors do not have.
     :param lam: share of the anchor among the tokens proposed.
     :param eps: share of the denoiser's own tokens; positive.
     :param temperature: of the tilted table; above one is flatter.
@@ -121,7 +124,7 @@ class AnchoredSMC(Method):
     variant: Variant = "auto"
     twist: TwistLike | Literal["moments"] = "auto"
     guide: EmbeddedPotential | Mapping[str, EmbeddedPotential] | None = None
-    expectation: QuantisedExpectation = field(default_factory=QuantisedExpectation)
+    expectation: QuantisedExpectation = MEAN_FIELD
     lam: float = 0.3
     eps: float = 0.2
     temperature: float = 1.0
@@ -156,7 +159,7 @@ class AnchoredSMC(Method):
             object.__setattr__(self, "needs_paths", True)
             object.__setattr__(self, "needs", replace(self.needs, free_chains=True))
         if self.twist not in ("auto", "moments"):
-            object.__setattr__(self, "twist", as_twist(self.twist))
+            object.__setattr__(self, "twist", as_twist(self.twist))  # type: ignore[arg-type]
 
     def _tokens(self) -> TiltedTokens:
         return TiltedTokens(self.lam, self.eps, self.temperature)

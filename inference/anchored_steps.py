@@ -170,6 +170,7 @@ def log_subset_prob(scores: Tensor, eligible: Tensor, chosen: Tensor, count: int
     :returns: float64 ``(*batch,)``.
     :raises ValueError: if there are too many to go through their subsets.
     """
+    scores, eligible, chosen = torch.broadcast_tensors(scores, eligible, chosen)
     count = min(count, scores.shape[-1])
     if count > MOST_IN_A_SUBSET:
         raise ValueError(

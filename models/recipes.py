@@ -211,7 +211,7 @@ RECIPES: dict[str, Recipe] = {
         valid_rows=None,
     ),
     "yelp": dataclasses.replace(
-        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=1600, batch_size=48
+        _TEXT, shape={**_SHAPE, "dim": 112, "depth": 4, "stem_width": 5}, steps=6000, batch_size=48
     ),
     "digits": _DIGITS,
     "digits-uniform": dataclasses.replace(

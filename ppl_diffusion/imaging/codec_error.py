@@ -108,7 +108,7 @@ class MeasuredWithError:
         """``J``, float64 ``(m, P)``, at the pseudo-inverse of the data."""
         operator, y = self.measurement.operator, self.measurement.y
         at = operator.pseudo_inverse(y).clamp(-1.0, 1.0).detach()
-        jacobian: Tensor = jacrev(operator)(at)  # type: ignore[no-untyped-call]
+        jacobian: Tensor = jacrev(operator)(at)
         return jacobian.reshape(len(y), -1).double()
 
     @cached_property
