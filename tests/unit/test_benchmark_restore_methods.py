@@ -49,7 +49,8 @@ def test_a_restorer_returns_images_weights_and_costs(name, made, parts):
     restored = made[name](*parts, 0)
     count = len(restored.images)
     assert restored.images.shape[1:] == parts[-1].shape
-    assert count == 1 if name in SINGLE else count in (3, 4)
+    if not name.endswith("+error"):  # draws of the error are many, whatever the particles
+        assert count == 1 if name in SINGLE else count in (3, 4)
     assert float(restored.weights.sum()) == pytest.approx(1, abs=1e-5)
     assert restored.seconds >= 0
     assert restored.mean.shape == parts[-1].shape
