@@ -76,7 +76,7 @@ class AnchoredPosteriorSampler(Method):
         elsewhere of ``-log G``), no prior in the loss, the last iterate. None: 30 steps of the
         likelihood with the prior (``kl_weight=1``), the best iterate.
     :param num_iterations: gradient steps, or sweeps, per step of the chain.
-    :param learning_rate: of Adam.
+    :param learning_rate: step size of Adam.
     :param quantiser: where the loss is taken.
     :param kl_weight: weight of the prior in the loss.
     :param keep: the iterate that anchors are taken from.

@@ -54,7 +54,7 @@ class QuantisedExpectation:
 
     :param num_iterations: gradient steps ``J``; 0 decodes the mean of the prediction. Sweeps over
         the sites for the other inner loops.
-    :param learning_rate: of Adam.
+    :param learning_rate: step size of Adam.
     :param quantiser: where the loss is taken: at the nearest code (``"straight-through"``), at the
         mean itself (``"soft"``), at a code drawn from the table (``"gumbel"``, straight-through
         Gumbel-softmax), or between mean and nearest code, the nearer to the code the flatter the

@@ -13,7 +13,7 @@ from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC, methods
 from ppl_diffusion.kernels import Absorbing, OrderedKernel
-from ppl_diffusion.potentials import Potential
+from ppl_diffusion.potentials import EmbeddedPotential
 from ppl_diffusion.smc import Defensive, FeynmanKac, run_smc
 from ppl_diffusion.smc.twists import LOG_BASE, floored, mean_lookahead
 from ppl_diffusion.testing import z_score
@@ -27,7 +27,11 @@ def steep(seed, scale):
     law = torch.softmax(torch.tensor(rng.normal(size=27)), 0).reshape(3, 3, 3)
     log_g = scale * torch.tensor(rng.normal(size=27)).reshape(3, 3, 3)
     kernel = OrderedKernel(Absorbing(3), TableDenoiser(law, Absorbing(3)), length=3)
-    goal = Potential(lambda x: log_g[x[..., 0], x[..., 1], x[..., 2]])
+    # Linear in each site, so that methods that follow gradients between tokens have one.
+    goal = EmbeddedPotential(
+        lambda e: torch.einsum("...a,...b,...c,abc->...", *e.unbind(-2), log_g),
+        torch.eye(3, dtype=torch.float64),
+    )
     return ReverseChain(kernel, 3), goal, float(torch.logsumexp((law.log() + log_g).flatten(), 0))
 
 

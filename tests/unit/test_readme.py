@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppl_diffusion import cli
-from ppl_diffusion.commands import actions, listing
+from ppl_diffusion.commands import actions, listing, restoring
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -84,6 +84,7 @@ def test_the_commands_of_a_page_are_understood(page, tmp_path, monkeypatch):
     for body in (*bodies, "compare_runs"):
         monkeypatch.setattr(actions, body, lambda *given, **options: asked.append(given))
     monkeypatch.setattr(listing, "list_models", lambda: asked.append(()))
+    monkeypatch.setattr(restoring, "run_restore", lambda *given, **options: asked.append(given))
     # Modules of a reader's own are not here.
     known = [words for words in commands(page) if "--import" not in words]
     for words in known:

@@ -482,8 +482,9 @@ def test_every_exact_method_is_a_candidate_and_no_other():
     found = check(ordered_chain(), rewarded, seed=0)
     names = {row["name"] for row in found.rows}
     exact = {name for name, cls in methods().items() if cls.exact}
-    # One samples another law of a plain chain, the other is no better known than what it refines.
-    assert exact - names == {"corrector", "refinement"}
+    # One needs a guide, one samples another law of a plain chain, and the last is no better known
+    # than what it refines.
+    assert exact - names == {"aps-smc", "corrector", "refinement"}
     assert not names & (set(methods()) - exact)
 
 
