@@ -204,13 +204,14 @@ def test_picks_by_value_must_be_paid_for():
 
 
 def test_the_twist_buys_more_than_the_tokens():
-    problem = toy()
+    """With the inner loop of the table that says so: straight through, without the prior."""
+    problem, own = toy(), {"variant": "policy", "expectation": QuantisedExpectation()}
     sizes = {}
     for name, method in {
         "bootstrap": Bootstrap(twist=None),
-        "tokens": AnchoredSMC(variant="policy", twist=None, num_children=1),
-        "twist": AnchoredSMC(variant="policy", num_children=1),
-        "ends": AnchoredSMC(variant="policy"),
+        "tokens": AnchoredSMC(twist=None, num_children=1, **own),
+        "twist": AnchoredSMC(num_children=1, **own),
+        "ends": AnchoredSMC(**own),
     }.items():
         found = run(ordered(problem), problem.potential, method, runs=100)
         sizes[name] = float((-(2 * found.log_weights).logsumexp(-1)).exp().mean()) / 200
