@@ -51,7 +51,7 @@ def test_both_cards_agree(prior):
         assert f"{card['metrics'][key]:.4f}" in text
     where = "below" if card["metrics"]["gain"] > 0 else "above"
     assert f"lies {where} that of the Markov chain" in " ".join(text.split())
-    # The prior of sentences was trained for a quarter of its steps, and its card says what it costs.
+    # That of sentences was trained for a quarter of its steps, and its card says what it costs.
     assert prior.name == "yelp" or where == "below"
     assert ("--data" in card["training"]) == (prior.name == "yelp"), "the others are generated"
 
