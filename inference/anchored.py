@@ -29,7 +29,7 @@ from ppl_diffusion.inference.anchored_remasking import (
     Schedule,
     Score,
 )
-from ppl_diffusion.inference.biased import equal_weights
+from ppl_diffusion.inference.biased import Unpaid
 from ppl_diffusion.inference.guides import guide_of
 from ppl_diffusion.inference.quantised_expectation import QuantisedExpectation
 from ppl_diffusion.inference.quantisers import Expectation, Quantiser
@@ -39,14 +39,11 @@ from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.potentials.embedded import EmbeddedPotential, GaussianMeasurement
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
-from ppl_diffusion.programs.method import Method, Needs, register
+from ppl_diffusion.programs.method import Needs, register
 from ppl_diffusion.programs.schedule import Item
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.rows import distinct_rows
-from ppl_diffusion.smc.law import Law
-from ppl_diffusion.smc.posterior import ParticlePosterior
-from ppl_diffusion.smc.resampling import Resampler
 
 FREE, LOGITS = "anchored/free", "anchored/logits"
 """Sites that were masked at the start, and the logits of the step before."""
@@ -63,7 +60,7 @@ PUBLISHED = (
 
 @register
 @dataclass(frozen=True)
-class AnchoredPosteriorSampler(Method):
+class AnchoredPosteriorSampler(Unpaid):
     """Restore one chain's sequence by anchors: an optimiser, with equal weights and no evidence.
 
     Works with masked chains of any grid (``InterpolatingKernel``, ``OrderedKernel``), prompts and
@@ -120,9 +117,7 @@ class AnchoredPosteriorSampler(Method):
     guide: EmbeddedPotential | None = None
 
     name: ClassVar[str] = "aps"
-    exact: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs(own_moves=True, guide=True)
-    ess_threshold: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.preset not in (None, "published"):
@@ -182,10 +177,6 @@ class AnchoredPosteriorSampler(Method):
     def mover(self, site: ChainSite, source: Source, max_rows: int | None) -> Mover:
         """Return the chain behind a counter; moves are made here."""
         return chain_mover(site, None, max_rows=max_rows)
-
-    def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
-        """Restorations that nothing weighs are never resampled."""
-        return resampler, 0.0
 
     def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Put clamped tokens in place: whatever is not masked is never asked about."""
@@ -253,27 +244,17 @@ class AnchoredPosteriorSampler(Method):
         drawn: Tensor = draw_categorical(found.log_r, noise)
         return drawn
 
-    def pay(self, run: Bound, state: State) -> Tensor:
-        """Return nothing but what is forbidden."""
-        log_g: Tensor = state["log_g"]
-        return torch.where(log_g == -torch.inf, log_g, 0.0)
-
     def num_calls(self, run: Bound) -> int:
         """Return how many sequences were asked about, or decoded by the inner loop."""
         return super().num_calls(run) + int(run.notes.get(DECODED, 0))
 
-    def law(self, run: Bound) -> Law:
-        """Return that there is none."""
-        law, asked = run.source.law, " + ".join(tilt.of for tilt in run.source.law.tilts)
-        why = (
+    def why(self, run: Bound) -> str:
+        """Return why restorations have no declared law."""
+        asked = " + ".join(tilt.of for tilt in run.source.law.tilts)
+        return (
             f"no declared law: an optimiser that committed anchors of {asked} in {run.num_steps} "
             "steps, which nothing paid for; equal weights"
         )
-        return law.but(exact=False, why=why, has_evidence=False)
-
-    def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
-        """Return restorations that count alike, without an evidence."""
-        return equal_weights(posterior, posterior.law.why)
 
     def settings(self, run: Bound) -> dict[str, Any]:
         """Return what was chosen, with the options that the preset filled in, and its cost."""

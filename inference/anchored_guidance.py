@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.inference.anchored_remasking import Score, confidence
 from ppl_diffusion.inference.anchored_steps import IndependentStep, PolicyStep
 from ppl_diffusion.inference.quantised_expectation import QuantisedExpectation
 from ppl_diffusion.kernels import RevealStep
@@ -30,7 +31,6 @@ from ppl_diffusion.potentials.embedded import EmbeddedPotential
 from ppl_diffusion.programs.sources import bits
 from ppl_diffusion.rows import distinct_rows
 
-Score = Literal["max", "anchor", "neg-entropy"]
 MOST_SHIFT = 1.0
 """Nats by which confidence may move the odds that a site stays masked."""
 
@@ -149,20 +149,13 @@ class Guidance:
                 previous=None if before is None else before[first],
             )
         log_r, anchors = found.log_r.detach(), found.anchors
-        log_c, scores = self.tokens(table[first], log_r, anchors), self._scores(log_r, anchors)
+        log_c = self.tokens(table[first], log_r, anchors)
+        scores = confidence(log_r, anchors, self.score)
         log_c, scores, logits = (x[inverse] for x in (log_c, scores, found.logits.detach()))
         shape = (*batch, length, size)
         return Guided(
             log_d, log_c.reshape(shape), scores.reshape(tokens.shape), logits.reshape(shape)
         )
-
-    def _scores(self, log_r: Tensor, anchors: Tensor) -> Tensor:
-        log_r = log_r.to(torch.float64)
-        if self.score == "max":
-            return log_r.amax(-1)
-        if self.score == "anchor":
-            return log_r.gather(-1, anchors[..., None])[..., 0]
-        return torch.special.xlogy(log_r.exp(), log_r.exp()).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,7 @@ class AnchoredRemasking:
         if self.order == "random":
             return torch.zeros(chosen.shape, dtype=torch.float64, device=chosen.device)
         table = {"posterior": found.log_r, "average": found.log_average, "prior": log_d}[self.order]
-        table = table.to(torch.float64).clamp_min(FLOOR)
-        if self.score == "anchor":
-            return table.gather(-1, chosen[..., None])[..., 0]
-        if self.score == "max":
-            return table.amax(-1)
-        return (table.exp() * table).sum(-1)
+        return confidence(table, chosen, self.score)
 
     def selection(
         self, scores: Tensor, masked: Tensor, free: Tensor, k: int, num_steps: int
@@ -132,3 +127,18 @@ class AnchoredRemasking:
         count = before - self.num_masked(before, free, k, num_steps)
         tau = self.temperature(k, num_steps)
         return PlackettLuce(scores, count, eligible=masked, temperature=tau, validate_args=False)
+
+
+def confidence(log_r: Tensor, chosen: Tensor, score: Score) -> Tensor:
+    """Return how sure a table is of each site, finite, float64 ``(*batch, L)``.
+
+    :param log_r: log of the table, ``(*batch, L, K)``.
+    :param chosen: the tokens that are meant by ``"anchor"``, int64 ``(*batch, L)``.
+    :param score: see :class:`AnchoredRemasking`.
+    """
+    log_r = log_r.to(torch.float64).clamp_min(FLOOR)
+    if score == "anchor":
+        return log_r.gather(-1, chosen[..., None])[..., 0]
+    if score == "max":
+        return log_r.amax(-1)
+    return (log_r.exp() * log_r).sum(-1)

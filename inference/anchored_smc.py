@@ -35,12 +35,12 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.anchored_guidance import (
     Guidance,
     Guided,
-    Score,
     TiltedTokens,
     guided_step,
     require_maskable,
 )
 from ppl_diffusion.inference.anchored_guides import guides_of, require_steerable
+from ppl_diffusion.inference.anchored_remasking import Score
 from ppl_diffusion.inference.anchored_steps import PolicyStep, values_move
 from ppl_diffusion.inference.anchored_twist import carried_lookahead
 from ppl_diffusion.inference.arguments import require_moves

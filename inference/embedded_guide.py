@@ -1,4 +1,4 @@
-"""What methods share that follow gradients between tokens, and what nothing pays for.
+"""What methods share that follow gradients between tokens.
 
 The guide is an :class:`~ppl_diffusion.potentials.EmbeddedPotential`: the potential itself of a bare
 chain, or one given beside a program, whose own density stays the target.
@@ -6,6 +6,7 @@ chain, or one given beside a program, whose own density stays the target.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.handlers import ClampProposal, Step, mean_prediction
-from ppl_diffusion.inference.biased import equal_weights
+from ppl_diffusion.inference.biased import equal_weights, unpaid
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.inference.guides import guide_of
 from ppl_diffusion.kernels.base import Carry
 from ppl_diffusion.potentials.embedded import EmbeddedPotential
 from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound, Mover, chain_mover
-from ppl_diffusion.programs.method import Method, Needs, can_hold
+from ppl_diffusion.programs.method import Needs, can_hold
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.rows import distinct_rows
@@ -38,40 +39,6 @@ def codes_of(guide: EmbeddedPotential, like: Tensor) -> Tensor:
     :param like: a tensor of theirs.
     """
     return guide.codebook.to(like.device)
-
-
-def unpaid(run: Bound, state: State) -> Tensor:
-    """Return weights of particles that nothing paid for, ``(R, N)``: only ``-inf`` counts."""
-    log_g: Tensor = state["log_g"]
-    return torch.where(log_g == -torch.inf, log_g, 0.0)
-
-
-@dataclass(frozen=True)
-class Unpaid(Method):
-    """A method whose moves have no weight: its particles count alike, and it has no evidence."""
-
-    exact: ClassVar[bool] = False
-    ess_threshold: ClassVar[float] = 0.0
-
-    def resampling(self, resampler: Resampler, ess_threshold: float) -> tuple[Resampler, float]:
-        """Particles that nothing weighs are never resampled."""
-        return resampler, 0.0
-
-    def pay(self, run: Bound, state: State) -> Tensor:
-        """Return zeros, but for what the target forbids."""
-        return unpaid(run, state)
-
-    def why(self, run: Bound) -> str:
-        """Return why the particles have no declared law."""
-        raise NotImplementedError
-
-    def law(self, run: Bound) -> Law:
-        """Return the law that is aimed at, and why it is missed."""
-        return run.source.law.but(exact=False, why=self.why(run), has_evidence=False)
-
-    def finish(self, posterior: ParticlePosterior) -> ParticlePosterior:
-        """Return particles that count alike."""
-        return equal_weights(posterior, posterior.law.why)
 
 
 # Gradients at the mean of what the network predicts.
@@ -158,13 +125,13 @@ class GuidedSteps(LookingAhead):
     exact: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs(density=True, own_moves=True, guide=True)
 
+    @abstractmethod
     def steering(self, guide: EmbeddedPotential, site: ChainSite) -> Proposal:
         """Return how a particle moves instead of by the model's own step.
 
         :param guide: what the tilt follows.
         :param site: the site that moves.
         """
-        raise NotImplementedError
 
     def require(self, source: Source) -> None:
         """Refuse sources without a guide."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ppl_diffusion.imaging.lfq import lfq_codebook, lfq_ids
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.sources import Rng
 
@@ -125,10 +126,8 @@ def nearest_code(codebook: Tensor) -> Nearest:
     :param codebook: ``(K, b)``.
     """
     size, dim = codebook.shape
-    power = 2 ** torch.arange(dim - 1, -1, -1, device=codebook.device)
-    bits = torch.arange(size, device=codebook.device)[:, None] // power % 2
-    if size == 2**dim and torch.equal(codebook, (2 * bits - 1).to(codebook.dtype)):
-        return lambda points: ((points > 0) * power).sum(-1)
+    if size == 2**dim and torch.equal(codebook, lfq_codebook(dim).to(codebook)):
+        return lfq_ids
 
     def nearest(points: Tensor) -> Tensor:
         exact = "donot_use_mm_for_euclid_dist"  # products would round ties away

@@ -38,6 +38,7 @@ from ppl_diffusion.inference.embedded_guide import (
     score_at,
 )
 from ppl_diffusion.inference.guides import guide_of
+from ppl_diffusion.inference.mean_field import jacobian_of
 from ppl_diffusion.kernels import BlockStep
 from ppl_diffusion.kernels.base import GIVEN, Carry, Kernel
 from ppl_diffusion.kernels.blocks import TOKENS
@@ -183,10 +184,8 @@ class AtMean:
         if self._gram is None:
             guide = self.guide
             assert isinstance(guide, GaussianMeasurement)
-            origin = torch.zeros_like(mean.reshape(-1, *mean.shape[-2:])[0])
-            with torch.inference_mode(False), torch.enable_grad():
-                rows = torch.autograd.functional.jacobian(guide.predict, origin)  # (m, L, b)
-            self._gram = torch.einsum("mla,mlb->lab", rows, rows) / guide.sigma**2
+            rows, _ = jacobian_of(guide, torch.zeros_like(mean.reshape(-1, *mean.shape[-2:])[:1]))
+            self._gram = torch.einsum("mla,mlb->lab", rows[0], rows[0]) / guide.sigma**2
         return self._gram
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.embedded_guide import Unpaid
+from ppl_diffusion.inference.biased import Unpaid
 from ppl_diffusion.inference.renoising import is_on_grid
 from ppl_diffusion.kernels import InterpolatingKernel
 from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel

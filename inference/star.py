@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_diffusion.inference.embedded_guide import Unpaid, codes_of
+from ppl_diffusion.inference.biased import Unpaid
+from ppl_diffusion.inference.embedded_guide import codes_of
 from ppl_diffusion.inference.guides import guide_of
+from ppl_diffusion.inference.quantisers import FLOOR
 from ppl_diffusion.inference.renoising import (
     held_law,
     is_open,
@@ -53,8 +55,6 @@ from ppl_diffusion.programs.sources import Moved, Rng, Source, State
 from ppl_diffusion.smc.feynman_kac import draw_step
 
 LOGITS = "g2d2/logits"
-LEAST = -70.0
-"""Floor of log-probabilities: a logit of minus infinity would have no gradient."""
 
 PRESETS = {"super-resolution": (10.0, 2.0), "deblurring": (15.0, 1.0)}
 """Learning rates, and decades they fall by from the first step to the last."""
@@ -170,7 +170,7 @@ class G2D2(Unpaid):
     ) -> Tensor:
         """Return the logits of the fitted table, normalised, ``(*batch, L, K)``."""
         codes = codes_of(guide, log_d)
-        prior = log_d.clamp_min(LEAST).to(codes.dtype).log_softmax(-1)
+        prior = log_d.clamp_min(FLOOR).to(codes.dtype).log_softmax(-1)
         first = prior
         if previous is not None:
             first = (self.forget * prior + (1 - self.forget) * previous).log_softmax(-1)
