@@ -126,7 +126,7 @@ def nearest_code(codebook: Tensor) -> Nearest:
     :param codebook: ``(K, b)``.
     """
     size, dim = codebook.shape
-    if size == 2**dim and torch.equal(codebook, lfq_codebook(dim).to(codebook)):
+    if size == 2**dim and torch.equal(codebook, lfq_codebook(dim, codebook.device).to(codebook)):
         return lfq_ids
 
     def nearest(points: Tensor) -> Tensor:

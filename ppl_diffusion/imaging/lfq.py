@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 
-def lfq_codebook(num_bits: int) -> Tensor:
+def lfq_codebook(num_bits: int, device: torch.device | str | None = None) -> Tensor:
     """Return the codes in the order of their ids, float32 ``(2**num_bits, num_bits)``."""
-    ids = torch.arange(2**num_bits)[:, None]
-    return 2.0 * (ids >> _places(num_bits) & 1).to(torch.float32) - 1.0
+    ids = torch.arange(2**num_bits, device=device)[:, None]
+    return 2.0 * (ids >> _places(num_bits, device) & 1).to(torch.float32) - 1.0
 
 
 def signs(e: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def signs(e: Tensor) -> Tensor:
 
 def lfq_ids(e: Tensor) -> Tensor:
     """Return the ids of the nearest codes of ``e (..., b)``, int64 ``(...)``."""
-    return ((e > 0).to(torch.int64) << _places(e.shape[-1]).to(e.device)).sum(-1)
+    return ((e > 0).to(torch.int64) << _places(e.shape[-1], e.device)).sum(-1)
 
 
 def straight_through(e: Tensor) -> Tensor:
@@ -49,5 +49,5 @@ def imbalance(e: Tensor) -> Tensor:
     return math.log(2.0) + (p * p.log() + (1.0 - p) * (-p).log1p()).mean()
 
 
-def _places(num_bits: int) -> Tensor:
-    return torch.arange(num_bits - 1, -1, -1)
+def _places(num_bits: int, device: torch.device | str | None) -> Tensor:
+    return torch.arange(num_bits - 1, -1, -1, device=device)
