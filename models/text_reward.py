@@ -9,17 +9,15 @@ shipped, trained on disjoint halves of the sentences: design with ``yelp-reward`
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppl_diffusion.denoisers.files import read_network, write_network
 from ppl_diffusion.models.cards import CLASSIFIER_FILE, find_folder, list_text_classifiers
 from ppl_diffusion.models.reviews import LENGTH, LETTERS
 from ppl_diffusion.potentials.text import ClassifierReward
@@ -110,11 +108,7 @@ class TextClassifier(nn.Module):
 
     def save(self, directory: str | Path) -> None:
         """Write the weights and the configuration into a folder, made if it is absent."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / "model.safetensors")
-        text = json.dumps(asdict(self.config), indent=2)
-        (folder / CLASSIFIER_FILE).write_text(text + "\n", encoding="utf-8")
+        write_network(self, self.config, directory, CLASSIFIER_FILE)
 
     @classmethod
     def load(cls, directory: str | Path) -> TextClassifier:
@@ -122,17 +116,14 @@ class TextClassifier(nn.Module):
 
         :raises ValueError: if a file is absent, or the files do not fit together.
         """
-        folder = Path(directory)
         try:
-            entries = json.loads((folder / CLASSIFIER_FILE).read_text(encoding="utf-8"))
-            classifier = cls(TextConfig(**entries))
-            classifier.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            classifier = read_network(cls, TextConfig, directory, CLASSIFIER_FILE)
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"The folder {str(folder)!r} holds no classifier of text that can be read: "
-                f"{str(error).splitlines()[0]} Train it again, or restore its folder."
+                f"The folder {str(directory)!r} holds no classifier of text that can be read: "
+                f"{error}"
             ) from error
-        return classifier.requires_grad_(False).eval()
+        return classifier.requires_grad_(False)
 
 
 def load_text_classifier(name_or_dir: str | Path) -> TextClassifier:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,24 +17,31 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def write_network(network: nn.Module, config: Any, directory: str | Path) -> None:
+def write_network(
+    network: nn.Module, config: Any, directory: str | Path, config_file: str = CONFIG_FILE
+) -> None:
     """Write weights and shape of a network; reading them back gives the same bits.
 
     :param config: a dataclass.
     :param directory: folder, made if it is absent.
+    :param config_file: name of the file of the shape.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE)
     text = json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / config_file).write_text(text + "\n", encoding="utf-8")
 
 
 def read_config(
-    directory: str | Path, make: Callable[..., Config], who: str = "Transformer"
+    directory: str | Path,
+    make: Callable[..., Config],
+    who: str = "Transformer",
+    config_file: str = CONFIG_FILE,
 ) -> Config:
     """Read the shape of a network.
 
@@ -42,7 +50,7 @@ def read_config(
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if it holds something else.
     """
-    path = Path(directory) / CONFIG_FILE
+    path = Path(directory) / config_file
     _require(path, who)
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -72,6 +80,29 @@ def read_weights(network: nn.Module, directory: str | Path) -> None:
             f"{who}: the weights in {path} do not fit the configuration beside them; "
             "keep the two files of one save_pretrained call together."
         ) from error
+
+
+def read_network(
+    cls: Callable[[Any], Network],
+    make: Callable[..., Any],
+    directory: str | Path,
+    config_file: str = CONFIG_FILE,
+) -> Network:
+    """Read a network that :func:`write_network` wrote, in evaluation mode.
+
+    :param cls: the class of the network, made of its shape.
+    :param make: the dataclass of the shape.
+    :param directory: the folder.
+    :raises FileNotFoundError: if a file is absent.
+    :raises ValueError: if one is damaged, or they do not belong together.
+    """
+    who = getattr(cls, "__name__", "network")
+    config = read_config(directory, make, who, config_file)
+    # The random start is overwritten; it must not move the caller's generator.
+    with torch.random.fork_rng(devices=[]):
+        network = cls(config)
+    read_weights(network, directory)
+    return network.eval()
 
 
 def _require(path: Path, who: str) -> None:

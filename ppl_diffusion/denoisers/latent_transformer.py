@@ -23,7 +23,7 @@ from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Stem, TimeEmbedding, p
 from ppl_diffusion.denoisers._two_streams import TwoStreamBlock
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
-from ppl_diffusion.denoisers.files import read_config, read_weights, write_network
+from ppl_diffusion.denoisers.files import read_network, write_network
 from ppl_diffusion.denoisers.hidden_states import HiddenStatesEncoder
 from ppl_diffusion.denoisers.latent_config import LatentConfig
 from ppl_diffusion.denoisers.latent_encoder import LatentEncoder
@@ -212,11 +212,7 @@ class LatentTransformer(nn.Module):
         :raises FileNotFoundError: if one of the two files is absent.
         :raises ValueError: if a file is corrupt or the two do not belong together.
         """
-        config = read_config(directory, LatentConfig, cls.__name__)
-        with torch.random.fork_rng(devices=[]):  # the random start is overwritten
-            network = cls(config)
-        read_weights(network, directory)
-        return network.eval()
+        return read_network(cls, LatentConfig, directory)
 
 
 def _encoder(config: LatentConfig) -> LatentEncoder | HiddenStatesEncoder:

@@ -29,7 +29,7 @@ from ppl_diffusion.denoisers._blocks import (
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
 from ppl_diffusion.denoisers.config import TransformerConfig
-from ppl_diffusion.denoisers.files import read_config, read_weights, write_network
+from ppl_diffusion.denoisers.files import read_network, write_network
 
 
 class Transformer(nn.Module):
@@ -154,12 +154,7 @@ class Transformer(nn.Module):
         :raises FileNotFoundError: if one of the two files is absent.
         :raises ValueError: if a file is corrupt or the two do not belong together.
         """
-        config = read_config(directory, TransformerConfig)
-        # The random start is overwritten; it must not move the caller's generator.
-        with torch.random.fork_rng(devices=[]):
-            network = cls(config)
-        read_weights(network, directory)
-        return network.eval()
+        return read_network(cls, TransformerConfig, directory)
 
     def _checked(self, length: int) -> int:
         if length > self.config.max_length:

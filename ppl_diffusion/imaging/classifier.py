@@ -12,11 +12,10 @@ import itertools
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppl_diffusion.denoisers.files import read_config, read_weights, write_network
+from ppl_diffusion.denoisers.files import read_network, write_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +96,4 @@ class ImageClassifier(nn.Module):
         :raises FileNotFoundError: if a file is absent.
         :raises ValueError: if one is damaged, or they do not belong together.
         """
-        config = read_config(folder, ClassifierConfig, cls.__name__)
-        with torch.random.fork_rng(devices=[]):
-            classifier = cls(config)
-        read_weights(classifier, folder)
-        return classifier.requires_grad_(False).eval()
+        return read_network(cls, ClassifierConfig, folder).requires_grad_(False)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppl_diffusion.denoisers.files import read_config, read_weights, write_network
+from ppl_diffusion.denoisers.files import read_network, write_network
 from ppl_diffusion.imaging.lfq import lfq_codebook, lfq_ids
 
 STRIDE = 4
@@ -152,12 +152,7 @@ class ImageCodec(nn.Module):
         :raises FileNotFoundError: if a file is absent.
         :raises ValueError: if one is damaged, or they do not belong together.
         """
-        config = read_config(folder, CodecConfig, cls.__name__)
-        # The random start is overwritten; it must not move the caller's generator.
-        with torch.random.fork_rng(devices=[]):
-            codec = cls(config)
-        read_weights(codec, folder)
-        return codec.requires_grad_(False).eval()
+        return read_network(cls, CodecConfig, folder).requires_grad_(False)
 
 
 class _Residual(nn.Module):

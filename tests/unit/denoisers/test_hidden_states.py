@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from tiny_bert import save_tiny_bert, tiny_bert
 
 from ppl_diffusion.denoisers.hidden_states import HiddenStatesEncoder, pooled
 from ppl_diffusion.denoisers.latent_config import LatentConfig
@@ -17,22 +18,8 @@ LETTERS, L, N, D = "ACGT-", 8, 3, 4
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """Return a folder with a tiny random BERT over letters, and its tokeniser."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=L,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    model = tiny_bert(transformers, "BertModel", max_position_embeddings=L)
+    return save_tiny_bert(transformers, tmp_path_factory.mktemp("bert"), model)
 
 
 @pytest.fixture

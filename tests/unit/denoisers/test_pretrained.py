@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_bert import save_tiny_bert, tiny_bert
 
 from ppl_diffusion.denoisers import MaskedLanguageModel
 from ppl_diffusion.distributions import ReverseChain
@@ -11,31 +12,15 @@ from ppl_diffusion.testing import DenoiserContract
 transformers = pytest.importorskip("transformers")
 
 LETTERS = "ACGT"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
 
 
 def model():
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=12,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.BertForMaskedLM(config)
+    return tiny_bert(transformers, "BertForMaskedLM", initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(path)
-    model().save_pretrained(path)
-    return path
+    return save_tiny_bert(transformers, tmp_path_factory.mktemp("bert"), model())
 
 
 class TestMaskedLanguageModel(DenoiserContract):

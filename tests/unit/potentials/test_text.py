@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_bert import save_tiny_bert, tiny_bert
 
 from ppl_diffusion.potentials import ClassifierReward, PretrainedClassifier
 from ppl_diffusion.testing import PotentialContract
@@ -14,24 +15,9 @@ LETTERS = "ACGT-"
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """Return a folder with a tiny random classifier over letters, and its tokeniser."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=12,
-        num_labels=3,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    options = {"num_labels": 3, "initializer_range": 0.5}
+    model = tiny_bert(transformers, "BertForSequenceClassification", **options)
+    return save_tiny_bert(transformers, tmp_path_factory.mktemp("bert"), model)
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""A tiny random BERT over four letters, with its tokeniser, as a folder of `transformers`."""
+
+import torch
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
+
+
+def tiny_bert(library, kind, **options):
+    """Return a model with random weights.
+
+    :param library: the module `transformers`.
+    :param kind: name of the class, such as `"BertModel"`.
+    :param options: of its configuration, over those of a tiny one.
+    """
+    tiny = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 12,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(library, kind)(library.BertConfig(**{**tiny, **options}))
+
+
+def save_tiny_bert(library, folder, model):
+    """Write a model and its tokeniser, and return the folder."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    library.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
