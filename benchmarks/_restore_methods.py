@@ -1,17 +1,16 @@
 """The ways of restoring an image that are compared: same prior, same codec, same measurement.
 
-A restorer takes ``(prior, prior_uniform, codec, measurement, truth, seed)`` and returns a
-:class:`Restored`. Nobody but the ceiling looks at the truth, and nobody but split Gibbs needs the
+A restorer takes a :class:`Problem` and a seed, and returns a :class:`Restored`. Nobody but the ceiling looks at the truth, and nobody but split Gibbs needs the
 prior of the uniform process::
 
-    restored = restorers(num_samples=16)["g2d2-star"](prior, None, codec, measurement, truth, 0)
+    restored = restorers(num_samples=16)["g2d2-star"](problem, 0)
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -84,18 +83,24 @@ class Restored:
         return (self.weights[:, None, None, None] * self.images).sum(0)
 
 
+class Problem(NamedTuple):
+    """An image, how it was measured, and what is known before.
+
+    :param prior_uniform: the prior of the uniform process, for methods that need one.
+    :param truth: what was measured, ``(C, H, W)``; read by the ceiling alone.
+    """
+
+    prior: DiffusionProgram
+    prior_uniform: DiffusionProgram | None
+    codec: ImageCodec
+    measurement: Measurement
+    truth: Tensor
+
+
 class Restorer(Protocol):
     """A way of restoring an image."""
 
-    def __call__(
-        self,
-        prior: DiffusionProgram,
-        prior_uniform: DiffusionProgram | None,
-        codec: ImageCodec,
-        measurement: Measurement,
-        truth: Tensor,
-        seed: int,
-    ) -> Restored: ...
+    def __call__(self, problem: Problem, seed: int) -> Restored: ...
 
 
 class CountedCodec:
@@ -152,19 +157,12 @@ class ByMethod:
         kernel = OrderedKernel(prior.process, prior.denoiser, length=prior.length, group_size=size)
         return prior.around(kernel)
 
-    def __call__(
-        self,
-        prior: DiffusionProgram,
-        prior_uniform: DiffusionProgram | None,
-        codec: ImageCodec,
-        measurement: Measurement,
-        truth: Tensor,
-        seed: int,
-    ) -> Restored:
+    def __call__(self, problem: Problem, seed: int) -> Restored:
         """Return the particles as images.
 
         :raises ValueError: if the method needs the prior of the uniform process, and there is none.
         """
+        prior, prior_uniform, codec, measurement, _ = problem
         if self.uniform and prior_uniform is None:
             raise ValueError(f"{self.method.name} needs the prior of the uniform process.")
         chain = self.chain(prior_uniform if self.uniform and prior_uniform else prior)
@@ -226,32 +224,19 @@ def _restored(
     )
 
 
-def pseudo_inverse(
-    prior: DiffusionProgram,
-    prior_uniform: DiffusionProgram | None,
-    codec: ImageCodec,
-    measurement: Measurement,
-    truth: Tensor,
-    seed: int,
-) -> Restored:
+def pseudo_inverse(problem: Problem, seed: int) -> Restored:
     """Return the operator's own inverse, which knows no prior: one image."""
     started = time.process_time()
-    image = measurement.operator.pseudo_inverse(measurement.y)[None]
+    seen = problem.measurement
+    image = seen.operator.pseudo_inverse(seen.y)[None]
     return _single(image, time.process_time() - started)
 
 
-def codec_ceiling(
-    prior: DiffusionProgram,
-    prior_uniform: DiffusionProgram | None,
-    codec: ImageCodec,
-    measurement: Measurement,
-    truth: Tensor,
-    seed: int,
-) -> Restored:
+def codec_ceiling(problem: Problem, seed: int) -> Restored:
     """Return the truth as the codec knows it: what no method that writes tokens can beat by far."""
     started = time.process_time()
-    tokens = codec.encode(truth[None])
-    image = codec.decode(tokens)
+    tokens = problem.codec.encode(problem.truth[None])
+    image = problem.codec.decode(tokens)
     return _single(image, time.process_time() - started, tokens)
 
 

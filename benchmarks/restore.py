@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks._report import JsonFile, Quick, Row, console, table, verdict, write
-from benchmarks._restore_methods import Restorer, restorers
+from benchmarks._restore_methods import Problem, Restorer, restorers
 from benchmarks._restore_scores import Scores, mean_of, paired, score, wins
 from ppl_diffusion import models
 from ppl_diffusion.imaging.measurement import measure
@@ -121,11 +121,10 @@ def restore_case(plan: Plan, data: str | None, case: Case) -> dict[str, Scores]:
     truth = test[case.image * (len(test) // plan.num_images)]
     operator = make_operator(case.task, tuple(truth.shape), seed=case.image)
     measurement = measure(operator, truth, case.noise, seed=case.image)
+    problem = Problem(parts["prior"], parts["uniform"], parts["codec"], measurement, truth)
     found = {}
     for name in plan.methods:
-        restored = _restorers(plan)[name](
-            parts["prior"], parts["uniform"], parts["codec"], measurement, truth, case.image
-        )
+        restored = _restorers(plan)[name](problem, case.image)
         found[name] = score(restored, truth, measurement, parts["network"])
     return found
 

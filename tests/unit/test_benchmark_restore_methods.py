@@ -41,7 +41,14 @@ def made(monkeypatch):
     found = module.restorers(**TINY, error=error)
     long = found["split-gibbs"]
     short = replace(long, method=replace(long.method, num_sweeps=2, num_moves=3))
-    return {**found, "split-gibbs": short}
+    found = {**found, "split-gibbs": short}
+
+    def asked(restorer):
+        return lambda *parts_and_seed: restorer(
+            module.Problem(*parts_and_seed[:-1]), parts_and_seed[-1]
+        )
+
+    return {name: asked(restorer) for name, restorer in found.items()}
 
 
 @pytest.mark.parametrize("name", NAMES.split())
