@@ -1,7 +1,7 @@
 """The ways of restoring an image that are compared: same prior, same codec, same measurement.
 
-A restorer takes a :class:`Problem` and a seed, and returns a :class:`Restored`. Nobody but the ceiling looks at the truth, and nobody but split Gibbs needs the
-prior of the uniform process::
+A restorer takes a :class:`Problem` and a seed, and returns a :class:`Restored`. Nobody but the
+ceiling looks at the truth, and nobody but split Gibbs needs the prior of the uniform process::
 
     restored = restorers(num_samples=16)["g2d2-star"](problem, 0)
 """

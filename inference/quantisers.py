@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ppl_diffusion.imaging.lfq import lfq_codebook, lfq_ids
+from ppl_diffusion.denoisers.lfq import lfq_codebook, lfq_ids
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.sources import Rng
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ppl_diffusion.denoisers.lfq import commitment, imbalance, straight_through
 from ppl_diffusion.imaging.classifier import ClassifierConfig, ImageClassifier
 from ppl_diffusion.imaging.codec import CodecConfig, ImageCodec
-from ppl_diffusion.imaging.lfq import commitment, imbalance, straight_through
 from ppl_diffusion.imaging.metrics import psnr
 from ppl_diffusion.models.image_data import Images
 from ppl_diffusion.models.image_recipes import ImageRecipe

@@ -24,6 +24,18 @@ Steps = Annotated[int, Option(help="Steps of the reverse chain.")]
 Seed = Annotated[int, Option(help="Seed; the same seed gives the same files.")]
 Device = Annotated[str, Option(help="Where to compute: cpu, cuda, cuda:1, mps, ...")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
+Particles = Annotated[int, Option(help="Particles per run.")]
+Runs = Annotated[int, Option(help="Independent runs.")]
+Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
+MethodModule = Annotated[
+    list[str] | None,
+    Option(
+        MODULE,
+        metavar="MODULE",
+        help="Import a module first, which registers a method; its name and fields are then "
+        "among the options below. Repeatable.",
+    ),
+]
 
 
 def main() -> None:
@@ -140,8 +152,8 @@ def sample(
 def design(
     context: typer.Context,
     name: Name,
-    particles: Annotated[int, Option(help="Particles per run.")] = 72,
-    runs: Annotated[int, Option(help="Independent runs.")] = 4,
+    particles: Particles = 72,
+    runs: Runs = 4,
     steps: Annotated[
         int | None,
         Option(
@@ -152,7 +164,7 @@ def design(
     seed: Seed = 0,
     device: Device = "cpu",
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
-    force: Annotated[bool, Option("--force", help="Replace an earlier run.")] = False,
+    force: Force = False,
     observe: Annotated[
         float | None, Option(help="Observed expression: Normal(oracle(x), SD).")
     ] = None,
@@ -196,15 +208,7 @@ def design(
             "method's own for others."
         ),
     ] = None,
-    method_module: Annotated[
-        list[str] | None,
-        Option(
-            MODULE,
-            metavar="MODULE",
-            help="Import a module first, which registers a method; its name and fields are then "
-            "among the options below. Repeatable.",
-        ),
-    ] = None,
+    method_module: MethodModule = None,
     quiet: Quiet = False,
 ) -> None:
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
@@ -222,17 +226,14 @@ def design(
         forbid=tuple(map(parse_forbid, forbid or ())),
         fix=tuple(map(parse_fix, fix or ())),
     )
-    asked = dict(context.obj)
-    search = Search(
+    search = Search.asked(
+        {"method": Search.method, **context.obj},
         num_particles=particles,
         num_runs=runs,
         num_steps=steps,
         seed=seed,
-        method=asked.pop("method", Search.method),
-        resampler=asked.pop("resampler", None),
         ess_threshold=ess_threshold,
-        device=None if device == "cpu" else device,
-        options=asked,
+        device=device,
     )
     place = out or Path("runs") / Path(name).name
     run_design(Job(name, question, search), place, replace=force, quiet=quiet)
@@ -275,8 +276,8 @@ def restore(
             "are not too sure; if nothing is said, where the codec knows it."
         ),
     ] = None,
-    particles: Annotated[int, Option(help="Particles per run.")] = 32,
-    runs: Annotated[int, Option(help="Independent runs.")] = 2,
+    particles: Particles = 32,
+    runs: Runs = 2,
     steps: Annotated[
         int | None,
         Option(
@@ -287,20 +288,12 @@ def restore(
     seed: Seed = 0,
     device: Device = "cpu",
     out: Annotated[Path | None, Option(help="Run folder; runs/restore if absent.")] = None,
-    force: Annotated[bool, Option("--force", help="Replace an earlier run.")] = False,
+    force: Force = False,
     ess_threshold: Annotated[
         float | None,
         Option(help="Resample below this share of effective particles; the method's own."),
     ] = None,
-    method_module: Annotated[
-        list[str] | None,
-        Option(
-            MODULE,
-            metavar="MODULE",
-            help="Import a module first, which registers a method; its name and fields are then "
-            "among the options below. Repeatable.",
-        ),
-    ] = None,
+    method_module: MethodModule = None,
     quiet: Quiet = False,
 ) -> None:
     """Restore an image from what was measured of it: draws, mean, and how sure each pixel is."""
@@ -308,17 +301,14 @@ def restore(
     from ppl_diffusion.jobs.search import Search
     from ppl_diffusion.restoration.question import Job, Question
 
-    asked = dict(context.obj)
-    search = Search(
+    search = Search.asked(
+        {"method": RestoreCommand.usual, **context.obj},
         num_particles=particles,
         num_runs=runs,
         num_steps=steps,
         seed=seed,
-        method=asked.pop("method", RestoreCommand.usual),
-        resampler=asked.pop("resampler", None),
         ess_threshold=ess_threshold,
-        device=None if device == "cpu" else device,
-        options=asked,
+        device=device,
     )
     question = Question(image, operator, noise, measured, resize, codec_error)
     place = out or Path("runs") / "restore"

@@ -1,6 +1,6 @@
 """Images as short sequences of tokens, and back: a convolutional autoencoder with sign codes.
 
-Every patch of 4 x 4 pixels becomes one of ``K = 2**b`` tokens (:mod:`ppl_diffusion.imaging.lfq`),
+Every patch of 4 x 4 pixels becomes one of ``K = 2**b`` tokens (:mod:`ppl_diffusion.denoisers.lfq`),
 row by row::
 
     encode:  image -> tanh of b numbers a patch -> their signs -> ids      (no gradient)
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.files import read_network, write_network
-from ppl_diffusion.imaging.lfq import lfq_codebook, lfq_ids
+from ppl_diffusion.denoisers.lfq import lfq_codebook, lfq_ids
 
 STRIDE = 4
 """Pixels along one side of the patch that a token stands for."""

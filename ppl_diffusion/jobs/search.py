@@ -1,4 +1,4 @@
-"""How hard, and by which inference program, a design run looks."""
+"""How hard, and by which inference program, a job looks."""
 
 from __future__ import annotations
 
@@ -65,6 +65,20 @@ class Search:
             object.__setattr__(self, "ess_threshold", THRESHOLDS.get(self.method))
         if self.device is not None:
             usable_device(self.device)
+
+    @classmethod
+    def asked(cls, words: Mapping[str, Any], *, device: str = "cpu", **numbers: Any) -> Search:
+        """Return what a command was asked for.
+
+        :param words: the options that come from the registry: ``method``, ``resampler``, and those
+            of the method.
+        :param device: where to compute.
+        :param numbers: further fields.
+        """
+        own = {name: words[name] for name in ("method", "resampler") if name in words}
+        rest = {name: value for name, value in words.items() if name not in own}
+        place = None if device == "cpu" else device
+        return cls(**own, **numbers, device=place, options=rest)
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, ready for JSON."""

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion.imaging import CodecConfig, ImageCodec
-from ppl_diffusion.imaging.lfq import (
+from ppl_diffusion.denoisers.lfq import (
     commitment,
     imbalance,
     lfq_codebook,
@@ -14,6 +13,7 @@ from ppl_diffusion.imaging.lfq import (
     signs,
     straight_through,
 )
+from ppl_diffusion.imaging import CodecConfig, ImageCodec
 
 
 @pytest.fixture(scope="module")
