@@ -39,7 +39,7 @@ from ppl_diffusion.models.image_data import load_images
 TASKS = ("sr4", "gblur", "mblur", "rinp", "box", "hdr", "nlblur")
 NOISES = (0.05, 0.2)
 PUBLISHED, EXACT = "aps-published", "aps-smc+error"
-OURS = ("aps", "aps-long", "aps-smc", "aps+error", "aps-smc+error")
+OURS = ("aps", "aps-smc", "aps+error", "aps-smc+error")
 RIVALS = ("g2d2-star", "g2d2-markov", "split-gibbs", "d-cbg", "relaxed-dps", "svdd-pm")
 REFERENCES = ("prior", "pseudo-inverse", "codec-ceiling")
 METHODS = (PUBLISHED, *OURS, "mean-field", *RIVALS, *REFERENCES)
@@ -69,7 +69,7 @@ class Plan:
     num_images: int = 64
     num_steps: int = 8
     num_iterations: int = 30
-    num_samples: int = 16
+    num_samples: int = 8
     num_particles: int = 32
 
 

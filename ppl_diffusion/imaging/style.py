@@ -14,26 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ppl_diffusion.imaging.measurement import Decoder
 from ppl_diffusion.potentials.embedded import EmbeddedPotential
 
 Statistics = Literal["moments", "gram"]
 Features = Callable[[Tensor], Sequence[Tensor]]
 _SMALL = 1e-6  # of a variance: the slope of a root is infinite at zero, where a map is constant
-
-
-class Decoder(Protocol):
-    """What decodes points of an embedding space, as :class:`ImageCodec` does."""
-
-    codebook: Tensor
-
-    def decode_embedded(self, embeddings: Tensor) -> Tensor:
-        """Return images ``(*n, C, H, W)`` of points ``(*n, L, b)``."""
-        ...
 
 
 def style_statistics(maps: Sequence[Tensor], kind: Statistics = "moments") -> list[Tensor]:

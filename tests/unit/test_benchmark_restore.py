@@ -1,0 +1,114 @@
+"""The benchmark of restoration: a small run of the real thing, and goals that follow figures."""
+
+import importlib
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture
+def restore(monkeypatch):
+    if ROOT not in sys.path:  # `benchmarks` is not installed
+        monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.restore")
+
+
+@pytest.fixture
+def made(restore):
+    """Return a function that makes figures of one method on some images out of their PSNRs."""
+    scores = importlib.import_module("benchmarks._restore_scores").Scores
+    names = list(scores.__dataclass_fields__)
+
+    def of(values, lower=0.0, coverage=0.9):
+        known = {name: 0.0 for name in names} | {"coverage": coverage}
+        return [scores(**{**known, "psnr": v, "sample_psnr": v - lower}) for v in values]
+
+    return of
+
+
+def test_the_smoke_run_orders_what_is_known_to_be_ordered(restore):
+    """Eight images each of two tasks; on them the ceiling leads by at least two decibels."""
+    found = restore.measure_all(restore.SMOKE)
+    assert set(found) == {("sr4", 0.05), ("hdr", 0.05)}
+    for by_method in found.values():
+        assert set(by_method) == set(restore.SMOKE_METHODS)
+        assert {len(scores) for scores in by_method.values()} == {8}
+        means = {name: restore.mean_of(scores) for name, scores in by_method.items()}
+        ceiling = means.pop("codec-ceiling")
+        assert all(each["psnr"] < ceiling["psnr"] for each in means.values())
+        assert means["aps"]["psnr"] > means["svdd-pm"]["psnr"]
+        assert means["aps-published"]["decoder_backward"] > means["aps"]["decoder_backward"]
+        assert means["aps-smc"]["coverage"] > means["aps-published"]["coverage"]
+    at_sr4 = found["sr4", 0.05]
+    gap, error = restore.paired(
+        [s.psnr for s in at_sr4["aps"]], [s.psnr for s in at_sr4["pseudo-inverse"]]
+    )
+    assert gap > 3 * error
+    rows = list(restore.rows_of(found))
+    assert len(rows) == 2 * len(restore.SMOKE_METHODS)
+    assert all(math.isfinite(row.value) for row in rows)
+    screen = Console(record=True, width=160)
+    restore.show(found, screen)
+    assert "sr4, noise 0.05, 8 images" in screen.export_text()
+
+
+def test_goals_follow_the_figures(restore, made):
+    by_method = {
+        "aps-published": made([20.0, 22.0], lower=1.0),
+        "aps": made([21.0, 22.5]),
+        "aps-smc+error": made([21.5, 23.5], coverage=0.96),
+    }
+    rows = {row.name: row for row in restore.goals_of({("sr4", 0.05): by_method})}
+    best = rows["published_minus_best"]
+    assert best.coordinates["method"] == "aps-smc+error"
+    assert best.value == pytest.approx(-2.5)  # one restoration at 19 and 21 against 21.5 and 23.5
+    assert best.ok
+    assert rows["published_mean_minus_best"].value == pytest.approx(-1.5)
+    covered = rows["coverage_from_middle"]
+    assert covered.value == pytest.approx(0.06)
+    assert not covered.ok
+    assert "tasks_lost" not in rows  # only one of seven was tried
+
+
+def test_tasks_are_counted_for_the_champion_against_each_rival(restore, made):
+    found = {}
+    for place, task in enumerate(restore.TASKS):
+        lost = 20.0 if place < 3 else 25.0
+        found[task, 0.05] = {
+            "aps-published": made([19.0, 19.0]),
+            "aps": made([22.0, 22.0]),
+            "aps-smc": made([23.0, 23.0] if place else [10.0, 10.0]),
+            "svdd-pm": made([lost, lost]),
+            "d-cbg": made([21.0, 21.0]),
+        }
+    rows = [row for row in restore.goals_of(found) if row.name == "tasks_lost"]
+    lost = {row.coordinates["rival"]: (row.value, row.ok) for row in rows}
+    assert lost == {"svdd-pm": (4, False), "d-cbg": (0, True)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PPL_DIFFUSION_DATA" not in os.environ, reason="needs PPL_DIFFUSION_DATA")
+def test_larger_images_keep_the_order(restore):
+    """MNIST at 32 x 32, 16 images of two tasks: the best iterate beats the published settings."""
+    plan = replace(
+        restore.FULL,
+        dataset="mnist",
+        tasks=("sr4", "gblur"),
+        noises=(0.05,),
+        methods=(*restore.SMOKE_METHODS, "aps-smc+error", "g2d2-star"),
+        num_images=16,
+    )
+    found = restore.measure_all(plan, os.environ["PPL_DIFFUSION_DATA"], workers=2)
+    for by_method in found.values():
+        means = {name: restore.mean_of(scores)["psnr"] for name, scores in by_method.items()}
+        ours = max(means[name] for name in restore.OURS if name in means)
+        assert ours > means["aps-published"]
+        assert ours > means["svdd-pm"]
+        assert ours < means["codec-ceiling"]
