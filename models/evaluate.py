@@ -258,8 +258,11 @@ def main(
 ) -> None:
     """Bound a prior on its test rows, in bits per token."""
     recipe = find_recipe(name)
-    sequences = load_sequences(recipe.dataset, data)
-    program = load(weights or name)
+    try:
+        sequences = load_sequences(recipe.dataset, data)
+        program = load(weights or name)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     result = evaluate(program, sequences, recipe, times=times, seed=seed)
     print_evaluation(name, result, unit=sequences.unit)
     if ship:

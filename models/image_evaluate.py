@@ -149,8 +149,11 @@ def main(
     if name not in IMAGE_RECIPES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(IMAGE_RECIPES)}.")
     recipe = IMAGE_RECIPES[name]
-    network = IMAGE_TASKS[recipe.task](recipe).load(weights or WEIGHTS / name)
-    images = load_images(recipe.dataset, data)
+    try:
+        network = IMAGE_TASKS[recipe.task](recipe).load(weights or WEIGHTS / name)
+        images = load_images(recipe.dataset, data)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     result = evaluate_images(network, images, recipe)
     _print(name, IMAGE_TASKS[recipe.task].score_name, result)
     if ship:

@@ -78,7 +78,7 @@ def read_weights(network: nn.Module, directory: str | Path) -> None:
     except RuntimeError as error:
         raise ValueError(
             f"{who}: the weights in {path} do not fit the configuration beside them; "
-            "keep the two files of one save_pretrained call together."
+            "keep the two files of one network together."
         ) from error
 
 
@@ -108,5 +108,5 @@ def read_network(
 def _require(path: Path, who: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{who}: {path} does not exist; give a folder that save_pretrained wrote."
+            f"{who}: {path} does not exist; give the folder that a network was saved to."
         )
