@@ -2,15 +2,20 @@
 
 Both return, for each position, the exact law of its clean token given the noised sequence:
 ``kind="cavity"`` leaves that position's own state out (the kernel's single-site bridge is exact if
-and only if it is given the cavity), ``kind="posterior"`` keeps it in.
+and only if it is given the cavity), ``kind="posterior"`` keeps it in. Both are array-API code: made
+of JAX arrays they answer in JAX.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Self
 
+import numpy as np
 import torch
+from array_api_compat import is_jax_array
 from torch import Tensor
 
+from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, to_float64
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.processes.base import Process
 
@@ -25,7 +30,7 @@ class TableDenoiser:
     :raises ValueError: if the table is not a distribution or does not fit the process.
     """
 
-    def __init__(self, joint: Tensor, process: Process, *, kind: Kind = "cavity") -> None:
+    def __init__(self, joint: Array, process: Process, *, kind: Kind = "cavity") -> None:
         joint = _float64(joint)
         if joint.ndim < 1 or set(joint.shape) != {process.vocab_size}:
             raise ValueError(
@@ -37,44 +42,44 @@ class TableDenoiser:
         self.process, self.kind, self.vocab_size = process, kind, process.vocab_size
         self.time_free = process.absorbing
         self.joint = joint / joint.sum()
-        every = torch.arange(self.vocab_size, device=joint.device)
-        grid = torch.cartesian_prod(*[every] * joint.ndim)
-        self._sequences = grid.reshape(-1, joint.ndim)
 
     @property
     def length(self) -> int:
         """Number ``L`` of positions."""
         return self.joint.ndim
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Array, t: float | Array, /) -> Array:
         """Return exact log-probabilities, shape ``(*batch, L, V)``, float64."""
         _check_length(tokens, self.length)
         evidence = emission(self.process, tokens, t)  # (*batch, L, V)
-        weights = torch.stack(
-            [self._site_weights(evidence, site) for site in range(self.length)], -2
-        )
+        sites = [self._site_weights(evidence, site) for site in range(self.length)]
+        weights = array_namespace(tokens).stack(sites, axis=-2)
         if self.kind == "posterior":
             weights = weights * evidence
         return _normalised_log(weights)
 
-    def parameters(self) -> Iterator[Tensor]:
+    def parameters(self) -> Iterator[Array]:
         """Yield the table, which is all the output depends on."""
         yield self.joint
 
     def to(self, device: torch.device | str) -> Self:
         """Move the table, in place."""
-        self.joint, self._sequences = self.joint.to(device), self._sequences.to(device)
+        self.joint = self.joint.to(device)
         return self
 
-    def _site_weights(self, evidence: Tensor, site: int) -> Tensor:
+    def _site_weights(self, evidence: Array, site: int) -> Array:
         """Return ``sum_x p(x) 1[x_site = v] prod_{l != site} q(z_l | x_l)``, ``(*batch, V)``."""
-        weight = self.joint.reshape(-1)
+        xp, weight = array_namespace(evidence), self.joint.reshape(-1)
         for other in range(self.length):
             if other != site:
-                weight = weight * evidence[..., other, :][..., self._sequences[:, other]]
-        weight = weight.expand(*evidence.shape[:-2], -1)
-        totals = weight.new_zeros(*weight.shape[:-1], self.vocab_size)
-        return totals.index_add(-1, self._sequences[:, site], weight)
+                column = _sequences(self.vocab_size, self.length)[:, other]
+                tokens = xp.asarray(column, device=device_of(evidence))
+                weight = weight * xp.take(evidence[..., other, :], tokens, axis=-1)
+        # Position ``site`` is one axis of the table: all others are summed away.
+        table = weight.reshape(*weight.shape[:-1], *self.joint.shape)
+        gone = tuple(axis - self.length for axis in range(self.length) if axis != site)
+        totals = xp.sum(table, axis=gone) if gone else table
+        return xp.broadcast_to(totals, (*evidence.shape[:-2], self.vocab_size))
 
 
 class MarkovDenoiser:
@@ -89,24 +94,25 @@ class MarkovDenoiser:
     """
 
     def __init__(
-        self, initial: Tensor, transition: Tensor, process: Process, *, kind: Kind = "cavity"
+        self, initial: Array, transition: Array, process: Process, *, kind: Kind = "cavity"
     ) -> None:
         self.initial = _stochastic(initial, (process.vocab_size,), "initial")
         self.transition = _stochastic(transition, (process.vocab_size,) * 2, "transition")
         self.process, self.kind, self.vocab_size = process, kind, process.vocab_size
         self.time_free = process.absorbing
 
-    def __call__(self, tokens: Tensor, t: float | Tensor, /) -> Tensor:
+    def __call__(self, tokens: Array, t: float | Array, /) -> Array:
         """Return exact log-probabilities, shape ``(*batch, L, V)``, float64."""
-        evidence = emission(self.process, tokens, t)
-        sites = evidence.unbind(-2)
-        forward = [self.initial.expand_as(sites[0])]  # p(x_l, z_{<l}) up to scale
+        xp, evidence = array_namespace(tokens), emission(self.process, tokens, t)
+        sites = [evidence[..., site, :] for site in range(evidence.shape[-2])]
+        # p(x_l, z_{<l}) and p(z_{>l} | x_l), up to scale
+        forward = [xp.broadcast_to(self.initial, sites[0].shape)]
         for site in sites[:-1]:
             forward.append(_rescaled((forward[-1] * site) @ self.transition))
-        backward = [torch.ones_like(sites[0])]  # p(z_{>l} | x_l) up to scale
+        backward = [xp.ones_like(sites[0])]
         for site in reversed(sites[1:]):
             backward.append(_rescaled((backward[-1] * site) @ self.transition.T))
-        weights = torch.stack(forward, -2) * torch.stack(backward[::-1], -2)
+        weights = xp.stack(forward, axis=-2) * xp.stack(backward[::-1], axis=-2)
         return _normalised_log(weights * evidence if self.kind == "posterior" else weights)
 
     def parameters(self) -> Iterator[Tensor]:
@@ -136,51 +142,62 @@ class MarkovDenoiser:
         return self.initial.log()[x0[..., 0]] + moves.sum(-1)
 
 
-def emission(process: Process, tokens: Tensor, t: float | Tensor) -> Tensor:
+def emission(process: Process, tokens: Array, t: float | Array) -> Array:
     """Return ``q(z_t | x)`` for every clean ``x``, float64 ``(*batch, L, V)``.
 
     For the absorbing process without its factors ``alpha`` and ``1 - alpha``, which no clean token
     feels: one-hot for a revealed token and ones for a mask, at any time.
+
+    :param t: the time, one number for all rows.
     """
-    kept = torch.nn.functional.one_hot(tokens, process.num_states)[..., : process.vocab_size]
+    xp = array_namespace(tokens)
+    clean = xp.arange(process.vocab_size, device=device_of(tokens))
+    kept = xp.astype(tokens[..., None] == clean, float64_of(xp))
     noise = process.prior_prob(tokens)[..., None]
     if process.absorbing:  # a prompt is revealed at alpha = 0 already
-        return kept.to(torch.float64) + noise
-    a = float(process.schedule.alpha(float(t)))
-    return a * kept.to(torch.float64) + (1 - a) * noise
+        return kept + noise
+    a = process.schedule.alpha(t if is_jax_array(t) else float(t))
+    return a * kept + (1 - a) * noise
 
 
-def _check_length(tokens: Tensor, length: int) -> None:
+@cache
+def _sequences(size: int, length: int) -> np.ndarray:
+    """Return all sequences in the order of a flattened table, ``(size ** length, length)``."""
+    return np.stack([axis.ravel() for axis in np.indices((size,) * length)], axis=-1)
+
+
+def _check_length(tokens: Array, length: int) -> None:
     if tokens.shape[-1] != length:
         raise ValueError(f"this denoiser is for {length} positions, got {tokens.shape[-1]}.")
 
 
-def _stochastic(values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+def _stochastic(values: Array, shape: tuple[int, ...], name: str) -> Array:
     values = _float64(values)
     if tuple(values.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}.")
-    if not bool((values >= 0).all()) or not bool(((values.sum(-1) - 1).abs() < 1e-6).all()):
+    if not bool((values >= 0).all()) or not bool((abs(values.sum(-1) - 1) < 1e-6).all()):
         raise ValueError(f"{name} must hold probabilities that sum to one along the last axis.")
-    return values / values.sum(-1, keepdim=True)
+    return values / values.sum(-1)[..., None]
 
 
-def _float64(values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.to(torch.float64)
+def _float64(values: Any) -> Array:
+    if is_jax_array(values) or isinstance(values, Tensor):
+        return to_float64(values)
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
-def _rescaled(message: Tensor) -> Tensor:
-    return message / message.amax(-1, keepdim=True).clamp_min(torch.finfo(message.dtype).tiny)
+def _rescaled(message: Array) -> Array:
+    xp = array_namespace(message)
+    top = xp.max(message, axis=-1, keepdims=True)
+    return message / xp.where(top > 0, top, 1.0)
 
 
-def _normalised_log(weights: Tensor) -> Tensor:
+def _normalised_log(weights: Array) -> Array:
     """Normalise rows; a row that no data can explain becomes uniform instead of NaN."""
-    total = weights.sum(-1, keepdim=True)
-    uniform = torch.full_like(weights, 1.0 / weights.shape[-1])
-    return torch.log(
-        torch.where(total > 0, weights / total.clamp_min(torch.finfo(total.dtype).tiny), uniform)
-    )
+    xp = array_namespace(weights)
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    live = total > 0
+    return xp.log(xp.where(live, weights / xp.where(live, total, 1.0), 1.0 / weights.shape[-1]))
 
 
 def _draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.kernels.base import TOKENS, Carry, Kernel, SampledPath, time_grid
 from ppl_diffusion.kernels.event_kernel import EventKernel
-from ppl_diffusion.kernels.kappa_rules import kappa_room
+from ppl_diffusion.kernels.kappa_rules import check_kappa
 from ppl_diffusion.kernels.masked_paths import (
     ancestral_steps,
     draw_path,
@@ -26,8 +26,6 @@ from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.noise import uniforms
-
-_ROUND_OFF = 1e-12
 
 
 class InterpolatingKernel(Kernel):
@@ -62,7 +60,7 @@ class InterpolatingKernel(Kernel):
         if psi is not None:
             times, kappa = _unpack(psi, process, num_steps, times, kappa)
         super().__init__(process, denoiser, time_grid(num_steps, times, type(self).__name__))
-        self.kappa = _check_kappa(kappa, self.alphas, process)
+        self.kappa = check_kappa(kappa, self.alphas, process)
 
     def same_as(self, other: object) -> bool:
         """Return whether both kernels define the same path law by construction."""
@@ -222,24 +220,3 @@ def _unpack(
             "schedule; build it from process.schedule."
         )
     return psi.times, psi.kappa
-
-
-def _check_kappa(kappa: Any, alphas: np.ndarray, process: Process) -> np.ndarray:
-    steps = len(alphas) - 1
-    given = np.asarray(kappa, dtype=np.float64)
-    if given.ndim > 2 or (given.ndim > 0 and given.shape[0] != steps) or 0 in given.shape:
-        raise ValueError(
-            "InterpolatingKernel: kappa must be one number, one per step or one per step and "
-            f"site, for {steps} steps, got shape {given.shape}."
-        )
-    values = np.broadcast_to(given, (steps,)).copy() if given.ndim == 0 else given.copy()
-    if not np.all(np.isfinite(values)) or values.max() > 1:
-        raise ValueError("InterpolatingKernel: kappa must be finite and at most 1.")
-    lowest = values.reshape(steps, -1).min(1)
-    bad = np.flatnonzero(lowest < np.minimum(kappa_room(process, alphas), 0) - _ROUND_OFF)
-    if bad.size:
-        raise ValueError(
-            f"InterpolatingKernel: kappa = {lowest[bad[0]]} at step {bad[0]} makes a probability "
-            "negative; raise it."
-        )
-    return values

@@ -9,10 +9,13 @@ arXiv:2407.15595).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ppl_diffusion.processes.base import Process
+
+_ROUND_OFF = 1e-12
 
 KappaRule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """``(a, b, t) -> kappa``: signal before and after each step, and the time it starts from."""
@@ -49,6 +52,33 @@ def _lowest(slack: np.ndarray, slope: np.ndarray) -> np.ndarray:
     """Return the ``kappa`` from which on ``slack + kappa slope >= 0``."""
     slack, slope = np.broadcast_arrays(slack, slope)
     return -np.divide(slack, slope, out=np.full(slack.shape, np.inf), where=slope > 0)
+
+
+def check_kappa(kappa: Any, alphas: np.ndarray, process: Process) -> np.ndarray:
+    """Return ``kappa`` of every step, float64 ``(T,)`` or ``(T, L)``.
+
+    :param kappa: one number, one per step, or one per step and site.
+    :param alphas: signal levels of the grid, ``(T + 1,)``.
+    :raises ValueError: if it has another shape, or makes a probability negative.
+    """
+    steps = len(alphas) - 1
+    given = np.asarray(kappa, dtype=np.float64)
+    if given.ndim > 2 or (given.ndim > 0 and given.shape[0] != steps) or 0 in given.shape:
+        raise ValueError(
+            "InterpolatingKernel: kappa must be one number, one per step or one per step and "
+            f"site, for {steps} steps, got shape {given.shape}."
+        )
+    values = np.broadcast_to(given, (steps,)).copy() if given.ndim == 0 else given.copy()
+    if not np.all(np.isfinite(values)) or values.max() > 1:
+        raise ValueError("InterpolatingKernel: kappa must be finite and at most 1.")
+    lowest = values.reshape(steps, -1).min(1)
+    bad = np.flatnonzero(lowest < np.minimum(kappa_room(process, alphas), 0) - _ROUND_OFF)
+    if bad.size:
+        raise ValueError(
+            f"InterpolatingKernel: kappa = {lowest[bad[0]]} at step {bad[0]} makes a probability "
+            "negative; raise it."
+        )
+    return values
 
 
 def fixed(kappa: float) -> KappaRule:

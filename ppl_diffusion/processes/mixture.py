@@ -245,7 +245,7 @@ def log_posterior_mean(process: Process, z: Array, log_c: Array, a: Array) -> Ar
     return xp.where(p > 0, xp.log(xp.where(p > 0, p, xp.ones_like(p))), xp.full_like(p, -math.inf))
 
 
-def posterior_to_cavity(process: Process, z: Array, log_g: Array, a: float) -> Array:
+def posterior_to_cavity(process: Process, z: Array, log_g: Array, a: Array) -> Array:
     """Turn posterior-mean predictions ``p(x | z)`` into cavity ones ``p(x^l | z^{-l})``.
 
     Only the entry of the current token is rescaled, by ``(1-a) pi_z / (a + (1-a) pi_z)``, the
@@ -254,10 +254,10 @@ def posterior_to_cavity(process: Process, z: Array, log_g: Array, a: float) -> A
 
     :param z: current states, shape ``(..., L)``.
     :param log_g: posterior log-probabilities, shape ``(..., L, V)``.
-    :param a: ``alpha(t)``; 1 (no noise) leaves everything alone.
+    :param a: ``alpha(t)``, a number, also a traced one; 1 (no noise) leaves everything alone.
     :returns: normalised cavity log-probabilities, shape ``(..., L, V)``.
     """
-    if process.absorbing or a >= 1.0:
+    if process.absorbing or (isinstance(a, int | float) and a >= 1.0):
         return log_g
     xp = array_namespace(log_g)
     pi_z = process.prior_prob(z)

@@ -30,7 +30,7 @@ from ppl_diffusion.smc.late import looking
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
 from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
-from ppl_diffusion.smc.weights import Weights
+from ppl_diffusion.smc.weights import Weights, log_base
 
 Progress = Callable[[int, int], None]
 
@@ -245,14 +245,14 @@ def smc_loop(
         first = engine.log_twist(carry, 0, generator)
         twist = zeros if first is None else first
         weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
-        base = _base(weights, log_z, twist)
+        base = log_base(weights, log_z, twist)
         log, k = _Log(record, carry), 0
         while k < num_steps:
             # What is carried was looked ahead from the future that copies still share: latents move
             # by it before each copy gets its own.
             if hasattr(engine, "renew"):
                 carry, twist = engine.renew(carry, twist, k, generator)
-                base, log.settled = _base(weights, log_z, twist), False
+                base, log.settled = log_base(weights, log_z, twist), False
             if hasattr(engine, "foresee"):
                 carry, k = engine.foresee(carry, k, generator)
             before = base
@@ -287,7 +287,7 @@ def smc_loop(
                 carry, twist = engine.gather(carry, parents), twist.gather(1, parents)
                 weights = Weights(torch.where(due[:, None], 0.0, weights.log))
                 log.settled = False
-            base = _base(weights, log_z, twist)
+            base = log_base(weights, log_z, twist)
         return log.trace(carry, weights, twist, isinstance(resampler, Multinomial))
 
 
@@ -366,12 +366,6 @@ class _Log:
             multinomial=multinomial,
             history=self.history,
         )
-
-
-def _base(weights: Weights, log_z: Tensor, twist: Tensor) -> Tensor:
-    """Return the log of the weights with all twists taken off again; their mean is one."""
-    base = log_z[:, None] + weights.log - twist
-    return torch.where(weights.log == -math.inf, -math.inf, base)
 
 
 def _paths(history: list[dict[str, Tensor]], ancestors: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ They differ in how the roundings of neighbours hang together.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -265,8 +266,14 @@ def _refuse(top: Array, name: str) -> None:
     fine = (top < math.inf).all()
     if is_torch_array(top):
         refuse_if(~fine, complaint)
-    elif not bool(fine):
+    elif not isinstance(fine, _traced()) and not bool(fine):
         raise complaint()
+
+
+def _traced() -> tuple[type, ...]:
+    """Return the type of what JAX compiles, which has no value yet; its engine looks later."""
+    jax = sys.modules.get("jax")
+    return () if jax is None else (jax.core.Tracer,)
 
 
 def _normalised(log_weights: Array, top: Array) -> Array:
@@ -385,12 +392,11 @@ def _count(ends: Array, points: Array) -> Array:
         return _count(_tensor(ends), _tensor(points.copy())).numpy()
     if is_torch_array(ends):
         return torch.searchsorted(ends.contiguous(), points.contiguous(), right=True)
-    flat_ends = ends.reshape(-1, ends.shape[-1])
-    flat_points = points.reshape(-1, points.shape[-1])
-    rows = [
-        xp.searchsorted(e, p, side="right") for e, p in zip(flat_ends, flat_points, strict=True)
-    ]
-    return xp.stack(rows).reshape(points.shape)
+    import jax
+
+    flat = ends.reshape(-1, ends.shape[-1]), points.reshape(-1, points.shape[-1])
+    found = jax.vmap(lambda e, p: xp.searchsorted(e, p, side="right"))(*flat)
+    return found.reshape(points.shape)
 
 
 def _order(keys: Array) -> Array:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from array_api_compat import is_torch_array
 from torch import Tensor
 
+from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.kernels.base import Kernel
 from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.processes.noise import uniforms
+from ppl_diffusion.smc.weights import log_sum_exp
 
 Carry = dict[str, Any]
 FILL_UNIFORMS = "fill_uniforms"
@@ -271,7 +274,7 @@ def as_twist(twist: TwistLike) -> Twist | None:
     return resolved
 
 
-def floored(log_f: Tensor, log_c: Tensor, floor: float) -> Tensor:
+def floored(log_f: Array, log_c: Array, floor: float) -> Array:
     """Return ``log((1 - floor) f + floor c)``: the twist that a look-ahead is defended by.
 
     ``c`` is the mean of ``f`` under the law of the moves, estimated from the very particles; that
@@ -282,11 +285,12 @@ def floored(log_f: Tensor, log_c: Tensor, floor: float) -> Tensor:
     :param log_c: log of ``c``, broadcastable; ``-inf`` (nobody is alive) leaves ``f`` alone.
     :param floor: the share of ``c``, in ``[0, 1)``.
     """
-    mixed = torch.logaddexp(math.log1p(-floor) + log_f, math.log(floor) + log_c)
-    return torch.where(log_c == -math.inf, log_f, mixed)
+    xp = array_namespace(log_f)
+    mixed = xp.logaddexp(math.log1p(-floor) + log_f, math.log(floor) + log_c)
+    return xp.where(log_c == -math.inf, log_f, mixed)
 
 
-def mean_lookahead(log_f: Tensor, log_base: Tensor) -> Tensor:
+def mean_lookahead(log_f: Array, log_base: Array) -> Array:
     """Return the log of the mean look-ahead under the law of the moves, ``(R, 1, ...)``.
 
     :param log_f: log of the look-ahead, ``(R, N, ...)``.
@@ -301,9 +305,12 @@ def _check_floor(floor: float) -> None:
         raise ValueError(f"floor must lie in [0, 1), got {floor}.")
 
 
-def log_mean_exp(values: Tensor, dim: int) -> Tensor:
+def log_mean_exp(values: Array, dim: int) -> Array:
     """Return the log of the mean of exponentials."""
-    return torch.logsumexp(values, dim) - math.log(values.shape[dim])
+    if is_torch_array(values):
+        return torch.logsumexp(values, dim) - math.log(values.shape[dim])
+    xp = array_namespace(values)
+    return log_sum_exp(xp.moveaxis(values, dim, -1)) - math.log(values.shape[dim])
 
 
 def _rand(shape: tuple[int, ...], num_fills: int, generator: Any) -> Tensor:

@@ -81,6 +81,16 @@ class Weights:
             return xp.where(total > 0, 1 / total, total)
 
 
+def log_base(weights: Weights, log_z: Array, twist: Array) -> Array:
+    """Return the log of the weights with all twists taken off again; their mean is one.
+
+    :param log_z: log of the product of the mean weights at resamplings so far, ``(*runs,)``.
+    :param twist: the twists that the particles carry, ``(*runs, N)``.
+    """
+    base = log_z[..., None] + weights.log - twist
+    return array_namespace(base).where(weights.log == -math.inf, -math.inf, base)
+
+
 def log_sum_exp(x: Array) -> Array:
     """Return ``log sum exp`` over the last axis; ``-inf`` rows give ``-inf``, not NaN.
 

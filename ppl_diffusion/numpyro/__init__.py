@@ -1,0 +1,19 @@
+"""The same names for NumPyro: reverse chains as compiled JAX distributions.
+
+::
+
+    import ppl_diffusion.numpyro as ppn
+
+    chain = ppn.ReverseChain(ppn.InterpolatingKernel(process, denoiser, num_steps=64), length=80)
+
+Needs ``pip install 'ppl-diffusion[numpyro]'``. Numbers come from the array-API code that serves
+torch, too; 64-bit precision follows JAX's switch (``jax.config.update("jax_enable_x64", True)``).
+"""
+
+from ppl_diffusion.numpyro.denoisers import Denoiser as Denoiser
+from ppl_diffusion.numpyro.kernel import InterpolatingKernel as InterpolatingKernel
+from ppl_diffusion.numpyro.marginal import ChainMarginal as ChainMarginal
+from ppl_diffusion.numpyro.reverse_chain import ReverseChain as ReverseChain
+from ppl_diffusion.numpyro.smc import SMC as SMC
+from ppl_diffusion.numpyro.token_step import TokenStep as TokenStep
+from ppl_diffusion.numpyro.transformer import Transformer as Transformer

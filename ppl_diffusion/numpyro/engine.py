@@ -1,0 +1,201 @@
+"""Sequential Monte Carlo in one scan: runs times particles, compiled once per shape.
+
+The algorithm of :func:`ppl_diffusion.smc.engine.smc_loop`, step for step: weights accumulate
+between resamplings, a run is resampled where its effective sample size falls below a threshold, and
+the evidence is the product of the mean weights at these steps and at the end. Nothing calls the
+host. Where 64-bit numbers are switched off the log-evidence is a compensated sum of float32
+numbers (Neumaier 1974), so that its error does not grow with the number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ppl_diffusion.arrays import Array
+from ppl_diffusion.numpyro.noise import RESAMPLE, Noise
+from ppl_diffusion.smc.resampling import Resampler
+from ppl_diffusion.smc.twists import log_mean_exp
+from ppl_diffusion.smc.weights import Weights, log_base
+
+Carry = Any
+Size = tuple[int, int]
+
+
+class Particles(Protocol):
+    """How particles move and what they are worth; a pytree. Arrays of a carry are ``(R, N, ...)``.
+
+    The weight increments are those of :mod:`ppl_diffusion.smc.feynman_kac`.
+    """
+
+    @property
+    def num_steps(self) -> int:
+        """Number ``T`` of steps."""
+        ...
+
+    def init(self, noise: Noise, size: Size) -> Carry:
+        """Return the carry of the noisiest states."""
+        ...
+
+    def move(self, carry: Carry, k: Array, noise: Noise, size: Size) -> tuple[Carry, Array]:
+        """Return the carry after step ``k``, and ``log K - log M``, ``(R, N)`` or 0."""
+        ...
+
+    def look(self, carry: Carry, k: Array, base: Array) -> tuple[Carry, Array]:
+        """Return the carry and ``log h_k``, ``(R, N)``, after ``k < T`` steps.
+
+        :param base: what each particle stands for in the law of the moves alone, ``(R, N)``.
+        """
+        ...
+
+    def close(self, carry: Carry) -> Array:
+        """Return ``log G`` of finished states, ``(R, N)``."""
+        ...
+
+    def record(self, carry: Carry) -> Array:
+        """Return what is kept of a carry at every step."""
+        ...
+
+
+class Trace(NamedTuple):
+    """What a run leaves behind; see :class:`ppl_diffusion.smc.ParticlePosterior` for the fields.
+
+    :param history: what was recorded, ``(T + 1, R, N, ...)``.
+    """
+
+    carry: Carry
+    log_weights: Array
+    log_potential: Array
+    log_evidence_steps: Array
+    ess: Array
+    resampled: Array
+    log_mass: Array
+    ancestors: Array
+    history: Array
+
+
+class _State(NamedTuple):
+    """A population between two steps."""
+
+    carry: Carry
+    log: Array
+    twist: Array
+    log_z: tuple[Array, Array]
+    parents: Array
+
+
+def run_particles(
+    particles: Particles,
+    noise: Noise,
+    size: Size,
+    resampler: Resampler,
+    ess_threshold: float,
+    *,
+    store_path: bool = True,
+) -> Trace:
+    """Move, weigh, resample. Pure: to be compiled.
+
+    :param size: runs ``R`` and particles ``N`` of each.
+    :param ess_threshold: fraction of ``N`` below which a run is resampled; 0 never does.
+    :param store_path: keep what is recorded at every step, or at none.
+    """
+    last = particles.num_steps - 1
+    identity = jnp.broadcast_to(jnp.arange(size[1]), size)
+    zero = jnp.zeros(size)
+    carry, twist = particles.look(particles.init(noise, size), 0, zero)
+    twist = zero + twist
+    start = _State(carry, twist, twist, (jnp.zeros(size[0]), jnp.zeros(size[0])), identity)
+    keep = particles.record if store_path else lambda carry: jnp.zeros(())
+
+    def weigh(state: _State, k: Array, moved: Any, ahead: Any) -> tuple[_State, Array, dict]:
+        carry, ratio, before = moved
+        weights = Weights(state.log).add(ratio + ahead - state.twist)
+        ess, log_z = weights.ess, _total(state.log_z)
+        due = weights.alive & (ess < ess_threshold * size[1])
+        out = {
+            "parents": state.parents,
+            "ess": ess,
+            "log_z": log_z + weights.log_mean,
+            "mass": log_mean_exp(before, 1),
+            "kept": keep(carry),
+        }
+        new = _State(carry, weights.log, zero + ahead, state.log_z, identity)
+        return new, due, out
+
+    def step(state: _State, k: Array) -> tuple[_State, dict[str, Array]]:
+        before = log_base(Weights(state.log), _total(state.log_z), state.twist)
+        carry, ratio = particles.move(state.carry, k, noise, size)
+        carry, ahead = particles.look(carry, k + 1, before + ratio)
+        new, due, out = weigh(state, k, (carry, ratio, before), ahead)
+        return _resampled(new, due, k, noise, resampler), {**out, "due": due}
+
+    state, steps = lax.scan(step, start, jnp.arange(last))
+    before = log_base(Weights(state.log), _total(state.log_z), state.twist)
+    carry, ratio = particles.move(state.carry, last, noise, size)
+    state, due, out = weigh(state, last, (carry, ratio, before), particles.close(carry))
+    final = {**out, "due": jnp.zeros_like(due)}
+    columns = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), steps, final)
+    history = jnp.concatenate([keep(start.carry)[None], columns["kept"]])
+    return Trace(
+        state.carry,
+        Weights(state.log).log_normalised,
+        state.twist,
+        columns["log_z"].T,
+        columns["ess"].T,
+        columns["due"].T,
+        columns["mass"].T,
+        columns["parents"],
+        history,
+    )
+
+
+def _resampled(state: _State, due: Array, k: Array, noise: Noise, scheme: Resampler) -> _State:
+    """Resample the runs that are due; where none is, nothing is moved."""
+    runs, particles = state.log.shape
+
+    def resample(state: _State) -> _State:
+        weights = Weights(state.log)
+        u = noise.runs(RESAMPLE, k, (scheme.num_uniforms(particles),), runs)
+        chosen = scheme(u, weights.log).astype(state.parents.dtype)
+        parents = jnp.where(due[:, None], chosen, state.parents)
+        carry, twist = gather((state.carry, state.twist), parents)
+        gained = jnp.where(due, weights.log_mean, 0.0)
+        log = jnp.where(due[:, None], 0.0, weights.log)
+        return _State(carry, log, twist, _added(state.log_z, gained), parents)
+
+    return lax.cond(due.any(), resample, lambda same: same, state)
+
+
+def gather(carry: Carry, ancestors: Array) -> Carry:
+    """Return the carry of the chosen ancestors, ``(R, N)``."""
+    return jax.tree.map(lambda x: jax.vmap(lambda row, a: row[a])(x, ancestors), carry)
+
+
+def _added(total: tuple[Array, Array], x: Array) -> tuple[Array, Array]:
+    """Add to a compensated sum; a run that is dead has a sum of -inf, and no error of it."""
+    high, low = total
+    new = high + x
+    lost = jnp.where(abs(high) >= abs(x), (high - new) + x, (x - new) + high)
+    return new, low + jnp.where(jnp.isfinite(new), lost, 0.0)
+
+
+def _total(total: tuple[Array, Array]) -> Array:
+    return total[0] + total[1]
+
+
+def check(trace: Trace) -> None:
+    """Refuse weights that are no numbers; while a scan runs nobody can.
+
+    :raises ValueError: if a weight or a running evidence is NaN or ``+inf``.
+    """
+    worst = jnp.isnan(trace.log_evidence_steps) | (trace.log_evidence_steps == math.inf)
+    if bool(worst.any()):
+        run, step = (int(i) for i in jnp.argwhere(worst)[0])
+        raise ValueError(
+            f"a particle weight became NaN or +inf at step {step} of run {run}: the potential or a "
+            "site of the program returned it; check what it does with tokens that are rare."
+        )

@@ -1,0 +1,93 @@
+"""Where uniforms come from: random keys, one for each particle, or arrays that are given.
+
+Particle ``n`` of run ``r`` draws from ``fold_in(fold_in(fold_in(key, step), r), n)``: what it draws
+depends neither on how many others there are nor on how many devices they live on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ppl_diffusion.arrays import Array
+from ppl_diffusion.processes.noise import jax_uniforms
+
+MOVE, RESAMPLE, LATENT, FILL, PICK = range(5)
+"""What noise is for; each has a stream of its own."""
+
+
+class Noise(Protocol):
+    """A source of noise for ``(R, N)`` particles; a pytree."""
+
+    def particles(self, use: int, k: Array, shape: tuple[int, ...], size: tuple[int, int]) -> Array:
+        """Return uniforms of each particle, ``(R, N, *shape)``.
+
+        :param use: :data:`MOVE` or :data:`FILL`.
+        :param k: step, also a traced one.
+        :param size: ``(R, N)``.
+        """
+        ...
+
+    def runs(self, use: int, k: Array, shape: tuple[int, ...], size: int) -> Array:
+        """Return uniforms of each run, ``(R, *shape)``."""
+        ...
+
+    def keys(self, use: int, k: Array, size: tuple[int, int]) -> Array:
+        """Return random keys of each particle, ``(R, N)``."""
+        ...
+
+
+class KeyNoise(eqx.Module):
+    """Noise from one random key.
+
+    :param key: a JAX random key.
+    """
+
+    key: Array
+
+    def keys(self, use: int, k: Array, size: tuple[int, int]) -> Array:
+        """Return random keys of each particle, see :class:`Noise`."""
+        rows = self._run_keys(use, k, size[0])
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        return fold(rows, jnp.arange(size[1]))
+
+    def particles(self, use: int, k: Array, shape: tuple[int, ...], size: tuple[int, int]) -> Array:
+        """Return uniforms of each particle, see :class:`Noise`."""
+        draw = jax.vmap(jax.vmap(lambda key: jax_uniforms(key, shape)))
+        return draw(self.keys(use, k, size))
+
+    def runs(self, use: int, k: Array, shape: tuple[int, ...], size: int) -> Array:
+        """Return uniforms of each run, see :class:`Noise`."""
+        return jax.vmap(lambda key: jax_uniforms(key, shape))(self._run_keys(use, k, size))
+
+    def _run_keys(self, use: int, k: Array, size: int) -> Array:
+        step = jax.random.fold_in(jax.random.fold_in(self.key, use), k)
+        return jax.vmap(jax.random.fold_in, (None, 0))(step, jnp.arange(size))
+
+
+class GivenNoise(eqx.Module):
+    """Noise out of arrays, so that another backend can be given the same.
+
+    :param arrays: uniforms by use, steps first: ``{MOVE: (T + 1, R, N, *shape), ...}``.
+    """
+
+    arrays: Mapping[int, Array]
+
+    def keys(self, use: int, k: Array, size: tuple[int, int]) -> Array:
+        """Refuse: there are no keys.
+
+        :raises ValueError: always.
+        """
+        raise ValueError("GivenNoise: latents are drawn by keys; use KeyNoise.")
+
+    def particles(self, use: int, k: Array, shape: tuple[int, ...], size: tuple[int, int]) -> Array:
+        """Return uniforms of each particle, see :class:`Noise`."""
+        return self.arrays[use][k].reshape(*size, *shape)
+
+    def runs(self, use: int, k: Array, shape: tuple[int, ...], size: int) -> Array:
+        """Return uniforms of each run, see :class:`Noise`."""
+        return self.arrays[use][k].reshape(size, *shape)

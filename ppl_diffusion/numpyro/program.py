@@ -1,0 +1,171 @@
+"""Reading NumPyro programs: their chains, their latents, and what weighs both.
+
+A program is run twice to be read. Its chain sites are those whose law is a
+:class:`~ppl_diffusion.numpyro.ReverseChain`; all other unobserved sample sites are latents;
+observed sites and factors weigh. Afterwards it is run under ``vmap``, with values in place of its
+sites, and its chains are never scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import seed, substitute, trace
+
+from ppl_diffusion.arrays import Array
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+
+Values = Mapping[str, Array]
+
+
+class PotentialTarget(eqx.Module):
+    """The target ``p(path) G(x0)`` of one chain.
+
+    :param log_g: ``x0 (*batch, L) -> log G (*batch,)`` in JAX.
+    :param name: of the chain site.
+    :param plates: dimensions of plates, which are summed over.
+    """
+
+    log_g: Callable[[Array], Array] = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+    plates: int = eqx.field(static=True)
+
+    def draw(self, keys: Array, guess: Values) -> tuple[Values, Array]:
+        """Return no latents."""
+        return {}, jnp.zeros(keys.shape[:2])
+
+    def log_joint(self, latents: Values, x0: Values) -> Array:
+        """Return ``log G``."""
+        worth = self.log_g(x0[self.name])
+        return worth.sum(tuple(range(worth.ndim - self.plates, worth.ndim)))
+
+
+class ProgramTarget(eqx.Module):
+    """What a program makes of its sequences and latents.
+
+    :param model: the program.
+    :param args: its positional arguments, ``kwargs`` its keyword arguments: pytrees.
+    :param chains: names and numbers of steps of the chain sites.
+    :param latents: names of the latents.
+    :param shapes: shapes ``(*plates, L)`` of the sequences, by chain.
+    """
+
+    model: Callable[..., Any] = eqx.field(static=True)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    chains: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    latents: tuple[str, ...] = eqx.field(static=True)
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
+
+    def run(self, values: Values, key: Array | None = None) -> dict[str, Any]:
+        """Run the program on one particle's values and return its trace.
+
+        :param values: latents, and ``x0`` of chains by their sites' names.
+        """
+        given = dict(values)
+        for name, steps in self.chains:
+            x0 = given[name]
+            # Only the last state of a path is read: what a program may say about is x0.
+            given[name] = jnp.broadcast_to(
+                x0[..., None, :], (*x0.shape[:-1], steps + 1, x0.shape[-1])
+            )
+        key = jax.random.key(0) if key is None else key
+        program = substitute(seed(self.model, key), data=given)
+        found: dict[str, Any] = trace(program).get_trace(*self.args, **self.kwargs)
+        return found
+
+    def draw(self, keys: Array, guess: Values) -> tuple[Values, Array]:
+        """Draw latents from their law given a first guess, see :class:`Target`."""
+
+        def one(key: Array) -> tuple[Values, Array]:
+            found = self.run(guess, key)
+            values = {name: found[name]["value"] for name in self.latents}
+            return values, _total(found[name] for name in self.latents)
+
+        return jax.vmap(jax.vmap(one))(keys)
+
+    def log_joint(self, latents: Values, x0: Values) -> Array:
+        """Return ``log p(latents, y | x0)``, see :class:`Target`."""
+        chains = {name for name, _ in self.chains}
+
+        def one(values: Values) -> Array:
+            sites = self.run(values).values()
+            return _total(s for s in sites if s["type"] == "sample" and s["name"] not in chains)
+
+        values = {**latents, **x0}
+        name, own = self.shapes[0]
+        scored: Callable[[Values], Array] = one
+        for _ in range(values[name].ndim - len(own)):
+            scored = jax.vmap(scored)
+        return scored(values)
+
+    def samples(self, latents: Values, x0: Values) -> dict[str, Array]:
+        """Return the values of latents and deterministic sites, ``(R, N, ...)`` each."""
+
+        def one(values: Values) -> dict[str, Array]:
+            return {
+                name: site["value"]
+                for name, site in self.run(values).items()
+                if site["type"] == "deterministic" or name in self.latents
+            }
+
+        return jax.vmap(jax.vmap(one))({**latents, **x0})
+
+
+def read(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Array
+) -> tuple[dict[str, ReverseChain], ProgramTarget]:
+    """Read a program.
+
+    :param key: a JAX random key; what is drawn is not used.
+    :raises CapabilityError: if it has no chain, or one that this engine does not move: a chain
+        whose law depends on what was drawn before it, or chains of different lengths in time.
+    """
+    found, other = (_traced(model, args, kwargs, k) for k in jax.random.split(key))
+    sites = {n: s for n, s in found.items() if s["type"] == "sample" and not s["is_observed"]}
+    chains = {name: s["fn"] for name, s in sites.items() if isinstance(s["fn"], ReverseChain)}
+    if not chains:
+        raise CapabilityError(
+            "SMC: the program has no unobserved ReverseChain site; sample one, as in "
+            'numpyro.sample("path", chain).'
+        )
+    for name, chain in chains.items():
+        if name not in other or not eqx.tree_equal(chain, other[name]["fn"]):
+            raise CapabilityError(
+                f"SMC: the law of the chain {name!r} depends on what is drawn before it, which the "
+                "JAX engine does not carry; make it a program of the torch engine, or a separate "
+                "inference for each value."
+            )
+    if len({chain.num_steps for chain in chains.values()}) > 1:
+        raise CapabilityError("SMC: the chains have different numbers of steps; give them one.")
+    latents = tuple(name for name in sites if name not in chains)
+    target = ProgramTarget(
+        model,
+        tuple(args),
+        dict(kwargs),
+        tuple((name, chain.num_steps) for name, chain in chains.items()),
+        latents,
+        tuple((name, (*c.batch_shape, c.length)) for name, c in chains.items()),
+    )
+    return chains, target
+
+
+def _traced(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Array
+) -> dict[str, Any]:
+    found: dict[str, Any] = trace(seed(model, key)).get_trace(*args, **kwargs)
+    return found
+
+
+def _total(sites: Any) -> Array:
+    """Return the sum of the log-densities of sites, scaled and masked."""
+    total = jnp.zeros(())
+    for site in sites:
+        log_p = site["fn"].log_prob(site["value"])
+        total = total + jnp.sum(log_p if site["scale"] is None else site["scale"] * log_p)
+    return total
