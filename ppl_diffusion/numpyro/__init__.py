@@ -13,6 +13,8 @@ torch, too; 64-bit precision follows JAX's switch (``jax.config.update("jax_enab
 from ppl_diffusion.numpyro.denoisers import Denoiser as Denoiser
 from ppl_diffusion.numpyro.kernel import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.numpyro.marginal import ChainMarginal as ChainMarginal
+from ppl_diffusion.numpyro.particle_gibbs import ParticleGibbs as ParticleGibbs
+from ppl_diffusion.numpyro.particle_gibbs import particle_gibbs_fn as particle_gibbs_fn
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain as ReverseChain
 from ppl_diffusion.numpyro.smc import SMC as SMC
 from ppl_diffusion.numpyro.token_step import TokenStep as TokenStep

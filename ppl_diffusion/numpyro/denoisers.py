@@ -44,7 +44,7 @@ def _register(cls: type, names: tuple[str, ...]) -> None:
         return tuple(held[name] for name in names), rest
 
     def unflatten(rest: tuple[tuple[str, Any], ...], arrays: tuple[Any, ...]) -> Any:
-        denoiser = object.__new__(cls)
+        denoiser: Any = object.__new__(cls)
         vars(denoiser).update(dict(rest), **dict(zip(names, arrays, strict=True)))
         return denoiser
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import equinox as eqx
 import jax
@@ -24,6 +24,8 @@ from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.smc.twists import Defensive, floored, log_mean_exp, mean_lookahead
 
 Values = Mapping[str, Array]
+Look = Literal["defensive"] | Defensive | None
+"""How particles look ahead; None does not."""
 
 
 class Target(Protocol):
@@ -105,7 +107,11 @@ class ChainParticles(eqx.Module):
             step = chain.kernel.step(state, k, fixed=chain.fixed, log_c=carry["log_c"][name])
             own = jnp.moveaxis(u[..., columns], 2, 0).reshape(2, *state.shape)
             tokens[name] = step.draw(own)
-        return {**carry, "tokens": tokens}, jnp.zeros(size)
+        return {**carry, "tokens": self.held(tokens, k + 1)}, jnp.zeros(size)
+
+    def held(self, tokens: dict[str, Array], k: Array) -> dict[str, Array]:
+        """Return the states after ``k`` steps; a subclass knows some of them."""
+        return tokens
 
     def look(self, carry: dict[str, Any], k: Array, base: Array) -> tuple[dict[str, Any], Array]:
         """Predict the clean tokens, for the next move, too, and weigh completions of them."""
@@ -150,3 +156,15 @@ class ChainParticles(eqx.Module):
         """Return the tokens of all chains side by side, ``(R, N, W)``."""
         parts = [x.reshape(*x.shape[:2], -1) for x in carry["tokens"].values()]
         return jnp.concatenate(parts, -1)
+
+
+def look_ahead(twist: Look, owner: str) -> Defensive | None:
+    """Return the look-ahead that is meant.
+
+    :raises ValueError: if there is no such one here.
+    """
+    if twist == "defensive":
+        return Defensive()
+    if twist is None or (isinstance(twist, Defensive) and not twist.late):
+        return twist
+    raise ValueError(f"{owner}: twist must be 'defensive', a Defensive, or None, got {twist!r}.")

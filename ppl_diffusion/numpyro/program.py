@@ -8,7 +8,7 @@ sites, and its chains are never scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -118,15 +118,21 @@ class ProgramTarget(eqx.Module):
 
 
 def read(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Array
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    key: Array,
+    *,
+    fixed: bool = False,
 ) -> tuple[dict[str, ReverseChain], ProgramTarget]:
     """Read a program.
 
     :param key: a JAX random key; what is drawn is not used.
+    :param fixed: nothing is drawn before the chains, whose law may then depend on anything.
     :raises CapabilityError: if it has no chain, or one that this engine does not move: a chain
         whose law depends on what was drawn before it, or chains of different lengths in time.
     """
-    found, other = (_traced(model, args, kwargs, k) for k in jax.random.split(key))
+    found = _traced(model, args, kwargs, key)
     sites = {n: s for n, s in found.items() if s["type"] == "sample" and not s["is_observed"]}
     chains = {name: s["fn"] for name, s in sites.items() if isinstance(s["fn"], ReverseChain)}
     if not chains:
@@ -134,7 +140,8 @@ def read(
             "SMC: the program has no unobserved ReverseChain site; sample one, as in "
             'numpyro.sample("path", chain).'
         )
-    for name, chain in chains.items():
+    other = {} if fixed else _traced(model, args, kwargs, jax.random.split(key)[0])
+    for name, chain in () if fixed else chains.items():
         if name not in other or not eqx.tree_equal(chain, other[name]["fn"]):
             raise CapabilityError(
                 f"SMC: the law of the chain {name!r} depends on what is drawn before it, which the "
@@ -156,7 +163,7 @@ def read(
 
 
 def _traced(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Array
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], key: Array
 ) -> dict[str, Any]:
     found: dict[str, Any] = trace(seed(model, key)).get_trace(*args, **kwargs)
     return found

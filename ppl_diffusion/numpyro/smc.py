@@ -15,7 +15,7 @@ import torch
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.engine import Trace, check, run_particles
-from ppl_diffusion.numpyro.feynman_kac import ChainParticles
+from ppl_diffusion.numpyro.feynman_kac import ChainParticles, Look, look_ahead
 from ppl_diffusion.numpyro.noise import KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget, read
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
@@ -23,7 +23,6 @@ from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.law import Base, Law, Tilt, digest
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
-from ppl_diffusion.smc.twists import Defensive, as_twist
 from ppl_diffusion.smc.weights import Weights
 
 Program = Callable[..., Any]
@@ -60,7 +59,7 @@ class SMC:
         *,
         num_particles: int = 64,
         num_runs: int = 1,
-        twist: str | Defensive | None = "defensive",
+        twist: Look = "defensive",
         resampler: str | Resampler = "systematic",
         ess_threshold: float = 0.5,
         store_path: bool = True,
@@ -75,12 +74,8 @@ class SMC:
                 "SMC: num_particles and num_runs must be >= 1 and ess_threshold >= 0, got "
                 f"{num_particles}, {num_runs} and {ess_threshold}."
             )
-        look = as_twist(twist)
-        if not (look is None or isinstance(look, Defensive)):
-            raise ValueError(
-                f"SMC: twist must be 'defensive', a Defensive, or None, got {twist!r}."
-            )
-        self.program, self.potential, self.twist = program, potential, look
+        self.program, self.potential = program, potential
+        self.twist = look_ahead(twist, "SMC")
         self.size = (num_runs, num_particles)
         self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
         self.store_path = store_path

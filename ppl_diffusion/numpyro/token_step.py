@@ -84,7 +84,7 @@ class TokenStep(Distribution):
         :param noise: numbers in ``[0, 1)``, ``(2, *sample, *batch, L)``: of moves and of tokens.
         """
         tokens, log_c, (a, b, kappa) = self._fields(noise.shape[1:])
-        value = mixture_sample(self.process, tokens, log_c, a, b, *noise, kappa)
+        value = mixture_sample(self.process, tokens, log_c, a, b, noise[0], noise[1], kappa)
         value = value.astype(tokens.dtype)
         return value if self.fixed is None else jnp.where(self._held(), tokens, value)
 
