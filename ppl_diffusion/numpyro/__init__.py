@@ -11,10 +11,18 @@ torch, too; 64-bit precision follows JAX's switch (``jax.config.update("jax_enab
 """
 
 from ppl_diffusion.numpyro.denoisers import Denoiser as Denoiser
+from ppl_diffusion.numpyro.handlers import Unroll as Unroll
+from ppl_diffusion.numpyro.handlers import clamp as clamp
+from ppl_diffusion.numpyro.handlers import constant as constant
+from ppl_diffusion.numpyro.handlers import steer as steer
+from ppl_diffusion.numpyro.handlers import twist as twist
+from ppl_diffusion.numpyro.handlers import unroll as unroll
 from ppl_diffusion.numpyro.kernel import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.numpyro.marginal import ChainMarginal as ChainMarginal
 from ppl_diffusion.numpyro.particle_gibbs import ParticleGibbs as ParticleGibbs
 from ppl_diffusion.numpyro.particle_gibbs import particle_gibbs_fn as particle_gibbs_fn
+from ppl_diffusion.numpyro.proposed import ProposedChain as ProposedChain
+from ppl_diffusion.numpyro.proposed import Steering as Steering
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain as ReverseChain
 from ppl_diffusion.numpyro.smc import SMC as SMC
 from ppl_diffusion.numpyro.token_step import TokenStep as TokenStep

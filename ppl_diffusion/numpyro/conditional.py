@@ -67,12 +67,7 @@ def sweep(
     """
     scheme = ConditionalMultinomial() if resampler is None else resampler
     trace = run_particles(particles, noise, size, scheme, ess_threshold)
-    # A population without any weight leaves its path where it is.
-    alive = trace.log_weights.max(-1) > -jnp.inf
-    log_w = jnp.where(alive[:, None], trace.log_weights, 0.0)
-    slot = draw_categorical(log_w, noise.runs(PICK, 0, (), size[0]))
-    slot = jnp.where(alive, slot, 0)
-    states = _traced_back(trace, slot)
+    states, slot = picked(trace, noise)
     paths, at = {}, 0
     for name, chain in particles.chains.items():
         shape = (*chain.batch_shape, chain.length)
@@ -80,6 +75,19 @@ def sweep(
         own = states[:, :, at : at + count].reshape(*states.shape[:2], *shape)
         paths[name], at = jnp.moveaxis(own, 1, -2), at + count
     return Sweep(paths, slot, trace.ess.min(-1) / size[1])
+
+
+def picked(trace: Trace, noise: Noise) -> tuple[Array, Array]:
+    """Draw one particle of each run by its weight.
+
+    :returns: the states it descends from, ``(R, T + 1, W)``, and its slot, ``(R,)``; slot 0 of a
+        run in which all are dead.
+    """
+    alive = trace.log_weights.max(-1) > -jnp.inf
+    log_w = jnp.where(alive[:, None], trace.log_weights, 0.0)
+    slot = draw_categorical(log_w, noise.runs(PICK, 0, (), len(alive)))
+    slot = jnp.where(alive, slot, 0)
+    return _traced_back(trace, slot), slot
 
 
 def _traced_back(trace: Trace, slot: Array) -> Array:

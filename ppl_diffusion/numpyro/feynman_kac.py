@@ -21,6 +21,7 @@ from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.engine import Size
 from ppl_diffusion.numpyro.noise import FILL, LATENT, MOVE, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.smc.twists import Defensive, floored, log_mean_exp, mean_lookahead
 
 Values = Mapping[str, Array]
@@ -48,7 +49,7 @@ class Target(Protocol):
 
 
 class ChainParticles(eqx.Module):
-    """Particles that move by their chains' own steps (a bootstrap proposal).
+    """Particles that move by their chains: by their own steps, or by proposals that handlers gave.
 
     :param chains: the chains by site; the noise of each is a block of its own.
     :param target: what weighs them.
@@ -99,15 +100,18 @@ class ChainParticles(eqx.Module):
     def move(
         self, carry: dict[str, Any], k: Array, noise: Noise, size: Size
     ) -> tuple[dict[str, Any], Array]:
-        """Move by the chains' own steps; the prediction was made when looking ahead."""
-        u, at, tokens = noise.particles(MOVE, k + 1, (2, self._width), size), 0, {}
+        """Move as the chains do; the prediction was made when looking ahead."""
+        u = noise.particles(MOVE, k + 1, (2, self._width), size)
+        at, tokens, proposals = 0, {}, {}
         for name, chain in self.chains.items():
             state = carry["tokens"][name]
             columns = slice(at, at := at + math.prod(state.shape[2:]))
             step = chain.kernel.step(state, k, fixed=chain.fixed, log_c=carry["log_c"][name])
             own = jnp.moveaxis(u[..., columns], 2, 0).reshape(2, *state.shape)
-            tokens[name] = step.draw(own)
-        return {**carry, "tokens": self.held(tokens, k + 1)}, jnp.zeros(size)
+            proposals[name] = step, chain.proposal(step, k)
+            tokens[name] = proposals[name][1].draw(own)
+        tokens = self.held(tokens, k + 1)
+        return {**carry, "tokens": tokens}, _ratio(proposals, tokens, size)
 
     def held(self, tokens: dict[str, Array], k: Array) -> dict[str, Array]:
         """Return the states after ``k`` steps; a subclass knows some of them."""
@@ -129,14 +133,14 @@ class ChainParticles(eqx.Module):
 
     def _filled(self, name: str, carry: dict[str, Any], k: Array) -> Array:
         """Return completions, ``(R, N, num_fills, *plates, L)``."""
-        kernel = self.chains[name].kernel
+        kernel, known = self.chains[name].kernel, self.chains[name].known
         log_x0 = self._ends(name, carry["tokens"], carry["log_c"], k)
-        likeliest = kernel.complete(log_x0)[:, :, None]
-        if not carry["fills"][name].shape[2]:
-            return likeliest
+        filled = kernel.complete(log_x0)[:, :, None]
         u = carry["fills"][name]
-        wide = jnp.broadcast_to(log_x0[:, :, None], (*u.shape, log_x0.shape[-1]))
-        return jnp.concatenate([likeliest, kernel.complete(wide, u)], 2)
+        if u.shape[2]:
+            wide = jnp.broadcast_to(log_x0[:, :, None], (*u.shape, log_x0.shape[-1]))
+            filled = jnp.concatenate([filled, kernel.complete(wide, u)], 2)
+        return jnp.where(known >= 0, known, filled)
 
     def _worth(self, carry: dict[str, Any], x0: Values) -> Array:
         """Return ``log p(latents, y | x0) - log r`` of completions, ``(R, N, num_fills)``."""
@@ -156,6 +160,18 @@ class ChainParticles(eqx.Module):
         """Return the tokens of all chains side by side, ``(R, N, W)``."""
         parts = [x.reshape(*x.shape[:2], -1) for x in carry["tokens"].values()]
         return jnp.concatenate(parts, -1)
+
+
+def _ratio(
+    proposals: Mapping[str, tuple[TokenStep, TokenStep]], tokens: Values, size: Size
+) -> Array:
+    """Return ``log K - log M`` of a move, ``(R, N)``, summed over chains and plates."""
+    total = jnp.zeros(size)
+    for name, (step, moves) in proposals.items():
+        if moves is not step:
+            ratio = step.log_prob(tokens[name]) - moves.log_prob(tokens[name])
+            total = total + ratio.reshape(*size, -1).sum(-1)
+    return total
 
 
 def look_ahead(twist: Look, owner: str) -> Defensive | None:

@@ -19,6 +19,7 @@ from ppl_diffusion.kernels.shapes import check_expand
 from ppl_diffusion.numpyro.kernel import InterpolatingKernel
 from ppl_diffusion.numpyro.marginal import ChainMarginal
 from ppl_diffusion.numpyro.shapes import enumerated
+from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.processes.base import whole_number
 from ppl_diffusion.processes.noise import jax_uniforms
 
@@ -81,6 +82,11 @@ class ReverseChain(Distribution):
         """Prompt positions, bool, broadcastable to ``(*batch, L)``."""
         return self.prompt >= 0
 
+    @property
+    def known(self) -> Array:
+        """Tokens of the clean sequence that are known, ``(L,)`` or with a batch, -1 elsewhere."""
+        return self.prompt
+
     def x0(self, path: Array) -> Array:
         """Return the clean sequence of a path.
 
@@ -118,7 +124,12 @@ class ReverseChain(Distribution):
         """
         start = self.start(noise[0])
         steps = noise[1:].reshape(self.num_steps, 2, *noise.shape[1:])
-        return self._scanned(start, lambda step, u: step.draw(u), steps)
+        path, log_p, _ = self._scanned(start, lambda step, u: step.draw(u), steps)
+        return path, log_p
+
+    def proposal(self, step: TokenStep, k: Array) -> TokenStep:
+        """Return how a path is drawn that is weighed by ``step``: by that step itself."""
+        return step
 
     def sample_with_intermediates(
         self, key: Array, sample_shape: tuple[int, ...] = ()
@@ -130,24 +141,29 @@ class ReverseChain(Distribution):
         first, *keys = jax.random.split(key, self.num_steps + 1)
         shape = (*sample_shape, *self.batch_shape, self.length)
         start = self.start(jax_uniforms(first, shape))
-        path, log_p = self._scanned(start, lambda step, k: step.sample(k), jnp.stack(keys))
+        path, log_p, _ = self._scanned(start, lambda step, k: step.sample(k), jnp.stack(keys))
         return path, [log_p]
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw paths, integers ``(*sample_shape, *batch, T + 1, L)``."""
         return self.sample_with_intermediates(key, sample_shape)[0]
 
-    def _scanned(self, start: Array, draw: Any, noise: Array) -> tuple[Array, Array]:
-        def move(tokens: Array, given: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def _scanned(self, start: Array, draw: Any, noise: Array) -> tuple[Array, Array, Array]:
+        """Return a path, its log-density, and that under the law it was drawn from."""
+
+        def move(tokens: Array, given: tuple[Array, Array]) -> tuple[Array, tuple[Array, ...]]:
             k, own = given
             step = self.kernel.step(tokens, k, fixed=self.fixed)
-            new = draw(step, own)
-            return new, (new, step.log_prob(new))
+            moves = self.proposal(step, k)
+            new = draw(moves, own)
+            log_p = step.log_prob(new)
+            return new, (new, log_p, log_p if moves is step else moves.log_prob(new))
 
         ks = jnp.arange(self.num_steps)
-        _, (states, log_p) = lax.scan(move, start, (ks, noise))
+        _, (states, *steps) = lax.scan(move, start, (ks, noise))
         path = jnp.moveaxis(jnp.concatenate([start[None], states]), 0, -2)
-        return path, self.start_log_prob(start) + log_p.sum(0)
+        log_p, log_q = (self.start_log_prob(start) + x.sum(0) for x in steps)
+        return path, log_p, log_q
 
     @validate_sample
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:

@@ -1,0 +1,219 @@
+"""Handlers of NumPyro programs with chains: how sites are proposed, held, written out.
+
+All of them take the program or are context managers, as NumPyro's do, and work inside and outside
+of ``seed``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+from numpyro.handlers import reparam
+from numpyro.infer.reparam import Reparam
+from numpyro.primitives import Messenger
+
+from ppl_diffusion.arrays import Array
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.numpyro.proposed import ProposedChain, Psi, Steering
+from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.token_step import TokenStep
+
+Program = Callable[..., Any]
+Sites = Collection[str] | None
+
+
+class _Chains(Messenger):
+    """Change the law of chain sites before they are drawn.
+
+    :raises ValueError: if the program has none of the sites.
+    """
+
+    def __init__(self, fn: Program | None, sites: Sites) -> None:
+        super().__init__(fn)
+        self.sites, self._met = sites, False
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        met, self._met = self._met, False
+        if exc_type is None and not met:
+            kind = type(self).__name__
+            where = "chain site" if self.sites is None else f"site of {sorted(self.sites)}"
+            raise ValueError(f"{kind}: the program has no {where}; check the names.")
+
+    def process_message(self, msg: Any) -> None:
+        """Replace the law of a chain site."""
+        chosen = self.sites is None or msg["name"] in self.sites
+        if msg["type"] != "sample" or not chosen or not isinstance(msg["fn"], ReverseChain):
+            return
+        self._met = True
+        msg["fn"] = self.changed(msg["name"], msg["fn"])
+
+    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
+        raise NotImplementedError
+
+
+class clamp(_Chains):
+    """Observe some tokens of the clean sequences of a program's chains.
+
+    The target becomes ``p(path | x0[known] = tokens[known])`` times the rest of the program, and
+    the evidence includes the probability of the tokens: sites are drawn with the tokens in place,
+    and weighed.
+
+    :param fn: the program; without it a context manager.
+    :param tokens: integers ``(L,)``, -1 where nothing is known.
+    :param sites: names of the chain sites (all by default).
+    :raises ValueError: if a chain has another length.
+    """
+
+    def __init__(self, fn: Program | None = None, *, tokens: Array, sites: Sites = None) -> None:
+        super().__init__(fn, sites)
+        self.tokens = jnp.asarray(tokens)
+
+    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
+        """Return the chain with the tokens held."""
+        if self.tokens.shape[-1:] != (chain.length,):
+            raise ValueError(
+                f"clamp: {self.tokens.shape[-1]} tokens for the chain {name!r} of {chain.length}; "
+                "give one for each position, -1 where it is free."
+            )
+        new = ProposedChain.of(chain)
+        held = jnp.where(self.tokens >= 0, self.tokens, new.held)
+        new.held = jnp.broadcast_to(held, (*chain.batch_shape, chain.length))
+        return new
+
+
+class twist(_Chains):
+    """Propose chain sites by tilted predictions; the model stays as it is.
+
+    A site is drawn step by step from ``q ∝ d exp(psi)`` in place of the prediction ``d`` and
+    carries the weight ``prod p / q``. Any finite ``psi`` is valid and a bad one only adds variance.
+
+    :param fn: the program; without it a context manager.
+    :param logits: ``(tokens (*batch, L), k, log_probs (*batch, L, V)) -> psi (*batch, L, V)``.
+    :param sites: names of the chain sites (all by default).
+    :raises CapabilityError: if a site is twisted already.
+    """
+
+    def __init__(self, fn: Program | None = None, *, logits: Psi, sites: Sites = None) -> None:
+        super().__init__(fn, sites)
+        self.logits = logits
+
+    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
+        """Return the chain with a tilted proposal."""
+        new = ProposedChain.of(chain)
+        if new.psi is not None:
+            raise CapabilityError(f"twist: the site {name!r} is twisted already; join both.")
+        new.psi = self.logits
+        return new
+
+
+class steer(_Chains):
+    """Draw chain sites from the particles of runs of their own; the model stays as it is.
+
+    The weight of a site is ``log Z_hat - log G(x0)``: unbiased whatever the potential, which only
+    aims.
+
+    :param fn: the program; without it a context manager.
+    :param potential: ``x0 (*batch, L) -> log G (*batch,)`` in JAX.
+    :param num_particles: particles of each run.
+    :param sites: names of the chain sites (all by default).
+    :param settings: other fields of :class:`~ppl_diffusion.numpyro.Steering`.
+    :raises CapabilityError: if a site is steered already.
+    """
+
+    def __init__(
+        self,
+        fn: Program | None = None,
+        *,
+        potential: Callable[[Array], Array],
+        num_particles: int = 64,
+        sites: Sites = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(fn, sites)
+        self.steering = Steering(potential, num_particles, **settings)
+
+    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
+        """Return the chain with a run behind each draw."""
+        new = ProposedChain.of(chain)
+        if new.steering is not None:
+            raise CapabilityError(f"steer: the site {name!r} is steered already; join both.")
+        new.steering = self.steering
+        return new
+
+
+class constant(_Chains):
+    """Leave the density of chains out, which is a constant while they are held.
+
+    Beside particle Gibbs every gradient of NUTS would score a path that it cannot move, by ``T``
+    calls of the network. Where the law of a chain depends on no latent that density is the same
+    number throughout: give both blocks ``constant(model)``. It is wrong where it does depend.
+
+    :param fn: the program; without it a context manager.
+    :param sites: names of the chain sites (all by default).
+    """
+
+    def __init__(self, fn: Program | None = None, *, sites: Sites = None) -> None:
+        super().__init__(fn, sites)
+
+    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
+        """Return the chain as one that is not scored."""
+        new = ProposedChain.of(chain)
+        return _Unscored.of_proposed(new)
+
+
+class _Unscored(ProposedChain):
+    """A chain whose density is left out."""
+
+    @classmethod
+    def of_proposed(cls, chain: ProposedChain) -> _Unscored:
+        new = object.__new__(cls)
+        vars(new).update(vars(chain))
+        return new
+
+    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
+        """Return zeros."""
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(value)[:-2], self.batch_shape))
+
+
+class Unroll(Reparam):
+    """Replace a chain site ``x`` by the sites ``x_0`` (noisiest) to ``x_T`` (clean).
+
+    The joint density is the same number, factor by factor; ``x`` stays as a deterministic path.
+    """
+
+    def __call__(self, name: str, fn: Any, obs: Array | None) -> tuple[None, Array]:
+        """Return the path after sampling its steps (NumPyro's protocol)."""
+        given = [None] * (fn.num_steps + 1) if obs is None else list(jnp.moveaxis(obs, -2, 0))
+        states = [numpyro.sample(f"{name}_0", _start(fn), obs=given[0])]
+        for k, value in enumerate(given[1:]):
+            step = fn.kernel.step(states[-1], k, fixed=fn.fixed)
+            states.append(numpyro.sample(f"{name}_{k + 1}", step, obs=value))
+        return None, jnp.stack(states, -2)
+
+
+def _start(chain: ReverseChain) -> Any:
+    """Return the law of the noisiest state as a step: at ``alpha = 0`` a draw from the prior."""
+    process = chain.kernel.process
+    shape = (*chain.batch_shape, chain.length)
+    flat = jnp.full((*shape, process.vocab_size), -math.log(process.vocab_size))
+    tokens = jnp.broadcast_to(jnp.maximum(chain.prompt, 0), shape)
+    return TokenStep(process, tokens, flat, 0.0, 0.0, 0.0, fixed=chain.fixed, validate_args=False)
+
+
+def unroll(fn: Program | None = None, *, sites: Sites = None) -> Any:
+    """Write chain sites as one site per step; density and draws are unchanged.
+
+    :param fn: the program; without it a context manager.
+    :param sites: names of the chain sites (all by default).
+    """
+
+    def config(msg: Any) -> Reparam | None:
+        chosen = sites is None or msg["name"] in sites
+        return Unroll() if chosen and isinstance(msg["fn"], ReverseChain) else None
+
+    return reparam(fn, config=config)

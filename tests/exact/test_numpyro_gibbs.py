@@ -1,0 +1,167 @@
+"""Conditional SMC in JAX leaves the posterior alone, and NUTS moves the rest beside it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import MCMC, NUTS, HMCGibbs
+from numpyro.infer.gibbs import Gibbs
+from numpyro_toys import _x64, chain, log_z, tensor  # noqa: F401
+
+import ppl_diffusion.numpyro as ppn
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.numpyro.conditional import RetainedParticles, sweep
+from ppl_diffusion.numpyro.noise import KeyNoise
+from ppl_diffusion.numpyro.program import PotentialTarget
+from ppl_diffusion.smc.conditional import ConditionalMultinomial
+from ppl_diffusion.smc.twists import Defensive
+from ppl_diffusion.testing import chi_square_p_value
+
+DRAWS, SWEEPS, PARTICLES = 20_000, 5, 3
+
+
+def log_g(x0):
+    return 1.5 * (x0 == 1).sum(-1) - 0.5 * (x0[..., 0] == x0[..., -1])
+
+
+def exact_paths(ours, key):
+    """Return independent draws of ``p(path) G(x0) / Z`` by enumerating paths of a tiny chain."""
+    paths = ours.enumerate_support()
+    log_p = ours.log_prob(paths) + log_g(ours.x0(paths))
+    index = jax.random.categorical(key, log_p, shape=(DRAWS,))
+    return paths[index]
+
+
+def swept(ours, paths, scheme):
+    def one(paths, key):
+        target = PotentialTarget(log_g, "x", 0)
+        particles = RetainedParticles({"x": ours}, target, Defensive(), {"x": paths})
+        done = sweep(particles, KeyNoise(key), (DRAWS, PARTICLES), 0.7, scheme)
+        return done.paths["x"], done.slot
+
+    return jax.lax.scan(one, paths, jax.random.split(jax.random.key(1), SWEEPS))
+
+
+def distance(ours, paths):
+    """Return the p-value of a chi-square test of the clean sequences against their exact law."""
+    _, joint, exact = log_z(ours, log_g)
+    codes = (ours.x0(paths) * jnp.array([3, 1])).sum(-1)
+    return chi_square_p_value(tensor(jnp.bincount(codes, length=9)), tensor(jnp.exp(joint - exact)))
+
+
+def test_five_sweeps_leave_the_target_alone():
+    """From 20,000 exact draws; a false alarm in 10,000."""
+    ours = chain(length=2, steps=3)
+    paths, slots = swept(ours, exact_paths(ours, jax.random.key(0)), ConditionalMultinomial())
+    assert distance(ours, paths) > 1e-4
+    assert 0.2 < float((slots > 0).mean()) < 0.8
+
+
+class Sorted(ConditionalMultinomial):
+    """The mutant: ancestors in order, which are not exchangeable with slot 0."""
+
+    def _ancestors(self, uniforms, weights):
+        drawn = super()._ancestors(uniforms, weights)
+        return jnp.concatenate([drawn[..., :1], jnp.sort(drawn[..., 1:], axis=-1)], -1)
+
+
+class Systematic(ConditionalMultinomial):
+    """The mutant: a scheme that forgets that slot 0 survives."""
+
+    def _ancestors(self, uniforms, weights):
+        comb = (uniforms[..., :1] + jnp.arange(weights.shape[-1])) / weights.shape[-1]
+        drawn = (jnp.cumsum(weights, -1)[..., None, :] < comb[..., None]).sum(-1)
+        return jnp.concatenate([jnp.zeros_like(drawn[..., :1]), drawn[..., 1:]], -1)
+
+
+def test_sorted_ancestors_do_not():
+    ours = chain(length=2, steps=3)
+    paths, _ = swept(ours, exact_paths(ours, jax.random.key(0)), Systematic())
+    assert distance(ours, paths) < 1e-6
+
+
+Y = 2.0
+
+
+def model(ours):
+    def program():
+        x = numpyro.deterministic("x", ours.x0(numpyro.sample("path", ours)))
+        gain = numpyro.sample("gain", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(gain + (x == 1).sum(-1), 0.5), obs=Y)
+
+    return program
+
+
+def exact(ours):
+    sequences = ours.marginal().enumerate_support()
+    law = dist.Normal((sequences == 1).sum(-1), np.sqrt(1.25))
+    weights = np.asarray(ours.marginal().log_prob(sequences) + law.log_prob(Y))
+    weights = np.exp(weights - weights.max())
+    weights /= weights.sum()
+    return weights, float((weights * np.asarray((Y - law.loc) / 1.25)).sum())
+
+
+def check_joint(samples, ours):
+    """Total variation of 9 sequences and the mean of the gain, with room for autocorrelation.
+
+    3,000 draws of which about 600 are effective: the standard error of the mean is .027, and that
+    of the total variation about .03.
+    """
+    weights, mean = exact(ours)
+    codes = np.asarray(samples["path"][:, -1] @ np.array([3, 1]))
+    found = np.bincount(codes, minlength=9) / len(codes)
+    assert 0.5 * np.abs(found - weights).sum() < 0.1
+    assert abs(float(samples["gain"].mean()) - mean) < 0.12
+
+
+def test_nuts_and_conditional_smc_infer_jointly():
+    ours = chain(length=2, steps=3)
+    program = model(ours)
+    kernel = Gibbs([(ppn.ParticleGibbs(program, num_particles=6), ["path"]), (NUTS(program), None)])
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=3000, progress_bar=False)
+    mcmc.run(jax.random.key(0), extra_fields=("block_states.0.moved", "block_states.1.diverging"))
+    check_joint(mcmc.get_samples(), ours)
+    extra = mcmc.get_extra_fields()
+    assert 0.2 < float(extra["block_states.0.moved"].mean()) < 1
+    assert int(extra["block_states.1.diverging"].sum()) == 0
+
+
+def test_the_form_of_older_versions():
+    ours = chain(length=2, steps=3)
+    program = model(ours)
+    update = ppn.particle_gibbs_fn(program, num_particles=6)
+    kernel = HMCGibbs(NUTS(program), gibbs_fn=update, gibbs_sites=["path"])
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=3000, progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    check_joint(mcmc.get_samples(), ours)
+
+
+def test_alone_it_samples_chains():
+    """4,000 sweeps: total variation of 9 sequences below .06."""
+    ours = chain(length=2, steps=3)
+
+    def program():
+        x = numpyro.deterministic("x", ours.x0(numpyro.sample("path", ours)))
+        numpyro.factor("g", log_g(x))
+
+    kernel = ppn.ParticleGibbs(program, num_particles=8)
+    mcmc = MCMC(kernel, num_warmup=20, num_samples=4000, progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    samples = mcmc.get_samples()
+    assert np.array_equal(samples["x"], samples["path"][:, -1])
+    _, joint, log_norm = log_z(ours, log_g)
+    codes = np.asarray(samples["x"] @ np.array([3, 1]))
+    found = np.bincount(codes, minlength=9) / len(codes)
+    assert 0.5 * np.abs(found - np.exp(np.asarray(joint) - log_norm)).sum() < 0.06
+
+
+def test_what_it_cannot_do_is_refused():
+    ours = chain(length=2, steps=3)
+    with pytest.raises(ValueError, match="num_particles must be >= 2"):
+        ppn.ParticleGibbs(model(ours), num_particles=1)
+    with pytest.raises(CapabilityError, match="moves chains and not gain"):
+        MCMC(ppn.ParticleGibbs(model(ours)), num_warmup=1, num_samples=1, progress_bar=False).run(
+            jax.random.key(0)
+        )
