@@ -1,8 +1,9 @@
-"""A tiny random BERT over four letters, with its tokeniser, as a folder of `transformers`."""
+"""A tiny random BERT over four letters, or other words, and its tokeniser as a folder."""
 
 import torch
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "T", "G", "C", "A"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*SPECIAL, "T", "G", "C", "A"]
 
 
 def tiny_bert(library, kind, **options):
@@ -25,9 +26,9 @@ def tiny_bert(library, kind, **options):
         return getattr(library, kind)(library.BertConfig(**{**tiny, **options}))
 
 
-def save_tiny_bert(library, folder, model):
+def save_tiny_bert(library, folder, model, words=WORDS):
     """Write a model and its tokeniser, and return the folder."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    vocabulary = {word: i for i, word in enumerate(words)}
     library.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
