@@ -151,8 +151,11 @@ class DiffusionProgram(ABC):
         :param text: a text or a list of tokens for one sequence, a list of either for several.
         :raises ValueError: if a length, a letter or a token is wrong.
         """
-        one = isinstance(text, str) or self._is_one_sequence(text := list(text))
-        rows = [self._ids(row) for row in ([text] if one else text)]
+        one = isinstance(text, str)
+        members: list[Any] = [text] if isinstance(text, str) else list(text)
+        if not one and self._is_one_sequence(members):
+            one, members = True, [members]
+        rows = [self._ids(row) for row in members]
         ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
         return ids[0] if one else ids.reshape(len(rows), self.length)
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.base import Kind
 
+_HERE = -1  # no id, so that it is found among those that a tokeniser adds
+
 
 class MaskedLanguageModel(nn.Module):
     """A masked language model as the denoiser of an absorbing process, without training.
@@ -127,8 +129,19 @@ def check_ids(owner: str, model: Any, ids: Sequence[int]) -> None:
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that a tokeniser puts before and behind a sequence."""
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return ([] if first is None else [first]), ([] if last is None else [last])
+    if getattr(tokenizer, "is_fast", False):
+        coded = tokenizer("a", return_special_tokens_mask=True)
+        added = [bool(one) for one in coded["special_tokens_mask"]]
+        if False in added:
+            first, last = added.index(False), added[::-1].index(False)
+            ids = list(coded["input_ids"])
+            return ids[:first], ids[len(ids) - last :]
+    elif hasattr(tokenizer, "build_inputs_with_special_tokens"):
+        whole = list(tokenizer.build_inputs_with_special_tokens([_HERE]))
+        return whole[: whole.index(_HERE)], whole[whole.index(_HERE) + 1 :]
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return ([] if start is None else [start]), ([] if end is None else [end])
 
 
 def transformers_library(what: str) -> Any:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny_bert import save_tiny_bert, tiny_bert
+from tiny_bert import save_tiny_bert, save_tiny_esm, tiny_bert
 
 from ppl_diffusion.denoisers import MaskedLanguageModel
+from ppl_diffusion.denoisers.pretrained import frame
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.testing import DenoiserContract
@@ -56,3 +57,18 @@ def test_another_vocabulary_is_refused_in_a_sentence(folder):
         MaskedLanguageModel(model(), [8, 9], 4)
     with pytest.raises(ValueError, match="or one and the mask, have the id 4 of the model"):
         MaskedLanguageModel(model(), [8, 4], 4)
+
+
+def test_a_sequence_is_framed_as_its_tokeniser_frames_it(folder, tmp_path):
+    esm = save_tiny_esm(transformers, tmp_path)
+    denoiser = MaskedLanguageModel.from_pretrained(esm, "LAGV", local_files_only=True)
+    assert (denoiser.before, denoiser.after) == ((0,), (2,))
+    denoiser = MaskedLanguageModel.from_pretrained(folder, LETTERS, local_files_only=True)
+    assert (denoiser.before, denoiser.after) == ((2,), (3,))
+
+
+def test_the_end_is_that_of_sequences_where_there_is_no_separator():
+    class Bare:
+        cls_token_id, sep_token_id, eos_token_id = 0, None, 2
+
+    assert frame(Bare()) == ([0], [2])
