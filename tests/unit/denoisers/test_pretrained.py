@@ -72,3 +72,31 @@ def test_the_end_is_that_of_sequences_where_there_is_no_separator():
         cls_token_id, sep_token_id, eos_token_id = 0, None, 2
 
     assert frame(Bare()) == ([0], [2])
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    other = tiny_bert(transformers, "BertForSequenceClassification")
+    folder = save_tiny_bert(transformers, tmp_path, other)
+    with pytest.raises(ValueError, match=r"MaskedLanguageModel: .* has no weights for 'cls.pred"):
+        MaskedLanguageModel.from_pretrained(folder, LETTERS, local_files_only=True)
+
+
+def test_the_tokeniser_is_looked_for_where_the_model_is(tmp_path):
+    save_tiny_bert(transformers, tmp_path / "inside", model())
+    denoiser = MaskedLanguageModel.from_pretrained(tmp_path, LETTERS, subfolder="inside")
+    assert denoiser.ids.tolist() == [8, 7, 6, 5, 4]
+
+
+def test_a_sequence_beyond_the_positions_is_refused_in_a_sentence(folder):
+    denoiser = MaskedLanguageModel.from_pretrained(folder, LETTERS, local_files_only=True)
+    assert denoiser(torch.full((10,), 4), 0.5).shape == (10, 4)
+    with pytest.raises(ValueError, match="positions for 12; give at most 10 tokens"):
+        denoiser(torch.full((11,), 4), 0.5)
+
+
+def test_positions_behind_the_padding_alone_are_counted(tmp_path):
+    esm = save_tiny_esm(transformers, tmp_path)
+    denoiser = MaskedLanguageModel.from_pretrained(esm, "LAGV", local_files_only=True)
+    assert denoiser(torch.full((8,), 4), 0.5).shape == (8, 4)
+    with pytest.raises(ValueError, match="positions for 10; give at most 8 tokens"):
+        denoiser(torch.full((9,), 4), 0.5)
