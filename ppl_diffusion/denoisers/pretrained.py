@@ -204,7 +204,8 @@ def check_ids(owner: str, model: Any, ids: Sequence[int]) -> None:
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that a tokeniser puts before and behind a sequence."""
     if getattr(tokenizer, "is_fast", False):
-        coded = tokenizer("a", return_special_tokens_mask=True)
+        # Any token would do, but a tokeniser of few letters may refuse what it does not know.
+        coded = tokenizer(tokenizer.mask_token or "a", return_special_tokens_mask=True)
         added = [bool(one) for one in coded["special_tokens_mask"]]
         if False in added:
             first, last = added.index(False), added[::-1].index(False)

@@ -67,6 +67,19 @@ def test_a_sequence_is_framed_as_its_tokeniser_frames_it(folder, tmp_path):
     assert (denoiser.before, denoiser.after) == ((2,), (3,))
 
 
+def test_the_frame_of_a_tokeniser_of_few_letters_is_found():
+    library = pytest.importorskip("tokenizers")
+    letters = {"[CLS]": 0, "[END]": 1, "[MASK]": 2, "A": 3, "C": 4}
+    inner = library.Tokenizer(library.models.WordLevel(letters))
+    inner.post_processor = library.processors.TemplateProcessing(
+        single="[CLS] $A [END]", special_tokens=[("[CLS]", 0), ("[END]", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, mask_token="[MASK]", cls_token="[CLS]", eos_token="[END]"
+    )
+    assert frame(tokenizer) == ([0], [1])
+
+
 def test_the_end_is_that_of_sequences_where_there_is_no_separator():
     class Bare:
         cls_token_id, sep_token_id, eos_token_id = 0, None, 2

@@ -106,6 +106,12 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
         PretrainedClassifier.from_pretrained(folder, "ACGT", local_files_only=True)
 
 
+def test_padding_needs_a_model_with_padding(bert, monkeypatch):
+    monkeypatch.setattr(transformers.BertTokenizer, "pad_token_id", None, raising=False)
+    with pytest.raises(ValueError, match="the model has no padding; choose another"):
+        PretrainedClassifier.from_pretrained(bert, LETTERS, padding="-", local_files_only=True)
+
+
 def test_the_tokeniser_is_looked_for_where_the_model_is(tmp_path):
     model = tiny_bert(transformers, "BertForSequenceClassification")
     save_tiny_bert(transformers, tmp_path / "inside", model)
