@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 UNSEEN = "#b9cfe4"
 """Pixels that were not measured."""
 _COLOURS = "magma"
+_JUDGED = ("restored", "mean")
 _PANEL = 1.7
 """Inches."""
 
@@ -90,11 +91,16 @@ def _caption(result: Result) -> str:
     summary = result.summary
     figures = summary["metrics"]
     words = [summary["method"] + ("" if summary["exact"] else " (not exact)")]
-    words += [f"residual of {n}: {figures[n]['residual']:.2f}" for n in ("restored", "mean")]
+    words += [f"residual of {n}: {_said(figures[n]['residual'], '.2f')}" for n in _JUDGED]
     words[-1] += " (1 if noise is all that is left)"
-    if figures["mean"].get("psnr") is not None:
-        words += [f"PSNR of {n}: {figures[n]['psnr']:.1f} dB" for n in ("restored", "mean")]
+    if "psnr" in figures["mean"]:
+        words += [f"PSNR of {n}: {_said(figures[n]['psnr'], '.1f', ' dB')}" for n in _JUDGED]
     return "; ".join(words)
+
+
+def _said(value: float | None, form: str, unit: str = "") -> str:
+    """Return a figure of a summary, which is None where it is not finite."""
+    return "n/a" if value is None else f"{value:{form}}{unit}"
 
 
 def _pixels(image: Tensor) -> NDArray[np.float64]:

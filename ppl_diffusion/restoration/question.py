@@ -9,6 +9,8 @@ from ppl_diffusion.jobs.checks import InputError, positive
 from ppl_diffusion.jobs.search import Search
 
 OPERATOR, NOISE = "sr4", 0.05
+QUIETEST, LOUDEST = 1e-6, 1e3
+"""The noise that is taken seriously: float32 tells no less, and more hides every image."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Question:
 
     def __post_init__(self) -> None:
         positive("the noise", self.noise)
+        if self.noise is not None and not QUIETEST <= self.noise <= LOUDEST:
+            raise InputError(
+                f"The noise of pixels from -1 to 1 must lie between {QUIETEST:g} and {LOUDEST:g}, "
+                f"not at {self.noise:g}: give another --noise."
+            )
         told = {
             "operator": self.operator is not None,
             "noise": self.noise is not None,

@@ -230,3 +230,9 @@ def test_what_the_codec_leaves_out_counts_where_it_is_known(places, with_error):
 def test_an_error_that_nobody_knows_is_refused(places):
     with pytest.raises(InputError, match=r"has no error\.safetensors"):
         build_target(job(places, codec_error=True))
+
+
+@pytest.mark.parametrize("noise", [1e-30, 1e-7, 2e3, 1e30])
+def test_noise_that_no_image_can_have_is_refused(noise):
+    with pytest.raises(InputError, match=r"between 1e-06 and 1000, not at .*--noise"):
+        Question("digits:3", noise=noise)
