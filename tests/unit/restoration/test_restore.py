@@ -14,7 +14,7 @@ from ppl_diffusion.inference import methods
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import OrderedKernel
-from ppl_diffusion.restoration.images import decoded
+from ppl_diffusion.restoration.images import EXPECTED, decoded
 from ppl_diffusion.restoration.question import Job, Question
 from ppl_diffusion.restoration.run import restore
 from ppl_diffusion.restoration.target import build_target
@@ -217,6 +217,10 @@ def test_what_the_codec_leaves_out_counts_where_it_is_known(places, with_error):
     assert int(inside.sum()) > 20
     torch.testing.assert_close(result.images.mean.double(), mean, rtol=0, atol=0.08)
     ratio = result.images.sd.double()[inside] / spread.sqrt()[inside]
+    low, high = result.images.interval
+    inside_too = (low <= result.images.mean) & (result.images.mean <= high) | (low == high)
+    assert bool(inside_too.all())  # one law: that of clipped draws
+    assert result.images.kind == EXPECTED
     # 512 draws: a standard deviation is within a third of itself but for one in 1e9.
     assert bool(((ratio - 1).abs() < 0.33).all())
     plain = build_target(job(with_error, "uniform", search, codec_error=False))
