@@ -170,7 +170,7 @@ def test_a_method_that_cannot_say_why(places, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        (["IMAGE", "--operator", "blur"], "there is no operator 'blur'"),
+        (["IMAGE", "--operator", "blur"], "There is no operator 'blur'"),
         (["IMAGE", "--noise", "-1"], "The noise must be above 0"),
         (["IMAGE", "--particles", "1"], "at least 2"),
         (["IMAGE", "--codec-error"], "has no error.safetensors"),
