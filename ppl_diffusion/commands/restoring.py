@@ -66,6 +66,8 @@ def _tables(result: Result) -> None:
     ]
     table("Trust and cost", ["quantity", "value"], cost)
     warnings(result.posterior.warnings)
+    for note in result.target.notes:
+        print(f"Note: {note}")
 
 
 def _of(ess: float, total: int) -> str:

@@ -49,6 +49,7 @@ def summarise(target: Target, posterior: ParticlePosterior, images: Images) -> d
         "law": posterior.law.to_json(),
         "seed": job.search.seed,
         "settings": job.settings(),
+        "notes": list(target.notes),
         "warnings": list(map(str, posterior.warnings)),
     }
 

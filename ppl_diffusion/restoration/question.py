@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ppl_diffusion.jobs.checks import InputError, positive
@@ -60,15 +61,17 @@ class Job:
     :param name: of a shipped prior, or a folder that holds one.
     :param codec: of a shipped codec, or a folder that holds one; None for the one that the prior
         was trained on.
+    :param data: folder of the sets of images that are not bundled; ``PPL_DIFFUSION_DATA`` if None.
     """
 
     name: str
     question: Question
     search: Search = field(default_factory=lambda: Search(method="smc"))
     codec: str | None = None
+    data: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return everything that decides the result, ready for JSON."""
+        """Return everything that decides the result, ready for JSON: not where its data lie."""
         return {
             "prior": self.name,
             "codec": self.codec,
