@@ -37,14 +37,7 @@ def read_image(
     :raises ModuleNotFoundError: without Pillow, where it is needed.
     :raises ValueError: if the file holds no such image.
     """
-    image = _coloured(read_as_it_is(path), image_shape[0])
-    found, wanted = tuple(image.shape[1:]), tuple(image_shape[1:])
-    if found != wanted and not resize:
-        raise ValueError(
-            f"The image {str(path)!r} has {_size(found)} pixels, and {_size(wanted)} are needed: "
-            "resize it, or say so (--resize)."
-        )
-    return image if found == wanted else resized(image, wanted)
+    return fitted(read_as_it_is(path), image_shape, name=str(path), resize=resize)
 
 
 def read_as_it_is(path: str | Path) -> Tensor:
@@ -66,6 +59,27 @@ def read_as_it_is(path: str | Path) -> Tensor:
         known = ", ".join((*PICTURES, *ARRAYS))
         raise ValueError(f"The image {str(path)!r} ends in none of {known}: convert it.")
     return _from_array(place) if ending in ARRAYS else _from_picture(place)
+
+
+def fitted(
+    image: Tensor, image_shape: tuple[int, int, int], *, name: str, resize: bool = False
+) -> Tensor:
+    """Return an image in the colours and, if asked, the size of a shape.
+
+    :param image: ``(C, H, W)`` with one or three channels.
+    :param image_shape: ``(C, H, W)`` likewise.
+    :param name: what an error calls it.
+    :param resize: bring an image of another size to this one, bicubically; otherwise refuse it.
+    :raises ValueError: if the size is another one, and not to be changed.
+    """
+    found, wanted = tuple(image.shape[1:]), tuple(image_shape[1:])
+    if found != wanted and not resize:
+        raise ValueError(
+            f"The image {name!r} has {_size(found)} pixels, and {_size(wanted)} are needed: "
+            "resize it, or say so (--resize)."
+        )
+    coloured = _coloured(image, image_shape[0])
+    return coloured if found == wanted else resized(coloured, wanted)
 
 
 def what_is_lost(image: Tensor, image_shape: tuple[int, int, int]) -> tuple[str, ...]:

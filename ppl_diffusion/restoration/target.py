@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.imaging.codec_error import MeasuredWithError
-from ppl_diffusion.imaging.files import read_as_it_is, read_image, what_is_lost
+from ppl_diffusion.imaging.files import fitted, read_as_it_is, what_is_lost
 from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import make_operator
 from ppl_diffusion.jobs.checks import InputError, user_input
@@ -151,8 +151,8 @@ def _read(
     if named is not None:
         return _of_a_set(named[1], named[2], shape, data), ()
     path = Path(question.image)
-    image = read_image(path, shape, resize=question.resize)
-    return image, what_is_lost(read_as_it_is(path), shape)
+    image = read_as_it_is(path)
+    return fitted(image, shape, name=str(path), resize=question.resize), what_is_lost(image, shape)
 
 
 def _of_a_set(name: str, number: str, shape: tuple[int, int, int], data: Path | None) -> Tensor:
