@@ -3,9 +3,10 @@
 A prior over right strings is asked to complete one (equations with characters hidden, Sudoku
 puzzles), with a reward that says how right a completion is. Every method may send the same number
 of states through the network for a question, particles times predictions; equal ones are sent
-once. ``draws`` is the share of its particles, as it weighs them, that are right; ``answer`` whether the one is right that the
-reward likes best, as whoever has a verifier would answer. Standard errors are over questions, and
-differences to ``ancestral`` are paired. Nothing but committed files is read.
+once. ``draws`` is the share of its particles, as it weighs them, that are right; ``answer`` whether
+the one is right that the reward likes best, as whoever has a verifier would answer. Standard errors
+are over questions, and differences to ``ancestral`` are paired. Nothing but committed files is
+read.
 
 * ``ancestral``: tokens at random times, from the prior alone; ``random order`` one group after
   another;
@@ -204,7 +205,7 @@ def print_rows(rows: Sequence[Row], screen: Console) -> None:
         ["method", "answer right", "over ancestral", "draws right", "states", "reward"],
         "Answer: the particle that the reward likes best; draws: all of them, by weight. Every\n"
         "method may ask the network about as many states, particles times steps (greedy: steps);\n"
-        "'states' are those that it did ask about, equal ones once, 'reward' the sequences scored.\n"
+        "'states' are those that it did ask about, equal ones once, 'reward' sequences scored.\n"
         "The reward of equations knows all products; an inner loop reads it out.",
     )
     for answer, draws in zip(rows[::2], rows[1::2], strict=True):
