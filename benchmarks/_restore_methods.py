@@ -331,7 +331,7 @@ def _rivals(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
     star = G2D2(num_iterations=iterations)
     markov = G2D2(num_iterations=iterations, transition="markov")
     svdd = SoftValueGuidance(num_children=16, alpha=0.0, weighted=False)
-    sweeps = SplitGibbs(num_sweeps=20, num_prior_steps=steps, num_moves=100, last_time=1e-3)
+    sweeps = SplitGibbs(num_sweeps=10, num_prior_steps=steps, num_moves=100, last_time=1e-3)
     return {
         "g2d2-star": ByMethod(star, size, steps),
         "g2d2-markov": ByMethod(markov, size, steps),

@@ -1,11 +1,12 @@
-"""Question answering: how often an answer is right, at equal evaluations of the denoiser.
+"""Question answering: how often an answer is right, at an equal budget of network evaluations.
 
 A prior over right strings is asked to complete one (equations with characters hidden, Sudoku
-puzzles), with a reward that says how right a completion is. Every method sends the same number of
-states through the network for a question: particles times predictions. ``draws`` is the share of
-its particles, as it weighs them, that are right; ``answer`` whether the one is right that the
-reward likes best, as whoever has a verifier would answer. Standard errors are over questions, and
-differences to ``ancestral`` are paired. Nothing but committed files is read.
+puzzles), with a reward that says how right a completion is. Every method may send the same number
+of states through the network for a question, particles times predictions; equal ones are sent
+once. ``draws`` is the share of its particles, as it weighs them, that are right; ``answer`` whether
+the one is right that the reward likes best, as whoever has a verifier would answer. Standard errors
+are over questions, and differences to ``ancestral`` are paired. Nothing but committed files is
+read.
 
 * ``ancestral``: tokens at random times, from the prior alone; ``random order`` one group after
   another;
@@ -87,12 +88,14 @@ class Answers:
 
     :param answer: 1 where its best particle is right.
     :param draws: weighted share of its particles that are right.
-    :param evaluations: states that the network saw.
+    :param evaluations: states that the network saw: equal ones once, and none where all is known.
+    :param rewarded: sequences that the reward was asked about, those of inner loops included.
     """
 
     answer: Tensor
     draws: Tensor
     evaluations: Tensor
+    rewarded: Tensor
 
 
 def chain_for(prior: DiffusionProgram, questions: Questions, index: int, ordered: bool) -> Any:
@@ -134,7 +137,8 @@ def ask(
         drawn = float((run.log_weights[0].exp() * right).sum())
         if contender.method == "importance-sampling":
             drawn = float(right.mean())  # what the prior draws, before the reward weighs it
-        found.append((float(right[best]), drawn, float(run.num_evaluations)))
+        costs = float(run.num_evaluations), float(run.num_potential_calls)
+        found.append((float(right[best]), drawn, *costs))
     return Answers(*torch.tensor(found, dtype=torch.float64).unbind(-1))
 
 
@@ -158,6 +162,7 @@ def rows_of(
             "gain_se": standard_error(values - others),
             "num_particles": particles,
             "evaluations": float(found.evaluations.mean()),
+            "rewarded": float(found.rewarded.mean()),
         }
         made.append(Row(measure, float(values.mean()), "share", len(values), None, coordinates))
     return made
@@ -197,7 +202,11 @@ def print_rows(rows: Sequence[Row], screen: Console) -> None:
     made = table(
         f"{where['problem']}: {where['kind']} ({rows[0].n} questions, "
         f"{where['num_particles']} particles each)",
-        ["method", "answer right", "over ancestral", "draws right", "evaluations"],
+        ["method", "answer right", "over ancestral", "draws right", "states", "reward"],
+        "Answer: the particle that the reward likes best; draws: all of them, by weight. Every\n"
+        "method may ask the network about as many states, particles times steps (greedy: steps);\n"
+        "'states' are those that it did ask about, equal ones once, 'reward' sequences scored.\n"
+        "The reward of equations knows all products; an inner loop reads it out.",
     )
     for answer, draws in zip(rows[::2], rows[1::2], strict=True):
         c, d = answer.coordinates, draws.coordinates
@@ -207,6 +216,7 @@ def print_rows(rows: Sequence[Row], screen: Console) -> None:
             f"{c['gain']:+.3f} ± {c['gain_se']:.3f}",
             f"{draws.value:.3f} ± {d['se']:.3f}",
             f"{c['evaluations']:.0f}",
+            f"{c['rewarded']:.0f}",
         )
     screen.print(made)
 
@@ -220,7 +230,7 @@ def main(
     iterations: Annotated[int, typer.Option(min=0, help="Of the inner loop.")] = 10,
     particles: Annotated[int | None, typer.Option(min=1, help="Of each question.")] = None,
 ) -> None:
-    """Compare ways to answer questions at equal evaluations of the denoiser."""
+    """Compare ways to answer questions at an equal budget of network evaluations."""
     screen, rows = console(), list[Row]()
     for name in prior or PRIORS:
         program = load_prior(name, screen)

@@ -7,18 +7,22 @@ as published is one restoration, and is compared with as such. Standard errors o
 those of pairs, image by image, as images differ far more than methods do. Intervals are those of
 the draws; those of an optimiser differ by luck.
 
+Cases go image by image through all tasks, and with ``--kept FILE`` each is written down when it is
+done: a run that is stopped (Ctrl-C) shows what it has, and the same command goes on from there.
+
 Methods that end in ``+error`` count what the codec cannot express as a part of the model
 (:mod:`ppl_diffusion.imaging.codec_error`); for all others decoded tokens are images.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,26 +133,62 @@ def restore_case(plan: Plan, data: str | None, case: Case) -> dict[str, Scores]:
     return found
 
 
-def measure_all(plan: Plan, data: str | None = None, workers: int = 1) -> Found:
-    """Return all figures by task and noise, then method, one for each image."""
-    cases = [
-        Case(task, noise, image)
-        for task in plan.tasks
-        for noise in plan.noises
-        for image in range(plan.num_images)
-    ]
-    work = partial(restore_case, plan, data)
-    found: Found = defaultdict(lambda: defaultdict(list))
-    for case, scores in zip(cases, _mapped(work, cases, workers), strict=True):
-        for name, value in scores.items():
-            found[case.task, case.noise][name].append(value)
-    return found
+def measure_all(
+    plan: Plan, data: str | None = None, workers: int = 1, kept: Path | None = None
+) -> Found:
+    """Return all figures by task and noise, then method, one for each image.
+
+    :param data: the data folder, of sets that come with no package.
+    :param workers: processes side by side.
+    :param kept: a file of finished cases, which is read first and added to.
+    :raises ValueError: if it was written for another plan.
+    """
+    done = {} if kept is None else _read(kept, plan)
+    every = product(range(plan.num_images), plan.noises, plan.tasks)
+    cases = [Case(task, noise, image) for image, noise, task in every]
+    left = [case for case in cases if case not in done]
+    try:
+        for case, scores in zip(left, _mapped(plan, data, left, workers), strict=True):
+            done[case] = scores
+            if kept is not None:
+                with kept.open("a", encoding="utf-8") as file:
+                    print(json.dumps([_key(plan, case), _plain(scores)]), file=file)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"stopped after {len(done)} of {len(cases)} cases")
+    found: Found = {(task, noise): {} for task in plan.tasks for noise in plan.noises}
+    for case in cases:
+        for name, value in done.get(case, {}).items():
+            found[case.task, case.noise].setdefault(name, []).append(value)
+    return {where: by_method for where, by_method in found.items() if by_method}
+
+
+def _key(plan: Plan, case: Case) -> dict[str, Any]:
+    own = {k: v for k, v in asdict(plan).items() if k not in ("tasks", "noises")}
+    return {**own, "methods": list(plan.methods), **asdict(case)}
+
+
+def _plain(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    return {name: asdict(value) for name, value in scores.items()}
+
+
+def _read(kept: Path, plan: Plan) -> dict[Case, dict[str, Scores]]:
+    done = {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []:
+        key, scores = json.loads(line)
+        case = Case(key["task"], key["noise"], key["image"])
+        if key != _key(plan, case):
+            raise ValueError(f"{kept} holds cases of another plan; give another file.")
+        done[case] = {name: Scores(**figures) for name, figures in scores.items()}
+    return done
 
 
 Found = dict[tuple[str, float], dict[str, list[Scores]]]
 
 
-def _mapped(work: Any, cases: Sequence[Case], workers: int) -> Iterator[dict[str, Scores]]:
+def _mapped(
+    plan: Plan, data: str | None, cases: Sequence[Case], workers: int
+) -> Iterator[dict[str, Scores]]:
+    work = partial(restore_case, plan, data)
     described = {"description": "images", "transient": True, "console": Console(stderr=True)}
     if workers == 1:
         yield from track(map(work, cases), total=len(cases), **described)
@@ -262,6 +302,7 @@ def main(
     noise: Annotated[list[float] | None, typer.Option(help="Only these levels.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    kept: Annotated[Path | None, typer.Option(help="File of finished cases, to go on.")] = None,
 ) -> None:
     """Restore measured images by every method."""
     plan = replace(QUICK if quick else FULL, dataset=dataset)
@@ -270,7 +311,9 @@ def main(
         plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v}
     )
     screen = console(150)
-    found = measure_all(plan, None if data is None else str(data), workers)
+    found = measure_all(plan, None if data is None else str(data), workers, kept)
+    if not found:
+        return
     show(found, screen)
     goals = list(goals_of(found)) if PUBLISHED in plan.methods else []
     show_goals(goals, screen)

@@ -24,6 +24,7 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import InterpolatingKernel, Kernel, Linear, Uniform
 from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.models.cards import PROGRAM_FILE
+from ppl_diffusion.models.words import are_words, join_tokens, split_word
 from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.noise import uniforms
@@ -33,6 +34,7 @@ FAMILIES: dict[str, type[DiffusionProgram]] = {}
 """Every family of model programs whose module has been imported, by name."""
 # Keeps log(1 - alpha) and 1 / alpha finite at a cost far below the noise of any bound.
 _TIME_MARGIN = 1e-6
+_MANY = 50
 
 
 class DiffusionProgram(ABC):
@@ -134,17 +136,33 @@ class DiffusionProgram(ABC):
         self.denoiser.to(device)
         return self
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Turn letters into token ids, ``(L,)`` for one sequence and ``(n, L)`` for several.
+    @property
+    def separator(self) -> str:
+        """What stands between tokens in text: nothing between letters, a space between words."""
+        return " " if are_words(self.vocabulary) else ""
 
-        :raises ValueError: if a length or a letter is wrong.
+    def encode(self, text: str | Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
+        """Turn text into token ids, ``(L,)`` for one sequence and ``(n, L)`` for several.
+
+        Where tokens are letters every character is one. Where they have several characters, text
+        is split at white space, and a word that is no token into pieces, the longest first, of
+        which all but the first are written ``##piece`` in the vocabulary.
+
+        :param text: a text or a list of tokens for one sequence, a list of either for several.
+        :raises ValueError: if a length, a letter or a token is wrong.
         """
-        rows = [self._ids(row) for row in ([text] if isinstance(text, str) else text)]
+        one = isinstance(text, str)
+        members: list[Any] = [text] if isinstance(text, str) else list(text)
+        if not one and self._is_one_sequence(members):
+            one, members = True, [members]
+        rows = [self._ids(row) for row in members]
         ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return ids[0] if isinstance(text, str) else ids.reshape(len(rows), self.length)
+        return ids[0] if one else ids.reshape(len(rows), self.length)
 
     def decode(self, ids: Tensor) -> str | list[str]:
         """Turn token ids, int64 ``(L,)`` or ``(n, L)``, into one string or a list of them.
+
+        Tokens are joined by :attr:`separator`, and pieces ``##piece`` to what is before them.
 
         :raises ValueError: if the shape is wrong or an id is not a clean token.
         """
@@ -159,7 +177,7 @@ class DiffusionProgram(ABC):
                 f"{int(ids.min())} to {int(ids.max())}; an id beyond the vocabulary is a mask."
             )
         flat = ids.reshape(-1, self.length).tolist()
-        rows = ["".join(self.vocabulary[i] for i in row) for row in flat]
+        rows = [join_tokens([self.vocabulary[i] for i in row], self.separator) for row in flat]
         return rows[0] if ids.ndim == 1 else rows
 
     def chain(
@@ -355,23 +373,43 @@ class DiffusionProgram(ABC):
             settings["schedule"] = read_schedule(settings["schedule"], directory)
         return cls(cls.network.from_pretrained(directory).requires_grad_(False), **settings)
 
-    def _ids(self, text: str) -> list[int]:
-        if len(text) != self.length:
-            shown = text if len(text) <= 20 else text[:17] + "..."
+    def _is_one_sequence(self, members: Sequence[Any]) -> bool:
+        """Whether the members of a list are tokens, not sequences of their own."""
+        if self.length == 1 or not all(isinstance(member, str) for member in members):
+            return False
+        known = [member in self._index for member in members]
+        if not self.separator:
+            return bool(known) and all(known)
+        # A word that is unknown beside known ones is a mistake that its position should name.
+        return any(known) and not any(len(member.split()) > 1 for member in members)
+
+    def _ids(self, text: str | Sequence[str]) -> list[int]:
+        tokens, what = self._split(text), "tokens" if self.separator else "letters"
+        if len(tokens) != self.length:
+            whole = text if isinstance(text, str) else join_tokens(tokens, self.separator)
+            shown = whole if len(whole) <= 20 else whole[:17] + "..."
             raise ValueError(
-                f"{self.name}: a sequence has {self.length} letters, but {shown!r} has "
-                f"{len(text)}; cut or pad it."
+                f"{self.name}: a sequence has {self.length} {what}, but {shown!r} has "
+                f"{len(tokens)}; cut or pad it."
             )
-        for position, letter in enumerate(text):
-            if letter not in self._index:
+        for position, token in enumerate(tokens):
+            if token not in self._index:
                 raise ValueError(
-                    f"{self.name}: {letter!r} at position {position} is not one of the letters "
-                    f"{', '.join(map(_shown, self.vocabulary))}; replace it."
+                    f"{self.name}: {token!r} at position {position} is not one of the {what} "
+                    f"{_listed(self.vocabulary)}; replace it."
                 )
-        return [self._index[letter] for letter in text]
+        return [self._index[token] for token in tokens]
+
+    def _split(self, text: str | Sequence[str]) -> Sequence[str]:
+        if not isinstance(text, str) or not self.separator:
+            return text
+        tokens = [token for word in text.split() for token in split_word(word, self._index)]
+        # Letters beside one long token, such as one for padding, are still read one by one.
+        letters = len(text) == self.length and all(letter in self._index for letter in text)
+        return text if letters and not all(token in self._index for token in tokens) else tokens
 
     def __repr__(self) -> str:
-        letters = "".join(self.vocabulary)
+        letters = self.separator.join(self.vocabulary)
         return f"{type(self).__name__}({self.name!r}, vocabulary={letters!r}, length={self.length})"
 
 
@@ -413,3 +451,9 @@ def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -
 
 def _shown(letter: str) -> str:
     return letter if letter.isprintable() and letter not in " ," else repr(letter)
+
+
+def _listed(vocabulary: Sequence[str]) -> str:
+    if len(vocabulary) > _MANY and max(map(len, vocabulary)) > 1:
+        return f"{', '.join(map(_shown, vocabulary[:_MANY]))} and {len(vocabulary) - _MANY} more"
+    return ", ".join(map(_shown, vocabulary))

@@ -231,7 +231,7 @@ RECIPES: dict[str, Recipe] = {
         _DIGITS,
         dataset="faces",
         shape={**_SHAPE, "dropout": 0.3},
-        steps=1000,
+        steps=3000,
         batch_size=32,
         options={},
     ),

@@ -245,7 +245,8 @@ def restore(
     image: Annotated[
         str,
         Argument(
-            help="PNG, JPEG, .npy or .npz file; or digits:N, the N-th test image of the digits."
+            help="PNG, JPEG, .npy or .npz file; or a test image of a set by its number, counted "
+            "from 0: digits:N, or mnist:N and faces:N of --data."
         ),
     ],
     operator: Annotated[
@@ -265,6 +266,10 @@ def restore(
     resize: Annotated[
         bool, Option("--resize", help="Bring an image of another size to that of the prior.")
     ] = False,
+    data: Annotated[
+        Path | None,
+        Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds images/, for mnist and faces."),
+    ] = None,
     prior: Annotated[str, Option(help="Shipped prior, or folder that holds one.")] = "digits",
     codec: Annotated[
         str | None, Option(help="Its codec, or a folder that holds one; found by itself.")
@@ -312,7 +317,7 @@ def restore(
     )
     question = Question(image, operator, noise, measured, resize, codec_error)
     place = out or Path("runs") / "restore"
-    run_restore(Job(prior, question, search, codec), place, replace=force, quiet=quiet)
+    run_restore(Job(prior, question, search, codec, data), place, replace=force, quiet=quiet)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from ppl_diffusion.jobs.checks import user_input
 
 MODULE = "--method-module"
 PANEL = "How to look (in brackets: what a method does if nothing is said)"
+SHARED = "Options of several methods"
 _FIELD = "option_"
 """Goes before the names of fields, which may be those of the command's own parameters."""
 
@@ -95,14 +96,17 @@ def _parameters(
     yield _parameter("method", str, "--method", f"{usual} if nothing is said. {' '.join(known)}")
     schemes = f"Systematic if nothing is said; one of {', '.join(RESAMPLERS)}."
     yield _parameter("resampler", str, "--resampler", schemes)
-    for option in (o for o in options().values() if o.name not in left_out):
+    asked = (option for option in options().values() if option.name not in left_out)
+    for option in sorted(asked, key=lambda option: len(option.owners) == 1):  # shared ones first
         flag = option.flag if option.flag not in taken else f"--method{option.flag[1:]}"
         flags = f"{flag}/{option.off}" if option.kind is bool else flag
-        yield _parameter(option.name, option.kind, flags, option.help)
+        owner, *others = option.owners
+        panel = SHARED if others else f"Options of {owner}"
+        yield _parameter(option.name, option.kind, flags, option.help, panel)
 
 
-def _parameter(name: str, kind: Any, flag: str, text: str) -> Parameter:
-    said = typer.Option(flag, help=text, rich_help_panel=PANEL)
+def _parameter(name: str, kind: Any, flag: str, text: str, panel: str = PANEL) -> Parameter:
+    said = typer.Option(flag, help=text, rich_help_panel=panel)
     return Parameter(
         _FIELD + name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, said]
     )

@@ -28,7 +28,7 @@ def list_models() -> None:
         oracles.append([name, ", ".join(f"{part}: {numbers['r']:.3f}" for part, numbers in parts)])
     table("Oracles", ["name", "correlation with measurements, test rows"], oracles)
     images = [
-        [name, "x".join(map(str, card["image"])), card["tokens"], _image_score(card)]
+        [name, "x".join(map(str, card["image"])), card["tokens"] or "", _image_score(card)]
         for name, card in ((name, read_card(name)) for name in [*codecs(), *list_classifiers()])
     ]
     table("Codecs and classifiers of images", ["name", "image", "tokens", "test images"], images)

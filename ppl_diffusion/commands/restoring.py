@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "perceptual": "feature distance"}
 _IMAGES = {
-    "restored": "restored (heaviest draw)",
     "mean": "mean of the draws",
     "pseudo_inverse": "without a prior",
     "codec": "the truth through the codec",
@@ -51,9 +50,8 @@ def _tables(result: Result) -> None:
     figures: dict[str, dict[str, float]] = summary["metrics"]
     known = list(figures["restored"])
     header = ["image", *(_NAMES.get(name, name) for name in known)]
-    rows = [
-        [_IMAGES[name], *(_said(row.get(key)) for key in known)] for name, row in figures.items()
-    ]
+    names = {"restored": f"restored ({result.images.kind})", **_IMAGES}
+    rows = [[names[name], *(_said(row.get(key)) for key in known)] for name, row in figures.items()]
     table("Images", header, rows)
     ess = summary["ess_pooled"]
     cost = [
@@ -68,6 +66,8 @@ def _tables(result: Result) -> None:
     ]
     table("Trust and cost", ["quantity", "value"], cost)
     warnings(result.posterior.warnings)
+    for note in result.target.notes:
+        print(f"Note: {note}")
 
 
 def _of(ess: float, total: int) -> str:

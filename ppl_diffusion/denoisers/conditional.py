@@ -301,14 +301,17 @@ def _num_classes(network: Any) -> int:
     return count
 
 
-def _check_label(label: int | None, num_classes: int) -> int:
+def _check_label(label: Any, num_classes: int) -> int:
     if label is None:
         return num_classes
-    value = operator.index(label)
+    try:
+        value = operator.index(label)
+    except TypeError:
+        value = -1
     if not 0 <= value < num_classes:
         raise ValueError(
             f"Labelled: label must lie in 0..{num_classes - 1}, or be None for no label, "
-            f"got {label}."
+            f"got {label!r}."
         )
     return value
 

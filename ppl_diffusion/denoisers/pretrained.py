@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.base import Kind
+
+_PLACE_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "trust_remote_code",
+    "local_files_only",
+    "token",
+    "subfolder",
+    "force_download",
+    "proxies",
+)
+_HERE = -1  # no id, so that it is found among those that a tokeniser adds
 
 
 class MaskedLanguageModel(nn.Module):
@@ -45,7 +57,7 @@ class MaskedLanguageModel(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         check_ids(type(self).__name__, model, [*ids, mask_id])
-        self.vocab_size = len(ids)
+        self.vocab_size, self._positions = len(ids), positions(model)
         self.before, self.after = tuple(before), tuple(after)
         self.register_buffer("ids", torch.tensor([*ids, mask_id]), persistent=False)
 
@@ -57,17 +69,18 @@ class MaskedLanguageModel(nn.Module):
 
         :param name_or_dir: name of a model on the hub, or its folder.
         :param vocabulary: our symbols, each a token of the model.
-        :param options: of ``AutoModelForMaskedLM.from_pretrained``.
+        :param options: of ``AutoModelForMaskedLM.from_pretrained``; those that say where files
+            are, such as ``revision``, hold for the tokeniser, too.
         :raises ModuleNotFoundError: if ``transformers`` is not installed.
-        :raises ValueError: if the model does not know a symbol, or has no mask.
+        :raises ValueError: if the model does not know a symbol, has no mask, or is of another kind.
         """
         library, owner = transformers_library("A masked language model"), cls.__name__
-        tokenizer = library.AutoTokenizer.from_pretrained(name_or_dir)
+        tokenizer = load_tokenizer(library, name_or_dir, options)
         if tokenizer.mask_token_id is None:
             raise ValueError(
                 f"{owner}: the model {str(name_or_dir)!r} has no mask; choose another."
             )
-        model = library.AutoModelForMaskedLM.from_pretrained(name_or_dir, **options)
+        model = load_model(library.AutoModelForMaskedLM, name_or_dir, options, owner)
         ids = [token_id(tokenizer, symbol, owner) for symbol in vocabulary]
         before, after = frame(tokenizer)
         return cls(model, ids, tokenizer.mask_token_id, before=before, after=after)
@@ -77,7 +90,10 @@ class MaskedLanguageModel(nn.Module):
 
         :param tokens: int64 ``(*batch, L)``, the mask is ``V``.
         :param t: ignored.
+        :raises ValueError: if the model has too few positions.
         """
+        added = len(self.before) + len(self.after)
+        check_length(type(self).__name__, self._positions, tokens.shape[-1], added)
         rows = self.ids[tokens].reshape(-1, tokens.shape[-1])
         first, last = (
             torch.tensor(part, dtype=rows.dtype, device=rows.device).expand(len(rows), -1)
@@ -92,6 +108,66 @@ class MaskedLanguageModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: what is frozen must say the same every time."""
         return super().train(False)
+
+
+def load_tokenizer(library: Any, name_or_dir: str | Path, options: Mapping[str, Any]) -> Any:
+    """Load the tokeniser of a model.
+
+    :param options: of the model; those that say where files are hold for its tokeniser, too.
+    """
+    shared = {name: options[name] for name in _PLACE_OPTIONS if name in options}
+    return library.AutoTokenizer.from_pretrained(name_or_dir, **shared)
+
+
+def load_model(
+    loader: Any, name_or_dir: str | Path, options: Mapping[str, Any], owner: str
+) -> nn.Module:
+    """Load a model whose head was saved with it.
+
+    :param loader: class of ``transformers`` for one kind of model.
+    :param owner: who asks, for the error.
+    :raises ValueError: if weights of the head are missing, which are then random.
+    """
+    model: nn.Module
+    model, found = loader.from_pretrained(name_or_dir, **{**options, "output_loading_info": True})
+    if missing := _missing_head(model, found["missing_keys"]):
+        raise ValueError(
+            f"{owner}: the model {str(name_or_dir)!r} has no weights for {missing[0]!r}, which "
+            f"{type(model).__name__} needs; it was saved for another task, so choose one for this."
+        )
+    return model
+
+
+def _missing_head(model: Any, missing: Iterable[str]) -> list[str]:
+    # Of the body, weights may be missing that are never read; tied ones are those of another.
+    body = f"{model.base_model_prefix}."
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return sorted(key for key in set(missing) - tied if not key.startswith(body))
+
+
+def positions(model: Any) -> int | None:
+    """Return how many ids a model has positions for, or None if it does not say."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
+            # Models that count from behind their padding leave the first rows unused.
+            unused = 0 if part.padding_idx is None else part.padding_idx + 1
+            return part.num_embeddings - unused
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_length(owner: str, limit: int | None, count: int, added: int) -> None:
+    """Refuse more ids than a model has positions for.
+
+    :param limit: what :func:`positions` said.
+    :param count: tokens of ours.
+    :param added: ids before and behind them.
+    :raises ValueError: if they are too many.
+    """
+    if limit is not None and count + added > limit:
+        raise ValueError(
+            f"{owner}: {count} tokens and {added} ids around them, but the model has positions "
+            f"for {limit}; give at most {limit - added} tokens."
+        )
 
 
 def token_id(tokenizer: Any, symbol: str, owner: str, remedy: str = "") -> int:
@@ -127,8 +203,20 @@ def check_ids(owner: str, model: Any, ids: Sequence[int]) -> None:
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that a tokeniser puts before and behind a sequence."""
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return ([] if first is None else [first]), ([] if last is None else [last])
+    if getattr(tokenizer, "is_fast", False):
+        # Any token would do, but a tokeniser of few letters may refuse what it does not know.
+        coded = tokenizer(tokenizer.mask_token or "a", return_special_tokens_mask=True)
+        added = [bool(one) for one in coded["special_tokens_mask"]]
+        if False in added:
+            first, last = added.index(False), added[::-1].index(False)
+            ids = list(coded["input_ids"])
+            return ids[:first], ids[len(ids) - last :]
+    elif hasattr(tokenizer, "build_inputs_with_special_tokens"):
+        whole = list(tokenizer.build_inputs_with_special_tokens([_HERE]))
+        return whole[: whole.index(_HERE)], whole[whole.index(_HERE) + 1 :]
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return ([] if start is None else [start]), ([] if end is None else [end])
 
 
 def transformers_library(what: str) -> Any:

@@ -15,6 +15,8 @@ from torch import Tensor
 from ppl_diffusion.imaging.codec import ImageCodec
 from ppl_diffusion.potentials.embedded import GaussianMeasurement
 
+_RANGE = 1.5  # a decoder overshoots [-1, 1] a little, and what it drew may be edited
+
 
 @dataclass(frozen=True)
 class Block:
@@ -47,18 +49,39 @@ class Block:
         return inside
 
     def tokens(self, codec: ImageCodec) -> Tensor:
-        """Return which tokens stand for a pixel inside, bool ``(L,)``."""
-        rows, columns = codec.grid
-        patches = self.pixels(codec).reshape(rows, -1, columns, codec.image_shape[2] // columns)
-        return patches.any(3).any(1).flatten()
+        """Return which tokens stand for the pixels inside, bool ``(L,)``.
+
+        :raises ValueError: if the block is empty, does not lie in the image, or cuts through the
+            patch of a token, of which a part would not be held.
+        """
+        inside, (rows, columns) = self.pixels(codec), codec.grid
+        high, wide = codec.image_shape[1] // rows, codec.image_shape[2] // columns
+        if (fitting := self._on_grid(high, wide)) != self:
+            raise ValueError(
+                f"{self} cuts through patches of {high} x {wide} pixels, each of which is "
+                f"one token; the nearest block of whole patches is {fitting}."
+            )
+        return inside.reshape(rows, high, columns, wide).any(3).any(1).flatten()
+
+    def _on_grid(self, high: int, wide: int) -> Block:
+        top, height = _whole(self.top, self.height, high)
+        left, width = _whole(self.left, self.width, wide)
+        return Block(top, left, height, width)
 
 
 def block_prompt(codec: ImageCodec, image: Tensor, block: Block) -> Tensor:
     """Return the tokens outside of a block, as a prompt for chains: -1 inside.
 
     :param image: ``(C, H, W)`` in [-1, 1].
+    :param block: made of whole patches, one for each token.
     :returns: int64 ``(L,)``.
+    :raises ValueError: if the block does not fit, or the image has another range.
     """
+    if not bool((image.abs() <= _RANGE).all()):
+        raise ValueError(
+            f"block_prompt: the image has values from {float(image.min()):g} to "
+            f"{float(image.max()):g}, but the codec reads -1 to 1; rescale it."
+        )
     return torch.where(block.tokens(codec), -1, codec.encode(image))
 
 
@@ -69,8 +92,14 @@ def outside_pixels(
 
     :param image: what is to be kept, ``(C, H, W)`` in [-1, 1].
     :param sigma: how far a pixel may go: its standard deviation.
+    :raises ValueError: if the block does not lie in the image, or no pixel is outside.
     """
     kept = ~block.pixels(codec)
+    if not bool(kept.any()):
+        raise ValueError(
+            f"outside_pixels: {block} is the whole image, so that no pixel is kept; choose a "
+            "smaller block, or leave the likelihood out."
+        )
     return GaussianMeasurement(
         lambda e: codec.decode_embedded(e)[..., kept].flatten(-2),
         image[:, kept].flatten(),
@@ -78,3 +107,12 @@ def outside_pixels(
         codec.codebook,
         name="pixels outside of the block",
     )
+
+
+def _whole(start: int, size: int, patch: int) -> tuple[int, int]:
+    """Return start and size of the nearest run of whole patches, at least one."""
+    first = (start + (patch - 1) // 2) // patch
+    last = (start + size + patch // 2) // patch
+    if last <= first:
+        first, last = start // patch, start // patch + 1
+    return first * patch, (last - first) * patch

@@ -37,22 +37,67 @@ def read_image(
     :raises ModuleNotFoundError: without Pillow, where it is needed.
     :raises ValueError: if the file holds no such image.
     """
+    return fitted(read_as_it_is(path), image_shape, name=str(path), resize=resize)
+
+
+def read_as_it_is(path: str | Path) -> Tensor:
+    """Read an image in its own size and colours, as :func:`read_image` would.
+
+    :param path: the file.
+    :returns: ``(C, H, W)`` in [-1, 1], float32, with one or three channels.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ModuleNotFoundError: without Pillow, where it is needed.
+    :raises ValueError: if the file holds no image.
+    """
     place = Path(path)
+    if place.is_dir():
+        raise ValueError(f"The path {str(path)!r} is a folder: give the file of one image.")
     if not place.is_file():
         raise FileNotFoundError(f"There is no image {str(path)!r}: check the path.")
     ending = place.suffix.lower()
     if ending not in (*ARRAYS, *PICTURES):
         known = ", ".join((*PICTURES, *ARRAYS))
         raise ValueError(f"The image {str(path)!r} ends in none of {known}: convert it.")
-    image = _from_array(place) if ending in ARRAYS else _from_picture(place)
-    image = _coloured(image, image_shape[0])
+    return _from_array(place) if ending in ARRAYS else _from_picture(place)
+
+
+def fitted(
+    image: Tensor, image_shape: tuple[int, int, int], *, name: str, resize: bool = False
+) -> Tensor:
+    """Return an image in the colours and, if asked, the size of a shape.
+
+    :param image: ``(C, H, W)`` with one or three channels.
+    :param image_shape: ``(C, H, W)`` likewise.
+    :param name: what an error calls it.
+    :param resize: bring an image of another size to this one, bicubically; otherwise refuse it.
+    :raises ValueError: if the size is another one, and not to be changed.
+    """
     found, wanted = tuple(image.shape[1:]), tuple(image_shape[1:])
     if found != wanted and not resize:
         raise ValueError(
-            f"The image {str(path)!r} has {_size(found)} pixels, and {_size(wanted)} are needed: "
+            f"The image {name!r} has {_size(found)} pixels, and {_size(wanted)} are needed: "
             "resize it, or say so (--resize)."
         )
-    return image if found == wanted else resized(image, wanted)
+    coloured = _coloured(image, image_shape[0])
+    return coloured if found == wanted else resized(coloured, wanted)
+
+
+def what_is_lost(image: Tensor, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Return a sentence about each thing that an image loses where it is brought to a shape.
+
+    :param image: ``(C, H, W)``, of its own size and colours.
+    :param image_shape: ``(C, H, W)`` that it is brought to.
+    """
+    said = []
+    if len(image) > image_shape[0] and bool((image != image[:1]).any()):
+        said.append("The image has colours and the prior is grey: its grey values were taken.")
+    (height, width), (rows, columns) = image.shape[1:], image_shape[1:]
+    if height * columns != width * rows:
+        said.append(
+            f"The image of {_size((height, width))} pixels was brought to "
+            f"{_size((rows, columns))}, which have other proportions: crop it first to keep them."
+        )
+    return tuple(said)
 
 
 def resized(image: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -84,7 +129,9 @@ def _from_picture(path: Path) -> Tensor:
         with pillow.open(path) as file:
             picture = file.convert("RGBA") if "transparency" in file.info else file.copy()
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"The file {str(path)!r} is no readable image ({error}).") from error
+        raise ValueError(
+            f"The file {str(path)!r} is no readable image: save it again as PNG or JPEG."
+        ) from error
     if picture.mode.startswith(("I", "F")):  # 16 bits a pixel
         deep = torch.from_numpy(np.asarray(picture, dtype=np.float32))[None]
         return 2 * deep / 65535 - 1
@@ -97,13 +144,10 @@ def _from_picture(path: Path) -> Tensor:
 
 def _from_array(path: Path) -> Tensor:
     array = _read_array(path)
-    whole, real = np.issubdtype(array.dtype, np.integer), np.issubdtype(array.dtype, np.floating)
-    low, high = (0, 255) if whole else (-1, 1)
-    if not (whole or real) or not array.size or not (low <= array.min() <= array.max() <= high):
-        raise ValueError(
-            f"The array in {str(path)!r} holds no image: give whole numbers from 0 to 255, or real "
-            "ones from -1 to 1."
-        )
+    whole = np.issubdtype(array.dtype, np.integer)
+    wrong = _wrong(array, whole=whole)
+    if wrong is not None:
+        raise ValueError(f"The array in {str(path)!r} {wrong}.")
     image = torch.from_numpy(array.astype(np.float32))
     image = 2 * image / 255 - 1 if whole else image
     channels_first = array.ndim == 3 and array.shape[0] in _COLOURS
@@ -115,18 +159,43 @@ def _from_array(path: Path) -> Tensor:
     return image if channels_first else _channels_first(image)
 
 
+def _wrong(array: NDArray[Any], *, whole: bool) -> str | None:
+    """Return why numbers are those of no image, and what to give, or None."""
+    wanted = "give whole numbers from 0 to 255, or real ones from -1 to 1"
+    if not (whole or np.issubdtype(array.dtype, np.floating)):
+        return f"has the type {array.dtype}: {wanted}"
+    if not array.size:
+        return f"has the shape {array.shape}, without a pixel: give the array of an image"
+    if not np.isfinite(array).all():
+        return "holds NaN or infinity: fill in those pixels"
+    low, high = (0, 255) if whole else (-1, 1)
+    if low <= array.min() and array.max() <= high:
+        return None
+    kind = "whole" if whole else "real"
+    return f"holds {kind} numbers from {array.min():g} to {array.max():g}: {wanted}"
+
+
 def _read_array(path: Path) -> NDArray[Any]:
+    if not path.stat().st_size:
+        raise ValueError(f"The file {str(path)!r} is empty: save the array again.")
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.ndarray):
             return found
         with found as archive:
-            if len(archive.files) != 1:
-                raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}")
-            array: NDArray[Any] = archive[archive.files[0]]
-            return array
+            names = archive.files
+            array: NDArray[Any] | None = archive[names[0]] if len(names) == 1 else None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"The file {str(path)!r} is no archive of one array ({error}).") from error
+        why = "is no archive of one array that can be read: save it with numpy.save or numpy.savez"
+        if "Object arrays" in str(error):
+            why = "holds Python objects, which are not read: save an array of numbers"
+        raise ValueError(f"The file {str(path)!r} {why}.") from error
+    if array is None:
+        raise ValueError(
+            f"The file {str(path)!r} is no archive of one array, it holds "
+            f"{', '.join(names) or 'nothing'}: save the image alone."
+        )
+    return array
 
 
 def _channels_first(image: Tensor) -> Tensor:

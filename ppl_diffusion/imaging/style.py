@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class StyleReward(EmbeddedPotential):
     :param reference: the image whose style is wanted, ``(C, H, W)``.
     :param temperature: distance per nat; the lower, the stronger the tilt.
     :param statistics: ``"moments"`` or ``"gram"``.
-    :raises ValueError: if the temperature is not positive, the statistics are unknown, or all
-        features of a layer vanish on the reference.
+    :raises ValueError: if the temperature is not positive, the statistics are unknown, the
+        features are no maps, or all those of a layer vanish on the reference.
 
     Example::
 
@@ -71,7 +71,9 @@ class StyleReward(EmbeddedPotential):
         self.codec, self.features, self.temperature = codec, features, float(temperature)
         self.statistics: Statistics = statistics
         with torch.no_grad():
-            self._wanted = style_statistics(features(reference), statistics)
+            maps = features(reference)
+            _check_maps(maps, features)
+            self._wanted = style_statistics(maps, statistics)
         self._scales = [float(wanted.square().sum()) for wanted in self._wanted]
         if not all(scale > 0 for scale in self._scales):
             raise ValueError(
@@ -92,6 +94,18 @@ class StyleReward(EmbeddedPotential):
     def _log_g(self, embeddings: Tensor) -> Tensor:
         images = self.codec.decode_embedded(embeddings)
         return -self.distance(images) / self.temperature
+
+
+def _check_maps(maps: Any, features: Any) -> None:
+    whole = isinstance(maps, list | tuple) and len(maps) > 0
+    if whole and all(isinstance(layer, Tensor) and layer.ndim >= 3 for layer in maps):
+        return
+    name = getattr(features, "__name__", type(features).__name__)
+    advice = f"{name}.features" if hasattr(features, "features") else "a function that does"
+    raise ValueError(
+        f"StyleReward: features must return a list of feature maps, (*n, c, h, w) each, which "
+        f"{name} does not; pass {advice}."
+    )
 
 
 def _moments(layer: Tensor) -> Tensor:

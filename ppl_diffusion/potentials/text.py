@@ -11,6 +11,7 @@ where the classifier is certain there is nothing more to be gained.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_diffusion.denoisers.pretrained import check_ids, frame, token_id, transformers_library
+from ppl_diffusion.denoisers.pretrained import (
+    check_ids,
+    check_length,
+    frame,
+    load_model,
+    load_tokenizer,
+    positions,
+    token_id,
+    transformers_library,
+)
 from ppl_diffusion.potentials.embedded import EmbeddedPotential
 
 
@@ -29,7 +39,7 @@ class ClassifierReward(EmbeddedPotential):
     :param codebook: the embeddings that it reads, one for each of our tokens, ``(K, b)``.
     :param label: the class that is wanted.
     :param temperature: the lower, the stronger the tilt; 1 is Bayes' rule.
-    :raises ValueError: if the temperature is not positive, or the label negative.
+    :raises ValueError: if the temperature is not positive, or the label no class.
     """
 
     def __init__(
@@ -43,10 +53,9 @@ class ClassifierReward(EmbeddedPotential):
     ) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"{name}: temperature must be positive, got {temperature}.")
-        if label < 0:
-            raise ValueError(f"{name}: label must be a class from 0 up, got {label}.")
-        self.logits, self.label, self.temperature = logits, int(label), float(temperature)
-        super().__init__(self._log_p, codebook, name=f"log p({label} | {name}) / {temperature:g}")
+        self.logits, self.label, self.temperature = logits, _class(label, name), float(temperature)
+        law = f"log p({self.label} | {name})"
+        super().__init__(self._log_p, codebook, name=f"{law} / {temperature:g}")
 
     def _log_p(self, embeddings: Tensor) -> Tensor:
         logits = self.logits(embeddings)
@@ -91,6 +100,7 @@ class PretrainedClassifier(nn.Module):
         super().__init__()
         check_ids(type(self).__name__, model, ids)
         self.model, self.padding = model.requires_grad_(False).eval(), padding
+        self._positions = positions(model)
         table: Any = self.model.get_input_embeddings().weight  # type: ignore[operator]
         self.register_buffer("codebook", table[torch.tensor(ids)].detach(), persistent=False)
         for name, part in (("before", before), ("after", after)):
@@ -110,19 +120,20 @@ class PretrainedClassifier(nn.Module):
         :param name_or_dir: name of a model on the hub, or its folder.
         :param vocabulary: our symbols, each a token of the model, but for the padding.
         :param padding: which of them stands for no letter; the model's own padding takes its place.
-        :param options: of ``AutoModelForSequenceClassification.from_pretrained``.
+        :param options: of ``AutoModelForSequenceClassification.from_pretrained``; those that say
+            where files are, such as ``revision``, hold for the tokeniser, too.
         :raises ModuleNotFoundError: if ``transformers`` is not installed.
-        :raises ValueError: if the model does not know a symbol.
+        :raises ValueError: if the model does not know a symbol, has no padding where one is asked
+            for, or is of another kind.
         """
         library, owner = transformers_library("A pretrained classifier"), cls.__name__
-        tokenizer = library.AutoTokenizer.from_pretrained(name_or_dir)
-        loader = library.AutoModelForSequenceClassification
-        model = loader.from_pretrained(name_or_dir, **options)
+        tokenizer = load_tokenizer(library, name_or_dir, options)
+        index = _padding_index(tokenizer, vocabulary, padding, owner)
+        model = load_model(library.AutoModelForSequenceClassification, name_or_dir, options, owner)
         ids = [
             tokenizer.pad_token_id if symbol == padding else token_id(tokenizer, symbol, owner)
             for symbol in vocabulary
         ]
-        index = None if padding is None else list(vocabulary).index(padding)
         before, after = frame(tokenizer)
         return cls(model, ids, before=before, after=after, padding=index)
 
@@ -130,7 +141,10 @@ class PretrainedClassifier(nn.Module):
         """Return the logits of the classes, ``(*batch, classes)``.
 
         :param embeddings: ``(*batch, L, b)``, rows of :attr:`codebook` or points between them.
+        :raises ValueError: if the model has too few positions.
         """
+        added = sum(len(getattr(self, part)) for part in ("before", "after"))
+        check_length(type(self).__name__, self._positions, embeddings.shape[-2], added)
         rows = embeddings.reshape(-1, *embeddings.shape[-2:])
         seen = self._seen(rows)
         whole, mask = [], []
@@ -164,3 +178,29 @@ class PretrainedClassifier(nn.Module):
             return rows.new_ones(rows.shape[:2])
         nearest = torch.cdist(rows.detach(), self.codebook.expand(len(rows), -1, -1)).argmin(-1)
         return ((nearest == self.padding).cumsum(-1) == 0).to(rows.dtype)
+
+
+def _class(label: Any, name: str) -> int:
+    try:
+        value = operator.index(label)
+    except TypeError:
+        value = -1
+    if value < 0:
+        raise ValueError(
+            f"{name}: label must be a class from 0 up, got {label!r}; give its number."
+        )
+    return value
+
+
+def _padding_index(
+    tokenizer: Any, vocabulary: Sequence[str], padding: str | None, owner: str
+) -> int | None:
+    if padding is None:
+        return None
+    if padding not in list(vocabulary):
+        raise ValueError(
+            f"{owner}: the padding {padding!r} is not in the vocabulary; add it, or leave it out."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{owner}: the model has no padding; choose another, or leave it out.")
+    return list(vocabulary).index(padding)

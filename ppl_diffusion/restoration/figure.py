@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_diffusion.imaging.metrics import unit
+from ppl_diffusion.smc.verdict import Level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,12 +21,18 @@ if TYPE_CHECKING:
 UNSEEN = "#b9cfe4"
 """Pixels that were not measured."""
 _COLOURS = "magma"
+_JUDGED = ("restored", "mean")
+_DOUBTS: Mapping[Level, str] = {"broken": "not to be trusted", "weak": "to be doubted"}
+_ALARM = "firebrick"
 _PANEL = 1.7
 """Inches."""
 
 
 def restoration_figure(result: Result) -> Figure:
-    """Draw a result: a row of what is known and found, a row of samples, a caption."""
+    """Draw a result: a row of what is known and found, a row of samples, a caption.
+
+    Above them stands which rules found it broken or weak, if any did.
+    """
     from matplotlib.figure import Figure
 
     panels = _panels(result)
@@ -35,15 +43,16 @@ def restoration_figure(result: Result) -> Figure:
     axes = top.subplots(1, len(panels) + 1)
     for ax, (title, image) in zip(axes, panels, strict=False):
         show(ax, image, title)
-    drawn = show_sd(axes[-1], result.images.sd, "uncertainty (s.d.)")
+    drawn = show_sd(axes[-1], result.images.sd, "s.d. of pixels in [-1, 1]", scale=1.0)
     top.colorbar(drawn, ax=axes[-1], fraction=0.046, pad=0.03).ax.tick_params(labelsize=6)
     row = bottom.subplots(1, len(result.samples))
     for ax, sample in zip(row, result.samples, strict=True):
         show(ax, sample)
-    row[0].set_title(
-        "posterior draws" if result.posterior.exact else "draws", fontsize=8, loc="left"
-    )
+    row[0].set_title(_of_the_posterior(result, "draws"), fontsize=8, loc="left")
     bottom.supxlabel(_caption(result), fontsize=7)
+    doubts = _doubts(result)
+    if doubts:
+        figure.suptitle(doubts, fontsize=8, color=_ALARM)
     return figure
 
 
@@ -60,13 +69,16 @@ def show(ax: Axes, image: Tensor, title: str = "") -> None:
     _bare(ax, title)
 
 
-def show_sd(ax: Axes, sd: Tensor, title: str = "", *, high: float | None = None) -> Any:
-    """Draw standard deviations, of all channels together, on [0, 1].
+def show_sd(
+    ax: Axes, sd: Tensor, title: str = "", *, high: float | None = None, scale: float = 0.5
+) -> Any:
+    """Draw standard deviations, of all channels together.
 
     :param sd: ``(C, H, W)`` of images in [-1, 1].
     :param high: what the brightest colour stands for, the largest of them if None.
+    :param scale: what they are multiplied by: 1 for images in [-1, 1], a half for [0, 1].
     """
-    together = (sd / 2).square().mean(0).sqrt().numpy()
+    together = (sd * scale).square().mean(0).sqrt().numpy()
     highest = max(float(together.max()), 1e-3) if high is None else high
     drawn = ax.imshow(together, cmap=_COLOURS, vmin=0, vmax=highest, interpolation="nearest")
     _bare(ax, title)
@@ -81,20 +93,40 @@ def _panels(result: Result) -> list[tuple[str, Tensor]]:
     return [
         *panels,
         (f"measured ({operator.label}, noise {measurement.sigma:g})", seen),
-        ("restored", result.images.restored),
-        ("posterior mean" if result.posterior.exact else "mean", result.images.mean),
+        (f"restored\n({result.images.kind})", result.images.restored),
+        (_of_the_posterior(result, "mean"), result.images.mean),
     ]
+
+
+def _of_the_posterior(result: Result, what: str) -> str:
+    """Say whose mean or draws are shown: those of a broken result are nobody's."""
+    broken = any(verdict.level == "broken" for verdict in result.posterior.warnings)
+    return f"posterior {what}" if result.posterior.exact and not broken else what
+
+
+def _doubts(result: Result) -> str:
+    """Return which rules found the result broken or weak, by their names."""
+    found: dict[Level, dict[str, None]] = {level: {} for level in _DOUBTS}
+    for verdict in result.posterior.warnings:
+        if verdict.level in found:
+            found[verdict.level][verdict.kind] = None
+    return "; ".join(f"{_DOUBTS[at]}: {', '.join(kinds)}" for at, kinds in found.items() if kinds)
 
 
 def _caption(result: Result) -> str:
     summary = result.summary
     figures = summary["metrics"]
     words = [summary["method"] + ("" if summary["exact"] else " (not exact)")]
-    words += [f"residual of {n}: {figures[n]['residual']:.2f}" for n in ("restored", "mean")]
+    words += [f"residual of {n}: {_said(figures[n]['residual'], '.2f')}" for n in _JUDGED]
     words[-1] += " (1 if noise is all that is left)"
-    if figures["mean"].get("psnr") is not None:
-        words += [f"PSNR of {n}: {figures[n]['psnr']:.1f} dB" for n in ("restored", "mean")]
+    if "psnr" in figures["mean"]:
+        words += [f"PSNR of {n}: {_said(figures[n]['psnr'], '.1f', ' dB')}" for n in _JUDGED]
     return "; ".join(words)
+
+
+def _said(value: float | None, form: str, unit: str = "") -> str:
+    """Return a figure of a summary, which is None where it is not finite."""
+    return "n/a" if value is None else f"{value:{form}}{unit}"
 
 
 def _pixels(image: Tensor) -> NDArray[np.float64]:

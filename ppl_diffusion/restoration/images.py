@@ -18,6 +18,8 @@ _ROWS = 256
 """Images decoded at a time."""
 DRAWS = 512
 """Draws of the image, where the error of the codec is one more thing that is random."""
+DRAW, EXPECTED = "heaviest draw", "expected, heaviest tokens"
+"""What the restored image is: without the error of the codec, and with it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Images:
     :param log_likelihood: of the data, ``(M,)``.
     :param draws: of the law of the image, ``(D, C, H, W)``, by ``draw_weights``: the same images,
         or where the error of the codec is counted draws with it, of equal weight.
+    :param kind: what one of ``images`` is: a draw, or where the error of the codec is counted the
+        image that is expected given the tokens.
     """
 
     images: Tensor
@@ -38,16 +42,22 @@ class Images:
     log_likelihood: Tensor
     draws: Tensor
     draw_weights: Tensor
+    kind: str
 
     @property
     def restored(self) -> Tensor:
-        """The heaviest image, ``(C, H, W)``; of equally heavy ones that of the best likelihood."""
+        """The image of the heaviest tokens, ``(C, H, W)``; of equally heavy ones the likeliest.
+
+        A draw, or where the error of the codec is counted the expected image given the tokens.
+        """
         return self.images[0]
 
     @property
     def mean(self) -> Tensor:
-        """The posterior mean, ``(C, H, W)``."""
-        return weighted.mean(self.images, self.weights)
+        """The posterior mean, ``(C, H, W)``: of the clipped draws, as :attr:`sd` and the ends of
+        :attr:`interval`.
+        """
+        return weighted.mean(self.draws, self.draw_weights)
 
     @property
     def sd(self) -> Tensor:
@@ -76,13 +86,19 @@ def decode(target: Target, posterior: ParticlePosterior) -> Images:
     kept = [m for m in order if weights[m] > 0]
     tokens, weights = tokens[kept], weights[kept]
     images = expected(target, tokens)
-    draws, draw_weights = images, weights
+    draws, draw_weights, kind = images, weights, DRAW
     if target.error is not None:
         generator = torch.Generator().manual_seed(target.job.search.seed)
-        rows = weights.multinomial(DRAWS, replacement=True, generator=generator)
-        draws = sampled(target, tokens[rows], generator)
+        draws = sampled(target, tokens[_shares(weights, generator)], generator)
         draw_weights = torch.full((DRAWS,), 1.0 / DRAWS, dtype=torch.float64)
-    return Images(images, tokens, weights, log_g[kept], draws, draw_weights)
+        kind = EXPECTED
+    return Images(images, tokens, weights, log_g[kept], draws, draw_weights, kind)
+
+
+def _shares(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a row for each draw: every row as often as its weight says, give or take one."""
+    points = torch.arange(DRAWS) + torch.rand(1, generator=generator, dtype=torch.float64)
+    return torch.searchsorted(weights.cumsum(0), points / DRAWS).clamp_max(len(weights) - 1)
 
 
 def expected(target: Target, tokens: Tensor) -> Tensor:

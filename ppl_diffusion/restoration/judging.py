@@ -49,6 +49,7 @@ def summarise(target: Target, posterior: ParticlePosterior, images: Images) -> d
         "law": posterior.law.to_json(),
         "seed": job.search.seed,
         "settings": job.settings(),
+        "notes": list(target.notes),
         "warnings": list(map(str, posterior.warnings)),
     }
 
@@ -74,16 +75,20 @@ def _metrics(target: Target, images: Images) -> dict[str, dict[str, float | None
 
 def _figures(target: Target, image: Tensor) -> dict[str, float | None]:
     figures = {"residual": float(target.measurement.residual(image))}
-    if target.truth is None:
-        return dict(figures)
     truth = target.truth
-    figures |= {"psnr": float(psnr(image, truth))}
+    if truth is not None:
+        figures |= _likeness(target, image, truth)
+    return {key: number_or_none(value) for key, value in figures.items()}
+
+
+def _likeness(target: Target, image: Tensor, truth: Tensor) -> dict[str, float]:
+    figures = {"psnr": float(psnr(image, truth))}
     if min(truth.shape[1:]) >= 7:
         figures |= {"ssim": float(ssim(image, truth))}
     name = f"{str(target.job.codec).removesuffix('-codec')}-classifier"
     if name in list_classifiers():
         figures |= {"perceptual": float(perceptual(image, truth, load_classifier(name)))}
-    return {key: number_or_none(value) for key, value in figures.items()}
+    return figures
 
 
 def _posterior(target: Target, images: Images) -> dict[str, float]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ppl_diffusion.jobs.checks import InputError, positive
 from ppl_diffusion.jobs.search import Search
 
 OPERATOR, NOISE = "sr4", 0.05
+QUIETEST, LOUDEST = 1e-6, 1e3
+"""The noise that is taken seriously: float32 tells no less, and more hides every image."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Question:
 
     def __post_init__(self) -> None:
         positive("the noise", self.noise)
+        if self.noise is not None and not QUIETEST <= self.noise <= LOUDEST:
+            raise InputError(
+                f"The noise of pixels from -1 to 1 must lie between {QUIETEST:g} and {LOUDEST:g}, "
+                f"not at {self.noise:g}: give another --noise."
+            )
         told = {
             "operator": self.operator is not None,
             "noise": self.noise is not None,
@@ -53,15 +61,17 @@ class Job:
     :param name: of a shipped prior, or a folder that holds one.
     :param codec: of a shipped codec, or a folder that holds one; None for the one that the prior
         was trained on.
+    :param data: folder of the sets of images that are not bundled; ``PPL_DIFFUSION_DATA`` if None.
     """
 
     name: str
     question: Question
     search: Search = field(default_factory=lambda: Search(method="smc"))
     codec: str | None = None
+    data: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return everything that decides the result, ready for JSON."""
+        """Return everything that decides the result, ready for JSON: not where its data lie."""
         return {
             "prior": self.name,
             "codec": self.codec,

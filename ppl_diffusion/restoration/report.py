@@ -21,9 +21,9 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
     """Write the run folder, whole or not at all.
 
     ``restored.png``, ``mean.png``, ``uncertainty.png`` and ``samples/`` are pictures;
-    ``pixels.npz`` holds ``mean``, ``sd``, ``low`` and ``high`` (of 90 % intervals) as numbers;
-    ``measurement.npz`` is what was known. The ArviZ file and the figure come last, and decide
-    nothing: what cannot be made is left out.
+    ``pixels.npz`` holds ``mean``, ``sd``, ``low`` and ``high`` (of 90 % intervals) as numbers, all
+    of the same draws, clipped to [-1, 1]; ``measurement.npz`` is what was known. The ArviZ file and
+    the figure come last, and decide nothing: what cannot be made is left out.
 
     :returns: what is left out and why, None if nothing is.
     :raises InputError: if the place cannot be taken.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.imaging.codec_error import MeasuredWithError
-from ppl_diffusion.imaging.files import read_image
+from ppl_diffusion.imaging.files import fitted, read_as_it_is, what_is_lost
 from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import make_operator
 from ppl_diffusion.jobs.checks import InputError, user_input
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 REVEALS, UNMASKED_STEPS = 2, 64
 """Tokens per step of a masked chain, and steps of any other, if nothing is said."""
-DATA = "PPL_DIFFUSION_DATA"
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Target:
     :param measurement: what is known.
     :param truth: the image that was measured, ``(C, H, W)``, or None.
     :param error: the measurement with what the codec leaves out, where that is counted.
+    :param notes: a sentence about each thing that the image lost before it was measured.
 
     :ivar potential: the likelihood of tokens.
     """
@@ -50,6 +49,7 @@ class Target:
     measurement: Measurement
     truth: Tensor | None
     error: MeasuredWithError | None
+    notes: tuple[str, ...] = ()
     potential: GaussianMeasurement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,12 +85,12 @@ def build_target(job: Job) -> Target:
         for part in (prior, codec):
             part.to(job.search.device or "cpu")
         _require_pair(job, prior, codec)
-        truth, measurement = _measured(job, codec)
+        truth, measurement, notes = _measured(job, codec)
         error = _error(job, measurement)
     steps = -(-prior.length // REVEALS) if prior.process.absorbing else UNMASKED_STEPS
     search = dataclasses.replace(job.search, num_steps=job.search.num_steps or steps)
     job = dataclasses.replace(job, search=search)
-    return Target(job, prior, codec, measurement, truth, error)
+    return Target(job, prior, codec, measurement, truth, error, notes)
 
 
 def _codec_name(name: str, prior: DiffusionProgram) -> str:
@@ -126,7 +126,7 @@ def _require_pair(job: Job, prior: DiffusionProgram, codec: ImageCodec) -> None:
         )
 
 
-def _measured(job: Job, codec: ImageCodec) -> tuple[Tensor | None, Measurement]:
+def _measured(job: Job, codec: ImageCodec) -> tuple[Tensor | None, Measurement, tuple[str, ...]]:
     question, shape = job.question, codec.image_shape
     if question.measured:
         measurement = Measurement.load(question.image)
@@ -136,30 +136,39 @@ def _measured(job: Job, codec: ImageCodec) -> tuple[Tensor | None, Measurement]:
                 f"The measurement {question.image!r} is one of an image of {_size(found)}, and the "
                 f"prior {job.name!r} draws {_size(shape)}: choose another --prior."
             )
-        return None, measurement
-    truth = _read(question, shape)
+        return None, measurement, ()
+    truth, notes = _read(question, shape, job.data)
     operator = make_operator(question.operator or OPERATOR, shape, seed=job.search.seed)
     noise = NOISE if question.noise is None else question.noise
-    return truth, measure(operator, truth, noise, job.search.seed)
+    return truth, measure(operator, truth, noise, job.search.seed), notes
 
 
-def _read(question: Question, shape: tuple[int, int, int]) -> Tensor:
-    """Return the image: a test image of a set, ``SET:NUMBER``, or a file."""
-    named = re.fullmatch(rf"({'|'.join(IMAGE_READERS)}):(\d+)", question.image)
-    if named is None:
-        return read_image(Path(question.image), shape, resize=question.resize)
-    images = load_images(named[1], os.environ.get(DATA))
-    number = int(named[2])
-    if number >= len(images.test):
+def _read(
+    question: Question, shape: tuple[int, int, int], data: Path | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the image, a test image of a set, ``SET:NUMBER``, or a file, and what it lost."""
+    named = re.fullmatch(rf"({'|'.join(IMAGE_READERS)}):(.*)", question.image)
+    if named is not None:
+        return _of_a_set(named[1], named[2], shape, data), ()
+    path = Path(question.image)
+    image = read_as_it_is(path)
+    return fitted(image, shape, name=str(path), resize=question.resize), what_is_lost(image, shape)
+
+
+def _of_a_set(name: str, number: str, shape: tuple[int, int, int], data: Path | None) -> Tensor:
+    images = load_images(name, data)
+    last = len(images.test) - 1
+    if not re.fullmatch("[0-9]{1,9}", number) or int(number) > last:
         raise InputError(
-            f"The set {named[1]} has test images 0 to {len(images.test) - 1}, not {number}."
+            f"The set {name} has test images 0 to {last}, not {number or 'one without a number'}: "
+            f"give one of {name}:0 to {name}:{last}."
         )
     if images.image_shape != shape:
         raise InputError(
-            f"Images of {named[1]} are {_size(images.image_shape)}, and the prior draws "
+            f"Images of {name} are {_size(images.image_shape)}, and the prior draws "
             f"{_size(shape)}: choose another --prior."
         )
-    return images.test[number]
+    return images.test[int(number)]
 
 
 def _size(shape: tuple[int, ...]) -> str:

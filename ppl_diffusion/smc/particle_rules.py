@@ -71,7 +71,9 @@ def mass(posterior: ParticlePosterior) -> Verdict | None:
     # Of a product or a power it is no share: what such a law is normalised by is in it.
     if posterior.log_mass is None or posterior.law.product != "p(path)":
         return None
-    if not len(living(posterior)):
+    # Moments guess no completion, and a good look-ahead at data that say much stands for next to
+    # nothing of the prior: the mean share is one by draws as rare as those of a harmonic mean.
+    if posterior.settings.get("twist") == "moments" or not len(living(posterior)):
         return None
     share = np.exp(as_array(posterior.log_mass)[:, -1])
     # One run in many makes up for what the others lost, and says nothing about them.

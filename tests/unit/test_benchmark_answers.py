@@ -70,7 +70,7 @@ def test_every_contender_keeps_the_clues(index):
 def test_differences_are_paired():
     answers = module("answers")
     ones, halves = torch.ones(4).double(), torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
-    better, base = (answers.Answers(v, v, 8 * ones) for v in (ones, halves))
+    better, base = (answers.Answers(v, v, 8 * ones, ones) for v in (ones, halves))
     row = answers.rows_of("arithmetic", "result", "aps", better, base, 4)[0]
     assert (row.value, row.coordinates["gain"]) == (1.0, 0.5)
     assert row.coordinates["se"] == 0.0

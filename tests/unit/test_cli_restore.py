@@ -161,6 +161,35 @@ def test_every_option_of_every_method_is_a_flag_but_those_of_designs(monkeypatch
     assert "--power" not in said
 
 
+def test_the_help_groups_options_by_their_methods(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    assert run(["restore", "--help"]) == 0
+    said = capsys.readouterr().out
+    shared, split, steering = (
+        said.index(f"Options of {who} ") for who in ("several methods", "split-gibbs", "steering")
+    )
+    assert shared < said.index("--twist ") < said.index("Options of aps-smc ")
+    assert split < said.index("--prior-steps") < steering
+    assert all(word in said for word in ("--data", "digits:N", "mnist:N", "faces:N"))
+
+
+@pytest.mark.parametrize("number", ["-1", "99999", "three", ""])
+def test_a_number_that_no_test_image_has_is_refused(number, capsys):
+    said = refusal(["restore", f"digits:{number}", *NUMBERS], capsys)
+    assert "has test images 0 to 296, not " in said
+    assert "give one of digits:0 to digits:296" in said
+
+
+def test_a_data_folder_can_be_given(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("PPL_DIFFUSION_DATA", raising=False)
+    asked = ["restore", "mnist:0", *words(places)[2:], *NUMBERS]
+    assert "pass --data" in refusal(asked, capsys)
+    assert f"{str(tmp_path)!r} does not hold" in refusal([*asked, "--data", tmp_path], capsys)
+    monkeypatch.setenv("PPL_DIFFUSION_DATA", str(tmp_path))
+    assert "does not hold images/mnist.npz" in refusal(asked, capsys)
+
+
 def test_a_method_that_cannot_say_why(places, tmp_path, capsys):
     asked = [*words(places), *NUMBERS[:-1], "--out", tmp_path / "run"]
     assert "--children is no option of smc" in refusal([*asked, "--children", "3"], capsys)
@@ -170,13 +199,15 @@ def test_a_method_that_cannot_say_why(places, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        (["IMAGE", "--operator", "blur"], "there is no operator 'blur'"),
+        (["IMAGE", "--operator", "blur"], "There is no operator 'blur'"),
         (["IMAGE", "--noise", "-1"], "The noise must be above 0"),
         (["IMAGE", "--particles", "1"], "at least 2"),
         (["IMAGE", "--codec-error"], "has no error.safetensors"),
         (["IMAGE", "--prior", "nothing"], "There is no prior 'nothing'"),
         (["IMAGE", "--codec", "digits-codec"], "reads 16 of 64"),
         (["nowhere.png"], "There is no image 'nowhere.png'"),
+        (["."], "The path '.' is a folder"),
+        (["IMAGE", "--noise", "1e-30"], "The noise of pixels from -1 to 1 must lie between"),
         (["digits:3"], "Images of digits are 16 x 16 pixels"),
         (["IMAGE", "--measured"], "holds no measurement"),
         ([], "Missing argument"),
@@ -197,6 +228,16 @@ def test_an_image_of_another_size_is_resized_if_asked(places, tmp_path, capsys):
     asked += ["--out", tmp_path / "run"]
     assert "20 x 30 pixels, and 8 x 12 are needed" in refusal(asked, capsys)
     assert run([*map(str, asked), "--resize"]) == 0
+    assert read_summary(tmp_path / "run")["notes"] == []
+
+
+def test_what_an_image_loses_is_noted(places, tmp_path, capsys):
+    Image.new("L", (30, 30), 120).save(tmp_path / "square.png")
+    asked = ["restore", str(tmp_path / "square.png"), *words(places)[2:], *NUMBERS[:-1], "--resize"]
+    assert run([*asked, "--out", str(tmp_path / "run")]) == 0
+    (note,) = read_summary(tmp_path / "run")["notes"]
+    assert "30 x 30 pixels was brought to 8 x 12" in note
+    assert f"Note: {note}" in capsys.readouterr().out
 
 
 def test_without_pillow_it_says_what_is_missing(places, tmp_path, monkeypatch, capsys):

@@ -77,9 +77,8 @@ class Operator(ABC):
         known = list(inspect.signature(cls.draw_parameters).parameters)[2:]
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise ValueError(
-                f"{cls.name}: it has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}."
-            )
+            remedy = f"give one of {', '.join(known)}" if known else "drop it"
+            raise ValueError(f"The operator {cls.name} has no option {unknown[0]!r}: {remedy}.")
         rng = np.random.default_rng((_STREAM, seed))
         return cls(shape, cls.draw_parameters(shape, rng, **options))
 
@@ -132,8 +131,8 @@ class Operator(ABC):
         """
         if tuple(images.shape[-3:]) != self.image_shape:
             raise ValueError(
-                f"{self.name}: it measures images of shape {self.image_shape}, got "
-                f"{tuple(images.shape)}; make one for these with make_operator."
+                f"The operator {self.name} measures images of shape {self.image_shape}, got "
+                f"{tuple(images.shape)}: make one for these with make_operator."
             )
         batch = images.shape[:-3]
         measured = self.measure(images.reshape(-1, *self.image_shape))
@@ -159,7 +158,10 @@ class Operator(ABC):
 
     def _unflattened(self, y: Tensor) -> Tensor:
         if y.shape[-1:] != (self.size,):
-            raise ValueError(f"{self.name}: y has {self.size} numbers, got {tuple(y.shape)}.")
+            raise ValueError(
+                f"The operator {self.name} measures {self.size} numbers, got a y of shape "
+                f"{tuple(y.shape)}: give what it measured."
+            )
         return y.reshape(-1, *self.shape)
 
     def __eq__(self, other: object) -> bool:
@@ -193,7 +195,7 @@ def register(cls: AnyOperator) -> AnyOperator:
     known = OPERATORS.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise ValueError(
-            f"the operator name {cls.name!r} is taken by {known.__name__}; choose another."
+            f"The operator name {cls.name!r} is taken by {known.__name__}: choose another."
         )
     OPERATORS[cls.name] = cls
     return cls
@@ -223,14 +225,21 @@ def make_operator(
         assert cls.number is not None
         options = {cls.number: int(digits), **options}
     if cls is None:
-        known = (n if c.number is None else f"{n}4" for n, c in OPERATORS.items())
-        raise ValueError(f"there is no operator {name!r}; choose one of {', '.join(known)}.")
+        known = ", ".join(_spelt(n, c.number) for n, c in OPERATORS.items())
+        raise ValueError(f"There is no operator {name!r}: choose one of {known}.")
     return cls.draw(image_shape, seed=seed, **options)
+
+
+def _spelt(name: str, number: str | None) -> str:
+    return name if number is None else f"{name}2, {name}4 (or another {number})"
 
 
 def _image_shape(name: str, shape: tuple[int, ...]) -> Shape:
     whole = tuple(map(int, shape))
     if len(whole) != 3 or min(whole) < 1:
-        raise ValueError(f"{name}: images have a shape (C, H, W), got {tuple(shape)}.")
+        raise ValueError(
+            f"The operator {name} needs the shape (C, H, W) of images, got {tuple(shape)}: give "
+            "three numbers, each at least 1."
+        )
     channels, height, width = whole
     return channels, height, width

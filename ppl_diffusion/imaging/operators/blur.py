@@ -156,7 +156,7 @@ def gaussian(width: int, std: float) -> NDArray[np.float64]:
     :raises ValueError: if the standard deviation is not positive.
     """
     if not (math.isfinite(std) and std > 0):
-        raise ValueError(f"a blur has a positive standard deviation, got {std}.")
+        raise ValueError(f"The standard deviation of a blur is {std}: give a positive number.")
     line = np.exp(-((np.arange(width) - width // 2) ** 2) / (2 * std**2))
     kernel = np.outer(line, line)
     return np.asarray(kernel / kernel.sum())
@@ -189,7 +189,7 @@ def _fitting(name: str, image_shape: Shape, width: int) -> int:
     side = min(image_shape[1:])
     if width < 1 or width % 2 == 0 or width // 2 >= side:
         raise ValueError(
-            f"{name}: a kernel is odd and less than twice as wide as the image, got {width} "
-            f"pixels for an image of {image_shape[1]} x {image_shape[2]}."
+            f"The operator {name} cannot blur {image_shape[1]} x {image_shape[2]} pixels with a "
+            f"kernel of {width}: give an odd width, less than twice that of the image."
         )
     return width

@@ -60,7 +60,8 @@ class RandomInpainting(Inpainting):
         kept = round(keep * height * width) if 0.0 < keep <= 1.0 else 0
         if not kept:
             raise ValueError(
-                f"{cls.name}: a share between 0 and 1 is kept, at least a pixel, got {keep}."
+                f"The operator {cls.name} cannot keep a share of {keep}: give one above 0 and at "
+                "most 1, large enough for a pixel."
             )
         mask = torch.zeros(height * width, dtype=torch.bool)
         mask[torch.from_numpy(rng.permutation(height * width)[:kept])] = True
@@ -87,8 +88,8 @@ class BoxInpainting(Inpainting):
         height, width = height or rows // 2, width or columns // 2
         if not (0 < height <= rows and 0 < width <= columns and height * width < rows * columns):
             raise ValueError(
-                f"{cls.name}: a hole leaves something of the image of {rows} x {columns} pixels, "
-                f"got {height} x {width}."
+                f"The operator {cls.name} cannot cut {height} x {width} pixels out of "
+                f"{rows} x {columns}: give a hole that leaves some."
             )
         mask = torch.ones(rows, columns, dtype=torch.bool)
         top, left = (rows - height) // 2, (columns - width) // 2

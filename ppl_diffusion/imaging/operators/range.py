@@ -25,7 +25,9 @@ class HighDynamicRange(Operator):
         :param scale: of the contrast, positive.
         """
         if not scale > 0:
-            raise ValueError(f"{cls.name}: the scale is positive, got {scale}.")
+            raise ValueError(
+                f"The scale of the operator {cls.name} is {scale}: give a positive number."
+            )
         return {"scale": torch.tensor(scale, dtype=torch.float64)}
 
     def measure(self, images: Tensor) -> Tensor:

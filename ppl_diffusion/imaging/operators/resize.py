@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,9 +33,11 @@ class SuperResolution(Operator):
         """
         _, height, width = image_shape
         if factor < 1 or height % factor or width % factor:
+            common = math.gcd(height, width)
+            fitting = (f"{cls.name}{n}" for n in range(1, common + 1) if common % n == 0)
             raise ValueError(
-                f"{cls.name}: the factor divides height and width, got {factor} for "
-                f"{height} x {width} pixels."
+                f"The factor {factor} of the operator {cls.name} does not divide height and width "
+                f"of {height} x {width} pixels: choose one of {', '.join(fitting)}."
             )
         return {"factor": torch.tensor(factor)}
 

@@ -20,9 +20,9 @@ def image(codec):
     return codec.decode(tokens).clamp(-1, 1)
 
 
-def test_a_token_is_inside_if_one_of_its_pixels_is(codec):
+def test_a_token_is_inside_if_its_pixels_are(codec):
     assert Block(0, 0, 4, 4).tokens(codec).tolist() == [True, False, False, False, False, False]
-    assert Block(0, 3, 8, 2).tokens(codec).tolist() == [True, True, False] * 2
+    assert Block(0, 0, 8, 8).tokens(codec).tolist() == [True, True, False] * 2
     assert int(Block(2, 5, 3, 6).pixels(codec).sum()) == 18
 
 
@@ -48,3 +48,34 @@ def test_the_likelihood_reads_the_pixels_outside_alone(codec, image):
 def test_blocks_outside_of_the_image_are_refused(codec, block):
     with pytest.raises(ValueError, match="block of an image of 8 x 12 pixels"):
         Block(*block).pixels(codec)
+
+
+@pytest.mark.parametrize(
+    ("block", "nearest"),
+    [
+        ((3, 0, 5, 4), (4, 0, 4, 4)),
+        ((0, 3, 8, 2), (0, 0, 8, 4)),
+        ((1, 0, 2, 4), (0, 0, 4, 4)),
+        ((5, 1, 2, 10), (4, 0, 4, 12)),
+        ((2, 6, 4, 4), (0, 4, 8, 8)),
+    ],
+)
+def test_a_block_that_cuts_through_tokens_is_refused(codec, image, block, nearest):
+    with pytest.raises(ValueError, match="cuts through patches of 4 x 4 pixels") as refusal:
+        block_prompt(codec, image, Block(*block))
+    assert str(Block(*nearest)) in str(refusal.value)
+    assert Block(*nearest).tokens(codec).any()
+
+
+def test_without_pixels_outside_there_is_no_likelihood(codec, image):
+    with pytest.raises(ValueError, match="is the whole image, so that no pixel is kept"):
+        outside_pixels(codec, image, Block(0, 0, 8, 12), 0.1)
+
+
+def test_images_of_another_range_are_refused(codec, image):
+    block = Block(0, 4, 8, 4)
+    block_prompt(codec, 1.2 * image, block)
+    with pytest.raises(ValueError, match="values from 0 to 255, but the codec reads -1 to 1"):
+        block_prompt(codec, torch.arange(96.0).reshape(1, 8, 12) / 95 * 255, block)
+    with pytest.raises(ValueError, match="codec reads -1 to 1"):
+        block_prompt(codec, image * float("nan"), block)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ppl_diffusion.imaging.files import read_image, resized, write_image
+from ppl_diffusion.imaging.files import read_image, resized, what_is_lost, write_image
 
 GREY, COLOUR = (1, 6, 8), (3, 6, 8)
 
@@ -99,6 +99,8 @@ def test_pixels_are_enlarged_and_what_is_not_known_is_grey(tmp_path):
         ("a.txt", b"", "ends in none of .png, .jpg"),
         ("a.npy", b"no array", "is no archive of one array"),
         ("a.npz", b"no archive", "is no archive of one array"),
+        ("a.npy", b"", "is empty: save the array again"),
+        ("a.npz", b"", "is empty: save the array again"),
     ],
 )
 def test_files_of_other_things_are_refused(name, content, sentence, tmp_path):
@@ -112,11 +114,12 @@ def test_files_of_other_things_are_refused(name, content, sentence, tmp_path):
     [
         (np.zeros((6, 8, 2)), r"has the shape \(6, 8, 2\)"),
         (np.zeros((1, 1, 6, 8)), "has the shape"),
-        (np.full((6, 8), 1.5), "holds no image"),
-        (np.full((6, 8), 300), "holds no image"),
-        (np.full((6, 8), np.nan), "holds no image"),
-        (np.zeros((0, 8)), "holds no image"),
-        (np.zeros((6, 8), dtype=bool), "holds no image"),
+        (np.full((6, 8), 1.5), "holds real numbers from 1.5 to 1.5: give whole numbers from 0"),
+        (np.full((6, 8), 300), "holds whole numbers from 300 to 300: give whole numbers from 0"),
+        (np.full((6, 8), np.nan), "holds NaN or infinity: fill in those pixels"),
+        (np.full((6, 8), np.inf), "holds NaN or infinity: fill in those pixels"),
+        (np.zeros((0, 8)), r"has the shape \(0, 8\), without a pixel"),
+        (np.zeros((6, 8), dtype=bool), "has the type bool: give whole numbers"),
     ],
 )
 def test_arrays_of_other_things_are_refused(array, sentence, tmp_path):
@@ -130,8 +133,10 @@ def test_archives_of_several_arrays_and_of_code_are_refused(tmp_path):
     with pytest.raises(ValueError, match="it holds a, b"):
         read_image(tmp_path / "two.npz", GREY)
     np.save(tmp_path / "code.npy", np.array([print], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="is no archive of one array"):
+    with pytest.raises(ValueError, match=r"holds Python objects.*: save an array of numbers"):
         read_image(tmp_path / "code.npy", GREY)
+    with pytest.raises(ValueError, match="is a folder: give the file of one image"):
+        read_image(tmp_path, GREY)
 
 
 def test_transparency_is_refused(tmp_path):
@@ -146,3 +151,14 @@ def test_an_absent_file_and_an_absent_library_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r"ppl-diffusion\[imaging\]"):
         write_image(tmp_path / "a.png", torch.zeros(GREY))
+
+
+def test_it_is_told_what_an_image_loses():
+    colours = as_image(picture(3, 12, 16))
+    assert what_is_lost(colours, COLOUR) == ()
+    assert what_is_lost(colours[:1].expand(3, -1, -1), GREY) == ()
+    (grey,) = what_is_lost(colours, GREY)
+    assert "the prior is grey" in grey
+    (squeezed,) = what_is_lost(colours[:1], (1, 8, 8))
+    assert "12 x 16 pixels was brought to 8 x 8" in squeezed
+    assert len(what_is_lost(colours, (1, 8, 8))) == 2

@@ -94,3 +94,15 @@ def test_what_has_no_style_is_refused():
     with pytest.raises(ValueError, match="all features of a layer vanish on the reference"):
         StyleReward(codec, lambda u: [dead(u).relu()], torch.zeros(1, 8, 8), statistics="gram")
     assert classifier.image_shape == codec.image_shape
+
+
+def test_features_are_a_list_of_maps():
+    codec, classifier = networks()
+    image = torch.zeros(1, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"ImageClassifier does not; pass ImageClassifier\.features"
+    ):
+        StyleReward(codec, classifier, image)
+    for wrong in (lambda u: [], lambda u: u, lambda u: [u.flatten()]):
+        with pytest.raises(ValueError, match="must return a list of feature maps"):
+            StyleReward(codec, wrong, image)

@@ -86,6 +86,9 @@ def test_labels_are_one_class_per_row(labels, dropout):
         program.loss(rows, labels=labels, label_dropout=dropout)
     with pytest.raises(ValueError, match=r"label must lie in 0\.\.1"):
         program.labelled(2)
+    for label in ("three", 0.5):
+        with pytest.raises(ValueError, match=rf"label must lie in 0\.\.1, .* got {label!r}"):
+            program.labelled(label)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,9 @@ def test_wrong_rewards_are_refused():
     table = torch.zeros(4, 3)
     with pytest.raises(ValueError, match="label must be a class from 0 up, got -1"):
         ClassifierReward(lambda e: e.sum(-2), table, -1)
+    for label in ("good", 1.7):
+        with pytest.raises(ValueError, match=f"a class from 0 up, got {label!r}; give its number"):
+            ClassifierReward(lambda e: e.sum(-2), table, label)
     with pytest.raises(ValueError, match="has 3 classes and the label is 3; give one from 0 to 2"):
         ClassifierReward(lambda e: e.sum(-2), table, 3).embedded(table[None])
 
@@ -91,3 +94,26 @@ def test_what_the_model_does_not_know_is_refused(bert, classifier):
         PretrainedClassifier(classifier.model, [5, 9])
     with pytest.raises(ValueError, match="have the id 5 of the model"):
         PretrainedClassifier(classifier.model, [5, 5])
+    with pytest.raises(ValueError, match="padding '_' is not in the vocabulary"):
+        PretrainedClassifier.from_pretrained(bert, "ACGT", padding="_", local_files_only=True)
+    with pytest.raises(ValueError, match="positions for 12; give at most 10 tokens"):
+        classifier(classifier.codebook[torch.zeros(11, dtype=torch.int64)])
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    folder = save_tiny_bert(transformers, tmp_path, tiny_bert(transformers, "BertForMaskedLM"))
+    with pytest.raises(ValueError, match=r"PretrainedClassifier: .* no weights for 'classifier"):
+        PretrainedClassifier.from_pretrained(folder, "ACGT", local_files_only=True)
+
+
+def test_padding_needs_a_model_with_padding(bert, monkeypatch):
+    monkeypatch.setattr(transformers.BertTokenizer, "pad_token_id", None, raising=False)
+    with pytest.raises(ValueError, match="the model has no padding; choose another"):
+        PretrainedClassifier.from_pretrained(bert, LETTERS, padding="-", local_files_only=True)
+
+
+def test_the_tokeniser_is_looked_for_where_the_model_is(tmp_path):
+    model = tiny_bert(transformers, "BertForSequenceClassification")
+    save_tiny_bert(transformers, tmp_path / "inside", model)
+    found = PretrainedClassifier.from_pretrained(tmp_path, "ACGT", subfolder="inside")
+    assert len(found.codebook) == 4

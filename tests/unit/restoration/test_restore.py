@@ -14,7 +14,7 @@ from ppl_diffusion.inference import methods
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import OrderedKernel
-from ppl_diffusion.restoration.images import decoded
+from ppl_diffusion.restoration.images import EXPECTED, decoded
 from ppl_diffusion.restoration.question import Job, Question
 from ppl_diffusion.restoration.run import restore
 from ppl_diffusion.restoration.target import build_target
@@ -145,8 +145,8 @@ def test_seeds_decide_operator_noise_and_draws(places):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"operator": "blur"}, "there is no operator 'blur'"),
-        ({"operator": "sr3"}, "the factor divides"),
+        ({"operator": "blur"}, "There is no operator 'blur'"),
+        ({"operator": "sr3"}, "choose one of sr1, sr2, sr4, sr8"),
         ({"noise": 0.0}, "The noise must be above 0"),
         ({"noise": None, "operator": "hdr", "measured": True}, "drop --operator, or --measured"),
     ],
@@ -217,6 +217,11 @@ def test_what_the_codec_leaves_out_counts_where_it_is_known(places, with_error):
     assert int(inside.sum()) > 20
     torch.testing.assert_close(result.images.mean.double(), mean, rtol=0, atol=0.08)
     ratio = result.images.sd.double()[inside] / spread.sqrt()[inside]
+    low, high = result.images.interval
+    drawn = result.images.draws.mean(0)  # the mean is of the law of the ends
+    torch.testing.assert_close(result.images.mean, drawn)
+    assert bool(((low <= drawn) & (drawn <= high) | (low == high)).all())
+    assert result.images.kind == EXPECTED
     # 512 draws: a standard deviation is within a third of itself but for one in 1e9.
     assert bool(((ratio - 1).abs() < 0.33).all())
     plain = build_target(job(with_error, "uniform", search, codec_error=False))
@@ -230,3 +235,9 @@ def test_what_the_codec_leaves_out_counts_where_it_is_known(places, with_error):
 def test_an_error_that_nobody_knows_is_refused(places):
     with pytest.raises(InputError, match=r"has no error\.safetensors"):
         build_target(job(places, codec_error=True))
+
+
+@pytest.mark.parametrize("noise", [1e-30, 1e-7, 2e3, 1e30])
+def test_noise_that_no_image_can_have_is_refused(noise):
+    with pytest.raises(InputError, match=r"between 1e-06 and 1000, not at .*--noise"):
+        Question("digits:3", noise=noise)

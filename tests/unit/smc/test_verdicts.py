@@ -146,6 +146,7 @@ def test_mass_of_what_is_no_prior_is_not_judged(good):
     lost = f64(torch.full((RUNS, STEPS), -9.0))
     assert judge(replace(good, log_mass=lost)) != []
     assert judge(replace(good, log_mass=None)) == []
+    assert judge(replace(good, log_mass=lost, settings={"twist": "moments"})) == []
     assert judge(replace(good, log_mass=lost, law=good.law.but(product="p^2"))) == []
 
 
