@@ -10,8 +10,17 @@ Needs ``pip install 'ppl-diffusion[numpyro]'``. Numbers come from the array-API 
 torch, too; 64-bit precision follows JAX's switch (``jax.config.update("jax_enable_x64", True)``).
 """
 
+from importlib.util import find_spec as _find_spec
+
+_missing = [name for name in ("jax", "numpyro", "equinox") if _find_spec(name) is None]
+if _missing:
+    raise ModuleNotFoundError(
+        f"ppl_diffusion.numpyro needs {', '.join(_missing)}; run "
+        "`pip install 'ppl-diffusion[numpyro]'`."
+    )
+
+from ppl_diffusion.numpyro.convert import from_torch as from_torch
 from ppl_diffusion.numpyro.denoisers import Denoiser as Denoiser
-from ppl_diffusion.numpyro.handlers import Unroll as Unroll
 from ppl_diffusion.numpyro.handlers import clamp as clamp
 from ppl_diffusion.numpyro.handlers import constant as constant
 from ppl_diffusion.numpyro.handlers import steer as steer

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.engine import Size
-from ppl_diffusion.numpyro.noise import FILL, LATENT, MOVE, Noise
+from ppl_diffusion.numpyro.noise import FILL, MOVE, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.numpyro.token_step import TokenStep
+from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.smc.twists import Defensive, floored, log_mean_exp, mean_lookahead
 
 Values = Mapping[str, Array]
@@ -32,7 +33,7 @@ Look = Literal["defensive"] | Defensive | None
 class Target(Protocol):
     """What sequences and latents are worth; a pytree."""
 
-    def draw(self, keys: Array, guess: Values) -> tuple[Values, Array]:
+    def draw(self, noise: Noise, size: Size, guess: Values) -> tuple[Values, Array]:
         """Return latents of ``(R, N)`` particles and the log-density ``log r`` of these.
 
         :param guess: a first guess of the sequences, ``(*plates, L)`` each.
@@ -81,7 +82,7 @@ class ChainParticles(eqx.Module):
         guess = {
             n: self.chains[n].kernel.complete(self._ends(n, tokens, log_c, 0)[0, 0]) for n in tokens
         }
-        latents, log_r = self.target.draw(noise.keys(LATENT, 0, size), guess)
+        latents, log_r = self.target.draw(noise, size, guess)
         return {
             "tokens": tokens,
             "log_c": log_c,
@@ -123,7 +124,9 @@ class ChainParticles(eqx.Module):
         if self.twist is None:
             return carry, jnp.zeros_like(base)
         fills = {name: self._filled(name, carry, k) for name in self.chains}
-        log_f = log_mean_exp(self._worth(carry, fills), 2)
+        # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
+        worth = self._worth(carry, fills)
+        log_f = log_mean_exp(jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth), 2)
         if not self.twist.floor:
             return carry, log_f
         return carry, floored(log_f, mean_lookahead(log_f, base), self.twist.floor)

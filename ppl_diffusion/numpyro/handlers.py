@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
-from numpyro.handlers import reparam
-from numpyro.infer.reparam import Reparam
 from numpyro.primitives import Messenger
 
 from ppl_diffusion.arrays import Array
@@ -172,7 +171,7 @@ class _Unscored(ProposedChain):
     @classmethod
     def of_proposed(cls, chain: ProposedChain) -> _Unscored:
         new = object.__new__(cls)
-        vars(new).update(vars(chain))
+        new.__dict__.update(chain.__dict__)
         return new
 
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
@@ -180,20 +179,46 @@ class _Unscored(ProposedChain):
         return jnp.zeros(jnp.broadcast_shapes(jnp.shape(value)[:-2], self.batch_shape))
 
 
-class Unroll(Reparam):
-    """Replace a chain site ``x`` by the sites ``x_0`` (noisiest) to ``x_T`` (clean).
+class unroll(Messenger):
+    """Write a chain site ``x`` as the sites ``x_0`` (noisiest) to ``x_T`` (clean).
 
     The joint density is the same number, factor by factor; ``x`` stays as a deterministic path.
+    With an observed path the steps are observed.
+
+    :param fn: the program; without it a context manager.
+    :param sites: names of the chain sites (all by default).
     """
 
-    def __call__(self, name: str, fn: Any, obs: Array | None) -> tuple[None, Array]:
-        """Return the path after sampling its steps (NumPyro's protocol)."""
-        given = [None] * (fn.num_steps + 1) if obs is None else list(jnp.moveaxis(obs, -2, 0))
-        states = [numpyro.sample(f"{name}_0", _start(fn), obs=given[0])]
-        for k, value in enumerate(given[1:]):
-            step = fn.kernel.step(states[-1], k, fixed=fn.fixed)
-            states.append(numpyro.sample(f"{name}_{k + 1}", step, obs=value))
-        return None, jnp.stack(states, -2)
+    def __init__(self, fn: Program | None = None, *, sites: Sites = None) -> None:
+        super().__init__(fn)
+        self.sites = sites
+
+    def process_message(self, msg: Any) -> None:
+        """Sample the steps, and leave the path."""
+        chosen = self.sites is None or msg["name"] in self.sites
+        if msg["type"] != "sample" or not chosen or not isinstance(msg["fn"], ReverseChain):
+            return
+        name, path = msg["name"], msg["value"]
+        # One key of the site, whichever handler was first, so that the order does not matter.
+        key = msg["kwargs"].get("rng_key")
+        if key is None and path is None:
+            key = numpyro.prng_key()
+        path = _steps(name, msg["fn"], path, key)
+        plates = msg["cond_indep_stack"]
+        msg.clear()
+        msg.update(type="deterministic", name=name, value=path, cond_indep_stack=plates)
+
+
+def _steps(name: str, chain: ReverseChain, path: Array | None, key: Array | None) -> Array:
+    count = chain.num_steps + 1
+    known = [None] * count if path is None else list(jnp.moveaxis(path, -2, 0))
+    keys = [None] * count if key is None else list(jax.random.split(key, count))
+    states = [numpyro.sample(f"{name}_0", _start(chain), obs=known[0], rng_key=keys[0])]
+    for k in range(chain.num_steps):
+        step = chain.kernel.step(states[-1], k, fixed=chain.fixed)
+        site = f"{name}_{k + 1}"
+        states.append(numpyro.sample(site, step, obs=known[k + 1], rng_key=keys[k + 1]))
+    return jnp.stack(states, -2)
 
 
 def _start(chain: ReverseChain) -> Any:
@@ -203,17 +228,3 @@ def _start(chain: ReverseChain) -> Any:
     flat = jnp.full((*shape, process.vocab_size), -math.log(process.vocab_size))
     tokens = jnp.broadcast_to(jnp.maximum(chain.prompt, 0), shape)
     return TokenStep(process, tokens, flat, 0.0, 0.0, 0.0, fixed=chain.fixed, validate_args=False)
-
-
-def unroll(fn: Program | None = None, *, sites: Sites = None) -> Any:
-    """Write chain sites as one site per step; density and draws are unchanged.
-
-    :param fn: the program; without it a context manager.
-    :param sites: names of the chain sites (all by default).
-    """
-
-    def config(msg: Any) -> Reparam | None:
-        chosen = sites is None or msg["name"] in sites
-        return Unroll() if chosen and isinstance(msg["fn"], ReverseChain) else None
-
-    return reparam(fn, config=config)

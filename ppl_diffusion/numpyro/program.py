@@ -18,6 +18,8 @@ from numpyro.handlers import seed, substitute, trace
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.numpyro.engine import Size
+from ppl_diffusion.numpyro.noise import LATENT, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 
 Values = Mapping[str, Array]
@@ -35,9 +37,9 @@ class PotentialTarget(eqx.Module):
     name: str = eqx.field(static=True)
     plates: int = eqx.field(static=True)
 
-    def draw(self, keys: Array, guess: Values) -> tuple[Values, Array]:
+    def draw(self, noise: Noise, size: Size, guess: Values) -> tuple[Values, Array]:
         """Return no latents."""
-        return {}, jnp.zeros(keys.shape[:2])
+        return {}, jnp.zeros(size)
 
     def log_joint(self, latents: Values, x0: Values) -> Array:
         """Return ``log G``."""
@@ -79,7 +81,7 @@ class ProgramTarget(eqx.Module):
         found: dict[str, Any] = trace(program).get_trace(*self.args, **self.kwargs)
         return found
 
-    def draw(self, keys: Array, guess: Values) -> tuple[Values, Array]:
+    def draw(self, noise: Noise, size: Size, guess: Values) -> tuple[Values, Array]:
         """Draw latents from their law given a first guess, see :class:`Target`."""
 
         def one(key: Array) -> tuple[Values, Array]:
@@ -87,7 +89,7 @@ class ProgramTarget(eqx.Module):
             values = {name: found[name]["value"] for name in self.latents}
             return values, _total(found[name] for name in self.latents)
 
-        return jax.vmap(jax.vmap(one))(keys)
+        return jax.vmap(jax.vmap(one))(noise.keys(LATENT, 0, size))
 
     def log_joint(self, latents: Values, x0: Values) -> Array:
         """Return ``log p(latents, y | x0)``, see :class:`Target`."""

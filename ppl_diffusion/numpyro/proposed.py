@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
@@ -41,7 +41,7 @@ class Steering:
     num_particles: int = 64
     resampler: str | Resampler = "systematic"
     ess_threshold: float = 0.5
-    twist: Defensive | None = Defensive()
+    twist: Defensive | None = field(default_factory=Defensive)
 
 
 class ProposedChain(ReverseChain):

@@ -45,8 +45,8 @@ class ReverseChain(Distribution):
     arg_constraints = {  # noqa: RUF012 (NumPyro's class protocol)
         "prompt": constraints.dependent(is_discrete=True, event_dim=1)
     }
-    pytree_data_fields = ("kernel", "prompt", "added")
-    pytree_aux_fields = ("length",)
+    pytree_data_fields: tuple[str, ...] = ("kernel", "prompt", "added")
+    pytree_aux_fields: tuple[str, ...] = ("length",)
     has_enumerate_support = True
 
     def __init__(
@@ -135,14 +135,17 @@ class ReverseChain(Distribution):
         self, key: Array, sample_shape: tuple[int, ...] = ()
     ) -> tuple[Array, list[Any]]:
         """Draw paths with ``T`` network calls, and keep their log-probabilities."""
+        path, log_p, _ = self._drawn(key, sample_shape)
+        return path, [log_p]
+
+    def _drawn(self, key: Array, sample_shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
         assert is_prng_key(key)
         if self.added.ndim:
             raise ValueError("ReverseChain: a stacked chain is scored, not drawn from.")
         first, *keys = jax.random.split(key, self.num_steps + 1)
         shape = (*sample_shape, *self.batch_shape, self.length)
         start = self.start(jax_uniforms(first, shape))
-        path, log_p, _ = self._scanned(start, lambda step, k: step.sample(k), jnp.stack(keys))
-        return path, [log_p]
+        return self._scanned(start, lambda step, k: step.sample(k), jnp.stack(keys))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw paths, integers ``(*sample_shape, *batch, T + 1, L)``."""

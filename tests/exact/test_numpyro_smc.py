@@ -181,7 +181,7 @@ def test_a_population_that_dies_says_so():
     smc = ppn.SMC(chain(), lambda x: jnp.where((x == 9).any(-1), 0.0, -jnp.inf), num_particles=4)
     posterior = smc.run(jax.random.key(0))
     assert float(posterior.log_evidence) == -np.inf
-    assert posterior.died_at.tolist() == [STEPS]
+    assert posterior.died_at.tolist() == [STEPS - 1]
 
 
 def test_a_weight_that_is_no_number_is_refused():

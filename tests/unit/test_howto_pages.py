@@ -33,7 +33,7 @@ def run_lines(text, name, **known):
         exec(compile(lines, f"{name}.md", "exec"), known | {"__name__": name})
 
 
-@pytest.mark.parametrize("page", ["codecs", "text", "edit"])
+@pytest.mark.parametrize("page", ["codecs", "text", "edit", "numpyro"])
 def test_its_lines_run(page):
     run_lines(OTHERS.sub("", text_of(page)), page)
 
