@@ -156,7 +156,8 @@ def emission(process: Process, tokens: Array, t: float | Array) -> Array:
     noise = process.prior_prob(tokens)[..., None]
     if process.absorbing:  # a prompt is revealed at alpha = 0 already
         return kept + noise
-    a = process.schedule.alpha(t if is_jax_array(t) else float(t))
+    # A number, not NumPy's array of no dimensions, which torch does not multiply.
+    a = process.schedule.alpha(t) if is_jax_array(t) else float(process.schedule.alpha(float(t)))
     return a * kept + (1 - a) * noise
 
 

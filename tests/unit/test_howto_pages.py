@@ -33,11 +33,6 @@ def run_lines(text, name, **known):
         exec(compile(lines, f"{name}.md", "exec"), known | {"__name__": name})
 
 
-@pytest.mark.parametrize("page", ["codecs", "text", "edit", "numpyro"])
-def test_its_lines_run(page):
-    run_lines(OTHERS.sub("", text_of(page)), page)
-
-
 def test_the_lines_about_models_of_other_people_run(tmp_path, capsys):
     """Models of the hub are tiny random ones here."""
     transformers = pytest.importorskip("transformers")

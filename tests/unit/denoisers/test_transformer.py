@@ -133,7 +133,7 @@ def test_reading_leaves_torch_s_generator_alone(tmp_path):
 
 
 def test_missing_file_is_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; give a folder"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; give the folder"):
         Transformer.from_pretrained(tmp_path)
     make().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
