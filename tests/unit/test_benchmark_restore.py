@@ -42,7 +42,9 @@ def test_the_smoke_run_orders_what_is_known_to_be_ordered(restore):
         assert {len(scores) for scores in by_method.values()} == {8}
         means = {name: restore.mean_of(scores) for name, scores in by_method.items()}
         ceiling = means.pop("codec-ceiling")
-        assert all(each["psnr"] < ceiling["psnr"] for each in means.values())
+        # What the codec lacks is partly read off the data by methods that count its error.
+        decoded = [each["psnr"] for name, each in means.items() if not name.endswith("+error")]
+        assert max(decoded) < ceiling["psnr"]
         assert means["aps"]["psnr"] > means["svdd-pm"]["psnr"]
         assert means["aps-published"]["decoder_backward"] > means["aps"]["decoder_backward"]
         assert means["aps-smc+error"]["coverage"] > means["aps-published"]["coverage"]
