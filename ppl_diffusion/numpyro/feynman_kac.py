@@ -10,7 +10,8 @@ particle hands on to its children, and a floor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import equinox as eqx
@@ -33,10 +34,10 @@ Look = Literal["defensive"] | Defensive | None
 class Target(Protocol):
     """What sequences and latents are worth; a pytree."""
 
-    def draw(self, noise: Noise, size: Size, guess: Values) -> tuple[Values, Array]:
+    def draw(self, noise: Noise, size: Size, guess: Callable[[], Values]) -> tuple[Values, Array]:
         """Return latents of ``(R, N)`` particles and the log-density ``log r`` of these.
 
-        :param guess: a first guess of the sequences, ``(*plates, L)`` each.
+        :param guess: returns a first guess of the sequences, ``(*plates, L)`` each.
         """
         ...
 
@@ -78,18 +79,16 @@ class ChainParticles(eqx.Module):
             columns = slice(at, at := at + math.prod(shape[name]))
             tokens[name] = chain.start(starts[..., columns].reshape(*size, *shape[name]))
             ahead[name] = own[..., columns].reshape(*size, fills, *shape[name])
-        log_c = self._predict(tokens, 0)
-        guess = {
-            n: self.chains[n].kernel.complete(self._ends(n, tokens, log_c, 0)[0, 0]) for n in tokens
-        }
-        latents, log_r = self.target.draw(noise, size, guess)
-        return {
-            "tokens": tokens,
-            "log_c": log_c,
-            "fills": ahead,
-            "latents": dict(latents),
-            "log_r": log_r,
-        }
+        tokens = self.held(tokens, 0)
+        latents, log_r = self.target.draw(noise, size, partial(self._guess, tokens))
+        return {"tokens": tokens, "fills": ahead, "latents": dict(latents), "log_r": log_r}
+
+    def _guess(self, tokens: Values) -> dict[str, Array]:
+        """Return the likeliest sequences, ``(*plates, L)``, as seen from one noisiest state."""
+        first = {name: x[0, 0] for name, x in tokens.items()}
+        log_c = self._predict(first, 0)
+        ends = {name: self._ends(name, first, log_c, 0) for name in first}
+        return {name: self.chains[name].kernel.complete(x) for name, x in ends.items()}
 
     @property
     def _width(self) -> int:

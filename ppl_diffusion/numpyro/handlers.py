@@ -17,7 +17,7 @@ from numpyro.primitives import Messenger
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.numpyro.proposed import ProposedChain, Psi, Steering
+from ppl_diffusion.numpyro.proposed import ProposedChain, Psi, Steering, UnscoredChain
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.numpyro.token_step import TokenStep
 
@@ -25,37 +25,41 @@ Program = Callable[..., Any]
 Sites = Collection[str] | None
 
 
+Change = Callable[[str, ReverseChain], ReverseChain]
+
+
 class _Chains(Messenger):
     """Change the law of chain sites before they are drawn.
 
-    :raises ValueError: if the program has none of the sites.
+    :param handler: the name of the handler, for messages.
+    :param change: ``(site name, chain) -> chain``.
     """
 
-    def __init__(self, fn: Program | None, sites: Sites) -> None:
+    def __init__(self, handler: str, change: Change, fn: Program | None, sites: Sites) -> None:
         super().__init__(fn)
+        self.handler, self.change = handler, change
         self.sites, self._met = sites, False
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         met, self._met = self._met, False
         if exc_type is None and not met:
-            kind = type(self).__name__
             where = "chain site" if self.sites is None else f"site of {sorted(self.sites)}"
-            raise ValueError(f"{kind}: the program has no {where}; check the names.")
+            raise ValueError(f"{self.handler}: the program has no {where}; check the names.")
 
     def process_message(self, msg: Any) -> None:
         """Replace the law of a chain site."""
-        chosen = self.sites is None or msg["name"] in self.sites
-        if msg["type"] != "sample" or not chosen or not isinstance(msg["fn"], ReverseChain):
-            return
-        self._met = True
-        msg["fn"] = self.changed(msg["name"], msg["fn"])
-
-    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
-        raise NotImplementedError
+        if _is_chosen(msg, self.sites):
+            self._met = True
+            msg["fn"] = self.change(msg["name"], msg["fn"])
 
 
-class clamp(_Chains):
+def _is_chosen(msg: Any, sites: Sites) -> bool:
+    chain = msg["type"] == "sample" and isinstance(msg["fn"], ReverseChain)
+    return chain and (sites is None or msg["name"] in sites)
+
+
+def clamp(fn: Program | None = None, *, tokens: Array, sites: Sites = None) -> Any:
     """Observe some tokens of the clean sequences of a program's chains.
 
     The target becomes ``p(path | x0[known] = tokens[known])`` times the rest of the program, and
@@ -65,27 +69,25 @@ class clamp(_Chains):
     :param fn: the program; without it a context manager.
     :param tokens: integers ``(L,)``, -1 where nothing is known.
     :param sites: names of the chain sites (all by default).
-    :raises ValueError: if a chain has another length.
+    :raises ValueError: if a chain has another length, or no chain site is met.
     """
+    known = jnp.asarray(tokens)
 
-    def __init__(self, fn: Program | None = None, *, tokens: Array, sites: Sites = None) -> None:
-        super().__init__(fn, sites)
-        self.tokens = jnp.asarray(tokens)
-
-    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
-        """Return the chain with the tokens held."""
-        if self.tokens.shape[-1:] != (chain.length,):
+    def hold(name: str, chain: ReverseChain) -> ReverseChain:
+        if known.shape[-1:] != (chain.length,):
             raise ValueError(
-                f"clamp: {self.tokens.shape[-1]} tokens for the chain {name!r} of {chain.length}; "
+                f"clamp: {known.shape[-1]} tokens for the chain {name!r} of {chain.length}; "
                 "give one for each position, -1 where it is free."
             )
         new = ProposedChain.of(chain)
-        held = jnp.where(self.tokens >= 0, self.tokens, new.held)
+        held = jnp.where(known >= 0, known, new.held)
         new.held = jnp.broadcast_to(held, (*chain.batch_shape, chain.length))
         return new
 
+    return _Chains("clamp", hold, fn, sites)
 
-class twist(_Chains):
+
+def twist(fn: Program | None = None, *, logits: Psi, sites: Sites = None) -> Any:
     """Propose chain sites by tilted predictions; the model stays as it is.
 
     A site is drawn step by step from ``q ∝ d exp(psi)`` in place of the prediction ``d`` and
@@ -95,26 +97,31 @@ class twist(_Chains):
     :param logits: ``(tokens (*batch, L), k, log_probs (*batch, L, V)) -> psi (*batch, L, V)``.
     :param sites: names of the chain sites (all by default).
     :raises CapabilityError: if a site is twisted already.
+    :raises ValueError: if no chain site is met.
     """
 
-    def __init__(self, fn: Program | None = None, *, logits: Psi, sites: Sites = None) -> None:
-        super().__init__(fn, sites)
-        self.logits = logits
-
-    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
-        """Return the chain with a tilted proposal."""
+    def tilt(name: str, chain: ReverseChain) -> ReverseChain:
         new = ProposedChain.of(chain)
         if new.psi is not None:
             raise CapabilityError(f"twist: the site {name!r} is twisted already; join both.")
-        new.psi = self.logits
+        new.psi = logits
         return new
 
+    return _Chains("twist", tilt, fn, sites)
 
-class steer(_Chains):
+
+def steer(
+    fn: Program | None = None,
+    *,
+    potential: Callable[[Array], Array],
+    num_particles: int = 64,
+    sites: Sites = None,
+    **settings: Any,
+) -> Any:
     """Draw chain sites from the particles of runs of their own; the model stays as it is.
 
     The weight of a site is ``log Z_hat - log G(x0)``: unbiased whatever the potential, which only
-    aims.
+    aims. :class:`~ppl_diffusion.numpyro.SMC` has particles of its own and refuses such a site.
 
     :param fn: the program; without it a context manager.
     :param potential: ``x0 (*batch, L) -> log G (*batch,)`` in JAX.
@@ -122,30 +129,21 @@ class steer(_Chains):
     :param sites: names of the chain sites (all by default).
     :param settings: other fields of :class:`~ppl_diffusion.numpyro.Steering`.
     :raises CapabilityError: if a site is steered already.
+    :raises ValueError: if no chain site is met.
     """
+    steering = Steering(potential, num_particles, **settings)
 
-    def __init__(
-        self,
-        fn: Program | None = None,
-        *,
-        potential: Callable[[Array], Array],
-        num_particles: int = 64,
-        sites: Sites = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(fn, sites)
-        self.steering = Steering(potential, num_particles, **settings)
-
-    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
-        """Return the chain with a run behind each draw."""
+    def run(name: str, chain: ReverseChain) -> ReverseChain:
         new = ProposedChain.of(chain)
         if new.steering is not None:
             raise CapabilityError(f"steer: the site {name!r} is steered already; join both.")
-        new.steering = self.steering
+        new.steering = steering
         return new
 
+    return _Chains("steer", run, fn, sites)
 
-class constant(_Chains):
+
+def constant(fn: Program | None = None, *, sites: Sites = None) -> Any:
     """Leave the density of chains out, which is a constant while they are held.
 
     Beside particle Gibbs every gradient of NUTS would score a path that it cannot move, by ``T``
@@ -154,32 +152,12 @@ class constant(_Chains):
 
     :param fn: the program; without it a context manager.
     :param sites: names of the chain sites (all by default).
+    :raises ValueError: if no chain site is met.
     """
-
-    def __init__(self, fn: Program | None = None, *, sites: Sites = None) -> None:
-        super().__init__(fn, sites)
-
-    def changed(self, name: str, chain: ReverseChain) -> ReverseChain:
-        """Return the chain as one that is not scored."""
-        new = ProposedChain.of(chain)
-        return _Unscored.of_proposed(new)
+    return _Chains("constant", lambda name, chain: UnscoredChain.of(chain), fn, sites)
 
 
-class _Unscored(ProposedChain):
-    """A chain whose density is left out."""
-
-    @classmethod
-    def of_proposed(cls, chain: ProposedChain) -> _Unscored:
-        new = object.__new__(cls)
-        new.__dict__.update(chain.__dict__)
-        return new
-
-    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
-        """Return zeros."""
-        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(value)[:-2], self.batch_shape))
-
-
-class unroll(Messenger):
+def unroll(fn: Program | None = None, *, sites: Sites = None) -> Any:
     """Write a chain site ``x`` as the sites ``x_0`` (noisiest) to ``x_T`` (clean).
 
     The joint density is the same number, factor by factor; ``x`` stays as a deterministic path.
@@ -188,15 +166,19 @@ class unroll(Messenger):
     :param fn: the program; without it a context manager.
     :param sites: names of the chain sites (all by default).
     """
+    return _Unrolled(fn, sites)
 
-    def __init__(self, fn: Program | None = None, *, sites: Sites = None) -> None:
+
+class _Unrolled(Messenger):
+    """Sample the steps of a chain in place of its path."""
+
+    def __init__(self, fn: Program | None, sites: Sites) -> None:
         super().__init__(fn)
         self.sites = sites
 
     def process_message(self, msg: Any) -> None:
         """Sample the steps, and leave the path."""
-        chosen = self.sites is None or msg["name"] in self.sites
-        if msg["type"] != "sample" or not chosen or not isinstance(msg["fn"], ReverseChain):
+        if not _is_chosen(msg, self.sites):
             return
         name, path = msg["name"], msg["value"]
         # One key of the site, whichever handler was first, so that the order does not matter.

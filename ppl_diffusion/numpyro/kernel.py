@@ -11,7 +11,7 @@ import numpy as np
 
 from ppl_diffusion.arrays import Array, int64_of
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels.base import FACTORISED, time_grid
+from ppl_diffusion.kernels.base import time_grid
 from ppl_diffusion.kernels.kappa_rules import check_kappa
 from ppl_diffusion.numpyro.denoisers import Denoiser
 from ppl_diffusion.numpyro.token_step import TokenStep
@@ -36,16 +36,12 @@ class InterpolatingKernel(eqx.Module):
     :raises ValueError: if the grid or ``kappa`` is not usable, or not exactly one of ``num_steps``
         and ``times`` is given.
     :raises CapabilityError: if the denoiser and the process disagree on the vocabulary.
-
-    :ivar capability: that steps have an exact density, a product over positions.
     """
 
     denoiser: Denoiser
     process: Process = eqx.field(static=True)
     times: tuple[float, ...] = eqx.field(static=True)
     kappa: tuple[Any, ...] | float = eqx.field(static=True)
-
-    capability = FACTORISED
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Where uniforms come from: random keys, one for each particle, or arrays that are given.
+"""Where uniforms come from: random keys, one for each particle.
 
 Particle ``n`` of run ``r`` draws from ``fold_in(fold_in(fold_in(key, step), r), n)``: what it draws
 depends neither on how many others there are nor on how many devices they live on.
@@ -6,7 +6,6 @@ depends neither on how many others there are nor on how many devices they live o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import equinox as eqx
@@ -67,27 +66,3 @@ class KeyNoise(eqx.Module):
     def _run_keys(self, use: int, k: Array, size: int) -> Array:
         step = jax.random.fold_in(jax.random.fold_in(self.key, use), k)
         return jax.vmap(jax.random.fold_in, (None, 0))(step, jnp.arange(size))
-
-
-class GivenNoise(eqx.Module):
-    """Noise out of arrays, so that another backend can be given the same.
-
-    :param arrays: uniforms by use, steps first: ``{MOVE: (T + 1, R, N, *shape), ...}``.
-    """
-
-    arrays: Mapping[int, Array]
-
-    def keys(self, use: int, k: Array, size: tuple[int, int]) -> Array:
-        """Refuse: there are no keys.
-
-        :raises ValueError: always.
-        """
-        raise ValueError("GivenNoise: latents are drawn by keys; use KeyNoise.")
-
-    def particles(self, use: int, k: Array, shape: tuple[int, ...], size: tuple[int, int]) -> Array:
-        """Return uniforms of each particle, see :class:`Noise`."""
-        return self.arrays[use][k].reshape(*size, *shape)
-
-    def runs(self, use: int, k: Array, shape: tuple[int, ...], size: int) -> Array:
-        """Return uniforms of each run, see :class:`Noise`."""
-        return self.arrays[use][k].reshape(size, *shape)

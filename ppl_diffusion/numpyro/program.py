@@ -14,6 +14,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.handlers import seed, substitute, trace
 
 from ppl_diffusion.arrays import Array
@@ -37,7 +38,7 @@ class PotentialTarget(eqx.Module):
     name: str = eqx.field(static=True)
     plates: int = eqx.field(static=True)
 
-    def draw(self, noise: Noise, size: Size, guess: Values) -> tuple[Values, Array]:
+    def draw(self, noise: Noise, size: Size, guess: Callable[[], Values]) -> tuple[Values, Array]:
         """Return no latents."""
         return {}, jnp.zeros(size)
 
@@ -81,11 +82,14 @@ class ProgramTarget(eqx.Module):
         found: dict[str, Any] = trace(program).get_trace(*self.args, **self.kwargs)
         return found
 
-    def draw(self, noise: Noise, size: Size, guess: Values) -> tuple[Values, Array]:
+    def draw(self, noise: Noise, size: Size, guess: Callable[[], Values]) -> tuple[Values, Array]:
         """Draw latents from their law given a first guess, see :class:`Target`."""
+        if not self.latents:
+            return {}, jnp.zeros(size)
+        x0 = guess()
 
         def one(key: Array) -> tuple[Values, Array]:
-            found = self.run(guess, key)
+            found = self.run(x0, key)
             values = {name: found[name]["value"] for name in self.latents}
             return values, _total(found[name] for name in self.latents)
 
@@ -93,11 +97,9 @@ class ProgramTarget(eqx.Module):
 
     def log_joint(self, latents: Values, x0: Values) -> Array:
         """Return ``log p(latents, y | x0)``, see :class:`Target`."""
-        chains = {name for name, _ in self.chains}
 
         def one(values: Values) -> Array:
-            sites = self.run(values).values()
-            return _total(s for s in sites if s["type"] == "sample" and s["name"] not in chains)
+            return self.weigh(self.run(values))
 
         values = {**latents, **x0}
         name, own = self.shapes[0]
@@ -105,6 +107,12 @@ class ProgramTarget(eqx.Module):
         for _ in range(values[name].ndim - len(own)):
             scored = jax.vmap(scored)
         return scored(values)
+
+    def weigh(self, found: Mapping[str, Any]) -> Array:
+        """Return the log-density of all sites of a trace but the chains."""
+        chains = {name for name, _ in self.chains}
+        sites = (site for site in found.values() if site["type"] == "sample")
+        return _total(site for site in sites if site["name"] not in chains)
 
     def samples(self, latents: Values, x0: Values) -> dict[str, Array]:
         """Return the values of latents and deterministic sites, ``(R, N, ...)`` each."""
@@ -132,7 +140,8 @@ def read(
     :param key: a JAX random key; what is drawn is not used.
     :param fixed: nothing is drawn before the chains, whose law may then depend on anything.
     :raises CapabilityError: if it has no chain, or one that this engine does not move: a chain
-        whose law depends on what was drawn before it, or chains of different lengths in time.
+        whose law depends on what was drawn before it, that is scaled or steered, or chains of
+        different lengths in time; if the program reads other states of a path than the last.
     """
     found = _traced(model, args, kwargs, key)
     sites = {n: s for n, s in found.items() if s["type"] == "sample" and not s["is_observed"]}
@@ -150,6 +159,8 @@ def read(
                 "JAX engine does not carry; make it a program of the torch engine, or a separate "
                 "inference for each value."
             )
+    for name, chain in chains.items():
+        _require_plain(name, chain, sites[name]["scale"])
     if len({chain.num_steps for chain in chains.values()}) > 1:
         raise CapabilityError("SMC: the chains have different numbers of steps; give them one.")
     latents = tuple(name for name in sites if name not in chains)
@@ -161,7 +172,34 @@ def read(
         latents,
         tuple((name, (*c.batch_shape, c.length)) for name, c in chains.items()),
     )
+    _require_ends(target, found)
     return chains, target
+
+
+def _require_plain(name: str, chain: ReverseChain, scale: Any) -> None:
+    if scale is not None:
+        raise CapabilityError(
+            f"SMC: the chain {name!r} is scaled, so that its density is another one than that of "
+            "its steps; leave the scale, or the subsampling of its plate, out."
+        )
+    if getattr(chain, "steering", None) is not None:
+        raise CapabilityError(
+            f"SMC: the chain {name!r} is steered by particles of its own; leave steer out here."
+        )
+
+
+def _require_ends(target: ProgramTarget, found: Mapping[str, Any]) -> None:
+    """Refuse a program that reads noisy states; while something is compiled nobody can tell."""
+    values = {name: found[name]["value"] for name in target.latents}
+    x0 = {name: found[name]["value"][..., -1, :] for name, _ in target.chains}
+    whole, ends = target.weigh(found), target.weigh(target.run({**values, **x0}))
+    if isinstance(whole, jax.core.Tracer) or isinstance(ends, jax.core.Tracer):
+        return
+    if not np.allclose(whole, ends, rtol=1e-4, atol=1e-4, equal_nan=True):
+        raise CapabilityError(
+            "SMC: what the program observes depends on other states of a path than the last one; "
+            "let it read the clean sequence, chain.x0(path)."
+        )
 
 
 def _traced(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
@@ -15,13 +15,12 @@ from numpyro.distributions.util import validate_sample
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.conditional import picked
 from ppl_diffusion.numpyro.engine import run_particles
-from ppl_diffusion.numpyro.feynman_kac import ChainParticles
+from ppl_diffusion.numpyro.feynman_kac import ChainParticles, Look, look_ahead
 from ppl_diffusion.numpyro.noise import KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
-from ppl_diffusion.smc.twists import Defensive
 
 Psi = Callable[[Array, Array, Array], Array]
 
@@ -34,14 +33,14 @@ class Steering:
     :param num_particles: particles of the run behind each draw.
     :param resampler: resampling scheme.
     :param ess_threshold: resample below this fraction of the particles.
-    :param twist: how to look ahead; None does not.
+    :param twist: ``"defensive"``, a :class:`~ppl_diffusion.smc.twists.Defensive`, or None.
     """
 
     potential: Callable[[Array], Array]
     num_particles: int = 64
     resampler: str | Resampler = "systematic"
     ess_threshold: float = 0.5
-    twist: Defensive | None = field(default_factory=Defensive)
+    twist: Look = "defensive"
 
 
 class ProposedChain(ReverseChain):
@@ -65,12 +64,9 @@ class ProposedChain(ReverseChain):
     @classmethod
     def of(cls, chain: ReverseChain) -> Self:
         """Return a chain that handlers can add to; one that has parts keeps them."""
-        if isinstance(chain, cls):
-            return copy.copy(chain)
-        new = cls(chain.kernel, chain.length, chain.prompt, validate_args=False)
-        new.held = jnp.full_like(chain.prompt, -1)
-        new.psi, new.steering = None, None
-        new._batch_shape, new._validate_args = chain.batch_shape, chain._validate_args
+        new = object.__new__(cls if not isinstance(chain, cls) else type(chain))
+        parts = {"held": jnp.full_like(chain.prompt, -1), "psi": None, "steering": None}
+        new.__dict__.update({**parts, **chain.__dict__})
         return new
 
     @property
@@ -117,14 +113,12 @@ class ProposedChain(ReverseChain):
         how, count = self.steering, math.prod(shape)
         fields = (jnp.broadcast_to(x, (*shape, self.length)) for x in (self.prompt, self.held))
         prompts, helds = (x.reshape(count, self.length) for x in fields)
-        scheme = as_resampler(how.resampler)
+        scheme, look = as_resampler(how.resampler), look_ahead(how.twist, "steer")
 
         def one(key: Array, prompt: Array, held: Array) -> tuple[Array, Array]:
             alone = copy.copy(self)
             alone.prompt, alone.held, alone._batch_shape = prompt, held, ()
-            particles = ChainParticles(
-                {"x": alone}, PotentialTarget(how.potential, "x", 0), how.twist
-            )
+            particles = ChainParticles({"x": alone}, PotentialTarget(how.potential, "x", 0), look)
             noise, size = KeyNoise(key), (1, how.num_particles)
             trace = run_particles(particles, noise, size, scheme, how.ess_threshold)
             states, slot = picked(trace, noise)
@@ -150,3 +144,11 @@ class ProposedChain(ReverseChain):
         assert isinstance(new, ProposedChain)
         new.held = jnp.broadcast_to(self.held, (*new.batch_shape, self.length))
         return new
+
+
+class UnscoredChain(ProposedChain):
+    """A chain whose density is left out; its draws are weighed by nothing."""
+
+    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
+        """Return zeros, ``(*batch,)``."""
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(value)[:-2], self.batch_shape))

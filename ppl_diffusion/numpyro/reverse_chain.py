@@ -16,15 +16,13 @@ from numpyro.util import is_prng_key
 
 from ppl_diffusion.arrays import Array, int64_of
 from ppl_diffusion.kernels.shapes import check_expand
+from ppl_diffusion.kernels.step import MAX_ENUMERATE
 from ppl_diffusion.numpyro.kernel import InterpolatingKernel
 from ppl_diffusion.numpyro.marginal import ChainMarginal
 from ppl_diffusion.numpyro.shapes import enumerated
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.processes.base import whole_number
 from ppl_diffusion.processes.noise import jax_uniforms
-
-MAX_ENUMERATE = 2**16
-"""Largest number of paths that ``enumerate_support`` will build."""
 
 
 class ReverseChain(Distribution):

@@ -84,7 +84,8 @@ class SMC:
         """Run all particles, in one compiled scan.
 
         :param key: a JAX random key.
-        :param args: arguments of the program.
+        :param args: arguments of the program. Arrays among them are traced; numbers are compiled
+            in, so that another one compiles anew.
         :raises CapabilityError: if the engine cannot move the program's chains.
         :raises ValueError: if a weight became NaN or ``+inf``.
         """

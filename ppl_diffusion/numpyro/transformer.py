@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ppl_diffusion.arrays import Array
@@ -28,7 +29,6 @@ class Transformer(eqx.Module):
 
     :param config: shape of the network.
     :param weights: its float32 arrays by the names of the torch module.
-    :raises ValueError: if a weight is missing.
     """
 
     weights: dict[str, Array]
@@ -55,14 +55,26 @@ class Transformer(eqx.Module):
 
         :param directory: folder with ``model.safetensors`` and ``config.json``.
         :raises FileNotFoundError: if one of the two files is absent.
-        :raises ValueError: if the configuration is damaged.
+        :raises ValueError: if a file is damaged, or the two do not belong together.
         """
         config = read_config(directory, TransformerConfig)
         path = Path(directory) / WEIGHTS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"Transformer: {path} does not exist; give the whole folder.")
-        weights = {name: jnp.asarray(value) for name, value in load_file(path).items()}
-        return cls(weights, config)
+        try:
+            weights = {name: jnp.asarray(value) for name, value in load_file(path).items()}
+            network = cls(weights, config)
+            jax.eval_shape(network.__call__, jnp.zeros((1, config.max_length), int), 0.5)
+        except SafetensorError as error:
+            raise ValueError(
+                f"Transformer: {path} is not a readable safetensors file ({error}); fetch it anew."
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Transformer: the weights in {path} do not fit the configuration beside them; "
+                "keep the two files of one network together."
+            ) from error
+        return network
 
     def hidden(self, tokens: Array, t: Array, label: Array | None = None) -> Array:
         """Compute the hidden states that :meth:`head` turns into log-probabilities.

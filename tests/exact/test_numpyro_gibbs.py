@@ -51,9 +51,10 @@ def distance(ours, paths):
     return chi_square_p_value(tensor(jnp.bincount(codes, length=9)), tensor(jnp.exp(joint - exact)))
 
 
-def test_five_sweeps_leave_the_target_alone():
+@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+def test_five_sweeps_leave_the_target_alone(process):
     """From 20,000 exact draws; a false alarm in 10,000."""
-    ours = chain(length=2, steps=3)
+    ours = chain(process, length=2, steps=3)
     paths, slots = swept(ours, exact_paths(ours), ConditionalMultinomial())
     assert distance(ours, paths) > 1e-4
     assert 0.2 < float((slots > 0).mean()) < 0.8

@@ -7,13 +7,13 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import torch
-from numpyro_toys import LENGTH, STEPS, _x64, chain, log_z, pair, tensor  # noqa: F401
+from numpyro_toys import LENGTH, STEPS, GivenNoise, _x64, chain, log_z, pair, tensor  # noqa: F401
 
 import ppl_diffusion.numpyro as ppn
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.engine import run_particles
 from ppl_diffusion.numpyro.feynman_kac import ChainParticles
-from ppl_diffusion.numpyro.noise import FILL, MOVE, RESAMPLE, GivenNoise
+from ppl_diffusion.numpyro.noise import FILL, MOVE, RESAMPLE
 from ppl_diffusion.numpyro.program import PotentialTarget
 from ppl_diffusion.smc import FeynmanKac, run_smc
 from ppl_diffusion.smc.resampling import RESAMPLERS
@@ -190,7 +190,7 @@ def test_a_weight_that_is_no_number_is_refused():
         smc.run(jax.random.key(0))
 
 
-def test_programs_that_it_cannot_move_are_refused():
+def test_programs_that_it_cannot_move_are_refused(program):
     ours = chain()
 
     def without():
@@ -201,6 +201,20 @@ def test_programs_that_it_cannot_move_are_refused():
         prompt = jnp.array([-1, -1, -1]).at[0].set(token)
         numpyro.sample("path", ppn.ReverseChain(ours.kernel, LENGTH, prompt))
 
+    def scaled():
+        with numpyro.handlers.scale(scale=2.0):
+            numpyro.sample("path", ours)
+
+    def noisy():
+        path = numpyro.sample("path", ours)
+        numpyro.factor("g", 1.0 * (path[0] == path[1]).sum())
+
+    with pytest.raises(CapabilityError, match="is scaled"):
+        ppn.SMC(scaled).run(jax.random.key(0))
+    with pytest.raises(CapabilityError, match="other states of a path than the last"):
+        ppn.SMC(noisy).run(jax.random.key(0))
+    with pytest.raises(CapabilityError, match="leave steer out"):
+        ppn.SMC(ppn.steer(assay, potential=log_g)).run(jax.random.key(0), 2.0)
     with pytest.raises(CapabilityError, match="no unobserved ReverseChain"):
         ppn.SMC(without).run(jax.random.key(0))
     with pytest.raises(CapabilityError, match="depends on what is drawn before"):

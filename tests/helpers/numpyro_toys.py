@@ -1,5 +1,6 @@
 """Tiny chains in JAX and in torch over the same law, and what is exact for them."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,3 +65,18 @@ def log_z(chain, log_g):
     sequences = chain.marginal().enumerate_support()
     joint = chain.marginal().log_prob(sequences) + log_g(sequences)
     return sequences, joint, float(jax.scipy.special.logsumexp(joint))
+
+
+class GivenNoise(eqx.Module):
+    """Noise out of arrays, so that another backend can be given the same.
+
+    :param arrays: uniforms by use, steps first: ``{MOVE: (T + 1, R, N, *shape), ...}``.
+    """
+
+    arrays: dict
+
+    def particles(self, use, k, shape, size):
+        return self.arrays[use][k].reshape(*size, *shape)
+
+    def runs(self, use, k, shape, size):
+        return self.arrays[use][k].reshape(size, *shape)

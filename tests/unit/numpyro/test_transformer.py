@@ -1,5 +1,7 @@
 """The transformer in JAX reads the weights of torch and is the same function."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +57,17 @@ def test_bad_input_is_refused(tmp_path):
         ours(jnp.zeros((1, 80), int), 0.5, 1)
     with pytest.raises(FileNotFoundError):
         ppn.Transformer.from_pretrained(tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    for name, weights in (("other", WEIGHTS / "digits"), ("damaged", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(WEIGHTS / "yeast-promoter" / "config.json", folder)
+        if weights is None:
+            (folder / "model.safetensors").write_bytes(b"none")
+        else:
+            shutil.copy(weights / "model.safetensors", folder)
+        match = "not a readable" if weights is None else "do not fit the configuration"
+        with pytest.raises(ValueError, match=match):
+            ppn.Transformer.from_pretrained(folder)
