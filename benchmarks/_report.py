@@ -46,7 +46,7 @@ class Row:
         return {key: _finite(value) for key, value in {**head, **goal, **self.coordinates}.items()}
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def in_a_folder(path: Path | None) -> Path | None:
     """Refuse a file that could not be written after minutes of measuring."""
     if path is not None and not path.resolve().parent.is_dir():
         folder = path.resolve().parent
@@ -57,7 +57,7 @@ def _in_a_folder(path: Path | None) -> Path | None:
 Quick = Annotated[bool, typer.Option(help="Finish within five minutes.")]
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", callback=_in_a_folder, help="Write the rows to this file."),
+    typer.Option("--json", callback=in_a_folder, help="Write the rows to this file."),
 ]
 Measure = Callable[[bool, Console], Iterable[Row]]
 

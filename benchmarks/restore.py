@@ -32,7 +32,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._report import JsonFile, Quick, Row, console, table, verdict, write
+from benchmarks._report import JsonFile, Quick, Row, console, in_a_folder, table, verdict, write
 from benchmarks._restore_methods import Problem, Restorer, restorers
 from benchmarks._restore_scores import Scores, mean_of, paired, score, wins
 from ppl_diffusion import models
@@ -152,7 +152,8 @@ def measure_all(
             done[case] = scores
             if kept is not None:
                 with kept.open("a", encoding="utf-8") as file:
-                    print(json.dumps([_key(plan, case), _plain(scores)]), file=file)
+                    # On a line of its own, whatever the one before it ended with.
+                    print("\n" + json.dumps([_key(plan, case), _plain(scores)]), file=file)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"stopped after {len(done)} of {len(cases)} cases")
     found: Found = {(task, noise): {} for task in plan.tasks for noise in plan.noises}
@@ -174,7 +175,10 @@ def _plain(scores: Mapping[str, Scores]) -> dict[str, Any]:
 def _read(kept: Path, plan: Plan) -> dict[Case, dict[str, Scores]]:
     done = {}
     for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []:
-        key, scores = json.loads(line)
+        try:
+            key, scores = json.loads(line)
+        except ValueError:
+            continue  # cut off while it was written: the case is done again
         case = Case(key["task"], key["noise"], key["image"])
         if key != _key(plan, case):
             raise ValueError(f"{kept} holds cases of another plan; give another file.")
@@ -302,7 +306,10 @@ def main(
     noise: Annotated[list[float] | None, typer.Option(help="Only these levels.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
-    kept: Annotated[Path | None, typer.Option(help="File of finished cases, to go on.")] = None,
+    kept: Annotated[
+        Path | None,
+        typer.Option(callback=in_a_folder, help="File of finished cases, to go on."),
+    ] = None,
 ) -> None:
     """Restore measured images by every method."""
     plan = replace(QUICK if quick else FULL, dataset=dataset)
@@ -311,7 +318,10 @@ def main(
         plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v}
     )
     screen = console(150)
-    found = measure_all(plan, None if data is None else str(data), workers, kept)
+    try:
+        found = measure_all(plan, None if data is None else str(data), workers, kept)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     if not found:
         return
     show(found, screen)

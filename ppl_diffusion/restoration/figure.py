@@ -43,7 +43,7 @@ def restoration_figure(result: Result) -> Figure:
     axes = top.subplots(1, len(panels) + 1)
     for ax, (title, image) in zip(axes, panels, strict=False):
         show(ax, image, title)
-    drawn = show_sd(axes[-1], result.images.sd, "s.d. of pixels in [-1, 1]", scale=1.0)
+    drawn = show_sd(axes[-1], result.images.sd, "s.d. of pixels in [-1, 1]")
     top.colorbar(drawn, ax=axes[-1], fraction=0.046, pad=0.03).ax.tick_params(labelsize=6)
     row = bottom.subplots(1, len(result.samples))
     for ax, sample in zip(row, result.samples, strict=True):
@@ -69,16 +69,13 @@ def show(ax: Axes, image: Tensor, title: str = "") -> None:
     _bare(ax, title)
 
 
-def show_sd(
-    ax: Axes, sd: Tensor, title: str = "", *, high: float | None = None, scale: float = 0.5
-) -> Any:
+def show_sd(ax: Axes, sd: Tensor, title: str = "", *, high: float | None = None) -> Any:
     """Draw standard deviations, of all channels together.
 
     :param sd: ``(C, H, W)`` of images in [-1, 1].
     :param high: what the brightest colour stands for, the largest of them if None.
-    :param scale: what they are multiplied by: 1 for images in [-1, 1], a half for [0, 1].
     """
-    together = (sd * scale).square().mean(0).sqrt().numpy()
+    together = sd.square().mean(0).sqrt().numpy()
     highest = max(float(together.max()), 1e-3) if high is None else high
     drawn = ax.imshow(together, cmap=_COLOURS, vmin=0, vmax=highest, interpolation="nearest")
     _bare(ax, title)

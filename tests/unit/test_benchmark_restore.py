@@ -60,6 +60,30 @@ def test_the_smoke_run_orders_what_is_known_to_be_ordered(restore):
     assert "sr4, noise 0.05, 8 images" in screen.export_text()
 
 
+def test_a_stopped_run_goes_on(restore, made, monkeypatch, tmp_path):
+    """What was finished is read, a line cut off is done again, another plan is refused."""
+    plan = replace(restore.SMOKE, num_images=3, methods=("aps",))
+    asked = []
+
+    def work(plan, data, case):
+        asked.append(case)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return {"aps": made([float(len(asked))])[0]}
+
+    monkeypatch.setattr(restore, "restore_case", work)
+    kept = tmp_path / "kept.jsonl"
+    stopped = restore.measure_all(plan, kept=kept)
+    assert [len(by["aps"]) for by in stopped.values()] == [2, 1]  # image by image, all tasks
+    kept.write_text(kept.read_text()[:-9])
+    whole = restore.measure_all(plan, kept=kept)
+    assert [[s.psnr for s in by["aps"]] for by in whole.values()] == [[1, 5, 7], [2, 6, 8]]
+    assert restore.measure_all(plan, kept=kept) == whole
+    assert len(asked) == 8
+    with pytest.raises(ValueError, match="another plan; give another file"):
+        restore.measure_all(replace(plan, num_steps=5), kept=kept)
+
+
 def test_goals_follow_the_figures(restore, made):
     by_method = {
         "aps-published": made([20.0, 22.0], lower=1.0),

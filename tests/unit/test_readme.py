@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from pages import HUB
 
 from ppl_diffusion import cli
 from ppl_diffusion.commands import actions, listing, restoring
@@ -22,10 +23,6 @@ LONGEST_README = 900
 
 def named(pages):
     return {"argvalues": pages, "ids": [str(page.relative_to(ROOT)) for page in pages]}
-
-
-# What asks the hub for a model is run with tiny ones by test_howto_pages.
-HUB = re.compile(r"## Models of other people\n.*?(?=\n## )", flags=re.DOTALL)
 
 
 def blocks(page, language="python"):
