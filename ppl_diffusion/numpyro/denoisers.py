@@ -35,8 +35,11 @@ class Denoiser(Protocol):
         ...
 
 
-def _register(cls: type, names: tuple[str, ...]) -> None:
-    """Make a class whose arrays are ``names`` a pytree; whatever else it holds is static."""
+def register(cls: type, names: tuple[str, ...]) -> None:
+    """Make a class of denoisers a pytree, so that it passes through ``jit``.
+
+    :param names: of its arrays; whatever else it holds is static and must be hashable.
+    """
 
     def flatten(denoiser: Any) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         held = vars(denoiser)
@@ -51,5 +54,5 @@ def _register(cls: type, names: tuple[str, ...]) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-_register(TableDenoiser, ("joint",))
-_register(MarkovDenoiser, ("initial", "transition"))
+register(TableDenoiser, ("joint",))
+register(MarkovDenoiser, ("initial", "transition"))

@@ -8,11 +8,13 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.infer import MCMC, NUTS, HMCGibbs
 from numpyro.infer.gibbs import Gibbs
-from numpyro_toys import _x64, chain, log_z, tensor  # noqa: F401
+from numpyro_toys import PROCESSES, _x64, chain, log_z, table, tensor  # noqa: F401
 
 import ppl_diffusion.numpyro as ppn
+from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.conditional import RetainedParticles, sweep
+from ppl_diffusion.numpyro.denoisers import register
 from ppl_diffusion.numpyro.noise import KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget
 from ppl_diffusion.smc.conditional import ConditionalMultinomial
@@ -64,10 +66,26 @@ def distance(ours, paths, states=(-1,)):
     return chi_square_p_value(tensor(counts), tensor(exact))
 
 
-@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+class Wrong(TableDenoiser):
+    """A network that takes pure noise for data, so that a first state matters to what follows."""
+
+    def __call__(self, tokens, t, /):
+        return super().__call__(tokens, 0.2)
+
+
+register(Wrong, ("joint",))
+
+
+def wrong_chain():
+    process = PROCESSES["uniform"]
+    kernel = ppn.InterpolatingKernel(process, Wrong(jnp.asarray(table(2)), process), num_steps=3)
+    return ppn.ReverseChain(kernel, 2)
+
+
+@pytest.mark.parametrize("process", ["absorbing", "wrong"])
 def test_five_sweeps_leave_the_target_alone(process):
     """From 20,000 exact draws; a false alarm in 10,000."""
-    ours = chain(process, length=2, steps=3)
+    ours = wrong_chain() if process == "wrong" else chain(length=2, steps=3)
     paths, slots = swept(ours, exact_paths(ours), ConditionalMultinomial())
     assert distance(ours, paths) > 1e-4
     assert distance(ours, paths, (0, 1)) > 1e-4  # the noisiest states are held, too
