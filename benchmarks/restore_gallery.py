@@ -33,7 +33,7 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "APS, best": ("aps", {}),
     "APS-SMC, mean": ("aps-smc", {}),
 }
-HIGH = 0.5
+HIGH = 0.3
 """Standard deviation, on [0, 1], of the brightest colour of every panel."""
 _SIDE = 0.95
 """Inches of a panel."""
