@@ -34,7 +34,7 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "APS-SMC, mean": ("aps-smc", {}),
 }
 HIGH = 0.3
-"""Standard deviation, on [0, 1], of the brightest colour of every panel."""
+"""Standard deviation of pixels in [-1, 1] that the brightest colour of every panel is."""
 _SIDE = 0.95
 """Inches of a panel."""
 
