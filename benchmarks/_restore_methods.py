@@ -36,7 +36,7 @@ from ppl_diffusion.kernels import OrderedKernel
 from ppl_diffusion.models import DiffusionProgram
 from ppl_diffusion.smc.posterior import ParticlePosterior
 
-GAMMA, ZETA = 0.03, 0.3
+GAMMA, ZETA, RESCALED_ZETA = 0.06, 0.3, 6.0
 """Strengths of guidance, chosen on other images than those that are compared: at 1 the evidence is
 counted once for each site that a step moves, and at little noise a first step reveals them all."""
 
@@ -257,11 +257,10 @@ def restorers(
     :param num_steps: steps of chains; methods whose steps cost next to nothing get twice as many.
     :param num_iterations: inner iterations ``J``; the published preset keeps its own 100.
     :param num_particles: particles of methods that are weighed.
-    :param error: adds ``aps+error`` and ``aps-smc+error``, for which what the codec leaves out is a
-        part of the model.
+    :param error: adds forms that end in ``+error`` of all but the references, for which what the
+        codec leaves out is a part of the model.
     """
-    return {
-        **({} if error is None else _with_error(num_samples, num_particles, num_steps, error)),
+    found: dict[str, Restorer] = {
         **_anchored(num_samples, num_steps, num_iterations),
         **_weighed(num_particles, num_steps),
         **_rivals(num_samples, num_steps, num_iterations),
@@ -269,14 +268,14 @@ def restorers(
         "pseudo-inverse": pseudo_inverse,
         "codec-ceiling": codec_ceiling,
     }
-
-
-def _with_error(samples: int, particles: int, steps: int, error: CodecError) -> dict[str, Restorer]:
-    own: dict[str, Any] = {"ordered": True, "error": error}
-    return {
-        "aps+error": ByMethod(AnchoredPosteriorSampler(), samples, steps, **own),
-        "aps-smc+error": ByMethod(AnchoredSMC(), particles, steps, **own),
+    if error is None:
+        return found
+    with_error = {
+        f"{name}+error": replace(restorer, error=error)
+        for name, restorer in found.items()
+        if isinstance(restorer, ByMethod) and name != "prior"
     }
+    return {**found, **with_error}
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -337,6 +336,6 @@ def _rivals(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
         "g2d2-markov": ByMethod(markov, size, steps),
         "split-gibbs": ByMethod(sweeps, size, steps, uniform=True),
         "d-cbg": ByMethod(ClassifierGuidance(gamma=GAMMA), size, 2 * steps),
-        "relaxed-dps": ByMethod(RelaxedDPS(rescale=True), size, 2 * steps),
+        "relaxed-dps": ByMethod(RelaxedDPS(rescale=True, zeta=RESCALED_ZETA), size, 2 * steps),
         "svdd-pm": ByMethod(svdd, size, 2 * steps),
     }

@@ -66,10 +66,10 @@ def test_a_stopped_run_goes_on(restore, made, monkeypatch, tmp_path):
     asked = []
 
     def work(plan, data, case):
-        asked.append(case)
+        asked.append((case, plan.methods))
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return {"aps": made([float(len(asked))])[0]}
+        return {name: made([float(len(asked))])[0] for name in plan.methods}
 
     monkeypatch.setattr(restore, "restore_case", work)
     kept = tmp_path / "kept.jsonl"
@@ -82,6 +82,10 @@ def test_a_stopped_run_goes_on(restore, made, monkeypatch, tmp_path):
     assert len(asked) == 8
     with pytest.raises(ValueError, match="another plan; give another file"):
         restore.measure_all(replace(plan, num_steps=5), kept=kept)
+    # A method more is asked for by itself.
+    more = restore.measure_all(replace(plan, methods=("prior", "aps")), kept=kept)
+    assert [[s.psnr for s in by["aps"]] for by in more.values()] == [[1, 5, 7], [2, 6, 8]]
+    assert {names for _, names in asked[8:]} == {("prior",)}
 
 
 def test_goals_follow_the_figures(restore, made):
@@ -109,13 +113,13 @@ def test_tasks_are_counted_for_the_champion_against_each_rival(restore, made):
         found[task, 0.05] = {
             "aps-published": made([19.0, 19.0]),
             "aps": made([22.0, 22.0]),
-            "aps-smc": made([23.0, 23.0] if place else [10.0, 10.0]),
-            "svdd-pm": made([lost, lost]),
-            "d-cbg": made([21.0, 21.0]),
+            "aps+error": made([23.0, 23.0] if place else [10.0, 10.0]),
+            "svdd-pm+error": made([lost, lost]),
+            "d-cbg+error": made([21.0, 21.0]),
         }
     rows = [row for row in restore.goals_of(found) if row.name == "tasks_lost"]
     lost = {row.coordinates["rival"]: (row.value, row.ok) for row in rows}
-    assert lost == {"svdd-pm": (4, False), "d-cbg": (0, True)}
+    assert lost == {"svdd-pm+error": (4, False), "d-cbg+error": (0, True)}
 
 
 @pytest.mark.slow
