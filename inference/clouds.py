@@ -1,62 +1,71 @@
-"""What a cloud of particles says about the moves that suit it."""
+"""What a cloud of particles says about the moves that suit it; arrays of any backend."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+from ppl_diffusion.arrays import Array, array_namespace, device_of
 
 FIRST_MOVES, STAY = 10, 0.1
 """Moves at most that acceptance alone asks for, and share of particles that may stay."""
 
+BLIND_MOVES = 2
+"""Sweeps over discrete latents alone, each of which draws them from their law."""
 
-def root_of(flat: Tensor, weights: Tensor) -> Tensor:
+
+def root_of(flat: Array, weights: Array) -> Array:
     """Return roots of covariances of clouds, drawn towards round ones where they are small.
 
-    :param flat: coordinates, float64 ``(R, N, d)``.
+    :param flat: coordinates, ``(R, N, d)``.
     :param weights: normalised, ``(R, N)``.
     :returns: ``(R, d, d)``.
     """
-    size = flat.shape[-1]
-    usable = flat.isfinite().all(-1)
-    weights = torch.where(usable, weights, 0.0)
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-300)
-    points = torch.where(usable[..., None], flat, 0.0)
-    centred = points - (weights[..., None] * points).sum(1, keepdim=True)
-    cov = (weights[..., None] * centred).mT @ centred
-    ordered = points[..., 0].sort(1).values
-    distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)  # copies show no spread
-    effective = torch.minimum(distinct.to(flat), 1 / weights.square().sum(1).clamp_min(1e-300))
+    xp, size = array_namespace(flat), flat.shape[-1]
+    usable = xp.all(xp.isfinite(flat), axis=-1)
+    weights = xp.where(usable, weights, 0.0)
+    weights = weights / _positive(xp.sum(weights, axis=1, keepdims=True))
+    points = xp.where(usable[..., None], flat, 0.0)
+    centred = points - xp.sum(weights[..., None] * points, axis=1, keepdims=True)
+    cov = xp.matmul(xp.matrix_transpose(weights[..., None] * centred), centred)
+    ordered = xp.sort(points[..., 0], axis=1)
+    # Copies show no spread.
+    distinct = 1 + xp.sum(xp.astype(ordered[:, 1:] != ordered[:, :-1], flat.dtype), axis=1)
+    effective = xp.minimum(distinct, 1 / _positive(xp.sum(weights**2, axis=1)))
     share = (size / (size + effective))[:, None, None]
-    spread = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    one = torch.eye(size, dtype=flat.dtype, device=flat.device)
+    one = xp.eye(size, dtype=flat.dtype, device=device_of(flat))
+    spread = (xp.sum(cov * one, axis=(-2, -1)) / size)[:, None, None]
     shrunk = (1 - share) * cov + (share * spread + 1e-12) * one
-    return torch.linalg.cholesky(torch.where(spread > 1e-10, shrunk, one))
+    return xp.linalg.cholesky(xp.where(spread > 1e-10, shrunk, one))
 
 
-def number_of(shares: list[Tensor]) -> int:
-    """Return how many moves leave a tenth of the particles where they are.
+def _positive(x: Array) -> Array:
+    xp = array_namespace(x)
+    return xp.where(x > 0, x, 1e-30)
 
-    :param shares: shares of particles that moved so far, a number each; empty if none can.
+
+def number_of(share: Array) -> Array:
+    """Return how many moves leave a tenth of the particles where they are, a whole number.
+
+    :param share: share of particles that one move moved.
     """
-    share = float(shares[0]) if shares else 0.0
-    if not shares:  # discrete latents alone: a sweep draws each from its law
-        return 2
-    stay = min(max(1 - share, 1e-6), 1 - 1e-6)
-    return min(max(math.ceil(math.log(STAY) / math.log(stay)), 1), FIRST_MOVES)
+    xp = array_namespace(share)
+    stay = xp.clip(1 - share, 1e-6, 1 - 1e-6)
+    return xp.clip(xp.ceil(math.log(STAY) / xp.log(stay)), 1, FIRST_MOVES)
 
 
-def clinging(before: Tensor, after: Tensor, weights: Tensor) -> float:
+def clinging(before: Array, after: Array, weights: Array) -> Array:
     """Return the correlation of coordinates before and after, over particles and coordinates.
 
-    :param before: coordinates, float64 ``(R, N, d)``.
+    :param before: coordinates, ``(R, N, d)``.
     :param after: the same particles later.
     :param weights: normalised, ``(R, N)``.
     """
-    w = weights[..., None]
-    here, there = (x.nan_to_num(0.0, 0.0, 0.0) for x in (before, after))
-    a, b = (x - (w * x).sum(1, keepdim=True) for x in (here, there))
-    both, own, other = ((w * x).sum(1) for x in (a * b, a * a, b * b))
-    found: Tensor = both / (own * other).sqrt()
-    return float(found.nan_to_num(1.0, 1.0, 1.0).mean())  # all at one place: go on
+    xp, w = array_namespace(before), weights[..., None]
+    here, there = (xp.where(xp.isfinite(x), x, 0.0) for x in (before, after))
+    a, b = (x - xp.sum(w * x, axis=1, keepdims=True) for x in (here, there))
+    both, own, other = (xp.sum(w * x, axis=1) for x in (a * b, a * a, b * b))
+    product = own * other
+    apart = product > 0
+    # All at one place: go on.
+    found = xp.where(apart, both / xp.sqrt(xp.where(apart, product, 1.0)), 1.0)
+    return xp.mean(found)

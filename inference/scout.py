@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.inference.clouds import clinging, number_of, root_of
+from ppl_diffusion.inference.clouds import BLIND_MOVES, clinging, number_of, root_of
 from ppl_diffusion.inference.latent_moves import MAX_ASKED, RealMove, Spot, gibbs
 from ppl_diffusion.inference.latent_sites import Coordinates, LatentSites
 from ppl_diffusion.programs.ahead import Ahead, Rated
@@ -251,14 +251,14 @@ class LatentMover:
             move = RealMove(self._kernel(spot, ahead, real), root_of(before, weights))
             move, spot, share = self._scaled(move, spot, ahead, generator)
             shares.append(share)
-        number = self.options.number or number_of(shares)
+        number = self.options.number or (int(number_of(shares[0])) if shares else BLIND_MOVES)
         while True:
             while len(shares) < number:
                 spot, share = self._sweep(spot, ahead, move, len(shares), generator)
                 shares.append(share)
             if self.options.number or before is None or number >= MOST_MOVES:
                 break
-            if clinging(before, real.flat(spot.latents), weights) <= CLING:
+            if float(clinging(before, real.flat(spot.latents), weights)) <= CLING:
                 break
             number = min(2 * number, MOST_MOVES)
         self.steps[group] = Tuned(move, number)

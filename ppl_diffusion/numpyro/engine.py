@@ -10,6 +10,7 @@ numbers (Neumaier 1974), so that its error does not grow with the number of step
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -41,8 +42,13 @@ class Particles(Protocol):
         """Return the carry of the noisiest states."""
         ...
 
-    def move(self, carry: Carry, k: Array, noise: Noise, size: Size) -> tuple[Carry, Array]:
-        """Return the carry after step ``k``, and ``log K - log M``, ``(R, N)`` or 0."""
+    def move(
+        self, carry: Carry, k: Array, base: Array, noise: Noise, size: Size
+    ) -> tuple[Carry, Array]:
+        """Return the carry after step ``k``, and ``log K - log M``, ``(R, N)`` or 0.
+
+        :param base: as in :meth:`look`, before the move.
+        """
         ...
 
     def look(self, carry: Carry, k: Array, base: Array) -> tuple[Carry, Array]:
@@ -61,10 +67,28 @@ class Particles(Protocol):
         ...
 
 
+class Cloud(NamedTuple):
+    """What a population is worth before its particles are renewed.
+
+    :param weights: normalised, ``(R, N)``.
+    :param resampled: whether a run was resampled just now, bool ``(R,)``.
+    """
+
+    weights: Array
+    resampled: Array
+
+
+Renewal = Callable[[Carry, Array, Cloud, Array], tuple[Carry, Array, Any]]
+"""``(carry, log h (R, N), cloud, k) -> (carry, log h, what is kept)`` after ``k`` steps: moves what
+resampling has only copied, by a kernel that leaves the target alone. At the end ``log h`` is
+``log G``."""
+
+
 class Trace(NamedTuple):
     """What a run leaves behind; see :class:`ppl_diffusion.smc.ParticlePosterior` for the fields.
 
     :param history: what was recorded, ``(T + 1, R, N, ...)``.
+    :param renewals: what was kept of renewals after each of the ``T`` steps.
     """
 
     carry: Carry
@@ -76,6 +100,7 @@ class Trace(NamedTuple):
     log_mass: Array
     ancestors: Array
     history: Array
+    renewals: Any
 
 
 class _State(NamedTuple):
@@ -96,12 +121,14 @@ def run_particles(
     ess_threshold: float,
     *,
     store_path: bool = True,
+    renew: Renewal = lambda carry, log_h, cloud, k: (carry, log_h, ()),
 ) -> Trace:
     """Move, weigh, resample. Pure: to be compiled.
 
     :param size: runs ``R`` and particles ``N`` of each.
     :param ess_threshold: fraction of ``N`` below which a run is resampled; 0 never does.
     :param store_path: keep what is recorded at every step, or at none.
+    :param renew: renews particles after every step; by default nothing is.
     """
     last = particles.num_steps - 1
     identity = jnp.broadcast_to(jnp.arange(size[1]), size)
@@ -126,18 +153,27 @@ def run_particles(
         new = _State(carry, weights.log, zero + ahead, state.log_z, identity)
         return new, due, out
 
+    def renewed(state: _State, due: Array, k: Array) -> tuple[_State, Any]:
+        # Where all are dead they count alike, as nobody is told from another.
+        weights = jnp.nan_to_num(jnp.exp(Weights(state.log).log_normalised), nan=1 / size[1])
+        cloud = Cloud(weights, due)
+        carry, twist, kept = renew(state.carry, state.twist, cloud, k)
+        return state._replace(carry=carry, twist=twist), kept
+
     def step(state: _State, k: Array) -> tuple[_State, dict[str, Array]]:
         before = log_base(Weights(state.log), _total(state.log_z), state.twist)
-        carry, ratio = particles.move(state.carry, k, noise, size)
+        carry, ratio = particles.move(state.carry, k, before, noise, size)
         carry, ahead = particles.look(carry, k + 1, before + ratio)
         new, due, out = weigh(state, k, (carry, ratio, before), ahead)
-        return _resampled(new, due, k, noise, resampler), {**out, "due": due}
+        new, kept = renewed(_resampled(new, due, k, noise, resampler), due, k + 1)
+        return new, {**out, "due": due, "renewals": kept}
 
     state, steps = lax.scan(step, start, jnp.arange(last))
     before = log_base(Weights(state.log), _total(state.log_z), state.twist)
-    carry, ratio = particles.move(state.carry, last, noise, size)
+    carry, ratio = particles.move(state.carry, last, before, noise, size)
     state, due, out = weigh(state, last, (carry, ratio, before), particles.close(carry))
-    final = {**out, "due": jnp.zeros_like(due)}
+    state, kept_last = renewed(state, jnp.zeros_like(due), last + 1)
+    final = {**out, "due": jnp.zeros_like(due), "renewals": kept_last}
     columns = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), steps, final)
     history = jnp.concatenate([keep(start.carry)[None], columns["kept"]])
     return Trace(
@@ -150,6 +186,7 @@ def run_particles(
         columns["mass"].T,
         columns["parents"],
         history,
+        columns["renewals"],
     )
 
 

@@ -2,9 +2,9 @@
 
 All chains of a program go in lockstep. Latents are drawn once, before the chains, from their law
 given a first guess; that law ``r`` is a part of what weighs them, so that a latent whose law
-depends on the sequences is right, too. The look-ahead is that of
-:class:`ppl_diffusion.smc.twists.Defensive`: the likeliest completion, some with noise that a
-particle hands on to its children, and a floor.
+depends on the sequences is right, too. They look ahead by completions
+(:mod:`ppl_diffusion.smc.twists`): the likeliest one, some with noise that a particle hands on to
+its children, and a floor under both.
 """
 
 from __future__ import annotations
@@ -12,23 +12,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from ppl_diffusion.arrays import Array
-from ppl_diffusion.numpyro.engine import Size
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.numpyro.engine import Cloud, Size
+from ppl_diffusion.numpyro.latent_moves import Mover, Spot
 from ppl_diffusion.numpyro.noise import FILL, MOVE, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
-from ppl_diffusion.smc.twists import Defensive, floored, log_mean_exp, mean_lookahead
+from ppl_diffusion.smc.twists import (
+    ArgmaxFill,
+    Defensive,
+    FillTwist,
+    PersistentFill,
+    TwistLike,
+    as_twist,
+    floored,
+    log_mean_exp,
+    mean_lookahead,
+)
 
 Values = Mapping[str, Array]
-Look = Literal["defensive"] | Defensive | None
-"""How particles look ahead; None does not."""
 
 
 class Target(Protocol):
@@ -38,6 +48,13 @@ class Target(Protocol):
         """Return latents of ``(R, N)`` particles and the log-density ``log r`` of these.
 
         :param guess: returns a first guess of the sequences, ``(*plates, L)`` each.
+        """
+        ...
+
+    def log_law(self, latents: Values, guess: Values) -> Array:
+        """Return ``log r`` of latents, ``(*batch,)``.
+
+        :param guess: the guess that they were drawn by.
         """
         ...
 
@@ -56,11 +73,13 @@ class ChainParticles(eqx.Module):
     :param chains: the chains by site; the noise of each is a block of its own.
     :param target: what weighs them.
     :param twist: how to look ahead; None does not.
+    :param mover: how latents are renewed; None leaves them as they were drawn.
     """
 
     chains: dict[str, ReverseChain]
     target: Target
-    twist: Defensive | None = eqx.field(static=True)
+    twist: FillTwist | None = eqx.field(static=True)
+    mover: Mover | None = eqx.field(default=None, kw_only=True)
 
     @property
     def num_steps(self) -> int:
@@ -69,7 +88,7 @@ class ChainParticles(eqx.Module):
 
     def init(self, noise: Noise, size: Size) -> dict[str, Any]:
         """Draw noisiest states, noise of completions, and latents."""
-        fills = 0 if self.twist is None else self.twist.num_persistent
+        fills = 0 if self.twist is None else self.twist.num_fills - _likeliest(self.twist)
         tokens, ahead, at = {}, {}, 0
         shape = {name: (*chain.batch_shape, chain.length) for name, chain in self.chains.items()}
         whole = self._width
@@ -81,7 +100,12 @@ class ChainParticles(eqx.Module):
             ahead[name] = own[..., columns].reshape(*size, fills, *shape[name])
         tokens = self.held(tokens, 0)
         latents, log_r = self.target.draw(noise, size, partial(self._guess, tokens))
-        return {"tokens": tokens, "fills": ahead, "latents": dict(latents), "log_r": log_r}
+        carry = {"tokens": tokens, "fills": ahead, "latents": dict(latents), "log_r": log_r}
+        if self.mover is not None:
+            guess = self._guess(tokens)
+            carry["guess"] = {n: jnp.broadcast_to(x, (*size, *x.shape)) for n, x in guess.items()}
+            carry["level"] = jnp.zeros(size)
+        return carry
 
     def _guess(self, tokens: Values) -> dict[str, Array]:
         """Return the likeliest sequences, ``(*plates, L)``, as seen from one noisiest state."""
@@ -98,7 +122,7 @@ class ChainParticles(eqx.Module):
         return {name: chain.kernel.predict(tokens[name], k) for name, chain in self.chains.items()}
 
     def move(
-        self, carry: dict[str, Any], k: Array, noise: Noise, size: Size
+        self, carry: dict[str, Any], k: Array, base: Array, noise: Noise, size: Size
     ) -> tuple[dict[str, Any], Array]:
         """Move as the chains do; the prediction was made when looking ahead."""
         u = noise.particles(MOVE, k + 1, (2, self._width), size)
@@ -108,10 +132,14 @@ class ChainParticles(eqx.Module):
             columns = slice(at, at := at + math.prod(state.shape[2:]))
             step = chain.kernel.step(state, k, fixed=chain.fixed, log_c=carry["log_c"][name])
             own = jnp.moveaxis(u[..., columns], 2, 0).reshape(2, *state.shape)
-            proposals[name] = step, chain.proposal(step, k)
+            proposals[name] = step, chain.proposal(self.tilted(name, step, carry, k), k)
             tokens[name] = proposals[name][1].draw(own)
         tokens = self.held(tokens, k + 1)
         return {**carry, "tokens": tokens}, _ratio(proposals, tokens, size)
+
+    def tilted(self, name: str, step: TokenStep, carry: dict[str, Any], k: Array) -> TokenStep:
+        """Return how particles move where nothing holds them; by default as the chain does."""
+        return step
 
     def held(self, tokens: dict[str, Array], k: Array) -> dict[str, Array]:
         """Return the states after ``k`` steps; a subclass knows some of them."""
@@ -122,13 +150,24 @@ class ChainParticles(eqx.Module):
         carry = {**carry, "log_c": self._predict(carry["tokens"], k)}
         if self.twist is None:
             return carry, jnp.zeros_like(base)
-        fills = {name: self._filled(name, carry, k) for name in self.chains}
-        # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
-        worth = self._worth(carry, fills)
-        log_f = log_mean_exp(jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth), 2)
-        if not self.twist.floor:
+        return self.rated(carry, self.worth(carry, k), k, base)
+
+    def rated(
+        self, carry: dict[str, Any], worth: Array, k: Array, base: Array
+    ) -> tuple[dict[str, Any], Array]:
+        """Return what states are worth by their completions, ``(R, N)``."""
+        log_f, floor = self._promise(worth, k), _floor(self.twist)
+        if not floor:
             return carry, log_f
-        return carry, floored(log_f, mean_lookahead(log_f, base), self.twist.floor)
+        mean = mean_lookahead(log_f, base)
+        if self.mover is None:
+            return carry, floored(log_f, mean, floor)
+        level = jnp.broadcast_to(self.mover.level(mean, k), base.shape)
+        return {**carry, "level": level}, floored(log_f, level, floor)
+
+    def _promise(self, worth: Array, k: Array) -> Array:
+        power = 1.0 if self.mover is None else self.mover.power(k, self.num_steps)
+        return power * log_mean_exp(worth, 2)
 
     def _ends(self, name: str, tokens: Values, log_c: Values, k: Array) -> Array:
         return self.chains[name].kernel.log_completions(tokens[name], k, log_c[name])
@@ -137,22 +176,59 @@ class ChainParticles(eqx.Module):
         """Return completions, ``(R, N, num_fills, *plates, L)``."""
         kernel, known = self.chains[name].kernel, self.chains[name].known
         log_x0 = self._ends(name, carry["tokens"], carry["log_c"], k)
-        filled = kernel.complete(log_x0)[:, :, None]
+        parts = [kernel.complete(log_x0)[:, :, None]] if _likeliest(self.twist) else []
         u = carry["fills"][name]
         if u.shape[2]:
             wide = jnp.broadcast_to(log_x0[:, :, None], (*u.shape, log_x0.shape[-1]))
-            filled = jnp.concatenate([filled, kernel.complete(wide, u)], 2)
-        return jnp.where(known >= 0, known, filled)
+            parts.append(kernel.complete(wide, u))
+        return jnp.where(known >= 0, known, jnp.concatenate(parts, 2))
 
-    def _worth(self, carry: dict[str, Any], x0: Values) -> Array:
-        """Return ``log p(latents, y | x0) - log r`` of completions, ``(R, N, num_fills)``."""
+    def completions(self, carry: dict[str, Any], k: Array) -> dict[str, Array]:
+        """Return the completions of all chains, ``(R, N, num_fills, *plates, L)``."""
+        return {name: self._filled(name, carry, k) for name in self.chains}
+
+    def worth(self, carry: dict[str, Any], k: Array, x0: Values | None = None) -> Array:
+        """Return ``log p(latents, y | x0) - log r`` of completions, ``(R, N, num_fills)``.
+
+        :param x0: the completions, where they are known.
+        """
+        x0 = self.completions(carry, k) if x0 is None else x0
         fills = next(iter(x0.values())).shape[2]
 
         def repeated(x: Array) -> Array:
             return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], fills, *x.shape[2:]))
 
         latents = jax.tree.map(repeated, carry["latents"])
-        return self.target.log_joint(latents, x0) - carry["log_r"][:, :, None]
+        worth = self.target.log_joint(latents, x0) - carry["log_r"][:, :, None]
+        # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
+        return jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth)
+
+    def renew(
+        self, noise: Noise, size: Size, carry: dict[str, Any], log_h: Array, cloud: Cloud, k: Array
+    ) -> tuple[dict[str, Any], Array, Any]:
+        """Move latents, each particle's given its sequence and the completions behind its twist."""
+        assert self.mover is not None
+        last = isinstance(k, int) and k == self.num_steps
+        x0 = None if last or self.twist is None else self.completions(carry, k)
+
+        def rate(latents: Values) -> tuple[Array, Array]:
+            log_r = self.target.log_law(latents, carry["guess"])
+            new = {**carry, "latents": latents, "log_r": log_r}
+            if last:
+                return self.close(new), log_r
+            if x0 is None:
+                return jnp.zeros_like(log_r), log_r
+            log_f, floor = self._promise(self.worth(new, k, x0), k), _floor(self.twist)
+            return (floored(log_f, carry["level"], floor) if floor else log_f), log_r
+
+        spot = Spot(carry["latents"], log_h, carry["log_r"])
+        spot, kept = self.mover.renew(spot, rate, cloud, k, noise, size, last=last)
+        carry = {**carry, "latents": spot.latents, "log_r": spot.log_r}
+        return self.renewed(carry, spot.log_h), spot.log_h, {**kept, "level": carry["level"][:, 0]}
+
+    def renewed(self, carry: dict[str, Any], log_h: Array) -> dict[str, Any]:
+        """Return the carry of particles of another twist."""
+        return carry
 
     def close(self, carry: dict[str, Any]) -> Array:
         """Return ``log p(latents, y | x0) - log r`` of finished sequences."""
@@ -176,13 +252,25 @@ def _ratio(
     return total
 
 
-def look_ahead(twist: Look, owner: str) -> Defensive | None:
+def look_ahead(twist: TwistLike, owner: str) -> FillTwist | None:
     """Return the look-ahead that is meant.
 
-    :raises ValueError: if there is no such one here.
+    :raises CapabilityError: if the JAX engine does not have it.
     """
-    if twist == "defensive":
-        return Defensive()
-    if twist is None or (isinstance(twist, Defensive) and not twist.late):
-        return twist
-    raise ValueError(f"{owner}: twist must be 'defensive', a Defensive, or None, got {twist!r}.")
+    made = as_twist(twist)
+    if made is None:
+        return None
+    if isinstance(made, Defensive | PersistentFill | ArgmaxFill) and not made.late:
+        return made
+    raise CapabilityError(
+        f"{owner}: the JAX engine looks ahead by 'defensive', 'persistent' or 'argmax' completions, "
+        f"or by None, got {made.name!r}."
+    )
+
+
+def _likeliest(twist: FillTwist | None) -> bool:
+    return isinstance(twist, Defensive | ArgmaxFill)
+
+
+def _floor(twist: FillTwist | None) -> float:
+    return 0.0 if twist is None else twist.floor

@@ -23,9 +23,10 @@ from numpyro.infer.mcmc import MCMCKernel
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.conditional import RetainedParticles, sweep
-from ppl_diffusion.numpyro.feynman_kac import Look, look_ahead
+from ppl_diffusion.numpyro.feynman_kac import look_ahead
 from ppl_diffusion.numpyro.noise import KeyNoise
 from ppl_diffusion.numpyro.program import read
+from ppl_diffusion.smc.twists import TwistLike
 
 Model = Callable[..., Any]
 
@@ -55,7 +56,7 @@ class ParticleGibbs(MCMCKernel):
     :param model: the program.
     :param num_particles: particles ``N`` of a sweep, at least 2, the retained one included.
     :param num_sweeps: sweeps per step.
-    :param twist: ``"defensive"``, a :class:`~ppl_diffusion.smc.twists.Defensive`, or None.
+    :param twist: ``"defensive"``, ``"persistent"``, ``"argmax"``, a twist, or None.
     :param ess_threshold: resample below this fraction of ``N``.
     :raises ValueError: if the settings are impossible.
     """
@@ -68,7 +69,7 @@ class ParticleGibbs(MCMCKernel):
         *,
         num_particles: int = 32,
         num_sweeps: int = 1,
-        twist: Look = "defensive",
+        twist: TwistLike = "defensive",
         ess_threshold: float = 0.5,
     ) -> None:
         if num_particles < 2 or num_sweeps < 1:

@@ -42,6 +42,10 @@ class PotentialTarget(eqx.Module):
         """Return no latents."""
         return {}, jnp.zeros(size)
 
+    def log_law(self, latents: Values, guess: Values) -> Array:
+        """Return zero: there are no latents."""
+        return jnp.zeros(())
+
     def log_joint(self, latents: Values, x0: Values) -> Array:
         """Return ``log G``."""
         worth = self.log_g(x0[self.name])
@@ -95,18 +99,25 @@ class ProgramTarget(eqx.Module):
 
         return jax.vmap(jax.vmap(one))(noise.keys(LATENT, 0, size))
 
-    def log_joint(self, latents: Values, x0: Values) -> Array:
-        """Return ``log p(latents, y | x0)``, see :class:`Target`."""
+    def log_law(self, latents: Values, guess: Values) -> Array:
+        """Return ``log r`` of latents that were drawn by a guess, see :class:`Target`."""
 
         def one(values: Values) -> Array:
-            return self.weigh(self.run(values))
+            found = self.run(values)
+            return _total(found[name] for name in self.latents)
 
-        values = {**latents, **x0}
+        return self._mapped(one, {**latents, **guess})
+
+    def log_joint(self, latents: Values, x0: Values) -> Array:
+        """Return ``log p(latents, y | x0)``, see :class:`Target`."""
+        return self._mapped(lambda values: self.weigh(self.run(values)), {**latents, **x0})
+
+    def _mapped(self, one: Callable[[Values], Array], values: Values) -> Array:
+        """Return a function of each particle's values."""
         name, own = self.shapes[0]
-        scored: Callable[[Values], Array] = one
         for _ in range(values[name].ndim - len(own)):
-            scored = jax.vmap(scored)
-        return scored(values)
+            one = jax.vmap(one)
+        return one(values)
 
     def weigh(self, found: Mapping[str, Any]) -> Array:
         """Return the log-density of all sites of a trace but the chains."""

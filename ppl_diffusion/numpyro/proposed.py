@@ -15,12 +15,13 @@ from numpyro.distributions.util import validate_sample
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.conditional import picked
 from ppl_diffusion.numpyro.engine import run_particles
-from ppl_diffusion.numpyro.feynman_kac import ChainParticles, Look, look_ahead
+from ppl_diffusion.numpyro.feynman_kac import ChainParticles, look_ahead
 from ppl_diffusion.numpyro.noise import KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
+from ppl_diffusion.smc.twists import TwistLike
 
 Psi = Callable[[Array, Array, Array], Array]
 
@@ -33,14 +34,14 @@ class Steering:
     :param num_particles: particles of the run behind each draw.
     :param resampler: resampling scheme.
     :param ess_threshold: resample below this fraction of the particles.
-    :param twist: ``"defensive"``, a :class:`~ppl_diffusion.smc.twists.Defensive`, or None.
+    :param twist: ``"defensive"``, ``"persistent"``, ``"argmax"``, a twist, or None.
     """
 
     potential: Callable[[Array], Array]
     num_particles: int = 64
     resampler: str | Resampler = "systematic"
     ess_threshold: float = 0.5
-    twist: Look = "defensive"
+    twist: TwistLike = "defensive"
 
 
 class ProposedChain(ReverseChain):
