@@ -16,6 +16,10 @@ from ppl_diffusion.programs.method import Method
 from ppl_diffusion.smc.law import Law
 from ppl_diffusion.smc.resampling import Resampler
 
+TUNED_ON_THEMSELVES = (
+    "moves of latents tuned on themselves make the evidence consistent, not unbiased"
+)
+
 Scout = Callable[[Bound, LatentMover], None]
 """Runs a population of a few particles that is not reported."""
 
@@ -54,7 +58,7 @@ class LatentRun:
         """Return the law of a method, with what moves change about its evidence."""
         if self.mover is None or self.mover.options.tuning != "own":
             return law
-        words = "moves of latents tuned on themselves make the evidence consistent, not unbiased"
+        words = TUNED_ON_THEMSELVES
         return law.but(why=f"{law.why}; {words}" if law.why else words)
 
     def settings(self, run: Bound) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def latent_run(
     if options.tuning == "own":
         run.levels = Levels(options.tempering)
         return LatentRun(_movers(options, sites, fed), left=left)
-    found = _scouted(options, run, (sites, fed), _few(run.shape[1], resampler), scout)
+    found = _scouted(options, run, (sites, fed), few(run.shape[1], resampler), scout)
     return replace(found, left=left)
 
 
@@ -153,14 +157,14 @@ def _refusal(options: LatentMoves | None, method: Method, run: Bound) -> str | N
     return None
 
 
-def _few(size: int, resampler: Resampler) -> int:
-    """Return the number of particles of a scout."""
-    for few in range(min(size, SCOUTS), 0, -1):
+def few(size: int, resampler: Resampler) -> int:
+    """Return the number of particles of a scout beside a run of a size."""
+    for number in range(min(size, SCOUTS), 0, -1):
         try:
-            resampler.num_uniforms(few)
+            resampler.num_uniforms(number)
         except ValueError:  # chains of a fixed length must fit in
             continue
-        return few
+        return number
     return size
 
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.inference.bootstrap import LookingAhead
 from ppl_diffusion.programs.ahead import Ahead
 from ppl_diffusion.programs.bound import Bound
@@ -79,7 +80,7 @@ class FKSteering(LookingAhead):
         if self.twist == "auto":
             object.__setattr__(self, "twist", "argmax" if self.published else "defensive")
         super().__post_init__()
-        _check_choice("kind", self.kind, tuple(_RULES))
+        _check_choice("kind", self.kind, tuple(RULES))
         _check_choice("closing", self.closing, ("exact", "published"))
         _check_schedule(self.every, self.interval)
         if self.published and isinstance(self.twist, FillTwist) and self.twist.floor:
@@ -117,7 +118,14 @@ class FKSteering(LookingAhead):
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
         """Find out which steps are scored."""
         super().prepare(run, resampler, ess_threshold)
-        run.notes["scored"] = _scored_steps(self.num_steps(run), self.every, self.interval)
+        run.notes["scored"] = self.scored_steps(self.num_steps(run))
+
+    def scored_steps(self, num_steps: int) -> list[int]:
+        """Return after which steps a chain is scored.
+
+        :raises ValueError: if the interval holds none of them.
+        """
+        return _scored_steps(num_steps, self.every, self.interval)
 
     def start(self, run: Bound, state: State, generator: Rng) -> State:
         """Nothing is scored yet."""
@@ -131,7 +139,7 @@ class FKSteering(LookingAhead):
         moved, log_ratio = super().move(run, state, group, generator)
         if self.is_due(run, group + 1):
             score = self.rate(run, moved, generator)
-            running, log_h = _RULES[self.kind](moved[RUNNING], moved[LOG_H], score)
+            running, log_h = RULES[self.kind](moved[RUNNING], moved[LOG_H], score)
             moved = {**moved, RUNNING: running, LOG_H: log_h}
         return moved, log_ratio
 
@@ -177,29 +185,30 @@ class FKSteering(LookingAhead):
         return {**super().settings(run), "scored_steps": run.notes["scored"]}
 
 
-# (running value, log prod G_j, score) -> (running value, log prod G_j), each (R, N).
-Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rule = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
-def _difference(running: Tensor, log_h: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+def _difference(running: Array, log_h: Array, score: Array) -> tuple[Array, Array]:
     return score, score
 
 
-def _max(running: Tensor, log_h: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    best = torch.maximum(running, score)
+def _max(running: Array, log_h: Array, score: Array) -> tuple[Array, Array]:
+    best = array_namespace(running).maximum(running, score)
     return best, log_h + best
 
 
-def _sum(running: Tensor, log_h: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+def _sum(running: Array, log_h: Array, score: Array) -> tuple[Array, Array]:
     total = running + score
     return total, log_h + total
 
 
-def _add(running: Tensor, log_h: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+def _add(running: Array, log_h: Array, score: Array) -> tuple[Array, Array]:
     return score, log_h + score
 
 
-_RULES: dict[str, Rule] = {"difference": _difference, "max": _max, "sum": _sum, "add": _add}
+RULES: dict[str, Rule] = {"difference": _difference, "max": _max, "sum": _sum, "add": _add}
+"""``(running value, log prod G_j, score) -> (running value, log prod G_j)``, each ``(R, N)``, by
+kind."""
 
 
 def _scored_steps(num_steps: int, every: int, interval: tuple[int, int] | None) -> list[int]:

@@ -33,6 +33,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ppl_diffusion.arrays import Array, array_namespace
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import GradientProposal, Step, tiltable, tilted
 from ppl_diffusion.inference.lookahead import Exhaustive, Fills, Lookahead, OfState
@@ -63,6 +64,9 @@ CHECKED_TOP, CHECKED_FILLS = 32, 4
 
 FLOOR = 0.5
 """Floor of the default look-ahead: proposals that follow it need more of one than weights do."""
+
+REWEIGHTED = PersistentFill(16, FLOOR)
+"""Completions that are reweighted, unless others are asked for."""
 
 GUESS, LOG_H = "twisted/guess", "twisted/log_h"
 BEHIND, MADE = "twisted/behind", "twisted/made"
@@ -187,7 +191,7 @@ class TwistedSampler(Method):
     def _fill_of(self, source: Source) -> FillTwist | None:
         if self.twist == "auto":
             some = any(self._proposal_of(site) == "reweighted" for site in source.chains)
-            return PersistentFill(16, FLOOR) if some else Defensive(0, FLOOR)
+            return REWEIGHTED if some else Defensive(0, FLOOR)
         return self.twist if isinstance(self.twist, FillTwist) else None
 
     def prepare(self, run: Bound, resampler: Any, ess_threshold: float) -> None:
@@ -351,7 +355,7 @@ class TwistedSampler(Method):
         paid, count = (
             zero.scatter_add(-1, found, x[..., None, :].expand(found.shape)) for x in (pay, one)
         )
-        return tilted(step, torch.log((self.kappa + paid) / (self.kappa + count)))
+        return tilted(step, paid_over_all(paid, count, self.kappa))
 
     # Looking ahead.
 
@@ -409,6 +413,16 @@ class TwistedSampler(Method):
 def _gradients(run: Bound, given: Any = None) -> int:
     proposals = {id(p): p for p in [given, *(site.twist for site in run.source.chains)]}
     return sum(p.num_calls for p in proposals.values() if isinstance(p, GradientProposal))
+
+
+def paid_over_all(paid: Array, count: Array, kappa: float) -> Array:
+    """Return the log of what completions with a token pay, over what all of them do.
+
+    :param paid: sums over completions that have a token of what they pay, mean one.
+    :param count: how many have it.
+    :param kappa: completions of average worth to add.
+    """
+    return array_namespace(paid).log((kappa + paid) / (kappa + count))
 
 
 def _tilted(log_d: Tensor, ahead: Tensor) -> Tensor:

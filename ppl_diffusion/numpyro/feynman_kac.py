@@ -263,8 +263,8 @@ def look_ahead(twist: TwistLike, owner: str) -> FillTwist | None:
     if isinstance(made, Defensive | PersistentFill | ArgmaxFill) and not made.late:
         return made
     raise CapabilityError(
-        f"{owner}: the JAX engine looks ahead by 'defensive', 'persistent' or 'argmax' completions, "
-        f"or by None, got {made.name!r}."
+        f"{owner}: the JAX engine looks ahead by 'defensive', 'persistent' or 'argmax' "
+        f"completions, or by None, got {made.name!r}."
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.processes.noise import jax_uniforms
 
-MOVE, RESAMPLE, LATENT, FILL, PICK = range(5)
+MOVE, RESAMPLE, LATENT, FILL, PICK, RENEW, SCOUT = range(7)
 """What noise is for; each has a stream of its own."""
 
 

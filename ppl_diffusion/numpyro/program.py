@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
 
-from ppl_diffusion.arrays import Array
+from ppl_diffusion.arrays import Array, int64_of
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.engine import Size
+from ppl_diffusion.numpyro.latent_sites import LatentSites, latent_sites
 from ppl_diffusion.numpyro.noise import LATENT, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 
@@ -187,6 +189,13 @@ def read(
     return chains, target
 
 
+def sites_of(target: ProgramTarget) -> LatentSites:
+    """Return how the latents of a program can be moved."""
+    keys = jax.random.split(jax.random.key(0))
+    first, second = (_traced(target.model, target.args, target.kwargs, key) for key in keys)
+    return latent_sites(first, second, target.latents)
+
+
 def _require_plain(name: str, chain: ReverseChain, scale: Any) -> None:
     if scale is not None:
         raise CapabilityError(
@@ -216,8 +225,33 @@ def _require_ends(target: ProgramTarget, found: Mapping[str, Any]) -> None:
 def _traced(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], key: Array
 ) -> dict[str, Any]:
-    found: dict[str, Any] = trace(seed(model, key)).get_trace(*args, **kwargs)
+    first, second = jax.random.split(key)
+    # Innermost, so that values of handlers outside are known by then, and those of seed are not.
+    program = trace(seed(_AnyPaths(model, second), first))
+    found: dict[str, Any] = program.get_trace(*args, **kwargs)
     return found
+
+
+class _AnyPaths(Messenger):
+    """Give unobserved chains any paths: what a program is made of does not take their networks."""
+
+    def __init__(self, fn: Any, key: Array) -> None:
+        super().__init__(fn)
+        self.key = key
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Draw each state of a path by itself, with the prompt in place."""
+        chain = msg.get("fn")
+        if (
+            msg["type"] != "sample"
+            or msg["value"] is not None
+            or not isinstance(chain, ReverseChain)
+        ):
+            return
+        self.key, own = jax.random.split(self.key)
+        shape = (*chain.batch_shape, *chain.event_shape)
+        path = jax.random.randint(own, shape, 0, chain.kernel.process.vocab_size, int64_of(jnp))
+        msg["value"] = jnp.where(chain.fixed[..., None, :], chain.prompt[..., None, :], path)
 
 
 def _total(sites: Any) -> Array:

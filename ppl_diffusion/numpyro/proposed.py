@@ -83,16 +83,7 @@ class ProposedChain(ReverseChain):
             log_c = jax.nn.log_softmax(log_c + self.psi(step.tokens, k, log_c), axis=-1)
         sure = jnp.where(jnp.arange(size) == self.held[..., None], 0.0, -jnp.inf)
         log_c = jnp.where(self.held[..., None] >= 0, sure, log_c)
-        return TokenStep(
-            step.process,
-            step.tokens,
-            log_c,
-            step.alpha_t,
-            step.alpha_s,
-            step.kappa,
-            fixed=step.fixed,
-            validate_args=False,
-        )
+        return step.predicting(log_c)
 
     def sample_with_intermediates(
         self, key: Array, sample_shape: tuple[int, ...] = ()

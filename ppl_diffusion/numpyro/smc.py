@@ -5,21 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from ppl_diffusion.arrays import Array
+from ppl_diffusion.inference import Bootstrap, LatentMoves, Method
+from ppl_diffusion.inference.arguments import require_latent_moves
+from ppl_diffusion.inference.latent_run import TUNED_ON_THEMSELVES, few
+from ppl_diffusion.inference.smc import as_method
 from ppl_diffusion.numpyro.engine import Trace, check, run_particles
-from ppl_diffusion.numpyro.feynman_kac import ChainParticles, Look, look_ahead
-from ppl_diffusion.numpyro.noise import KeyNoise
-from ppl_diffusion.numpyro.program import PotentialTarget, read
+from ppl_diffusion.numpyro.feynman_kac import ChainParticles
+from ppl_diffusion.numpyro.latent_moves import Mover, Tuned
+from ppl_diffusion.numpyro.methods import moves_latents, options_of, particles_of, rows_per_step
+from ppl_diffusion.numpyro.noise import SCOUT, KeyNoise
+from ppl_diffusion.numpyro.program import PotentialTarget, read, sites_of
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 from ppl_diffusion.smc.engine import SMCTrace
+from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.law import Base, Law, Tilt, digest
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
@@ -31,25 +40,34 @@ Program = Callable[..., Any]
 class SMC:
     """Sequential Monte Carlo over a NumPyro program, or over a chain with a potential.
 
-    The twin of :class:`ppl_diffusion.inference.SMC` with the bootstrap proposal: particles move by
-    their chains, look ahead defensively, and are weighed by everything the program observes. Its
-    result is the same :class:`~ppl_diffusion.smc.ParticlePosterior`: evidence, verdicts, ArviZ.
-    Latents are drawn once, from their prior, and not moved afterwards.
+    The twin of :class:`ppl_diffusion.inference.SMC`, with the same methods as far as their formulas
+    are array code: particles move by their chains, look ahead defensively, and are weighed by
+    everything the program observes. Latents are drawn from their law and moved whenever resampling
+    has copied them. The result is the same :class:`~ppl_diffusion.smc.ParticlePosterior`: evidence,
+    verdicts, ArviZ.
 
     :param program: a NumPyro model with at least one :class:`ReverseChain` site, or a chain.
     :param potential: of a chain: ``x0 (*batch, L) -> log G (*batch,)``, written in JAX.
+    :param method: how particles move and look ahead: a method of
+        :mod:`ppl_diffusion.inference` or its name; None is
+        :class:`~ppl_diffusion.inference.Bootstrap`.
     :param num_particles: particles ``N`` per run.
     :param num_runs: independent runs ``R``, side by side.
-    :param twist: ``"defensive"`` or :class:`~ppl_diffusion.smc.twists.Defensive`; None is plain
-        importance sampling until the end.
     :param resampler: a name, or a :class:`~ppl_diffusion.smc.Resampler`.
-    :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
+    :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``; None takes
+        the method's own.
+    :param store_path: keep the states of all steps.
+    :param moves: how latents are renewed: ``"auto"``, a
+        :class:`~ppl_diffusion.inference.LatentMoves`, or None for not at all.
+    :param options: options of the method, such as ``twist``, where it is given by name.
+    :raises TypeError: if an option is not the method's.
     :raises ValueError: if the settings are impossible.
 
     Example::
 
         posterior = SMC(assay, num_particles=256, num_runs=4).run(jax.random.key(0), y=3.0)
         posterior.log_evidence
+        steered = SMC(assay, method="steering", kind="max").run(jax.random.key(0), y=3.0)
     """
 
     def __init__(
@@ -57,28 +75,35 @@ class SMC:
         program: Program | ReverseChain,
         potential: Callable[[Array], Array] | None = None,
         *,
+        method: Method | str | None = None,
         num_particles: int = 64,
         num_runs: int = 1,
-        twist: Look = "defensive",
         resampler: str | Resampler = "systematic",
-        ess_threshold: float = 0.5,
+        ess_threshold: float | None = None,
         store_path: bool = True,
+        moves: LatentMoves | Literal["auto"] | None = "auto",
+        **options: Any,
     ) -> None:
         if isinstance(program, ReverseChain) == (potential is None):
             raise ValueError(
                 "SMC: give a program alone, or a ReverseChain with a potential; what weighs a "
                 "program's sequences are its own observations and factors."
             )
-        if num_particles < 1 or num_runs < 1 or not 0 <= ess_threshold < math.inf:
+        self.method = as_method(method, Bootstrap, options)
+        asked = self.method.ess_threshold if ess_threshold is None else ess_threshold
+        if num_particles < 1 or num_runs < 1 or not 0 <= asked < math.inf:
             raise ValueError(
                 "SMC: num_particles and num_runs must be >= 1 and ess_threshold >= 0, got "
-                f"{num_particles}, {num_runs} and {ess_threshold}."
+                f"{num_particles}, {num_runs} and {asked}."
             )
+        if not (moves is None or moves == "auto"):
+            require_latent_moves(moves)
         self.program, self.potential = program, potential
-        self.twist = look_ahead(twist, "SMC")
-        self.size = (num_runs, num_particles)
-        self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
-        self.store_path = store_path
+        self.size, self.store_path = (num_runs, num_particles), store_path
+        scheme = as_resampler(resampler)
+        self.resampler, self.ess_threshold = self.method.resampling(scheme, asked)
+        self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
+        self.moves = LatentMoves() if moves == "auto" else moves
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> ParticlePosterior:
         """Run all particles, in one compiled scan.
@@ -90,30 +115,38 @@ class SMC:
         :raises ValueError: if a weight became NaN or ``+inf``.
         """
         started = time.perf_counter()
-        particles = self._particles(args, kwargs)
-        trace = _compiled(
-            particles,
-            KeyNoise(key),
-            self.size,
-            self.resampler,
-            self.ess_threshold,
-            self.store_path,
-        )
+        particles, scout = self._bound(args, kwargs), None
+        if particles.mover is not None and particles.mover.options.tuning == "scout":
+            size = (1, few(self.size[1], self.resampler))
+            scout = self._trace(particles, KeyNoise(jax.random.fold_in(key, SCOUT)), size)
+            known = replace(particles.mover, tuned=_tuned(scout))
+            particles = replace(particles, mover=known)
+        trace = self._trace(particles, KeyNoise(key), self.size)
         check(trace)
-        return self._posterior(particles, trace, time.perf_counter() - started)
+        return self._posterior(particles, trace, scout, time.perf_counter() - started)
 
-    def _particles(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChainParticles:
+    def _trace(self, particles: ChainParticles, noise: KeyNoise, size: tuple[int, int]) -> Trace:
+        options = (self.resampler, self.ess_threshold, self.store_path)
+        return _compiled(particles, noise, size, *options)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChainParticles:
+        """Return particles of the program at its arguments."""
         if isinstance(self.program, ReverseChain):
             assert self.potential is not None
             plates = len(self.program.batch_shape)
-            target = PotentialTarget(self.potential, "x", plates)
-            return ChainParticles({"x": self.program}, target, self.twist)
+            alone = PotentialTarget(self.potential, "x", plates)
+            return particles_of(self.method, {"x": self.program}, alone, None)
         # What is read does not depend on the key, so that one program is compiled once.
-        chains, weighed = read(self.program, args, kwargs, jax.random.key(0))
-        return ChainParticles(chains, weighed, self.twist)
+        chains, target = read(self.program, args, kwargs, jax.random.key(0))
+        mover = None
+        steps = next(iter(chains.values())).num_steps
+        if target.latents and self.moves is not None and moves_latents(self.method, steps):
+            sites = sites_of(target)
+            mover = Mover(sites, self.moves) if sites.names else None
+        return particles_of(self.method, chains, target, mover)
 
     def _posterior(
-        self, particles: ChainParticles, trace: Trace, seconds: float
+        self, particles: ChainParticles, trace: Trace, scout: Trace | None, seconds: float
     ) -> ParticlePosterior:
         tokens = {name: _tensor(x) for name, x in trace.carry["tokens"].items()}
         first = next(iter(particles.chains))
@@ -140,24 +173,53 @@ class SMC:
             x0=tokens[first],
             times=torch.tensor(particles.chains[first].kernel.times, dtype=torch.float64),
             samples=samples,
-            num_evaluations=runs * num * particles.num_steps * len(particles.chains),
-            num_potential_calls=runs * num * self._calls(particles.num_steps),
+            num_evaluations=runs * num * self._rows(particles) * len(particles.chains),
+            num_potential_calls=runs * num * self._calls(particles),
             law=self._law(particles),
             settings={
                 "backend": "numpyro",
-                "twist": None if self.twist is None else self.twist.name,
+                "method": self.method.name,
+                "twist": None if particles.twist is None else particles.twist.name,
+                **options_of(self.method),
                 "resampler": self.resampler.name,
                 "ess_threshold": self.ess_threshold,
+                **self._latent_settings(particles, trace),
                 "num_steps": particles.num_steps,
             },
             seconds=seconds,
+            num_move_rows=_move_rows(particles, trace) + _scout_rows(particles, scout),
+            num_scout_rows=_scout_rows(particles, scout),
             compact_path=None if program else paths.get(first),
             is_program=program,
             **fields.posterior_fields(),
         )
 
-    def _calls(self, steps: int) -> int:
-        return 1 + (0 if self.twist is None else steps * self.twist.num_fills)
+    def _rows(self, particles: ChainParticles) -> int:
+        """Return how many states of each particle the network of a chain sees."""
+        return particles.num_steps * rows_per_step(self.method)
+
+    def _calls(self, particles: ChainParticles) -> int:
+        """Return how many sequences of each particle are weighed."""
+        each = rows_per_step(self.method)
+        return each * (1 + (particles.num_steps - (each > 1)) * _fills(particles))
+
+    def _latent_settings(self, particles: ChainParticles, trace: Trace) -> dict[str, Any]:
+        """Return what was done about latents, in JSON types."""
+        target: Any = particles.target
+        if not getattr(target, "latents", ()):
+            return {}
+        discrete = {DISCRETE: sites_of(target).listed}
+        if particles.mover is None:
+            left = {"kernels": {}, "left": self._left(target, particles.num_steps)}
+            return {**discrete, "latent_moves": left}
+        return {**discrete, "latent_moves": _moves_made(particles.mover, trace)}
+
+    def _left(self, target: Any, num_steps: int) -> dict[str, str]:
+        if self.moves is None:
+            return dict.fromkeys(target.latents, "moves=None")
+        if not moves_latents(self.method, num_steps):
+            return dict.fromkeys(target.latents, "the method keeps scores of latents of the past")
+        return dict(sites_of(target).left)
 
     def _paths(self, trace: SMCTrace, particles: ChainParticles) -> dict[str, torch.Tensor]:
         """Return the paths of all chains, ``(R, N, *plates, T + 1, L)``, where they were stored."""
@@ -174,11 +236,12 @@ class SMC:
         bases = [_base(name, chain) for name, chain in particles.chains.items()]
         of = getattr(self.potential or self.program, "__name__", "potential")
         latents = getattr(particles.target, "latents", ())
-        return Law.tilted(bases, [Tilt(of)], latents)
+        law = Law.tilted(bases, [Tilt(of)], latents)
+        own = particles.mover is not None and particles.mover.options.tuning == "own"
+        return law.but(why=TUNED_ON_THEMSELVES) if own else law
 
 
-@partial(eqx.filter_jit)
-def _compiled(
+def _run(
     particles: ChainParticles,
     noise: KeyNoise,
     size: tuple[int, int],
@@ -186,12 +249,71 @@ def _compiled(
     ess_threshold: float,
     store_path: bool,
 ) -> Trace:
-    return run_particles(particles, noise, size, resampler, ess_threshold, store_path=store_path)
+    options: dict[str, Any] = {"store_path": store_path}
+    if particles.mover is not None:
+        options["renew"] = partial(particles.renew, noise, size)
+    return run_particles(particles, noise, size, resampler, ess_threshold, **options)
+
+
+_compiled = eqx.filter_jit(_run)
+
+
+@eqx.filter_jit
+def _shown(target: Any, latents: dict[str, Array], tokens: dict[str, Array]) -> dict[str, Array]:
+    values: dict[str, Array] = target.samples(latents, tokens)
+    return values
+
+
+def _tuned(scout: Trace) -> Tuned:
+    """Return what a scout found out; before the first step nothing is done."""
+    found = scout.renewals
+    ready = {k: jnp.concatenate([jnp.zeros_like(x[:1]), x]) for k, x in found.items()}
+    level = jnp.concatenate([jnp.full_like(found["level"][:1], -jnp.inf), found["level"]])
+    return Tuned(ready["due"] > 0, ready["number"], ready["scale"], ready["root"], level)
+
+
+def _moves_made(mover: Mover, trace: Trace) -> dict[str, Any]:
+    """Return what was done, by steps made."""
+    found = {name: np.asarray(x) for name, x in trace.renewals.items()}
+    steps = np.flatnonzero(found["due"])
+    return {
+        "kernels": mover.kernels,
+        "schedule": [int(k) + 1 for k in steps],
+        "numbers": [int(n) for n in found["number"][steps]],
+        "acceptance": [round(float(x), 3) for x in found["share"][steps]],
+        "left": dict(mover.sites.left),
+        "tuning": mover.options.tuning,
+        "tempering": mover.options.tempering,
+        "evidence": "consistent, not unbiased" if mover.options.tuning == "own" else "unbiased",
+    }
+
+
+def _move_rows(particles: ChainParticles, trace: Trace) -> int:
+    """Return how many sequences were weighed to move latents."""
+    if particles.mover is None:
+        return 0
+    number = np.asarray(trace.renewals["number"]) * np.asarray(trace.renewals["due"])
+    each = np.full(len(number), _fills(particles))
+    each[-1] = 1  # finished sequences
+    return int(trace.log_weights.size * particles.mover.rows * (number * each).sum())
+
+
+def _scout_rows(particles: ChainParticles, scout: Trace | None) -> int:
+    """Return how many states and sequences a scout asked about."""
+    if scout is None:
+        return 0
+    steps = particles.num_steps
+    asked = steps * (len(particles.chains) + _fills(particles)) + 1
+    return scout.log_weights.size * asked + _move_rows(particles, scout)
+
+
+def _fills(particles: ChainParticles) -> int:
+    return 0 if particles.twist is None else particles.twist.num_fills
 
 
 def _samples(particles: ChainParticles, trace: Trace) -> dict[str, torch.Tensor]:
     target: Any = particles.target
-    values = eqx.filter_jit(target.samples)(trace.carry["latents"], trace.carry["tokens"])
+    values = _shown(target, trace.carry["latents"], trace.carry["tokens"])
     return {name: _tensor(value) for name, value in values.items()}
 
 

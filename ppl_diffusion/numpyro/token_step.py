@@ -112,6 +112,16 @@ class TokenStep(Distribution):
             log_p = jnp.where(self._held(), jnp.where(value == tokens, 0.0, -jnp.inf), log_p)
         return log_p.sum(-1)
 
+    def predicting(self, log_probs: Array) -> TokenStep:
+        """Return the step with another prediction of the clean tokens.
+
+        :param log_probs: cavity log-probabilities, ``(*batch, L, V)``.
+        """
+        levels = self.alpha_t, self.alpha_s, self.kappa
+        return TokenStep(
+            self.process, self.tokens, log_probs, *levels, fixed=self.fixed, validate_args=False
+        )
+
     def _aligned(self, x: Array, event_dim: int) -> Array:
         """Put the dimensions that ``scan`` or ``vmap`` added to a field first, ones after them."""
         added, whole = jnp.ndim(self.alpha_t), len(self.batch_shape) + event_dim

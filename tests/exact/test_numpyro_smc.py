@@ -221,7 +221,7 @@ def test_programs_that_it_cannot_move_are_refused(program):
         ppn.SMC(depends).run(jax.random.key(0))
     with pytest.raises(ValueError, match="program alone"):
         ppn.SMC(ours)
-    with pytest.raises(ValueError, match="twist must be"):
+    with pytest.raises(CapabilityError, match="the JAX engine looks ahead by"):
         ppn.SMC(ours, log_g, twist="argmax")
     with pytest.raises(ValueError, match="num_particles"):
         ppn.SMC(ours, log_g, num_particles=0)
