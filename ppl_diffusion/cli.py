@@ -23,6 +23,9 @@ Name = Annotated[str, Argument(help="Shipped prior, or folder that holds one.")]
 Steps = Annotated[int, Option(help="Steps of the reverse chain.")]
 Seed = Annotated[int, Option(help="Seed; the same seed gives the same files.")]
 Device = Annotated[str, Option(help="Where to compute: cpu, cuda, cuda:1, mps, ...")]
+Backend = Annotated[
+    str, Option(help="Who computes: torch, or numpyro, where a run is compiled before it starts.")
+]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 Particles = Annotated[int, Option(help="Particles per run.")]
 Runs = Annotated[int, Option(help="Independent runs.")]
@@ -131,6 +134,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    backend: Backend = "torch",
     out: Annotated[
         Path | None, Option(help="FASTA, CSV or text file, by its ending; printed if absent.")
     ] = None,
@@ -144,7 +148,14 @@ def sample(
         steps, kappa_schedule, block, filters, path, latent_steps, token_steps
     )
     draw_samples(
-        name, num=num, seed=seed, sampler=sampler, settings=settings, out=out, device=device
+        name,
+        num=num,
+        seed=seed,
+        sampler=sampler,
+        settings=settings,
+        out=out,
+        device=device,
+        backend=backend,
     )
 
 
@@ -163,6 +174,7 @@ def design(
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    backend: Backend = "torch",
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
     force: Force = False,
     observe: Annotated[
@@ -234,6 +246,7 @@ def design(
         seed=seed,
         ess_threshold=ess_threshold,
         device=device,
+        backend=backend,
     )
     place = out or Path("runs") / Path(name).name
     run_design(Job(name, question, search), place, replace=force, quiet=quiet)

@@ -21,11 +21,13 @@ from ppl_diffusion.commands.tables import (
 )
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
+from ppl_diffusion.jobs.backends import is_jax, jax_room
 from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.jobs.folder import check_file, check_target, write_whole
 from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
+    from ppl_diffusion.distributions import ReverseChain
     from ppl_diffusion.models.samplers import SamplerSettings
 
 PLOT_KINDS = (".png", ".pdf", ".svg")
@@ -40,6 +42,7 @@ def draw_samples(
     settings: SamplerSettings,
     out: Path | None,
     device: str,
+    backend: str = "torch",
 ) -> None:
     """Draw sequences from a prior and print them or write a file.
 
@@ -63,8 +66,7 @@ def draw_samples(
     with user_input():
         prior = load(name).to(usable_device(device))
         chain = make_chain(prior, sampler, settings)
-    generator = torch.Generator().manual_seed(seed)
-    sequences = list(prior.decode(chain.x0(chain.sample((num,), generator=generator))))
+    sequences = list(prior.decode(_drawn(chain, num, seed, in_jax=is_jax(backend, device))))
     if PADDING in prior.vocabulary:
         sequences = [unpad(text) for text in sequences]
     table = out is not None and out.suffix.lower() == ".csv"
@@ -73,6 +75,20 @@ def draw_samples(
         print(text, end="")
     else:
         write_whole(out, text)
+
+
+def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.Tensor:
+    """Return clean sequences, int64 ``(num, L)``."""
+    if not in_jax:
+        generator = torch.Generator().manual_seed(seed)
+        return chain.x0(chain.sample((num,), generator=generator))
+    with user_input():
+        twin = jax_room().from_torch(chain)
+    import jax
+    import numpy as np
+
+    drawn = jax.jit(lambda key: twin.x0(twin.sample(key, (num,))))(jax.random.key(seed))
+    return torch.from_numpy(np.array(drawn)).long()
 
 
 def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:

@@ -27,6 +27,7 @@ from ppl_diffusion.inference import (
     TwistedSampler,
 )
 from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
+from ppl_diffusion.jobs.backends import jax_room
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.kernels import OrderedKernel
@@ -45,6 +46,9 @@ a wrong base on its way into the sequence meets it; finite, as a look-ahead must
 
 def infer(target: Target, search: Search, progress: Progress | None = None) -> ParticlePosterior:
     plan = _plan(target, search)
+    if search.backend is not None:
+        posterior = _in_jax(plan, search)
+        return dataclasses.replace(posterior, law=_declared(posterior.law, target, plan))
     with user_input():
         runner = SMC(
             Power(plan.chain, plan.power) if plan.power != 1 else plan.chain,
@@ -58,6 +62,36 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
         )
     posterior = runner.run(seed=search.seed)
     return dataclasses.replace(posterior, law=_declared(posterior.law, target, plan))
+
+
+def _in_jax(plan: _Plan, search: Search) -> ParticlePosterior:
+    """Return particles of the compiled engine, which asks the potential on the host."""
+    room = jax_room()
+    if plan.power != 1:
+        raise InputError("Powers of a prior are sampled by torch alone: drop --backend numpyro.")
+    method, held = plan.method, _proposal(plan.method)
+    import jax
+
+    from ppl_diffusion.numpyro.methods import require_method
+
+    with user_input():
+        require_method(method)
+        chain = room.from_torch(plan.chain)
+        if isinstance(held, ClampProposal):
+            tokens = torch.where(held.mask, held.tokens, -1)
+            chain = room.ProposedChain.of(chain).holding(tokens.numpy())
+            method = dataclasses.replace(method, **{"proposal": None})
+        runner = room.SMC(
+            chain,
+            plan.potential,
+            method=method,
+            num_particles=search.num_particles,
+            num_runs=search.num_runs,
+            resampler=search.resampler or "systematic",
+            ess_threshold=search.ess_threshold,
+        )
+        posterior: ParticlePosterior = runner.run(jax.random.key(search.seed))
+    return posterior
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ppl_diffusion.inference import Method, Refinement, methods
+from ppl_diffusion.jobs.backends import TORCH, is_jax
 from ppl_diffusion.jobs.checks import InputError, at_least, one_of, positive, usable_device
 from ppl_diffusion.jobs.options import (
     DEFAULTS,
@@ -38,6 +39,7 @@ class Search:
     :param ess_threshold: resample when the effective sample size falls below this share; None for
         the method's own.
     :param device: where to compute; None for the CPU.
+    :param backend: who computes: ``"numpyro"``, or None for torch.
     :param options: what is asked of the method, by :func:`ppl_diffusion.jobs.options.options`.
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
@@ -50,6 +52,7 @@ class Search:
     resampler: str | None = None
     ess_threshold: float | None = None
     device: str | None = None
+    backend: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,18 +70,23 @@ class Search:
             usable_device(self.device)
 
     @classmethod
-    def asked(cls, words: Mapping[str, Any], *, device: str = "cpu", **numbers: Any) -> Search:
+    def asked(
+        cls, words: Mapping[str, Any], *, device: str = "cpu", backend: str = TORCH, **numbers: Any
+    ) -> Search:
         """Return what a command was asked for.
 
         :param words: the options that come from the registry: ``method``, ``resampler``, and those
             of the method.
         :param device: where to compute.
+        :param backend: who computes.
         :param numbers: further fields.
+        :raises InputError: if the two do not go together.
         """
         own = {name: words[name] for name in ("method", "resampler") if name in words}
         rest = {name: value for name, value in words.items() if name not in own}
         place = None if device == "cpu" else device
-        return cls(**own, **numbers, device=place, options=rest)
+        who = backend if is_jax(backend, device) else None
+        return cls(**own, **numbers, device=place, backend=who, options=rest)
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, ready for JSON."""

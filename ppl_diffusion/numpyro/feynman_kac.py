@@ -66,6 +66,10 @@ class Target(Protocol):
         """
         ...
 
+    def log_guess(self, latents: Values, x0: Values) -> Array:
+        """Return the same of guesses of the sequences, or a finite surrogate, ``(*batch,)``."""
+        ...
+
 
 class ChainParticles(eqx.Module):
     """Particles that move by their chains: by their own steps, or by proposals that handlers gave.
@@ -199,7 +203,7 @@ class ChainParticles(eqx.Module):
             return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], fills, *x.shape[2:]))
 
         latents = jax.tree.map(repeated, carry["latents"])
-        worth = self.target.log_joint(latents, x0) - carry["log_r"][:, :, None]
+        worth = self.target.log_guess(latents, x0) - carry["log_r"][:, :, None]
         # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
         return jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth)
 

@@ -79,10 +79,7 @@ def clamp(fn: Program | None = None, *, tokens: Array, sites: Sites = None) -> A
                 f"clamp: {known.shape[-1]} tokens for the chain {name!r} of {chain.length}; "
                 "give one for each position, -1 where it is free."
             )
-        new = ProposedChain.of(chain)
-        held = jnp.where(known >= 0, known, new.held)
-        new.held = jnp.broadcast_to(held, (*chain.batch_shape, chain.length))
-        return new
+        return ProposedChain.of(chain).holding(known)
 
     return _Chains("clamp", hold, fn, sites)
 

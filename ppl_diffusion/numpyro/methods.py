@@ -171,20 +171,27 @@ def particles_of(
     :param mover: how latents are renewed.
     :raises CapabilityError: if the JAX engine does not have the method, or this form of it.
     """
-    make = _MADE.get(type(method))
-    if make is None:
-        known = ", ".join(repr(cls.name) for cls in _MADE)
-        raise CapabilityError(
-            f"SMC: the JAX engine has the methods {known}, and not {method.name!r}; use "
-            "ppl_diffusion.inference.SMC for it."
-        )
+    require_method(method)
     if getattr(method, "proposal", None) not in (None, "reweighted"):
         raise CapabilityError(
             "SMC: on the JAX engine particles move by their chains; propose by "
             "ppl_diffusion.numpyro.handlers.twist, or use ppl_diffusion.inference.SMC."
         )
-    cls, twist, options = make(method, next(iter(chains.values())).num_steps)
+    cls, twist, options = _MADE[type(method)](method, next(iter(chains.values())).num_steps)
     return cls(dict(chains), target, look_ahead(twist, "SMC"), mover=mover, **options)
+
+
+def require_method(method: Method) -> None:
+    """Refuse a method that stays with torch.
+
+    :raises CapabilityError: if it does.
+    """
+    if type(method) not in _MADE:
+        known = ", ".join(cls.name for cls in _MADE)
+        raise CapabilityError(
+            f"SMC: the JAX engine has the methods {known}, and not {method.name}, which torch has; "
+            "choose another method or backend."
+        )
 
 
 def moves_latents(method: Method, num_steps: int) -> bool:

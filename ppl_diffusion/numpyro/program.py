@@ -31,7 +31,8 @@ Values = Mapping[str, Array]
 class PotentialTarget(eqx.Module):
     """The target ``p(path) G(x0)`` of one chain.
 
-    :param log_g: ``x0 (*batch, L) -> log G (*batch,)`` in JAX.
+    :param log_g: ``x0 (*batch, L) -> log G (*batch,)`` in JAX; guesses are scored by its
+        ``lookahead``, if it has one.
     :param name: of the chain site.
     :param plates: dimensions of plates, which are summed over.
     """
@@ -50,7 +51,14 @@ class PotentialTarget(eqx.Module):
 
     def log_joint(self, latents: Values, x0: Values) -> Array:
         """Return ``log G``."""
-        worth = self.log_g(x0[self.name])
+        return self._summed(self.log_g(x0[self.name]))
+
+    def log_guess(self, latents: Values, x0: Values) -> Array:
+        """Return what guesses are worth."""
+        score: Any = getattr(self.log_g, "lookahead", self.log_g)
+        return self._summed(score(x0[self.name]))
+
+    def _summed(self, worth: Array) -> Array:
         return worth.sum(tuple(range(worth.ndim - self.plates, worth.ndim)))
 
 
@@ -113,6 +121,10 @@ class ProgramTarget(eqx.Module):
     def log_joint(self, latents: Values, x0: Values) -> Array:
         """Return ``log p(latents, y | x0)``, see :class:`Target`."""
         return self._mapped(lambda values: self.weigh(self.run(values)), {**latents, **x0})
+
+    def log_guess(self, latents: Values, x0: Values) -> Array:
+        """Return the same of guesses."""
+        return self.log_joint(latents, x0)
 
     def _mapped(self, one: Callable[[Values], Array], values: Values) -> Array:
         """Return a function of each particle's values."""

@@ -70,6 +70,16 @@ class ProposedChain(ReverseChain):
         new.__dict__.update({**parts, **chain.__dict__})
         return new
 
+    def holding(self, tokens: Array) -> Self:
+        """Return the chain with more tokens of the clean sequence known.
+
+        :param tokens: integers ``(L,)``, -1 where nothing is known.
+        """
+        new, known = copy.copy(self), jnp.asarray(tokens)
+        held = jnp.where(known >= 0, known, self.held)
+        new.held = jnp.broadcast_to(held, (*self.batch_shape, self.length))
+        return new
+
     @property
     def known(self) -> Array:
         """Tokens of the clean sequence that are known."""

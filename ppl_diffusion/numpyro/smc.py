@@ -22,11 +22,19 @@ from ppl_diffusion.inference.latent_run import TUNED_ON_THEMSELVES, few
 from ppl_diffusion.inference.smc import as_method
 from ppl_diffusion.numpyro.engine import Trace, check, run_particles
 from ppl_diffusion.numpyro.feynman_kac import ChainParticles
+from ppl_diffusion.numpyro.host import HostPotential
 from ppl_diffusion.numpyro.latent_moves import Mover, Tuned
-from ppl_diffusion.numpyro.methods import moves_latents, options_of, particles_of, rows_per_step
+from ppl_diffusion.numpyro.methods import (
+    moves_latents,
+    options_of,
+    particles_of,
+    require_method,
+    rows_per_step,
+)
 from ppl_diffusion.numpyro.noise import SCOUT, KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget, read, sites_of
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.potentials import AbstractPotential
 from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.law import Base, Law, Tilt, digest
@@ -47,7 +55,9 @@ class SMC:
     verdicts, ArviZ.
 
     :param program: a NumPyro model with at least one :class:`ReverseChain` site, or a chain.
-    :param potential: of a chain: ``x0 (*batch, L) -> log G (*batch,)``, written in JAX.
+    :param potential: of a chain: ``x0 (*batch, L) -> log G (*batch,)``, written in JAX; or a
+        potential of the torch side, which is then asked on the host
+        (:class:`~ppl_diffusion.numpyro.HostPotential`), as ``settings["host"]`` says.
     :param method: how particles move and look ahead: a method of
         :mod:`ppl_diffusion.inference` or its name; None is
         :class:`~ppl_diffusion.inference.Bootstrap`.
@@ -60,6 +70,7 @@ class SMC:
     :param moves: how latents are renewed: ``"auto"``, a
         :class:`~ppl_diffusion.inference.LatentMoves`, or None for not at all.
     :param options: options of the method, such as ``twist``, where it is given by name.
+    :raises CapabilityError: if the JAX engine does not have the method.
     :raises TypeError: if an option is not the method's.
     :raises ValueError: if the settings are impossible.
 
@@ -73,7 +84,7 @@ class SMC:
     def __init__(
         self,
         program: Program | ReverseChain,
-        potential: Callable[[Array], Array] | None = None,
+        potential: Callable[[Array], Array] | AbstractPotential | None = None,
         *,
         method: Method | str | None = None,
         num_particles: int = 64,
@@ -90,6 +101,7 @@ class SMC:
                 "program's sequences are its own observations and factors."
             )
         self.method = as_method(method, Bootstrap, options)
+        require_method(self.method)
         asked = self.method.ess_threshold if ess_threshold is None else ess_threshold
         if num_particles < 1 or num_runs < 1 or not 0 <= asked < math.inf:
             raise ValueError(
@@ -98,6 +110,8 @@ class SMC:
             )
         if not (moves is None or moves == "auto"):
             require_latent_moves(moves)
+        if isinstance(potential, AbstractPotential):
+            potential = HostPotential(potential)
         self.program, self.potential = program, potential
         self.size, self.store_path = (num_runs, num_particles), store_path
         scheme = as_resampler(resampler)
@@ -127,7 +141,14 @@ class SMC:
 
     def _trace(self, particles: ChainParticles, noise: KeyNoise, size: tuple[int, int]) -> Trace:
         options = (self.resampler, self.ess_threshold, self.store_path)
-        return _compiled(particles, noise, size, *options)
+        try:
+            trace: Trace = jax.block_until_ready(_compiled(particles, noise, size, *options))
+        except jax.errors.JaxRuntimeError:
+            failure = getattr(self.potential, "failure", None)
+            if failure is None:
+                raise
+            raise failure from None
+        return trace
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChainParticles:
         """Return particles of the program at its arguments."""
@@ -181,6 +202,7 @@ class SMC:
                 "method": self.method.name,
                 "twist": None if particles.twist is None else particles.twist.name,
                 **options_of(self.method),
+                **({"host": True} if isinstance(self.potential, HostPotential) else {}),
                 "resampler": self.resampler.name,
                 "ess_threshold": self.ess_threshold,
                 **self._latent_settings(particles, trace),
@@ -336,7 +358,9 @@ def _base(name: str, chain: ReverseChain) -> Base:
 
 
 def _tensor(x: Array) -> torch.Tensor:
-    return torch.from_numpy(np.array(x))
+    tensor = torch.from_numpy(np.array(x))
+    # Whole numbers have 32 bits where JAX's 64-bit numbers are off.
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
 
 
 def _float(x: Array) -> torch.Tensor:

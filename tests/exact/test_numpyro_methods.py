@@ -164,7 +164,7 @@ class _Given(GivenNoise):
 @pytest.mark.parametrize(
     ("method", "match"),
     [
-        (inference.GuidedLineages(), "not 'guided-lineages'|and not"),
+        (inference.GuidedLineages(), "and not guided-lineages"),
         (FKSteering(kind="max", closing="published"), "which is not exact"),
         (SoftValueGuidance(weighted=False), "nothing pays for"),
         (SoftValueGuidance(alpha=0.5), "alpha < 1"),
