@@ -26,7 +26,7 @@ from ppl_diffusion.numpyro.handlers import constant as constant
 from ppl_diffusion.numpyro.handlers import steer as steer
 from ppl_diffusion.numpyro.handlers import twist as twist
 from ppl_diffusion.numpyro.handlers import unroll as unroll
-from ppl_diffusion.numpyro.host import HostPotential as HostPotential
+from ppl_diffusion.numpyro.host import OnHost as OnHost
 from ppl_diffusion.numpyro.kernel import InterpolatingKernel as InterpolatingKernel
 from ppl_diffusion.numpyro.marginal import ChainMarginal as ChainMarginal
 from ppl_diffusion.numpyro.particle_gibbs import ParticleGibbs as ParticleGibbs

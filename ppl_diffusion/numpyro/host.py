@@ -1,9 +1,9 @@
-"""Potentials that live outside of JAX: networks in torch, scoring programs, anything in Python.
+"""What lives outside of JAX: networks in torch, scoring programs, anything in Python.
 
-A compiled run goes from step to step without asking anybody. A potential of the torch side is the
-exception, and says so: at every look-ahead and at the end all sequences leave the scan in one
-batch, are scored on the host, and their scores come back (``jax.pure_callback``). Nothing
-differentiates it, and it runs on one device.
+A compiled run goes from step to step without asking anybody. What is asked on the host is the
+exception, and is declared: at every look-ahead and at the end all sequences leave the scan in one
+batch, are scored, and their scores come back (``jax.pure_callback``). Nothing is differentiated
+through it, and it runs on one device.
 """
 
 from __future__ import annotations
@@ -16,56 +16,61 @@ import numpy as np
 import torch
 
 from ppl_diffusion.arrays import Array
-from ppl_diffusion.potentials import AbstractPotential
+
+Scored = Callable[[torch.Tensor], torch.Tensor]
 
 
-class HostPotential:
-    """A potential of the torch side as a function of JAX arrays.
+class OnHost:
+    """A function of sequences on the torch side, as a function of JAX arrays.
 
-    :param potential: the potential.
+    :param score: int64 ``(n, L)`` -> ``(n,)``: an oracle, or a potential, whose ``lookahead`` then
+        scores guesses.
 
     :ivar failure: what it raised, as JAX hands on no more than its text.
 
     Example::
 
-        reward = HostPotential(Reward(oracle, temperature=0.4))
-        SMC(chain, reward).run(jax.random.key(0))  # SMC(chain, Reward(...)) does the same
+        expression = OnHost(oracle)
+        numpyro.sample("y", dist.Normal(gain * expression(x), 0.5), obs=y)
     """
 
-    def __init__(self, potential: AbstractPotential) -> None:
-        self.potential = potential
+    def __init__(self, score: Scored) -> None:
+        self.score = score
+        self.guessed: Scored = getattr(score, "lookahead", score)
         self.failure: Exception | None = None
 
     @property
     def __name__(self) -> str:
         """What results call it."""
-        return self.potential.name
+        found: str = getattr(self.score, "name", type(self.score).__name__)
+        return found
 
     def __call__(self, x0: Array) -> Array:
-        """Return ``log G`` of finished sequences, ``(*batch,)``.
+        """Return the scores of sequences, ``(*batch,)``.
 
         :param x0: clean tokens, ``(*batch, L)``.
         """
-        return self._asked(self.potential, x0)
+        return self._asked(self.score, x0)
 
     def lookahead(self, x0: Array) -> Array:
         """Return the finite surrogate for guesses, ``(*batch,)``."""
-        return self._asked(self.potential.lookahead, x0)
+        return self._asked(self.guessed, x0)
 
-    def _asked(self, score: Callable[[torch.Tensor], torch.Tensor], x0: Array) -> Array:
-        answer = jax.ShapeDtypeStruct(jnp.shape(x0)[:-1], jnp.zeros(()).dtype)
+    def _asked(self, score: Scored, x0: Array) -> Array:
+        answer = jnp.zeros(()).dtype
 
         def ask(x0: Array) -> np.ndarray:
             # NumPy first: an operation of JAX in here would wait for the one that asks.
             rows = np.asarray(x0)
+            tokens = torch.from_numpy(rows.reshape(-1, rows.shape[-1]).astype(np.int64))
             try:
                 with torch.no_grad():
-                    tokens = torch.from_numpy(rows.reshape(-1, rows.shape[-1]).astype(np.int64))
                     values = score(tokens).cpu().numpy()
             except Exception as error:
                 self.failure = error
                 raise
-            return values.reshape(rows.shape[:-1]).astype(answer.dtype)
+            return values.reshape(rows.shape[:-1]).astype(answer)
 
-        scored: Array = jax.pure_callback(ask, answer, x0, vmap_method="expand_dims")
+        shape = jax.ShapeDtypeStruct(jnp.shape(x0)[:-1], answer)
+        scored: Array = jax.pure_callback(ask, shape, x0, vmap_method="expand_dims")
         return scored

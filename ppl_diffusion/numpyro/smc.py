@@ -22,7 +22,7 @@ from ppl_diffusion.inference.latent_run import TUNED_ON_THEMSELVES, few
 from ppl_diffusion.inference.smc import as_method
 from ppl_diffusion.numpyro.engine import Trace, check, run_particles
 from ppl_diffusion.numpyro.feynman_kac import ChainParticles
-from ppl_diffusion.numpyro.host import HostPotential
+from ppl_diffusion.numpyro.host import OnHost
 from ppl_diffusion.numpyro.latent_moves import Mover, Tuned
 from ppl_diffusion.numpyro.methods import (
     moves_latents,
@@ -57,7 +57,7 @@ class SMC:
     :param program: a NumPyro model with at least one :class:`ReverseChain` site, or a chain.
     :param potential: of a chain: ``x0 (*batch, L) -> log G (*batch,)``, written in JAX; or a
         potential of the torch side, which is then asked on the host
-        (:class:`~ppl_diffusion.numpyro.HostPotential`), as ``settings["host"]`` says.
+        (:class:`~ppl_diffusion.numpyro.OnHost`), as ``settings["host"]`` says.
     :param method: how particles move and look ahead: a method of
         :mod:`ppl_diffusion.inference` or its name; None is
         :class:`~ppl_diffusion.inference.Bootstrap`.
@@ -111,7 +111,7 @@ class SMC:
         if not (moves is None or moves == "auto"):
             require_latent_moves(moves)
         if isinstance(potential, AbstractPotential):
-            potential = HostPotential(potential)
+            potential = OnHost(potential)
         self.program, self.potential = program, potential
         self.size, self.store_path = (num_runs, num_particles), store_path
         scheme = as_resampler(resampler)
@@ -202,7 +202,7 @@ class SMC:
                 "method": self.method.name,
                 "twist": None if particles.twist is None else particles.twist.name,
                 **options_of(self.method),
-                **({"host": True} if isinstance(self.potential, HostPotential) else {}),
+                **({"host": True} if isinstance(self.potential, OnHost) else {}),
                 "resampler": self.resampler.name,
                 "ess_threshold": self.ess_threshold,
                 **self._latent_settings(particles, trace),
