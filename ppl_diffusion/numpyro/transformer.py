@@ -106,6 +106,15 @@ class Transformer(eqx.Module):
         """Return ``head(hidden(tokens, t, label))``, ``(*batch, L, V)``."""
         return self.head(self.hidden(tokens, t, label))
 
+    def at(self, tokens: Array, t: Array, positions: Array, label: Array | None = None) -> Array:
+        """Return the log-probabilities at some positions: of a large vocabulary only what is asked.
+
+        :param positions: ``(*batch, m)``; their number ``m`` is part of the compiled shape.
+        :returns: ``(*batch, m, V)``.
+        """
+        hidden = self.hidden(tokens, t, label)
+        return self.head(jnp.take_along_axis(hidden, positions[..., None], axis=-2))
+
     def _linear(self, name: str, x: Array) -> Array:
         y = x @ self.weights[f"{name}.weight"].T
         bias = self.weights.get(f"{name}.bias")

@@ -37,6 +37,16 @@ def test_shipped_networks_agree(name):
     )
 
 
+def test_some_positions_are_those_of_all():
+    ours = ppn.Transformer.from_pretrained(WEIGHTS / "yelp")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (2, 16)))
+    positions = jnp.asarray([[3, 0, 15], [7, 7, 1]])
+    found = ours.at(tokens, 0.5, positions)
+    expected = jnp.take_along_axis(ours(tokens, 0.5), positions[..., None], 1)
+    assert found.shape == (2, 3, ours.vocab_size)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_labels_reach_it():
     theirs = Transformer.from_pretrained(WEIGHTS / "digits")
     ours = ppn.Transformer.from_pretrained(WEIGHTS / "digits")
