@@ -9,7 +9,8 @@ the draws; those of an optimiser differ by luck.
 
 Cases go image by image through all tasks, and with ``--kept FILE`` each is written down when it is
 done: a run that is stopped (Ctrl-C) shows what it has, and the same command goes on from there, as
-does one that asks for more methods.
+does one that asks for more methods. ``benchmarks/restore.jsonl`` holds the cases that were done so
+far; ``--kept benchmarks/restore.jsonl --only-kept`` shows them.
 
 Methods that end in ``+error`` count what the codec cannot express as a part of the model
 (:mod:`ppl_diffusion.imaging.codec_error`); for all others decoded tokens are images.
@@ -139,13 +140,19 @@ def restore_case(plan: Plan, data: str | None, case: Case) -> dict[str, Scores]:
 
 
 def measure_all(
-    plan: Plan, data: str | None = None, workers: int = 1, kept: Path | None = None
+    plan: Plan,
+    data: str | None = None,
+    workers: int = 1,
+    kept: Path | None = None,
+    *,
+    go_on: bool = True,
 ) -> Found:
     """Return all figures by task and noise, then method, one for each image.
 
     :param data: the data folder, of sets that come with no package.
     :param workers: processes side by side.
     :param kept: a file of finished cases, which is read first and added to.
+    :param go_on: restore what is missing there.
     :raises ValueError: if it was written for another plan.
     """
     done = {} if kept is None else _read(kept, plan)
@@ -155,7 +162,7 @@ def measure_all(
         case: tuple(name for name in plan.methods if name not in done.get(case, {}))
         for case in cases
     }
-    left = [(case, names) for case, names in missing.items() if names]
+    left = [(case, names) for case, names in missing.items() if names and go_on]
     try:
         for (case, _), scores in zip(left, _mapped(plan, data, left, workers), strict=True):
             done[case] = {**done.get(case, {}), **scores}
@@ -334,6 +341,9 @@ def main(
         Path | None,
         typer.Option(callback=in_a_folder, help="File of finished cases, to go on."),
     ] = None,
+    only_kept: Annotated[
+        bool, typer.Option("--only-kept", help="Show what is kept, and restore nothing.")
+    ] = False,
 ) -> None:
     """Restore measured images by every method."""
     plan = replace(QUICK if quick else FULL, dataset=dataset)
@@ -343,7 +353,8 @@ def main(
     )
     screen = console(150)
     try:
-        found = measure_all(plan, None if data is None else str(data), workers, kept)
+        folder = None if data is None else str(data)
+        found = measure_all(plan, folder, workers, kept, go_on=not only_kept)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not found:

@@ -82,6 +82,7 @@ def test_a_stopped_run_goes_on(restore, made, monkeypatch, tmp_path):
     assert len(asked) == 8
     with pytest.raises(ValueError, match="another plan; give another file"):
         restore.measure_all(replace(plan, num_steps=5), kept=kept)
+    assert restore.measure_all(plan, kept=kept, go_on=False) == whole
     # A method more is asked for by itself.
     more = restore.measure_all(replace(plan, methods=("prior", "aps")), kept=kept)
     assert [[s.psnr for s in by["aps"]] for by in more.values()] == [[1, 5, 7], [2, 6, 8]]
