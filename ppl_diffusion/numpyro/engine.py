@@ -15,19 +15,22 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.noise import RESAMPLE, Noise
+from ppl_diffusion.numpyro.sharding import Shards, Size
 from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import log_mean_exp
 from ppl_diffusion.smc.weights import Weights, log_base
 
 Carry = Any
-Size = tuple[int, int]
 
 
 class Particles(Protocol):
     """How particles move and what they are worth; a pytree. Arrays of a carry are ``(R, N, ...)``.
+
+    Where particles lie on several devices, each method sees those of one.
 
     The weight increments are those of :mod:`ppl_diffusion.smc.feynman_kac`.
     """
@@ -35,6 +38,11 @@ class Particles(Protocol):
     @property
     def num_steps(self) -> int:
         """Number ``T`` of steps."""
+        ...
+
+    @property
+    def shards(self) -> Shards:
+        """How particles lie on devices."""
         ...
 
     def init(self, noise: Noise, size: Size) -> Carry:
@@ -77,6 +85,13 @@ class Trace(NamedTuple):
     ancestors: Array
     history: Array
 
+    @classmethod
+    def layout(cls, axis: str | None) -> Trace:
+        """Return what is cut along an axis of a mesh, and where; all else is everywhere."""
+        everywhere = dict.fromkeys(cls._fields, PartitionSpec())
+        parts = {"carry": PartitionSpec(None, axis), "history": PartitionSpec(None, None, axis)}
+        return cls(**{**everywhere, **parts})
+
 
 class _State(NamedTuple):
     """A population between two steps."""
@@ -103,17 +118,18 @@ def run_particles(
     :param ess_threshold: fraction of ``N`` below which a run is resampled; 0 never does.
     :param store_path: keep what is recorded at every step, or at none.
     """
-    last = particles.num_steps - 1
+    last, shards = particles.num_steps - 1, particles.shards
+    part, whole = shards.part(size), shards.whole
     identity = jnp.broadcast_to(jnp.arange(size[1]), size)
     zero = jnp.zeros(size)
-    carry, twist = particles.look(particles.init(noise, size), 0, zero)
-    twist = zero + twist
+    carry, twist = particles.look(particles.init(noise, part), 0, jnp.zeros(part))
+    twist = zero + whole(twist)
     start = _State(carry, twist, twist, (jnp.zeros(size[0]), jnp.zeros(size[0])), identity)
-    keep = particles.record if store_path else lambda carry: jnp.zeros(())
+    keep = particles.record if store_path else lambda carry: jnp.zeros((0, 0))
 
     def weigh(state: _State, k: Array, moved: Any, ahead: Any) -> tuple[_State, Array, dict]:
-        carry, ratio, before = moved
-        weights = Weights(state.log).add(ratio + ahead - state.twist)
+        (carry, ratio, before), ahead = moved, whole(ahead)
+        weights = Weights(state.log).add(whole(ratio) + ahead - state.twist)
         ess, log_z = weights.ess, _total(state.log_z)
         due = weights.alive & (ess < ess_threshold * size[1])
         out = {
@@ -128,14 +144,14 @@ def run_particles(
 
     def step(state: _State, k: Array) -> tuple[_State, dict[str, Array]]:
         before = log_base(Weights(state.log), _total(state.log_z), state.twist)
-        carry, ratio = particles.move(state.carry, k, noise, size)
-        carry, ahead = particles.look(carry, k + 1, before + ratio)
+        carry, ratio = particles.move(state.carry, k, noise, part)
+        carry, ahead = particles.look(carry, k + 1, shards.own(before) + ratio)
         new, due, out = weigh(state, k, (carry, ratio, before), ahead)
-        return _resampled(new, due, k, noise, resampler), {**out, "due": due}
+        return _resampled(new, due, k, noise, resampler, shards), {**out, "due": due}
 
     state, steps = lax.scan(step, start, jnp.arange(last))
     before = log_base(Weights(state.log), _total(state.log_z), state.twist)
-    carry, ratio = particles.move(state.carry, last, noise, size)
+    carry, ratio = particles.move(state.carry, last, noise, part)
     state, due, out = weigh(state, last, (carry, ratio, before), particles.close(carry))
     final = {**out, "due": jnp.zeros_like(due)}
     columns = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), steps, final)
@@ -153,7 +169,9 @@ def run_particles(
     )
 
 
-def _resampled(state: _State, due: Array, k: Array, noise: Noise, scheme: Resampler) -> _State:
+def _resampled(
+    state: _State, due: Array, k: Array, noise: Noise, scheme: Resampler, shards: Shards
+) -> _State:
     """Resample the runs that are due; where none is, nothing is moved."""
     runs, particles = state.log.shape
 
@@ -162,7 +180,8 @@ def _resampled(state: _State, due: Array, k: Array, noise: Noise, scheme: Resamp
         u = noise.runs(RESAMPLE, k, (scheme.num_uniforms(particles),), runs)
         chosen = scheme(u, weights.log).astype(state.parents.dtype)
         parents = jnp.where(due[:, None], chosen, state.parents)
-        carry, twist = gather((state.carry, state.twist), parents)
+        carry = gather(shards.whole(state.carry), shards.own(parents))
+        twist = gather(state.twist, parents)
         gained = jnp.where(due, weights.log_mean, 0.0)
         log = jnp.where(due[:, None], 0.0, weights.log)
         return _State(carry, log, twist, _added(state.log_z, gained), parents)

@@ -22,6 +22,7 @@ from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.engine import Size
 from ppl_diffusion.numpyro.noise import FILL, MOVE, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.sharding import Shards
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.smc.twists import Defensive, floored, log_mean_exp, mean_lookahead
@@ -56,11 +57,13 @@ class ChainParticles(eqx.Module):
     :param chains: the chains by site; the noise of each is a block of its own.
     :param target: what weighs them.
     :param twist: how to look ahead; None does not.
+    :param shards: how particles lie on devices.
     """
 
     chains: dict[str, ReverseChain]
     target: Target
     twist: Defensive | None = eqx.field(static=True)
+    shards: Shards = eqx.field(static=True, kw_only=True, default=Shards())
 
     @property
     def num_steps(self) -> int:
@@ -85,7 +88,7 @@ class ChainParticles(eqx.Module):
 
     def _guess(self, tokens: Values) -> dict[str, Array]:
         """Return the likeliest sequences, ``(*plates, L)``, as seen from one noisiest state."""
-        first = {name: x[0, 0] for name, x in tokens.items()}
+        first = {name: x[0, 0] for name, x in self.shards.whole(tokens).items()}
         log_c = self._predict(first, 0)
         ends = {name: self._ends(name, first, log_c, 0) for name in first}
         return {name: self.chains[name].kernel.complete(x) for name, x in ends.items()}
@@ -119,7 +122,7 @@ class ChainParticles(eqx.Module):
 
     def look(self, carry: dict[str, Any], k: Array, base: Array) -> tuple[dict[str, Any], Array]:
         """Predict the clean tokens, for the next move, too, and weigh completions of them."""
-        carry = {**carry, "log_c": self._predict(carry["tokens"], k)}
+        carry = {**carry, "log_c": self.shards.each(lambda x: self._predict(x, k), carry["tokens"])}
         if self.twist is None:
             return carry, jnp.zeros_like(base)
         fills = {name: self._filled(name, carry, k) for name in self.chains}
@@ -128,7 +131,8 @@ class ChainParticles(eqx.Module):
         log_f = log_mean_exp(jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth), 2)
         if not self.twist.floor:
             return carry, log_f
-        return carry, floored(log_f, mean_lookahead(log_f, base), self.twist.floor)
+        mean = mean_lookahead(*self.shards.whole((log_f, base)))
+        return carry, floored(log_f, mean, self.twist.floor)
 
     def _ends(self, name: str, tokens: Values, log_c: Values, k: Array) -> Array:
         return self.chains[name].kernel.log_completions(tokens[name], k, log_c[name])
@@ -152,11 +156,13 @@ class ChainParticles(eqx.Module):
             return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], fills, *x.shape[2:]))
 
         latents = jax.tree.map(repeated, carry["latents"])
-        return self.target.log_joint(latents, x0) - carry["log_r"][:, :, None]
+        log_joint = self.shards.each(self.target.log_joint, latents, x0)
+        return log_joint - carry["log_r"][:, :, None]
 
     def close(self, carry: dict[str, Any]) -> Array:
         """Return ``log p(latents, y | x0) - log r`` of finished sequences."""
-        return self.target.log_joint(carry["latents"], carry["tokens"]) - carry["log_r"]
+        log_joint = self.shards.each(self.target.log_joint, carry["latents"], carry["tokens"])
+        return log_joint - carry["log_r"]
 
     def record(self, carry: dict[str, Any]) -> Array:
         """Return the tokens of all chains side by side, ``(R, N, W)``."""

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import torch
+from jax.sharding import Mesh
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.engine import Trace, check, run_particles
@@ -19,6 +20,7 @@ from ppl_diffusion.numpyro.feynman_kac import ChainParticles, Look, look_ahead
 from ppl_diffusion.numpyro.noise import KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget, read
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.sharding import on_each_device, on_mesh, shards_of
 from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.law import Base, Law, Tilt, digest
 from ppl_diffusion.smc.posterior import ParticlePosterior
@@ -44,6 +46,9 @@ class SMC:
         importance sampling until the end.
     :param resampler: a name, or a :class:`~ppl_diffusion.smc.Resampler`.
     :param ess_threshold: resample a run when its ESS falls below this fraction of ``N``.
+    :param store_path: keep the states of all steps.
+    :param mesh: devices that share the particles, ``N`` cut along its one axis, as in
+        ``jax.make_mesh((8,), ("particles",))``; None is one device. The numbers are the same.
     :raises ValueError: if the settings are impossible.
 
     Example::
@@ -63,6 +68,7 @@ class SMC:
         resampler: str | Resampler = "systematic",
         ess_threshold: float = 0.5,
         store_path: bool = True,
+        mesh: Mesh | None = None,
     ) -> None:
         if isinstance(program, ReverseChain) == (potential is None):
             raise ValueError(
@@ -79,6 +85,7 @@ class SMC:
         self.size = (num_runs, num_particles)
         self.resampler, self.ess_threshold = as_resampler(resampler), ess_threshold
         self.store_path = store_path
+        self.mesh, self.shards = mesh, shards_of(mesh, num_particles, "SMC")
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> ParticlePosterior:
         """Run all particles, in one compiled scan.
@@ -92,12 +99,12 @@ class SMC:
         started = time.perf_counter()
         particles = self._particles(args, kwargs)
         trace = _compiled(
-            particles,
-            KeyNoise(key),
+            *on_each_device(self.mesh, (particles, KeyNoise(key, self.shards))),
             self.size,
             self.resampler,
             self.ess_threshold,
             self.store_path,
+            self.mesh,
         )
         check(trace)
         return self._posterior(particles, trace, time.perf_counter() - started)
@@ -107,10 +114,10 @@ class SMC:
             assert self.potential is not None
             plates = len(self.program.batch_shape)
             target = PotentialTarget(self.potential, "x", plates)
-            return ChainParticles({"x": self.program}, target, self.twist)
+            return ChainParticles({"x": self.program}, target, self.twist, shards=self.shards)
         # What is read does not depend on the key, so that one program is compiled once.
         chains, weighed = read(self.program, args, kwargs, jax.random.key(0))
-        return ChainParticles(chains, weighed, self.twist)
+        return ChainParticles(chains, weighed, self.twist, shards=self.shards)
 
     def _posterior(
         self, particles: ChainParticles, trace: Trace, seconds: float
@@ -185,13 +192,20 @@ def _compiled(
     resampler: Resampler,
     ess_threshold: float,
     store_path: bool,
+    mesh: Mesh | None,
 ) -> Trace:
-    return run_particles(particles, noise, size, resampler, ess_threshold, store_path=store_path)
+    def run(particles: ChainParticles, noise: KeyNoise) -> Trace:
+        settings = size, resampler, ess_threshold
+        return run_particles(particles, noise, *settings, store_path=store_path)
+
+    return on_mesh(mesh, run, Trace.layout(particles.shards.axis))(particles, noise)
 
 
 def _samples(particles: ChainParticles, trace: Trace) -> dict[str, torch.Tensor]:
     target: Any = particles.target
-    values = eqx.filter_jit(target.samples)(trace.carry["latents"], trace.carry["tokens"])
+    # Once, on one device, whoever moved them.
+    latents, tokens = jax.device_get((trace.carry["latents"], trace.carry["tokens"]))
+    values = eqx.filter_jit(target.samples)(latents, tokens)
     return {name: _tensor(value) for name, value in values.items()}
 
 
