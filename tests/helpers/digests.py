@@ -5,10 +5,10 @@ import hashlib
 
 from torch import Tensor
 
-import ppl_diffusion.smc as smc
+from ppl_diffusion.smc.draws import Draws
 
 
-def digests(posterior: smc.ParticlePosterior) -> dict[str, str]:
+def digests(posterior: Draws) -> dict[str, str]:
     """Return a digest of each tensor of a posterior, and of those of its sites."""
     values = {f.name: getattr(posterior, f.name) for f in dataclasses.fields(posterior)}
     values |= {f"site {name}": value for name, value in posterior.samples.items()}

@@ -12,7 +12,7 @@ import torch
 from digests import digests
 
 from ppl_diffusion import distributed
-from ppl_diffusion.inference import SMC
+from ppl_diffusion.inference import SMC, ParticleGibbs
 from ppl_diffusion.testing import toy_markov_chain
 
 
@@ -33,6 +33,11 @@ def assay():
     pyro.sample("y", dist.Normal(gain + counts, 0.5), obs=torch.tensor(2.0))
 
 
+def held():
+    counts = (CHAIN.x0(pyro.sample("path", CHAIN)) == 1).sum(-1)
+    pyro.sample("y", dist.Normal(counts.double(), 0.5), obs=torch.tensor(2.0))
+
+
 CHAIN = toy_markov_chain("uniform")
 
 
@@ -51,20 +56,28 @@ class Counted:
 
 
 def run(model, potential=None, *, seed=0, **options):
-    """Return everything about a result but how long it took."""
     options = {"num_particles": 12, "num_runs": 2, "ess_threshold": 2.0, **options}
-    smc = SMC(model, potential, **options)
-    posterior = smc.run(seed=seed)
+    return told(SMC(model, potential, **options).run(seed=seed))
+
+
+def gibbs(group=None):
+    """Run particle Gibbs, which shares what is asked inside of a context."""
+    with distributed.share_rows(group):
+        return told(ParticleGibbs(held, num_particles=8, num_samples=3, num_warmup=0).run(seed=0))
+
+
+def told(posterior):
+    """Return everything about a result but how long it took."""
     costs = posterior.num_evaluations, posterior.num_potential_calls
     return {"digests": digests(posterior), "costs": costs, "settings": posterior.settings}
 
 
 def runs(**options):
-    """Return the results of a chain with a potential, and of a program, and the rows of a chain."""
+    """Return the results of a chain, of a program and of particle Gibbs, and the chain's rows."""
     counted = Counted(CHAIN.kernel.denoiser)
     chain = type(CHAIN)(CHAIN.kernel.with_denoiser(counted), CHAIN.length)
     found = {"chain": run(chain, log_g, **options), "program": run(assay, **options)}
-    return {**found, "rows": counted.rows}
+    return {**found, "gibbs": gibbs(options.get("process_group")), "rows": counted.rows}
 
 
 def first_rows(count, group):

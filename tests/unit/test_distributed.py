@@ -1,6 +1,10 @@
 """Two processes that share rows give the bytes of one, and none of them waits for ever."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import gloo_run
 import pytest
@@ -20,10 +24,10 @@ def found(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("target", ["chain", "program"])
+@pytest.mark.parametrize("target", ["chain", "program", "gibbs"])
 def test_two_processes_give_the_bytes_of_one(target, alone, found):
     """Every tensor of the result to the bit, its costs and its settings."""
-    assert "log_evidence_steps" in alone[target]["digests"]
+    assert {"x0", "log_evidence"} <= alone[target]["digests"].keys()
     for rank in found:
         assert rank[target] == alone[target]
 
@@ -62,3 +66,20 @@ def test_processes_that_do_different_things_are_noticed(found):
 
 def test_one_that_has_ended_ends_the_other(found):
     assert "has ended or does not answer" in found[0]["left alone"]
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs(tmp_path):
+    """As it stands, started as the page says; both processes print the same evidence."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "several_devices.md"
+    block = re.search(
+        r"^```\{code-block\} python\n:caption:.*?\n\n(.*?)^```",
+        page.read_text("utf-8"),
+        re.M | re.S,
+    )
+    script = tmp_path / "design.py"
+    script.write_text(block.group(1), encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*start, script], capture_output=True, text=True, check=True)
+    first, second = done.stdout.split()
+    assert first == second
