@@ -76,7 +76,7 @@ class _Told(NamedTuple):
     """What the others need to know before answers are exchanged."""
 
     failure: str | None
-    count: int
+    rows: int
     cost: int
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -105,8 +105,8 @@ def shared_rows(
     try:
         with share_rows(None):  # what is asked inside is asked about these rows only
             own = ask(part) if part.stop > part.start else None
-    except Exception as failure:  # the others wait, and must not wait for ever
-        error = failure
+    except Exception as found:  # the others wait, and must not wait for ever
+        error = found
     failure = None if error is None else f"{type(error).__name__}: {error}"
     shape, dtype = ((), None) if own is None else (tuple(own.shape[1:]), own.dtype)
     told = _gathered(_Told(failure, count, cost() - before, shape, dtype), group)
@@ -131,7 +131,7 @@ def _check(told: list[_Told]) -> None:
             raise RuntimeError(
                 f"process {rank} of the group failed on its part of the rows: {one.failure}"
             )
-    if len({one.count for one in told}) > 1:
+    if len({one.rows for one in told}) > 1:
         raise RuntimeError(
             "the processes of the group ask about different rows; give all of them the same "
             "program, arguments, options and seed."
