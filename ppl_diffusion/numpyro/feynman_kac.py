@@ -126,13 +126,13 @@ class ChainParticles(eqx.Module):
         if self.twist is None:
             return carry, jnp.zeros_like(base)
         fills = {name: self._filled(name, carry, k) for name in self.chains}
-        # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
-        worth = self._worth(carry, fills)
-        log_f = log_mean_exp(jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth), 2)
+        log_f = self._worth(carry, fills)
         if not self.twist.floor:
             return carry, log_f
-        mean = mean_lookahead(*self.shards.whole((log_f, base)))
-        return carry, floored(log_f, mean, self.twist.floor)
+        # Of all particles on each device: arrays of another size may round differently.
+        log_f, base = self.shards.whole((log_f, base))
+        ahead = floored(log_f, mean_lookahead(log_f, base), self.twist.floor)
+        return carry, self.shards.own(ahead)
 
     def _ends(self, name: str, tokens: Values, log_c: Values, k: Array) -> Array:
         return self.chains[name].kernel.log_completions(tokens[name], k, log_c[name])
@@ -149,15 +149,19 @@ class ChainParticles(eqx.Module):
         return jnp.where(known >= 0, known, filled)
 
     def _worth(self, carry: dict[str, Any], x0: Values) -> Array:
-        """Return ``log p(latents, y | x0) - log r`` of completions, ``(R, N, num_fills)``."""
+        """Return the log-mean of ``p(latents, y | x0) / r`` over completions, ``(R, N)``."""
         fills = next(iter(x0.values())).shape[2]
 
         def repeated(x: Array) -> Array:
             return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], fills, *x.shape[2:]))
 
-        latents = jax.tree.map(repeated, carry["latents"])
-        log_joint = self.shards.each(self.target.log_joint, latents, x0)
-        return log_joint - carry["log_r"][:, :, None]
+        def promised(latents: Values, x0: Values, log_r: Array) -> Array:
+            worth = self.target.log_joint(latents, x0) - log_r
+            # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
+            return log_mean_exp(jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth), -1)
+
+        given = jax.tree.map(repeated, (carry["latents"], carry["log_r"]))
+        return self.shards.each(promised, given[0], x0, given[1])
 
     def close(self, carry: dict[str, Any]) -> Array:
         """Return ``log p(latents, y | x0) - log r`` of finished sequences."""

@@ -29,7 +29,7 @@ def tiny_chain():
     return ppn.ReverseChain(ppn.InterpolatingKernel(process, denoiser, num_steps=3), 3)
 
 
-def run(chain, mesh):
+def run(chain, mesh, num_persistent=0):
     """Return the digests of a run of a program with a latent whose law is that of a guess."""
 
     def assay():
@@ -41,7 +41,7 @@ def run(chain, mesh):
         assay,
         num_particles=16,
         num_runs=2,
-        twist=Defensive(num_persistent=1),
+        twist=Defensive(num_persistent),
         ess_threshold=2.0,  # resampled at every step
         mesh=mesh,
     )
@@ -58,10 +58,12 @@ class SlotNoise(KeyNoise):
 def main(prior):
     chain = tiny_chain() if prior == "tiny" else ppn.from_torch(ppd.models.load(prior).chain(6))
     mesh = jax.make_mesh((jax.device_count(),), ("particles",))
-    found = {"run": run(chain, mesh)}
     if prior == "tiny":
+        found = {"run": run(chain, mesh)}
         smc.KeyNoise = SlotNoise
         found["mutant"] = run(chain, mesh)
+    else:
+        found = {"run": run(chain, mesh, num_persistent=4)}
     print(json.dumps(found))
 
 
