@@ -17,11 +17,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ppl_diffusion.denoisers.batching import row_limit
+from ppl_diffusion.distributed import share_rows, shared_seed
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference.arguments import require_counts, require_latent_moves, require_target
 from ppl_diffusion.inference.bootstrap import Bootstrap
@@ -43,6 +44,9 @@ from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
 from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Target = ReverseChain | Composition | Callable[..., Any]
 
@@ -78,6 +82,9 @@ class SMC:
         all. Where the method is given by name and has ``moves`` of paths, these may be given here.
     :param num_sentinels: draws beside the run that are never resampled (64 do): they see what the
         look-ahead costs where the run cannot, for the verdict ``lookahead``.
+    :param process_group: processes of ``torch.distributed`` that run this at once and share what
+        networks and potentials are asked about (:mod:`ppl_diffusion.distributed`); None is this one
+        alone.
     :param progress: called with ``(steps done, steps in all)``.
     :param options: options of the method, where it is given by name.
     :raises TypeError: if the target is none, or an option is not the method's.
@@ -105,6 +112,7 @@ class SMC:
         vectorize_particles: bool = True,
         moves: LatentMoves | Literal["auto"] | None = "auto",
         num_sentinels: int = 0,
+        process_group: ProcessGroup | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -127,6 +135,7 @@ class SMC:
         self.store_path, self.max_rows, self.progress = store_path, row_limit(max_rows), progress
         self.vectorize_particles = vectorize_particles
         self.num_sentinels = require_sentinels(self.method, num_sentinels)
+        self.process_group = process_group
 
     @property
     def owner(self) -> str:
@@ -145,9 +154,11 @@ class SMC:
         :raises ValueError: if the program has no chain site, or does not broadcast.
         :raises CapabilityError: if it is random from run to run, or lacks what the method needs.
         :raises PotentialError: if a potential or a site's density is NaN or ``+inf``.
+        :raises RuntimeError: if another process of the group failed, or does not answer.
         """
         started = time.perf_counter()
-        with torch.no_grad(), seeded(seed), watch_failures() as failures:
+        seed, group = shared_seed(seed, self.process_group), self.process_group
+        with torch.no_grad(), seeded(seed), share_rows(group), watch_failures() as failures:
             run = self.bind(args, kwargs)
             moves = self._latent_moves(run)
             trace = self._trace(run, moves.mover, self.progress)

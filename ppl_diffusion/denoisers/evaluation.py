@@ -20,6 +20,7 @@ from ppl_diffusion.denoisers.checks import require_rows
 from ppl_diffusion.denoisers.latent import LatentDenoiser
 from ppl_diffusion.denoisers.prediction import prefers_head
 from ppl_diffusion.denoisers.times import MOST_PROBES, require_time_per_row
+from ppl_diffusion.distributed import shared_rows
 from ppl_diffusion.rows import DistinctRows, RowTable
 
 LITTLE = 7 / 8
@@ -50,7 +51,7 @@ class Rows(NamedTuple):
         parts = [_bits(x).reshape(len(self.tokens), -1) for x in (*self.given.values(), *own)]
         return torch.cat([self.tokens, *parts], -1) if parts else self.tokens
 
-    def take(self, index: Tensor) -> Rows:
+    def take(self, index: Tensor | slice) -> Rows:
         t = self.t[index] if isinstance(self.t, Tensor) else self.t
         return Rows(self.tokens[index], {n: x[index] for n, x in self.given.items()}, t)
 
@@ -224,16 +225,24 @@ class EvaluatedDenoiser(Wrapper):
         return values
 
     def _evaluate(self, rows: Rows) -> Tensor:
-        count = len(rows.tokens)
+        count = self._sent = len(rows.tokens)
+
+        def ask(part: slice) -> Tensor:
+            whole = part.stop - part.start == count
+            return self._asked(rows if whole else rows.take(part))
+
+        device = rows.tokens.device
+        values, inside = shared_rows(count, ask, device, lambda: self._counted_inside)
+        self.rows_evaluated += inside if self._is_counter else count * self._network_rows
+        return values
+
+    def _asked(self, rows: Rows) -> Tensor:
         size = self.max_rows or rows_per_call(self.denoiser, rows.tokens.shape[-1])
         chunks = rows.split(size)
         self.num_calls += len(chunks)
-        before, self._sent = self._counted_inside, count
         outputs = [
             self._ask(c.tokens, self._time if c.t is None else c.t, **c.given) for c in chunks
         ]
-        inside = self._counted_inside - before
-        self.rows_evaluated += inside if self._is_counter else count * self._network_rows
         for output, chunk in zip(outputs, chunks, strict=True):
             require_rows(output, chunk.tokens, self.vocab_size, self._beside)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

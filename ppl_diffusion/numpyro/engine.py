@@ -16,19 +16,22 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.numpyro.noise import RESAMPLE, Noise
+from ppl_diffusion.numpyro.sharding import Shards, Size
 from ppl_diffusion.smc.resampling import Resampler
 from ppl_diffusion.smc.twists import log_mean_exp
 from ppl_diffusion.smc.weights import Weights, log_base
 
 Carry = Any
-Size = tuple[int, int]
 
 
 class Particles(Protocol):
     """How particles move and what they are worth; a pytree. Arrays of a carry are ``(R, N, ...)``.
+
+    Where particles lie on several devices, each method sees those of one.
 
     The weight increments are those of :mod:`ppl_diffusion.smc.feynman_kac`.
     """
@@ -36,6 +39,11 @@ class Particles(Protocol):
     @property
     def num_steps(self) -> int:
         """Number ``T`` of steps."""
+        ...
+
+    @property
+    def shards(self) -> Shards:
+        """How particles lie on devices."""
         ...
 
     def init(self, noise: Noise, size: Size) -> Carry:
@@ -79,9 +87,9 @@ class Cloud(NamedTuple):
 
 
 Renewal = Callable[[Carry, Array, Cloud, Array], tuple[Carry, Array, Any]]
-"""``(carry, log h (R, N), cloud, k) -> (carry, log h, what is kept)`` after ``k`` steps: moves what
-resampling has only copied, by a kernel that leaves the target alone. At the end ``log h`` is
-``log G``."""
+"""``(carry, log h, cloud, k) -> (carry, log h, what is kept)`` after ``k`` steps, of the particles
+of one device: moves what resampling has only copied, by a kernel that leaves the target alone. At
+the end ``log h`` is ``log G``."""
 
 
 class Trace(NamedTuple):
@@ -101,6 +109,13 @@ class Trace(NamedTuple):
     ancestors: Array
     history: Array
     renewals: Any
+
+    @classmethod
+    def layout(cls, axis: str | None) -> Trace:
+        """Return what is cut along an axis of a mesh, and where; all else is everywhere."""
+        everywhere = dict.fromkeys(cls._fields, PartitionSpec())
+        parts = {"carry": PartitionSpec(None, axis), "history": PartitionSpec(None, None, axis)}
+        return cls(**{**everywhere, **parts})
 
 
 class _State(NamedTuple):
@@ -130,17 +145,18 @@ def run_particles(
     :param store_path: keep what is recorded at every step, or at none.
     :param renew: renews particles after every step; by default nothing is.
     """
-    last = particles.num_steps - 1
+    last, shards = particles.num_steps - 1, particles.shards
+    part, whole = shards.part(size), shards.whole
     identity = jnp.broadcast_to(jnp.arange(size[1]), size)
     zero = jnp.zeros(size)
-    carry, twist = particles.look(particles.init(noise, size), 0, zero)
-    twist = zero + twist
+    carry, twist = particles.look(particles.init(noise, part), 0, jnp.zeros(part))
+    twist = zero + whole(twist)
     start = _State(carry, twist, twist, (jnp.zeros(size[0]), jnp.zeros(size[0])), identity)
-    keep = particles.record if store_path else lambda carry: jnp.zeros(())
+    keep = particles.record if store_path else lambda carry: jnp.zeros((0, 0))
 
     def weigh(state: _State, k: Array, moved: Any, ahead: Any) -> tuple[_State, Array, dict]:
-        carry, ratio, before = moved
-        weights = Weights(state.log).add(ratio + ahead - state.twist)
+        (carry, ratio, before), ahead = moved, whole(ahead)
+        weights = Weights(state.log).add(whole(ratio) + ahead - state.twist)
         ess, log_z = weights.ess, _total(state.log_z)
         due = weights.alive & (ess < ess_threshold * size[1])
         out = {
@@ -157,20 +173,20 @@ def run_particles(
         # Where all are dead they count alike, as nobody is told from another.
         weights = jnp.nan_to_num(jnp.exp(Weights(state.log).log_normalised), nan=1 / size[1])
         cloud = Cloud(weights, due)
-        carry, twist, kept = renew(state.carry, state.twist, cloud, k)
-        return state._replace(carry=carry, twist=twist), kept
+        carry, twist, kept = renew(state.carry, shards.own(state.twist), cloud, k)
+        return state._replace(carry=carry, twist=whole(twist)), kept
 
     def step(state: _State, k: Array) -> tuple[_State, dict[str, Array]]:
         before = log_base(Weights(state.log), _total(state.log_z), state.twist)
-        carry, ratio = particles.move(state.carry, k, before, noise, size)
-        carry, ahead = particles.look(carry, k + 1, before + ratio)
+        carry, ratio = particles.move(state.carry, k, shards.own(before), noise, part)
+        carry, ahead = particles.look(carry, k + 1, shards.own(before) + ratio)
         new, due, out = weigh(state, k, (carry, ratio, before), ahead)
-        new, kept = renewed(_resampled(new, due, k, noise, resampler), due, k + 1)
+        new, kept = renewed(_resampled(new, due, k, noise, resampler, shards), due, k + 1)
         return new, {**out, "due": due, "renewals": kept}
 
     state, steps = lax.scan(step, start, jnp.arange(last))
     before = log_base(Weights(state.log), _total(state.log_z), state.twist)
-    carry, ratio = particles.move(state.carry, last, before, noise, size)
+    carry, ratio = particles.move(state.carry, last, shards.own(before), noise, part)
     state, due, out = weigh(state, last, (carry, ratio, before), particles.close(carry))
     state, kept_last = renewed(state, jnp.zeros_like(due), last + 1)
     final = {**out, "due": jnp.zeros_like(due), "renewals": kept_last}
@@ -190,7 +206,9 @@ def run_particles(
     )
 
 
-def _resampled(state: _State, due: Array, k: Array, noise: Noise, scheme: Resampler) -> _State:
+def _resampled(
+    state: _State, due: Array, k: Array, noise: Noise, scheme: Resampler, shards: Shards
+) -> _State:
     """Resample the runs that are due; where none is, nothing is moved."""
     runs, particles = state.log.shape
 
@@ -199,7 +217,8 @@ def _resampled(state: _State, due: Array, k: Array, noise: Noise, scheme: Resamp
         u = noise.runs(RESAMPLE, k, (scheme.num_uniforms(particles),), runs)
         chosen = scheme(u, weights.log).astype(state.parents.dtype)
         parents = jnp.where(due[:, None], chosen, state.parents)
-        carry, twist = gather((state.carry, state.twist), parents)
+        carry = gather(shards.whole(state.carry), shards.own(parents))
+        twist = gather(state.twist, parents)
         gained = jnp.where(due, weights.log_mean, 0.0)
         log = jnp.where(due[:, None], 0.0, weights.log)
         return _State(carry, log, twist, _added(state.log_z, gained), parents)

@@ -24,6 +24,7 @@ from ppl_diffusion.numpyro.engine import Cloud, Size
 from ppl_diffusion.numpyro.latent_moves import Mover, Spot
 from ppl_diffusion.numpyro.noise import FILL, MOVE, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.sharding import Shards
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.potentials.base import FORBIDDEN_GUESS
 from ppl_diffusion.smc.twists import (
@@ -78,12 +79,14 @@ class ChainParticles(eqx.Module):
     :param target: what weighs them.
     :param twist: how to look ahead; None does not.
     :param mover: how latents are renewed; None leaves them as they were drawn.
+    :param shards: how particles lie on devices.
     """
 
     chains: dict[str, ReverseChain]
     target: Target
     twist: FillTwist | None = eqx.field(static=True)
     mover: Mover | None = eqx.field(default=None, kw_only=True)
+    shards: Shards = eqx.field(static=True, kw_only=True, default=Shards())
 
     @property
     def num_steps(self) -> int:
@@ -113,7 +116,7 @@ class ChainParticles(eqx.Module):
 
     def _guess(self, tokens: Values) -> dict[str, Array]:
         """Return the likeliest sequences, ``(*plates, L)``, as seen from one noisiest state."""
-        first = {name: x[0, 0] for name, x in tokens.items()}
+        first = {name: x[0, 0] for name, x in self.shards.whole(tokens).items()}
         log_c = self._predict(first, 0)
         ends = {name: self._ends(name, first, log_c, 0) for name in first}
         return {name: self.chains[name].kernel.complete(x) for name, x in ends.items()}
@@ -151,27 +154,36 @@ class ChainParticles(eqx.Module):
 
     def look(self, carry: dict[str, Any], k: Array, base: Array) -> tuple[dict[str, Any], Array]:
         """Predict the clean tokens, for the next move, too, and weigh completions of them."""
-        carry = {**carry, "log_c": self._predict(carry["tokens"], k)}
+        carry = self.predicted(carry, k)
         if self.twist is None:
             return carry, jnp.zeros_like(base)
-        return self.rated(carry, self.worth(carry, k), k, base)
+        return self.rated(carry, self.worth(carry, k)[1], k, base)
+
+    def predicted(self, carry: dict[str, Any], k: Array) -> dict[str, Any]:
+        """Return particles with the prediction at their states."""
+        return {**carry, "log_c": self.shards.each(lambda x: self._predict(x, k), carry["tokens"])}
 
     def rated(
-        self, carry: dict[str, Any], worth: Array, k: Array, base: Array
+        self, carry: dict[str, Any], log_f: Array, k: Array, base: Array
     ) -> tuple[dict[str, Any], Array]:
-        """Return what states are worth by their completions, ``(R, N)``."""
-        log_f, floor = self._promise(worth, k), _floor(self.twist)
+        """Return what states are worth by their completions, ``(R, N)``.
+
+        :param log_f: the log-mean of the worth of completions, ``(R, N)``.
+        """
+        log_f, floor = self._tempered(log_f, k), _floor(self.twist)
         if not floor:
             return carry, log_f
-        mean = mean_lookahead(log_f, base)
-        if self.mover is None:
-            return carry, floored(log_f, mean, floor)
-        level = jnp.broadcast_to(self.mover.level(mean, k), base.shape)
-        return {**carry, "level": level}, floored(log_f, level, floor)
+        # Of all particles on each device: arrays of another size may round differently.
+        log_f, base = self.shards.whole((log_f, base))
+        level = mean_lookahead(log_f, base)
+        if self.mover is not None:
+            level = self.mover.level(level, k)
+            own = self.shards.own(jnp.broadcast_to(level, base.shape))
+            carry = {**carry, "level": own}
+        return carry, self.shards.own(floored(log_f, level, floor))
 
-    def _promise(self, worth: Array, k: Array) -> Array:
-        power = 1.0 if self.mover is None else self.mover.power(k, self.num_steps)
-        return power * log_mean_exp(worth, 2)
+    def _tempered(self, log_f: Array, k: Array) -> Array:
+        return log_f if self.mover is None else self.mover.power(k, self.num_steps) * log_f
 
     def _ends(self, name: str, tokens: Values, log_c: Values, k: Array) -> Array:
         return self.chains[name].kernel.log_completions(tokens[name], k, log_c[name])
@@ -191,10 +203,13 @@ class ChainParticles(eqx.Module):
         """Return the completions of all chains, ``(R, N, num_fills, *plates, L)``."""
         return {name: self._filled(name, carry, k) for name in self.chains}
 
-    def worth(self, carry: dict[str, Any], k: Array, x0: Values | None = None) -> Array:
-        """Return ``log p(latents, y | x0) - log r`` of completions, ``(R, N, num_fills)``.
+    def worth(
+        self, carry: dict[str, Any], k: Array, x0: Values | None = None
+    ) -> tuple[Array, Array]:
+        """Return ``log p(latents, y | x0) - log r`` of completions, and its log-mean.
 
         :param x0: the completions, where they are known.
+        :returns: ``(R, N, num_fills)``, and ``(R, N)``.
         """
         x0 = self.completions(carry, k) if x0 is None else x0
         fills = next(iter(x0.values())).shape[2]
@@ -202,10 +217,14 @@ class ChainParticles(eqx.Module):
         def repeated(x: Array) -> Array:
             return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], fills, *x.shape[2:]))
 
-        latents = jax.tree.map(repeated, carry["latents"])
-        worth = self.target.log_guess(latents, x0) - carry["log_r"][:, :, None]
-        # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
-        return jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth)
+        def promised(latents: Values, x0: Values, log_r: Array) -> tuple[Array, Array]:
+            worth = self.target.log_guess(latents, x0) - log_r
+            # A forbidden guess is no forbidden state: it is worth next to nothing, and not dead.
+            worth = jnp.where(worth == -jnp.inf, FORBIDDEN_GUESS, worth)
+            return worth, log_mean_exp(worth, -1)
+
+        latents, log_r = jax.tree.map(repeated, (carry["latents"], carry["log_r"]))
+        return self.shards.each(promised, latents, x0, log_r)
 
     def renew(
         self, noise: Noise, size: Size, carry: dict[str, Any], log_h: Array, cloud: Cloud, k: Array
@@ -216,19 +235,21 @@ class ChainParticles(eqx.Module):
         x0 = None if last or self.twist is None else self.completions(carry, k)
 
         def rate(latents: Values) -> tuple[Array, Array]:
-            log_r = self.target.log_law(latents, carry["guess"])
+            log_r = self.shards.each(self.target.log_law, latents, carry["guess"])
             new = {**carry, "latents": latents, "log_r": log_r}
             if last:
                 return self.close(new), log_r
             if x0 is None:
                 return jnp.zeros_like(log_r), log_r
-            log_f, floor = self._promise(self.worth(new, k, x0), k), _floor(self.twist)
+            log_f, floor = self._tempered(self.worth(new, k, x0)[1], k), _floor(self.twist)
             return (floored(log_f, carry["level"], floor) if floor else log_f), log_r
 
         spot = Spot(carry["latents"], log_h, carry["log_r"])
         spot, kept = self.mover.renew(spot, rate, cloud, k, noise, size, last=last)
         carry = {**carry, "latents": spot.latents, "log_r": spot.log_r}
-        return self.renewed(carry, spot.log_h), spot.log_h, {**kept, "level": carry["level"][:, 0]}
+        share = self.shards.whole(jnp.full(size, kept["share"])).mean()
+        kept = {**kept, "share": share, "level": carry["level"][:, 0]}
+        return self.renewed(carry, spot.log_h), spot.log_h, kept
 
     def renewed(self, carry: dict[str, Any], log_h: Array) -> dict[str, Any]:
         """Return the carry of particles of another twist."""
@@ -236,7 +257,8 @@ class ChainParticles(eqx.Module):
 
     def close(self, carry: dict[str, Any]) -> Array:
         """Return ``log p(latents, y | x0) - log r`` of finished sequences."""
-        return self.target.log_joint(carry["latents"], carry["tokens"]) - carry["log_r"]
+        log_joint = self.shards.each(self.target.log_joint, carry["latents"], carry["tokens"])
+        return log_joint - carry["log_r"]
 
     def record(self, carry: dict[str, Any]) -> Array:
         """Return the tokens of all chains side by side, ``(R, N, W)``."""

@@ -34,6 +34,7 @@ from ppl_diffusion.numpyro.feynman_kac import ChainParticles, Target, look_ahead
 from ppl_diffusion.numpyro.latent_moves import Mover
 from ppl_diffusion.numpyro.noise import PICK, Noise
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.sharding import Shards
 from ppl_diffusion.numpyro.token_step import TokenStep
 from ppl_diffusion.processes.noise import draw_categorical
 from ppl_diffusion.smc.twists import FillTwist, log_mean_exp
@@ -58,10 +59,10 @@ class SteeredParticles(ChainParticles):
 
     def look(self, carry: Carry, k: Array, base: Array) -> tuple[Carry, Array]:
         """Score states where it is due, and weigh by the product of potentials so far."""
-        carry = {**carry, "log_c": self._predict(carry["tokens"], k)}
+        carry = self.predicted(carry, k)
 
         def score(carry: Carry) -> Carry:
-            carry, score = self.rated(carry, self.worth(carry, k), k, base)
+            carry, score = self.rated(carry, self.worth(carry, k)[1], k, base)
             running, log_h = RULES[self.kind](carry["running"], carry["log_h"], score)
             return {**carry, "running": running, "log_h": log_h}
 
@@ -83,10 +84,10 @@ class TwistedParticles(ChainParticles):
 
     def look(self, carry: Carry, k: Array, base: Array) -> tuple[Carry, Array]:
         """Look ahead, and remember what each completion is worth."""
-        carry = {**carry, "log_c": self._predict(carry["tokens"], k)}
-        worth = self.worth(carry, k)
+        carry = self.predicted(carry, k)
+        worth, log_f = self.worth(carry, k)
         # After a move of latents this is what completions were worth before: a proposal may be any.
-        return self.rated({**carry, "worth": worth}, worth, k, base)
+        return self.rated({**carry, "worth": worth}, log_f, k, base)
 
     def tilted(self, name: str, step: TokenStep, carry: Carry, k: Array) -> TokenStep:
         """Tilt the prediction by what completions with each token pay, over what all of them do."""
@@ -120,8 +121,7 @@ class SoftValueParticles(ChainParticles):
 
     def init(self, noise: Noise, size: Size) -> Carry:
         """The value of the noisiest states is taken to be constant."""
-        carry = {**super().init(noise, size), "log_h": jnp.zeros(size)}
-        return {**carry, "log_c": self._predict(carry["tokens"], 0)}
+        return self.predicted({**super().init(noise, size), "log_h": jnp.zeros(size)}, 0)
 
     def move(
         self, carry: Carry, k: Array, base: Array, noise: Noise, size: Size
@@ -164,11 +164,16 @@ Chains = Mapping[str, ReverseChain]
 
 
 def particles_of(
-    method: Method, chains: Chains, target: Target, mover: Mover | None
+    method: Method,
+    chains: Chains,
+    target: Target,
+    mover: Mover | None = None,
+    shards: Shards = Shards(),  # noqa: B008 (frozen)
 ) -> ChainParticles:
     """Return the particles of a method.
 
     :param mover: how latents are renewed.
+    :param shards: how particles lie on devices.
     :raises CapabilityError: if the JAX engine does not have the method, or this form of it.
     """
     require_method(method)
@@ -178,7 +183,8 @@ def particles_of(
             "ppl_diffusion.numpyro.handlers.twist, or use ppl_diffusion.inference.SMC."
         )
     cls, twist, options = _MADE[type(method)](method, next(iter(chains.values())).num_steps)
-    return cls(dict(chains), target, look_ahead(twist, "SMC"), mover=mover, **options)
+    ahead = look_ahead(twist, "SMC")
+    return cls(dict(chains), target, ahead, mover=mover, shards=shards, **options)
 
 
 def require_method(method: Method) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ppl_diffusion.arrays import Array
+from ppl_diffusion.numpyro.sharding import Shards
 from ppl_diffusion.processes.noise import jax_uniforms
 
 MOVE, RESAMPLE, LATENT, FILL, PICK, RENEW, SCOUT = range(7)
@@ -44,15 +45,18 @@ class KeyNoise(eqx.Module):
     """Noise from one random key.
 
     :param key: a JAX random key.
+    :param shards: how particles lie on devices.
     """
 
     key: Array
+    shards: Shards = eqx.field(static=True, default=Shards())
 
     def keys(self, use: int, k: Array, size: tuple[int, int]) -> Array:
         """Return random keys of each particle, see :class:`Noise`."""
         rows = self._run_keys(use, k, size[0])
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        return fold(rows, jnp.arange(size[1]))
+        numbers = jnp.arange(size[1] * self.shards.count)
+        return fold(rows, self.shards.own(numbers[None])[0])
 
     def particles(self, use: int, k: Array, shape: tuple[int, ...], size: tuple[int, int]) -> Array:
         """Return uniforms of each particle, see :class:`Noise`."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import Mesh
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.inference import Bootstrap, LatentMoves, Method
@@ -34,6 +35,7 @@ from ppl_diffusion.numpyro.methods import (
 from ppl_diffusion.numpyro.noise import SCOUT, KeyNoise
 from ppl_diffusion.numpyro.program import PotentialTarget, read, sites_of
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
+from ppl_diffusion.numpyro.sharding import Shards, Size, on_each_device, on_mesh, shards_of
 from ppl_diffusion.potentials import AbstractPotential
 from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.latent_rules import DISCRETE
@@ -69,6 +71,8 @@ class SMC:
     :param store_path: keep the states of all steps.
     :param moves: how latents are renewed: ``"auto"``, a
         :class:`~ppl_diffusion.inference.LatentMoves`, or None for not at all.
+    :param mesh: devices that share the particles, ``N`` cut along its one axis, as in
+        ``jax.make_mesh((8,), ("particles",))``; None is one device.
     :param options: options of the method, such as ``twist``, where it is given by name.
     :raises CapabilityError: if the JAX engine does not have the method.
     :raises TypeError: if an option is not the method's.
@@ -93,6 +97,7 @@ class SMC:
         ess_threshold: float | None = None,
         store_path: bool = True,
         moves: LatentMoves | Literal["auto"] | None = "auto",
+        mesh: Mesh | None = None,
         **options: Any,
     ) -> None:
         if isinstance(program, ReverseChain) == (potential is None):
@@ -118,6 +123,14 @@ class SMC:
         self.resampler, self.ess_threshold = self.method.resampling(scheme, asked)
         self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
         self.moves = LatentMoves() if moves == "auto" else moves
+        self.mesh, self.shards = mesh, shards_of(mesh, num_particles, "SMC")
+        if mesh is not None and isinstance(potential, OnHost):
+            raise ValueError("SMC: what is asked on the host runs on one device; drop the mesh.")
+        if mesh is not None and self.moves is not None and self.moves.tuning == "own":
+            raise ValueError(
+                "SMC: moves tuned on the particles themselves need all of them on one device; drop "
+                "the mesh, or take tuning='scout'."
+            )
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> ParticlePosterior:
         """Run all particles, in one compiled scan.
@@ -132,17 +145,22 @@ class SMC:
         particles, scout = self._bound(args, kwargs), None
         if particles.mover is not None and particles.mover.options.tuning == "scout":
             size = (1, few(self.size[1], self.resampler))
-            scout = self._trace(particles, KeyNoise(jax.random.fold_in(key, SCOUT)), size)
+            own = KeyNoise(jax.random.fold_in(key, SCOUT))
+            # It is small, and learns from all of its particles: on one device, whatever the mesh.
+            scout = self._trace(replace(particles, shards=Shards()), own, size, None)
             known = replace(particles.mover, tuned=_tuned(scout))
             particles = replace(particles, mover=known)
-        trace = self._trace(particles, KeyNoise(key), self.size)
+        trace = self._trace(particles, KeyNoise(key, self.shards), self.size, self.mesh)
         check(trace)
         return self._posterior(particles, trace, scout, time.perf_counter() - started)
 
-    def _trace(self, particles: ChainParticles, noise: KeyNoise, size: tuple[int, int]) -> Trace:
-        options = (self.resampler, self.ess_threshold, self.store_path)
+    def _trace(
+        self, particles: ChainParticles, noise: KeyNoise, size: Size, mesh: Mesh | None
+    ) -> Trace:
+        options = (size, self.resampler, self.ess_threshold, self.store_path, mesh)
+        spread = on_each_device(mesh, (particles, noise))
         try:
-            trace: Trace = jax.block_until_ready(_compiled(particles, noise, size, *options))
+            trace: Trace = jax.block_until_ready(_compiled(*spread, *options))
         except jax.errors.JaxRuntimeError:
             failure = getattr(self.potential, "failure", None)
             if failure is None:
@@ -156,7 +174,7 @@ class SMC:
             assert self.potential is not None
             plates = len(self.program.batch_shape)
             alone = PotentialTarget(self.potential, "x", plates)
-            return particles_of(self.method, {"x": self.program}, alone, None)
+            return particles_of(self.method, {"x": self.program}, alone, None, self.shards)
         # What is read does not depend on the key, so that one program is compiled once.
         chains, target = read(self.program, args, kwargs, jax.random.key(0))
         mover = None
@@ -164,7 +182,7 @@ class SMC:
         if target.latents and self.moves is not None and moves_latents(self.method, steps):
             sites = sites_of(target)
             mover = Mover(sites, self.moves) if sites.names else None
-        return particles_of(self.method, chains, target, mover)
+        return particles_of(self.method, chains, target, mover, self.shards)
 
     def _posterior(
         self, particles: ChainParticles, trace: Trace, scout: Trace | None, seconds: float
@@ -266,15 +284,19 @@ class SMC:
 def _run(
     particles: ChainParticles,
     noise: KeyNoise,
-    size: tuple[int, int],
+    size: Size,
     resampler: Resampler,
     ess_threshold: float,
     store_path: bool,
+    mesh: Mesh | None,
 ) -> Trace:
-    options: dict[str, Any] = {"store_path": store_path}
-    if particles.mover is not None:
-        options["renew"] = partial(particles.renew, noise, size)
-    return run_particles(particles, noise, size, resampler, ess_threshold, **options)
+    def run(particles: ChainParticles, noise: KeyNoise) -> Trace:
+        options: dict[str, Any] = {"store_path": store_path}
+        if particles.mover is not None:
+            options["renew"] = partial(particles.renew, noise, particles.shards.part(size))
+        return run_particles(particles, noise, size, resampler, ess_threshold, **options)
+
+    return on_mesh(mesh, run, Trace.layout(particles.shards.axis))(particles, noise)
 
 
 _compiled = eqx.filter_jit(_run)
@@ -335,7 +357,9 @@ def _fills(particles: ChainParticles) -> int:
 
 def _samples(particles: ChainParticles, trace: Trace) -> dict[str, torch.Tensor]:
     target: Any = particles.target
-    values = _shown(target, trace.carry["latents"], trace.carry["tokens"])
+    # Once, on one device, whoever moved them.
+    latents, tokens = jax.device_get((trace.carry["latents"], trace.carry["tokens"]))
+    values = _shown(target, latents, tokens)
     return {name: _tensor(value) for name, value in values.items()}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.deferred import refuse_if
+from ppl_diffusion.distributed import shared_rows
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError, PotentialError
 from ppl_diffusion.kernels.base import GIVEN, Kernel
@@ -418,10 +419,23 @@ class ProgramSource(Source):
             values, remembered = self._memory.find(keys, hashes)
             new = (~remembered).nonzero()[:, 0]
             if len(new):
-                values[new] = answers = self._ask_in_parts(known, first[new], latents, last)
+                values[new] = answers = self._shared(known, first[new], latents)
                 self._memory.add(keys[new], hashes[new], answers)
         found = values[inverse]
         return self._within_clamps(found, rows) if last else found
+
+    def _shared(
+        self, known: Mapping[str, Tensor], asked: Tensor, latents: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Ask about guesses that depend on nothing but themselves, with other processes if any."""
+        before = self.program.num_rows
+        values, _ = shared_rows(
+            len(asked),
+            lambda part: self._ask_in_parts(known, asked[part], latents, last=False),
+            asked.device,
+        )
+        self.program.num_rows = before + len(asked)
+        return values
 
     def _ask_in_parts(
         self, known: Mapping[str, Tensor], asked: Tensor, latents: Mapping[str, Tensor], last: bool

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ppl_diffusion.distributed import own_rows, shared_rows
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.row_memory import MAX_BYTES, MAX_ROWS, RowMemory
 from ppl_diffusion.rows import DistinctRows
@@ -132,7 +133,7 @@ class EvaluatedPotential:
         """
         question = self._question(x0, final=False)
         if len(question.asked):
-            self.potential.prefetch(question.asked)
+            self.potential.prefetch(question.asked[own_rows(len(question.asked))])
         return lambda: self._answer(question, final=False).reshape(x0.shape[:-1])
 
     def _evaluate(self, x0: Tensor, *, final: bool) -> Tensor:
@@ -150,7 +151,8 @@ class EvaluatedPotential:
         if not len(asked):
             return settle(asked.new_zeros(0, dtype=torch.float64))
         self.num_calls += len(asked)
-        return settle(self.potential(asked) if final else self.potential.lookahead(asked))
+        rate = self.potential if final else self.potential.lookahead
+        return settle(shared_rows(len(asked), lambda part: rate(asked[part]), asked.device)[0])
 
 
 class UncachedPotential(EvaluatedPotential):
