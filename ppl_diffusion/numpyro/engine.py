@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ppl_diffusion.arrays import Array
@@ -56,15 +57,15 @@ class Particles(Protocol):
         """Return ``log G`` of finished states, ``(R, N)``."""
         ...
 
-    def record(self, carry: Carry) -> Array:
-        """Return what is kept of a carry at every step."""
+    def record(self, carry: Carry) -> Any:
+        """Return what is kept of a carry at every step, a pytree."""
         ...
 
 
 class Trace(NamedTuple):
     """What a run leaves behind; see :class:`ppl_diffusion.smc.ParticlePosterior` for the fields.
 
-    :param history: what was recorded, ``(T + 1, R, N, ...)``.
+    :param history: what was recorded, ``(T + 1, R, N, ...)`` each.
     """
 
     carry: Carry
@@ -75,7 +76,7 @@ class Trace(NamedTuple):
     resampled: Array
     log_mass: Array
     ancestors: Array
-    history: Array
+    history: Any
 
 
 class _State(NamedTuple):
@@ -139,7 +140,9 @@ def run_particles(
     state, due, out = weigh(state, last, (carry, ratio, before), particles.close(carry))
     final = {**out, "due": jnp.zeros_like(due)}
     columns = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), steps, final)
-    history = jnp.concatenate([keep(start.carry)[None], columns["kept"]])
+    history = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]), keep(start.carry), columns["kept"]
+    )
     return Trace(
         state.carry,
         Weights(state.log).log_normalised,
@@ -187,14 +190,18 @@ def _total(total: tuple[Array, Array]) -> Array:
     return total[0] + total[1]
 
 
-def check(trace: Trace) -> None:
-    """Refuse weights that are no numbers; while a scan runs nobody can.
+def check(log_evidence_steps: Array) -> None:
+    """Refuse weights that are no numbers; while a scan runs, or is compiled, nobody can.
 
-    :raises ValueError: if a weight or a running evidence is NaN or ``+inf``.
+    :param log_evidence_steps: running log-evidence, ``(R, T)``.
+    :raises ValueError: if one is NaN or ``+inf``.
     """
-    worst = jnp.isnan(trace.log_evidence_steps) | (trace.log_evidence_steps == math.inf)
-    if bool(worst.any()):
-        run, step = (int(i) for i in jnp.argwhere(worst)[0])
+    if isinstance(log_evidence_steps, jax.core.Tracer):
+        return
+    found = np.asarray(log_evidence_steps)
+    worst = np.isnan(found) | (found == math.inf)
+    if worst.any():
+        run, step = (int(i) for i in np.argwhere(worst)[0])
         raise ValueError(
             f"a particle weight became NaN or +inf at step {step} of run {run}: the potential or a "
             "site of the program returned it; check what it does with tokens that are rare."

@@ -8,7 +8,7 @@ sites, and its chains are never scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -91,7 +91,7 @@ class ProgramTarget(eqx.Module):
         def one(key: Array) -> tuple[Values, Array]:
             found = self.run(x0, key)
             values = {name: found[name]["value"] for name in self.latents}
-            return values, _total(found[name] for name in self.latents)
+            return values, total_log_prob(found[name] for name in self.latents)
 
         return jax.vmap(jax.vmap(one))(noise.keys(LATENT, 0, size))
 
@@ -112,7 +112,7 @@ class ProgramTarget(eqx.Module):
         """Return the log-density of all sites of a trace but the chains."""
         chains = {name for name, _ in self.chains}
         sites = (site for site in found.values() if site["type"] == "sample")
-        return _total(site for site in sites if site["name"] not in chains)
+        return total_log_prob(site for site in sites if site["name"] not in chains)
 
     def samples(self, latents: Values, x0: Values) -> dict[str, Array]:
         """Return the values of latents and deterministic sites, ``(R, N, ...)`` each."""
@@ -209,8 +209,11 @@ def _traced(
     return found
 
 
-def _total(sites: Any) -> Array:
-    """Return the sum of the log-densities of sites, scaled and masked."""
+def total_log_prob(sites: Iterable[Mapping[str, Any]]) -> Array:
+    """Return the sum of the log-densities of sites, scaled and masked, ``()``.
+
+    :param sites: sample sites of a trace.
+    """
     total = jnp.zeros(())
     for site in sites:
         log_p = site["fn"].log_prob(site["value"])

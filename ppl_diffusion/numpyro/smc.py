@@ -99,7 +99,7 @@ class SMC:
             self.ess_threshold,
             self.store_path,
         )
-        check(trace)
+        check(trace.log_evidence_steps)
         return self._posterior(particles, trace, time.perf_counter() - started)
 
     def _particles(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChainParticles:
