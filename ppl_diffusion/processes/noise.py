@@ -32,6 +32,9 @@ from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, 
 BLOCK = 256
 """Classes per block of the two-level search; smaller vocabularies are searched at once."""
 
+PAIRS = 8
+"""Classes up to which JAX compares all pairs in place of sorting them."""
+
 CHUNK = 2**20
 """Probabilities held at a time while rows are drawn (8 MB): they stay in the processor's cache."""
 
@@ -111,6 +114,8 @@ def draw_categorical(log_c: Array, uniforms: Array) -> Array:
     xp = array_namespace(log_c)
     if float64_of(xp) == xp.float64:
         return _invert(xp.exp(to_float64(log_c)), to_float64(uniforms))
+    if log_c.shape[-1] <= PAIRS:
+        return _invert_pairs(xp.exp(log_c), to_float64(uniforms))
     order = xp.argsort(log_c, axis=-1)
     rank = _invert(xp.exp(xp.take_along_axis(log_c, order, axis=-1)), to_float64(uniforms))
     order = xp.broadcast_to(order, (*rank.shape, order.shape[-1]))
@@ -128,6 +133,22 @@ def _invert(weights: Array, u: Array) -> Array:
     classes = xp.arange(weights.shape[-1], device=device_of(weights))
     reached = (classes <= index[..., None]) & (weights > 0)
     return xp.max(xp.where(reached, classes, 0), axis=-1)
+
+
+def _invert_pairs(weights: Array, u: Array) -> Array:
+    """Return the same, the sums taken from the rarest class up by comparing all pairs of classes.
+
+    XLA sorts short rows at ten times the price.
+    """
+    xp = array_namespace(weights)
+    classes = xp.arange(weights.shape[-1])
+    this, other = weights[..., :, None], weights[..., None, :]
+    upto = (other < this) | ((other == this) & (classes <= classes[:, None]))
+    cdf = xp.sum(xp.where(upto, other, 0.0), axis=-1)
+    passed = cdf <= (u * xp.max(cdf, axis=-1))[..., None]
+    # A class without mass is always passed; where u * total rounds up to the total, all are.
+    chosen = xp.minimum(xp.sum(passed, axis=-1) + 1, len(classes))
+    return xp.sum(xp.where(xp.sum(upto, axis=-1) == chosen[..., None], classes, 0), axis=-1)
 
 
 def _draw_torch(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
