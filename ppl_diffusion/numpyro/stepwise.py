@@ -15,7 +15,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from numpyro.handlers import seed, trace
+from numpyro.handlers import trace
+from numpyro.primitives import Messenger
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.errors import CapabilityError
@@ -163,7 +164,7 @@ class StepParticles(eqx.Module):
 
     def _run(self, key: Array, state: Carry, x: Any) -> tuple[Carry, Any, Array]:
         """Run a step of one particle and return the log-density of what it observed."""
-        with trace() as sites, seed(rng_seed=key):
+        with trace() as sites, _Seeded(key):
             state, y = self.step(state, x)
         given = []
         for site in (site for site in sites.values() if site["type"] == "sample"):
@@ -189,6 +190,27 @@ class StepParticles(eqx.Module):
     def record(self, carry: tuple[Carry, Any]) -> Any:
         """Return what the last step returned beside its carry."""
         return carry[1]
+
+
+class _Seeded(Messenger):
+    """Give each site a key, the first one the particle's own.
+
+    NumPyro's ``seed`` splits it for each, which for many particles costs more than what is drawn.
+    Later sites count down from the end of what may be folded in, where no draw of the first gets.
+    """
+
+    def __init__(self, key: Array) -> None:
+        super().__init__(None)
+        self.key, self.left = key, 2**32
+
+    def process_message(self, msg: Any) -> None:
+        """Give a site its key, see ``numpyro.handlers.seed``."""
+        asks = msg["type"] in ("sample", "prng_key", "plate", "control_flow")
+        if not asks or msg["kwargs"]["rng_key"] is not None or msg["value"] is not None:
+            return
+        first = self.left == 2**32
+        self.left -= 1
+        msg["kwargs"]["rng_key"] = self.key if first else jax.random.fold_in(self.key, self.left)
 
 
 def _require_same(start: Carry, after: Carry) -> None:

@@ -222,3 +222,25 @@ def test_what_it_cannot_do_is_refused():
         run(walk, num_runs=0)
     with pytest.raises(ValueError, match="NaN or \\+inf at step 1 of run 0"):
         run(lambda c, y: (numpyro.factor("g", y), (c, None))[1], xs=jnp.array([0.0, jnp.nan]))
+
+
+def test_sites_of_a_step_are_independent():
+    """Three normal numbers a step, 20,000 times: correlations within 4 standard errors.
+
+    A false alarm in 1,700 for nine of them; the mutant is a site that is drawn by another's key.
+    """
+
+    def step(carry, x):
+        key = numpyro.prng_key()
+        first = numpyro.sample("first", dist.Normal(0.0, 1.0))
+        second = numpyro.sample("second", dist.Normal(0.0, 1.0))
+        same = numpyro.sample("same", dist.Normal(0.0, 1.0), rng_key=key)
+        return carry, jnp.array([jax.random.normal(key), first, second, same])
+
+    found = ppn.smc_scan(
+        step, 0, None, 2, key=jax.random.key(0), num_particles=20_000, ess_threshold=0.0
+    )
+    draws = np.asarray(jnp.concatenate([found.ys[0, 0, :, :3], found.ys[1, 0, :, :1]], -1))
+    apart = np.corrcoef(draws.T)[np.triu_indices(4, 1)]
+    assert np.abs(apart).max() < 4 / np.sqrt(len(draws))
+    assert np.abs(np.corrcoef(found.ys[0, 0, :, [0, 3]])[0, 1]) > 0.99
