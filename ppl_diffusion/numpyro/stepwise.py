@@ -123,12 +123,12 @@ def smc_scan(
 
 
 def _num_steps(xs: Any, length: int | None) -> int:
-    lengths = {x.shape[0] for x in jax.tree.leaves(xs)} | ({length} - {None})
-    if len(lengths) != 1 or min(lengths) < 1:
+    lengths = {int(x.shape[0]) for x in jax.tree.leaves(xs)} | ({length} if length else set())
+    if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
             f"smc_scan: xs and length must agree on one number of steps, got {sorted(lengths)}."
         )
-    return int(lengths.pop())
+    return lengths.pop()
 
 
 class StepParticles(eqx.Module):
