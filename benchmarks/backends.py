@@ -4,7 +4,7 @@
 :class:`ppl_diffusion.inference.SMC`: same chain, potential, look-ahead and number of particles, for
 a network that costs nothing (the exact denoiser of the problem B0), for a small transformer, and
 for a shipped prior. ``evidence_error`` is the root mean square error of the log-evidence of both,
-against the exact value where that is known, and otherwise against the pooled evidence of long runs;
+against the exact value where that is known, and otherwise against the evidence of all runs pooled;
 ``error_over_torch`` is the ratio. The torch engine asks the network about each distinct row once,
 which compiled code with its fixed shapes cannot: the more particles share a state, the less there
 is to gain.
@@ -237,9 +237,8 @@ def measure_filters(pythons: list[str], rounds: int, num_seeds: int) -> Iterator
     """
     model = HMM.random(FILTER_STEPS)
     ours = {name: Timed.here(one) for name, one in _jax_filters.filters(model).items()}
-    torch_pyro = partial(pyro_evidence, model)
     ours[TORCH] = Timed.here(partial(by_smc_loop, model))
-    ours[PYRO] = Timed.here(partial(by_pyro, model), evidence=torch_pyro)
+    ours[PYRO] = Timed.here(partial(by_pyro, model), evidence=partial(pyro_evidence, model))
     with ExitStack() as stack:
         found = ours | rivals(model, pythons, stack)
         for size in NUM_PARTICLES:

@@ -1,4 +1,4 @@
-"""Where uniforms come from: random keys, one for each particle.
+"""Where uniforms come from: random keys, with a stream for each particle.
 
 Particle ``n`` of run ``r`` draws from stream ``n`` of ``fold_in(fold_in(key, step), r)``: what it
 draws depends neither on how many others there are nor on how many devices they live on. Keys are

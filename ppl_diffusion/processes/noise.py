@@ -76,7 +76,7 @@ def jax_uniforms(key: Array, shape: Sequence[int], streams: Array = 0) -> Array:
     # 32 bits from the first one on; a shift by all 32 bits is undefined, hence the two cases.
     kept = jnp.where(zeros == 0, high, (high << (zeros % 32)) | (low >> (32 - zeros) % 32))
     kept = jnp.where(zeros == 32, low, kept)
-    # 2^-zeros, by its exponent bits: ldexp costs more than all the rest.
+    # 2^-zeros, by its exponent bits: ldexp minds subnormal numbers, and would cost the most here.
     scale = jax.lax.bitcast_convert_type((127 - zeros) << 23, jnp.float32).astype(float)
     if float64_of(jnp) == jnp.float32:
         return (kept >> 8).astype(float) * 2.0**-24 * scale
@@ -138,7 +138,7 @@ def _invert(weights: Array, u: Array) -> Array:
 def _invert_pairs(weights: Array, u: Array) -> Array:
     """Return the same, the sums taken from the rarest class up by comparing all pairs of classes.
 
-    XLA sorts short rows at ten times the price.
+    XLA sorts short rows at several times the price.
     """
     xp = array_namespace(weights)
     classes = xp.arange(weights.shape[-1])

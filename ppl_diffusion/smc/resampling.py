@@ -404,7 +404,7 @@ def _count_whole(ends: Array, num: int) -> Array:
         return _count(ends, xp.arange(num, device=device_of(ends), dtype=ends.dtype))
     import jax
 
-    # A histogram, added up: a fifth of what a search for each number costs.
+    # A histogram, added up, costs a fraction of a search for each number.
     flat = _whole(ends).reshape(-1, ends.shape[-1])
     counts = jax.vmap(lambda e: xp.zeros(num, e.dtype).at[e].add(1, mode="drop"))(flat)
     return _running_sum(counts).reshape(*ends.shape[:-1], num)
@@ -429,8 +429,8 @@ def _order(keys: Array) -> Array:
 def _packed_order(words: Array) -> Array:
     """Return the order of numbers below ``2^32``, in JAX.
 
-    XLA sorts single integers at a tenth of the price of pairs: the place of each goes into its last
-    bits, and what does not fit beside it waits for another pass, the lower bits first.
+    XLA sorts integers faster than pairs: the place of each goes into its last bits, and what does
+    not fit beside it waits for another pass, the lower bits first.
     """
     import jax.numpy as jnp
 
