@@ -6,7 +6,6 @@ resample systematically when the effective sample size falls below half of the p
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from pyro.infer import SMCFilter
 from torch import Tensor
 
+from benchmarks import _rival_filters
 from ppl_diffusion.smc.engine import smc_loop
 from ppl_diffusion.smc.resampling import as_resampler
 
@@ -69,6 +69,15 @@ class HMM:
     def num_steps(self) -> int:
         """Number ``T`` of symbols."""
         return len(self.symbols)
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """What a filter looks things up in, see :data:`benchmarks._rival_filters.Tables`."""
+        return {
+            "start": self.initial.cumsum(-1).numpy(),
+            "following": self.transition.cumsum(-1).numpy(),
+            "log_g": self.emission.log().T[self.symbols].numpy(),
+        }
 
     @property
     def log_evidence(self) -> float:
@@ -220,40 +229,13 @@ def _run_pyro(cls: type[SMCFilter], model: HMM, num_particles: int, seed: int) -
 
 
 def by_particles(model: HMM, num_particles: int, seed: int) -> float:
-    """Filter by ``particles``, on its lower floor, which does no more than it is told."""
-    import particles
-
-    np.random.seed(seed)  # noqa: NPY002 (its resamplers draw from the global state)
-    run = particles.SMC(
-        fk=_particles_model(model), N=num_particles, resampling="systematic", ESSrmin=0.5
-    )
-    run.run()
-    return float(run.logLt)
-
-
-def _particles_model(model: HMM) -> Any:
-    import particles
-
-    start, following = (p.cumsum(-1).numpy() for p in (model.initial, model.transition))
-    log_g = model.emission.log().T[model.symbols].numpy()
-    uniforms = np.random.random_sample
-
-    class Bootstrap(particles.FeynmanKac):  # type: ignore[misc]
-        def M0(self, N: int) -> Any:
-            return (uniforms(N)[:, None] >= start[:-1]).sum(-1)
-
-        def M(self, t: int, xp: Any) -> Any:
-            return (uniforms(len(xp))[:, None] >= following[xp][:, :-1]).sum(-1)
-
-        def logG(self, t: int, xp: Any, x: Any) -> Any:
-            return log_g[t][x]
-
-    return Bootstrap(model.num_steps)
+    """Filter by ``particles``."""
+    return _rival_filters.by_particles(model.tables, num_particles)(seed)
 
 
 def has_particles() -> bool:
     """Return whether ``particles`` can be imported."""
-    return importlib.util.find_spec("particles") is not None
+    return "particles" in _rival_filters.installed()
 
 
 def filters() -> dict[str, Filter]:

@@ -18,14 +18,13 @@ in the quick form have no goal.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -34,6 +33,7 @@ import typer
 from rich.console import Console
 
 from benchmarks._report import JsonFile, Quick, Row, console, table, verdict, write
+from benchmarks._worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("_against_cases.py")
@@ -130,47 +130,12 @@ def link_here(folder: Path) -> Path:
     return folder
 
 
-@dataclass
-class Worker:
-    """A process that runs cases of one tree.
+def worker(tree: Path) -> Worker:
+    """Return a process that runs cases of one tree.
 
     :param tree: the folder in which ``ppl_diffusion`` lies.
     """
-
-    tree: Path
-    _process: subprocess.Popen[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPT)],
-            env=environment(self.tree),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, case: str, seed: int, **options: Any) -> dict[str, Any]:
-        """Return what a run of a case cost.
-
-        :param seed: seed of the run.
-        :raises RuntimeError: if the process ended.
-        """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps({"case": case, "seed": seed, **options}) + "\n")
-        stdin.flush()
-        line = stdout.readline()
-        if not line:
-            raise RuntimeError(f"the case {case!r} failed in {self.tree}; see above.")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._process.communicate()
+    return Worker([sys.executable, "-P", str(SCRIPT)], environment(tree))
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -190,7 +155,7 @@ def ask_in_turn(workers: dict[str, Worker], case: str, rounds: int) -> Answers:
     found: Answers = {name: [] for name in workers}
     for seed in range(rounds):
         for name, worker in workers.items():
-            found[name].append(worker.ask(case, seed))
+            found[name].append(worker.ask(case=case, seed=seed))
     return found
 
 
@@ -220,8 +185,8 @@ def memory(case: Case, trees: dict[str, Path]) -> Row:
     """
     found = {}
     for name, tree in trees.items():
-        with Worker(tree) as worker:
-            found[name] = worker.ask(case.name, 0, memory=True)["memory"]
+        with worker(tree) as one:
+            found[name] = one.ask(case=case.name, seed=0, memory=True)["memory"]
     ratio = found["after"] / found["before"]
     return Row(
         "memory_over_before", ratio, "ratio", 1, case.memory_goal, {"case": case.name, **found}
@@ -321,7 +286,7 @@ def compare(commit: str, quick: bool, terminal: Console) -> list[Row]:
         trees = {"before": check_out(commit, Path(there)), "after": link_here(Path(here))}
         rows, answers = [], {}
         with ExitStack() as stack:
-            workers = {name: stack.enter_context(Worker(tree)) for name, tree in trees.items()}
+            workers = {name: stack.enter_context(worker(tree)) for name, tree in trees.items()}
             for case in CASES:
                 name = case.named(quick)
                 if name is None:

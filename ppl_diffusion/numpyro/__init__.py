@@ -35,5 +35,7 @@ from ppl_diffusion.numpyro.proposed import ProposedChain as ProposedChain
 from ppl_diffusion.numpyro.proposed import Steering as Steering
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain as ReverseChain
 from ppl_diffusion.numpyro.smc import SMC as SMC
+from ppl_diffusion.numpyro.stepwise import ScanPosterior as ScanPosterior
+from ppl_diffusion.numpyro.stepwise import smc_scan as smc_scan
 from ppl_diffusion.numpyro.token_step import TokenStep as TokenStep
 from ppl_diffusion.numpyro.transformer import Transformer as Transformer

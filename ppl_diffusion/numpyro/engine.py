@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -41,11 +42,6 @@ class Particles(Protocol):
         """Number ``T`` of steps."""
         ...
 
-    @property
-    def shards(self) -> Shards:
-        """How particles lie on devices."""
-        ...
-
     def init(self, noise: Noise, size: Size) -> Carry:
         """Return the carry of the noisiest states."""
         ...
@@ -70,8 +66,8 @@ class Particles(Protocol):
         """Return ``log G`` of finished states, ``(R, N)``."""
         ...
 
-    def record(self, carry: Carry) -> Array:
-        """Return what is kept of a carry at every step."""
+    def record(self, carry: Carry) -> Any:
+        """Return what is kept of a carry at every step, a pytree."""
         ...
 
 
@@ -95,7 +91,7 @@ the end ``log h`` is ``log G``."""
 class Trace(NamedTuple):
     """What a run leaves behind; see :class:`ppl_diffusion.smc.ParticlePosterior` for the fields.
 
-    :param history: what was recorded, ``(T + 1, R, N, ...)``.
+    :param history: what was recorded, ``(T + 1, R, N, ...)`` each.
     :param renewals: what was kept of renewals after each of the ``T`` steps.
     """
 
@@ -107,7 +103,7 @@ class Trace(NamedTuple):
     resampled: Array
     log_mass: Array
     ancestors: Array
-    history: Array
+    history: Any
     renewals: Any
 
     @classmethod
@@ -137,6 +133,7 @@ def run_particles(
     *,
     store_path: bool = True,
     renew: Renewal = lambda carry, log_h, cloud, k: (carry, log_h, ()),
+    shards: Shards = Shards(),  # noqa: B008 (frozen)
 ) -> Trace:
     """Move, weigh, resample. Pure: to be compiled.
 
@@ -144,8 +141,9 @@ def run_particles(
     :param ess_threshold: fraction of ``N`` below which a run is resampled; 0 never does.
     :param store_path: keep what is recorded at every step, or at none.
     :param renew: renews particles after every step; by default nothing is.
+    :param shards: how particles lie on devices.
     """
-    last, shards = particles.num_steps - 1, particles.shards
+    last = particles.num_steps - 1
     part, whole = shards.part(size), shards.whole
     identity = jnp.broadcast_to(jnp.arange(size[1]), size)
     zero = jnp.zeros(size)
@@ -191,7 +189,9 @@ def run_particles(
     state, kept_last = renewed(state, jnp.zeros_like(due), last + 1)
     final = {**out, "due": jnp.zeros_like(due), "renewals": kept_last}
     columns = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), steps, final)
-    history = jnp.concatenate([keep(start.carry)[None], columns["kept"]])
+    history = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]), keep(start.carry), columns["kept"]
+    )
     return Trace(
         state.carry,
         Weights(state.log).log_normalised,
@@ -243,14 +243,18 @@ def _total(total: tuple[Array, Array]) -> Array:
     return total[0] + total[1]
 
 
-def check(trace: Trace) -> None:
-    """Refuse weights that are no numbers; while a scan runs nobody can.
+def check(log_evidence_steps: Array) -> None:
+    """Refuse weights that are no numbers; while a scan runs, or is compiled, nobody can.
 
-    :raises ValueError: if a weight or a running evidence is NaN or ``+inf``.
+    :param log_evidence_steps: running log-evidence, ``(R, T)``.
+    :raises ValueError: if one is NaN or ``+inf``.
     """
-    worst = jnp.isnan(trace.log_evidence_steps) | (trace.log_evidence_steps == math.inf)
-    if bool(worst.any()):
-        run, step = (int(i) for i in jnp.argwhere(worst)[0])
+    if isinstance(log_evidence_steps, jax.core.Tracer):
+        return
+    found = np.asarray(log_evidence_steps)
+    worst = np.isnan(found) | (found == math.inf)
+    if worst.any():
+        run, step = (int(i) for i in np.argwhere(worst)[0])
         raise ValueError(
             f"a particle weight became NaN or +inf at step {step} of run {run}: the potential or a "
             "site of the program returned it; check what it does with tokens that are rare."

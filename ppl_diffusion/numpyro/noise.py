@@ -1,7 +1,8 @@
-"""Where uniforms come from: random keys, one for each particle.
+"""Where uniforms come from: random keys, with a stream for each particle.
 
-Particle ``n`` of run ``r`` draws from ``fold_in(fold_in(fold_in(key, step), r), n)``: what it draws
-depends neither on how many others there are nor on how many devices they live on.
+Particle ``n`` of run ``r`` draws from stream ``n`` of ``fold_in(fold_in(key, step), r)``: what it
+draws depends neither on how many others there are nor on how many devices they live on. Keys are
+made only where a program asks for them: one for each particle would cost as much as the numbers.
 """
 
 from __future__ import annotations
@@ -55,17 +56,20 @@ class KeyNoise(eqx.Module):
         """Return random keys of each particle, see :class:`Noise`."""
         rows = self._run_keys(use, k, size[0])
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        numbers = jnp.arange(size[1] * self.shards.count)
-        return fold(rows, self.shards.own(numbers[None])[0])
+        return fold(rows, self._numbers(size))
 
     def particles(self, use: int, k: Array, shape: tuple[int, ...], size: tuple[int, int]) -> Array:
         """Return uniforms of each particle, see :class:`Noise`."""
-        draw = jax.vmap(jax.vmap(lambda key: jax_uniforms(key, shape)))
-        return draw(self.keys(use, k, size))
+        rows, numbers = self._run_keys(use, k, size[0]), self._numbers(size)
+        return jax.vmap(lambda key: jax_uniforms(key, shape, numbers))(rows)
 
     def runs(self, use: int, k: Array, shape: tuple[int, ...], size: int) -> Array:
         """Return uniforms of each run, see :class:`Noise`."""
         return jax.vmap(lambda key: jax_uniforms(key, shape))(self._run_keys(use, k, size))
+
+    def _numbers(self, size: tuple[int, int]) -> Array:
+        """Return which of all particles those of this device are, ``(N,)``."""
+        return self.shards.own(jnp.arange(size[1] * self.shards.count)[None])[0]
 
     def _run_keys(self, use: int, k: Array, size: int) -> Array:
         step = jax.random.fold_in(jax.random.fold_in(self.key, use), k)

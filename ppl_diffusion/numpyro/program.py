@@ -8,7 +8,7 @@ sites, and its chains are never scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -105,7 +105,7 @@ class ProgramTarget(eqx.Module):
         def one(key: Array) -> tuple[Values, Array]:
             found = self.run(x0, key)
             values = {name: found[name]["value"] for name in self.latents}
-            return values, _total(found[name] for name in self.latents)
+            return values, total_log_prob(found[name] for name in self.latents)
 
         return jax.vmap(jax.vmap(one))(noise.keys(LATENT, 0, size))
 
@@ -114,7 +114,7 @@ class ProgramTarget(eqx.Module):
 
         def one(values: Values) -> Array:
             found = self.run(values)
-            return _total(found[name] for name in self.latents)
+            return total_log_prob(found[name] for name in self.latents)
 
         return self._mapped(one, {**latents, **guess})
 
@@ -137,7 +137,7 @@ class ProgramTarget(eqx.Module):
         """Return the log-density of all sites of a trace but the chains."""
         chains = {name for name, _ in self.chains}
         sites = (site for site in found.values() if site["type"] == "sample")
-        return _total(site for site in sites if site["name"] not in chains)
+        return total_log_prob(site for site in sites if site["name"] not in chains)
 
     def samples(self, latents: Values, x0: Values) -> dict[str, Array]:
         """Return the values of latents and deterministic sites, ``(R, N, ...)`` each."""
@@ -197,7 +197,8 @@ def read(
         latents,
         tuple((name, (*c.batch_shape, c.length)) for name, c in chains.items()),
     )
-    _require_ends(target, found)
+    for seen in filter(None, (found, other)):  # a path may hide it by chance
+        _require_ends(target, seen)
     return chains, target
 
 
@@ -266,8 +267,11 @@ class _AnyPaths(Messenger):
         msg["value"] = jnp.where(chain.fixed[..., None, :], chain.prompt[..., None, :], path)
 
 
-def _total(sites: Any) -> Array:
-    """Return the sum of the log-densities of sites, scaled and masked."""
+def total_log_prob(sites: Iterable[Mapping[str, Any]]) -> Array:
+    """Return the sum of the log-densities of sites, scaled and masked, ``()``.
+
+    :param sites: sample sites of a trace.
+    """
     total = jnp.zeros(())
     for site in sites:
         log_p = site["fn"].log_prob(site["value"])

@@ -151,7 +151,7 @@ class SMC:
             known = replace(particles.mover, tuned=_tuned(scout))
             particles = replace(particles, mover=known)
         trace = self._trace(particles, KeyNoise(key, self.shards), self.size, self.mesh)
-        check(trace)
+        check(trace.log_evidence_steps)
         return self._posterior(particles, trace, scout, time.perf_counter() - started)
 
     def _trace(
@@ -291,7 +291,7 @@ def _run(
     mesh: Mesh | None,
 ) -> Trace:
     def run(particles: ChainParticles, noise: KeyNoise) -> Trace:
-        options: dict[str, Any] = {"store_path": store_path}
+        options: dict[str, Any] = {"store_path": store_path, "shards": particles.shards}
         if particles.mover is not None:
             options["renew"] = partial(particles.renew, noise, particles.shards.part(size))
         return run_particles(particles, noise, size, resampler, ess_threshold, **options)

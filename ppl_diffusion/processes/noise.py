@@ -32,6 +32,9 @@ from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, 
 BLOCK = 256
 """Classes per block of the two-level search; smaller vocabularies are searched at once."""
 
+PAIRS = 8
+"""Classes up to which JAX compares all pairs in place of sorting them."""
+
 CHUNK = 2**20
 """Probabilities held at a time while rows are drawn (8 MB): they stay in the processor's cache."""
 
@@ -52,29 +55,48 @@ def uniforms(
     return drawn if device is None else drawn.to(device)
 
 
-def jax_uniforms(key: Array, shape: Sequence[int]) -> Array:
+def jax_uniforms(key: Array, shape: Sequence[int], streams: Array = 0) -> Array:
     """Return uniforms on ``[0, 1)`` from 64 random bits each, exact towards zero.
 
     ``jax.random.uniform`` puts its values on the lattice of ``2^-23`` (float32). Here the leading
     zeros of the bits become the exponent and the bits after them the mantissa, cut and never
-    rounded: ``P(u < x) = x`` for every float ``x`` of at least ``2^-32``.
+    rounded: ``P(u < x) = x`` for every float ``x`` of at least ``2^-32``. One block of Threefry
+    (Salmon et al. 2011) has these 64 bits; the ``i``-th number of a stream depends on nothing but
+    the key, the stream and ``i``.
 
     :param key: a JAX random key.
-    :returns: float64, or float32 where 64-bit numbers are switched off.
+    :param streams: which of the key's independent sequences, integers ``(*batch,)``.
+    :returns: ``(*batch, *shape)``, float64, or float32 where 64-bit numbers are switched off.
     """
     import jax
     import jax.numpy as jnp
 
-    high, low = jax.random.bits(key, (2, *shape), "uint32")
+    high, low = _threefry(key, shape, streams)
     zeros = jax.lax.clz(high)
     # 32 bits from the first one on; a shift by all 32 bits is undefined, hence the two cases.
     kept = jnp.where(zeros == 0, high, (high << (zeros % 32)) | (low >> (32 - zeros) % 32))
     kept = jnp.where(zeros == 32, low, kept)
+    # 2^-zeros, by its exponent bits: ldexp minds subnormal numbers, and would cost the most here.
+    scale = jax.lax.bitcast_convert_type((127 - zeros) << 23, jnp.float32).astype(float)
     if float64_of(jnp) == jnp.float32:
-        return jnp.ldexp((kept >> 8).astype(jnp.float32), -24 - zeros.astype(jnp.int32))
+        return (kept >> 8).astype(float) * 2.0**-24 * scale
     rest = jnp.where(zeros == 32, 0, low << (zeros % 32)) >> 11  # 21 more bits: 53 in all
-    mantissa = kept.astype(float) * 2.0**-32 + rest.astype(float) * 2.0**-53
-    return jnp.ldexp(mantissa, -zeros.astype(jnp.int32))
+    return (kept.astype(float) * 2.0**-32 + rest.astype(float) * 2.0**-53) * scale
+
+
+def _threefry(key: Array, shape: Sequence[int], streams: Array) -> Sequence[Array]:
+    """Return two words of 32 random bits for each number, ``(*batch, *shape)``."""
+    import jax
+    import jax.numpy as jnp
+    from jax.extend.random import threefry2x32_p
+
+    # Keys that are split or folded off the same key count with a high word of zero.
+    high = jnp.asarray(streams, "uint32") + 1
+    low = jnp.arange(math.prod(shape), dtype="uint32").reshape(tuple(shape))
+    counters = jnp.broadcast_arrays(high.reshape(*high.shape, *(1,) * low.ndim), low)
+    first, second, *_ = jax.random.key_data(key)
+    words: Sequence[Array] = threefry2x32_p.bind(first, second, *counters)
+    return words
 
 
 def draw_categorical(log_c: Array, uniforms: Array) -> Array:
@@ -92,6 +114,8 @@ def draw_categorical(log_c: Array, uniforms: Array) -> Array:
     xp = array_namespace(log_c)
     if float64_of(xp) == xp.float64:
         return _invert(xp.exp(to_float64(log_c)), to_float64(uniforms))
+    if log_c.shape[-1] <= PAIRS:
+        return _invert_pairs(xp.exp(log_c), to_float64(uniforms))
     order = xp.argsort(log_c, axis=-1)
     rank = _invert(xp.exp(xp.take_along_axis(log_c, order, axis=-1)), to_float64(uniforms))
     order = xp.broadcast_to(order, (*rank.shape, order.shape[-1]))
@@ -109,6 +133,22 @@ def _invert(weights: Array, u: Array) -> Array:
     classes = xp.arange(weights.shape[-1], device=device_of(weights))
     reached = (classes <= index[..., None]) & (weights > 0)
     return xp.max(xp.where(reached, classes, 0), axis=-1)
+
+
+def _invert_pairs(weights: Array, u: Array) -> Array:
+    """Return the same, the sums taken from the rarest class up by comparing all pairs of classes.
+
+    XLA sorts short rows at several times the price.
+    """
+    xp = array_namespace(weights)
+    classes = xp.arange(weights.shape[-1])
+    this, other = weights[..., :, None], weights[..., None, :]
+    upto = (other < this) | ((other == this) & (classes <= classes[:, None]))
+    cdf = xp.sum(xp.where(upto, other, 0.0), axis=-1)
+    passed = cdf <= (u * xp.max(cdf, axis=-1))[..., None]
+    # A class without mass is always passed; where u * total rounds up to the total, all are.
+    chosen = xp.minimum(xp.sum(passed, axis=-1) + 1, len(classes))
+    return xp.sum(xp.where(xp.sum(upto, axis=-1) == chosen[..., None], classes, 0), axis=-1)
 
 
 def _draw_torch(log_c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

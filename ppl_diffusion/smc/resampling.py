@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from array_api_compat import is_torch_array
+from array_api_compat import is_jax_array, is_torch_array
 
 from ppl_diffusion.arrays import Array, array_namespace, device_of, int64_of, to_float64
 from ppl_diffusion.deferred import refuse_if
@@ -109,7 +109,7 @@ class Residual(Resampler):
         rest = expected - whole
         rest = xp.where(xp.sum(rest, axis=-1, keepdims=True) > 0, rest, weights)
         drawn = _inverse_cdf(rest, xp.where(certain, 0.0, uniforms))
-        return xp.where(certain, _count(ends, to_float64(slots)), drawn)
+        return xp.where(certain, _count_whole(ends, weights.shape[-1]), drawn)
 
 
 @dataclass(frozen=True)
@@ -369,9 +369,7 @@ def _owners(ends: Array, num: int, weights: Array, order: Array | None = None) -
         copies[..., 1:] -= copies[..., :-1].copy()
         owners = np.broadcast_to(_iota(ends), ends.shape) if order is None else order
         return np.repeat(owners.ravel(), copies.ravel()).reshape(*ends.shape[:-1], num)
-    xp = array_namespace(ends)
-    slots = xp.arange(num, device=device_of(ends), dtype=ends.dtype)
-    owner = xp.minimum(_count(ends, slots), _last_positive(weights))
+    owner = array_namespace(ends).minimum(_count_whole(ends, num), _last_positive(weights))
     return owner if order is None else _take(order, owner)
 
 
@@ -399,12 +397,26 @@ def _count(ends: Array, points: Array) -> Array:
     return found.reshape(points.shape)
 
 
+def _count_whole(ends: Array, num: int) -> Array:
+    """Return how many of the sorted whole ``ends`` are at most each of ``0..num-1``."""
+    xp = array_namespace(ends)
+    if not is_jax_array(ends):
+        return _count(ends, xp.arange(num, device=device_of(ends), dtype=ends.dtype))
+    import jax
+
+    # A histogram, added up, costs a fraction of a search for each number.
+    flat = _whole(ends).reshape(-1, ends.shape[-1])
+    counts = jax.vmap(lambda e: xp.zeros(num, e.dtype).at[e].add(1, mode="drop"))(flat)
+    return _running_sum(counts).reshape(*ends.shape[:-1], num)
+
+
 def _order(keys: Array) -> Array:
     """Return the order of numbers in ``[0, 1)`` by their first 32 bits, ties as they stand."""
     words = keys * 2.0**32
-    if not isinstance(words, np.ndarray):
-        xp = array_namespace(words)
-        return xp.argsort(xp.floor(words), axis=-1, stable=True)
+    if is_jax_array(words):
+        return _packed_order(words)
+    if is_torch_array(words):
+        return torch.argsort(torch.floor(words), dim=-1, stable=True)
     if words.shape[-1] < _RADIX:
         return np.argsort(np.floor(words), axis=-1, kind="stable")
     # NumPy sorts 16 bits by counting: two passes, the lower half first.
@@ -412,3 +424,23 @@ def _order(keys: Array) -> Array:
     order = np.argsort(halves.astype(np.uint16), axis=-1, kind="stable")
     upper = _take((halves >> 16).astype(np.uint16), order)
     return _take(order, np.argsort(upper, axis=-1, kind="stable"))
+
+
+def _packed_order(words: Array) -> Array:
+    """Return the order of numbers below ``2^32``, in JAX.
+
+    XLA sorts integers faster than pairs: the place of each goes into its last bits, and what does
+    not fit beside it waits for another pass, the lower bits first.
+    """
+    import jax.numpy as jnp
+
+    bits = 8 * int64_of(jnp).itemsize
+    width = max(1, (words.shape[-1] - 1).bit_length())
+    places = jnp.arange(words.shape[-1], dtype=f"uint{bits}")
+    order = jnp.broadcast_to(_iota(words), words.shape)
+    words = words.astype(places.dtype)
+    for start in range(0, 32, bits - width):
+        digits = _take(words, order) >> start << width
+        sorted_places = jnp.sort(digits | places, axis=-1) & (2**width - 1)
+        order = _take(order, sorted_places)
+    return order

@@ -207,7 +207,7 @@ def test_programs_that_it_cannot_move_are_refused(program):
 
     def noisy():
         path = numpyro.sample("path", ours)
-        numpyro.factor("g", 1.0 * (path[0] == path[1]).sum())
+        numpyro.factor("g", 1.0 * (path[0] == path[-1]).sum())
 
     with pytest.raises(CapabilityError, match="is scaled"):
         ppn.SMC(scaled).run(jax.random.key(0))

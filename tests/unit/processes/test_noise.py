@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from ppl_diffusion.processes import noise
-from ppl_diffusion.processes.noise import draw_categorical, draw_normalised, jax_uniforms, uniforms
+from ppl_diffusion.processes.noise import (
+    _threefry,
+    draw_categorical,
+    draw_normalised,
+    jax_uniforms,
+    uniforms,
+)
 from ppl_diffusion.testing import chi_square_p_value
 
 LAST = 1 - 2.0**-53
@@ -194,7 +200,7 @@ BITS = [(0, 2**32 - 1), (1, 0), (1, 2**32 - 1), (2**24, 1), (2**31, 0), (2**31 -
 def test_every_bit_counts(digits, monkeypatch):
     """The float is the 64-bit number cut to ``digits`` bits, and so never one."""
     words = jnp.asarray(np.array(BITS, dtype=np.uint32).T)
-    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: words)
+    monkeypatch.setattr(noise, "_threefry", lambda key, shape, streams: words)
     with jax.enable_x64(digits == 53):
         got = np.asarray(jax_uniforms(None, (len(BITS),)))
     for value, (high, low) in zip(got, BITS, strict=True):
@@ -219,6 +225,25 @@ def test_jax_uniforms_are_uniform(digits):
     binade = torch.tensor(np.clip(-np.floor(np.log2(u)), 1, 12)).long() - 1
     law = torch.tensor([0.5**k for k in range(1, 12)] + [0.5**11], dtype=torch.float64)
     assert chi_square_p_value(torch.bincount(binade, minlength=12), law) > 1e-4
+
+
+def test_streams_and_numbers_depend_on_nothing_beside_them():
+    """On pain of another run for another number of particles, or of devices."""
+    key = jax.random.key(7)
+    many = np.asarray(jax_uniforms(key, (6, 5), jnp.arange(40)))
+    assert many.shape == (40, 6, 5)
+    assert len(np.unique(many)) == many.size
+    np.testing.assert_array_equal(jax_uniforms(key, (2, 5), jnp.arange(3, 9)), many[3:9, :2])
+    np.testing.assert_array_equal(jax_uniforms(key, (6, 5)), many[0])
+
+
+def test_streams_are_not_the_keys_that_are_folded_off():
+    """What a key's children are made of is never handed out as its numbers."""
+    key = jax.random.key(7)
+    drawn = np.asarray(_threefry(key, (50,), jnp.arange(50))).reshape(2, -1)
+    children = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(50))
+    words = {tuple(pair) for pair in np.asarray(jax.random.key_data(children)).tolist()}
+    assert not words & {tuple(pair) for pair in drawn.T.tolist()}
 
 
 def test_uniforms_may_be_float32():
@@ -261,3 +286,29 @@ def test_one_pass_never_draws_the_impossible(dtype):
     log_c[:, [300, 1500]] = math.log(0.5)
     u = torch.tensor([0.0, 0.5, 0.25, 1 - 2**-53], dtype=torch.float64)
     assert draw_normalised(log_c, u)[0].tolist() == [300, 1500, 300, 1500]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_pairs_of_classes_draw_what_sorted_classes_do(size, monkeypatch):
+    """In 32 bits the sums are the same up to round-off, and hardly ever is a uniform in between."""
+    source = np.random.default_rng(0)
+    logs = np.log(source.dirichlet(np.full(size, 0.2), 4000))
+    logs[:, source.integers(size, size=size // 2)] = -np.inf
+    logs[::3] = np.round(logs[::3])  # ties
+    u = source.random(4000)
+    u[:2] = 0.0, 1 - 2.0**-24
+    with jax.enable_x64(False):
+        log_c, points = jnp.asarray(logs, jnp.float32), jnp.asarray(u, jnp.float32)
+        by_pairs = np.asarray(draw_categorical(log_c, points))
+        monkeypatch.setattr(noise, "PAIRS", 0)
+        by_order = np.asarray(draw_categorical(log_c, points))
+    assert (by_pairs != by_order).mean() < 1e-3
+    assert (np.take_along_axis(logs, by_pairs[:, None], -1) > -np.inf).all()
+
+
+def test_pairs_of_classes_draw_rare_ones():
+    """A class of probability 1e-12 is drawn by uniforms below it, and by no other."""
+    log_c = jnp.log(jnp.asarray([1.0, 1e-12, 0.5], jnp.float32))
+    with jax.enable_x64(False):
+        u = jnp.asarray([0.0, 0.6e-12, 0.7e-12, 0.3, 0.34, 0.9], jnp.float32)
+        assert draw_categorical(log_c, u).tolist() == [1, 1, 2, 2, 0, 0]

@@ -248,3 +248,14 @@ def test_long_keys_are_sorted_like_short_ones():
     expected = np.argsort(np.floor(keys * 2.0**32), axis=-1, kind="stable")
     assert (_order(keys) == expected).all()
     assert (_order(torch.from_numpy(keys)).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3, 300, 5000])
+def test_jax_sorts_keys_in_passes_of_what_fits(size, wide):
+    """Beside the places of 5,000 keys there is room for 19 bits in 32."""
+    keys = np.random.default_rng(0).random((2, size)).astype(np.float64 if wide else np.float32)
+    keys[1, size // 2 :] = keys[1, : size - size // 2]
+    expected = np.argsort(np.floor(keys * 2.0**32), axis=-1, kind="stable")
+    with jax.enable_x64(wide):
+        assert (np.asarray(_order(jnp.asarray(keys))) == expected).all()
