@@ -45,7 +45,7 @@ from ppl_diffusion.models.image_data import load_images
 TASKS = ("sr4", "gblur", "mblur", "rinp", "box", "hdr", "nlblur")
 NOISES = (0.05, 0.2)
 PUBLISHED, EXACT = "aps-published", "aps-smc+error"
-OURS = ("aps", "aps+error", "aps-smc+error")
+OURS = ("aps", "aps+error", "aps-published+error", "aps-smc+error")
 RIVALS = tuple(
     f"{name}+error"
     for name in ("g2d2-star", "g2d2-markov", "split-gibbs", "d-cbg", "relaxed-dps", "svdd-pm")
