@@ -8,7 +8,7 @@ sites, and its chains are never scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -110,9 +110,16 @@ class ProgramTarget(eqx.Module):
 
     def weigh(self, found: Mapping[str, Any]) -> Array:
         """Return the log-density of all sites of a trace but the chains."""
+        return _total(self._weighing(found))
+
+    def scores(self, values: Values) -> list[Array]:
+        """Return the log-densities of the sites but the chains, of the shapes they have."""
+        return [_score(site) for site in self._weighing(self.run(values))]
+
+    def _weighing(self, found: Mapping[str, Any]) -> list[Any]:
         chains = {name for name, _ in self.chains}
         sites = (site for site in found.values() if site["type"] == "sample")
-        return _total(site for site in sites if site["name"] not in chains)
+        return [site for site in sites if site["name"] not in chains]
 
     def samples(self, latents: Values, x0: Values) -> dict[str, Array]:
         """Return the values of latents and deterministic sites, ``(R, N, ...)`` each."""
@@ -209,10 +216,12 @@ def _traced(
     return found
 
 
-def _total(sites: Any) -> Array:
-    """Return the sum of the log-densities of sites, scaled and masked."""
-    total = jnp.zeros(())
-    for site in sites:
-        log_p = site["fn"].log_prob(site["value"])
-        total = total + jnp.sum(log_p if site["scale"] is None else site["scale"] * log_p)
-    return total
+def _total(sites: Iterable[Any]) -> Array:
+    """Return the sum of the log-densities of sites."""
+    return sum((jnp.sum(_score(site)) for site in sites), jnp.zeros(()))
+
+
+def _score(site: Any) -> Array:
+    """Return the log-density of a site, scaled and masked."""
+    log_p = site["fn"].log_prob(site["value"])
+    return log_p if site["scale"] is None else site["scale"] * log_p

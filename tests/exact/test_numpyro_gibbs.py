@@ -120,9 +120,9 @@ def model(ours):
 
 
 def exact(ours):
-    """Return the law of the sequences, and mean and variance of the gain: enumeration and quadrature.
+    """Return the law of the sequences, and mean and variance of the gain.
 
-    Trapezoids over 2,001 gains up to 6; the integrand vanishes at both ends.
+    Enumeration, and trapezoids over 2,001 gains up to 6; the integrand vanishes at both ends.
     """
     sequences, gains = ours.marginal().enumerate_support(), np.linspace(1e-6, 6.0, 2001)
     mean = gains[:, None] * np.asarray(1 + (sequences == 1).sum(-1))
