@@ -112,7 +112,7 @@ class ParticleGibbs(MCMCKernel):
             )
         given = dict(init_params or {})
         keys = dict(zip(chains, jax.random.split(first, len(chains)), strict=True))
-        paths = {n: given.get(n, c.sample(keys[n])) for n, c in chains.items()}
+        paths = {n: given[n] if n in given else c.sample(keys[n]) for n, c in chains.items()}
         z = {name: jnp.asarray(path) for name, path in paths.items()}
         return ParticleGibbsState(z, key, jnp.ones(()), jnp.ones(()))
 
