@@ -146,7 +146,7 @@ table[["mean", "sd", "hdi_3%", "hdi_97%", "ess_bulk", "ess_tail", "r_hat"]]
 
 # %%
 print("truth:", GAIN, NOISE, strength(truth))
-az.plot_rank(posterior, var_names=["gain", "noise", "strength"])
+az.plot_rank(posterior, var_names=["gain", "noise", "strength"], grid=(1, 5), figsize=(16, 3))
 plt.show()
 
 # %% [markdown]
