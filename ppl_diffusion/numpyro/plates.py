@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ppl_diffusion.arrays import Array
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.program import ProgramTarget, Values
 from ppl_diffusion.numpyro.reverse_chain import ReverseChain
 
@@ -42,13 +43,17 @@ class Elements(ProgramTarget):
 
     @classmethod
     def of(cls, chains: Mapping[str, ReverseChain], target: ProgramTarget) -> Elements:
-        """Find the elements of a program without latents; where all is coupled there is one."""
+        """Find the elements of a program without latents; where all is coupled there is one.
+
+        :raises CapabilityError: if the law of a chain depends on another chain.
+        """
         parts = {name: getattr(target, name) for name in target.__dataclass_fields__}
         plates = {tuple(chain.batch_shape) for chain in chains.values()}
         shape = plates.pop() if len(plates) == 1 else ()
         free = all(c.added.ndim == 0 and getattr(c, "psi", None) is None for c in chains.values())
         wide = [d for d, size in enumerate(shape) if size > 1] if free else []
         x0 = {name: jnp.zeros(own, int) for name, own in target.shapes}
+        _require_apart(target, x0)
         followed = {d: follow(target.scores, x0, d) for d in wide}
         apart = tuple(d for d, marks in followed.items() if MIXED not in marks)
         marks = zip(*(followed[d] for d in apart), strict=True)
@@ -111,6 +116,17 @@ class Elements(ProgramTarget):
                 front = jnp.moveaxis(score, axes, range(len(axes)))
                 total = total + front.reshape(self.count, -1).sum(-1)
         return total
+
+
+def _require_apart(target: ProgramTarget, x0: Values) -> None:
+    """Refuse chains given chains, of which only the first would be seen to move."""
+    for name in x0 if len(x0) > 1 else ():
+        marks = follow(lambda x0, name=name: jax.tree.leaves(target.run(x0)[name]["fn"]), x0, 0)
+        if any(mark is not None for mark in marks):
+            raise CapabilityError(
+                f"ParticleGibbs: the law of the chain {name!r} depends on another chain; give each "
+                "of them a ParticleGibbs block of its own in numpyro.infer.gibbs.Gibbs."
+            )
 
 
 def follow(fn: Callable[..., Any], values: Any, axis: int) -> list[Mark]:

@@ -261,3 +261,16 @@ def test_what_it_cannot_do_is_refused():
         MCMC(ppn.ParticleGibbs(model(ours)), num_warmup=1, num_samples=1, progress_bar=False).run(
             jax.random.key(0)
         )
+
+
+def test_chains_given_chains_are_refused():
+    ours = chain(length=1, steps=2)
+
+    def program():
+        first = ours.x0(numpyro.sample("first", ours))
+        numpyro.sample("second", ppn.ReverseChain(ours.kernel, 1, first - 1))
+
+    kernel = ppn.ParticleGibbs(program)
+    state = kernel.init(jax.random.key(0), 0, None, (), {})
+    with pytest.raises(CapabilityError, match="law of the chain 'second' depends on another"):
+        kernel.sample(state, (), {})
