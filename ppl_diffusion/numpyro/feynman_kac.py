@@ -190,7 +190,8 @@ class ChainParticles(eqx.Module):
 
     def _filled(self, name: str, carry: dict[str, Any], k: Array) -> Array:
         """Return completions, ``(R, N, num_fills, *plates, L)``."""
-        kernel, known = self.chains[name].kernel, self.chains[name].known
+        kernel = self.chains[name].kernel
+        known = jnp.broadcast_to(self.chains[name].known, carry["tokens"][name].shape)[:, :, None]
         log_x0 = self._ends(name, carry["tokens"], carry["log_c"], k)
         parts = [kernel.complete(log_x0)[:, :, None]] if _likeliest(self.twist) else []
         u = carry["fills"][name]

@@ -25,6 +25,7 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.conditional import RetainedParticles, sweep
 from ppl_diffusion.numpyro.feynman_kac import look_ahead
 from ppl_diffusion.numpyro.noise import KeyNoise
+from ppl_diffusion.numpyro.plates import Elements
 from ppl_diffusion.numpyro.program import read
 from ppl_diffusion.smc.twists import TwistLike
 
@@ -112,7 +113,7 @@ class ParticleGibbs(MCMCKernel):
             )
         given = dict(init_params or {})
         keys = dict(zip(chains, jax.random.split(first, len(chains)), strict=True))
-        paths = {n: given.get(n, c.sample(keys[n])) for n, c in chains.items()}
+        paths = {n: given[n] if n in given else c.sample(keys[n]) for n, c in chains.items()}
         z = {name: jnp.asarray(path) for name, path in paths.items()}
         return ParticleGibbsState(z, key, jnp.ones(()), jnp.ones(()))
 
@@ -136,10 +137,13 @@ class ParticleGibbs(MCMCKernel):
         self, key: Array, paths: Mapping[str, Array], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Array], Array]:
         chains, target = read(self.model, args, kwargs, key, fixed=True)
-        retained = {name: paths[name][None] for name in chains}
-        particles = RetainedParticles(chains, target, self.twist, retained)
-        done = sweep(particles, KeyNoise(key), (1, self.num_particles), self.ess_threshold)
-        return {name: done.paths[name][0].astype(x.dtype) for name, x in paths.items()}, done.ess[0]
+        elements = Elements.of(chains, target)
+        retained = {name: elements.split(paths[name]) for name in chains}
+        particles = RetainedParticles(elements.each(chains), elements, self.twist, retained)
+        size = elements.count, self.num_particles
+        done = sweep(particles, KeyNoise(key), size, self.ess_threshold)
+        new = {name: elements.join(done.paths[name]).astype(x.dtype) for name, x in paths.items()}
+        return new, done.ess.min()
 
     def refresh(
         self,

@@ -135,9 +135,16 @@ class ProgramTarget(eqx.Module):
 
     def weigh(self, found: Mapping[str, Any]) -> Array:
         """Return the log-density of all sites of a trace but the chains."""
+        return total_log_prob(self._weighing(found))
+
+    def scores(self, values: Values) -> list[Array]:
+        """Return the log-densities of the sites but the chains, of the shapes they have."""
+        return [_score(site) for site in self._weighing(self.run(values))]
+
+    def _weighing(self, found: Mapping[str, Any]) -> list[Any]:
         chains = {name for name, _ in self.chains}
         sites = (site for site in found.values() if site["type"] == "sample")
-        return total_log_prob(site for site in sites if site["name"] not in chains)
+        return [site for site in sites if site["name"] not in chains]
 
     def samples(self, latents: Values, x0: Values) -> dict[str, Array]:
         """Return the values of latents and deterministic sites, ``(R, N, ...)`` each."""
@@ -272,8 +279,10 @@ def total_log_prob(sites: Iterable[Mapping[str, Any]]) -> Array:
 
     :param sites: sample sites of a trace.
     """
-    total = jnp.zeros(())
-    for site in sites:
-        log_p = site["fn"].log_prob(site["value"])
-        total = total + jnp.sum(log_p if site["scale"] is None else site["scale"] * log_p)
-    return total
+    return sum((jnp.sum(_score(site)) for site in sites), jnp.zeros(()))
+
+
+def _score(site: Mapping[str, Any]) -> Array:
+    """Return the log-density of a site, scaled and masked."""
+    log_p = site["fn"].log_prob(site["value"])
+    return log_p if site["scale"] is None else site["scale"] * log_p

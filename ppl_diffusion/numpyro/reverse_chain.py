@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +137,8 @@ class ReverseChain(Distribution):
         path, log_p, _ = self._drawn(key, sample_shape)
         return path, [log_p]
 
+    # Compiled once for a chain and a shape: programs are run many times before they are compiled.
+    @eqx.filter_jit
     def _drawn(self, key: Array, sample_shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
         assert is_prng_key(key)
         if self.added.ndim:
