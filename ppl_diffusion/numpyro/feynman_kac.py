@@ -1,8 +1,8 @@
 """Particles of a program with reverse chains: how they move, look ahead, and what weighs them.
 
 All chains of a program go in lockstep. Latents are drawn once, before the chains, from their law
-given a first guess; that law ``r`` is a part of what weighs them, so that a latent whose law
-depends on the sequences is right, too. They look ahead by completions
+``r``; those whose law depends on a sequence are drawn from it whenever they are asked for, by noise
+that a particle keeps. They look ahead by completions
 (:mod:`ppl_diffusion.smc.twists`): the likeliest one, some with noise that a particle hands on to
 its children, and a floor under both.
 """
@@ -10,8 +10,8 @@ its children, and a floor under both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -45,18 +45,12 @@ Values = Mapping[str, Array]
 class Target(Protocol):
     """What sequences and latents are worth; a pytree."""
 
-    def draw(self, noise: Noise, size: Size, guess: Callable[[], Values]) -> tuple[Values, Array]:
-        """Return latents of ``(R, N)`` particles and the log-density ``log r`` of these.
-
-        :param guess: returns a first guess of the sequences, ``(*plates, L)`` each.
-        """
+    def draw(self, noise: Noise, size: Size) -> tuple[Values, Array]:
+        """Return latents of ``(R, N)`` particles and the log-density ``log r`` of these."""
         ...
 
-    def log_law(self, latents: Values, guess: Values) -> Array:
-        """Return ``log r`` of latents, ``(*batch,)``.
-
-        :param guess: the guess that they were drawn by.
-        """
+    def log_law(self, latents: Values) -> Array:
+        """Return ``log r`` of latents, ``(R, N)``."""
         ...
 
     def log_joint(self, latents: Values, x0: Values) -> Array:
@@ -106,20 +100,11 @@ class ChainParticles(eqx.Module):
             tokens[name] = chain.start(starts[..., columns].reshape(*size, *shape[name]))
             ahead[name] = own[..., columns].reshape(*size, fills, *shape[name])
         tokens = self.held(tokens, 0)
-        latents, log_r = self.target.draw(noise, size, partial(self._guess, tokens))
+        latents, log_r = self.target.draw(noise, size)
         carry = {"tokens": tokens, "fills": ahead, "latents": dict(latents), "log_r": log_r}
         if self.mover is not None:
-            guess = self._guess(tokens)
-            carry["guess"] = {n: jnp.broadcast_to(x, (*size, *x.shape)) for n, x in guess.items()}
             carry["level"] = jnp.zeros(size)
         return carry
-
-    def _guess(self, tokens: Values) -> dict[str, Array]:
-        """Return the likeliest sequences, ``(*plates, L)``, as seen from one noisiest state."""
-        first = {name: x[0, 0] for name, x in self.shards.whole(tokens).items()}
-        log_c = self._predict(first, 0)
-        ends = {name: self._ends(name, first, log_c, 0) for name in first}
-        return {name: self.chains[name].kernel.complete(x) for name, x in ends.items()}
 
     @property
     def _width(self) -> int:
@@ -233,16 +218,18 @@ class ChainParticles(eqx.Module):
         """Move latents, each particle's given its sequence and the completions behind its twist."""
         assert self.mover is not None
         last = isinstance(k, int) and k == self.num_steps
+        # Blocks go by a loop that nothing can be differentiated through.
+        plain = replace(self, shards=replace(self.shards, block=None))
         x0 = None if last or self.twist is None else self.completions(carry, k)
 
         def rate(latents: Values) -> tuple[Array, Array]:
-            log_r = self.shards.each(self.target.log_law, latents, carry["guess"])
+            log_r = self.target.log_law(latents)
             new = {**carry, "latents": latents, "log_r": log_r}
             if last:
-                return self.close(new), log_r
+                return plain.close(new), log_r
             if x0 is None:
                 return jnp.zeros_like(log_r), log_r
-            log_f, floor = self._tempered(self.worth(new, k, x0)[1], k), _floor(self.twist)
+            log_f, floor = self._tempered(plain.worth(new, k, x0)[1], k), _floor(self.twist)
             return (floored(log_f, carry["level"], floor) if floor else log_f), log_r
 
         spot = Spot(carry["latents"], log_h, carry["log_r"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from numpyro.primitives import Messenger
 
@@ -69,9 +70,14 @@ def clamp(fn: Program | None = None, *, tokens: Array, sites: Sites = None) -> A
     :param fn: the program; without it a context manager.
     :param tokens: integers ``(L,)``, -1 where nothing is known.
     :param sites: names of the chain sites (all by default).
-    :raises ValueError: if a chain has another length, or no chain site is met.
+    :raises TypeError: if the tokens are no integers.
+    :raises ValueError: if a chain has another length, a token is none, or another one is known at
+        its position, or no chain site is met.
+    :raises CapabilityError: if the chain may mask again what it has revealed.
     """
     known = jnp.asarray(tokens)
+    if not jnp.issubdtype(known.dtype, jnp.integer):
+        raise TypeError(f"clamp: tokens must hold integer ids, got {known.dtype}.")
 
     def hold(name: str, chain: ReverseChain) -> ReverseChain:
         if known.shape[-1:] != (chain.length,):
@@ -79,9 +85,30 @@ def clamp(fn: Program | None = None, *, tokens: Array, sites: Sites = None) -> A
                 f"clamp: {known.shape[-1]} tokens for the chain {name!r} of {chain.length}; "
                 "give one for each position, -1 where it is free."
             )
-        return ProposedChain.of(chain).holding(known)
+        held = ProposedChain.of(chain)
+        _require_clampable(name, held, known)
+        return held.holding(known)
 
     return _Chains("clamp", hold, fn, sites)
+
+
+def _require_clampable(name: str, chain: ProposedChain, known: Array) -> None:
+    process, kappa = chain.kernel.process, np.asarray(chain.kernel.kappa)
+    if process.absorbing and (kappa < 1).any():
+        raise CapabilityError(
+            f"clamp: the chain {name!r} may reveal a wrong token and mask it again (kappa below "
+            "1), which nothing that holds the tokens proposes; take kappa=1, or condition by a "
+            "factor of the program."
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in (known, chain.known)):
+        return
+    if known.max() >= process.vocab_size or known.min() < -1:
+        raise ValueError("clamp: tokens must hold clean token ids, and -1 where nothing is known.")
+    if ((known >= 0) & (chain.known >= 0) & (known != chain.known)).any():
+        raise ValueError(
+            f"clamp: another token of the chain {name!r} is known already where one is given; the "
+            "prompt and all clamps have to agree."
+        )
 
 
 def twist(fn: Program | None = None, *, logits: Psi, sites: Sites = None) -> Any:
@@ -177,6 +204,11 @@ class _Unrolled(Messenger):
         """Sample the steps, and leave the path."""
         if not _is_chosen(msg, self.sites):
             return
+        if isinstance(msg["fn"], ProposedChain):
+            raise CapabilityError(
+                f"unroll: the site {msg['name']!r} is clamped, twisted or steered, which its steps "
+                "would forget; unroll first, and condition its last step."
+            )
         name, path = msg["name"], msg["value"]
         # One key of the site, whichever handler was first, so that the order does not matter.
         key = msg["kwargs"].get("rng_key")

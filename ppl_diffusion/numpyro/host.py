@@ -8,7 +8,9 @@ through it, and it runs on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,20 @@ import numpy as np
 import torch
 
 from ppl_diffusion.arrays import Array
+
+_MET: ContextVar[list[OnHost] | None] = ContextVar("met", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[OnHost]]:
+    """Note who is asked on the host by what is traced inside."""
+    found: list[OnHost] = []
+    token = _MET.set(found)
+    try:
+        yield found
+    finally:
+        _MET.reset(token)
+
 
 Scored = Callable[[torch.Tensor], torch.Tensor]
 
@@ -57,6 +73,8 @@ class OnHost:
         return self._asked(self.guessed, x0)
 
     def _asked(self, score: Scored, x0: Array) -> Array:
+        if (met := _MET.get()) is not None:
+            met.append(self)
         answer = jnp.zeros(()).dtype
 
         def ask(x0: Array) -> np.ndarray:
@@ -69,6 +87,12 @@ class OnHost:
             except Exception as error:
                 self.failure = error
                 raise
+            if values.shape != tokens.shape[:1]:
+                self.failure = ValueError(
+                    f"OnHost: {self.__name__} returned shape {values.shape} for {len(tokens)} "
+                    "sequences; return one number for each."
+                )
+                raise self.failure
             return values.reshape(rows.shape[:-1]).astype(answer)
 
         shape = jax.ShapeDtypeStruct(jnp.shape(x0)[:-1], answer)

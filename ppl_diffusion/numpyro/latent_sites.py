@@ -131,19 +131,19 @@ class LatentSites(eqx.Module):
 
 
 def latent_sites(
-    found: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]
+    found: Mapping[str, Any], names: Sequence[str], known: Mapping[str, str]
 ) -> LatentSites:
     """Return how latents can be moved.
 
-    :param found: a trace of the program, and ``other`` one with other draws: a support that is not
-        the same in both depends on other sites.
+    :param found: a trace of the program.
     :param names: the latents.
+    :param known: those that cannot be, and why.
     """
     reals: list[RealSite] = []
     discrete: list[DiscreteSite] = []
     left: list[tuple[str, str]] = []
     for name in names:
-        site = _site(name, found[name], other[name])
+        site = known[name] if name in known else _site(name, found[name])
         if isinstance(site, RealSite):
             reals.append(site)
         elif isinstance(site, DiscreteSite):
@@ -154,9 +154,7 @@ def latent_sites(
     return LatentSites(tuple(reals), tuple(discrete), tuple(left), whole)
 
 
-def _site(
-    name: str, found: Mapping[str, Any], other: Mapping[str, Any]
-) -> RealSite | DiscreteSite | str:
+def _site(name: str, found: Mapping[str, Any]) -> RealSite | DiscreteSite | str:
     """Return a latent that can be moved, or why it cannot."""
     fn, shape = found["fn"], jnp.shape(found["value"])
     inner = _innermost(fn)
@@ -172,13 +170,11 @@ def _site(
             return f"it has more than {MAX_VALUES} values"
         return DiscreteSite(name, values.reshape(len(values), *fn.event_shape), shape)
     try:
-        transforms = [biject_to(site["fn"].support) for site in (found, other)]
+        transform = biject_to(fn.support)
     except NotImplementedError:
         return "no transform of its support to real numbers is known"
-    if not eqx.tree_equal(*transforms):
-        return "its support depends on other sites"
-    real = jax.eval_shape(transforms[0]._inverse, found["value"]).shape
-    return RealSite(name, transforms[0], shape, real)
+    real = jax.eval_shape(transform._inverse, found["value"]).shape
+    return RealSite(name, transform, shape, real)
 
 
 def _listed(fn: Any) -> Array | None:

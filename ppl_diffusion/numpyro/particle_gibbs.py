@@ -12,6 +12,7 @@ Both leave the posterior of the program invariant (Andrieu, Doucet and Holenstei
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -78,6 +79,8 @@ class ParticleGibbs(MCMCKernel):
                 "ParticleGibbs: num_particles must be >= 2 (one of them is retained) and "
                 f"num_sweeps >= 1, got {num_particles} and {num_sweeps}."
             )
+        if not 0 <= ess_threshold < math.inf:
+            raise ValueError(f"ParticleGibbs: ess_threshold must be >= 0, got {ess_threshold}.")
         self.model, self.twist = model, look_ahead(twist, "ParticleGibbs")
         self.num_particles, self.num_sweeps = num_particles, num_sweeps
         self.ess_threshold = ess_threshold
@@ -112,6 +115,13 @@ class ParticleGibbs(MCMCKernel):
                 "block of numpyro.infer.gibbs.Gibbs, with NUTS for the rest."
             )
         given = dict(init_params or {})
+        for name, path in given.items():
+            shape = (*chains[name].batch_shape, *chains[name].event_shape) if name in chains else ()
+            if name not in chains or jnp.shape(path) != shape:
+                raise ValueError(
+                    f"ParticleGibbs: init_params has {name!r} of shape {jnp.shape(path)}; give "
+                    f"paths of {', '.join(chains)}, as the chain draws them."
+                )
         keys = dict(zip(chains, jax.random.split(first, len(chains)), strict=True))
         paths = {n: given[n] if n in given else c.sample(keys[n]) for n, c in chains.items()}
         z = {name: jnp.asarray(path) for name, path in paths.items()}

@@ -125,7 +125,7 @@ class ProposedChain(ReverseChain):
             trace = run_particles(particles, noise, size, scheme, how.ess_threshold)
             states, slot = picked(trace, noise)
             log_z, log_g = trace.log_evidence_steps[0, -1], trace.log_potential[0, slot[0]]
-            alive = log_z > -jnp.inf  # a dead run has log G = -inf as well: no inf - inf
+            alive = log_z != -jnp.inf  # a dead run has log G = -inf as well: no inf - inf
             return states[0], jnp.where(alive, log_z - jnp.where(alive, log_g, 0.0), -jnp.inf)
 
         path, log_w = jax.vmap(one)(jax.random.split(key, count), prompts, helds)

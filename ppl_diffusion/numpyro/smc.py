@@ -23,7 +23,7 @@ from ppl_diffusion.inference.latent_run import TUNED_ON_THEMSELVES, few
 from ppl_diffusion.inference.smc import as_method
 from ppl_diffusion.numpyro.engine import Trace, check, run_particles
 from ppl_diffusion.numpyro.feynman_kac import ChainParticles
-from ppl_diffusion.numpyro.host import OnHost
+from ppl_diffusion.numpyro.host import OnHost, watched
 from ppl_diffusion.numpyro.latent_moves import Mover, Tuned
 from ppl_diffusion.numpyro.methods import (
     moves_latents,
@@ -123,9 +123,8 @@ class SMC:
         self.resampler, self.ess_threshold = self.method.resampling(scheme, asked)
         self.resampler.num_uniforms(num_particles)  # a scheme may not fit the number
         self.moves = LatentMoves() if moves == "auto" else moves
+        self.hosts: set[OnHost] = set()
         self.mesh, self.shards = mesh, shards_of(mesh, num_particles, "SMC")
-        if mesh is not None and isinstance(potential, OnHost):
-            raise ValueError("SMC: what is asked on the host runs on one device; drop the mesh.")
         if mesh is not None and self.moves is not None and self.moves.tuning == "own":
             raise ValueError(
                 "SMC: moves tuned on the particles themselves need all of them on one device; drop "
@@ -142,7 +141,13 @@ class SMC:
         :raises ValueError: if a weight became NaN or ``+inf``.
         """
         started = time.perf_counter()
-        particles, scout = self._bound(args, kwargs), None
+        with watched() as met:
+            particles, scout = self._bound(args, kwargs), None
+        self.hosts = {*met, *([self.potential] if isinstance(self.potential, OnHost) else [])}
+        for host in self.hosts:
+            host.failure = None
+        if self.hosts and self.mesh is not None:
+            raise ValueError("SMC: what is asked on the host runs on one device; drop the mesh.")
         if particles.mover is not None and particles.mover.options.tuning == "scout":
             size = (1, few(self.size[1], self.resampler))
             own = KeyNoise(jax.random.fold_in(key, SCOUT))
@@ -162,7 +167,7 @@ class SMC:
         try:
             trace: Trace = jax.block_until_ready(_compiled(*spread, *options))
         except jax.errors.JaxRuntimeError:
-            failure = getattr(self.potential, "failure", None)
+            failure = next((h.failure for h in self.hosts if h.failure is not None), None)
             if failure is None:
                 raise
             raise failure from None
@@ -220,7 +225,7 @@ class SMC:
                 "method": self.method.name,
                 "twist": None if particles.twist is None else particles.twist.name,
                 **options_of(self.method),
-                **({"host": True} if isinstance(self.potential, OnHost) else {}),
+                **({"host": True} if self.hosts else {}),
                 "resampler": self.resampler.name,
                 "ess_threshold": self.ess_threshold,
                 **self._latent_settings(particles, trace),
@@ -246,7 +251,7 @@ class SMC:
     def _latent_settings(self, particles: ChainParticles, trace: Trace) -> dict[str, Any]:
         """Return what was done about latents, in JSON types."""
         target: Any = particles.target
-        if not getattr(target, "latents", ()):
+        if not _drawn_of(target):
             return {}
         discrete = {DISCRETE: sites_of(target).listed}
         if particles.mover is None:
@@ -256,9 +261,11 @@ class SMC:
 
     def _left(self, target: Any, num_steps: int) -> dict[str, str]:
         if self.moves is None:
-            return dict.fromkeys(target.latents, "moves=None")
+            return dict.fromkeys(_drawn_of(target), "moves=None")
         if not moves_latents(self.method, num_steps):
-            return dict.fromkeys(target.latents, "the method keeps scores of latents of the past")
+            return dict.fromkeys(
+                _drawn_of(target), "the method keeps scores of latents of the past"
+            )
         return dict(sites_of(target).left)
 
     def _paths(self, trace: SMCTrace, particles: ChainParticles) -> dict[str, torch.Tensor]:
@@ -275,10 +282,14 @@ class SMC:
     def _law(self, particles: ChainParticles) -> Law:
         bases = [_base(name, chain) for name, chain in particles.chains.items()]
         of = getattr(self.potential or self.program, "__name__", "potential")
-        latents = getattr(particles.target, "latents", ())
-        law = Law.tilted(bases, [Tilt(of)], latents)
+        law = Law.tilted(bases, [Tilt(of)], _drawn_of(particles.target))
         own = particles.mover is not None and particles.mover.options.tuning == "own"
         return law.but(why=TUNED_ON_THEMSELVES) if own else law
+
+
+def _drawn_of(target: Any) -> tuple[str, ...]:
+    """Return the names of all latents of a target."""
+    return tuple(getattr(target, "latents", ())) + tuple(getattr(target, "late", ()))
 
 
 def _run(

@@ -7,6 +7,7 @@ methods moves, weighs and resamples it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,14 +16,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from numpyro.handlers import trace
+from numpyro.handlers import block, trace
 from numpyro.primitives import Messenger
 
 from ppl_diffusion.arrays import Array
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.numpyro.engine import Carry, Size, check, run_particles
 from ppl_diffusion.numpyro.noise import MOVE, KeyNoise, Noise
-from ppl_diffusion.numpyro.program import total_log_prob
+from ppl_diffusion.numpyro.program import require_whole_plates, total_log_prob
 from ppl_diffusion.smc.resampling import Resampler, as_resampler
 
 Step = Callable[[Carry, Any], tuple[Carry, Any]]
@@ -114,6 +115,8 @@ def smc_scan(
         raise ValueError(
             f"smc_scan: num_particles and num_runs must be >= 1, got {num_particles}, {num_runs}."
         )
+    if not 0 <= ess_threshold < math.inf:
+        raise ValueError(f"smc_scan: ess_threshold must be >= 0, got {ess_threshold}.")
     start = jax.tree.map(jnp.asarray, init)
     particles = StepParticles(f, start, xs, steps)
     scheme, size = as_resampler(resampler), (num_runs, num_particles)
@@ -164,11 +167,12 @@ class StepParticles(eqx.Module):
 
     def _run(self, key: Array, state: Carry, x: Any) -> tuple[Carry, Any, Array]:
         """Run a step of one particle and return the log-density of what it observed."""
-        with trace() as sites, _Seeded(key):
+        with block(), trace() as sites, _Seeded(key):  # the sites are those of this step alone
             state, y = self.step(state, x)
+        require_whole_plates(sites, "smc_scan")
         given = []
         for site in (site for site in sites.values() if site["type"] == "sample"):
-            if site["kwargs"]["rng_key"] is None:  # nobody had to draw it
+            if site["is_observed"] or site["kwargs"]["rng_key"] is None:  # nobody drew it
                 given.append(site)
             elif site["scale"] is not None:
                 raise CapabilityError(
@@ -219,7 +223,7 @@ def _require_same(start: Carry, after: Carry) -> None:
     if before != after:
         raise ValueError(
             f"smc_scan: the step takes a carry of {before} and returns one of {after}; both must "
-            "have the same structure, shapes and types."
+            "have the same structure, shapes and types (an init of 0.0, say, in place of 0)."
         )
 
 

@@ -135,16 +135,19 @@ def test_latents_that_cannot_be_moved_are_named():
     def assay():
         low = numpyro.sample("low", dist.Normal(0.0, 1.0))
         top = numpyro.sample("top", dist.Uniform(low, low + 1.0))
+        kind = numpyro.sample("kind", dist.Categorical(jnp.ones(3) / 3))
+        below = numpyro.sample("below", dist.DiscreteUniform(0, kind))
         count = numpyro.sample("count", dist.Poisson(2.0))
         x = ours.x0(numpyro.sample("path", ours))
-        numpyro.sample("y", dist.Normal(top + count + (x == 1).sum(-1), 1.0), obs=1.0)
+        numpyro.sample("y", dist.Normal(top + below + count + (x == 1).sum(-1), 1.0), obs=1.0)
 
     posterior = ppn.SMC(assay, num_particles=8).run(jax.random.key(0))
     told = posterior.settings["latent_moves"]
     assert told["left"] == {
         "top": "its support depends on other sites",
+        "below": "its support depends on other sites",
         "count": "its values cannot be listed",
     }
-    assert list(told["kernels"]) == ["low"]
+    assert told["kernels"] == {"low": "random-walk", "kind": "gibbs"}
     still = ppn.SMC(assay, num_particles=8, moves=None).run(jax.random.key(0))
     assert set(still.settings["latent_moves"]["left"].values()) == {"moves=None"}

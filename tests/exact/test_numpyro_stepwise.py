@@ -244,3 +244,33 @@ def test_sites_of_a_step_are_independent():
     apart = np.corrcoef(draws.T)[np.triu_indices(4, 1)]
     assert np.abs(apart).max() < 4 / np.sqrt(len(draws))
     assert np.abs(np.corrcoef(found.ys[0, 0, :, [0, 3]])[0, 1]) > 0.99
+
+
+def test_inside_of_a_program_only_its_evidence_is_seen():
+    """Its sites stay inside, and one that was given a key of its own is weighed where observed."""
+    key = jax.random.key(0)
+
+    def step(level, y):
+        level = numpyro.sample("level", dist.Normal(level, 1.0))
+        numpyro.sample("y", dist.Normal(level, 1.0), obs=y, rng_key=key)
+        return level, level
+
+    def model():
+        found = ppn.smc_scan(step, 0.0, jnp.array([0.3, 1.0]), key=key, num_particles=4)
+        numpyro.factor("f", found.log_evidence[0])
+
+    sites = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
+    assert list(sites) == ["f"]
+    assert float(sites["f"]["fn"].log_factor) < 0
+
+
+def test_parts_of_plates_are_refused():
+    def step(level, y):
+        with numpyro.plate("rows", 4, subsample_size=2):
+            numpyro.sample("y", dist.Normal(level, 1.0), obs=y)
+        return level, level
+
+    with pytest.raises(CapabilityError, match="a random part of what it holds"):
+        ppn.smc_scan(step, 0.0, jnp.zeros(2), key=jax.random.key(0), num_particles=4)
+    with pytest.raises(ValueError, match="ess_threshold must be >= 0"):
+        ppn.smc_scan(step, 0.0, jnp.zeros(2), key=jax.random.key(0), ess_threshold=float("nan"))

@@ -157,3 +157,28 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(CapabilityError, match="twisted already"):
         seed(ppn.twist(ppn.twist(program(ours, 1), **psi), **psi), jax.random.key(0))()
     assert LENGTH == 3
+
+
+def test_clamps_that_cannot_be_are_refused():
+    """As in torch: what would be forgotten, contradicts itself, or is no token."""
+
+    def model(ours):
+        return lambda: numpyro.sample("path", ours)
+
+    def drawn(program):
+        return trace(seed(program, 0)).get_trace()
+
+    tokens = jnp.array([1, -1, -1])
+    held = ppn.clamp(model(chain()), tokens=tokens)
+    with pytest.raises(CapabilityError, match="its steps would forget"):
+        drawn(ppn.unroll(held))
+    with pytest.raises(CapabilityError, match="mask it again"):
+        drawn(ppn.clamp(model(chain(kappa=0.5)), tokens=tokens))
+    drawn(ppn.clamp(model(chain("uniform", kappa=0.5)), tokens=tokens))
+    for other in (held, model(chain(prompt=[0, -1, -1]))):
+        with pytest.raises(ValueError, match="have to agree"):
+            drawn(ppn.clamp(other, tokens=jnp.array([2, -1, -1])))
+    with pytest.raises(ValueError, match="clean token ids"):
+        drawn(ppn.clamp(model(chain()), tokens=jnp.array([3, -1, -1])))
+    with pytest.raises(TypeError, match="integer ids"):
+        drawn(ppn.clamp(model(chain()), tokens=jnp.array([1.5, -1, -1])))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 import pytest
 import torch
@@ -53,3 +54,20 @@ def test_a_function_of_torch_in_a_program():
     slope = jax.jit(jax.grad(log_p))(0.5)
     assert float(slope) == pytest.approx((2 - 1.5) * 3 + (2 - 0.75) * 1.5)
     assert asked == [(2, 3)]
+
+
+def test_what_a_program_asks_on_the_host_is_declared():
+    ours, score = chain(), ppn.OnHost(lambda rows: count(rows).double())
+
+    def model():
+        x = ours.x0(numpyro.sample("path", ours))
+        numpyro.factor("score", score(x))
+
+    posterior = ppn.SMC(model, num_particles=6).run(jax.random.key(0))
+    assert posterior.settings["host"]
+    mesh = jax.make_mesh((1,), ("particles",))
+    with pytest.raises(ValueError, match="on one device; drop the mesh"):
+        ppn.SMC(model, num_particles=6, mesh=mesh).run(jax.random.key(0))
+    whole = Potential(lambda x0: count(x0).double(), name="count")
+    with pytest.raises(ValueError, match="on one device; drop the mesh"):
+        ppn.SMC(ours, whole, num_particles=6, mesh=mesh).run(jax.random.key(0))
