@@ -124,7 +124,7 @@ def tuned(num_runs=RUNS, seed=4, particles=4, **options):
 
 
 def test_a_scout_leaves_the_evidence_unbiased(monkeypatch):
-    monkeypatch.setattr("ppl_diffusion.inference.latent_run._few", lambda size, resampler: 32)
+    monkeypatch.setattr("ppl_diffusion.inference.latent_run.few", lambda size, resampler: 32)
     assert all(abs(z) < 4 for z in scores(tuned(RUNS // 2)))
 
 

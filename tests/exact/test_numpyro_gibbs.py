@@ -186,10 +186,10 @@ def test_nuts_and_conditional_smc_infer_jointly():
 
 
 class Stale(ppn.ParticleGibbs):
-    """The mutant: sequences move as if the gain were 1."""
+    """The mutant: sequences move as if the gain were a fifth."""
 
     def sample(self, state, model_args, model_kwargs):
-        sites = {**model_kwargs[GIBBS_SITES_KWARG], "gain": jnp.ones(())}
+        sites = {**model_kwargs[GIBBS_SITES_KWARG], "gain": jnp.full((), 0.2)}
         return super().sample(state, model_args, {**model_kwargs, GIBBS_SITES_KWARG: sites})
 
 
