@@ -4,35 +4,22 @@ Means are compared at four standard errors (false alarm 6e-5 each, about 1e-3 fo
 the fixed seeds), laws by Pearson's test at p > 1e-4.
 """
 
-import importlib
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module
 from rich.console import Console
 
 from ppl_diffusion.inference import CFG, Power
 from ppl_diffusion.testing import ExactChain, PathLaw, all_states, z_score
 from ppl_diffusion.testing.dense import state_matrix
 
-ROOT = str(Path(__file__).parents[2])
 MAX_Z = 4.0
 pytestmark = pytest.mark.filterwarnings("ignore:twist='sample'")
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def short(length=3, name="B0"):

@@ -1,31 +1,18 @@
 """Questions have right answers, every contender answers them, and words are judged as they say."""
 
-import importlib
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module
 
 from ppl_diffusion.models import arithmetic, sudoku
 from ppl_diffusion.models.masked import MaskedDiffusion
 from ppl_diffusion.models.reviews import LENGTH, LETTERS
 from ppl_diffusion.models.text_reward import TextClassifier, TextConfig
 
-ROOT = str(Path(__file__).parents[2])
 SHAPE = {"dim": 8, "depth": 1, "heads": 2, "learned_positions": True}
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def program(letters, length):

@@ -1,26 +1,13 @@
 """The benchmark of backends runs, its filters are right, and what is missing is said."""
 
-import importlib
 import json
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from bench import module
 from rich.console import Console
-
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """Rows of the comparison at few evaluations are what they say, on tiny networks."""
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path as Folder
 
 import pytest
 import torch
 import typer
+from bench import module
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -20,16 +19,6 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz_"
 TINY = {"dim": 8, "depth": 1, "heads": 2}
 CODES = {"num_slots": 2, "num_codes": 4, "latent_dim": 4, "encoder_depth": 1}
 VECTORS = {"num_slots": 2, "latent_dim": 3, "encoder_depth": 1}
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def build(family, name, **shape):

@@ -1,32 +1,19 @@
 """The Pareto benchmark spends what it says, judges weighted draws, and finds the front."""
 
-import importlib
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module
 from rich.console import Console
 from typer.testing import CliRunner
 
 from ppl_diffusion.models.masked import MaskedDiffusion
 
-ROOT = str(Path(__file__).parents[2])
 LENGTH = 6
 SEARCHES = {"best of N", "soft value, 4, unweighted", "soft value, best child", "beam"}
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def first_base(tokens):

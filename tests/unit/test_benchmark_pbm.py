@@ -3,12 +3,10 @@
 Generated landscapes have the layout of the measured one, with words of 4 bases instead of 8.
 """
 
-import importlib
 import itertools
 import json
 import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,24 +14,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from bench import module
 from typer.testing import CliRunner
 
 from ppl_diffusion.smc import ArgmaxFill
 from ppl_diffusion.testing import state_index
 
-ROOT = str(Path(__file__).parents[2])
 FACTORS = ("SIX6", "PAX6", "PAX3")
 LENGTH = 4
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def other_strand(word):

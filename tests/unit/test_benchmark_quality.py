@@ -1,32 +1,18 @@
 """The measures of sample quality see what they should, and their conclusions follow the numbers."""
 
-import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
+from bench import module
 from rich.console import Console
 from typer.testing import CliRunner
 
 from ppl_diffusion.models.masked import MaskedDiffusion
 from ppl_diffusion.models.uniform import UniformDiffusion
-
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def program(family=UniformDiffusion):

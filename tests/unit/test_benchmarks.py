@@ -1,30 +1,17 @@
 """The benchmarks' exact answers are exact, and their rows are what outside checks read."""
 
-import importlib
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module
 from rich.console import Console
 
 from ppl_diffusion.denoisers import TableDenoiser
 from ppl_diffusion.kernels import Absorbing
 from ppl_diffusion.testing import all_states
-
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def problem(name, **changes):
