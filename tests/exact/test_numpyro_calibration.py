@@ -4,23 +4,15 @@ Simulation-based calibration by `benchmarks.calibration_joint`, in one compiled 
 p-values, each held against 1e-4: a false alarm in 1,000.
 """
 
-import importlib
-import sys
-from pathlib import Path
-
 import jax
 import pytest
+from bench import module
 from rich.console import Console
-
-ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
 def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        if ROOT not in sys.path:  # `benchmarks` is not installed
-            patch.syspath_prepend(ROOT)
-        yield importlib.import_module("benchmarks.calibration_joint")
+    return module("calibration_joint")
 
 
 def smallest(bench, sampler, statistic=None):

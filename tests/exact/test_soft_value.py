@@ -5,12 +5,9 @@ false-alarm rate 6e-5 each for a normal mean; chi-square tests reject at 1e-3. B
 file, once, at the fixed seeds.
 """
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench import module
 
 from ppl_diffusion.denoisers import MarkovDenoiser, TableDenoiser
 from ppl_diffusion.distributions import ReverseChain
@@ -33,7 +30,6 @@ from ppl_diffusion.testing.oracles import (
 )
 from ppl_diffusion.testing.toys import random_joint, toy_chain, toy_potential
 
-ROOT = str(Path(__file__).parents[2])
 SIZE, LENGTH = 3, 3
 CHAIN = toy_chain(length=LENGTH, num_steps=4, sharpness=1.5)
 GOAL = toy_potential(SIZE, LENGTH, scale=1.5)
@@ -273,10 +269,8 @@ def test_residuals_tell_values_apart(learned):
 
 
 @pytest.fixture
-def b0(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    problem = importlib.import_module("benchmarks._problems").Problem.load("B0")
+def b0():
+    problem = module("_problems").Problem.load("B0")
     process = Absorbing(problem.vocab_size)
     denoiser = MarkovDenoiser(problem.initial, problem.transition, process)
     chain = ReverseChain(OrderedKernel(process, denoiser, length=problem.length), problem.length)

@@ -5,12 +5,9 @@ false-alarm rate 6e-5 each for a normal mean, below 1 % for the file, once, at t
 Each known defect is sampled too, and must be found: a check that a defect passes has no power.
 """
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench import module
 
 from ppl_diffusion.denoisers import MarkovDenoiser
 from ppl_diffusion.distributions import ReverseChain
@@ -24,7 +21,6 @@ from ppl_diffusion.testing.dense import state_index
 from ppl_diffusion.testing.oracles import ExactChain, total_variation, z_score
 from ppl_diffusion.testing.toys import toy_chain, toy_potential
 
-ROOT = str(Path(__file__).parents[2])
 SIZE, LENGTH = 3, 3
 KINDS = ["difference", "max", "sum", "add"]
 CHAIN = toy_chain(length=LENGTH, num_steps=4, sharpness=1.5)
@@ -206,10 +202,8 @@ def test_the_published_maximum_lets_forbidden_sequences_out():
 
 
 @pytest.fixture
-def b0(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    problem = importlib.import_module("benchmarks._problems").Problem.load("B0")
+def b0():
+    problem = module("_problems").Problem.load("B0")
     process = Absorbing(problem.vocab_size)
     denoiser = MarkovDenoiser(problem.initial, problem.transition, process)
     kernel = OrderedKernel(process, denoiser, length=problem.length)

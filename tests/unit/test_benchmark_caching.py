@@ -1,26 +1,16 @@
 """The benchmark of caches compares what it says, and notices when it does not hold."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module as imported
 from rich.console import Console
-
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
 
 
 def caching():
-    return importlib.import_module("benchmarks.caching")
+    return imported("caching")
 
 
 def small_plan():
@@ -93,7 +83,7 @@ def test_batches_that_grow_are_noticed(monkeypatch):
 
 
 def test_rows_and_table(monkeypatch, tmp_path):
-    module, report = caching(), importlib.import_module("benchmarks._report")
+    module, report = caching(), imported("_report")
     monkeypatch.setattr(module, "QUICK", (small_plan(),))
     console = Console(width=120, record=True)
     rows = module.measure(True, console)

@@ -1,24 +1,19 @@
 """The two forms of every benchmarked loss are the same loss, and the rows say what was measured."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module
 from rich.console import Console
 
-ROOT = str(Path(__file__).parents[2])
 NAMES = ["uniform-nelbo", "uniform-nelbo from logits", "curriculum", "curriculum over dense"]
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.curriculum")
+def bench():
+    return module("curriculum")
 
 
 def small(bench, rows=30):

@@ -1,29 +1,23 @@
 """The benchmark of restoration: a small run of the real thing, and goals that follow figures."""
 
-import importlib
 import math
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from bench import module
 from rich.console import Console
-
-ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture
-def restore(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.restore")
+def restore():
+    return module("restore")
 
 
 @pytest.fixture
 def made(restore):
     """Return a function that makes figures of one method on some images out of their PSNRs."""
-    scores = importlib.import_module("benchmarks._restore_scores").Scores
+    scores = module("_restore_scores").Scores
     names = list(scores.__dataclass_fields__)
 
     def of(values, lower=0.0, coverage=0.9):

@@ -1,23 +1,16 @@
 """The gallery of restorations, with methods that take no time."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from bench import module as imported
 from PIL import Image
 
 from ppl_diffusion.imaging.metrics import psnr
 
-ROOT = str(Path(__file__).parents[2])
-
 
 @pytest.fixture
 def gallery(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    module = importlib.import_module("benchmarks.restore_gallery")
+    module = imported("restore_gallery")
     quick = {"one": ("smc", {}), "APS-SMC, mean": ("smc", {})}
     monkeypatch.setattr(module, "METHODS", quick)
     return module

@@ -1,12 +1,10 @@
 """Restorers of the benchmark: one shape of result, honest counts, and no look at the truth."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench import module as imported
 
 import ppl_diffusion as ppd
 from ppl_diffusion.imaging.codec_error import CodecError
@@ -15,7 +13,6 @@ from ppl_diffusion.imaging.operators import make_operator
 from ppl_diffusion.models.image_data import load_images
 
 TINY = {"num_samples": 3, "num_steps": 2, "num_iterations": 2, "num_particles": 4}
-ROOT = str(Path(__file__).parents[2])
 NAMES = (
     "aps mean-field aps-smc relaxed-dps-smc smc g2d2-star g2d2-markov split-gibbs "
     "d-cbg relaxed-dps svdd-pm prior pseudo-inverse codec-ceiling aps+error aps-smc+error"
@@ -32,10 +29,8 @@ def parts():
 
 
 @pytest.fixture
-def made(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    module = importlib.import_module("benchmarks._restore_methods")
+def made():
+    module = imported("_restore_methods")
     shape = (256,)
     error = CodecError(torch.zeros(shape), torch.zeros(256, 1), torch.full(shape, 0.01))
     found = module.restorers(**TINY, error=error)

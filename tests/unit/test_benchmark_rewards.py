@@ -1,24 +1,13 @@
 """The benchmark of rewards measures what it says, on runs of no size."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench import module as imported
 from rich.console import Console
-
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_is_importable(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
 
 
 def rewards():
-    return importlib.import_module("benchmarks.rewards")
+    return imported("rewards")
 
 
 def tiny():

@@ -1,21 +1,15 @@
 """What the benchmarks of start-up and of resamplers write down, without timing anything."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bench import module
 from rich.console import Console
-
-ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    if ROOT not in sys.path:  # `benchmarks` is not installed
-        monkeypatch.syspath_prepend(ROOT)
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
+def bench():
+    return module
 
 
 def measured(bench, particles):
