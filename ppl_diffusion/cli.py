@@ -225,7 +225,7 @@ def design(
 ) -> None:
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
     from ppl_diffusion.commands.actions import run_design
-    from ppl_diffusion.design.question import Job, Question, parse_fix, parse_forbid, parse_motif
+    from ppl_diffusion.designs.question import Job, Question, parse_fix, parse_forbid, parse_motif
     from ppl_diffusion.jobs.search import Search
 
     question = Question(

@@ -19,8 +19,8 @@ from ppl_diffusion.commands.tables import (
     table,
     warnings,
 )
-from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
+from ppl_diffusion.designs.question import Job
+from ppl_diffusion.designs.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
 from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.jobs.folder import check_file, check_target, write_whole
@@ -96,8 +96,8 @@ def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
 
     :raises InputError: if something asked for cannot be done.
     """
-    from ppl_diffusion.design.program import build_target
-    from ppl_diffusion.design.run import design, write_run
+    from ppl_diffusion.designs.program import build_target
+    from ppl_diffusion.designs.run import design, write_run
 
     check_target(out, replace=replace)
     target = build_target(job)
@@ -172,7 +172,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     :raises ParticleCollapse: if plots are asked for of a run without a living particle.
     :raises NoAnswer: if no plot could be drawn.
     """
-    from ppl_diffusion.design.contenders import load_particles
+    from ppl_diffusion.designs.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
     from ppl_diffusion.diagnostics.claims import EVIDENCE, claim
 
@@ -186,7 +186,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
     warnings(posterior.warnings)
     if plots is not None:
-        from ppl_diffusion.design.report import save_plots
+        from ppl_diffusion.designs.report import save_plots
 
         missing = save_plots(posterior, plots)
         if missing is not None and not any(plots.glob("*.png")):
@@ -202,7 +202,7 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
     :raises InputError: if they cannot be compared, or a file cannot be written.
     :raises NoAnswer: if the plot could not be drawn; everything else is there.
     """
-    from ppl_diffusion.design.contenders import read_contenders
+    from ppl_diffusion.designs.contenders import read_contenders
     from ppl_diffusion.diagnostics.comparison import compare
 
     for place in filter(None, (plot, out)):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
-from ppl_diffusion.design.judging import Columns, compare, scores
-from ppl_diffusion.design.methods import infer
-from ppl_diffusion.design.program import BASES, Target
-from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.ranking import Designs, rank_designs
-from ppl_diffusion.design.report import design_headers, designs_csv, fasta, save_plots
+from ppl_diffusion.designs.judging import Columns, compare, scores
+from ppl_diffusion.designs.methods import infer
+from ppl_diffusion.designs.program import BASES, Target
+from ppl_diffusion.designs.question import Job
+from ppl_diffusion.designs.ranking import Designs, rank_designs
+from ppl_diffusion.designs.report import design_headers, designs_csv, fasta, save_plots
 from ppl_diffusion.diagnostics import collapse, nearest_distance
 from ppl_diffusion.diagnostics.claims import knows_ess
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors

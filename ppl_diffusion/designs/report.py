@@ -14,8 +14,8 @@ from ppl_diffusion.jobs.folder import whole_file
 from ppl_diffusion.jobs.writing import no_evidence, reason
 
 if TYPE_CHECKING:
-    from ppl_diffusion.design.judging import Columns
-    from ppl_diffusion.design.ranking import Designs
+    from ppl_diffusion.designs.judging import Columns
+    from ppl_diffusion.designs.ranking import Designs
     from ppl_diffusion.diagnostics.comparison import Comparison
     from ppl_diffusion.smc import ParticlePosterior
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ppl_diffusion.design.question import (
+from ppl_diffusion.designs.question import (
     InputError,
     Job,
     MotifSpec,

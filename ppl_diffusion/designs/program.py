@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppl_diffusion.design.question import Job, MotifSpec, Question, clamp_pattern
+from ppl_diffusion.designs.question import Job, MotifSpec, Question, clamp_pattern
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle

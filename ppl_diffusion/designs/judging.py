@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_diffusion.design.program import BASES, Target
-from ppl_diffusion.design.ranking import Designs
+from ppl_diffusion.designs.program import BASES, Target
+from ppl_diffusion.designs.ranking import Designs
 
 Columns = dict[str, Tensor]
 BOUND_SAMPLES = 16

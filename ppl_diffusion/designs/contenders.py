@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ppl_diffusion.design.program import BASES
+from ppl_diffusion.designs.program import BASES
 from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.jobs.folder import MARKER

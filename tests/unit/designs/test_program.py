@@ -4,9 +4,9 @@ import pyro
 import pytest
 import torch
 
-from ppl_diffusion.design.program import build_target
-from ppl_diffusion.design.question import InputError, Job, MotifSpec, Question, Search
-from ppl_diffusion.design.run import design
+from ppl_diffusion.designs.program import build_target
+from ppl_diffusion.designs.question import InputError, Job, MotifSpec, Question, Search
+from ppl_diffusion.designs.run import design
 from ppl_diffusion.handlers import clamp
 from ppl_diffusion.inference import SMC, methods
 from ppl_diffusion.models import MaskedDiffusion
@@ -85,7 +85,7 @@ def test_a_run_says_where_its_tensors_live(prior, matrices, method):
 
 
 def test_without_a_question_about_expression_the_default_is_filled_in(prior, monkeypatch):
-    from ppl_diffusion.design import program as module
+    from ppl_diffusion.designs import program as module
 
     class Counter:
         """Count the A's."""
