@@ -3,6 +3,7 @@
 import signal
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 from ppl_diffusion.smc import checkpoint
@@ -54,24 +55,22 @@ def same(left, right):
     return left == right
 
 
-def resumed_everywhere(make, folder, every=1):
-    """Interrupt a run at every boundary, and yield what came of going on.
+def resumed(make, folder, most):
+    """Interrupt a run at its boundaries, each time from the start, and yield what came of going on.
 
     :param make: runs it in fresh objects.
-    :param every: so many boundaries lie between two interruptions.
+    :param most: interruptions at most, evenly spread; None for every boundary.
     """
     with kept(folder / "whole") as store:
         make()
     assert store._open, "the state could not be written"
-    assert store.boundaries > 1
-    for last in range(1, store.boundaries + 1, every):
+    count = store.boundaries
+    stride = 1 if most is None else -(-count // most)
+    for last in range(count, 0, -stride):
         place = folder / str(last)
-        try:
-            with kept(place, last):
-                make()
-            raise AssertionError("it was not interrupted")
-        except RunStopped as stopped:
-            assert stopped.kept
+        with pytest.raises(RunStopped) as stopped, kept(place, last):
+            make()
+        assert stopped.value.kept
         torch.manual_seed(last)  # nothing may depend on what the process did before
         with kept(place, resume=True):
             yield last, make()
