@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ from ppl_diffusion.smc.portable import NotPortable, packed, unpacked
 from ppl_diffusion.smc.run_memory import memory_of, remember
 
 QUESTION = "question.json"
+PARTICLES = "particles"
+"""The folder of a result that is complete, before anything is made of it."""
 EVERY = 10.0
 """Seconds between two checkpoints of a run, at least."""
 SHARE = 0.05
@@ -94,10 +97,9 @@ class RunStore:
             _write(place, make())
         except (NotPortable, OSError) as error:
             self._open = False
-            warnings.warn(
+            _warn(
                 f"no more checkpoints of this run are written to {str(self.folder)!r} ({error}); "
-                "it goes on, and can be resumed from the last one.",
-                stacklevel=2,
+                "it goes on, and can be resumed from the last one."
             )
         now = time.monotonic()
         self._due = now + max(self.every, (now - started) / SHARE if self.every else 0.0)
@@ -206,6 +208,25 @@ def keep_run(
         _STORE.reset(token)
 
 
+def keep_result(save: Callable[[Path], object]) -> None:
+    """Write a result beside its checkpoints, where a run is kept; before anything is made of it.
+
+    :param save: writes it into a folder.
+    """
+    store = _STORE.get()
+    if store is None:
+        return
+    scratch, place = store.folder / f".{PARTICLES}.{os.getpid()}", store.folder / PARTICLES
+    try:
+        save(scratch)
+        shutil.rmtree(place, ignore_errors=True)
+        scratch.rename(place)
+    except Exception as error:  # of a disk, or of a library that writes files
+        _warn(f"the particles could not be kept in {str(place)!r} ({error}).")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def asked_before(folder: Path) -> dict[str, Any] | None:
     """Return the question of the run that a folder keeps, None if it keeps none.
 
@@ -242,6 +263,10 @@ def write_bytes(place: Path, content: bytes | memoryview) -> None:
 _STORE: ContextVar[RunStore | None] = ContextVar("run_store", default=None)
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def _write(place: Path, content: State) -> None:
     file = io.BytesIO()
     torch.save(content, file)
@@ -264,6 +289,7 @@ def _read(place: Path) -> State:
 def _clear(folder: Path) -> None:
     for place in (*folder.glob("stage-*.pt"), folder / QUESTION):
         place.unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTICLES, ignore_errors=True)
 
 
 def _require_same(folder: Path, asked: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def of_program(method):
 class Hidden(Wrapper):
     """A denoiser that is asked for hidden states, as those of large vocabularies are."""
 
-    kind, hidden_size = "cavity", 2
+    kind, hidden_size, vocab_size, time_free = "cavity", 2, 5, True
 
     def __init__(self):
         self.denoiser = toy_markov_chain(vocab_size=5).kernel.denoiser
