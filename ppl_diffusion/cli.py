@@ -29,6 +29,9 @@ Backend = Annotated[
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 Particles = Annotated[int, Option(help="Particles per run.")]
 Runs = Annotated[int, Option(help="Independent runs.")]
+Resume = Annotated[
+    bool, Option("--resume", help="Go on with a run that was interrupted, from its checkpoint.")
+]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 MethodModule = Annotated[
     list[str] | None,
@@ -177,6 +180,7 @@ def design(
     backend: Backend = "torch",
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
     force: Force = False,
+    resume: Resume = False,
     observe: Annotated[
         float | None, Option(help="Observed expression: Normal(oracle(x), SD).")
     ] = None,
@@ -249,7 +253,7 @@ def design(
         backend=backend,
     )
     place = out or Path("runs") / Path(name).name
-    run_design(Job(name, question, search), place, replace=force, quiet=quiet)
+    run_design(Job(name, question, search), place, replace=force, quiet=quiet, resume=resume)
 
 
 @app.command(cls=RestoreCommand)
