@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ppl_diffusion.commands.complain import OK, NoAnswer, Stopped, complain, note
+from ppl_diffusion.commands.complain import OK, NoAnswer, Stopped, complain
 from ppl_diffusion.commands.tables import (
     comparison_tables,
-    design_tables,
-    progress_bar,
     table,
     warnings,
 )
-from ppl_diffusion.designs.question import Job
 from ppl_diffusion.designs.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
 from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
-from ppl_diffusion.jobs.folder import check_file, check_target, is_finished, write_whole
-from ppl_diffusion.jobs.keeping import kept_job
+from ppl_diffusion.jobs.folder import check_file, write_whole
 from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
@@ -90,30 +86,6 @@ def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.T
 
     drawn = jax.jit(lambda key: twin.x0(twin.sample(key, (num,))))(jax.random.key(seed))
     return torch.from_numpy(np.array(drawn)).long()
-
-
-def run_design(job: Job, out: Path, *, replace: bool, quiet: bool, resume: bool = False) -> None:
-    """Run a design job, write its folder, print its tables.
-
-    :param resume: go on with a run that was interrupted; one that is finished stays as it is.
-    :raises InputError: if something asked for cannot be done.
-    """
-    from ppl_diffusion.designs.program import build_target
-    from ppl_diffusion.designs.run import design, write_run
-
-    if resume and is_finished(out):
-        return note(f"The run in {str(out)!r} is finished: nothing is left to do.", quiet=quiet)
-    check_target(out, replace=replace, resume=resume)
-    target = build_target(job)
-    with kept_job(out, target.job.settings(), resume=resume):
-        with progress_bar(f"design {job.name}", quiet=quiet) as advance:
-            result = design(target, progress=advance)
-        left_out = write_run(result, out, replace=replace)
-    if not quiet:
-        design_tables(result)
-        print(f"wrote {out}")
-    if left_out is not None:
-        complain(f"{left_out} Every other file of the run was written.", OK)
 
 
 def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:

@@ -1,50 +1,31 @@
-"""From a question to its target: a prior, potentials and fixed bases."""
+"""From a question to its target: a prior, potentials and fixed tokens."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ppl_diffusion.designs.question import Job, MotifSpec, Question, clamp_pattern
+from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.question import Job, Question
+from ppl_diffusion.designs.scores import Score, digest, make_score
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.jobs.checks import InputError, user_input
-from ppl_diffusion.models import DiffusionProgram, Oracle, load, load_oracle
-from ppl_diffusion.potentials import (
-    AbstractPotential,
-    ForbiddenMotif,
-    GCContent,
-    Likelihood,
-    Motif,
-    Potential,
-    Reward,
-    SumPotential,
-    find_motif,
-    read_motifs,
-)
+from ppl_diffusion.models import DiffusionProgram, load
+from ppl_diffusion.potentials import AbstractPotential, ForbiddenMotif, Potential, SumPotential
+from ppl_diffusion.processes import Padded
 
 if TYPE_CHECKING:
     from ppl_diffusion.distributions import ReverseChain
 
-BASES = ["A", "C", "G", "T"]
-ORACLES = {
-    "yeast-promoter": ("yeast-oracle-design", "yeast-oracle-judge"),
-    "yeast-promoter-uniform": ("yeast-oracle-design", "yeast-oracle-judge"),
-}
-DEFAULT_TEMPERATURE = 0.4
-"""Expression units per nat; the prior's standard deviation is about four times as large."""
+DNA = Alphabet(tuple("ACGT"))
 REVEALS, UNMASKED_STEPS = 4, 64
 """Positions per step of a masked chain, and steps of any other, if nothing is said."""
-HIGHEST_EXPRESSION = 17.0
-CAPPED = f"min(oracle, {HIGHEST_EXPRESSION:g})"
-"""The top of the assay's scale: a prediction beyond it is extrapolation and earns nothing more."""
-Potentials = dict[str, AbstractPotential]
 
 
 @dataclass(frozen=True)
@@ -52,10 +33,13 @@ class Target:
     """What a job samples from.
 
     :param job: the job, with every default filled in.
+    :param prior: the prior, of the lengths that were asked for.
+    :param chain: its reverse chain.
     :param potentials: log-potentials by site name; their sum is what is added to the prior.
     :param pattern: fixed tokens, int64 ``(L,)``, -1 where free; None if nothing is fixed.
-    :param designer: the oracle in the target, or None.
-    :param judge: an independent oracle, or None.
+    :param scores: rewards first, then judges.
+    :param alphabet: of the prior.
+    :param whole: whether the job says all of it, so that a brief can.
     """
 
     job: Job
@@ -63,8 +47,9 @@ class Target:
     chain: ReverseChain
     potentials: Mapping[str, AbstractPotential]
     pattern: Tensor | None = None
-    designer: Oracle | None = None
-    judge: Oracle | None = None
+    scores: tuple[Score, ...] = ()
+    alphabet: Alphabet = DNA
+    whole: bool = True
 
     @property
     def potential(self) -> AbstractPotential:
@@ -81,65 +66,57 @@ class Target:
     def clamp(self) -> ClampProposal | None:
         if self.pattern is None:
             return None
-        return ClampProposal(self.pattern, self.pattern >= 0, len(BASES))
+        return ClampProposal(self.pattern, self.pattern >= 0, len(self.alphabet.vocabulary))
 
     def decode(self, tokens: Tensor) -> list[str]:
         return list(self.prior.decode(tokens))
 
 
-def build_target(job: Job) -> Target:
+def build_target(
+    job: Job,
+    *,
+    prior: DiffusionProgram | None = None,
+    more: Mapping[str, AbstractPotential] | None = None,
+) -> Target:
     """Load what a job names and put the target together.
 
+    :param prior: the prior itself, where it is at hand; otherwise it is loaded.
+    :param more: further potentials by name.
     :raises InputError: if the question does not fit the prior.
     """
+    given = prior
     with user_input():
         device = job.search.device or "cpu"
-        prior = load(job.name).to(device)
-    if prior.vocabulary != BASES:
+        prior = (load(job.name) if prior is None else prior).to(device)
+    known = _prior_digest(prior)
+    if job.prior_digest not in (None, known):
         raise InputError(
-            f"Designs are made of the bases ACGT, but the prior {job.name!r} writes "
-            f"{''.join(prior.vocabulary)}: choose a DNA prior."
+            f"The prior {job.name!r} is not the one of the brief (its digest is {known}, not "
+            f"{job.prior_digest}): restore it, or drop the digest from the brief."
         )
-    job = dataclasses.replace(job, prior_digest=_prior_digest(prior))
-    designer, judge = _oracles(prior, job.question)
-    job = _with_default_steps(_with_default_reward(job, designer), prior)
+    job = _with_default_steps(dataclasses.replace(job, prior_digest=known), prior)
+    alphabet = Alphabet.of(prior)
+    pattern = alphabet.pattern(job.question.fix, prior.length)
+    prior = _of_lengths(prior, job.question, pattern)
+    scores = _scores(job.question, alphabet, prior.device)
+    rewards = tuple(s.spec for s in scores if s.potential is not None)
+    job = job.asking(rewards=rewards)
     with user_input():
-        motifs = [_motif(spec) for spec in job.question.motifs]
-        job = _with_digests(job, motifs)
-        potentials = _potentials(job.question, designer, motifs)
+        potentials = {**_potentials(job.question, alphabet, scores), **(more or {})}
         # A motif wider than the sequence or an empty GC range must be found before the run.
         for potential in potentials.values():
-            potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device=device))
-    pattern = _pattern(job.question, prior)
+            if not isinstance(potential, Potential):
+                potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device=device))
     if not potentials and pattern is None:
-        why = "" if job.name in ORACLES else ", which has no expression oracle"
         raise InputError(
-            f"Nothing is asked of {job.name!r}{why}: give --motif, --gc, --forbid or --fix."
+            f"Nothing is asked of {job.name!r}, and it has no brief of its own: give --reward, "
+            "--motif, --gc, --forbid or --fix."
         )
-    _require_possible(job.question, pattern)
+    _require_possible(job.question, alphabet, pattern)
     assert job.search.num_steps is not None
     chain = prior.chain(num_steps=job.search.num_steps)
-    return Target(job, prior, chain, potentials, pattern, designer, judge)
-
-
-def _oracles(prior: DiffusionProgram, question: Question) -> tuple[Oracle | None, Oracle | None]:
-    if prior.name in ORACLES:
-        designer, judge = ORACLES[prior.name]
-        return load_oracle(designer).to(prior.device), load_oracle(judge).to(prior.device)
-    if question.uses_oracle:
-        raise InputError(
-            f"The prior {prior.name!r} has no expression oracle: ask for --motif, --gc, --forbid "
-            "or --fix instead of --observe or --temperature."
-        )
-    return None, None
-
-
-def _with_default_reward(job: Job, oracle: Oracle | None) -> Job:
-    question = job.question
-    if oracle is None or question.uses_oracle or not question.expression:
-        return job
-    asked = dataclasses.replace(question, temperature=DEFAULT_TEMPERATURE)
-    return dataclasses.replace(job, question=asked)
+    whole = given is None and not more
+    return Target(job, prior, chain, potentials, pattern, scores, alphabet, whole)
 
 
 def _with_default_steps(job: Job, prior: DiffusionProgram) -> Job:
@@ -152,87 +129,87 @@ def _with_default_steps(job: Job, prior: DiffusionProgram) -> Job:
     return dataclasses.replace(job, search=search)
 
 
+def _of_lengths(
+    prior: DiffusionProgram, question: Question, pattern: Tensor | None
+) -> DiffusionProgram:
+    """Return the prior of the lengths asked for, and long enough for what is fixed."""
+    if not isinstance(prior.process, Padded):
+        if question.lengths is not None:
+            raise InputError(
+                f"All sequences of {prior.name!r} have {prior.length} tokens: drop the lengths."
+            )
+        return prior
+    low, high = question.lengths or (0, prior.length)
+    if pattern is not None:
+        low = max(low, int((pattern >= 0).nonzero().max()) + 1)
+    with user_input():
+        return prior.between(low, high)
+
+
 def _prior_digest(prior: DiffusionProgram) -> str:
     """Tell priors apart by what they compute, wherever they lie."""
     network = prior.denoiser
     numbers = network.state_dict() if isinstance(network, torch.nn.Module) else {}
     shape = getattr(network, "config", None)
-    return digest(f"{prior.family}, {prior.length}, {prior.vocabulary}, {shape}", numbers)
+    law = f"{prior.family}, {prior.length}, {prior.vocabulary}, {shape}"
+    lengths = getattr(prior.process, "lengths", None)
+    return digest(law if lengths is None else f"{law}, {lengths.tolist()}", numbers)
 
 
-def _with_digests(job: Job, motifs: Sequence[Motif]) -> Job:
-    digests = (digest(repr(m.sites), {"probabilities": m.probabilities}) for m in motifs)
-    pairs = zip(job.question.motifs, digests, strict=True)
-    specs = tuple(dataclasses.replace(spec, digest=known) for spec, known in pairs)
-    return dataclasses.replace(job, question=dataclasses.replace(job.question, motifs=specs))
+def _scores(question: Question, alphabet: Alphabet, device: torch.device) -> tuple[Score, ...]:
+    rewards = [make_score(spec, alphabet, device) for spec in question.rewards]
+    judges = [make_score(spec, alphabet, device, judge=True) for spec in question.judges]
+    return (*rewards, *judges)
 
 
-def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256(text.encode())
-    for name, values in sorted(numbers.items()):
-        total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        total.update(values.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]
-
-
-def _potentials(question: Question, oracle: Oracle | None, motifs: Sequence[Motif]) -> Potentials:
-    found: Potentials = {}
-    if oracle is not None and question.observe is not None and question.sd is not None:
-        found["expression"] = Likelihood(oracle, question.observe, question.sd, name="oracle")
-    if oracle is not None and question.temperature is not None:
-        found["expression"] = Reward(_capped(oracle), question.temperature, name=CAPPED)
-    for index, (spec, matrix) in enumerate(zip(question.motifs, motifs, strict=True)):
-        found[f"motif_{index}"] = spec.weight * matrix.potential()
+def _potentials(
+    question: Question, alphabet: Alphabet, scores: Sequence[Score]
+) -> dict[str, AbstractPotential]:
+    found = {s.spec.name: s.potential for s in scores if s.potential is not None}
     if question.gc is not None:
-        found["gc"] = GCContent(*question.gc)
-    for motif in question.forbid:
-        found[f"forbid_{motif}"] = ForbiddenMotif(motif)
+        found["gc"] = alphabet.gc(*question.gc)
+    for piece in question.forbid:
+        found[f"forbid_{piece}"] = alphabet.forbid(piece)
     return found
 
 
-def _capped(oracle: Oracle) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: oracle(tokens).clamp_max(HIGHEST_EXPRESSION)
-
-
-def _motif(spec: MotifSpec) -> Motif:
-    motifs = read_motifs(spec.path)
-    if spec.name is not None:
-        return find_motif(motifs, spec.name)
-    if len(motifs) > 1:
-        raise InputError(
-            f"The motif file {str(spec.path)!r} holds {len(motifs)} matrices: choose one with "
-            f"FILE@NAME, such as {spec.path.name}@{motifs[0].identifier}."
-        )
-    return motifs[0]
-
-
-def _pattern(question: Question, prior: DiffusionProgram) -> Tensor | None:
-    fixed = clamp_pattern(question.fix, prior.length)
-    if not fixed:
-        return None
-    pattern = torch.full((prior.length,), -1, dtype=torch.int64, device="cpu")
-    for position, base in fixed.items():
-        pattern[position] = BASES.index(base)
-    return pattern
-
-
-def _require_possible(question: Question, pattern: Tensor | None) -> None:
-    """Refuse what the fixed bases alone rule out, before anything is run."""
+def _require_possible(question: Question, alphabet: Alphabet, pattern: Tensor | None) -> None:
+    """Refuse what the fixed tokens alone rule out, before anything is run."""
     if pattern is None:
         return
-    text = "".join("." if token < 0 else BASES[token] for token in pattern.tolist())
     for motif in question.forbid:
-        rule = ForbiddenMotif(motif)
-        for piece in filter(None, text.split(".")):
-            ids = torch.tensor([[BASES.index(base) for base in piece]], device="cpu")
-            if len(piece) >= len(motif) and float(rule(ids)) == -math.inf:
-                raise InputError(f"The fixed bases {piece} hold the forbidden {motif}: drop one.")
-    if question.gc is not None:
-        free = text.count(".")
-        fixed = text.count("G") + text.count("C")
-        low, high = fixed / len(text), (fixed + free) / len(text)
-        if high < question.gc[0] or low > question.gc[1]:
-            raise InputError(
-                f"With the fixed bases the GC content lies between {low:.3g} and {high:.3g}, never "
-                f"within {question.gc[0]:g} to {question.gc[1]:g}: change --gc or --fix."
-            )
+        rule = alphabet.forbid(motif)
+        for piece in _runs(pattern):
+            width = rule.width if isinstance(rule, ForbiddenMotif) else 1
+            if len(piece) >= width and float(rule(piece[None])) == -math.inf:
+                text = "".join(alphabet.vocabulary[i] for i in piece.tolist())
+                raise InputError(
+                    f"The fixed {alphabet.noun} {text} hold the forbidden {motif}: drop one."
+                )
+    if question.gc is not None and alphabet.padding is None:
+        _require_possible_gc(question.gc, alphabet, pattern)
+
+
+def _require_possible_gc(gc: tuple[float, float], alphabet: Alphabet, pattern: Tensor) -> None:
+    held, length = pattern[pattern >= 0], len(pattern)
+    share = alphabet.gc_share(held[None])
+    assert share is not None
+    fixed = round(float(share) * len(held))
+    low, high = fixed / length, (fixed + length - len(held)) / length
+    if high < gc[0] or low > gc[1]:
+        raise InputError(
+            f"With the fixed bases the GC content lies between {low:.3g} and {high:.3g}, never "
+            f"within {gc[0]:g} to {gc[1]:g}: change --gc or --fix."
+        )
+
+
+def _runs(pattern: Tensor) -> list[Tensor]:
+    """Return the stretches of fixed tokens."""
+    places = (pattern >= 0).nonzero()[:, 0].tolist()
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return [pattern[run] for run in runs]

@@ -7,6 +7,7 @@ from ppl_diffusion.potentials.base import SumPotential as SumPotential
 from ppl_diffusion.potentials.constraints import AbstractConstraint as AbstractConstraint
 from ppl_diffusion.potentials.constraints import Constraint as Constraint
 from ppl_diffusion.potentials.constraints import ForbiddenMotif as ForbiddenMotif
+from ppl_diffusion.potentials.constraints import ForbiddenTokens as ForbiddenTokens
 from ppl_diffusion.potentials.constraints import GCContent as GCContent
 from ppl_diffusion.potentials.constraints import RequiredMotif as RequiredMotif
 from ppl_diffusion.potentials.embedded import EmbeddedPotential as EmbeddedPotential
