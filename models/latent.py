@@ -136,12 +136,12 @@ class LatentDiffusion(DiffusionProgram):
         path: Path | None = None,
         **shape: Any,
     ) -> Self:
-        """Make an untrained program around a transformer of two streams.
+        """Make an untrained program around a transformer of two streams, ready to be trained.
 
         :param shape: fields of :class:`~ppl_diffusion.denoisers.latent_config.LatentConfig` that
             the vocabulary and the length do not decide: ``num_slots``, ``num_codes``, ...
         """
-        network: Any = LatentTransformer(LatentConfig(len(vocabulary), length, **shape)).eval()
+        network: Any = LatentTransformer(LatentConfig(len(vocabulary), length, **shape))
         return cls(
             network,
             vocabulary=vocabulary,

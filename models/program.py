@@ -8,20 +8,21 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 import pyro
 import torch
 from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
+from ppl_diffusion.denoisers.checks import check_denoiser
 from ppl_diffusion.denoisers.conditional import Labelled
 from ppl_diffusion.denoisers.config import TransformerConfig
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
-from ppl_diffusion.kernels import InterpolatingKernel, Kernel, Linear, Uniform
+from ppl_diffusion.kernels import Absorbing, InterpolatingKernel, Kernel, Linear, Padded, Uniform
 from ppl_diffusion.kernels.psi import PsiSchedule
 from ppl_diffusion.models.cards import PROGRAM_FILE
 from ppl_diffusion.models.words import are_words, join_tokens, split_word
@@ -29,6 +30,9 @@ from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.processes.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ppl_diffusion.tokenisers import Tokeniser
 
 FAMILIES: dict[str, type[DiffusionProgram]] = {}
 """Every family of model programs whose module has been imported, by name."""
@@ -50,9 +54,15 @@ class DiffusionProgram(ABC):
     arguments adds them to :meth:`settings`.
 
     :param vocabulary: one symbol per token, in the order of the ids.
-    :param length: number ``L`` of tokens of a sequence.
+    :param length: number ``L`` of tokens of a sequence, of the longest one where lengths differ.
     :param schedule: signal schedule (linear by default). Trained bounds do not depend on it.
+    :param lengths: probabilities of the lengths 0 to ``L``, where sequences have several: the last
+        symbol then only fills them up, and the length is drawn with the noisiest state
+        (:class:`~ppl_diffusion.processes.Padded`).
+    :param tokeniser: how text becomes tokens and tokens text; by default letters are letters, and
+        symbols of several characters words.
     :raises ValueError: if the vocabulary does not fit the denoiser or has repeated symbols.
+    :raises CapabilityError: if lengths are given to a family that does not mask.
 
     :cvar family: name of the family, written into saved folders.
     :cvar network: class of the denoisers that can be saved.
@@ -83,8 +93,11 @@ class DiffusionProgram(ABC):
         length: int,
         name: str = "prior",
         schedule: Schedule | None = None,
+        lengths: Sequence[float] | None = None,
+        tokeniser: Tokeniser | None = None,
     ) -> None:
         self.denoiser = denoiser
+        self.tokeniser = tokeniser
         self.vocabulary = list(vocabulary)
         self.length = int(length)
         self.name = name
@@ -98,6 +111,45 @@ class DiffusionProgram(ABC):
                 f"{denoiser.vocab_size}; give one distinct symbol per token."
             )
         self.process = self.make_process(denoiser.vocab_size, schedule or Linear())
+        if lengths is not None:
+            self.process = self._padded(lengths)
+
+    def _padded(self, lengths: Sequence[float]) -> Padded:
+        if type(self.process) is not Absorbing:
+            raise CapabilityError(
+                f"{self.name}: sequences of several lengths are masked, and {self.family!r} makes "
+                f"other noise ({self.process!r}); use a masked prior, or cut them to one length."
+            )
+        if len(lengths) != self.length + 1:
+            raise ValueError(
+                f"{self.name}: lengths must hold the probabilities of the lengths 0 to "
+                f"{self.length}, got {len(lengths)} numbers."
+            )
+        process = Padded(self.process.vocab_size, lengths, self.process.schedule)
+        check_denoiser(process, self.denoiser)
+        return process
+
+    @property
+    def padding(self) -> str | None:
+        """The symbol that fills short sequences up, None where all have one length."""
+        return None if self.process.padding is None else self.vocabulary[self.process.padding]
+
+    def between(self, low: int, high: int | None = None) -> Self:
+        """Return the prior of sequences whose lengths lie in a range, around the same network.
+
+        :param low: fewest tokens of a sequence.
+        :param high: most of them; those of the longest one if it is not given.
+        :raises CapabilityError: if all sequences have one length.
+        :raises ValueError: if the prior knows none of these lengths.
+        """
+        if not isinstance(self.process, Padded):
+            raise CapabilityError(
+                f"{self.name}: all sequences have {self.length} tokens; train a prior on sequences "
+                "of several lengths."
+            )
+        program = copy.copy(self)
+        program.process = self.process.between(low, high)
+        return program
 
     @staticmethod
     @abstractmethod
@@ -106,16 +158,41 @@ class DiffusionProgram(ABC):
 
     @classmethod
     def build(
-        cls, vocabulary: Sequence[str], length: int, *, name: str = "prior", **shape: Any
+        cls,
+        vocabulary: Sequence[str],
+        length: int,
+        *,
+        name: str = "prior",
+        lengths: Sequence[float] | None = None,
+        tokeniser: Tokeniser | None = None,
+        **shape: Any,
     ) -> Self:
-        """Make an untrained program around a transformer.
+        """Make an untrained program around a transformer, ready to be trained (dropout is on).
 
+        :param lengths: probabilities of the lengths, where there are several; the last symbol of
+            the vocabulary then only fills sequences up.
         :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`
             that the vocabulary and the length do not decide.
         """
         states = cls.make_process(len(vocabulary), Linear()).num_states
+        shape = shape if lengths is None else {**shape, "num_padding": 1}
         config = TransformerConfig(len(vocabulary), states, length, **shape)
-        return cls(Transformer(config).eval(), vocabulary=vocabulary, length=length, name=name)
+        made: dict[str, Any] = {"name": name, "lengths": lengths, "tokeniser": tokeniser}
+        made = {key: value for key, value in made.items() if value is not None}
+        return cls(Transformer(config), vocabulary=vocabulary, length=length, **made)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the network between training and use, in place, and return the program.
+
+        What :meth:`build` returns is to be trained; what was loaded is to be used.
+        """
+        if isinstance(self.denoiser, torch.nn.Module):
+            self.denoiser.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch dropout and the like off; see :meth:`train`."""
+        return self.train(False)
 
     @property
     def device(self) -> torch.device:
@@ -144,9 +221,10 @@ class DiffusionProgram(ABC):
     def encode(self, text: str | Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
         """Turn text into token ids, ``(L,)`` for one sequence and ``(n, L)`` for several.
 
-        Where tokens are letters every character is one. Where they have several characters, text
-        is split at white space, and a word that is no token into pieces, the longest first, of
-        which all but the first are written ``##piece`` in the vocabulary.
+        A tokeniser splits text where the prior has one. Otherwise every character is a token where
+        tokens are letters; where they have several characters, text is split at white space, and a
+        word that is no token into pieces, the longest first, of which all but the first are written
+        ``##piece`` in the vocabulary. What is short is filled up where lengths differ.
 
         :param text: a text or a list of tokens for one sequence, a list of either for several.
         :raises ValueError: if a length, a letter or a token is wrong.
@@ -162,7 +240,8 @@ class DiffusionProgram(ABC):
     def decode(self, ids: Tensor) -> str | list[str]:
         """Turn token ids, int64 ``(L,)`` or ``(n, L)``, into one string or a list of them.
 
-        Tokens are joined by :attr:`separator`, and pieces ``##piece`` to what is before them.
+        Tokens are joined by the tokeniser or :attr:`separator`, and pieces ``##piece`` to what is
+        before them; what fills sequences up is left out.
 
         :raises ValueError: if the shape is wrong or an id is not a clean token.
         """
@@ -177,8 +256,14 @@ class DiffusionProgram(ABC):
                 f"{int(ids.min())} to {int(ids.max())}; an id beyond the vocabulary is a mask."
             )
         flat = ids.reshape(-1, self.length).tolist()
-        rows = [join_tokens([self.vocabulary[i] for i in row], self.separator) for row in flat]
+        filling = self.process.padding
+        rows = [self._joined([self.vocabulary[i] for i in row if i != filling]) for row in flat]
         return rows[0] if ids.ndim == 1 else rows
+
+    def _joined(self, tokens: list[str]) -> str:
+        if self.tokeniser is not None:
+            return self.tokeniser.join(tokens)
+        return join_tokens(tokens, self.separator)
 
     def chain(
         self,
@@ -267,7 +352,8 @@ class DiffusionProgram(ABC):
             given = {"label": self._withheld(labels, len(batch), label_dropout, generator)}
         roots = stratified_times(batch, generator=generator)
         if self.process.absorbing:
-            return self._terms(batch, roots, generator, given).mean()
+            terms = self._terms(batch, roots, generator, given)
+            return (terms - self.process.log_length(batch)).mean()
         return (2.0 * roots * self._terms(batch, roots.square(), generator, given)).mean()
 
     def _withheld(
@@ -315,7 +401,7 @@ class DiffusionProgram(ABC):
         strata = torch.arange(num_times, device=x0.device)[:, None].expand(num_times, len(x0))
         roots = _stratified(strata, num_times, generator)
         terms = [self._terms(x0, root.square(), generator, self.given) for root in roots]
-        return 2.0 * roots * torch.stack(terms)
+        return 2.0 * roots * torch.stack(terms) - self.process.log_length(x0)
 
     def _terms(
         self,
@@ -360,6 +446,10 @@ class DiffusionProgram(ABC):
         schedule = self.process.schedule
         if schedule != Linear():  # the default is left out: folders of before must stay as they are
             entries["schedule"] = schedule_entry(schedule)
+        if isinstance(self.process, Padded):
+            entries["lengths"] = self.process.lengths.tolist()
+        if self.tokeniser is not None:
+            entries["tokeniser"] = self.tokeniser.settings()
         return entries
 
     @classmethod
@@ -371,10 +461,17 @@ class DiffusionProgram(ABC):
         """
         if "schedule" in settings:
             settings["schedule"] = read_schedule(settings["schedule"], directory)
+        if "tokeniser" in settings:
+            from ppl_diffusion.tokenisers import Tokeniser
+
+            settings["tokeniser"] = Tokeniser.from_settings(settings["tokeniser"])
         return cls(cls.network.from_pretrained(directory).requires_grad_(False), **settings)
 
     def _is_one_sequence(self, members: Sequence[Any]) -> bool:
         """Whether the members of a list are tokens, not sequences of their own."""
+        if self.tokeniser is not None or self.process.padding is not None:
+            # A letter may be a whole sequence where lengths differ: a list is of sequences.
+            return False
         if self.length == 1 or not all(isinstance(member, str) for member in members):
             return False
         known = [member in self._index for member in members]
@@ -385,6 +482,7 @@ class DiffusionProgram(ABC):
 
     def _ids(self, text: str | Sequence[str]) -> list[int]:
         tokens, what = self._split(text), "tokens" if self.separator else "letters"
+        tokens = self._filled(tokens, what)
         if len(tokens) != self.length:
             whole = text if isinstance(text, str) else join_tokens(tokens, self.separator)
             shown = whole if len(whole) <= 20 else whole[:17] + "..."
@@ -400,7 +498,30 @@ class DiffusionProgram(ABC):
                 )
         return [self._index[token] for token in tokens]
 
+    def _filled(self, tokens: Sequence[str], what: str) -> Sequence[str]:
+        """Return tokens filled up where lengths differ."""
+        if not isinstance(self.process, Padded):
+            return tokens
+        fill, law = self.vocabulary[self.process.padding], self.process.lengths
+        letters = list(tokens)
+        while letters and letters[-1] == fill:
+            letters.pop()
+        if fill in letters:
+            raise ValueError(
+                f"{self.name}: {fill!r} only fills sequences up behind their end, but stands at "
+                f"position {letters.index(fill)} of {len(letters)}; leave it out."
+            )
+        if len(letters) >= law.size or law[len(letters)] == 0:
+            known = law.nonzero()[0]
+            raise ValueError(
+                f"{self.name}: a sequence has {known[0]} to {known[-1]} {what}, but "
+                f"{_short(letters)} has {len(letters)}; cut it, or train on such sequences."
+            )
+        return letters + [fill] * (self.length - len(letters))
+
     def _split(self, text: str | Sequence[str]) -> Sequence[str]:
+        if isinstance(text, str) and self.tokeniser is not None:
+            return self.tokeniser.split(text)
         if not isinstance(text, str) or not self.separator:
             return text
         tokens = [token for word in text.split() for token in split_word(word, self._index)]
@@ -447,6 +568,11 @@ def _source(device: torch.device, generator: torch.Generator | None) -> torch.de
 def _stratified(strata: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     jitter = uniforms(strata.shape, generator=generator, device=strata.device)
     return ((strata + jitter) / count).clamp(_TIME_MARGIN, 1.0 - _TIME_MARGIN)
+
+
+def _short(tokens: Sequence[str]) -> str:
+    text = "".join(tokens)
+    return repr(text if len(text) <= 20 else text[:17] + "...")
 
 
 def _shown(letter: str) -> str:

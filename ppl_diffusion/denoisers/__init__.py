@@ -7,6 +7,7 @@ from ppl_diffusion.denoisers.conditional import Labelled as Labelled
 from ppl_diffusion.denoisers.conditional import Paired as Paired
 from ppl_diffusion.denoisers.config import TransformerConfig as TransformerConfig
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
+from ppl_diffusion.denoisers.filters import LettersOnly as LettersOnly
 from ppl_diffusion.denoisers.filters import Nucleus as Nucleus
 from ppl_diffusion.denoisers.filters import Temperature as Temperature
 from ppl_diffusion.denoisers.latent import LatentDenoiser as LatentDenoiser

@@ -36,8 +36,9 @@ class Denoiser(Protocol):
     Optional attributes are read where they exist: ``hidden``, ``head`` and ``hidden_size`` (a
     sparse vocabulary head), ``changes`` (phrases that say how it departs from its network),
     ``excludes_tokens`` (it cuts off what the network allows), ``network_rows`` (rows that one state
-    costs) and ``rows_per_call(length)`` (how many rows are fastest at once; many where it is
-    absent).
+    costs), ``rows_per_call(length)`` (how many rows are fastest at once; many where it is absent)
+    and ``num_padding`` (how many of the last tokens only fill sequences up: it reads them, and
+    gives them probability zero).
 
     A denoiser may have a method ``parameters()``, as every ``torch.nn.Module`` has: the tensors its
     output depends on, whose gradients and in-place updates then invalidate what was remembered.
@@ -73,7 +74,8 @@ class Wrapper:
 
     def adopt(self, denoiser: Denoiser, *names: str) -> None:
         """Take over what every denoiser says of itself, and what this one says of ``names``."""
-        for name in ("vocab_size", "kind", "time_free", "parameters", "to", *names):
+        shared = ("vocab_size", "kind", "time_free", "num_padding", "parameters", "to")
+        for name in (*shared, *names):
             if hasattr(denoiser, name):  # its absence says something too: unknown is not "none"
                 vars(self)[name] = getattr(denoiser, name)
 

@@ -33,6 +33,12 @@ def check_denoiser(process: Process, denoiser: Denoiser) -> None:
             f"the denoiser has {size} clean tokens but the process has {process.vocab_size}; "
             "build both with one vocabulary."
         )
+    if process.padding is not None and not getattr(denoiser, "num_padding", 0):
+        raise CapabilityError(
+            f"token {process.padding} only fills sequences up, and {type(denoiser).__name__} may "
+            "predict it among the letters; build the network with num_padding=1, or wrap it in "
+            "LettersOnly."
+        )
     other = getattr(denoiser, "process", None)
     if isinstance(other, Process) and not _same_noise(process, other, denoiser.time_free):
         raise CapabilityError(

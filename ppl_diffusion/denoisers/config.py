@@ -30,6 +30,8 @@ class TransformerConfig:
     :param kind: what the network predicts at a visible position, ``"cavity"`` (from the others) or
         ``"posterior"`` (from all).
     :param num_classes: number of class labels the network can be given, or 0 for none.
+    :param num_padding: how many of the last clean tokens only fill sequences up: they are read, and
+        never predicted.
     :raises ValueError: if the numbers do not fit together.
     """
 
@@ -47,6 +49,7 @@ class TransformerConfig:
     time_conditioning: bool = False
     kind: Kind = "cavity"
     num_classes: int = 0
+    num_padding: int = 0
 
     def __post_init__(self) -> None:
         if self.num_states not in (self.vocab_size, self.vocab_size + 1):

@@ -130,6 +130,35 @@ class Temperature(Filter):
         return f"Temperature({self.denoiser!r}, {self.temperature:g})"
 
 
+class LettersOnly(Filter):
+    """Give the last token probability zero and renormalise: it fills sequences up, and is no guess.
+
+    For networks that were not built with ``num_padding``. It is part of what a prior over lengths
+    is, and no departure from it.
+
+    :param denoiser: what to filter.
+    """
+
+    num_padding = 1
+
+    @property
+    def change(self) -> str | None:
+        """None: the law of lengths is the prior's own."""
+        return None
+
+    def filter_output(self, log_probs: Tensor, shape: Sequence[int]) -> Tensor:
+        """Check what a denoiser returned, and filter it."""
+        return self.filter_rows(clean_log_probs(log_probs, shape, self.vocab_size))
+
+    def filter_rows(self, log_probs: Tensor) -> Tensor:
+        """Return the rows with the last token at ``-inf``."""
+        last = torch.arange(self.vocab_size, device=log_probs.device) == self.vocab_size - 1
+        return torch.log_softmax(log_probs.masked_fill(last, -torch.inf), -1)
+
+    def __repr__(self) -> str:
+        return f"LettersOnly({self.denoiser!r})"
+
+
 class Nucleus(Filter):
     """Keep the most probable tokens of total mass ``p`` and renormalise (top-p).
 

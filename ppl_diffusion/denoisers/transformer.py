@@ -48,6 +48,7 @@ class Transformer(nn.Module):
     """
 
     rotation: Tensor
+    padding: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class Transformer(nn.Module):
         self.time_free = not config.time_conditioning
         self.hidden_size = config.dim
         self.num_classes = config.num_classes
+        self.num_padding = config.num_padding
         self.stem = Stem(config)
         self.time = TimeEmbedding(config.dim) if config.time_conditioning else None
         self.label = (
@@ -68,6 +70,8 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.vocabulary.weight)
         nn.init.zeros_(self.vocabulary.bias)
         self.register_buffer("rotation", rotations(config), persistent=False)
+        filling = torch.arange(config.vocab_size - config.num_padding, config.vocab_size)
+        self.register_buffer("padding", filling, persistent=False)
         self.to(torch.float32)
 
     def hidden(
@@ -131,7 +135,10 @@ class Transformer(nn.Module):
         :param hidden: float32 rows of :meth:`hidden`, shape ``(..., dim)``.
         :returns: normalised log-probabilities of clean tokens, float32, shape ``(..., V)``.
         """
-        return F.log_softmax(self.vocabulary(hidden).float(), dim=-1)
+        logits = self.vocabulary(hidden).float()
+        if self.num_padding:
+            logits = logits.index_fill(-1, self.padding, -torch.inf)
+        return F.log_softmax(logits, dim=-1)
 
     def forward(
         self, tokens: Tensor, t: float | Tensor, label: int | Tensor | None = None

@@ -228,7 +228,7 @@ class ChainMarginal(TorchDistribution):
             chosen = steps == k
             x0 = value.expand(int(chosen.sum()), *value.shape)
             terms[chosen] = -self._step_kl(x0, k, generator) * self.chain.num_steps
-        return terms
+        return terms + self.chain.kernel.process.log_length(value)
 
     def _step_kl(self, x0: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
@@ -274,8 +274,13 @@ class ChainMarginal(TorchDistribution):
     def _bridge_log_weight(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
         chain, kernel = self.chain, self.chain.kernel
         known = torch.nn.functional.one_hot(x0, kernel.process.vocab_size).to(torch.float64).log()
-        carry = chain.start(x0.shape[:-1], generator)
+        begun = kernel.process.start_of(x0)
         log_w = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
+        if begun is None:
+            carry = chain.start(x0.shape[:-1], generator)
+        else:
+            carry = kernel.start_carry(begun, generator, given=chain.given)
+            log_w = log_w + kernel.prior_log_prob(begun, chain.prompt)
         with torch.no_grad():
             for k in range(kernel.num_steps):
                 model = kernel.step(carry, k, fixed=chain.fixed)

@@ -17,6 +17,8 @@ from ppl_diffusion.kernels.blocks import TOKENS
 from ppl_diffusion.kernels.event_step import EventStep
 from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep
+from ppl_diffusion.processes.base import Process
+from ppl_diffusion.processes.padded import Padded
 from ppl_diffusion.smc import Proposal
 
 
@@ -78,6 +80,22 @@ class ClampProposal:
         known = torch.nn.functional.one_hot(tokens, self.vocab_size).to(step.log_probs).log()
         return step.with_log_probs(torch.where(mask[:, None], known, step.log_probs))
 
+    def check_chain(self, process: Process) -> None:
+        """Refuse to hold letters where sequences may have ended: nothing is proposed there.
+
+        :raises ValueError: if a shorter length has probability.
+        """
+        if not isinstance(process, Padded):
+            return
+        letters = self.mask & (self.tokens != process.padding)
+        needed = int(letters.nonzero().max()) + 1 if bool(letters.any()) else 0
+        shortest = int(process.lengths.nonzero()[0][0])
+        if shortest < needed:
+            raise ValueError(
+                f"clamp: a letter is held at position {needed - 1}, but sequences of {shortest} "
+                f"letters have probability; restrict the lengths first, prior.between({needed})."
+            )
+
     def beside(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens and mask where states live."""
         # The user need not know where the network lives; where all is on one device this is free.
@@ -123,6 +141,9 @@ class _Both:
 
     twist: Proposal
     clamp: ClampProposal
+
+    def check_chain(self, process: Process) -> None:
+        self.clamp.check_chain(process)
 
     def __call__(self, step: Any, carry: Carry, k: int, /) -> TorchDistribution:
         # The clamp comes last: it overwrites the prediction, a twist only tilts it.

@@ -61,6 +61,8 @@ class ProposedChain(TorchDistribution):
             raise ValueError(
                 f"clamp: the chain has {chain.length} positions, the clamp {len(clamp.mask)}."
             )
+        if clamp is not None:
+            clamp.check_chain(chain.kernel.process)
         self.chain, self.twist, self.clamp, self.steering = chain, twist, clamp, steering
         self.draw: Draw | None = None
         super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)

@@ -37,6 +37,7 @@ from ppl_diffusion.processes.base import Absorbing as Absorbing
 from ppl_diffusion.processes.base import Interpolating as Interpolating
 from ppl_diffusion.processes.base import Process as Process
 from ppl_diffusion.processes.base import Uniform as Uniform
+from ppl_diffusion.processes.padded import Padded as Padded
 from ppl_diffusion.processes.schedules import Cosine as Cosine
 from ppl_diffusion.processes.schedules import Linear as Linear
 from ppl_diffusion.processes.schedules import LogLinear as LogLinear

@@ -41,10 +41,12 @@ from ppl_diffusion.kernels.completions import (
     MaskedCompletions,
     TableCompletions,
 )
+from ppl_diffusion.kernels.start_step import StartStep
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.base import Process, whole_number
 from ppl_diffusion.processes.mixture import log_posterior_mean, posterior_to_cavity
 from ppl_diffusion.processes.noise import uniforms
+from ppl_diffusion.processes.padded import Padded
 
 FACTORISED = "FACTORISED"
 """Capability of a kernel whose step has an exact density, a product over positions."""
@@ -220,13 +222,12 @@ class Kernel(ABC):
     def _noisiest(
         self, shape: Sequence[int], prompt: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
-        if self.process.absorbing:
-            size = self.process.vocab_size
-            tokens = torch.full(shape, size, dtype=torch.int64, device=self.device)
-        else:
+        if self.process.start_is_random:
             noise = uniforms(shape, generator=generator, device=self.device)
-            tokens = self.process.draw_prior(noise)
-        return tokens if prompt is None else torch.where(prompt >= 0, prompt, tokens)
+        else:
+            noise = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        tokens: Tensor = self.process.draw_start(noise, prompt)
+        return tokens
 
     def start_carry(
         self,
@@ -268,8 +269,10 @@ class Kernel(ABC):
 
     def prior_step(
         self, batch_shape: Sequence[int], length: int, *, prompt: Tensor | None = None
-    ) -> TokenStep:
+    ) -> TokenStep | StartStep:
         """Return the law of the noisiest state as a step distribution."""
+        if isinstance(self.process, Padded):
+            return StartStep.of(self.process, (*batch_shape, length), prompt, self.device)
         size = self.process.vocab_size
         none = torch.full((length,), -1, device=self.device)
         start = (none if prompt is None else prompt).clamp_min(0)
@@ -297,12 +300,15 @@ class Kernel(ABC):
         :returns: float64 ``(*batch,)``.
         """
         tokens = tokens_of(value)
-        log_p = torch.log(self.process.prior_prob(tokens))
-        if prompt is not None:
-            certain = torch.where(tokens == prompt, 0.0, -torch.inf).to(log_p.dtype)
-            log_p = torch.where(prompt >= 0, certain, log_p)
-        total: Tensor = log_p.sum(-1)
+        total: Tensor = self.process.log_start(tokens, prompt)
         return total if isinstance(value, Tensor) else total + self._blocks_log_prob(value)
+
+    def _log_length(self, start: Tensor, prompt: Tensor | None) -> Tensor | float:
+        """Return what a path whose reveals are scored has left: the law of its length."""
+        if self.process.padding is None:
+            return 0.0
+        log_p: Tensor = self.process.log_start(start, prompt)
+        return log_p
 
     def _blocks_log_prob(self, value: Mapping[str, Tensor]) -> Tensor:
         """Return the log-density of the noisiest blocks; here they begin in one place."""

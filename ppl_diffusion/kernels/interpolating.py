@@ -140,10 +140,10 @@ class InterpolatingKernel(Kernel):
             return None
         shape = (*batch_shape, length)
         levels, tokens = uniforms((2, *shape), generator=generator, device=self.device)
-        start = self._noisiest(shape, prompt)
-        step_of, time = ancestral_steps(self, shape, prompt, levels)
+        start = self._noisiest(shape, prompt, generator)
+        step_of, time = ancestral_steps(self, start, levels)
         drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
-        log_p = drawn.log_c + self._log_prob_of_steps(step_of)
+        log_p = drawn.log_c + self._log_prob_of_steps(step_of) + self._log_length(start, prompt)
         return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
 
     def path_log_prob(
@@ -157,10 +157,12 @@ class InterpolatingKernel(Kernel):
         if not self._on_event_times:
             return None
         rows, prompts = flat_paths(path, prompt)
-        found = read_reveals(rows, self.process.vocab_size, prompts)
+        shown = self.process.shown(rows[:, 0], prompts)
+        found = read_reveals(rows, self.process.vocab_size, shown)
         flat = flat_given(self, given, path.shape[:-2])
         log_p = reveal_log_prob(self, rows, found, self.time_of_step, flat)
-        return (log_p + self._log_prob_of_steps(found.step_of)).reshape(path.shape[:-2])
+        log_p = log_p + self._log_prob_of_steps(found.step_of)
+        return (log_p + self._log_length(rows[:, 0], prompts)).reshape(path.shape[:-2])
 
     def time_of_step(self, step_of: Tensor, step: Tensor) -> Tensor:
         """Return the time of a step of a masked path whose reveals are known, float64 ``(M,)``."""

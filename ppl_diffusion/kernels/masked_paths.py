@@ -58,22 +58,17 @@ def draw_path(
     return MaskedPath(path.reshape(*shape[:-1], *path.shape[1:]), log_c, done.hidden_gradient)
 
 
-def ancestral_steps(
-    kernel: Kernel, shape: Sequence[int], prompt: Tensor | None, levels: Tensor
-) -> tuple[Tensor, Tensor]:
+def ancestral_steps(kernel: Kernel, start: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the step and the time at which ancestral sampling reveals each position.
 
     :param kernel: an absorbing kernel; its grid is used.
-    :param shape: ``(*batch, L)``.
-    :param prompt: int64, broadcastable to ``shape``, or None.
-    :param levels: noise levels in ``[0, 1)``, shaped like ``shape``.
-    :returns: int64 and float64, shaped like ``shape``.
+    :param start: noisiest states, int64 ``(*batch, L)``.
+    :param levels: noise levels in ``[0, 1)``, shaped like them.
+    :returns: int64, -1 where the start shows a token, and float64, shaped like ``start``.
     """
     step_of = grid_bins(levels, kernel.alphas)
     time = torch.as_tensor(kernel.times, device=levels.device)[step_of]
-    if prompt is not None:
-        step_of = torch.where(prompt >= 0, -1, step_of)
-    return step_of.reshape(*shape), time.reshape(*shape)
+    return torch.where(start == kernel.process.vocab_size, step_of, -1), time
 
 
 def log_step_probs(schedule: Schedule, times: np.ndarray) -> np.ndarray:

@@ -181,14 +181,16 @@ class OrderedKernel(Kernel):
     ) -> SampledPath:
         """Draw whole paths from one sorted list of reveals per row."""
         shape = (*batch_shape, length)
-        start = self._noisiest(shape, prompt)
+        start = self._noisiest(shape, prompt, generator)
         levels, tokens = uniforms((2, *shape), generator=generator, device=self.device)
         step_of = self._steps_of(levels, start)
         time = self._times_of(levels, step_of)
         drawn = draw_path(self, start, step_of, time, tokens, given=given, probe=probe)
         if self.capability == SAMPLE_ONLY:
             return SampledPath(drawn.path, None, drawn.hidden_gradient)
-        log_p = drawn.log_c + self._log_prob_of_order(prompt, start.device)
+        shown = self.process.shown(start, prompt)
+        log_p = drawn.log_c + self._log_prob_of_order(shown, start.device)
+        log_p = log_p + self._log_length(start, prompt)
         return SampledPath(drawn.path, log_p, drawn.hidden_gradient)
 
     def path_log_prob(
@@ -210,11 +212,13 @@ class OrderedKernel(Kernel):
             )
         self.check_length(path.shape[-1])
         rows, prompts = flat_paths(path, prompt)
-        found = read_reveals(rows, self.process.vocab_size, prompts)
-        found = found._replace(valid=found.valid & self._legal_order(found.step_of, prompts))
+        shown = self.process.shown(rows[:, 0], prompts)
+        found = read_reveals(rows, self.process.vocab_size, shown)
+        found = found._replace(valid=found.valid & self._legal_order(found.step_of, shown))
         flat = flat_given(self, given, path.shape[:-2])
         log_p = reveal_log_prob(self, rows, found, self.time_of_step, flat)
-        return (log_p + self._log_prob_of_order(prompts, path.device)).reshape(path.shape[:-2])
+        log_p = log_p + self._log_prob_of_order(shown, path.device)
+        return (log_p + self._log_length(rows[:, 0], prompts)).reshape(path.shape[:-2])
 
     @property
     def _timed(self) -> bool:

@@ -75,13 +75,16 @@ class InterpolatingKernel(eqx.Module):
         """Signal levels of the grid, float64 ``(T + 1,)``."""
         return np.asarray(self.process.schedule.alpha(np.asarray(self.times)))
 
-    def start(self, noise: Array) -> Array:
-        """Return noisiest states from uniforms of their shape, ``(*batch, L)``."""
-        return self.process.draw_prior(noise).astype(int64_of(jnp))
+    def start(self, noise: Array, prompt: Array) -> Array:
+        """Return noisiest states from uniforms of their shape, ``(*batch, L)``.
 
-    def prior_log_prob(self, tokens: Array) -> Array:
-        """Return the log-probability of noisiest states per site, shaped like them."""
-        return jnp.log(self.process.prior_prob(tokens))
+        :param prompt: tokens that are there from the start, -1 elsewhere.
+        """
+        return self.process.draw_start(noise, prompt).astype(int64_of(jnp))
+
+    def prior_log_prob(self, tokens: Array, prompt: Array) -> Array:
+        """Return the log-probability of noisiest states, ``(*batch,)``."""
+        return self.process.log_start(tokens, prompt)
 
     def predict(self, tokens: Array, k: Array) -> Array:
         """Return cavity log-probabilities of the clean tokens, ``(*batch, L, V)``.

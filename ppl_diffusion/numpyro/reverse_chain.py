@@ -106,13 +106,11 @@ class ReverseChain(Distribution):
 
     def start(self, noise: Array) -> Array:
         """Return noisiest states, with the prompt, from uniforms of their shape."""
-        tokens = self.kernel.start(noise)
-        return jnp.where(self.fixed, self.prompt, tokens)
+        return self.kernel.start(noise, self.prompt)
 
     def start_log_prob(self, tokens: Array) -> Array:
         """Return the log-probability of noisiest states, ``(*batch,)``; a prompt is certain."""
-        certain = jnp.where(tokens == self.prompt, 0.0, -jnp.inf)
-        return jnp.where(self.fixed, certain, self.kernel.prior_log_prob(tokens)).sum(-1)
+        return self.kernel.prior_log_prob(tokens, self.prompt)
 
     def draw(self, noise: Array) -> tuple[Array, Array]:
         """Turn uniforms into paths; the same uniforms give the same path in torch and in JAX.

@@ -100,7 +100,11 @@ class Transformer(eqx.Module):
 
     def head(self, hidden: Array) -> Array:
         """Turn hidden states into log-probabilities of clean tokens, float32 ``(..., V)``."""
-        return jax.nn.log_softmax(self._linear("vocabulary", hidden), axis=-1)
+        logits = self._linear("vocabulary", hidden)
+        if self.config.num_padding:
+            letters = self.config.vocab_size - self.config.num_padding
+            logits = logits.at[..., letters:].set(-jnp.inf)
+        return jax.nn.log_softmax(logits, axis=-1)
 
     def __call__(self, tokens: Array, t: Array, label: Array | None = None) -> Array:
         """Return ``head(hidden(tokens, t, label))``, ``(*batch, L, V)``."""

@@ -22,6 +22,7 @@ from ppl_diffusion.processes.nelbo import step_kl as step_kl
 from ppl_diffusion.processes.noise import draw_categorical as draw_categorical
 from ppl_diffusion.processes.noise import jax_uniforms as jax_uniforms
 from ppl_diffusion.processes.noise_range import NoiseRange as NoiseRange
+from ppl_diffusion.processes.padded import Padded as Padded
 from ppl_diffusion.processes.schedules import Cosine as Cosine
 from ppl_diffusion.processes.schedules import Linear as Linear
 from ppl_diffusion.processes.schedules import LogLinear as LogLinear

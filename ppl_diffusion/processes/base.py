@@ -90,6 +90,65 @@ class Process:
         index = xp.searchsorted(cdf, xp.astype(uniforms.reshape(-1), cdf.dtype), side="right")
         return xp.astype(index.reshape(uniforms.shape), int64_of(xp))
 
+    # The noisiest state: here every site of it on its own.
+
+    padding: int | None = None
+    """Id of a token that fills sequences up and is never noised, or None."""
+
+    @property
+    def start_is_random(self) -> bool:
+        """Whether noisiest states differ."""
+        return not self.absorbing
+
+    def draw_start(self, noise: Array, prompt: Array | None = None) -> Array:
+        """Draw noisiest states.
+
+        :param noise: uniforms in ``[0, 1)``, ``(*batch, L)``.
+        :param prompt: tokens that are there from the start, broadcastable, -1 elsewhere.
+        :returns: int64, shaped like ``noise``.
+        """
+        tokens = self.draw_prior(noise)
+        if prompt is None:
+            return tokens
+        return array_namespace(noise).where(prompt >= 0, prompt, tokens)
+
+    def log_start(self, z: Array, prompt: Array | None = None) -> Array:
+        """Return the log-probability of noisiest states, float64 ``(*batch,)``.
+
+        :param z: states, ``(*batch, L)``.
+        :param prompt: as in :meth:`draw_start`; its positions are certain.
+        """
+        xp = array_namespace(z)
+        p = self.prior_prob(z)
+        if prompt is not None:
+            certain = xp.astype(z == prompt, p.dtype)
+            p = xp.where(prompt >= 0, certain, p)
+        possible = p > 0
+        log_p = xp.log(xp.where(possible, p, xp.ones_like(p)))
+        return xp.sum(xp.where(possible, log_p, xp.full_like(log_p, -xp.inf)), axis=-1)
+
+    def start_of(self, x0: Array) -> Array | None:
+        """Return the noisiest states that clean sequences can only come from, None for any.
+
+        :param x0: clean tokens, ``(*batch, L)``.
+        """
+        return None
+
+    def shown(self, start: Array, prompt: Array | None = None) -> Array | None:
+        """Return the tokens that noisiest states show from the start, -1 elsewhere.
+
+        :param start: noisiest states, ``(*batch, L)``.
+        :param prompt: what all of them show, or None.
+        """
+        return prompt
+
+    def log_length(self, x0: Array) -> Array | float:
+        """Return what the lengths of clean sequences add to their log-probability.
+
+        :param x0: clean tokens, ``(*batch, L)``.
+        """
+        return 0.0
+
     def corrupt(self, x0: Array, alpha: Array, u_keep: Array, u_prior: Array) -> Array:
         """Draw ``z_t ~ q(. | x0)`` at signal level ``alpha``.
 

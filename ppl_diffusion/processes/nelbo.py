@@ -31,7 +31,10 @@ def nelbo_terms(process: Process, x0: Array, z: Array, log_c: Array, t: Array) -
     if process.absorbing:
         xp = array_namespace(log_c)
         noise = xp.exp(process.schedule.log1m_alpha(t))
-        return xp.where(z == process.mask_id, -slope / noise, 0.0 * a) * _cross_entropy(x0, log_c)
+        hidden, entropy = z == process.mask_id, _cross_entropy(x0, log_c)
+        # Both, so that no zero meets an infinity: what is never hidden is never guessed either.
+        entropy = xp.where(hidden, entropy, xp.zeros_like(entropy))
+        return xp.where(hidden, -slope / noise, 0.0 * a) * entropy
     return -slope / a * process.prior_prob(z) * _rate_divergence(process, x0, z, log_c, a)
 
 

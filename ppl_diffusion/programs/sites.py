@@ -39,6 +39,10 @@ class ChainSite:
     steering: Steering | None = None
     twist: Proposal | None = None
 
+    def __post_init__(self) -> None:
+        if self.clamp is not None:
+            self.clamp.check_chain(self.chain.kernel.process)
+
     @property
     def proposal(self) -> Proposal | None:
         """How the site wants to be moved: by its twist, with the clamped tokens held."""

@@ -121,6 +121,9 @@ class FeynmanKac:
                 f"a proposal needs a density, but {type(proposal).__name__} is {SAMPLE_ONLY}; "
                 "propose by a kernel with a density."
             )
+        check_chain = getattr(proposal, "check_chain", None)
+        if check_chain is not None:
+            check_chain(chain.kernel.process)
         self.chain = chain
         self.potential = (
             potential if isinstance(potential, AbstractPotential) else Potential(potential)

@@ -216,12 +216,13 @@ def _prefix(state: PathState, start: int, chain: ReverseChain) -> Tensor | None:
 
 def _fresh_order(table: RevealTable, state: PathState, generator: torch.Generator | None) -> Tensor:
     """Return when each position is revealed in paths of a flat prediction, int64 ``(B, L)``."""
-    flat = _flat_chain(table.model.chain)
-    # Conditions of each particle are batch dimensions of the chain already.
-    lead = state.path.shape[: state.path.ndim - 2 - len(flat.batch_shape)]
-    return RevealTable.of(
-        table.model, PathState(flat.sample(lead, generator=generator), state.log_g)
-    ).step_of
+    chain = table.model.chain
+    kernel = chain.kernel.with_denoiser(_FlatDenoiser(chain.kernel.process.vocab_size))
+    # What a path shows from the start, as its length, is no matter of order.
+    shown = table.whole(torch.where(table.free, -1, table.x0))
+    drawn = kernel.sample_path(table.shape, chain.length, prompt=shown, generator=generator)
+    assert drawn is not None
+    return RevealTable.of(table.model, PathState(drawn.path, state.log_g)).step_of
 
 
 def _dealt_window(
@@ -252,16 +253,12 @@ def _dealt_window(
     return dealt, torch.where(same, high + 1, low), high
 
 
-def _flat_chain(chain: ReverseChain) -> ReverseChain:
-    kernel = chain.kernel.with_denoiser(_FlatDenoiser(chain.kernel.process.vocab_size))
-    return ReverseChain(kernel, chain.length, prompt=chain.prompt).expand(chain.batch_shape)
-
-
 class _FlatDenoiser:
-    """Predicts every token with the same probability."""
+    """Predicts every token with the same probability: only the order of reveals is read."""
 
     kind: Kind = "cavity"
     time_free = True
+    num_padding = 1  # whatever fills sequences up is not read either
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -54,7 +54,9 @@ class RevealTable:
         """Read the paths of a state."""
         chain, shape = model.chain, state.path.shape[:-2]
         rows, prompts = flat_paths(state.path, chain.prompt)
-        step_of = read_reveals(rows, chain.kernel.process.vocab_size, prompts).step_of
+        process = chain.kernel.process
+        shown = process.shown(rows[:, 0], prompts)
+        step_of = read_reveals(rows, process.vocab_size, shown).step_of
         x0 = rows[:, -1]
         if state.log_c is None:
             log_c = torch.full(x0.shape, torch.nan, dtype=torch.float64, device=x0.device)
