@@ -1,7 +1,7 @@
 """Tokenisers: text into symbols and back, without tensors."""
 
 from ppl_diffusion.tokenisers.alphabets import ALPHABETS, MOLECULES, find_alphabet
-from ppl_diffusion.tokenisers.base import TOKENISERS, Tokeniser, from_settings
+from ppl_diffusion.tokenisers.base import TOKENISERS, Tokeniser, padding_symbol
 from ppl_diffusion.tokenisers.letters import Letters
 from ppl_diffusion.tokenisers.listed import Listed
 from ppl_diffusion.tokenisers.pattern import Pattern
@@ -20,6 +20,6 @@ __all__ = [
     "Tokeniser",
     "canonical_smiles",
     "find_alphabet",
-    "from_settings",
     "molecule_library",
+    "padding_symbol",
 ]

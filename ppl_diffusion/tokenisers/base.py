@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -74,19 +75,45 @@ class Tokeniser(ABC):
         if self.symbols:
             return self
         found = {token for text in texts for token in self.pieces(text)}
-        return replace(self, symbols=tuple(sorted(found)))
+        return self.with_symbols(sorted(found))
 
-    def inverts(self, text: str) -> bool:
-        """Return whether a text comes back after it was cut and joined."""
-        return self.normal(self.join(self.split(text))) == self.normal(text)
+    def with_symbols(self, symbols: Sequence[str]) -> Self:
+        """Return this tokeniser with other symbols."""
+        return replace(self, symbols=tuple(symbols))
+
+    def inverts(self, text: str, tokens: Sequence[str] | None = None) -> bool:
+        """Return whether a text comes back after it was cut and joined.
+
+        :param tokens: what it was cut into, if that is known.
+        """
+        joined = self.join(self.split(text) if tokens is None else tokens)
+        return joined == text or self.normal(joined) == self.normal(text)
 
     def settings(self) -> dict[str, Any]:
-        """Return what :func:`from_settings` needs, as JSON knows it."""
+        """Return what :meth:`from_settings` needs, as JSON knows it."""
         entries = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
         }
         return {"kind": self.kind, **entries}
+
+    @staticmethod
+    def from_settings(entries: Mapping[str, Any]) -> Tokeniser:
+        """Return the tokeniser that :meth:`settings` described.
+
+        :raises ValueError: if its kind is unknown or an entry does not suit it.
+        """
+        fields = dict(entries)
+        kind = fields.pop("kind", None)
+        if kind not in TOKENISERS:
+            raise ValueError(
+                f"There is no kind of tokeniser {kind!r}: choose one of "
+                f"{', '.join(sorted(TOKENISERS))}, or import the module that defines it."
+            )
+        try:
+            return TOKENISERS[kind](**fields)
+        except TypeError as error:
+            raise ValueError(f"A tokeniser of kind {kind!r} cannot be made so: {error}.") from error
 
     def refused(self, text: str, why: str) -> ValueError:
         """Return the error for a text: which one, why, and what to do."""
@@ -102,22 +129,13 @@ class Tokeniser(ABC):
         return frozenset(self.symbols)
 
 
-def from_settings(entries: Mapping[str, Any]) -> Tokeniser:
-    """Return the tokeniser that :meth:`Tokeniser.settings` described.
+def padding_symbol(symbols: Sequence[str]) -> str:
+    """Return a symbol to fill sequences up with that is none of theirs: ``_`` wherever it can be.
 
-    :raises ValueError: if its kind is unknown or an entry does not suit it.
+    :param symbols: those of the sequences.
     """
-    fields = dict(entries)
-    kind = fields.pop("kind", None)
-    if kind not in TOKENISERS:
-        raise ValueError(
-            f"There is no kind of tokeniser {kind!r}: choose one of {', '.join(sorted(TOKENISERS))}"
-            ", or import the module that defines it."
-        )
-    try:
-        return TOKENISERS[kind](**fields)
-    except TypeError as error:
-        raise ValueError(f"A tokeniser of kind {kind!r} cannot be made so: {error}.") from error
+    fills = itertools.chain(["_"], (f"<{'_' * count}>" for count in itertools.count(1)))
+    return next(fill for fill in fills if fill not in symbols)
 
 
 def shown(text: str) -> str:

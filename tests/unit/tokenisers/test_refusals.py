@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from ppl_diffusion.tokenisers import Letters, Listed, find_alphabet, from_settings
+from ppl_diffusion.tokenisers import Letters, Listed, Tokeniser, find_alphabet
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,6 @@ def test_symbols_twice_and_long_letters():
 
 def test_settings_of_no_tokeniser():
     with pytest.raises(ValueError, match=r"^There is no kind of tokeniser 'wordpiece': choose"):
-        from_settings({"kind": "wordpiece"})
+        Tokeniser.from_settings({"kind": "wordpiece"})
     with pytest.raises(ValueError, match=r"^A tokeniser of kind 'letters' cannot be made so"):
-        from_settings({"kind": "letters", "name": "own", "colour": "red"})
+        Tokeniser.from_settings({"kind": "letters", "name": "own", "colour": "red"})

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ppl_diffusion.tokenisers import ALPHABETS, Listed, find_alphabet, from_settings
+from ppl_diffusion.tokenisers import ALPHABETS, Listed, Tokeniser, find_alphabet, padding_symbol
 
 ATOMS = ["C", "N", "O", "Br", "Cl", "c", "n", "[nH]", "[C@@H]", "[13CH3-]", "%12", "%(100)", "1"]
 BONDS = ["=", "#", "/", "\\", "(", ")", "-", "."]
@@ -84,7 +84,7 @@ def test_safe_gives_the_same_molecule():
 @pytest.mark.parametrize("name", sorted(ALPHABETS))
 def test_settings_bring_a_tokeniser_back(name):
     alphabet = find_alphabet(name)
-    assert from_settings(json.loads(json.dumps(alphabet.settings()))) == alphabet
+    assert Tokeniser.from_settings(json.loads(json.dumps(alphabet.settings()))) == alphabet
 
 
 def test_equal_by_settings():
@@ -99,3 +99,9 @@ def test_a_file_lists_tokens(tmp_path):
     alphabet = find_alphabet(file)
     assert alphabet == Listed("codons", ("ATG", "GCC", "TAA"))
     assert alphabet.split("ATGTAA") == ["ATG", "TAA"]
+
+
+def test_what_fills_up_is_no_symbol():
+    assert padding_symbol("ACGT") == "_"
+    assert padding_symbol(["a", "_"]) == "<_>"
+    assert padding_symbol(["<_>", "_"]) == "<__>"
