@@ -30,14 +30,14 @@ from ppl_diffusion.models.datasets import Sequences, check_sequences, load_seque
 from ppl_diffusion.models.library import load
 from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
+from ppl_diffusion.models.run_place import CHECKPOINT as CHECKPOINT
+from ppl_diffusion.models.run_place import RUN_FILE as RUN_FILE
 
 if TYPE_CHECKING:
     import lightning
 
     from ppl_diffusion.models.fitting import Fit, KeepBest
 
-CHECKPOINT = "last.ckpt"
-RUN_FILE = "run.json"
 _SEEDS = 2**63  # torch takes no larger seeds
 _OF_DATA = ("vocab_size", "num_states", "max_length")
 
