@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ppl_diffusion.models.masked import MaskedDiffusion as MaskedDiffusion
     from ppl_diffusion.models.oracles import Oracle as Oracle
     from ppl_diffusion.models.oracles import load_oracle as load_oracle
+    from ppl_diffusion.models.own_training import train as train
     from ppl_diffusion.models.program import DiffusionProgram as DiffusionProgram
     from ppl_diffusion.models.samplers import SAMPLERS as SAMPLERS
     from ppl_diffusion.models.samplers import SamplerSettings as SamplerSettings
@@ -47,6 +48,7 @@ _HOMES = {
     "load_oracle": "oracles",
     "load_text_classifier": "text_reward",
     "make_chain": "samplers",
+    "train": "own_training",
 }
 
 __all__ = [

@@ -10,6 +10,8 @@ from typing import Any
 WEIGHTS = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"
 PROGRAM_FILE = "program.json"
+PRIOR_FOLDER = "prior"
+"""Where the folder of a training run holds what it trained."""
 CLASSIFIER_FILE = "text_classifier.json"
 
 

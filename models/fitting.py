@@ -162,7 +162,7 @@ class _Context:
         """
         recipe, sequences = self.recipe, self.sequences
         count = round(recipe.shares[step >= recipe.switch * self.steps] * recipe.batch_size)
-        picked = torch.randint(len(sequences.train), (count,))
+        picked = self._picked(count)
         rows = sequences.train[picked]
         if recipe.shape.get("num_classes"):
             assert sequences.labels is not None
@@ -174,6 +174,12 @@ class _Context:
             turned = torch.rand(len(rows), 1) < 0.5
             rows = torch.where(turned, reverse_complement(rows), rows)
         return rows, None
+
+    def _picked(self, count: int) -> Tensor:
+        weights = self.sequences.train_weights
+        if weights is None:
+            return torch.randint(len(self.sequences.train), (count,))
+        return torch.multinomial(weights, count, replacement=True)
 
 
 class KeepBest(Callback):

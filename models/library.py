@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_diffusion.models import latent, masked, uniform  # noqa: F401  (the families of ours)
-from ppl_diffusion.models.cards import PROGRAM_FILE, find_folder, names
+from ppl_diffusion.models.cards import PRIOR_FOLDER, PROGRAM_FILE, find_folder, names
 from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 
 
@@ -15,12 +15,15 @@ def load(name_or_dir: str | Path) -> DiffusionProgram:
     """Load a shipped prior by its name, or any prior from its folder.
 
     :param name_or_dir: a name out of :func:`available`, or a folder written by
-        :meth:`DiffusionProgram.save`.
+        :meth:`DiffusionProgram.save` or by a training run.
     :raises ValueError: if there is no such prior, its files are damaged, or the module that defines
         its family was not imported.
     :raises FileNotFoundError: if the folder lacks a file.
     """
-    return _read(find_folder(name_or_dir, names(), "prior"))
+    folder = find_folder(name_or_dir, names(), "prior")
+    inside = folder / PRIOR_FOLDER
+    run = not (folder / PROGRAM_FILE).is_file() and (inside / PROGRAM_FILE).is_file()
+    return _read(inside if run else folder)
 
 
 def _read(folder: Path) -> DiffusionProgram:

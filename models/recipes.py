@@ -31,7 +31,8 @@ class Recipe:
     learnt. What is kept is the average of the weights at its best validation bound.
 
     :param family: ``"masked"``, ``"uniform"``, or another family whose module was imported.
-    :param dataset: a key of :data:`ppl_diffusion.models.datasets.READERS`.
+    :param dataset: a key of :data:`ppl_diffusion.models.datasets.READERS`, empty for data of
+        one's own.
     :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`.
     :param steps: optimiser steps, of ``batch_size`` sequences each.
     :param learning_rate: peak of the cosine schedule (AdamW), after ``warmup`` linear steps.
@@ -55,7 +56,7 @@ class Recipe:
     """
 
     family: str
-    dataset: str
+    dataset: str = ""
     shape: dict[str, Any] = field(default_factory=dict)
     steps: int = 4000
     batch_size: int = 64

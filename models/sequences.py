@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.models.recipes import Recipe
+
+if TYPE_CHECKING:
+    from ppl_diffusion.tokenisers import Tokeniser
 
 BASES = "ACGT"
 PADDING = "_"
@@ -29,13 +32,18 @@ class Sequences:
     :param related: other rows, or all of them, to pretrain on, int64 ``(m, L)``.
     :param related_weights: how often each related row is drawn, relative, float64 ``(m,)``.
     :param licence: one sentence, as ``source`` is, for the card of a prior.
-    :param vocabulary: one letter per token id.
+    :param vocabulary: one symbol per token id, a letter each if it is a text.
     :param noun: what the sequences are, for the same; ``unit`` is what a token is.
     :param labels: classes of the rows of ``train``, ``valid`` and ``test``, int64 ``(n,)`` each,
         for a network with classes.
     :param codec: name of the codec whose tokens they are, of images.
     :param bundled: whether they come with an installed package, or are generated, so that no folder
         is needed.
+    :param lengths: probabilities of the lengths 0 to ``L``, where sequences have several; the last
+        symbol of the vocabulary then only fills them up.
+    :param tokeniser: how text becomes tokens, if symbols are not simply letters.
+    :param train_weights: how often each training row is drawn, relative, float64 ``(n,)``; equally
+        often if None.
     """
 
     train: Tensor
@@ -46,12 +54,15 @@ class Sequences:
     related_weights: Tensor
     licence: str
     source: str
-    vocabulary: str = BASES
+    vocabulary: str | Sequence[str] = BASES
     noun: str = "promoter sequences"
     unit: str = "base"
     labels: tuple[Tensor, Tensor, Tensor] | None = None
     codec: str = ""
     bundled: bool = False
+    lengths: tuple[float, ...] | None = None
+    tokeniser: Tokeniser | None = None
+    train_weights: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -108,9 +119,10 @@ def _check_rows(sequences: Sequences, part: str) -> None:
         )
     low, high = (int(end) for end in rows.aminmax())
     if low < 0 or high >= size:
+        letters = "".join(sequences.vocabulary)
         raise ValueError(
             f"Sequences: {part} holds the id {low if low < 0 else high}, but those of the "
-            f"{size} letters {sequences.vocabulary!r} are 0 to {size - 1}; drop or recode its row."
+            f"{size} letters {letters!r} are 0 to {size - 1}; drop or recode its row."
         )
 
 

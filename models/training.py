@@ -25,19 +25,19 @@ import torch
 
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.models._quiet import quiet_lightning
+from ppl_diffusion.models.cards import PRIOR_FOLDER
 from ppl_diffusion.models.datasets import Sequences, check_sequences, load_sequences
 from ppl_diffusion.models.library import load
 from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
+from ppl_diffusion.models.run_place import CHECKPOINT as CHECKPOINT
+from ppl_diffusion.models.run_place import RUN_FILE as RUN_FILE
 
 if TYPE_CHECKING:
     import lightning
 
     from ppl_diffusion.models.fitting import Fit, KeepBest
 
-PRIOR_FOLDER = "prior"
-CHECKPOINT = "last.ckpt"
-RUN_FILE = "run.json"
 _SEEDS = 2**63  # torch takes no larger seeds
 _OF_DATA = ("vocab_size", "num_states", "max_length")
 
@@ -128,12 +128,14 @@ def _program(
 ) -> DiffusionProgram:
     family = FAMILIES[recipe.family]
     if init is None:
-        return family.build(sequences.vocabulary, sequences.length, name=name, **recipe.shape)
+        return family.build(
+            sequences.vocabulary, sequences.length, name=name, **_law(sequences), **recipe.shape
+        )
     program = load(init)
     assert isinstance(program.denoiser, Transformer)
     program.denoiser.requires_grad_(True)
     found = (program.family, "".join(program.vocabulary), program.length)
-    wanted = (recipe.family, sequences.vocabulary, sequences.length)
+    wanted = (recipe.family, "".join(sequences.vocabulary), sequences.length)
     if found != wanted:
         raise ValueError(
             f"train: the prior {str(init)!r} is {found[0]} over {found[2]} tokens of {found[1]!r}, "
@@ -141,6 +143,12 @@ def _program(
         )
     program.name = name
     return program
+
+
+def _law(sequences: Sequences) -> dict[str, Any]:
+    """Return what a program is told of its data besides the vocabulary, if there is anything."""
+    known = {"lengths": sequences.lengths, "tokeniser": sequences.tokeniser}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _run(

@@ -33,6 +33,7 @@ __all__ = [
     "programs",
     "smc",
     "testing",
+    "tokenisers",
 ]
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ppl_diffusion import programs as programs
     from ppl_diffusion import smc as smc
     from ppl_diffusion import testing as testing
+    from ppl_diffusion import tokenisers as tokenisers
 
 
 def __dir__() -> list[str]:

@@ -33,6 +33,7 @@ Resume = Annotated[
     bool, Option("--resume", help="Go on with a run that was interrupted, from its checkpoint.")
 ]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
+OWN = "For sequences of your own"
 MethodModule = Annotated[
     list[str] | None,
     Option(
@@ -391,7 +392,14 @@ def restore(
 
 @app.command()
 def train(
-    name: Annotated[str, Argument(help="Recipe, by the name of its prior.")],
+    name: Annotated[
+        str,
+        Argument(
+            metavar="NAME|FILE",
+            help="Recipe, by the name of its prior; or a file of your own sequences: FASTA, CSV, "
+            "TSV, lines (.txt) or SMILES (.smi), packed (.gz) or not.",
+        ),
+    ],
     data: Annotated[
         Path | None,
         Option(envvar="PPL_DIFFUSION_DATA", help="Folder that holds dna/, molecules/, ..."),
@@ -409,24 +417,101 @@ def train(
     seed: Seed = 0,
     device: Device = "cpu",
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
+    force: Force = False,
     quiet: Quiet = False,
+    alphabet: Annotated[
+        str | None,
+        Option(
+            help="dna, rna, protein, smiles, selfies, safe, chars, or a file with one token per "
+            "line.",
+            rich_help_panel=OWN,
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, Option(help="Column of the sequences.", rich_help_panel=OWN)
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        Option(help="Column of classes, which guidance can ask for.", rich_help_panel=OWN),
+    ] = None,
+    weight_column: Annotated[
+        str | None, Option(help="Column of how much each row counts.", rich_help_panel=OWN)
+    ] = None,
+    split_column: Annotated[
+        str | None,
+        Option(
+            help="Column of train, valid or test; if absent near copies are kept together.",
+            rich_help_panel=OWN,
+        ),
+    ] = None,
+    unknown: Annotated[
+        str,
+        Option(
+            metavar="drop|error",
+            help="What to do with sequences that the alphabet cannot write, N for example.",
+            rich_help_panel=OWN,
+        ),
+    ] = "drop",
+    max_length: Annotated[
+        int | None, Option(help="Leave out sequences of more tokens.", rich_help_panel=OWN)
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        Option(
+            help="How long to train, 8 if nothing is said; or give --steps.", rich_help_panel=OWN
+        ),
+    ] = None,
+    dim: Annotated[
+        int | None, Option(help="Width of the network; by the data.", rich_help_panel=OWN)
+    ] = None,
+    depth: Annotated[int | None, Option(help="Its blocks; 3.", rich_help_panel=OWN)] = None,
+    batch_size: Annotated[
+        int | None, Option(help="Rows per step; by the length.", rich_help_panel=OWN)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, Option(help="Its peak; by the width.", rich_help_panel=OWN)
+    ] = None,
+    dropout: Annotated[
+        float | None,
+        Option(help="Share of units that are dropped; by the data.", rich_help_panel=OWN),
+    ] = None,
 ) -> None:
-    """Train a prior, or a codec or classifier of images, by its recipe."""
-    from ppl_diffusion.commands.actions import train_prior
+    """Train a prior on your own sequences, or a shipped one again by its recipe."""
+    from ppl_diffusion.commands import training
+    from ppl_diffusion.models.sequence_files import Columns, is_sequence_file
 
+    shared = {"steps": steps, "seed": seed, "device": device, "quiet": quiet}
+    shared |= {"resume": resume, "force": force}
+    columns = Columns(column, label_column, weight_column, split_column)
+    own = {
+        "max_length": max_length,
+        "minutes": minutes,
+        "dim": dim,
+        "depth": depth,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "dropout": dropout,
+    }
+    if is_sequence_file(name) or Path(name).is_file():
+        training.refuse({"objective": objective, "init": init}, "a file of your own sequences")
+        place = out or Path("runs") / f"train-{Path(name).name.split('.')[0]}"
+        return training.train_file(
+            Path(name),
+            alphabet=alphabet,
+            columns=columns,
+            out=place,
+            unknown=unknown,
+            **own,
+            **shared,
+        )
+    said = {
+        "alphabet": alphabet,
+        **own,
+        **{o[2:].replace("-", "_"): c for o, c in columns.named.items()},
+    }
+    training.refuse(said, f"the recipe {name!r}")
     place = out or Path("runs") / f"train-{name}"
-    train_prior(
-        name,
-        data=data,
-        out=place,
-        steps=steps,
-        objective=objective,
-        init=init,
-        seed=seed,
-        device=device,
-        resume=resume,
-        quiet=quiet,
-    )
+    training.train_prior(name, data=data, out=place, objective=objective, init=init, **shared)
 
 
 @app.command()

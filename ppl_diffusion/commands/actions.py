@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ppl_diffusion.commands.complain import OK, NoAnswer, Stopped, complain
+from ppl_diffusion.commands.complain import OK, NoAnswer, complain
 from ppl_diffusion.commands.tables import (
     comparison_tables,
     table,
@@ -25,6 +25,7 @@ from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
     from ppl_diffusion.distributions import ReverseChain
+    from ppl_diffusion.models.program import DiffusionProgram
     from ppl_diffusion.models.samplers import SamplerSettings
 
 PLOT_KINDS = (".png", ".pdf", ".svg")
@@ -64,10 +65,10 @@ def draw_samples(
         prior = load(name).to(usable_device(device))
         chain = make_chain(prior, sampler, settings)
     sequences = list(prior.decode(_drawn(chain, num, seed, in_jax=is_jax(backend, device))))
-    if PADDING in prior.vocabulary:
+    if prior.padding is None and PADDING in prior.vocabulary and prior.tokeniser is None:
         sequences = [unpad(text) for text in sequences]
     table = out is not None and out.suffix.lower() == ".csv"
-    text = _sequence_text(sequences, "csv" if table else _kind(prior.vocabulary))
+    text = _sequence_text(sequences, "csv" if table else _kind(prior))
     if out is None:
         print(text, end="")
     else:
@@ -86,60 +87,6 @@ def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.T
 
     drawn = jax.jit(lambda key: twin.x0(twin.sample(key, (num,))))(jax.random.key(seed))
     return torch.from_numpy(np.array(drawn)).long()
-
-
-def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
-    """Train a prior, or a codec or classifier of images, by its recipe.
-
-    :raises InputError: if a name, a number, the data or the place is wrong.
-    :raises NoAnswer: if the run diverged.
-    :raises Stopped: if Ctrl-C ended it.
-    """
-    from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
-    from ppl_diffusion.models.training import TrainingDiverged, train
-
-    at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
-    at_least("seed", asked["seed"], 0)
-    asked["device"] = usable_device(asked["device"])
-    if out.exists() and not out.is_dir():
-        raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
-    if name in IMAGE_RECIPES:
-        return _train_images(name, out=out, quiet=quiet, **asked)
-    try:
-        with user_input():
-            run = train(name, out=out, quiet=quiet, **asked)
-    except TrainingDiverged as error:
-        raise NoAnswer(str(error)) from error
-    except KeyboardInterrupt as error:
-        raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error
-    if not quiet:
-        bound = ["best validation bound (bits per token, <=)", run.valid_bits]
-        rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
-        table(f"Trained {name}", ["quantity", "value"], rows)
-        print(f"wrote {run.folder}")
-
-
-def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
-    from ppl_diffusion.models.image_training import CHECKPOINT, train_images
-    from ppl_diffusion.models.training import TrainingDiverged
-
-    for option in ("objective", "init"):
-        if asked.pop(option) is not None:
-            raise InputError(f"{name} is no prior and has no --{option}: leave it out.")
-    try:
-        with user_input():
-            run = train_images(name, out=out, quiet=quiet, **asked)
-    except TrainingDiverged as error:
-        raise NoAnswer(str(error)) from error
-    except KeyboardInterrupt as error:
-        kept = (out / CHECKPOINT).is_file()
-        text = "go on with --resume." if kept else f"nothing was written to {str(out)!r}."
-        raise Stopped(f"Stopped: {text}") from error
-    if not quiet:
-        score = [f"best on validation images ({run.score_name})", run.score]
-        rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
-        table(f"Trained {name}", ["quantity", "value"], rows)
-        print(f"wrote {run.folder}")
 
 
 def diagnose_run(folder: Path, *, plots: Path | None) -> None:
@@ -215,13 +162,14 @@ def _check_plot(path: Path) -> None:
         )
 
 
-def _kind(vocabulary: Sequence[str]) -> str:
+def _kind(prior: DiffusionProgram) -> str:
     """Return how sequences are best written."""
     from ppl_diffusion.models.datasets import PADDING
 
-    if "\n" in vocabulary:
+    if "\n" in prior.vocabulary:
         return "text"
-    letters = all(symbol.isalpha() for symbol in vocabulary if symbol != PADDING)
+    filling = prior.padding or PADDING
+    letters = all(symbol.isalpha() for symbol in prior.vocabulary if symbol != filling)
     return "fasta" if letters else "lines"
 
 

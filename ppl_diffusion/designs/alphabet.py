@@ -34,7 +34,7 @@ class Alphabet:
 
     vocabulary: tuple[str, ...]
     padding: int | None = None
-    tokeniser: Any = None
+    tokeniser: Tokeniser | None = None
 
     @classmethod
     def of(cls, prior: DiffusionProgram) -> Alphabet:

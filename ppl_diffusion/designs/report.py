@@ -12,6 +12,7 @@ from ppl_diffusion.diagnostics import nearest_distance
 from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.jobs.folder import whole_file
 from ppl_diffusion.jobs.writing import no_evidence, reason
+from ppl_diffusion.tokenisers import MOLECULES
 
 if TYPE_CHECKING:
     from ppl_diffusion.designs.alphabet import Alphabet
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from ppl_diffusion.diagnostics.comparison import Comparison
     from ppl_diffusion.smc import ParticlePosterior
 
-SMILES = ("smiles", "selfies", "safe")
-"""Tokenisers whose texts are molecules."""
 PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
 
 
@@ -57,7 +56,7 @@ def sequence_file(
     FASTA where tokens are letters, a line each where they are more, as SMILES are.
     """
     kind = getattr(alphabet.tokeniser, "name", "")
-    if kind in SMILES:
+    if kind in MOLECULES:
         names = design_headers(designs)
         pairs = zip(sequences, names, strict=True)
         return "designs.smi", "".join(f"{text} {name}\n" for text, name in pairs)
