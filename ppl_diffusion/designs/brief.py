@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,6 @@ def brief_text(job: Job) -> str:
 
 def _search_entries(search: Search) -> dict[str, Any]:
     names = {value: key for key, value in _NUMBERS.items()}
-    own = {f.name: getattr(search, f.name) for f in fields(search) if f.name != "options"}
-    kept = {names.get(key, key): value for key, value in own.items() if value is not None}
-    return {**kept, **search.options}
+    known = {*_NUMBERS.values(), *_WORDS, *options()}
+    kept = {key: value for key, value in search.settings().items() if key in known}
+    return {names.get(key, key): value for key, value in kept.items()}

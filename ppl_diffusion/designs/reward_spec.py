@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 from ppl_diffusion.jobs.checks import InputError, finite, positive
@@ -37,7 +36,6 @@ OPTIONS = (
 """How a score is asked for; see :class:`~ppl_diffusion.potentials.SequenceFunction`."""
 GOALS = ("maximise", "minimise")
 MAX_WEIGHT = 1e6
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class RewardSpec:
     :param transform: ``{"kind": ..., ...}``, see :mod:`ppl_diffusion.potentials.transforms`.
     :param weight: factor on the log-potential.
     :param head: output of a network that has several.
-    :param property: entry of a program's answer that has several.
+    :param answer: entry of a program's answer that has several.
     :param options: how it is asked, from :data:`OPTIONS`.
     :param digest: of what was read from a file, once it was: files of one name may differ.
     :raises InputError: if a part cannot be used.
@@ -72,10 +70,10 @@ class RewardSpec:
     observed: float | None = None
     sd: float | None = None
     at_most: float | None = None
-    transform: Mapping[str, Any] = _NOTHING
+    transform: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     head: int | None = None
-    property: str | None = None
+    answer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     digest: str | None = None
 
@@ -142,7 +140,7 @@ class RewardSpec:
             value = getattr(self, name)
             if value != usual[name]:
                 known[name] = list(value) if isinstance(value, tuple) else value
-        for name in ("head", "property", "digest"):
+        for name in ("head", "answer", "digest"):
             if getattr(self, name) is not None:
                 known[name] = getattr(self, name)
         if self.transform:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ppl_diffusion.designs.alphabet import Alphabet
 from ppl_diffusion.designs.question import split_name
-from ppl_diffusion.designs.reward_spec import RewardSpec
+from ppl_diffusion.designs.reward_spec import OBSERVATION_SD, RewardSpec
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.models import Oracle, load_oracle
 from ppl_diffusion.potentials import (
     AbstractPotential,
+    Likelihood,
     Motif,
+    Reward,
     find_motif,
     read_motifs,
 )
@@ -77,7 +79,8 @@ def _motif(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bo
     motif = read_motif(spec)
     strands = {"both_strands": alphabet.nucleic == "DNA", "vocabulary": alphabet.as_dna}
     best = motif.potential(**strands)
-    potential = None if judge else spec.weight * best
+    weighted = best if spec.weight == 1 else spec.weight * best
+    potential = None if judge else weighted
     known = {"probabilities": motif.probabilities}
     spec = dataclasses.replace(spec, digest=digest(repr(motif.sites), known))
     return Score(spec, lambda tokens: {spec.name: best(tokens)}, potential)
@@ -111,7 +114,22 @@ def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
 
 def _goal(spec: RewardSpec, function: Any) -> AbstractPotential:
     """Return what a score adds to the target."""
-    raise NotImplementedError
+    made = _tilt(spec, function)
+    return made if spec.weight == 1 else spec.weight * made
+
+
+def _tilt(spec: RewardSpec, function: Any) -> AbstractPotential:
+    if spec.observed is not None:
+        return Likelihood(function, spec.observed, spec.sd or OBSERVATION_SD, name=spec.name)
+    capped, name = function, spec.name
+    if spec.at_most is not None:
+        capped, name = _capped(function, spec.at_most), f"min({name}, {spec.at_most:g})"
+    best = spec.goal == "maximise"
+    return Reward(capped, spec.temperature or 1.0, maximise=best, name=name)
+
+
+def _capped(function: Any, top: float) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: function(tokens).clamp_max(top)
 
 
 _MAKERS: dict[str, Callable[[RewardSpec, Alphabet, torch.device, bool], Score]] = {

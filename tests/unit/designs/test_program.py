@@ -4,12 +4,16 @@ import pyro
 import pytest
 import torch
 
+from ppl_diffusion.designs.brief import job_of
 from ppl_diffusion.designs.program import build_target
-from ppl_diffusion.designs.question import InputError, Job, MotifSpec, Question, Search
+from ppl_diffusion.designs.question import Job, Question
+from ppl_diffusion.designs.reward_spec import RewardSpec
 from ppl_diffusion.designs.run import design
 from ppl_diffusion.handlers import clamp
 from ppl_diffusion.inference import SMC, methods
-from ppl_diffusion.models import MaskedDiffusion
+from ppl_diffusion.jobs.checks import InputError
+from ppl_diffusion.jobs.search import Search
+from ppl_diffusion.models import MaskedDiffusion, load_oracle
 from ppl_diffusion.potentials import GCContent, find_motif, read_motifs
 from ppl_diffusion.potentials.factor import factor
 from ppl_diffusion.testing.devices import DeviceDiscipline
@@ -48,7 +52,8 @@ def matrices(tmp_path):
 
 def test_job_and_program_have_the_same_target(prior, matrices):
     program, folder = prior
-    question = Question(gc=(0.25, 0.5), motifs=(MotifSpec(matrices, "M2", 0.5),), fix=((3, "TA"),))
+    motif = RewardSpec("m", "motif", f"{matrices}@M2", weight=0.5)
+    question = Question(gc=(0.25, 0.5), rewards=(motif,), fix=((3, "TA"),))
     numbers = {"num_particles": 128, "num_runs": 16, "num_steps": 6}
     search = Search(method="smc", options={"twist": "none"}, **numbers)
     result = design(build_target(Job(folder, question, search)))
@@ -77,40 +82,62 @@ def test_job_and_program_have_the_same_target(prior, matrices):
 @pytest.mark.parametrize("method", [n for n, cls in methods().items() if cls.needs.any_target])
 def test_a_run_says_where_its_tensors_live(prior, matrices, method):
     """With everything asked for, so that each part of a design meets the device of its prior."""
-    question = Question(gc=(0.1, 0.9), motifs=(MotifSpec(matrices, "M2", 0.5),), fix=((3, "TA"),))
+    motif = RewardSpec("m", "motif", f"{matrices}@M2", weight=0.5)
+    question = Question(gc=(0.1, 0.9), rewards=(motif,), fix=((3, "TA"),))
     search = Search(num_particles=16, num_runs=2, num_steps=LENGTH, method=method)
     target = build_target(Job(prior[1], question, search))
     with DeviceDiscipline():
         design(target)
 
 
-def test_without_a_question_about_expression_the_default_is_filled_in(prior, monkeypatch):
-    from ppl_diffusion.designs import program as module
+def test_the_shipped_brief_says_everything_about_its_oracles():
+    job = job_of("yeast-promoter")
+    (reward,), (judge,) = job.question.rewards, job.question.judges
+    assert (reward.at, reward.temperature, reward.at_most) == ("yeast-oracle-design", 0.4, 17.0)
+    assert judge.at == "yeast-oracle-judge"
+    target = build_target(job)
+    x0 = target.prior.encode(["ACGT" * 20, "T" * 80])
+    oracle = load_oracle("yeast-oracle-design")
+    wanted = oracle(x0).clamp_max(17.0).double() / 0.4
+    torch.testing.assert_close(target.potential(x0), wanted)
 
-    class Counter:
-        """Count the A's."""
 
-        def __call__(self, tokens):
-            return (tokens == 0).sum(-1).to(torch.float32)
-
-        def to(self, device):
-            return self
-
-    monkeypatch.setitem(module.ORACLES, "tiny", ("design", "judge"))
-    monkeypatch.setattr(module, "load_oracle", lambda name: Counter())
-    target = build_target(Job(prior[1]))
-    assert target.job.question.temperature == module.DEFAULT_TEMPERATURE
-    x0 = torch.zeros(2, LENGTH, dtype=torch.int64)
-    torch.testing.assert_close(
-        target.potentials["expression"](x0),
-        torch.full((2,), LENGTH / module.DEFAULT_TEMPERATURE, dtype=torch.float64),
-    )
+def test_nothing_asked_is_refused(prior):
     with pytest.raises(InputError, match="Nothing is asked of"):
-        build_target(Job(prior[1], Question(expression=False)))
+        build_target(Job(prior[1]))
 
 
-def test_a_prior_over_other_letters_is_refused(tmp_path):
+def test_an_oracle_of_bases_needs_bases(tmp_path):
     program = MaskedDiffusion.build(list("ab"), 4, name="letters", dim=16, depth=1, heads=2)
     program.save(tmp_path / "letters")
-    with pytest.raises(InputError, match="Designs are made of the bases ACGT"):
-        build_target(Job(str(tmp_path / "letters"), Question(gc=(0.0, 1.0))))
+    spec = RewardSpec("e", "oracle", "yeast-oracle-design")
+    with pytest.raises(InputError, match="reads the bases ACGT of sequences of one length, and th"):
+        build_target(Job(str(tmp_path / "letters"), Question(rewards=(spec,))))
+
+
+def test_any_letters_are_designed(tmp_path):
+    program = MaskedDiffusion.build(list("ab"), 4, name="letters", dim=16, depth=1, heads=2)
+    program.save(tmp_path / "letters")
+    question = Question(fix=((1, "b"),), forbid=("aa",))
+    search = Search(method="smc", num_particles=32, num_runs=2, num_steps=4)
+    result = design(build_target(Job(str(tmp_path / "letters"), question, search)))
+    assert all(text[1] == "b" and "aa" not in text for text in result.sequences)
+
+
+def test_sequences_of_several_lengths_are_designed(tmp_path):
+    law = [0.0, 0.25, 0.25, 0.25, 0.25]
+    options = {"name": "short", "lengths": law, "dim": 16, "depth": 1, "heads": 2}
+    MaskedDiffusion.build(list("ACGT_"), 4, **options).save(tmp_path / "short")
+    question = Question(fix=((1, "G"),), gc=(0.5, 1.0), forbid=("CC",))
+    search = Search(method="smc", num_particles=64, num_runs=2, num_steps=4)
+    result = design(build_target(Job(str(tmp_path / "short"), question, search)))
+    assert {len(text) for text in result.sequences} == {2, 3, 4}
+    assert all(text[1] == "G" and "CC" not in text for text in result.sequences)
+    assert all(sum(map(text.count, "GC")) >= len(text) / 2 for text in result.sequences)
+    with pytest.raises(InputError, match="no sequence has 7 to 9 letters"):
+        build_target(Job(str(tmp_path / "short"), Question(gc=(0, 1), lengths=(7, 9)), search))
+
+
+def test_a_brief_of_another_network_is_refused(prior):
+    with pytest.raises(InputError, match="is not the one of the brief"):
+        build_target(Job(prior[1], Question(gc=(0.0, 1.0)), prior_digest="0123"))
