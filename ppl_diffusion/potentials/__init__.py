@@ -20,6 +20,7 @@ from ppl_diffusion.potentials.motif_files import read_jaspar as read_jaspar
 from ppl_diffusion.potentials.motif_files import read_meme as read_meme
 from ppl_diffusion.potentials.motif_files import read_motifs as read_motifs
 from ppl_diffusion.potentials.motifs import MotifMatrix as MotifMatrix
+from ppl_diffusion.potentials.processes import Processes as Processes
 from ppl_diffusion.potentials.rewards import Likelihood as Likelihood
 from ppl_diffusion.potentials.rewards import Reward as Reward
 from ppl_diffusion.potentials.text import ClassifierReward as ClassifierReward

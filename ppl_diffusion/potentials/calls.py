@@ -20,10 +20,6 @@ SHARES = 4
 """A piece is at most this part of a worker's share of what is left."""
 
 
-class GaveUp(TimeoutError):
-    """A call was still running when its time was over."""
-
-
 @dataclass(eq=False)
 class Piece:
     """Sequences of one call.

@@ -24,12 +24,12 @@ from ppl_diffusion.potentials.answers import WrongAnswer
 from ppl_diffusion.potentials.calls import (
     Calls,
     CallsInTurn,
-    GaveUp,
     Outcome,
     Piece,
     RowFunction,
     guided_sizes,
 )
+from ppl_diffusion.potentials.causes import GaveUp
 from ppl_diffusion.potentials.failures import report, watch_calls
 from ppl_diffusion.potentials.workers import CallsBeside, workers_of
 from ppl_diffusion.rows import distinct_rows

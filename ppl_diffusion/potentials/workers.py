@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.answers import read_answer
-from ppl_diffusion.potentials.calls import Calls, GaveUp, Outcome, Piece, RowFunction
+from ppl_diffusion.potentials.calls import Calls, Outcome, Piece, RowFunction
+from ppl_diffusion.potentials.causes import GaveUp
 
 
 @dataclass(frozen=True)
