@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from ppl_diffusion.potentials.answers import WrongAnswer
 
@@ -29,6 +30,34 @@ class Failure:
 
     cause: str
     message: str
+
+
+@dataclass
+class Tally:
+    """Failures by cause.
+
+    :ivar counts: how many of each cause.
+    :ivar words: what happened when it was met first.
+    :ivar first: the first words of all; None while there are none.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    words: dict[str, str] = field(default_factory=dict)
+    first: str | None = None
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def add(self, failure: Failure, words: str) -> None:
+        """Count a failure.
+
+        :param failure: what happened.
+        :param words: the same, with the sequence.
+        """
+        self.counts[failure.cause] += 1
+        self.words.setdefault(failure.cause, words)
+        self.first = self.first or words
 
 
 def failure_of(outcome: Exception | str) -> Failure:

@@ -9,14 +9,22 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ppl_diffusion.potentials.base import AbstractPotential
-from ppl_diffusion.potentials.evaluation import FunctionOptions, RowFunction, SequenceFunction
+from ppl_diffusion.potentials.base import (
+    FORBIDDEN_GUESS,
+    AbstractPotential,
+    check_log_potential,
+)
+from ppl_diffusion.potentials.calls import RowFunction
+from ppl_diffusion.potentials.evaluation import SequenceFunction
+from ppl_diffusion.potentials.function_options import FunctionOptions
 
 
 class _OfFunction(AbstractPotential):
     """A log-potential computed from a :class:`SequenceFunction`; rejected sequences get -inf."""
 
     function: SequenceFunction
+    _known, _total = 0, 0.0
+    """Look-aheads so far, and their sum."""
 
     @property
     def num_calls(self) -> int:
@@ -37,11 +45,35 @@ class _OfFunction(AbstractPotential):
         """The first rejected sequence and the reason, in words; None while there is none."""
         return self.function.first_failure
 
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many sequences failed so far, by cause."""
+        return dict(self.function.tally.counts)
+
     def prefetch(self, x0: Tensor) -> None:
         self.function.prefetch(x0)
 
+    def keep_back(self, num_sequences: int) -> None:
+        self.function.keep_back(num_sequences)
+
     def log_potential(self, x0: Tensor) -> Tensor:
-        value = self.function(x0)
+        return self._log_g(self.function(x0))
+
+    def lookahead(self, x0: Tensor) -> Tensor:
+        """Return a finite surrogate, where the budget allows to ask; elsewhere the mean so far.
+
+        The mean is neutral: what is not known is neither preferred to what is, nor avoided.
+        """
+        value, asked = self.function.guess(x0)
+        found = check_log_potential(torch.where(asked, self._log_g(value), 0.0), x0, self.name)
+        found = torch.where(found == -math.inf, FORBIDDEN_GUESS, found)
+        if self.function.budget is None:
+            return found
+        self._known += int(asked.sum())
+        self._total += float(found[asked].sum())
+        return torch.where(asked, found, self._total / max(self._known, 1))
+
+    def _log_g(self, value: Tensor) -> Tensor:
         return torch.where(value.isnan(), -math.inf, self._transform(value))
 
     @abstractmethod
