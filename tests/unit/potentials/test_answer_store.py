@@ -146,7 +146,7 @@ TWO = """
         return x0.double().sum(-1) / 7
 
     reward = Reward(total, cache=sys.argv[1], batch_size=1)
-    rows = torch.arange(300)[:, None] // torch.tensor([64, 16, 4, 1]) % 4 + torch.arange(300)[:, None] // 256
+    rows = torch.arange(300)[:, None].expand(-1, 3)
     for part in rows.split(20):
         found = reward(part)
         assert torch.equal(found, part.double().sum(-1) / 7)

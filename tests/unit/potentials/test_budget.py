@@ -12,6 +12,7 @@ from ppl_diffusion.smc import ArgmaxFill, PersistentFill
 from ppl_diffusion.testing import all_states
 from ppl_diffusion.testing.toys import toy_chain, toy_potential
 
+TWISTS = [ArgmaxFill(), PersistentFill(2, late=True)]
 ROWS = torch.arange(12)[:, None].expand(-1, 3)
 
 
