@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -42,7 +43,7 @@ def serve(messages: int, lifeline: int, memory: int | None) -> None:
     connection.send_bytes(READY)
     try:
         while True:
-            connection.send_bytes(_answer(connection, functions))
+            _answer(connection, functions)
     except (EOFError, OSError):  # the parent has closed it, or is gone
         return
 
@@ -82,14 +83,28 @@ def remember(sent: OrderedDict[bytes, None], digest: bytes) -> bool:
     return known
 
 
-def _answer(connection: Connection, functions: Functions) -> bytes:
-    digest, pickled, arguments = pickle.loads(connection.recv_bytes())
+def read_call(message: bytes, functions: Functions) -> Callable[[], bytes]:
+    """Return what makes a call and gives the reply, after everything it needs was imported.
+
+    :param message: what :meth:`~ppl_diffusion.potentials.crew.Worker.call` has sent.
+    :param functions: what is remembered.
+    """
+    digest, pickled, arguments = pickle.loads(message)
     try:
         fn = functions.get(digest, pickled)
         args, kwargs = pickle.loads(arguments)
     except BaseException as error:
-        return pickle.dumps(("unread", f"{type(error).__name__}: {error}"))
+        return partial(pickle.dumps, ("unread", f"{type(error).__name__}: {error}"))
+    return partial(_reply, fn, args, kwargs)
+
+
+def _answer(connection: Connection, functions: Functions) -> None:
+    call = read_call(connection.recv_bytes(), functions)
     connection.send_bytes(BEGUN)
+    connection.send_bytes(call())
+
+
+def _reply(fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
     try:
         return pickle.dumps(("value", fn(*args, **kwargs)))
     except BaseException as error:  # sys.exit() of a user's function is a failure of its own

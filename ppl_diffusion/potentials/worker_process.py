@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from multiprocessing import Pipe
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from ppl_diffusion.potentials.causes import Died, GaveUp, ending
 from ppl_diffusion.potentials.child import BEGUN, READY, remember
 from ppl_diffusion.potentials.parcels import Parcel
+from ppl_diffusion.potentials.replies import read_reply
 
 START = 300.0
 """Seconds to start an interpreter and to import what a function needs, before its own time runs."""
@@ -76,12 +76,17 @@ class WorkerProcess:
         :raises BrokenExecutor: if the process cannot read the function.
         """
         try:
-            return self._read(self._exchange(parcel, arguments, timeout))
-        except (EOFError, OSError) as error:  # GaveUp is an OSError, too
+            reply = self._exchange(parcel, arguments, timeout)
+        except GaveUp:
+            raise
+        except (EOFError, OSError):
             self.spent = True
-            if isinstance(error, GaveUp):
-                raise
             raise self._death() from None
+        try:
+            return read_reply(reply)
+        except MemoryError:
+            self.spent = True  # what is left of it is good for nothing
+            raise
 
     def kill(self) -> None:
         """Kill it, and everything in its group."""
@@ -106,8 +111,8 @@ class WorkerProcess:
         known = remember(self._sent, parcel.digest)
         pickled = None if known else parcel.pickled
         self._connection.send_bytes(pickle.dumps((parcel.digest, pickled, arguments)))
-        reply = self._next(START, "its function was not imported")
-        return reply if reply != BEGUN else self._next(timeout, "no answer")
+        self._next(START, "its function was not imported", BEGUN)
+        return self._next(timeout, "no answer")
 
     def _next(self, timeout: float | None, what: str, expected: bytes | None = None) -> bytes:
         """Return the next message, or kill the group where there is none in time."""
@@ -126,16 +131,6 @@ class WorkerProcess:
     def _pause(over: float) -> float:
         return min(_PULSE, max(0.0, over - time.monotonic()))
 
-    def _read(self, reply: bytes) -> Any:
-        kind, *content = pickle.loads(reply)
-        if kind == "value":
-            return content[0]
-        if kind == "unread":
-            raise BrokenExecutor(f"a worker could not read it: {content[0]}")
-        error = _rebuilt(*content)
-        self.spent = isinstance(error, MemoryError)  # what is left of it is good for nothing
-        raise error
-
     def _death(self) -> Died:
         # Its pipe closes a moment before it is over, and how it ended is worth the moment.
         with suppress(subprocess.TimeoutExpired):
@@ -149,14 +144,3 @@ class WorkerProcess:
         if self._lifeline >= 0:
             os.close(self._lifeline)
         self._lifeline = -1
-
-
-def _rebuilt(name: str, words: str, pickled: bytes | None) -> Exception:
-    """Return an exception of another process, or one that looks like it."""
-    if pickled is not None:
-        with suppress(Exception):
-            error = pickle.loads(pickled)
-            if isinstance(error, Exception):
-                return error
-    kind: type[Exception] = type(name, (RuntimeError,), {})
-    return kind(words)
