@@ -32,6 +32,9 @@ Runs = Annotated[int, Option(help="Independent runs.")]
 Resume = Annotated[
     bool, Option("--resume", help="Go on with a run that was interrupted, from its checkpoint.")
 ]
+Every = Annotated[
+    float, Option("--checkpoint-every", help="Seconds between two checkpoints, at least.")
+]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 MethodModule = Annotated[
     list[str] | None,
@@ -181,6 +184,7 @@ def design(
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
     force: Force = False,
     resume: Resume = False,
+    checkpoint_every: Every = 10.0,
     observe: Annotated[
         float | None, Option(help="Observed expression: Normal(oracle(x), SD).")
     ] = None,
@@ -253,7 +257,14 @@ def design(
         backend=backend,
     )
     place = out or Path("runs") / Path(name).name
-    run_design(Job(name, question, search), place, replace=force, quiet=quiet, resume=resume)
+    run_design(
+        Job(name, question, search),
+        place,
+        replace=force,
+        quiet=quiet,
+        resume=resume,
+        every=checkpoint_every,
+    )
 
 
 @app.command(cls=RestoreCommand)

@@ -24,7 +24,7 @@ from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
 from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.jobs.folder import check_file, check_target, is_finished, write_whole
-from ppl_diffusion.jobs.keeping import kept_job
+from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
@@ -92,20 +92,25 @@ def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.T
     return torch.from_numpy(np.array(drawn)).long()
 
 
-def run_design(job: Job, out: Path, *, replace: bool, quiet: bool, resume: bool = False) -> None:
+def run_design(
+    job: Job, out: Path, *, replace: bool, quiet: bool, resume: bool = False, every: float = EVERY
+) -> None:
     """Run a design job, write its folder, print its tables.
 
     :param resume: go on with a run that was interrupted; one that is finished stays as it is.
+    :param every: seconds between two checkpoints, at least.
     :raises InputError: if something asked for cannot be done.
     """
     from ppl_diffusion.design.program import build_target
     from ppl_diffusion.design.run import design, write_run
 
+    if not every >= 0:
+        raise InputError(f"--checkpoint-every must be 0 or more seconds, not {every}.")
     if resume and is_finished(out):
         return note(f"The run in {str(out)!r} is finished: nothing is left to do.", quiet=quiet)
     check_target(out, replace=replace, resume=resume)
     target = build_target(job)
-    with kept_job(out, target.job.settings(), resume=resume):
+    with kept_job(out, target.job.settings(), resume=resume, every=every):
         with progress_bar(f"design {job.name}", quiet=quiet) as advance:
             result = design(target, progress=advance)
         left_out = write_run(result, out, replace=replace)
