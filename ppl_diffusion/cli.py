@@ -32,6 +32,9 @@ Runs = Annotated[int, Option(help="Independent runs.")]
 Resume = Annotated[
     bool, Option("--resume", help="Go on with a run that was interrupted, from its checkpoint.")
 ]
+Every = Annotated[
+    float, Option("--checkpoint-every", help="Seconds between two checkpoints, at least.")
+]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 OWN = "For sequences of your own"
 MethodModule = Annotated[
@@ -195,6 +198,7 @@ def design(
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
     force: Force = False,
     resume: Resume = False,
+    checkpoint_every: Every = 10.0,
     reward: Annotated[
         list[str] | None,
         Option(
@@ -305,7 +309,7 @@ def design(
         "device": device,
         "backend": backend,
     }
-    options = Options(out, replace=force, resume=resume, quiet=quiet)
+    options = Options(out, replace=force, resume=resume, every=checkpoint_every, quiet=quiet)
     run_design(name, asked, {**context.obj, **numbers}, options)
 
 

@@ -13,8 +13,9 @@ from ppl_diffusion.designs.brief import SUFFIX, job_of
 from ppl_diffusion.designs.flags import Asked
 from ppl_diffusion.designs.question import Job
 from ppl_diffusion.jobs.backends import NUMPYRO, is_jax
+from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.folder import check_target, is_finished
-from ppl_diffusion.jobs.keeping import kept_job
+from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.search import Search
 
 
@@ -25,13 +26,19 @@ class Options:
     :param out: the run folder, ``runs/NAME`` if None.
     :param replace: an earlier run in it.
     :param resume: go on with a run that was interrupted; one that is finished stays as it is.
+    :param every: seconds between two checkpoints, at least.
     :param quiet: print errors only.
     """
 
     out: Path | None
     replace: bool = False
     resume: bool = False
+    every: float = EVERY
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.every >= 0:
+            raise InputError(f"--checkpoint-every must be 0 or more seconds, not {self.every}.")
 
 
 def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Options) -> None:
@@ -53,7 +60,8 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
         return note(text, quiet=options.quiet)
     check_target(out, replace=options.replace, resume=options.resume)
     target = build_target(job)
-    with kept_job(out, target.job.settings(), resume=options.resume):
+    question = target.job.settings()
+    with kept_job(out, question, resume=options.resume, every=options.every):
         with progress_bar(f"design {_shown(job)}", quiet=options.quiet) as advance:
             result = design(target, progress=advance)
         left_out = write_run(result, out, replace=options.replace)

@@ -138,7 +138,7 @@ class Stage:
         content = _read(self.place)
         if tuple(content["shape"]) != self.shape:
             raise ValueError(
-                f"{str(self.place)!r} is of another run ({content['shape']}, not "
+                f"The file {str(self.place)!r} is of another run ({content['shape']}, not "
                 f"{list(self.shape)}); begin anew without --resume."
             )
         remember(self.owner, content["memory"])
@@ -281,7 +281,7 @@ def _read(place: Path) -> State:
         raise _damaged(place) from error
     if not known:
         raise ValueError(
-            f"{str(place)!r} was written by another version; begin anew without --resume."
+            f"The file {str(place)!r} was written by another version; begin anew without --resume."
         )
     return content
 
@@ -294,18 +294,31 @@ def _clear(folder: Path) -> None:
 
 def _require_same(folder: Path, asked: Mapping[str, Any]) -> None:
     found = asked_before(folder)
-    for key in {} if found is None else {**found, **asked}:
-        before, now = (json.dumps(each.get(key)) for each in (found or {}, asked))
-        if before != now:  # texts: NaN is not equal to itself
+    if found is None:
+        return
+    before, now = _leaves(found), _leaves(asked)
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
             raise ValueError(
-                f"the run in {str(folder)!r} began with {key} {before}, not {now}; resume it with "
-                "that, or begin anew without --resume."
+                f"The run in {str(folder)!r} began with {key} {before.get(key, 'unknown')}, not "
+                f"{now.get(key, 'unknown')}; resume it with that, or begin anew without --resume."
             )
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, str]:
+    """Return what is inside by dotted names, as JSON texts: NaN is not equal to itself."""
+    if not isinstance(value, dict):
+        return {name: json.dumps(value)}
+    found: dict[str, str] = {}
+    for key, item in value.items():
+        found |= _leaves(item, f"{name}.{key}" if name else key)
+    return found
 
 
 def _damaged(place: Path) -> ValueError:
     return ValueError(
-        f"{str(place)!r} is damaged or no checkpoint of a run; begin anew without --resume."
+        f"The file {str(place)!r} is damaged or no checkpoint of a run; begin anew without "
+        "--resume."
     )
 
 
