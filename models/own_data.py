@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_diffusion.models.near_copies import Ids
 from ppl_diffusion.models.sequence_files import Rows
 from ppl_diffusion.models.sequences import Sequences
-from ppl_diffusion.models.splits import Split, split_rows
+from ppl_diffusion.models.splits import FEWEST, Split, split_rows
 from ppl_diffusion.tokenisers import MOLECULES, Tokeniser, padding_symbol
 
 Unknown = Literal["drop", "error"]
@@ -96,9 +96,8 @@ def prepare(
         left.
     """
     kept, pieces, drops = _cut(rows, alphabet, unknown, max_length)
-    if not kept:
-        first = next(iter(drops.first.values()))
-        raise ValueError(f"No sequence of {rows.source} can be used. The first: {first}")
+    if len(kept) < FEWEST:
+        raise _too_few(rows.source, len(kept), drops)
     rows = rows.taken(kept)
     symbols = alphabet.symbols or tuple(sorted({token for row in pieces for token in row}))
     tokeniser = alphabet if alphabet.symbols else alphabet.with_symbols(symbols)
@@ -109,6 +108,15 @@ def prepare(
     classes = tuple(sorted(set(rows.labels))) if rows.labels else ()
     sequences = _sequences(rows, tokens, tokeniser, split, classes)
     return OwnData(rows, tokens, tokeniser, split, sequences, drops, classes)
+
+
+def _too_few(source: str, count: int, drops: Drops) -> ValueError:
+    first = next(iter(drops.first.values()), "")
+    left_out = f" The first of {drops.total} that cannot be used: {first}" if first else ""
+    return ValueError(
+        f"There are {count} usable sequences in {source}, too few to split into rows for training, "
+        f"validation and test; give {FEWEST} or more.{left_out}"
+    )
 
 
 def _cut(

@@ -249,8 +249,16 @@ def design(
         device=device,
         backend=backend,
     )
-    place = out or Path("runs") / Path(name).name
+    place = out or _design_place(name)
     run_design(Job(name, question, search), place, replace=force, quiet=quiet)
+
+
+def _design_place(name: str) -> Path:
+    """Return where a design goes if nothing is said: never into the folder of its prior."""
+    place = Path("runs") / Path(name).name
+    return (
+        place if place.resolve() != Path(name).resolve() else Path("runs") / f"design-{place.name}"
+    )
 
 
 @app.command(cls=RestoreCommand)

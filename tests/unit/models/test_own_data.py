@@ -104,11 +104,13 @@ def test_a_text_that_does_not_come_back_is_left_out():
 
 
 def test_nothing_that_can_be_used():
-    with pytest.raises(ValueError, match="No sequence") as error:
+    with pytest.raises(ValueError, match="usable") as error:
         prepare(rows_of(["NNN", "XX"]), DNA)
     assert str(error.value) == (
-        "No sequence of own.fa can be used. The first: own.fa, line 1: The dna text 'NNN' has 'N' "
-        "at letter 1, which is none of A, C, G, T; mend it or leave it out."
+        "There are 0 usable sequences in own.fa, too few to split into rows for training, "
+        "validation and test; give 10 or more. The first of 2 that cannot be used: own.fa, line 1: "
+        "The dna text 'NNN' has 'N' at letter 1, which is none of A, C, G, T; mend it or leave it "
+        "out."
     )
 
 
