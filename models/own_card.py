@@ -20,7 +20,7 @@ from ppl_diffusion.models.chains import (
     expected_copies,
     strengths,
 )
-from ppl_diffusion.models.own_data import OwnData
+from ppl_diffusion.models.own_data import OwnData, as_weighted
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.tokenisers import MOLECULES, canonical_smiles
 
@@ -121,7 +121,7 @@ def _chains(data: OwnData, rows: np.ndarray) -> tuple[Tensor, int, float]:
         ends=data.sequences.lengths is not None,
         weights=None if weights is None else [weights[i] for i in data.split.train],
     )
-    valid = tokens(data.split.valid)
+    valid = tokens(as_weighted(data.split.valid, weights))
     chosen = strengths(chains, valid)
     best = int(bits_of_orders(chains, valid, chosen).mean(1).argmin())
     once = [list(row) for row in dict.fromkeys(map(tuple, train))]

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_diffusion.models.near_copies import Ids
 from ppl_diffusion.models.sequence_files import Rows
 from ppl_diffusion.models.sequences import Sequences
-from ppl_diffusion.models.splits import Split, split_rows
+from ppl_diffusion.models.splits import FEWEST, Split, split_rows
 from ppl_diffusion.tokenisers import MOLECULES, Tokeniser, padding_symbol
 
 Unknown = Literal["drop", "error"]
@@ -95,9 +96,8 @@ def prepare(
         left.
     """
     kept, pieces, drops = _cut(rows, alphabet, unknown, max_length)
-    if not kept:
-        first = next(iter(drops.first.values()))
-        raise ValueError(f"No sequence of {rows.source} can be used. The first: {first}")
+    if len(kept) < FEWEST:
+        raise _too_few(rows.source, len(kept), drops)
     rows = rows.taken(kept)
     symbols = alphabet.symbols or tuple(sorted({token for row in pieces for token in row}))
     tokeniser = alphabet if alphabet.symbols else alphabet.with_symbols(symbols)
@@ -108,6 +108,15 @@ def prepare(
     classes = tuple(sorted(set(rows.labels))) if rows.labels else ()
     sequences = _sequences(rows, tokens, tokeniser, split, classes)
     return OwnData(rows, tokens, tokeniser, split, sequences, drops, classes)
+
+
+def _too_few(source: str, count: int, drops: Drops) -> ValueError:
+    first = next(iter(drops.first.values()), "")
+    left_out = f" The first of {drops.total} that cannot be used: {first}" if first else ""
+    return ValueError(
+        f"There are {count} usable sequences in {source}, too few to split into rows for training, "
+        f"validation and test; give {FEWEST} or more.{left_out}"
+    )
 
 
 def _cut(
@@ -162,7 +171,8 @@ def _sequences(
     filled = torch.full((len(tokens), int(sizes.max())), len(symbols), dtype=torch.int64)
     for row, ids in zip(filled, tokens, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    parts = [torch.from_numpy(part) for part in (split.train, split.valid, split.test)]
+    valid = as_weighted(split.valid, rows.weights)
+    parts = [torch.from_numpy(part) for part in (split.train, valid, split.test)]
     weights = None if rows.weights is None else torch.tensor(rows.weights, dtype=torch.float64)
     train_weights = None if weights is None else _train_weights(weights[parts[0]])
     noun, unit = _NOUNS.get(tokeniser.name, ("sequences", "token"))
@@ -188,6 +198,21 @@ def _train_weights(weights: Tensor) -> Tensor:
     if not float(weights.sum()) > 0.0:
         raise ValueError("All training rows have the weight 0; give some of them more.")
     return weights
+
+
+def as_weighted(numbers: Ids, weights: Sequence[float] | None) -> Ids:
+    """Return as many rows, each as often as its weight says: rows of the law to be learnt.
+
+    :param numbers: of the rows, int64 ``(n,)``.
+    :param weights: of all rows; without them, or where all are 0, the rows stay as they are.
+    """
+    mass = np.ones(len(numbers)) if weights is None else np.array([weights[i] for i in numbers])
+    if weights is None or mass.sum() == 0.0:
+        return numbers
+    places = (np.arange(len(numbers)) + 0.5) / len(numbers)
+    ends = mass.cumsum() / mass.sum()
+    chosen: Ids = numbers[np.searchsorted(ends, places).clip(max=len(numbers) - 1)]
+    return chosen
 
 
 def _labels(

@@ -114,6 +114,8 @@ def train_own(
     """
     began, out, asked = time.monotonic(), Path(out), Asked(**size)
     check_place(out, resume=resume, force=force)
+    if resume:
+        _require_plan(out)
     tokeniser = alphabet if isinstance(alphabet, Tokeniser) else find_alphabet(alphabet)
     rows = _rows(source, columns, labels, weights, parts)
     data = prepare(rows, tokeniser, unknown=unknown, max_length=max_length, seed=seed)
@@ -178,13 +180,16 @@ def _plan(
     return known
 
 
-def _read_plan(out: Path, data: OwnData, asked: Asked, seed: int) -> dict[str, Any]:
-    path = out / PLAN_FILE
-    if not path.is_file():
+def _require_plan(out: Path) -> None:
+    if not (out / PLAN_FILE).is_file():
         raise FileNotFoundError(
             f"There is nothing to resume in {str(out)!r}: {PLAN_FILE} is missing; train without "
             "--resume."
         )
+
+
+def _read_plan(out: Path, data: OwnData, asked: Asked, seed: int) -> dict[str, Any]:
+    path = out / PLAN_FILE
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = {key: plan[key] for key in ("recipe", "asked", "seed", "data")}

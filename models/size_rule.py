@@ -3,8 +3,9 @@
 With ``N`` training tokens in rows of up to ``L`` tokens:
 
 - width: 64 below 100,000 tokens, 96 below 5 million, 128 above; 3 blocks; heads of about 24.
-- dropout: 0.1 below 3 million tokens, none above.
-- batch: the power of two nearest to 4096 / L rows, from 16 to 256.
+- dropout: 0.1 below 100,000 tokens, none above.
+- batch: the power of two nearest to 1024 / L rows, from 16 to 256: in a few minutes many small
+  steps lead further than a few large ones.
 - learning rate: 0.2 / width, at most 0.002.
 - steps: what fits into the minutes, by the time of a few steps measured at the start, with a tenth
   of it for validation; at most so many that every training row is seen 200 times, but never fewer
@@ -79,7 +80,7 @@ def choose(sequences: Sequences, asked: Asked, *, classes: int = 0) -> Recipe:
     """
     tokens = train_tokens(sequences)
     dim = asked.dim or (64 if tokens < 100_000 else 96 if tokens < 5_000_000 else 128)
-    dropout = asked.dropout if asked.dropout is not None else 0.1 if tokens < 3_000_000 else 0.0
+    dropout = asked.dropout if asked.dropout is not None else 0.1 if tokens < 100_000 else 0.0
     shape: dict[str, Any] = {
         "dim": dim,
         "depth": asked.depth or 3,
@@ -173,7 +174,7 @@ def heads(dim: int) -> int:
 
 
 def _batch(length: int) -> int:
-    return int(min(256, max(16, 2 ** round(math.log2(4096 / length)))))
+    return int(min(256, max(16, 2 ** round(math.log2(1024 / length)))))
 
 
 def _rounded(steps: float) -> int:
