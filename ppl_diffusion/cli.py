@@ -368,6 +368,7 @@ def train(
     seed: Seed = 0,
     device: Device = "cpu",
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a prior, or a codec or classifier of images, by its recipe."""
@@ -384,6 +385,7 @@ def train(
         seed=seed,
         device=device,
         resume=resume,
+        force=force,
         quiet=quiet,
     )
 

@@ -22,7 +22,7 @@ from ppl_diffusion.commands.tables import (
 from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
-from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
+from ppl_diffusion.jobs.checks import InputError, JobStopped, at_least, usable_device, user_input
 from ppl_diffusion.jobs.folder import check_file, check_target, is_finished, write_whole
 from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.writing import json_text
@@ -129,7 +129,7 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     :raises Stopped: if Ctrl-C ended it.
     """
     from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
-    from ppl_diffusion.models.training import TrainingDiverged, train
+    from ppl_diffusion.models.training import TrainingDiverged, TrainingStopped, train
 
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
     at_least("seed", asked["seed"], 0)
@@ -143,6 +143,8 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
             run = train(name, out=out, quiet=quiet, **asked)
     except TrainingDiverged as error:
         raise NoAnswer(str(error)) from error
+    except TrainingStopped as error:
+        raise JobStopped(str(error), 128 + error.signal) from error
     except KeyboardInterrupt as error:
         raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error
     if not quiet:
@@ -154,8 +156,10 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
 
 def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     from ppl_diffusion.models.image_training import CHECKPOINT, train_images
-    from ppl_diffusion.models.training import TrainingDiverged
+    from ppl_diffusion.models.training import TrainingDiverged, check_free
 
+    with user_input():
+        check_free(out, resume=asked["resume"], force=asked.pop("force"))
     for option in ("objective", "init"):
         if asked.pop(option) is not None:
             raise InputError(f"{name} is no prior and has no --{option}: leave it out.")
