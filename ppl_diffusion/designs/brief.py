@@ -128,6 +128,23 @@ def _rewards(
     return tuple(found)
 
 
+def brief_reward(table: Mapping[str, Any], where: str, *, judge: bool = False) -> RewardSpec:
+    """Read a table of a brief in which an object may stand in place of its name.
+
+    :param where: how errors call it.
+    """
+    found = {key: table[key] for key in ("python", "torch") if callable(table.get(key))}
+    names = {key: _called(value) for key, value in found.items()}
+    spec = read_reward({**table, **names}, where, judge=judge)
+    (made,) = found.values() or (None,)
+    return _placed(replace(spec, object=made), Path())
+
+
+def _called(found: Any) -> str:
+    name = str(getattr(found, "__name__", type(found).__name__))
+    return "reward" if name == "<lambda>" else name
+
+
 def _placed(spec: RewardSpec, folder: Path) -> RewardSpec:
     """Return a reward whose files are seen from anywhere."""
     if spec.source == "motif":

@@ -69,7 +69,7 @@ class Target:
         return ClampProposal(self.pattern, self.pattern >= 0, len(self.alphabet.vocabulary))
 
     def decode(self, tokens: Tensor) -> list[str]:
-        return list(self.prior.decode(tokens))
+        return self.alphabet.decode(tokens)
 
 
 def build_target(
@@ -115,7 +115,8 @@ def build_target(
     _require_possible(job.question, alphabet, pattern)
     assert job.search.num_steps is not None
     chain = prior.chain(num_steps=job.search.num_steps)
-    whole = given is None and not more
+    own = any(s.spec.object is not None for s in scores)
+    whole = given is None and not more and not own
     return Target(job, prior, chain, potentials, pattern, scores, alphabet, whole)
 
 
