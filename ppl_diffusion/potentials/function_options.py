@@ -107,4 +107,5 @@ def _check_executor(function: SequenceFunction) -> None:
 
 
 def _whole(number: Any, least: int) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool) and number >= least
+    whole = isinstance(number, int | Integral) and not isinstance(number, bool)
+    return whole and int(number) >= least
