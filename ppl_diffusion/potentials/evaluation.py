@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Executor
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -30,19 +28,11 @@ from ppl_diffusion.potentials.calls import (
     CallsInTurn,
     Outcome,
     Piece,
-    RowFunction,
     guided_sizes,
 )
 from ppl_diffusion.potentials.causes import Failure, GaveUp, Tally, failure_of
 from ppl_diffusion.potentials.failures import report, watch_calls
-from ppl_diffusion.potentials.function_options import (
-    FunctionOptions as FunctionOptions,
-)
-from ppl_diffusion.potentials.function_options import (
-    KeyFunction,
-    OnError,
-    check_options,
-)
+from ppl_diffusion.potentials.function_options import FunctionSettings
 from ppl_diffusion.potentials.keys import keys_of
 from ppl_diffusion.potentials.memory import Memory
 from ppl_diffusion.potentials.workers import CallsBeside, workers_of
@@ -50,38 +40,10 @@ from ppl_diffusion.rows import distinct_rows
 
 
 @dataclass(eq=False, repr=False)
-class SequenceFunction:
+class SequenceFunction(FunctionSettings):
     """A function of sequences with a cache, an optional executor, and a policy for failures.
 
-    :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array, a series, a list or a generator of
-        numbers. None, text or any other object in place of a number, and another number of values
-        than of sequences, are failures like an exception.
-    :param batch_size: sequences per call of ``fn``; by default all at once, and with an executor
-        pieces that shrink towards the end (:func:`~ppl_diffusion.potentials.calls.guided_sizes`),
-        or one at a time where failures are expected (a ``timeout``, ``retries``, or an
-        ``on_error`` that is not ``"raise"``): the neighbours of a failure would have to be asked
-        about again.
-    :param executor: where calls run.
-    :param num_workers: how many calls it runs at once, where it does not say so itself.
-    :param timeout: seconds that a call may take, in an executor that can end calls
-        (:class:`~ppl_diffusion.potentials.Processes`, ``RayExecutor``); in another one the seconds
-        without any call finishing after which the running ones are given up, though they run on.
-    :param on_error: ``"raise"`` a :class:`~ppl_diffusion.errors.PotentialError`; ``"reject"``: a
-        failed sequence is counted in :attr:`num_failures` and gets NaN here, now and later; or a
-        number that it gets instead, in units of the function.
-    :param retries: how often a failed sequence is asked about again before it counts as one.
-    :param key: what tells sequences apart, ``rows (B, L) -> B`` texts or bytes (the tokens by
-        default): of those with one key one is asked about, and speaks for all.
-    :param cache_size: values remembered, the least recently used are dropped first.
-    :param cache: an SQLite file where answers and failures outlive the run, which runs of one
-        machine may share.
-    :param version: of the function; answers of another version are not used.
-    :param retry_failed: ask again about what failed according to the file.
-    :param budget: sequences that may be handed to ``fn``, repetitions included; cached ones are
-        free. Look-aheads beyond it get :meth:`guess` 's word that there is no answer.
-    :param reserve: how many of them are kept back for values that are no look-aheads.
-    :param worst: the one infinite value that is legal, if any (the value of an impossible
-        sequence); NaN and every other infinity is a failure.
+    :param fn: the function, and its options; see :class:`FunctionSettings`.
 
     A batch that raises is repeated one sequence at a time, so that one bad sequence is found and
     costs no other its value. Values that were finished before an error stay in the cache.
@@ -91,29 +53,12 @@ class SequenceFunction:
     :ivar tally: those that failed so far, by cause, with the first words of each.
     """
 
-    fn: RowFunction
-    _: KW_ONLY
-    name: str | None = None
-    batch_size: int | None = None
-    executor: Executor | None = None
-    num_workers: int | None = None
-    timeout: float | None = None
-    on_error: OnError = "raise"
-    retries: int = 0
-    key: KeyFunction | None = None
-    cache_size: int = 100_000
-    cache: str | Path | None = None
-    version: str = ""
-    retry_failed: bool = False
-    budget: int | None = None
-    reserve: int | None = None
-    worst: float | None = -math.inf
     num_sequences: int = field(default=0, init=False)
     tally: Tally = field(default_factory=Tally, init=False)
 
     def __post_init__(self) -> None:
         self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
-        check_options(self)
+        self.check()
         self._budget = Budget(self.budget, self.reserve)
         self._memory = self._make_memory()
         # How many work is looked up once: it sizes the pieces, which must not change in a run.

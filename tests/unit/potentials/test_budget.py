@@ -102,7 +102,7 @@ class TestFinalValues:
         [
             ({"budget": 0}, "budget must be a whole number, at least 1, got 0"),
             ({"budget": 3, "reserve": -1}, "reserve must be a whole number, at least 0, got -1"),
-            ({"reserve": 3}, "reserve=3 needs the budget it is a part of"),
+            ({"reserve": 3}, "reserve=3 needs the budget it is part of"),
         ],
     )
     def test_bad_options_are_one_sentence(self, options, text):
