@@ -54,7 +54,7 @@ class CommandReward:
     ) -> None:
         self.command = _split(command)
         self.decode, self.property, self.timeout = decode, property, timeout
-        self.__name__ = os.path.basename(self.command[0])
+        self.__name__ = property or os.path.basename(self.command[0])
         check_timeout(self.__name__, timeout)
 
     def __call__(self, rows: Tensor) -> list[Any]:
