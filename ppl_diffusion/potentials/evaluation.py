@@ -11,12 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.answer_store import Answer, AnswerStore, Cost
 from ppl_diffusion.potentials.budget import Budget
 from ppl_diffusion.potentials.calls import (
@@ -28,9 +26,8 @@ from ppl_diffusion.potentials.calls import (
     CallsInTurn,
     Outcome,
     Piece,
-    guided_sizes,
 )
-from ppl_diffusion.potentials.causes import Failure, GaveUp, Tally, failure_of
+from ppl_diffusion.potentials.causes import Failure, GaveUp, Tally
 from ppl_diffusion.potentials.failures import report, watch_calls
 from ppl_diffusion.potentials.function_options import FunctionSettings
 from ppl_diffusion.potentials.keys import keys_of
@@ -123,10 +120,10 @@ class SequenceFunction(FunctionSettings):
             rows = x0.reshape(-1, x0.shape[-1])
             rows = rows[distinct_rows(rows)[0]].cpu()
             question = self._question(rows)[1]
-            known, read = self._find(question)
+            known, read = self._find(rows, question)
             # Whoever collects them finds them in memory, and is told where they came from.
             self._calls.counts.update({FROM_DISK: read, FROM_MEMORY: -read})
-            self._start({k: row for k, row in question.items() if k not in known}, guess=True)
+            self._start(rows, {k: i for k, i in question.items() if k not in known}, guess=True)
 
     def clear(self) -> None:
         """Forget all values that are not in a file, rejections included; the counters stay."""
@@ -148,66 +145,51 @@ class SequenceFunction(FunctionSettings):
         """Return a value of each row, None where the budget did not allow to ask."""
         watch_calls(str(self.name), self._calls)
         keys, question = self._question(rows)
-        found, read = self._find(question)
+        found, read = self._find(rows, question)
         self._calls.counts.update({FROM_DISK: read, FROM_MEMORY: len(found) - read})
         wanted = {key for key in question if key not in found}
-        unasked = self._start({k: row for k, row in question.items() if k in wanted}, guess)
+        unasked = self._start(rows, {k: i for k, i in question.items() if k in wanted}, guess)
         for key, answer in self._answers(wanted - unasked, guess):
             if key in wanted and answer is not None:
                 found[key] = answer
         self._calls.counts[GUESSED] += len(question) - len(found)
         report(str(self.name), self.fn, found, self.tally)
-        return [self._value(found[key]) if key in found else None for key in keys]
+        return [self.value_of(found[key]) if key in found else None for key in keys]
 
-    def _question(self, rows: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
-        """Return the key of each row, and a row of each key."""
+    def _question(self, rows: Tensor) -> tuple[list[bytes], dict[bytes, int]]:
+        """Return the key of each row, and the first row of each key."""
         keys = keys_of(rows, self.key, str(self.name))
-        question: dict[bytes, Tensor] = {}
-        for key, row in zip(keys, rows, strict=True):
-            question.setdefault(key, row)
+        question: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            question.setdefault(key, i)
         return keys, question
 
-    def _find(self, question: dict[bytes, Tensor]) -> tuple[dict[bytes, Answer], int]:
+    def _find(self, rows: Tensor, question: dict[bytes, int]) -> tuple[dict[bytes, Answer], int]:
         """Return what is known, and how much of it was read from the file just now."""
         found, stored = self._memory.find(question)
         self.num_sequences += len(stored)
         for key, answer in stored.items():
             if isinstance(answer, Failure):
                 known = f"{answer.message}, known from {self.cache}: retry_failed=True asks again"
-                self._fail(question[key], Failure(answer.cause, known), None)
+                self._fail(rows[question[key]], Failure(answer.cause, known), None)
         return {**found, **stored}, len(stored)
 
-    def _start(self, new: dict[bytes, Tensor], guess: bool) -> set[bytes]:
+    def _start(self, rows: Tensor, new: dict[bytes, int], guess: bool) -> set[bytes]:
         """Start calls for what is not being asked about already, and return what cannot be."""
         keys = [key for key in new if key not in self._calls.under_way]
         allowed = self._allowed(len(keys), guess)
         if allowed < len(keys) and not guess:
             raise self._budget.spent(str(self.name), len(keys) - allowed)
         begin = 0
-        for size in self._sizes(allowed):
+        for size in self.sizes(allowed, self._calls.num_workers):
             part = keys[begin : begin + size]
-            self._calls.submit(Piece(part, torch.stack([new[key] for key in part])))
+            self._calls.submit(Piece(part, rows[[new[key] for key in part]]))
             begin += size
         return set(keys[allowed:])
 
     def _allowed(self, count: int, guess: bool) -> int:
         left = self._budget.left(self.num_calls, str(self.name), guess=guess)
         return count if left is None else min(count, left)
-
-    def _sizes(self, count: int) -> list[int]:
-        size, workers = self.batch_size, self._calls.num_workers
-        if size is None and self.executor is not None:
-            if workers is not None and not self._alone:
-                return guided_sizes(count, workers)
-            size = 1
-        size = size or max(count, 1)
-        return [min(size, count - begin) for begin in range(0, count, size)]
-
-    @property
-    def _alone(self) -> bool:
-        """Whether failures are expected, whose neighbours would have to be asked about again."""
-        timeout = self.timeout or getattr(self.executor, "timeout", None)
-        return timeout is not None or self.on_error != "raise" or self.retries > 0
 
     def _answers(self, wanted: set[bytes], guess: bool) -> Iterator[tuple[bytes, Answer | None]]:
         """Yield answers as they come in, others than those wanted too, until these are all known.
@@ -232,16 +214,18 @@ class SequenceFunction(FunctionSettings):
         if failed and len(piece) > 1:
             yield from self._one_by_one(piece, guess)
             return
-        answers = self._read(piece, outcome)
-        again = self._retried(piece, answers, guess)
-        settled = {i: answer for i, answer in enumerate(answers) if i not in again}
-        self._memory.keep({piece.keys[i]: a for i, a in settled.items()}, _cost(piece))
+        answers = self.read(outcome, len(piece))
+        again, unpaid = self._retried(piece, answers, guess)
+        left = [i for i in range(len(piece)) if i not in again and i not in unpaid]
+        settled = {piece.keys[i]: answers[i] for i in left}
+        self._memory.keep(settled, _cost(piece))
         self.num_sequences += len(settled)
         cause = outcome if isinstance(outcome, Exception) else None
-        for i, answer in settled.items():
+        for i, answer in zip(left, settled.values(), strict=True):
             if isinstance(answer, Failure):
                 self._fail(piece.rows[i], answer, cause)
-            yield piece.keys[i], answer
+        yield from settled.items()
+        yield from ((piece.keys[i], None) for i in unpaid)
 
     def _one_by_one(self, piece: Piece, guess: bool) -> Iterator[tuple[bytes, None]]:
         """Ask about each sequence alone, as far as the budget goes."""
@@ -253,42 +237,25 @@ class SequenceFunction(FunctionSettings):
         for key in piece.keys[allowed:]:
             yield key, None
 
-    def _retried(self, piece: Piece, answers: list[Answer], guess: bool) -> set[int]:
-        """Ask again about those that failed, as often as they may and the budget allows."""
+    def _retried(
+        self, piece: Piece, answers: list[Answer], guess: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ask again about those that failed, and return which, and for which look-aheads it ends.
+
+        A final value that the budget leaves no more attempts for has failed.
+        """
         failed = [i for i, answer in enumerate(answers) if isinstance(answer, Failure)]
         if not failed or piece.attempt > self.retries:
-            return set()
-        again = failed[: self._allowed(len(failed), guess)]
-        for i in again:
+            return [], []
+        allowed = self._allowed(len(failed), guess)
+        for i in failed[:allowed]:
             self._calls.submit(piece.single(i, again=True))
-        return set(again)
-
-    def _read(self, piece: Piece, outcome: Outcome) -> list[Answer]:
-        if isinstance(outcome, Exception):
-            return [failure_of(outcome)] * len(piece)
-        return [self._check(value) for value in outcome]
-
-    def _check(self, value: float | str) -> Answer:
-        if isinstance(value, str):
-            return failure_of(value)
-        legal = math.isfinite(value) or value == self.worst
-        return value if legal else failure_of(f"it returned {value}")
+        return failed[:allowed], failed[allowed:] if guess else []
 
     def _fail(self, row: Tensor, failure: Failure, cause: Exception | None) -> None:
         if self.on_error == "raise":
-            self._raise(row, failure, cause)
+            self.refuse(row, failure, cause)
         self.tally.add(failure, f"{failure.message}, on the sequence {row.tolist()}")
-
-    def _raise(self, row: Tensor, failure: Failure, cause: Exception | None) -> NoReturn:
-        raise PotentialError(
-            f"{self.name} failed on the sequence {row.tolist()} ({failure.message}); mend the "
-            'function, or pass on_error="reject" to give such sequences probability zero.'
-        ) from cause
-
-    def _value(self, answer: Answer) -> float:
-        if not isinstance(answer, Failure):
-            return answer
-        return math.nan if isinstance(self.on_error, str) else float(self.on_error)
 
     def _make_memory(self) -> Memory:
         store = None

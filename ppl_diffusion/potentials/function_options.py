@@ -8,11 +8,14 @@ from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 from torch import Tensor
 
-from ppl_diffusion.potentials.calls import RowFunction
+from ppl_diffusion.errors import PotentialError
+from ppl_diffusion.potentials.answer_store import Answer
+from ppl_diffusion.potentials.calls import Outcome, RowFunction, guided_sizes
+from ppl_diffusion.potentials.causes import Failure, failure_of
 
 OnError = Literal["raise", "reject"] | float
 KeyFunction = Callable[[Tensor], Sequence[bytes | str]]
@@ -76,8 +79,8 @@ class FunctionSettings:
         machine may share.
     :param version: of the function; answers of another version are not used.
     :param retry_failed: ask again about what failed according to the file.
-    :param budget: sequences that may be handed to ``fn``, repetitions included; cached ones are
-        free. look-aheads beyond it get a neutral guess.
+    :param budget: sequences that may be handed to ``fn`` in the life of this object, repetitions
+        included; cached ones are free, and look-aheads beyond it get a neutral guess.
     :param reserve: how many of them are kept back for values that are no look-aheads.
     :param worst: the one infinite value that is legal, if any (the value of an impossible
         sequence); NaN and every other infinity is a failure.
@@ -118,6 +121,60 @@ class FunctionSettings:
             raise ValueError(
                 f"{self.name}: version and retry_failed need the file they are about, cache=."
             )
+
+    def sizes(self, count: int, num_workers: int | None) -> list[int]:
+        """Return how many sequences each call is given.
+
+        :param count: sequences in all.
+        :param num_workers: calls that run at once, None where nobody knows.
+        """
+        size = self.batch_size
+        if size is None and self.executor is not None:
+            if num_workers is not None and not self._expects_failures:
+                return guided_sizes(count, num_workers)
+            size = 1
+        size = size or max(count, 1)
+        return [min(size, count - begin) for begin in range(0, count, size)]
+
+    @property
+    def _expects_failures(self) -> bool:
+        """Whether neighbours of a failure would have to be asked about again."""
+        timeout = self.timeout or getattr(self.executor, "timeout", None)
+        return timeout is not None or self.on_error != "raise" or self.retries > 0
+
+    def read(self, outcome: Outcome, count: int) -> list[Answer]:
+        """Return what came back for each of so many sequences.
+
+        :param outcome: of the call.
+        """
+        if isinstance(outcome, Exception):
+            return [failure_of(outcome)] * count
+        return [self._checked(value) for value in outcome]
+
+    def _checked(self, value: float | str) -> Answer:
+        if isinstance(value, str):
+            return failure_of(value)
+        legal = math.isfinite(value) or value == self.worst
+        return value if legal else failure_of(f"it returned {value}")
+
+    def value_of(self, answer: Answer) -> float:
+        """Return the value of a sequence, NaN where it is rejected.
+
+        :param answer: what is known of it.
+        """
+        if not isinstance(answer, Failure):
+            return answer
+        return math.nan if isinstance(self.on_error, str) else float(self.on_error)
+
+    def refuse(self, row: Tensor, failure: Failure, cause: Exception | None) -> NoReturn:
+        """Raise the error for a sequence.
+
+        :param row: the sequence, int64 ``(L,)``.
+        """
+        raise PotentialError(
+            f"{self.name} failed on the sequence {row.tolist()} ({failure.message}); mend the "
+            'function, or pass on_error="reject" to give such sequences probability zero.'
+        ) from cause
 
 
 def _check_numbers(function: FunctionSettings) -> None:

@@ -60,6 +60,9 @@ class TestLookAheads:
         reward = Reward(picky, budget=5, reserve=1, on_error="reject", retries=9, batch_size=1)
         reward.lookahead(ROWS[1:2])
         assert reward.num_calls == 4
+        assert reward.num_failures == 0  # it may still turn out well
+        reward(ROWS[1:2])
+        assert reward.num_calls == 5
         assert reward.num_failures == 1
 
 
