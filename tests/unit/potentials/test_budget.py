@@ -60,6 +60,9 @@ class TestLookAheads:
         reward = Reward(picky, budget=5, reserve=1, on_error="reject", retries=9, batch_size=1)
         reward.lookahead(ROWS[1:2])
         assert reward.num_calls == 4
+        assert reward.num_failures == 0  # it may still turn out well
+        reward(ROWS[1:2])
+        assert reward.num_calls == 5
         assert reward.num_failures == 1
 
 
@@ -102,7 +105,7 @@ class TestFinalValues:
         [
             ({"budget": 0}, "budget must be a whole number, at least 1, got 0"),
             ({"budget": 3, "reserve": -1}, "reserve must be a whole number, at least 0, got -1"),
-            ({"reserve": 3}, "reserve=3 needs the budget it is a part of"),
+            ({"reserve": 3}, "reserve=3 needs the budget it is part of"),
         ],
     )
     def test_bad_options_are_one_sentence(self, options, text):
