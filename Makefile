@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests start Python many times: what it compiles is kept, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test lint style links floors typecheck format notebooks docs figures bench slow gpu dist clean
+.PHONY: help install demo test lint style links floors typecheck format notebooks docs figures bench slow gpu ray dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,7 +37,7 @@ demo: install ## design yeast promoters with the shipped prior, in about a minut
 # mypy takes half a minute without its cache, so it runs beside the tests; what it finds comes last.
 test: style floors ## lint, type-check and run the tests; fails if one of them does
 	@($(MYPY)) >build/typecheck.log 2>&1 & types=$$!; \
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m 'not slow and not gpu'; \
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m 'not slow and not gpu and not ray'; \
 	tests=$$?; wait $$types || { cat build/typecheck.log; exit 1; }; exit $$tests
 
 lint: style typecheck floors ## ruff, mypy, and the floors between the rooms
@@ -86,6 +86,9 @@ slow: install ## the tests that take minutes
 
 gpu: install ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu
+
+ray: install ## the tests that start Ray, Dask or submitit, where they are installed
+	$(BIN)/python -m pytest -m ray
 
 dist: install ## build the wheel and the source archive
 	$(BIN)/python -m build

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks._pareto_methods import Lab, Setting
 from benchmarks._references import letter_entropy
-from ppl_diffusion.design.judging import standard_error
+from ppl_diffusion.designs.judging import standard_error
 from ppl_diffusion.smc import ParticlePosterior
 
 NUM_DESIGNS = 32

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion.design.program import (
+from ppl_diffusion.designs.program import (
     CAPPED,
     DEFAULT_TEMPERATURE,
     HIGHEST_EXPRESSION,

@@ -36,7 +36,7 @@ PHASES = {
     "save_plots": "plots",
     "save_arviz": "files",
 }
-"""Functions of ``ppl_diffusion.design.run`` by the phase that they are."""
+"""Functions of ``ppl_diffusion.designs.run`` by the phase that they are."""
 
 
 def watch(clock: Clock, stack: ExitStack) -> None:
@@ -49,7 +49,7 @@ def watch(clock: Clock, stack: ExitStack) -> None:
 
     from ppl_diffusion.denoisers._blocks import Attention
     from ppl_diffusion.denoisers.transformer import Transformer
-    from ppl_diffusion.design import run as design
+    from ppl_diffusion.designs import run as design
     from ppl_diffusion.models.oracles import Oracle
 
     def wrap(owner: Any, name: str, *part: Any) -> None:
@@ -74,7 +74,7 @@ def profile(quick: bool) -> Clock:
     import torch
 
     from ppl_diffusion.commands.actions import run_design
-    from ppl_diffusion.design.question import Job, Question
+    from ppl_diffusion.designs.question import Job, Question
     from ppl_diffusion.jobs.search import Search
 
     torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from ppl_diffusion.inference.latent_sites import Coordinates, DiscreteSite
 from ppl_diffusion.processes.noise import draw_categorical, uniforms
 from ppl_diffusion.programs.ahead import Ahead, Rated
 from ppl_diffusion.smc.feynman_kac import take_particles
+from ppl_diffusion.smc.portable import portable
 
 LEAPFROGS, STEP, JITTER = 4, 0.5, 0.2
 """Steps of a Hamiltonian move, their size in units of the spread, and how far it varies."""
@@ -77,6 +78,7 @@ def chosen_of(chosen: Tensor, new: Any, old: Any) -> Any:
     return torch.where(chosen.reshape(*chosen.shape, *[1] * (new.ndim - 2)), new, old)
 
 
+@portable
 @dataclass(frozen=True)
 class RealMove:
     """A kernel on real coordinates, scaled to a cloud of particles.

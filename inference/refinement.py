@@ -21,8 +21,9 @@ was really paid.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ from ppl_diffusion.programs.bound import Bound, Mover
 from ppl_diffusion.programs.method import Method, Needs, described, methods, register
 from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Moved, PotentialLike, Rng, Source, State
+from ppl_diffusion.smc.checkpoint import Stage
 from ppl_diffusion.smc.engine import SMCTrace
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac
 from ppl_diffusion.smc.law import Law
@@ -247,12 +249,14 @@ class Refinement(Method):
 
     def _chains(self, run: Bound, state: State, times: set[int]) -> dict[int, State]:
         """Return the states of all chains after some numbers of renewals."""
-        found, done = {0: state}, 0
-        for name, move in self._queue(run):
-            state = moved(run, state, name, move, 1.0, None)
-            done += move.renews
-            if done in times:
-                found[done] = state
+        queue = self._queue(run)
+        stage = Stage(run, None, ("refine", len(queue), *run.shape))
+        here = stage.begun() or {"state": state, "found": {0: state}, "done": 0, "made": 0}
+        for name, move in queue[here["made"] :]:
+            stage.boundary(partial(dict, here))
+            here = _after(run, here, name, move, times)
+        stage.boundary(partial(dict, here))
+        found: dict[int, State] = here["found"]
         return {at: each for at, each in found.items() if at in times}
 
     @staticmethod
@@ -299,6 +303,16 @@ class Refinement(Method):
             "move_evaluations": rows[1],
             **({"not_refined": dead} if dead else {}),
         }
+
+
+def _after(
+    run: Bound, here: State, name: str, move: PathMove, times: Collection[int]
+) -> dict[str, Any]:
+    """Return where the chains stand after one more move."""
+    state = moved(run, here["state"], name, move, 1.0, None)
+    done = here["done"] + move.renews
+    found = {**here["found"], **({done: state} if done in times else {})}
+    return {"state": state, "found": found, "done": done, "made": here["made"] + 1}
 
 
 def default_moves(chain: ReverseChain) -> tuple[PathMove, ...]:

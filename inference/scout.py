@@ -27,6 +27,8 @@ from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method
 from ppl_diffusion.programs.run import same_values
 from ppl_diffusion.programs.sources import Rng, State
+from ppl_diffusion.smc.portable import portable
+from ppl_diffusion.smc.run_memory import remembers
 from ppl_diffusion.smc.twists import LOG_BASE
 
 SCOUTS = 64
@@ -82,6 +84,7 @@ class LatentMoves:
             )
 
 
+@portable
 @dataclass(frozen=True)
 class Tuned:
     """What is done at one step.
@@ -94,6 +97,10 @@ class Tuned:
     number: int
 
 
+@remembers(
+    *("steps", "acceptance", "waiting", "_copied"),
+    *("num_rows", "num_gradients", "num_network_rows"),
+)
 class LatentMover:
     """The moves of latents during one run.
 

@@ -21,9 +21,11 @@ from ppl_diffusion.programs.method import Method
 from ppl_diffusion.programs.sources import Rng, State
 from ppl_diffusion.smc.engine import Engine, smc_loop
 from ppl_diffusion.smc.resampling import Systematic
+from ppl_diffusion.smc.run_memory import remembers
 from ppl_diffusion.smc.twists import LOG_BASE, log_mean_exp
 
 
+@remembers("seen")
 class Watched:
     """An engine whose look-aheads are kept.
 

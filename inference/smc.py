@@ -40,6 +40,7 @@ from ppl_diffusion.programs.reading import Program
 from ppl_diffusion.programs.replay import Replay, seeded
 from ppl_diffusion.programs.schedule import Plan, as_plan
 from ppl_diffusion.programs.sources import PotentialLike, ProgramSource, Source, State
+from ppl_diffusion.smc.checkpoint import keep_result
 from ppl_diffusion.smc.engine import Progress, SMCTrace, smc_loop
 from ppl_diffusion.smc.latent_rules import DISCRETE
 from ppl_diffusion.smc.posterior import ParticlePosterior
@@ -165,7 +166,9 @@ class SMC:
             watched = self._sentinels(run) if self.num_sentinels else {}
             found = {**moves.settings(run), **failures.settings(), **watched}
             posterior = self._posterior(run, trace, moves, found, seed, started)
-        return self.method.finish(posterior)
+        posterior = self.method.finish(posterior)
+        keep_result(posterior.save)
+        return posterior
 
     def _sentinels(self, run: Bound) -> dict[str, Any]:
         beside = run.at((1, self.num_sentinels))

@@ -165,8 +165,10 @@ def _plan(
         seconds = seconds_per_step(sequences, recipe, device)
         steps = steps_in(asked.minutes or MINUTES, seconds, sequences, recipe)
         recipe = with_steps(recipe, steps, len(sequences.valid))
+    # What is quoted of others is none of ours, and JSON knows no NaN.
+    told = {key: value for key, value in asdict(recipe).items() if key != "quoted_baseline"}
     plan = {
-        "recipe": asdict(recipe),
+        "recipe": told,
         "asked": asdict(asked),
         "seed": seed,
         "seconds_per_step": seconds,

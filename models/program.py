@@ -8,7 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
+from typing import Any, ClassVar, Self, overload
 
 import pyro
 import torch
@@ -30,9 +30,7 @@ from ppl_diffusion.processes import nelbo_terms
 from ppl_diffusion.processes.base import Process
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.processes.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ppl_diffusion.tokenisers import Tokeniser
+from ppl_diffusion.tokenisers import Tokeniser
 
 FAMILIES: dict[str, type[DiffusionProgram]] = {}
 """Every family of model programs whose module has been imported, by name."""
@@ -462,8 +460,6 @@ class DiffusionProgram(ABC):
         if "schedule" in settings:
             settings["schedule"] = read_schedule(settings["schedule"], directory)
         if "tokeniser" in settings:
-            from ppl_diffusion.tokenisers import Tokeniser
-
             settings["tokeniser"] = Tokeniser.from_settings(settings["tokeniser"])
         return cls(cls.network.from_pretrained(directory).requires_grad_(False), **settings)
 

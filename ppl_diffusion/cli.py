@@ -29,6 +29,12 @@ Backend = Annotated[
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 Particles = Annotated[int, Option(help="Particles per run.")]
 Runs = Annotated[int, Option(help="Independent runs.")]
+Resume = Annotated[
+    bool, Option("--resume", help="Go on with a run that was interrupted, from its checkpoint.")
+]
+Every = Annotated[
+    float, Option("--checkpoint-every", help="Seconds between two checkpoints, at least.")
+]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 OWN = "For sequences of your own"
 MethodModule = Annotated[
@@ -163,9 +169,15 @@ def sample(
 @app.command(cls=MethodCommand)
 def design(
     context: typer.Context,
-    name: Name,
-    particles: Particles = 72,
-    runs: Runs = 4,
+    name: Annotated[
+        str,
+        Argument(
+            metavar="PRIOR_OR_BRIEF",
+            help="Shipped prior, folder of one, or a brief, FILE.toml, which options override.",
+        ),
+    ],
+    particles: Annotated[int | None, Option(help="Particles per run; 72 by default.")] = None,
+    runs: Annotated[int | None, Option(help="Independent runs; 4 by default.")] = None,
     steps: Annotated[
         int | None,
         Option(
@@ -173,13 +185,47 @@ def design(
             "masked prior, and 64 of any other."
         ),
     ] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    backend: Backend = "torch",
+    seed: Annotated[
+        int | None, Option(help="Seed, 0 by default; the same seed gives the same files.")
+    ] = None,
+    device: Annotated[
+        str | None, Option(help="Where to compute: cpu (by default), cuda, cuda:1, mps, ...")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        Option(help="Who computes: torch (by default), or numpyro, where a run is compiled first."),
+    ] = None,
     out: Annotated[Path | None, Option(help="Run folder; runs/NAME if absent.")] = None,
     force: Force = False,
+    resume: Resume = False,
+    checkpoint_every: Every = 10.0,
+    reward: Annotated[
+        list[str] | None,
+        Option(
+            metavar="MODULE:FUNCTION[,KEY=VALUE...]",
+            help="Reward by a function of a list of sequences that returns a number for each. Keys "
+            "are those of a brief: temperature=0.2, goal=minimise, weight=2, workers=4, "
+            "timeout=60, ... Repeatable.",
+        ),
+    ] = None,
+    reward_torch: Annotated[
+        list[str] | None,
+        Option(
+            metavar="MODULE:OBJECT[,KEY=VALUE...]",
+            help="Reward by a torch network on one-hot sequences, (n, letters, L); head=K chooses "
+            "one of its outputs. Repeatable.",
+        ),
+    ] = None,
+    reward_command: Annotated[
+        list[str] | None,
+        Option(
+            metavar="CMD",
+            help="Reward by a program that reads a sequence per line and answers "
+            '{"version": 1, "payload": {NAME: [NUMBERS]}}. Repeatable.',
+        ),
+    ] = None,
     observe: Annotated[
-        float | None, Option(help="Observed expression: Normal(oracle(x), SD).")
+        float | None, Option(help="Observed score of the oracle of the brief: Normal(score, SD).")
     ] = None,
     sd: Annotated[
         float | None, Option(help="Standard deviation of --observe, 0.5 by default.")
@@ -189,11 +235,12 @@ def design(
         Option(
             "--temperature",
             "--reward-temperature",
-            help="Reward oracle(x) / TEMPERATURE; what a prior with an oracle does by default.",
+            help="TEMPERATURE of every reward: exp(score / TEMPERATURE).",
         ),
     ] = None,
     no_expression: Annotated[
-        bool, Option("--no-expression", help="Ask for no expression at all.")
+        bool,
+        Option("--no-expression", "--no-reward", help="Drop the rewards of the brief."),
     ] = False,
     motif: Annotated[
         list[str] | None,
@@ -208,11 +255,18 @@ def design(
     ] = None,
     forbid: Annotated[
         list[str] | None,
-        Option(metavar="IUPAC", help="Motif that occurs on neither strand. Repeatable."),
+        Option(
+            metavar="PIECE",
+            help="What occurs nowhere: IUPAC of bases, of DNA on both strands. Repeatable.",
+        ),
     ] = None,
     fix: Annotated[
         list[str] | None,
-        Option(metavar="POS:BASES", help="Fixed bases, counted from 0. Repeatable."),
+        Option(metavar="POS:BASES", help="Fixed tokens, counted from 0. Repeatable."),
+    ] = None,
+    lengths: Annotated[
+        tuple[int, int] | None,
+        Option(help="Fewest and most tokens, of a prior over several lengths."),
     ] = None,
     ess_threshold: Annotated[
         float | None,
@@ -224,41 +278,39 @@ def design(
     method_module: MethodModule = None,
     quiet: Quiet = False,
 ) -> None:
-    """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
-    from ppl_diffusion.commands.actions import run_design
-    from ppl_diffusion.design.question import Job, Question, parse_fix, parse_forbid, parse_motif
-    from ppl_diffusion.jobs.search import Search
+    """Design sequences: the posterior of a prior under rewards, observations and constraints."""
+    from ppl_diffusion.commands.designing import Options, run_design
+    from ppl_diffusion.designs.flags import Asked, parse_command, parse_reward
+    from ppl_diffusion.designs.question import parse_fix, parse_motif
 
-    question = Question(
+    rewards = (
+        *(parse_reward(text, "python") for text in reward or ()),
+        *(parse_reward(text, "torch") for text in reward_torch or ()),
+        *map(parse_command, reward_command or ()),
+        *map(parse_motif, motif or ()),
+    )
+    asked = Asked(
         observe=observe,
         sd=sd,
         temperature=temperature,
         expression=not no_expression,
-        motifs=tuple(map(parse_motif, motif or ())),
+        rewards=rewards,
         gc=gc,
-        forbid=tuple(map(parse_forbid, forbid or ())),
+        forbid=tuple(forbid or ()),
         fix=tuple(map(parse_fix, fix or ())),
+        lengths=lengths,
     )
-    search = Search.asked(
-        {"method": Search.method, **context.obj},
-        num_particles=particles,
-        num_runs=runs,
-        num_steps=steps,
-        seed=seed,
-        ess_threshold=ess_threshold,
-        device=device,
-        backend=backend,
-    )
-    place = out or _design_place(name)
-    run_design(Job(name, question, search), place, replace=force, quiet=quiet)
-
-
-def _design_place(name: str) -> Path:
-    """Return where a design goes if nothing is said: never into the folder of its prior."""
-    place = Path("runs") / Path(name).name
-    return (
-        place if place.resolve() != Path(name).resolve() else Path("runs") / f"design-{place.name}"
-    )
+    numbers = {
+        "num_particles": particles,
+        "num_runs": runs,
+        "num_steps": steps,
+        "seed": seed,
+        "ess_threshold": ess_threshold,
+        "device": device,
+        "backend": backend,
+    }
+    options = Options(out, replace=force, resume=resume, every=checkpoint_every, quiet=quiet)
+    run_design(name, asked, {**context.obj, **numbers}, options)
 
 
 @app.command(cls=RestoreCommand)

@@ -14,16 +14,13 @@ import torch
 from ppl_diffusion.commands.complain import OK, NoAnswer, complain
 from ppl_diffusion.commands.tables import (
     comparison_tables,
-    design_tables,
-    progress_bar,
     table,
     warnings,
 )
-from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
+from ppl_diffusion.designs.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
 from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
-from ppl_diffusion.jobs.folder import check_file, check_target, write_whole
+from ppl_diffusion.jobs.folder import check_file, write_whole
 from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
@@ -92,26 +89,6 @@ def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.T
     return torch.from_numpy(np.array(drawn)).long()
 
 
-def run_design(job: Job, out: Path, *, replace: bool, quiet: bool) -> None:
-    """Run a design job, write its folder, print its tables.
-
-    :raises InputError: if something asked for cannot be done.
-    """
-    from ppl_diffusion.design.program import build_target
-    from ppl_diffusion.design.run import design, write_run
-
-    check_target(out, replace=replace)
-    target = build_target(job)
-    with progress_bar(f"design {job.name}", quiet=quiet) as advance:
-        result = design(target, progress=advance)
-    left_out = write_run(result, out, replace=replace)
-    if not quiet:
-        design_tables(result)
-        print(f"wrote {out}")
-    if left_out is not None:
-        complain(f"{left_out} Every other file of the run was written.", OK)
-
-
 def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """Print the summary of a folder written by ``design``, or by ``ParticlePosterior.save``.
 
@@ -119,7 +96,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     :raises ParticleCollapse: if plots are asked for of a run without a living particle.
     :raises NoAnswer: if no plot could be drawn.
     """
-    from ppl_diffusion.design.contenders import load_particles
+    from ppl_diffusion.designs.contenders import load_particles
     from ppl_diffusion.diagnostics import summary
     from ppl_diffusion.diagnostics.claims import EVIDENCE, claim
 
@@ -133,7 +110,7 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
     warnings(posterior.warnings)
     if plots is not None:
-        from ppl_diffusion.design.report import save_plots
+        from ppl_diffusion.designs.report import save_plots
 
         missing = save_plots(posterior, plots)
         if missing is not None and not any(plots.glob("*.png")):
@@ -149,7 +126,7 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
     :raises InputError: if they cannot be compared, or a file cannot be written.
     :raises NoAnswer: if the plot could not be drawn; everything else is there.
     """
-    from ppl_diffusion.design.contenders import read_contenders
+    from ppl_diffusion.designs.contenders import read_contenders
     from ppl_diffusion.diagnostics.comparison import compare
 
     for place in filter(None, (plot, out)):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import typer
 
 from ppl_diffusion.errors import ParticleCollapse, PotentialError
-from ppl_diffusion.jobs.checks import InputError
+from ppl_diffusion.jobs.checks import DiskFull, InputError, JobStopped
 
 OK = 0
 USAGE = 2
@@ -52,7 +52,9 @@ def exit_code(command: Callable[[], object]) -> int:
         return complain("Stopped: no run folder was written.", STOPPED)
     except Stopped as error:
         return complain(error, STOPPED)
-    except (ParticleCollapse, NoAnswer) as error:
+    except JobStopped as error:
+        return complain(error, error.code)
+    except (ParticleCollapse, NoAnswer, DiskFull) as error:
         return complain(error, FAILED)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
@@ -65,6 +67,12 @@ def complain(error: object, code: int) -> int:
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     print(f"ppl-diffusion: {' '.join(text.split())}", file=sys.stderr)
     return code
+
+
+def note(text: str, *, quiet: bool) -> None:
+    """Print a sentence that is no complaint on standard error."""
+    if not quiet:
+        complain(text, OK)
 
 
 def _code(result: object) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 from ppl_diffusion.commands.terminal import plain
 
 if TYPE_CHECKING:
-    from ppl_diffusion.design.run import Result
+    from ppl_diffusion.designs.run import Result
     from ppl_diffusion.diagnostics.comparison import Comparison
     from ppl_diffusion.smc.verdict import Verdict
 

@@ -17,6 +17,7 @@ from ppl_diffusion.kernels.reveal_step import RevealStep
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.mixture import log_posterior_mean
 from ppl_diffusion.rows import distinct_rows
+from ppl_diffusion.smc.run_memory import remembers
 
 Step = TokenStep | RevealStep | EventStep
 LogitsFn = Callable[[Carry, Tensor, int], Tensor]
@@ -46,6 +47,7 @@ class LogitsProposal:
         return tilted(step, self.logits(carry, step.log_probs, k))
 
 
+@remembers("num_calls")
 class GradientProposal:
     """Tilt the prediction by the gradient of a potential that accepts soft sequences.
 

@@ -19,6 +19,22 @@ class InputError(ValueError):
     """An option, a file or a number cannot be used; the text is one sentence that says why."""
 
 
+class JobStopped(Exception):
+    """A signal ended a job; the text says what is left of it.
+
+    :param text: one sentence.
+    :param code: exit code, 128 and the number of the signal.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class DiskFull(Exception):
+    """A job could not be written; the text says what was kept, and where."""
+
+
 @contextmanager
 def user_input() -> Iterator[None]:
     """Treat what the library raises in this block as the user's input being wrong.

@@ -10,11 +10,15 @@ from pathlib import Path
 from ppl_diffusion.jobs.checks import InputError
 
 MARKER = "summary.json"
+CHECKPOINT = "checkpoint"
+"""What an unfinished run holds."""
 
 
-def check_target(folder: Path, *, replace: bool) -> None:
+def check_target(folder: Path, *, replace: bool, resume: bool = False) -> None:
     """Refuse a place that a run folder cannot take, before any work is done.
 
+    :param replace: whether it may take the place of another run.
+    :param resume: whether it may take the place of one that is not finished.
     :raises InputError: if the place is a file, is not writable, or holds something else.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -22,7 +26,14 @@ def check_target(folder: Path, *, replace: bool) -> None:
     _check_parent(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / MARKER).is_file():
+    if is_unfinished(folder):
+        if not (replace or resume):
+            raise InputError(
+                f"The folder {str(folder)!r} holds a run that is not finished: go on with "
+                "--resume, or begin anew with --force."
+            )
+        return
+    if not is_finished(folder):
         raise InputError(
             f"The folder {str(folder)!r} holds files that are no run: choose another --out."
         )
@@ -33,10 +44,25 @@ def check_target(folder: Path, *, replace: bool) -> None:
         )
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds a whole run, and nothing that is to take its place."""
+    return (folder / MARKER).is_file() and not (folder / CHECKPOINT).is_dir()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a folder holds the checkpoints of a run, alone or beside one to replace."""
+    if not (folder / CHECKPOINT).is_dir():
+        return False
+    return (folder / MARKER).is_file() or len(list(folder.iterdir())) == 1
+
+
 @contextmanager
 def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
-    """Give a scratch folder that becomes ``folder`` when the block ends well."""
-    check_target(folder, replace=replace)
+    """Give a scratch folder that becomes ``folder`` when the block ends well.
+
+    Checkpoints that led to it go with what it takes the place of.
+    """
+    check_target(folder, replace=replace, resume=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -72,6 +72,15 @@ class AbstractPotential(ABC):
         :param x0: guessed clean tokens, int64 ``(*batch, L)``.
         """
 
+    def keep_back(self, num_sequences: int) -> None:  # noqa: B027 (most potentials cost nothing)
+        """Let look-aheads leave enough of a budget for the values that a run needs in the end.
+
+        Whoever runs says so before the first look-ahead. What has a budget overrides it, and what
+        is made of other potentials passes it on.
+
+        :param num_sequences: particles times runs.
+        """
+
     def __add__(self, other: AbstractPotential) -> SumPotential:
         if not isinstance(other, AbstractPotential):
             return NotImplemented
@@ -140,6 +149,10 @@ class SumPotential(AbstractPotential):
         for term in self.terms:
             term.prefetch(x0)
 
+    def keep_back(self, num_sequences: int) -> None:
+        for term in self.terms:
+            term.keep_back(num_sequences)
+
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.terms))
 
@@ -165,6 +178,9 @@ class ScaledPotential(AbstractPotential):
 
     def prefetch(self, x0: Tensor) -> None:
         self.base.prefetch(x0)
+
+    def keep_back(self, num_sequences: int) -> None:
+        self.base.keep_back(num_sequences)
 
     def __repr__(self) -> str:
         return f"{self.scale:g} * {self.base!r}"

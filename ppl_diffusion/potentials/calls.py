@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ppl_diffusion.potentials.answers import read_answer
+from ppl_diffusion.potentials.budget import Budget
+from ppl_diffusion.potentials.times import Clock, Times
 
 RowFunction = Callable[[Tensor], Any]
 Outcome = list[float | str] | Exception
@@ -19,9 +22,17 @@ Outcome = list[float | str] | Exception
 SHARES = 4
 """A piece is at most this part of a worker's share of what is left."""
 
-
-class GaveUp(TimeoutError):
-    """A call was still running when its time was over."""
+ASKED, FROM_MEMORY, FROM_DISK, RETRIED, KILLED, GUESSED = (
+    "asked",
+    "cached_memory",
+    "cached_disk",
+    "retried",
+    "killed",
+    "guessed",
+)
+"""What is counted: sequences handed to the function, those whose value was known or stored, those
+handed to it again after a failure, calls whose worker was killed, and look-aheads that were not
+asked for because the budget was spent."""
 
 
 @dataclass(eq=False)
@@ -30,18 +41,25 @@ class Piece:
 
     :param keys: what they are remembered by.
     :param rows: the sequences, int64 ``(B, L)``.
+    :param attempt: how often they have been asked about, this time included.
+    :param seconds: that the call took, None while that is not known.
     """
 
     keys: list[bytes]
     rows: Tensor
+    attempt: int = 1
+    seconds: float | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def singles(self) -> Iterator[Piece]:
-        """Yield a piece for each sequence."""
-        for i, key in enumerate(self.keys):
-            yield Piece([key], self.rows[i : i + 1])
+    def single(self, i: int, *, again: bool = False) -> Piece:
+        """Return a piece of one sequence.
+
+        :param i: which.
+        :param again: whether it is another attempt.
+        """
+        return Piece([self.keys[i]], self.rows[i : i + 1], self.attempt + again)
 
 
 class Calls(ABC):
@@ -50,22 +68,30 @@ class Calls(ABC):
     :param fn: the function.
     :param num_workers: calls that run at once, None where nobody knows.
 
-    :ivar num_rows: sequences handed to the function so far.
-    :ivar num_known: sequences whose values were known when they were asked for.
+    :ivar counts: what happened so far, by the names above.
     :ivar under_way: keys of sequences whose answer is not collected yet.
+    :ivar budget: what they may cost.
     """
 
     def __init__(self, fn: RowFunction, num_workers: int | None) -> None:
         self.fn, self.num_workers = fn, num_workers
-        self.num_rows = self.num_known = 0
+        self.counts: Counter[str] = Counter()
+        self.clock = Clock()
         self.under_way: set[bytes] = set()
+        self.budget = Budget(None, None)
+
+    @property
+    def times(self) -> Times:
+        """What calls took so far."""
+        return self.clock.times
 
     def submit(self, piece: Piece) -> None:
         """Start a call.
 
         :param piece: its sequences.
         """
-        self.num_rows += len(piece)
+        self.counts[ASKED] += len(piece)
+        self.counts[RETRIED] += len(piece) * (piece.attempt > 1)
         self.under_way.update(piece.keys)
         self._start(piece)
 
@@ -100,12 +126,18 @@ class CallsInTurn(Calls):
         self._queue.append(piece)
 
     def _wait(self) -> Iterator[tuple[Piece, Outcome]]:
-        piece = self._queue.popleft()
+        piece, started = self._queue.popleft(), time.perf_counter()
         outcome: Outcome
+        self.clock.started(piece)
         try:
             outcome = read_answer(self.fn(piece.rows), len(piece))
         except Exception as error:
             outcome = error
+        piece.seconds = time.perf_counter() - started
+        self.clock.ended(piece)
+        self.clock.waited(piece.seconds)
+        if not isinstance(outcome, Exception):
+            self.clock.worked(piece.seconds)
         yield piece, outcome
 
     def cancel(self) -> None:

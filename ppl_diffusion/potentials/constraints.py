@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -106,13 +106,20 @@ class GCContent(AbstractConstraint):
     :param low: smallest share, 0 to 1.
     :param high: largest share, 0 to 1.
     :param vocabulary: the letter of every token id.
+    :param padding: token that fills short sequences up, which is no base; None if there is none.
     :param penalty: nats per base outside the range in the look-ahead. The log-odds of GC in the
         range against the prior is about right: 1 or more is so greedy, with argmax fills, that the
         evidence is too small in most runs.
     """
 
     def __init__(
-        self, low: float, high: float, *, vocabulary: Vocabulary = _BASES, penalty: float = 0.5
+        self,
+        low: float,
+        high: float,
+        *,
+        vocabulary: Vocabulary = _BASES,
+        padding: int | None = None,
+        penalty: float = 0.5,
     ) -> None:
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -122,22 +129,64 @@ class GCContent(AbstractConstraint):
         self.name = f"GC content {low:g} to {high:g}"
         self._counts = torch.zeros(len(list(vocabulary)), dtype=torch.float64)
         self._counts[ids_of("GC", vocabulary)] = 1.0
+        self.padding = padding
         self._set_penalty(penalty)
 
     def violation(self, x0: Tensor) -> Tensor:
         check_tokens(x0, len(self._counts), 1, self.name)
-        length = x0.shape[-1]
+        length = x0.new_full(x0.shape[:-1], x0.shape[-1])
+        if self.padding is not None:
+            length = (x0 != self.padding).sum(-1)
         # The tolerance keeps bounds such as 0.55 * 80 = 44.00000000000001 inclusive.
-        fewest, most = math.ceil(self.low * length - 1e-9), math.floor(self.high * length + 1e-9)
-        if fewest > most:
+        fewest = (self.low * length.double() - 1e-9).ceil()
+        most = (self.high * length.double() + 1e-9).floor()
+        if self.padding is None and length.numel() and bool((fewest > most).all()):
             raise PotentialError(
-                f"{self.name} allows no sequence of length {length}; widen the range."
+                f"{self.name} allows no sequence of length {x0.shape[-1]}; widen the range."
             )
         count = self._counts.to(x0.device)[x0].sum(-1)
         return (fewest - count).clamp_min(0) + (count - most).clamp_min(0)
 
     def __repr__(self) -> str:
         return f"GCContent({self.low:g}, {self.high:g})"
+
+
+class ForbiddenTokens(AbstractConstraint):
+    """A piece occurs nowhere, token by token. The violation counts the positions where it does.
+
+    :param tokens: ids of the piece.
+    :param vocab_size: number ``V`` of clean tokens.
+    :param penalty: nats per occurrence in the look-ahead.
+    :raises ValueError: if the piece is empty, or holds another id.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        vocab_size: int,
+        *,
+        name: str | None = None,
+        penalty: float = 1.0,
+    ) -> None:
+        self.tokens = list(tokens)
+        if not self.tokens or not 0 <= min(self.tokens) <= max(self.tokens) < vocab_size:
+            raise ValueError(
+                f"ForbiddenTokens: a piece holds ids 0 to {vocab_size - 1}, got {self.tokens}."
+            )
+        self.name = name or f"forbidden tokens {self.tokens}"
+        self._table = torch.ones(len(self.tokens), vocab_size, dtype=torch.float64)
+        self._table[torch.arange(len(self.tokens)), torch.tensor(self.tokens)] = 0.0
+        self._set_penalty(penalty)
+
+    def violation(self, x0: Tensor) -> Tensor:
+        """Return the number of occurrences; a sequence shorter than the piece holds none."""
+        check_tokens(x0, self._table.shape[1], 0, self.name)
+        if x0.shape[-1] < len(self.tokens):
+            return torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
+        return (scan(x0, self._table) == 0).sum(-1).to(torch.float64)
+
+    def __repr__(self) -> str:
+        return f"ForbiddenTokens({self.tokens})"
 
 
 class _MotifConstraint(AbstractConstraint):

@@ -9,44 +9,44 @@ every failure either into one clear error or into a counted rejection.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass, field
-from numbers import Integral
-from typing import Literal, TypedDict
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
-from ppl_diffusion.potentials.answers import WrongAnswer
+from ppl_diffusion.potentials.answer_store import Answer, AnswerStore, Cost
+from ppl_diffusion.potentials.budget import Budget
 from ppl_diffusion.potentials.calls import (
+    ASKED,
+    FROM_DISK,
+    FROM_MEMORY,
+    GUESSED,
     Calls,
     CallsInTurn,
-    GaveUp,
     Outcome,
     Piece,
     RowFunction,
     guided_sizes,
 )
+from ppl_diffusion.potentials.causes import Failure, GaveUp, Tally, failure_of
 from ppl_diffusion.potentials.failures import report, watch_calls
+from ppl_diffusion.potentials.function_options import (
+    FunctionOptions as FunctionOptions,
+)
+from ppl_diffusion.potentials.function_options import (
+    KeyFunction,
+    OnError,
+    check_options,
+)
+from ppl_diffusion.potentials.keys import keys_of
+from ppl_diffusion.potentials.memory import Memory
 from ppl_diffusion.potentials.workers import CallsBeside, workers_of
 from ppl_diffusion.rows import distinct_rows
-
-OnError = Literal["raise", "reject"]
-
-
-class FunctionOptions(TypedDict, total=False):
-    """Options of a :class:`SequenceFunction` that the potentials made from one hand on."""
-
-    name: str | None
-    batch_size: int | None
-    executor: Executor | None
-    num_workers: int | None
-    timeout: float | None
-    on_error: OnError
-    cache_size: int
 
 
 @dataclass(eq=False, repr=False)
@@ -58,15 +58,28 @@ class SequenceFunction:
         than of sequences, are failures like an exception.
     :param batch_size: sequences per call of ``fn``; by default all at once, and with an executor
         pieces that shrink towards the end (:func:`~ppl_diffusion.potentials.calls.guided_sizes`),
-        or one at a time where failures are expected (a ``timeout``, or ``on_error="reject"``):
-        the neighbours of a failure would have to be asked about again.
-    :param executor: where calls run (with a process pool, ``fn`` must be picklable).
+        or one at a time where failures are expected (a ``timeout``, ``retries``, or an
+        ``on_error`` that is not ``"raise"``): the neighbours of a failure would have to be asked
+        about again.
+    :param executor: where calls run.
     :param num_workers: how many calls it runs at once, where it does not say so itself.
-    :param timeout: seconds without any call finishing after which the running ones are given up;
-        needs an executor.
-    :param on_error: ``"raise"`` a :class:`~ppl_diffusion.errors.PotentialError`, or ``"reject"``:
-        a failed sequence is counted in :attr:`num_failures` and gets NaN here, now and later.
+    :param timeout: seconds that a call may take, in an executor that can end calls
+        (:class:`~ppl_diffusion.potentials.Processes`, ``RayExecutor``); in another one the seconds
+        without any call finishing after which the running ones are given up, though they run on.
+    :param on_error: ``"raise"`` a :class:`~ppl_diffusion.errors.PotentialError`; ``"reject"``: a
+        failed sequence is counted in :attr:`num_failures` and gets NaN here, now and later; or a
+        number that it gets instead, in units of the function.
+    :param retries: how often a failed sequence is asked about again before it counts as one.
+    :param key: what tells sequences apart, ``rows (B, L) -> B`` texts or bytes (the tokens by
+        default): of those with one key one is asked about, and speaks for all.
     :param cache_size: values remembered, the least recently used are dropped first.
+    :param cache: an SQLite file where answers and failures outlive the run, which runs of one
+        machine may share.
+    :param version: of the function; answers of another version are not used.
+    :param retry_failed: ask again about what failed according to the file.
+    :param budget: sequences that may be handed to ``fn``, repetitions included; cached ones are
+        free. Look-aheads beyond it get :meth:`guess` 's word that there is no answer.
+    :param reserve: how many of them are kept back for values that are no look-aheads.
     :param worst: the one infinite value that is legal, if any (the value of an impossible
         sequence); NaN and every other infinity is a failure.
 
@@ -75,8 +88,7 @@ class SequenceFunction:
 
     :ivar num_calls: sequences handed to ``fn`` so far, repetitions after a failure included.
     :ivar num_sequences: distinct sequences that got an answer so far, rejections included.
-    :ivar num_failures: sequences rejected so far.
-    :ivar first_failure: the first of them and its reason, in words; None while there is none.
+    :ivar tally: those that failed so far, by cause, with the first words of each.
     """
 
     fn: RowFunction
@@ -87,16 +99,23 @@ class SequenceFunction:
     num_workers: int | None = None
     timeout: float | None = None
     on_error: OnError = "raise"
+    retries: int = 0
+    key: KeyFunction | None = None
     cache_size: int = 100_000
+    cache: str | Path | None = None
+    version: str = ""
+    retry_failed: bool = False
+    budget: int | None = None
+    reserve: int | None = None
     worst: float | None = -math.inf
     num_sequences: int = field(default=0, init=False)
-    num_failures: int = field(default=0, init=False)
-    first_failure: str | None = field(default=None, init=False)
+    tally: Tally = field(default_factory=Tally, init=False)
 
     def __post_init__(self) -> None:
         self.name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
-        self._cache: OrderedDict[bytes, float] = OrderedDict()
-        self._check_options()
+        check_options(self)
+        self._budget = Budget(self.budget, self.reserve)
+        self._memory = self._make_memory()
         # How many work is looked up once: it sizes the pieces, which must not change in a run.
         workers = self.num_workers or workers_of(self.executor)
         self._calls: Calls = (
@@ -104,10 +123,21 @@ class SequenceFunction:
             if self.executor is None
             else CallsBeside(self.fn, self.executor, workers, self.timeout, str(self.name))
         )
+        self._calls.budget = self._budget
 
     @property
     def num_calls(self) -> int:
-        return self._calls.num_rows
+        return self._calls.counts[ASKED]
+
+    @property
+    def num_failures(self) -> int:
+        """Sequences that failed so far and were passed over."""
+        return self.tally.total
+
+    @property
+    def first_failure(self) -> str | None:
+        """The first of them and its reason, in words; None while there is none."""
+        return self.tally.first
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return the value of each sequence, NaN where it was rejected.
@@ -115,11 +145,26 @@ class SequenceFunction:
         :param x0: clean tokens, int64 ``(*batch, L)``.
         :returns: float64 ``(*batch,)`` on the device of ``x0``.
         :raises PotentialError: if ``fn`` fails and ``on_error="raise"``, or lost its executor.
+        :raises BudgetSpent: if the budget is spent.
         """
-        rows = x0.reshape(-1, x0.shape[-1])
-        first, inverse = distinct_rows(rows)
-        values = torch.tensor(self._look_up(rows[first].cpu()), dtype=torch.float64)
-        return values.to(x0.device)[inverse].reshape(x0.shape[:-1])
+        return self._evaluate(x0, guess=False)[0]
+
+    def guess(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values for look-aheads, and for which sequences there are any.
+
+        :param x0: guessed clean tokens, int64 ``(*batch, L)``.
+        :returns: float64 ``(*batch,)``, NaN where there is no value, and bool ``(*batch,)``, False
+            where the budget did not allow to ask.
+        """
+        return self._evaluate(x0, guess=True)
+
+    def keep_back(self, num_sequences: int) -> None:
+        """Keep so many sequences of the budget for final values, unless ``reserve`` was given.
+
+        :param num_sequences: what a run needs in the end.
+        """
+        if self.reserve is None:
+            self._budget.reserve = num_sequences
 
     def prefetch(self, x0: Tensor) -> None:
         """Start calls for what is not known yet in the executor, and wait for none of them.
@@ -132,132 +177,186 @@ class SequenceFunction:
             watch_calls(str(self.name), self._calls)
             rows = x0.reshape(-1, x0.shape[-1])
             rows = rows[distinct_rows(rows)[0]].cpu()
-            self._start(rows, _keys(rows))
+            question = self._question(rows)[1]
+            known, read = self._find(question)
+            # Whoever collects them finds them in memory, and is told where they came from.
+            self._calls.counts.update({FROM_DISK: read, FROM_MEMORY: -read})
+            self._start({k: row for k, row in question.items() if k not in known}, guess=True)
 
     def clear(self) -> None:
-        """Forget all values, rejections included; the counters stay."""
-        self._cache.clear()
+        """Forget all values that are not in a file, rejections included; the counters stay."""
+        self._memory.clear()
 
-    def _look_up(self, rows: Tensor) -> list[float]:
+    def _evaluate(self, x0: Tensor, *, guess: bool) -> tuple[Tensor, Tensor]:
+        rows = x0.reshape(-1, x0.shape[-1])
+        first, inverse = distinct_rows(rows)
+        found = self._look_up(rows[first].cpu(), guess)
+        values = torch.tensor([math.nan if v is None else v for v in found], dtype=torch.float64)
+        asked = torch.tensor([v is not None for v in found], dtype=torch.bool)
+        shape = x0.shape[:-1]
+        return (
+            values.to(x0.device)[inverse].reshape(shape),
+            asked.to(x0.device)[inverse].reshape(shape),
+        )
+
+    def _look_up(self, rows: Tensor, guess: bool) -> list[float | None]:
+        """Return a value of each row, None where the budget did not allow to ask."""
         watch_calls(str(self.name), self._calls)
-        keys = _keys(rows)
-        found = {key: self._cache[key] for key in keys if key in self._cache}
-        for key in found:
-            self._cache.move_to_end(key)
-        self._calls.num_known += len(found)
-        self._start(rows, keys)
-        wanted = {key for key in keys if key not in found}
-        for key, value in self._answers(wanted):
-            if key in wanted:
-                found[key] = value
-                wanted.remove(key)
-        report(str(self.name), self.fn, found, self.first_failure)
-        return [found[key] for key in keys]
+        keys, question = self._question(rows)
+        found, read = self._find(question)
+        self._calls.counts.update({FROM_DISK: read, FROM_MEMORY: len(found) - read})
+        wanted = {key for key in question if key not in found}
+        unasked = self._start({k: row for k, row in question.items() if k in wanted}, guess)
+        for key, answer in self._answers(wanted - unasked, guess):
+            if key in wanted and answer is not None:
+                found[key] = answer
+        self._calls.counts[GUESSED] += len(question) - len(found)
+        report(str(self.name), self.fn, found, self.tally)
+        return [self._value(found[key]) if key in found else None for key in keys]
 
-    def _start(self, rows: Tensor, keys: list[bytes]) -> None:
-        """Start calls for rows that have no value and are not being asked about already."""
-        known, under_way = self._cache, self._calls.under_way
-        new = [i for i, key in enumerate(keys) if key not in known and key not in under_way]
+    def _question(self, rows: Tensor) -> tuple[list[bytes], dict[bytes, Tensor]]:
+        """Return the key of each row, and a row of each key."""
+        keys = keys_of(rows, self.key, str(self.name))
+        question: dict[bytes, Tensor] = {}
+        for key, row in zip(keys, rows, strict=True):
+            question.setdefault(key, row)
+        return keys, question
+
+    def _find(self, question: dict[bytes, Tensor]) -> tuple[dict[bytes, Answer], int]:
+        """Return what is known, and how much of it was read from the file just now."""
+        found, stored = self._memory.find(question)
+        self.num_sequences += len(stored)
+        for key, answer in stored.items():
+            if isinstance(answer, Failure):
+                known = f"{answer.message}, known from {self.cache}: retry_failed=True asks again"
+                self._fail(question[key], Failure(answer.cause, known), None)
+        return {**found, **stored}, len(stored)
+
+    def _start(self, new: dict[bytes, Tensor], guess: bool) -> set[bytes]:
+        """Start calls for what is not being asked about already, and return what cannot be."""
+        keys = [key for key in new if key not in self._calls.under_way]
+        allowed = self._allowed(len(keys), guess)
+        if allowed < len(keys) and not guess:
+            raise self._budget.spent(str(self.name), len(keys) - allowed)
         begin = 0
-        for size in self._sizes(len(new)):
-            part = new[begin : begin + size]
-            self._calls.submit(Piece([keys[i] for i in part], rows[part]))
+        for size in self._sizes(allowed):
+            part = keys[begin : begin + size]
+            self._calls.submit(Piece(part, torch.stack([new[key] for key in part])))
             begin += size
+        return set(keys[allowed:])
+
+    def _allowed(self, count: int, guess: bool) -> int:
+        left = self._budget.left(self.num_calls, str(self.name), guess=guess)
+        return count if left is None else min(count, left)
 
     def _sizes(self, count: int) -> list[int]:
         size, workers = self.batch_size, self._calls.num_workers
         if size is None and self.executor is not None:
-            alone = self.timeout is not None or self.on_error == "reject" or workers is None
-            if workers is not None and not alone:
+            if workers is not None and not self._alone:
                 return guided_sizes(count, workers)
             size = 1
         size = size or max(count, 1)
         return [min(size, count - begin) for begin in range(0, count, size)]
 
-    def _answers(self, wanted: set[bytes]) -> Iterator[tuple[bytes, float]]:
-        """Yield values as they come in, others than those wanted too, until these are all known."""
+    @property
+    def _alone(self) -> bool:
+        """Whether failures are expected, whose neighbours would have to be asked about again."""
+        timeout = self.timeout or getattr(self.executor, "timeout", None)
+        return timeout is not None or self.on_error != "raise" or self.retries > 0
+
+    def _answers(self, wanted: set[bytes], guess: bool) -> Iterator[tuple[bytes, Answer | None]]:
+        """Yield answers as they come in, others than those wanted too, until these are all known.
+
+        None stands for one that the budget does not allow to ask for any more.
+        """
         try:
             while wanted:
                 for piece, outcome in self._calls.finished():
-                    yield from self._answered(piece, outcome)
+                    for key, answer in self._answered(piece, outcome, guess):
+                        wanted.discard(key)
+                        yield key, answer
         except BaseException:
             self._calls.cancel()
             raise
 
-    def _answered(self, piece: Piece, outcome: Outcome) -> Iterator[tuple[bytes, float]]:
+    def _answered(
+        self, piece: Piece, outcome: Outcome, guess: bool
+    ) -> Iterator[tuple[bytes, Answer | None]]:
         # What took too long once would take too long again.
         failed = isinstance(outcome, Exception) and not isinstance(outcome, GaveUp)
         if failed and len(piece) > 1:
-            for single in piece.singles():
-                self._calls.submit(single)
+            yield from self._one_by_one(piece, guess)
             return
-        for key, value in self._settle(piece, outcome):
-            self._cache[key] = value
-            self.num_sequences += 1
-            if len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
-            yield key, value
-
-    def _settle(self, piece: Piece, outcome: Outcome) -> Iterator[tuple[bytes, float]]:
-        """Apply the policy to what came back for one piece."""
+        answers = self._read(piece, outcome)
+        again = self._retried(piece, answers, guess)
+        settled = {i: answer for i, answer in enumerate(answers) if i not in again}
+        self._memory.keep({piece.keys[i]: a for i, a in settled.items()}, _cost(piece))
+        self.num_sequences += len(settled)
         cause = outcome if isinstance(outcome, Exception) else None
-        found = [_reason(outcome)] * len(piece) if isinstance(outcome, Exception) else outcome
-        answers = enumerate(map(self._check, found))
-        for i, answer in sorted(answers, key=lambda entry: isinstance(entry[1], str)):
-            value = (
-                self._reject(piece.rows[i], answer, cause) if isinstance(answer, str) else answer
-            )
-            yield piece.keys[i], value
+        for i, answer in settled.items():
+            if isinstance(answer, Failure):
+                self._fail(piece.rows[i], answer, cause)
+            yield piece.keys[i], answer
 
-    def _check(self, value: float | str) -> float | str:
-        legal = isinstance(value, str) or math.isfinite(value) or value == self.worst
-        return value if legal else f"it returned {value}"
+    def _one_by_one(self, piece: Piece, guess: bool) -> Iterator[tuple[bytes, None]]:
+        """Ask about each sequence alone, as far as the budget goes."""
+        allowed = self._allowed(len(piece), guess)
+        for i in range(allowed):
+            self._calls.submit(piece.single(i))
+        if allowed < len(piece) and not guess:
+            raise self._budget.spent(str(self.name), len(piece) - allowed)
+        for key in piece.keys[allowed:]:
+            yield key, None
 
-    def _reject(self, row: Tensor, reason: str, cause: Exception | None) -> float:
+    def _retried(self, piece: Piece, answers: list[Answer], guess: bool) -> set[int]:
+        """Ask again about those that failed, as often as they may and the budget allows."""
+        failed = [i for i, answer in enumerate(answers) if isinstance(answer, Failure)]
+        if not failed or piece.attempt > self.retries:
+            return set()
+        again = failed[: self._allowed(len(failed), guess)]
+        for i in again:
+            self._calls.submit(piece.single(i, again=True))
+        return set(again)
+
+    def _read(self, piece: Piece, outcome: Outcome) -> list[Answer]:
+        if isinstance(outcome, Exception):
+            return [failure_of(outcome)] * len(piece)
+        return [self._check(value) for value in outcome]
+
+    def _check(self, value: float | str) -> Answer:
+        if isinstance(value, str):
+            return failure_of(value)
+        legal = math.isfinite(value) or value == self.worst
+        return value if legal else failure_of(f"it returned {value}")
+
+    def _fail(self, row: Tensor, failure: Failure, cause: Exception | None) -> None:
         if self.on_error == "raise":
-            raise PotentialError(
-                f"{self.name} failed on the sequence {row.tolist()} ({reason}); mend the function, "
-                'or pass on_error="reject" to give such sequences probability zero.'
-            ) from cause
-        self.num_failures += 1
-        self.first_failure = self.first_failure or f"{reason}, on the sequence {row.tolist()}"
-        return math.nan
+            self._raise(row, failure, cause)
+        self.tally.add(failure, f"{failure.message}, on the sequence {row.tolist()}")
 
-    def _check_options(self) -> None:
-        if not callable(self.fn):
-            raise TypeError(f"{self.name}: fn must be callable, got {type(self.fn).__name__}.")
-        if self.on_error not in ("raise", "reject"):
-            raise ValueError(
-                f'{self.name}: on_error is "raise" or "reject", got {self.on_error!r}.'
-            )
-        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
-            raise TypeError(
-                f"{self.name}: an executor has a method submit, such as Threads(4), got "
-                f"{type(self.executor).__name__}."
-            )
-        if self.num_workers is not None and self.executor is None:
-            raise ValueError(
-                f"{self.name}: num_workers={self.num_workers!r} needs the executor they work in; "
-                "pass executor=Threads(...), which knows its own number."
-            )
-        if self.timeout is not None and (self.executor is None or not self.timeout > 0):
-            raise ValueError(
-                f"{self.name}: timeout needs an executor and a positive number of seconds, got "
-                f"{self.timeout} with executor={self.executor}."
-            )
-        for option in ("batch_size", "cache_size", "num_workers"):
-            number = getattr(self, option)
-            if number is not None and (not isinstance(number, Integral) or number < 1):
-                raise ValueError(
-                    f"{self.name}: {option} must be a whole number, at least 1, got {number!r}."
-                )
+    def _raise(self, row: Tensor, failure: Failure, cause: Exception | None) -> NoReturn:
+        raise PotentialError(
+            f"{self.name} failed on the sequence {row.tolist()} ({failure.message}); mend the "
+            'function, or pass on_error="reject" to give such sequences probability zero.'
+        ) from cause
+
+    def _value(self, answer: Answer) -> float:
+        if not isinstance(answer, Failure):
+            return answer
+        return math.nan if isinstance(self.on_error, str) else float(self.on_error)
+
+    def _make_memory(self) -> Memory:
+        store = None
+        if self.cache is not None:
+            store = AnswerStore(self.cache, str(self.name), self.version)
+        return Memory(
+            self.cache_size,
+            store,
+            forget_failures=self.on_error == "raise",
+            retry_failed=self.retry_failed,
+        )
 
 
-def _keys(rows: Tensor) -> list[bytes]:
-    return [row.tobytes() for row in rows.to(torch.int32).numpy()]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, WrongAnswer):
-        return str(error)
-    return f"{type(error).__name__.lstrip('_')}: {error}"
+def _cost(piece: Piece) -> Cost:
+    seconds = None if piece.seconds is None else piece.seconds / len(piece)
+    return Cost(seconds, piece.attempt)

@@ -6,30 +6,26 @@ to whoever watches, and nobody has to find them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
+from ppl_diffusion.distributed import own_rows
+from ppl_diffusion.errors import ParticleCollapse, PotentialError
+from ppl_diffusion.potentials.answer_store import Answer
 from ppl_diffusion.potentials.calls import Calls, RowFunction
-from ppl_diffusion.potentials.workers import CallsBeside, Times
+from ppl_diffusion.potentials.causes import Failure, Tally
+from ppl_diffusion.potentials.ledger import Ledger
+from ppl_diffusion.potentials.workers import CallsBeside
 
 REWARDS = "rewards"
 """The settings that hold seconds, and differ between runs of one seed."""
 
 MOST = 8
 """Functions of one name that are told apart: a program may make another whenever it runs."""
-
-
-class _Watched(NamedTuple):
-    """Calls in an executor, and where they stood when somebody began to watch."""
-
-    name: str
-    calls: CallsBeside
-    num_rows: int
-    num_known: int
-    times: Times
 
 
 class Failures:
@@ -40,66 +36,78 @@ class Failures:
 
     def __init__(self) -> None:
         self._functions: dict[str, dict[Hashable, tuple[str, RowFunction]]] = {}
-        self._watched: dict[int, _Watched] = {}
-        self._known: dict[str, dict[int, bool]] = {}
-        self._first: dict[str, str] = {}
+        self._ledger = Ledger()
+        self._beside: dict[int, CallsBeside] = {}
+        self._known: dict[str, dict[int, str | None]] = {}
+        self._words: dict[str, Tally] = {}
 
     def note(
-        self, name: str, fn: RowFunction, values: Mapping[bytes, float], first: str | None
+        self, name: str, fn: RowFunction, answers: Mapping[bytes, Answer], tally: Tally
     ) -> None:
         """Note what a function answered.
 
         :param name: of the function.
         :param fn: the function.
-        :param values: by sequence; NaN where it failed.
-        :param first: what went wrong first, in words.
+        :param answers: by sequence.
+        :param tally: what has failed so far, with words.
         """
         name = self._told_apart(name, fn)
         known = self._known.setdefault(name, {})
-        known.update((hash(key), value != value) for key, value in values.items())
-        if first is not None:
-            self._first.setdefault(name, first)
+        known.update((hash(key), _cause(answer)) for key, answer in answers.items())
+        if tally.total:
+            self._words.setdefault(name, tally)
 
     def told(self) -> dict[str, dict[str, Any]]:
-        """Return what failed, in JSON types: ``asked``, ``failed`` and ``first`` by name."""
-        counts = {name: (len(known), sum(known.values())) for name, known in self._known.items()}
-        return {
-            name: {"asked": asked, "failed": failed, "first": self._first.get(name, "not known")}
-            for name, (asked, failed) in counts.items()
-            if failed
-        }
+        """Return what failed, in JSON types, by name.
 
-    def watch(self, name: str, calls: CallsBeside) -> None:
-        """Count what calls in an executor cost from here on.
+        ``asked`` and ``failed`` are distinct sequences, ``causes`` says how many of these failed
+        why, ``words`` what happened at the first of each cause, and ``first`` at the first of all.
+        """
+        found = {}
+        for name, known in self._known.items():
+            causes = Counter(cause for cause in known.values() if cause is not None)
+            if causes:
+                tally = self._words.get(name, Tally())
+                words = {cause: tally.words[cause] for cause in causes if cause in tally.words}
+                counts = {"asked": len(known), "failed": causes.total(), "causes": dict(causes)}
+                found[name] = {**counts, "words": words, "first": tally.first or "not known"}
+        return found
+
+    def watch(self, name: str, calls: Calls) -> None:
+        """Count what calls cost from here on.
 
         :param name: of the function.
         :param calls: its calls.
         """
-        if id(calls) not in self._watched:
-            name = self._told_apart(name, calls.fn)
-            begun = _Watched(name, calls, calls.num_rows, calls.num_known, calls.times)
-            self._watched[id(calls)] = begun
+        if self._ledger.open(calls, lambda: self._told_apart(name, calls.fn)) and isinstance(
+            calls, CallsBeside
+        ):
+            self._beside[id(calls)] = calls
 
     def work(self) -> dict[str, dict[str, Any]]:
-        """Return what calls in executors cost, in JSON types, by name.
+        """Return what calls cost, in JSON types, by name.
 
-        ``asked`` sequences were handed to the function, ``cached`` ones were known to it, and
-        ``failed``; ``seconds`` of work, ``under_way``, ``utilisation`` and ``overlap`` as in
-        :class:`~ppl_diffusion.potentials.workers.Times`.
+        ``asked`` sequences were handed to the function, and ``retried`` ones of them again;
+        ``cached`` ones were known to it (``cached_memory``) or to its file (``cached_disk``);
+        ``failed`` ones in the end, for the causes of ``failed_by_cause``; ``killed`` calls took
+        too long. ``seconds`` of work, ``under_way``, ``utilisation`` and ``overlap`` are those of
+        :class:`~ppl_diffusion.potentials.times.Times`, and ``budget`` stands where there is one.
         """
-        by_name: dict[str, list[_Watched]] = {}
-        for watched in self._watched.values():
-            by_name.setdefault(watched.name, []).append(watched)
-        found = {}
-        for name, same in by_name.items():
-            counts = {
-                "asked": sum(one.calls.num_rows - one.num_rows for one in same),
-                "cached": sum(one.calls.num_known - one.num_known for one in same),
-                "failed": sum(self._known.get(name, {}).values()),
-            }
-            times = sum((one.calls.times.since(one.times) for one in same), Times())
-            found[name] = {**counts, **times.told(same[0].calls.num_workers)}
-        return found
+        causes = {name: told["causes"] for name, told in self.told().items()}
+        return self._ledger.told(causes)
+
+    def refuse_all_failed(self, cause: Exception | None = None) -> None:
+        """Raise an error if a function failed on everything it was asked about.
+
+        In a group of processes nobody knows that of the others, and says nothing.
+
+        :param cause: what has come of it.
+        :raises PotentialError: with the first reason.
+        """
+        alone = own_rows(2) == slice(0, 2)
+        for name, told in self.told().items() if alone else ():
+            if told["failed"] == told["asked"]:
+                raise PotentialError(_all_failed(name, told)) from cause
 
     def _told_apart(self, name: str, fn: RowFunction) -> str:
         same = self._functions.setdefault(name, {})
@@ -114,11 +122,11 @@ class Failures:
 
     def cancel(self) -> None:
         """Cancel calls that were begun and that nobody is going to collect."""
-        for watched in self._watched.values():
-            watched.calls.cancel()
+        for calls in self._beside.values():
+            calls.cancel()
 
     def settings(self) -> dict[str, Any]:
-        """Return entries of a result's settings; empty where nothing failed or ran in workers."""
+        """Return entries of a result's settings; empty where no function of sequences was asked."""
         told, work = self.told(), self.work()
         return {**({"failures": told} if told else {}), **({REWARDS: work} if work else {})}
 
@@ -138,26 +146,46 @@ _WATCHED: ContextVar[Failures | None] = ContextVar("watched", default=None)
 
 @contextmanager
 def watch_failures() -> Iterator[Failures]:
-    """Collect what functions of sequences answer inside, in this thread."""
+    """Collect what functions of sequences answer inside, in this thread.
+
+    :raises PotentialError: if one of them failed on everything it was asked about.
+    """
     failures = Failures()
     token = _WATCHED.set(failures)
     try:
         yield failures
+    except ParticleCollapse as collapse:
+        failures.refuse_all_failed(collapse)
+        raise
+    else:
+        failures.refuse_all_failed()
     finally:
         _WATCHED.reset(token)
         # A run that failed half-way would otherwise leave a queue for the interpreter to wait for.
         failures.cancel()
 
 
-def report(name: str, fn: RowFunction, values: Mapping[bytes, float], first: str | None) -> None:
+def report(name: str, fn: RowFunction, answers: Mapping[bytes, Answer], tally: Tally) -> None:
     """Tell whoever watches what a function answered; see :meth:`Failures.note`."""
     failures = _WATCHED.get()
     if failures is not None:
-        failures.note(name, fn, values, first)
+        failures.note(name, fn, answers, tally)
 
 
 def watch_calls(name: str, calls: Calls) -> None:
     """Tell whoever watches that a function is going to be asked; see :meth:`Failures.watch`."""
     failures = _WATCHED.get()
-    if failures is not None and isinstance(calls, CallsBeside):
+    if failures is not None:
         failures.watch(name, calls)
+
+
+def _cause(answer: Answer) -> str | None:
+    return answer.cause if isinstance(answer, Failure) else None
+
+
+def _all_failed(name: str, told: Mapping[str, Any]) -> str:
+    causes = ", ".join(f"{cause}: {count}" for cause, count in told["causes"].items())
+    return (
+        f"{name} failed on all {told['asked']} sequences that it was asked about ({causes}; first "
+        f"{told['first']}); mend the function, and try it on one sequence."
+    )

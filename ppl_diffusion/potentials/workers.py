@@ -5,113 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from threading import Lock
 from typing import Any
 
 from torch import Tensor
 
 from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.answers import read_answer
-from ppl_diffusion.potentials.calls import Calls, GaveUp, Outcome, Piece, RowFunction
+from ppl_diffusion.potentials.calls import KILLED, Calls, Outcome, Piece, RowFunction
+from ppl_diffusion.potentials.causes import GaveUp
+from ppl_diffusion.potentials.times import Times as Times
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds that calls took.
-
-    :param busy: of work, summed over workers; calls that raised or were given up are left out.
-    :param under_way: during which at least one call was queued or running.
-    :param waited: during which nobody did anything else than wait for them.
-    """
-
-    busy: float = 0.0
-    under_way: float = 0.0
-    waited: float = 0.0
-
-    def __add__(self, other: Times) -> Times:
-        return Times(
-            self.busy + other.busy,
-            self.under_way + other.under_way,
-            self.waited + other.waited,
-        )
-
-    def since(self, before: Times) -> Times:
-        """Return what was added.
-
-        :param before: an earlier state.
-        """
-        return Times(
-            self.busy - before.busy,
-            self.under_way - before.under_way,
-            self.waited - before.waited,
-        )
-
-    def told(self, num_workers: int | None) -> dict[str, Any]:
-        """Return them in JSON types, with the shares that matter.
-
-        ``utilisation`` is the share of the workers' time under way in which they worked, and
-        ``overlap`` that in which the sampler had something else to do; None where nothing is known.
-
-        :param num_workers: calls that run at once.
-        """
-        shares = {"utilisation": None, "overlap": None}
-        if self.under_way > 0:
-            workers = num_workers or float("nan")
-            shares["utilisation"] = _share(self.busy / (workers * self.under_way))
-            shares["overlap"] = _share(1 - self.waited / self.under_way)
-        return {"seconds": self.busy, "under_way": self.under_way, **shares}
-
-
-def _share(value: float) -> Any:
-    # Clocks of two processes do not tick alike.
-    return min(max(value, 0.0), 1.0) if value == value else None
-
-
-@dataclass
-class _Clock:
-    """Measures :class:`Times`, from whichever thread a call ends in."""
-
-    times: Times = Times()
-    _open: set[Future[Any]] = field(default_factory=set)
-    _since: float = 0.0
-    _lock: Lock = field(default_factory=Lock)
-
-    def started(self, call: Future[Any]) -> None:
-        with self._lock:
-            if not self._open:
-                self._since = time.perf_counter()
-            self._open.add(call)
-
-    def ended(self, call: Future[Any]) -> None:
-        with self._lock:
-            if call not in self._open:  # known already
-                return
-            self._open.remove(call)
-            if not self._open:
-                self._add(under_way=time.perf_counter() - self._since)
-
-    def worked(self, seconds: float) -> None:
-        with self._lock:
-            self._add(busy=seconds)
-
-    def waited(self, seconds: float) -> None:
-        with self._lock:
-            self._add(waited=seconds)
-
-    def _add(self, **seconds: float) -> None:
-        before = asdict(self.times)
-        self.times = replace(self.times, **{n: before[n] + x for n, x in seconds.items()})
-
-
-def timed(fn: RowFunction, rows: Tensor) -> tuple[Any, float]:
+def timed(fn: RowFunction, rows: Tensor) -> tuple[list[float | str], float]:
     """Return a function's answer and the seconds it took, where it runs.
+
+    It is read there, too: a generator cannot travel, and numbers can.
 
     :param rows: int64 ``(B, L)``.
     """
     started = time.perf_counter()
-    return fn(rows), time.perf_counter() - started
+    return read_answer(fn(rows), len(rows)), time.perf_counter() - started
 
 
 class CallsBeside(Calls):
@@ -120,7 +34,9 @@ class CallsBeside(Calls):
     :param fn: the function.
     :param executor: where they run.
     :param num_workers: calls that run at once, None where nobody knows.
-    :param timeout: seconds without any call finishing after which the running ones are given up.
+    :param timeout: seconds that a call may take, where the executor can end calls
+        (``submit_within``); elsewhere those without any call finishing after which the running
+        ones are given up.
     :param name: how errors call the function.
     """
 
@@ -134,34 +50,37 @@ class CallsBeside(Calls):
     ) -> None:
         super().__init__(fn, num_workers)
         self.executor, self.timeout, self.name = executor, timeout, name
+        self._timed = partial(timed, fn)  # one object: executors may send it once
         self._pending: dict[Future[Any], Piece] = {}
-        self._clock = _Clock()
-
-    @property
-    def times(self) -> Times:
-        """What calls took so far."""
-        return self._clock.times
 
     def _start(self, piece: Piece) -> None:
         try:
-            call = self.executor.submit(partial(timed, self.fn), piece.rows)
+            call = self._submit(piece.rows)
         except RuntimeError as error:  # broken, or shut down
             self.cancel()
             raise self._lost(error) from error
-        self._clock.started(call)
+        self.clock.started(call)
         self._pending[call] = piece
-        call.add_done_callback(self._clock.ended)
+        call.add_done_callback(self.clock.ended)
+
+    def _submit(self, rows: Tensor) -> Future[Any]:
+        within = getattr(self.executor, "submit_within", None)
+        if within is None:
+            return self.executor.submit(self._timed, rows)
+        call: Future[Any] = within(self.timeout, self._timed, rows)
+        return call
 
     def _wait(self) -> Iterator[tuple[Piece, Outcome]]:
         for call in self._next():
             piece = self._pending.pop(call)
-            self._clock.ended(call)  # it was given up, or its thread has not come to say so yet
-            yield piece, self._outcome(call, len(piece))
+            self.clock.ended(call)  # it was given up, or its thread has not come to say so yet
+            yield piece, self._outcome(call, piece)
 
     def _next(self) -> list[Future[Any]]:
         started = time.perf_counter()
-        done, waiting = wait(self._pending, self.timeout, FIRST_COMPLETED)
-        self._clock.waited(time.perf_counter() - started)
+        patience = None if hasattr(self.executor, "submit_within") else self.timeout
+        done, waiting = wait(self._pending, patience, FIRST_COMPLETED)
+        self.clock.waited(time.perf_counter() - started)
         # In the order in which they were asked: which of two failures is told first is no chance.
         found = [call for call in self._pending if call in done]
         found = found or [call for call in self._pending if call in waiting and call.running()]
@@ -173,20 +92,19 @@ class CallsBeside(Calls):
             "one."
         )
 
-    def _outcome(self, call: Future[Any], count: int) -> Outcome:
+    def _outcome(self, call: Future[Any], piece: Piece) -> Outcome:
         if not call.done():
             return GaveUp(f"no answer within {self.timeout} s")
         error = call.exception()
         if isinstance(error, BrokenExecutor):
             raise self._lost(error) from error
-        if isinstance(error, Exception):
-            return error
-        answer, seconds = call.result()
-        self._clock.worked(seconds)
-        try:
-            return read_answer(answer, count)
-        except Exception as unread:
-            return unread
+        if error is not None:
+            self.counts[KILLED] += isinstance(error, GaveUp)
+            return error if isinstance(error, Exception) else _as_exception(error)
+        answer, piece.seconds = call.result()
+        self.clock.worked(piece.seconds or 0.0)
+        found: list[float | str] = answer
+        return found
 
     def _lost(self, error: BaseException) -> PotentialError:
         return PotentialError(
@@ -198,8 +116,14 @@ class CallsBeside(Calls):
         super().cancel()
         for call in self._pending:
             call.cancel()
-            self._clock.ended(call)
+            self.clock.ended(call)
         self._pending.clear()
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """Return ``sys.exit()`` of a worker as what it is here: a failure, and not the end of all."""
+    kind: type[Exception] = type(type(error).__name__, (RuntimeError,), {})
+    return kind(str(error))
 
 
 def workers_of(executor: Executor | None) -> int | None:

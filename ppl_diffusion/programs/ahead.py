@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.smc.feynman_kac import take_particles
+from ppl_diffusion.smc.run_memory import remembers
 from ppl_diffusion.smc.twists import log_mean_exp
 
 State = dict[str, Any]
@@ -65,6 +66,7 @@ class Ahead:
         return replace(self, kept=take_particles(self.kept, index))
 
 
+@remembers("log_c")
 @dataclass
 class Levels:
     """What look-aheads are tempered by and floored at, so that latents may move.

@@ -28,6 +28,7 @@ from ppl_diffusion.programs.trails import remember
 from ppl_diffusion.smc.evaluated_potential import Pending
 from ppl_diffusion.smc.feynman_kac import BoundFeynmanKac, FeynmanKac, per_particle, take_particles
 from ppl_diffusion.smc.rejuvenation import tilt
+from ppl_diffusion.smc.run_memory import remembers
 from ppl_diffusion.smc.twists import (
     LOG_BASE,
     FillTwist,
@@ -55,6 +56,7 @@ class Mover(Protocol):
     def fills(self, twist: FillTwist, carry: Carry, k: int, generator: Rng) -> Tensor: ...
 
 
+@remembers("counted_notes")
 @dataclass
 class Bound:
     """What a method may ask about its particles during one run.
@@ -97,6 +99,16 @@ class Bound:
         """Chains whose particles remember the states of their paths (``TRAIL``)."""
         if isinstance(self.source, ProgramSource):
             self.source.place = self.place
+
+    @property
+    def counted_notes(self) -> dict[str, Any]:
+        """The notes that are numbers and words: what changes while the particles move."""
+        plain = (bool, int, float, str)
+        return {name: note for name, note in self.notes.items() if isinstance(note, plain)}
+
+    @counted_notes.setter
+    def counted_notes(self, notes: Mapping[str, Any]) -> None:
+        self.notes.update(notes)
 
     @property
     def only(self) -> ChainSite:

@@ -53,11 +53,13 @@ from ppl_diffusion.programs.tracking import (
     is_bounded_by_others,
     is_discrete,
 )
+from ppl_diffusion.smc.run_memory import remembers
 
 NUM_HISTORIES, NUM_SEQUENCES, NUM_LATENTS = 2, 8, 16
 """Rows of the check: histories per chain, other sequences, other latents."""
 
 
+@remembers("num_rows", "num_runs")
 class Program:
     """A program with its arguments, ready to be evaluated for many particles.
 

@@ -24,9 +24,10 @@ from ppl_diffusion.deferred import deferred_checks, refuse_if
 from ppl_diffusion.kernels.blocks import compacted
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.processes.noise import uniforms
+from ppl_diffusion.smc.checkpoint import Stage
 from ppl_diffusion.smc.feynman_kac import STATE, FeynmanKac, ends
 from ppl_diffusion.smc.genealogy import degenerate, eve_indices, evidence_variance, trace_back
-from ppl_diffusion.smc.late import looking
+from ppl_diffusion.smc.late import PENDING, looking
 from ppl_diffusion.smc.posterior import ParticlePosterior
 from ppl_diffusion.smc.resampling import Multinomial, Resampler, as_resampler
 from ppl_diffusion.smc.twists import LOG_BASE, Carry, log_mean_exp
@@ -236,18 +237,26 @@ def smc_loop(
     """
     _check_settings(num_particles, num_runs, ess_threshold)
     shape = (num_runs, num_particles)
+    stage = Stage(engine, generator, ("smc", num_steps, *shape))
     with deferred_checks() as checks:
-        carry = engine.init(num_runs, num_particles, generator)
-        device = _device(carry)
-        zeros = torch.zeros(shape, dtype=torch.float64, device=device)
-        carry = {**carry, LOG_BASE: zeros}
-        parents = identity = torch.arange(num_particles, device=device).expand(shape)
-        first = engine.log_twist(carry, 0, generator)
-        twist = zeros if first is None else first
-        weights, log_z = Weights(twist.clone()), twist.new_zeros(num_runs)
-        base = log_base(weights, log_z, twist)
-        log, k = _Log(record, carry), 0
+        kept = stage.begun()
+        if kept is None:
+            kept = _start(engine, shape, generator, record)
+        carry, parents, twist, k = (kept[name] for name in ("carry", "parents", "twist", "k"))
+        weights, log_z, base = Weights(kept["log_w"]), kept["log_z"], kept["base"]
+        log = _Log(record, **kept["log"])
+        identity = torch.arange(num_particles, device=twist.device).expand(shape)
+
+        def standing() -> dict[str, Any]:
+            checks.read()
+            # What was asked late has been answered by now.
+            moved = {name: None if name == PENDING else x for name, x in carry.items()}
+            here = {"carry": moved, "parents": parents, "twist": twist, "k": k}
+            run = {"log_w": weights.log, "log_z": log_z, "base": base}
+            return {**here, **run, "log": log.entries()}
+
         while k < num_steps:
+            stage.boundary(standing)
             # What is carried was looked ahead from the future that copies still share: latents move
             # by it before each copy gets its own.
             if hasattr(engine, "renew"):
@@ -288,28 +297,65 @@ def smc_loop(
                 weights = Weights(torch.where(due[:, None], 0.0, weights.log))
                 log.settled = False
             base = log_base(weights, log_z, twist)
+        stage.boundary(standing)
         return log.trace(carry, weights, twist, isinstance(resampler, Multinomial))
 
 
+def _start(
+    engine: Engine,
+    shape: tuple[int, int],
+    generator: torch.Generator | None,
+    record: str | Callable[[Carry], dict[str, Tensor]] | None,
+) -> dict[str, Any]:
+    """Return where a loop stands before its first step."""
+    carry = engine.init(*shape, generator)
+    device = _device(carry)
+    zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+    carry = {**carry, LOG_BASE: zeros}
+    first = engine.log_twist(carry, 0, generator)
+    twist = zeros if first is None else first
+    weights, log_z = Weights(twist.clone()), twist.new_zeros(shape[0])
+    base = log_base(weights, log_z, twist)
+    parents = torch.arange(shape[1], device=device).expand(shape)
+    run = {"log_w": weights.log, "log_z": log_z, "base": base}
+    history = [] if record is None else [_kept(record, carry)]
+    log = {"history": history, "ancestors": [], "steps": [], "settled": False}
+    return {"carry": carry, "parents": parents, "twist": twist, "k": 0, **run, "log": log}
+
+
+def _kept(record: str | Callable[[Carry], dict[str, Tensor]], carry: Carry) -> dict[str, Tensor]:
+    kept = {record: carry[record]} if isinstance(record, str) else record(carry)
+    return {name: compacted(tokens) for name, tokens in kept.items()}
+
+
 class _Log:
-    """What each step leaves behind."""
+    """What each step leaves behind.
+
+    :ivar settled: whether nothing has changed the weights since the last step was noted.
+    """
 
     def __init__(
-        self, record: str | Callable[[Carry], dict[str, Tensor]] | None, carry: Carry
+        self,
+        record: str | Callable[[Carry], dict[str, Tensor]] | None,
+        history: list[dict[str, Tensor]],
+        ancestors: list[Tensor],
+        steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+        settled: bool,
     ) -> None:
-        self.record = record
-        self.history = [] if record is None else [self._kept(carry)]
-        self.ancestors: list[Tensor] = []
-        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-        self.settled = False
-        """Whether nothing has changed the weights since the last step was noted."""
+        self.record, self.history, self.ancestors = record, history, ancestors
+        self.steps, self.settled = steps, settled
+
+    def entries(self) -> dict[str, Any]:
+        """Return everything that was noted."""
+        noted = {"history": self.history, "ancestors": self.ancestors, "steps": self.steps}
+        return {**noted, "settled": self.settled}
 
     def repeat(self, carry: Carry, parents: Tensor) -> None:
         """Note a step that left all weights as they were."""
         self.ancestors.append(parents)
         self.steps.append(self.steps[-1])
         if self.record is not None:
-            self.history.append(self._kept(carry))
+            self.history.append(_kept(self.record, carry))
 
     def add(
         self,
@@ -331,20 +377,14 @@ class _Log:
         mass = log_mean_exp(base, 1)
         self.steps.append((weights.ess, log_z + weights.log_mean, weights.alive, due, mass))
         if self.record is not None:
-            self.history.append(self._kept(carry))
-
-    def _kept(self, carry: Carry) -> dict[str, Tensor]:
-        assert self.record is not None
-        record = self.record
-        kept = {record: carry[record]} if isinstance(record, str) else record(carry)
-        return {name: compacted(tokens) for name, tokens in kept.items()}
+            self.history.append(_kept(self.record, carry))
 
     def paths(self, carry: Carry, parents: Tensor) -> dict[str, Tensor]:
         """Return the paths that end in a population whose step is not logged yet."""
         if self.record is None:
             return {}
         ancestors = torch.stack([*self.ancestors, parents])
-        return _paths([*self.history, self._kept(carry)], ancestors)
+        return _paths([*self.history, _kept(self.record, carry)], ancestors)
 
     def trace(
         self, carry: Carry, weights: Weights, log_potential: Tensor, multinomial: bool

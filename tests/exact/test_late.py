@@ -170,7 +170,7 @@ def test_the_network_is_asked_while_scores_are_computed():
     assert torch.equal(beside.log_evidence, alone.log_evidence)
     assert torch.equal(beside.x0, alone.x0)
     assert list(beside.settings["rewards"]) == ["reward"]
-    assert "rewards" not in alone.settings
+    assert list(alone.settings["rewards"]) == ["<lambda>"]
 
 
 @pytest.mark.parametrize("method", ["twisted", "soft-value", "beam"])

@@ -219,7 +219,7 @@ def test_a_part_of_a_part_is_told_apart_there_only():
 def test_everything_that_is_profiled_exists():
     from contextlib import ExitStack
 
-    from ppl_diffusion.design import run
+    from ppl_diffusion.designs import run
 
     profile, clock = module("profile"), module("_clock").Clock("all")
     own = run.infer

@@ -52,7 +52,7 @@ def runs(prior, tmp_path_factory, _no_plots):
 def _no_plots():
     """Runs are compared here, not looked at; the plots of a run are seen to in test_cli.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppl_diffusion.design.run.save_plots", lambda posterior, folder: None)
+        patch.setattr("ppl_diffusion.designs.run.save_plots", lambda posterior, folder: None)
         yield
 
 

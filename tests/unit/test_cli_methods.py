@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ppl_diffusion.cli import run
-from ppl_diffusion.design.program import build_target
-from ppl_diffusion.design.question import Job, Question
-from ppl_diffusion.design.run import design
+from ppl_diffusion.designs.program import build_target
+from ppl_diffusion.designs.question import Job, Question
+from ppl_diffusion.designs.run import design
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.models import MaskedDiffusion, UniformDiffusion
 from ppl_diffusion.smc import ParticlePosterior

@@ -162,7 +162,7 @@ def test_a_damaged_motif_is_one_sentence(places, tmp_path, monkeypatch, capsys):
     def stub(*_, **__):
         raise ParticleCollapse("enough")
 
-    monkeypatch.setattr("ppl_diffusion.design.run.design", stub)
+    monkeypatch.setattr("ppl_diffusion.designs.run.design", stub)
     matrices = tmp_path / "two.jaspar"
     sound = ">M1 sound\nA [9 1]\nC [1 9]\nG [0 0]\nT [0 0]\n"
     matrices.write_text(sound + sound.replace("M1 sound", "M2 torn").replace("[9", "[x"))

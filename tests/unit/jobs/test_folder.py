@@ -1,6 +1,6 @@
 import pytest
 
-from ppl_diffusion.design.question import InputError
+from ppl_diffusion.designs.question import InputError
 from ppl_diffusion.jobs.folder import check_target, whole_folder, write_whole
 
 

@@ -231,10 +231,33 @@ class TestTold:
         assert list(told) == ["<lambda>", *(f"<lambda> {i}" for i in range(2, 9))]
         assert sum(each["asked"] for each in told.values()) == 20
 
-    def test_functions_without_workers_say_nothing(self):
+    def test_functions_without_workers_are_told_of_too(self):
         with watch_failures() as watched:
-            SequenceFunction(count_g)(sequences(3))
-        assert watched.settings() == {}
+            function = SequenceFunction(count_g)
+            function(sequences(3))
+            function(sequences(3))
+        (told,) = watched.settings()["rewards"].values()
+        seconds, under_way = told.pop("seconds"), told.pop("under_way")
+        assert seconds >= under_way > 0
+        assert told == {
+            "asked": 3,
+            "cached": 3,
+            "cached_memory": 3,
+            "cached_disk": 0,
+            "retried": 0,
+            "killed": 0,
+            "failed": 0,
+            "failed_by_cause": {},
+            "utilisation": 1.0,
+            "overlap": 0.0,
+        }
+
+    def test_what_is_told_does_not_grow_with_the_functions_a_program_makes(self):
+        with watch_failures() as watched:
+            for _ in range(1000):
+                SequenceFunction(count_g)(sequences(2))
+        assert len(watched._ledger._accounts) <= 257
+        assert watched.settings()["rewards"]["count_g"]["asked"] == 2000
 
 
 class TestMemoryOfARun:

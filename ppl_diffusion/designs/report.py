@@ -12,10 +12,12 @@ from ppl_diffusion.diagnostics import nearest_distance
 from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.jobs.folder import whole_file
 from ppl_diffusion.jobs.writing import no_evidence, reason
+from ppl_diffusion.tokenisers import MOLECULES
 
 if TYPE_CHECKING:
-    from ppl_diffusion.design.judging import Columns
-    from ppl_diffusion.design.ranking import Designs
+    from ppl_diffusion.designs.alphabet import Alphabet
+    from ppl_diffusion.designs.ranking import Designs
+    from ppl_diffusion.designs.scores import Columns
     from ppl_diffusion.diagnostics.comparison import Comparison
     from ppl_diffusion.smc import ParticlePosterior
 
@@ -44,6 +46,23 @@ def fasta(sequences: Sequence[str], headers: Sequence[str]) -> str:
     """Write sequences in FASTA format, one line each; headers come without ``>``."""
     pairs = zip(headers, sequences, strict=True)
     return "".join(f">{header}\n{sequence}\n" for header, sequence in pairs)
+
+
+def sequence_file(
+    alphabet: Alphabet, sequences: Sequence[str], designs: Designs
+) -> tuple[str, str]:
+    """Return the name and the text of the file of the designs alone, of a format that suits them.
+
+    FASTA where tokens are letters, a line each where they are more, as SMILES are.
+    """
+    kind = getattr(alphabet.tokeniser, "name", "")
+    if kind in MOLECULES:
+        names = design_headers(designs)
+        pairs = zip(sequences, names, strict=True)
+        return "designs.smi", "".join(f"{text} {name}\n" for text, name in pairs)
+    if all(len(symbol) == 1 and symbol.isalpha() for symbol in alphabet.symbols):
+        return "designs.fasta", fasta(sequences, design_headers(designs))
+    return "designs.txt", "".join(f"{text}\n" for text in sequences)
 
 
 def design_headers(designs: Designs) -> list[str]:

@@ -1,4 +1,4 @@
-"""What independent judges say about designs, and about the prior for comparison."""
+"""What scores say about designs, and about the prior for comparison."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_diffusion.design.program import BASES, Target
-from ppl_diffusion.design.ranking import Designs
+from ppl_diffusion.designs.program import Target
+from ppl_diffusion.designs.ranking import Designs
+from ppl_diffusion.designs.scores import Columns
 
-Columns = dict[str, Tensor]
 BOUND_SAMPLES = 16
 """Noise levels per sequence for the prior bound."""
 
 
-def scores(target: Target, tokens: Tensor, generator: torch.Generator) -> Columns:
-    """Score sequences: how natural the prior finds them, their GC, and what the oracles say."""
+def scores(
+    target: Target, tokens: Tensor, generator: torch.Generator, *, prior: bool = False
+) -> Columns:
+    """Score sequences: how natural the prior finds them, their GC, and what rewards and judges say.
+
+    :param prior: whether they are samples of the prior, which slow scores are not asked about.
+    """
     tokens, marginal = tokens.to(target.prior.device), target.chain.marginal()
     terms = marginal.bound_samples(tokens, num_samples=BOUND_SAMPLES, generator=generator).double()
-    gc = torch.tensor([BASES.index(base) for base in "GC"], device=tokens.device)
     columns = {
         "log_prob_bound": terms.mean(0),
         "log_prob_bound_sd": terms.std(0) / math.sqrt(BOUND_SAMPLES),
-        "gc": torch.isin(tokens, gc).double().mean(-1),
     }
-    for name, oracle in (("design", target.designer), ("judge", target.judge)):
-        if oracle is not None:
-            mean, sd = oracle.predict(tokens)
-            columns[f"expression_{name}"] = mean.double()
-            columns[f"expression_{name}_sd"] = sd.double()
+    if (share := target.alphabet.gc_share(tokens)) is not None:
+        columns["gc"] = share
+    for score in target.scores:
+        if not (prior and score.spec.slow):
+            columns |= score.columns(tokens)
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -37,7 +40,8 @@ def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dic
     """Set the weighted designs against plain prior samples.
 
     :returns: for each score the weighted mean of the designs with its standard error over runs
-        (NaN for one run), and mean, standard deviation and 95th percentile of the prior samples.
+        (NaN for one run), and mean, standard deviation and 95th percentile of the prior samples,
+        NaN where these were not asked about.
     """
     return {
         name: {
@@ -45,12 +49,19 @@ def compare(designs: Designs, columns: Columns, prior: Columns) -> dict[str, dic
             "designs_standard_error": standard_error(
                 designs.run_weight @ values, designs.run_share
             ),
-            "prior_mean": float(prior[name].mean()),
-            "prior_sd": float(prior[name].std()),
-            "prior_95th_percentile": float(prior[name].quantile(0.95)),
+            **_of_prior(prior.get(name)),
         }
         for name, values in columns.items()
         if not name.endswith("_sd")
+    }
+
+
+def _of_prior(values: Tensor | None) -> dict[str, float]:
+    values = torch.full((2,), math.nan) if values is None else values
+    return {
+        "prior_mean": float(values.mean()),
+        "prior_sd": float(values.std()),
+        "prior_95th_percentile": float(values.quantile(0.95)),
     }
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ppl_diffusion.denoisers import MarkovDenoiser
-from ppl_diffusion.design.methods import HeldFill, infer
-from ppl_diffusion.design.program import Target
-from ppl_diffusion.design.question import Job
+from ppl_diffusion.designs.methods import HeldFill, infer
+from ppl_diffusion.designs.program import Target
+from ppl_diffusion.designs.question import Job
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import Bootstrap, Refinement, TwistedSampler, methods

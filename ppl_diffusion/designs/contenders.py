@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ppl_diffusion.design.program import BASES
+from ppl_diffusion.designs.alphabet import Alphabet
 from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.jobs.folder import MARKER
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
 
 PARTICLES = "particles"
-SCORES = ("expression_judge", "expression_design", "log_prob_bound", "gc")
+_NO_SCORES = ("rank", "sequence", "weight", "copies", "run", "log_potential", "nearest")
 
 
 def read_contenders(folders: Sequence[Path]) -> list[Contender]:
@@ -129,13 +129,19 @@ def _scores(folder: Path, posterior: ParticlePosterior) -> dict[str, NDArray[np.
         table = {row["sequence"]: row for row in csv.DictReader(file)}
     if not table:
         raise ValueError("designs.csv holds no designs")
-    names = [name for name in SCORES if name in next(iter(table.values()))]
-    letters = np.array(BASES)[posterior.x0.numpy()]
-    sequences = ["".join(row) for row in letters.reshape(-1, letters.shape[-1])]
+    first = next(iter(table.values()))
+    names = [name for name in first if name not in _NO_SCORES and not name.endswith("_sd")]
+    sequences = _alphabet(folder).decode(posterior.x0.reshape(-1, posterior.x0.shape[-1]))
     nothing = dict.fromkeys(names, "nan")
     rows = [table.get(sequence, nothing) for sequence in sequences]
     shape = tuple(posterior.log_weights.shape)
     return {name: np.array([float(row[name]) for row in rows]).reshape(shape) for name in names}
+
+
+def _alphabet(folder: Path) -> Alphabet:
+    """Return how the tokens of a run are written, as its folder says."""
+    entries = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("alphabet")
+    return Alphabet(tuple("ACGT")) if entries is None else Alphabet.read(entries)
 
 
 def _require_different(contenders: Sequence[Contender]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion.design.program import Target
+from ppl_diffusion.designs.program import Target
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import (

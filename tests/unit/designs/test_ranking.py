@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import tensor
 
-from ppl_diffusion.design.judging import compare, standard_error
-from ppl_diffusion.design.ranking import rank_designs
+from ppl_diffusion.designs.judging import compare, standard_error
+from ppl_diffusion.designs.ranking import rank_designs
 from ppl_diffusion.smc import ParticlePosterior
 from ppl_diffusion.smc.law import Base, Law
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.denoisers import EvaluatedDenoiser
-from ppl_diffusion.design.judging import Columns, compare, scores
-from ppl_diffusion.design.methods import infer
-from ppl_diffusion.design.program import BASES, Target
-from ppl_diffusion.design.question import Job
-from ppl_diffusion.design.ranking import Designs, rank_designs
-from ppl_diffusion.design.report import design_headers, designs_csv, fasta, save_plots
+from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.brief import brief_text
+from ppl_diffusion.designs.judging import compare, scores
+from ppl_diffusion.designs.methods import infer
+from ppl_diffusion.designs.program import Target
+from ppl_diffusion.designs.question import Job
+from ppl_diffusion.designs.ranking import Designs, rank_designs
+from ppl_diffusion.designs.report import designs_csv, save_plots, sequence_file
+from ppl_diffusion.designs.scores import Columns
 from ppl_diffusion.diagnostics import collapse, nearest_distance
 from ppl_diffusion.diagnostics.claims import knows_ess
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
     from ppl_diffusion.smc.engine import Progress
 
+BRIEF = "brief.toml"
 NUM_PRIOR_SAMPLES = 256
 SET = 16
 """Designs of a run, and samples of the prior, that are compared with their neighbours."""
@@ -45,12 +49,17 @@ class Result:
     :param summary: what ``summary.json`` holds.
     """
 
-    job: Job
+    target: Target
     posterior: ParticlePosterior
     designs: Designs
     sequences: list[str]
     columns: Columns
     summary: dict[str, Any]
+
+    @property
+    def job(self) -> Job:
+        """The job, with every default filled in."""
+        return self.target.job
 
 
 def design(target: Target, *, progress: Progress | None = None) -> Result:
@@ -65,18 +74,20 @@ def design(target: Target, *, progress: Progress | None = None) -> Result:
     designs = rank_designs(posterior)
     columns = scores(target, designs.tokens, _stream(job, _JUDGES))
     samples = _prior_samples(target, job)
-    prior = scores(target, samples, _stream(job, _JUDGES))
+    prior = scores(target, samples, _stream(job, _JUDGES), prior=True)
     summary = {
-        **summarise(posterior, designs, job),
+        **summarise(posterior, designs, job, target.alphabet),
         "comparison": compare(designs, columns, prior),
         "collapse": _collapse(posterior, samples.cpu()),
         "num_prior_samples": NUM_PRIOR_SAMPLES,
         "seconds": time.perf_counter() - started,
     }
-    return Result(job, posterior, designs, target.decode(designs.tokens), columns, summary)
+    return Result(target, posterior, designs, target.decode(designs.tokens), columns, summary)
 
 
-def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[str, Any]:
+def summarise(
+    posterior: ParticlePosterior, designs: Designs, job: Job, alphabet: Alphabet
+) -> dict[str, Any]:
     weights, eve = posterior.weights, posterior.eve
     joint = posterior.pooled_log_weights.flatten()
     known = knows_ess(posterior.settings)
@@ -99,6 +110,7 @@ def summarise(posterior: ParticlePosterior, designs: Designs, job: Job) -> dict[
         "law": posterior.law.to_json(),
         "seed": job.search.seed,
         "settings": {**job.settings(), **_work(posterior)},
+        "alphabet": alphabet.settings(),
         "warnings": list(map(str, posterior.warnings)),
     }
 
@@ -135,11 +147,13 @@ def write_run(result: Result, folder: Path, *, replace: bool) -> str | None:
         (place / "designs.csv").write_text(
             designs_csv(designs, result.columns, sequences), encoding="utf-8"
         )
-        (place / "designs.fasta").write_text(
-            fasta(sequences, design_headers(designs)), encoding="utf-8"
-        )
+        name, text = sequence_file(result.target.alphabet, sequences, designs)
+        (place / name).write_text(text, encoding="utf-8")
+        if result.target.whole:
+            (place / BRIEF).write_text(brief_text(result.job), encoding="utf-8")
         (place / MARKER).write_text(json_text(result.summary), encoding="utf-8")
-        left_out = (save_arviz(kept, place, BASES), save_plots(kept, place / "plots"))
+        vocabulary = result.target.alphabet.vocabulary
+        left_out = (save_arviz(kept, place, vocabulary), save_plots(kept, place / "plots"))
     return " ".join(filter(None, left_out)) or None
 
 

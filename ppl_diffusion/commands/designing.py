@@ -1,0 +1,98 @@
+"""The body of the command ``design``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ppl_diffusion.commands.complain import OK, complain, note
+from ppl_diffusion.commands.tables import design_tables, progress_bar
+from ppl_diffusion.designs.brief import SUFFIX, job_of
+from ppl_diffusion.designs.flags import Asked
+from ppl_diffusion.designs.question import Job
+from ppl_diffusion.jobs.backends import NUMPYRO, is_jax
+from ppl_diffusion.jobs.checks import InputError
+from ppl_diffusion.jobs.folder import check_target, is_finished
+from ppl_diffusion.jobs.keeping import EVERY, kept_job
+from ppl_diffusion.jobs.search import Search
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a run goes, and what is said on the way.
+
+    :param out: the run folder, ``runs/NAME`` if None.
+    :param replace: an earlier run in it.
+    :param resume: go on with a run that was interrupted; one that is finished stays as it is.
+    :param every: seconds between two checkpoints, at least.
+    :param quiet: print errors only.
+    """
+
+    out: Path | None
+    replace: bool = False
+    resume: bool = False
+    every: float = EVERY
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.every >= 0:
+            raise InputError(f"--checkpoint-every must be 0 or more seconds, not {self.every}.")
+
+
+def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Options) -> None:
+    """Follow a brief, or design with a prior; write the run folder, print its tables.
+
+    :param name: of a prior, or the file of a brief.
+    :param asked: what changes in its question.
+    :param search: what changes in its search, by name; None changes nothing.
+    :raises InputError: if something asked for cannot be done.
+    """
+    from ppl_diffusion.designs.program import build_target
+    from ppl_diffusion.designs.run import design, write_run
+
+    job = job_of(name)
+    job = asked.change(replace(job, search=_changed(job.search, search)))
+    out = options.out or Path("runs") / Path(name).name.removesuffix(SUFFIX)
+    if options.resume and is_finished(out):
+        text = f"The run in {str(out)!r} is finished: nothing is left to do."
+        return note(text, quiet=options.quiet)
+    check_target(out, replace=options.replace, resume=options.resume)
+    target = build_target(job)
+    question = target.job.settings()
+    with kept_job(out, question, resume=options.resume, every=options.every):
+        with progress_bar(f"design {_shown(job)}", quiet=options.quiet) as advance:
+            result = design(target, progress=advance)
+        left_out = write_run(result, out, replace=options.replace)
+    if not options.quiet:
+        design_tables(result)
+        print(f"wrote {out}")
+    if left_out is not None:
+        complain(f"{left_out} Every other file of the run was written.", OK)
+
+
+def _shown(job: Job) -> str:
+    return Path(job.name).name or job.name
+
+
+def _changed(search: Search, asked: Mapping[str, Any]) -> Search:
+    """Return a search with what was asked for in place of what it says.
+
+    Options of another method than that of the brief are forgotten with it.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    backend, device = given.pop("backend", None), given.pop("device", None)
+    device = device or search.device or "cpu"
+    backend = backend or search.backend or "torch"
+    known = {f.name for f in fields(Search)} - {"options"}
+    numbers = {name: given.pop(name) for name in known & given.keys()}
+    same = numbers.get("method", search.method) == search.method
+    kept = {f.name: getattr(search, f.name) for f in fields(search)}
+    if not same:
+        kept |= {"ess_threshold": None, "resampler": None}
+    kept |= numbers
+    kept["options"] = {**(search.options if same else {}), **given}
+    kept["device"] = None if device == "cpu" else device
+    kept["backend"] = NUMPYRO if is_jax(backend, device) else None
+    return Search(**kept)

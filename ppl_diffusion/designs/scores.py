@@ -1,0 +1,138 @@
+"""Scores: what a reward or a judge is asked, as tables show it and as the target counts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.question import split_name
+from ppl_diffusion.designs.reward_spec import OBSERVATION_SD, RewardSpec
+from ppl_diffusion.jobs.checks import InputError, user_input
+from ppl_diffusion.models import Oracle, load_oracle
+from ppl_diffusion.potentials import (
+    AbstractPotential,
+    Likelihood,
+    Motif,
+    Reward,
+    find_motif,
+    read_motifs,
+)
+
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward or a judge, ready to be asked.
+
+    :param spec: what was said about it.
+    :param columns: ``tokens (n, L) -> `` its columns of tables by name, each ``(n,)``.
+    :param potential: what it adds to the target; None of a judge.
+    """
+
+    spec: RewardSpec
+    columns: Callable[[Tensor], Columns]
+    potential: AbstractPotential | None = None
+
+
+def make_score(
+    spec: RewardSpec, alphabet: Alphabet, device: torch.device, *, judge: bool = False
+) -> Score:
+    """Load what a reward or a judge names.
+
+    :param device: where networks of ours compute.
+    :param judge: whether it is no part of the target.
+    :raises InputError: if it cannot be loaded, or does not fit the alphabet.
+    """
+    with user_input():
+        return _MAKERS[spec.source](spec, alphabet, device, judge)
+
+
+def _oracle(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bool) -> Score:
+    if alphabet.nucleic != "DNA" or alphabet.padding is not None:
+        raise InputError(
+            f"The oracle {spec.at!r} reads the bases ACGT of sequences of one length, and the "
+            f"prior writes {''.join(alphabet.vocabulary)}: choose a DNA prior, or another reward."
+        )
+    oracle: Oracle = load_oracle(spec.at).to(device)
+
+    def columns(tokens: Tensor) -> Columns:
+        mean, sd = oracle.predict(tokens)
+        return {spec.name: mean.double(), f"{spec.name}_sd": sd.double()}
+
+    return Score(spec, columns, None if judge else _goal(spec, oracle))
+
+
+def _motif(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bool) -> Score:
+    if alphabet.nucleic is None:
+        raise InputError(
+            f"A motif is a matrix of bases, and the prior writes {''.join(alphabet.vocabulary)}: "
+            "drop --motif."
+        )
+    motif = read_motif(spec)
+    strands = {"both_strands": alphabet.nucleic == "DNA", "vocabulary": alphabet.as_dna}
+    best = motif.potential(**strands)
+    weighted = best if spec.weight == 1 else spec.weight * best
+    potential = None if judge else weighted
+    known = {"probabilities": motif.probabilities}
+    spec = dataclasses.replace(spec, digest=digest(repr(motif.sites), known))
+    return Score(spec, lambda tokens: {spec.name: best(tokens)}, potential)
+
+
+def read_motif(spec: RewardSpec) -> Motif:
+    """Return the matrix that a reward names.
+
+    :raises InputError: if there is none of that name, or several and no name.
+    """
+    path, name = split_name(spec.at)
+    motifs = read_motifs(path)
+    if name is not None:
+        return find_motif(motifs, name)
+    if len(motifs) > 1:
+        raise InputError(
+            f"The motif file {str(path)!r} holds {len(motifs)} matrices: choose one with "
+            f"FILE@NAME, such as {path.name}@{motifs[0].identifier}."
+        )
+    return motifs[0]
+
+
+def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
+    """Tell things apart by what they hold, wherever they lie."""
+    total = hashlib.sha256(text.encode())
+    for name, values in sorted(numbers.items()):
+        total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        total.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+def _goal(spec: RewardSpec, function: Any) -> AbstractPotential:
+    """Return what a score adds to the target."""
+    made = _tilt(spec, function)
+    return made if spec.weight == 1 else spec.weight * made
+
+
+def _tilt(spec: RewardSpec, function: Any) -> AbstractPotential:
+    if spec.observed is not None:
+        return Likelihood(function, spec.observed, spec.sd or OBSERVATION_SD, name=spec.name)
+    capped, name = function, spec.name
+    if spec.at_most is not None:
+        capped, name = _capped(function, spec.at_most), f"min({name}, {spec.at_most:g})"
+    best = spec.goal == "maximise"
+    return Reward(capped, spec.temperature or 1.0, maximise=best, name=name)
+
+
+def _capped(function: Any, top: float) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: function(tokens).clamp_max(top)
+
+
+_MAKERS: dict[str, Callable[[RewardSpec, Alphabet, torch.device, bool], Score]] = {
+    "oracle": _oracle,
+    "motif": _motif,
+}
