@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import SIGTERMException as SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -128,7 +130,7 @@ class Fit(lightning.LightningModule):
         # One tick per step between two validations. A run shorter than that must still be
         # validated, and thus kept, at its end.
         ticks = min(self.recipe.validate_every, self.steps)
-        return DataLoader(torch.arange(ticks), num_workers=0)  # type: ignore[arg-type]
+        return _Ticks(torch.arange(ticks), num_workers=0)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation rows, or as many of them as the recipe wants."""
@@ -136,6 +138,15 @@ class Fit(lightning.LightningModule):
         count = min(self.recipe.valid_rows or len(rows), len(rows))
         chosen = rows[torch.arange(count) * len(rows) // count]
         return DataLoader(chosen, batch_size=512, num_workers=0)  # type: ignore[arg-type]
+
+
+class _Ticks(DataLoader[Any]):
+    """Ticks are alike, so that there is no state to go on from; Lightning asks for one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(eq=False)
@@ -210,6 +221,46 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+
+class KeepGoing(Callback):
+    """Write a checkpoint every few minutes, and end the run after a step where that is asked for.
+
+    Must stand behind the weight average in the list of callbacks, whose step it holds. Checkpoints
+    of validations are others' work: none is written between the last step of an epoch and those.
+
+    :param path: the checkpoint.
+    :param every: seconds between two of them, at least.
+
+    :ivar signal: the signal that asked for the end, or None.
+    """
+
+    def __init__(self, path: Path, every: float) -> None:
+        self.path, self.every = path, every
+        self.signal: int | None = None
+        self._due = time.monotonic() + every
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write, and end the run, where that is due.
+
+        :raises KeyboardInterrupt: if a signal asked for the end.
+        """
+        due = self.signal is not None or time.monotonic() >= self._due
+        if not due or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        scratch = self.path.with_name(f".{self.path.name}")
+        trainer.save_checkpoint(scratch)
+        scratch.replace(self.path)
+        self._due = time.monotonic() + self.every
+        if self.signal is not None:
+            raise KeyboardInterrupt
 
 
 class WeightAverage(EMAWeightAveraging):

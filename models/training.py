@@ -17,8 +17,12 @@ import dataclasses
 import json
 import math
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,14 +40,36 @@ from ppl_diffusion.models.run_place import RUN_FILE as RUN_FILE
 if TYPE_CHECKING:
     import lightning
 
-    from ppl_diffusion.models.fitting import Fit, KeepBest
+    from ppl_diffusion.models.fitting import Fit, KeepBest, KeepGoing
 
+<<<<<<< HEAD
+=======
+PRIOR_FOLDER = "prior"
+CHECKPOINT = "last.ckpt"
+STARTED_FILE = "started.json"
+"""What a run began with; it is gone when the run is finished."""
+RUN_FILE = "run.json"
+EVERY = 120.0
+"""Seconds between two checkpoints, at least; there is one after each validation, too."""
+>>>>>>> survive
 _SEEDS = 2**63  # torch takes no larger seeds
 _OF_DATA = ("vocab_size", "num_states", "max_length")
 
 
 class TrainingDiverged(RuntimeError):
     """A run whose validation bound was never finite has no weights worth keeping."""
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A signal ended a run; the text says whether it can be resumed.
+
+    :param text: one sentence.
+    :param signal: the number of the signal.
+    """
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,8 @@ def train(
     steps: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    force: bool = False,
+    every: float = EVERY,
     quiet: bool = False,
     objective: str | None = None,
     init: str | Path | None = None,
@@ -85,6 +113,9 @@ def train(
     :param seed: of the weights, the batches and the noise.
     :param resume: go on from ``last.ckpt`` in ``out``, with the recipe, ``seed`` and ``init`` that
         the run began with; ``steps`` may be others.
+    :param force: whether the run may take the place of another one in ``out``.
+    :param every: seconds between two checkpoints, at least; SIGINT and SIGTERM are answered with
+        one, after the step that is being made.
     :param objective: what a step minimises, one of
         :data:`~ppl_diffusion.models.recipes.OBJECTIVES`; that of the recipe if None.
     :param init: the prior to start from, a shipped name or a folder. By default training starts
@@ -94,10 +125,11 @@ def train(
     :param device: where the network is trained; the program that comes back is on the CPU.
     :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, the
         data do not suit the recipe, or the checkpoint is damaged or of another run.
+    :raises FileExistsError: if ``out`` holds a run, and neither ``resume`` nor ``force`` is said.
     :raises FileNotFoundError: if the data, or the checkpoint to resume from, are absent.
     :raises ModuleNotFoundError: if Lightning is not installed.
     :raises TrainingDiverged: if the validation bound was never finite.
-    :raises KeyboardInterrupt: if Ctrl-C ended the run; the text says whether it can be resumed.
+    :raises TrainingStopped: if a signal ended the run; the text says whether it can be resumed.
     """
     recipe = recipe or find_recipe(name)
     recipe = recipe.with_objective(objective or recipe.objective)
@@ -105,6 +137,7 @@ def train(
     if steps < 1:
         raise ValueError(f"train: {steps} steps is not a run; give 1 or more.")
     out = Path(out)
+    check_free(out, resume=resume, force=force)
     checkpoint = _checkpoint(out) if resume else None
     sequences = sequences or load_sequences(recipe.dataset, data)
     check_sequences(sequences, recipe)
@@ -118,8 +151,10 @@ def train(
     if checkpoint is not None:
         _check_same_run(checkpoint, origin, steps)
     fit = _fitting().Fit(program, sequences, recipe, steps=steps, seed=seed, origin=origin)
-    run = _run(fit, out, checkpoint, torch.device(device), quiet)
+    _begin(out, origin, resume=resume)
+    run = _run(fit, out, checkpoint, torch.device(device), quiet, every)
     _record(run, recipe, seed=seed, init=init)
+    (out / STARTED_FILE).unlink()
     return run
 
 
@@ -152,13 +187,19 @@ def _law(sequences: Sequences) -> dict[str, Any]:
 
 
 def _run(
-    fit: Fit, out: Path, checkpoint: Path | None, device: torch.device, quiet: bool
+    fit: Fit,
+    out: Path,
+    checkpoint: Path | None,
+    device: torch.device,
+    quiet: bool,
+    every: float,
 ) -> TrainingRun:
     keeper = _fitting().KeepBest(out / PRIOR_FOLDER)
+    going = _fitting().KeepGoing(out / CHECKPOINT, every)
     seeded = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=seeded), quiet_lightning():
-        trainer = _trainer(keeper, fit, out, device, quiet)
-        _fit(trainer, fit, checkpoint)
+        trainer = _trainer(keeper, going, fit, out, device, quiet)
+        _fit(trainer, going, fit, checkpoint)
     if not math.isfinite(keeper.best):
         raise TrainingDiverged(
             f"train: the validation bound was never finite in {trainer.global_step} steps, so no "
@@ -168,16 +209,41 @@ def _run(
     return TrainingRun(best, out, keeper.best, keeper.best_step, trainer.global_step)
 
 
-def _fit(trainer: lightning.Trainer, fit: Fit, checkpoint: Path | None) -> None:
-    handler = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+def _fit(trainer: lightning.Trainer, going: KeepGoing, fit: Fit, checkpoint: Path | None) -> None:
     try:
-        trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
+        with _stopping(going):
+            trainer.fit(fit, ckpt_path=checkpoint, weights_only=True)
+    except _fitting().SIGTERMException:  # between two epochs, where there is a checkpoint
+        raise TrainingStopped(_interruption(fit, checkpoint), signal.SIGTERM) from None
     except SystemExit as error:
+        # Lightning turns an interruption into an exit.
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        # Lightning turns Ctrl-C into an exit, and leaves the process deaf to the next one.
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt(_interruption(fit, checkpoint)) from None
+        number = going.signal or signal.SIGINT
+        raise TrainingStopped(_interruption(fit, checkpoint), number) from None
+
+
+@contextmanager
+def _stopping(going: KeepGoing) -> Iterator[None]:
+    """Let signals end a run after a step, and the second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if going.signal is not None:
+            raise KeyboardInterrupt
+        going.signal = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+        yield
+    finally:  # Lightning leaves the process deaf to the next Ctrl-C
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _interruption(fit: Fit, checkpoint: Path | None) -> str:
@@ -187,7 +253,7 @@ def _interruption(fit: Fit, checkpoint: Path | None) -> str:
 
 
 def _trainer(
-    keeper: KeepBest, fit: Fit, out: Path, device: torch.device, quiet: bool
+    keeper: KeepBest, going: KeepGoing, fit: Fit, out: Path, device: torch.device, quiet: bool
 ) -> lightning.Trainer:
     import lightning
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
@@ -195,7 +261,7 @@ def _trainer(
     # The average comes after the keeper, which looks while the averaged weights are in place.
     average = _fitting().WeightAverage(fit.recipe.ema_decay)
     last = ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
-    callbacks: list[Callback] = [keeper, average, last]
+    callbacks: list[Callback] = [keeper, average, going, last]
     if not quiet:
         callbacks.append(RichProgressBar())
     return lightning.Trainer(
@@ -276,14 +342,38 @@ def _record(run: TrainingRun, recipe: Recipe, *, seed: int, init: str | Path | N
     (run.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _checkpoint(out: Path) -> Path:
+def check_free(out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to train over a run, finished or not.
+
+    :raises FileExistsError: if there is one, and neither was said.
+    """
+    held = [name for name in (RUN_FILE, CHECKPOINT, STARTED_FILE) if (out / name).is_file()]
+    if held and not (resume or force):
+        raise FileExistsError(
+            f"The folder {str(out)!r} already holds a training run ({held[0]}): go on with "
+            "--resume, choose another --out, or begin anew with --force."
+        )
+
+
+def _begin(out: Path, origin: dict[str, Any], *, resume: bool) -> None:
+    """Note what a run begins with; the checkpoint of another one must not be gone on from."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (out / CHECKPOINT).unlink(missing_ok=True)  # a prior stays until there is a better one
+    (out / STARTED_FILE).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+
+
+def _checkpoint(out: Path) -> Path | None:
+    """Return what a run goes on from, None if it had begun and written nothing yet."""
     path = out / CHECKPOINT
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if not (out / STARTED_FILE).is_file():
         raise FileNotFoundError(
             f"There is nothing to resume in {str(out)!r}: {CHECKPOINT} is missing; "
             "train without --resume."
         )
-    return path
+    return None
 
 
 def _fitting() -> Any:

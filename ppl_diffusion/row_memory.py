@@ -31,7 +31,7 @@ class RowMemory:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.dtype, self.max_rows, self.max_bytes = dtype, max_rows, max_bytes
-        self._generations: list[_Generation] = []
+        self._generations: list[Generation] = []
 
     def __len__(self) -> int:
         return sum(map(len, self._generations))
@@ -66,12 +66,12 @@ class RowMemory:
         young = self._generations[-1] if self._generations else None
         if young is None or not young.fits(rows) or len(young) + len(rows) > bound:
             # Forgetting the older half at once spares each row an age.
-            young = _Generation(rows, self.dtype)
+            young = Generation(rows, self.dtype)
             self._generations = [*self._generations[-1:], young]
         young.add(rows[:bound], hashes[:bound], values[:bound])
 
 
-class _Generation:
+class Generation:
     """Rows in the order in which they came, and their hashes sorted."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:

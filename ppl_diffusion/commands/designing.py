@@ -54,7 +54,7 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
 
     job = job_of(name)
     job = asked.change(replace(job, search=_changed(job.search, search)))
-    out = options.out or _usual_place(name)
+    out = options.out or _place(name)
     if options.resume and is_finished(out):
         text = f"The run in {str(out)!r} is finished: nothing is left to do."
         return note(text, quiet=options.quiet)
@@ -72,11 +72,11 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
         complain(f"{left_out} Every other file of the run was written.", OK)
 
 
-def _usual_place(name: str) -> Path:
+def _place(name: str) -> Path:
     """Return where a design goes if nothing is said: never into the folder of its prior."""
     place = Path("runs") / Path(name).name.removesuffix(SUFFIX)
-    taken = place.resolve() == Path(name).resolve()
-    return place.with_name(f"design-{place.name}") if taken else place
+    same = place.resolve() == Path(name).resolve()
+    return place.with_name(f"design-{place.name}") if same else place
 
 
 def _shown(job: Job) -> str:

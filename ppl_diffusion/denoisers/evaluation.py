@@ -62,7 +62,7 @@ class Rows(NamedTuple):
         return [self.take(part) for part in parts]
 
 
-class _Last(NamedTuple):
+class LastCall(NamedTuple):
     """The last call; tensors are known by identity and version, which costs nothing to compare."""
 
     tokens: Tensor
@@ -72,7 +72,7 @@ class _Last(NamedTuple):
     output: Tensor
 
 
-class _Memory:
+class Remembered:
     """The rows of the last call and what came back; nobody hashes them before they are missed."""
 
     def __init__(self, rows: Rows, values: Tensor, table: RowTable | None = None) -> None:
@@ -139,8 +139,8 @@ class EvaluatedDenoiser(Wrapper):
             self.adopt(denoiser, "head", "hidden_size")
         self.all_new, self._all_differ, self._sent, self._time = False, False, 0, 1.0
         self._probes = 0
-        self._memory: _Memory | None = None
-        self._last: _Last | None = None
+        self._memory: Remembered | None = None
+        self._last: LastCall | None = None
         optional = ("changes", "conditions", "excludes_tokens", "output_size", "network_rows")
         self.adopt(denoiser, *optional)
 
@@ -170,13 +170,13 @@ class EvaluatedDenoiser(Wrapper):
         keep = self.reuse and not torch.is_grad_enabled()
         if all_new and self._all_differ and keep:
             values = self._evaluate(rows)
-            self._memory = _Memory(rows, values)
+            self._memory = Remembered(rows, values)
         else:
             values = self._compared(rows, keep)
             self._all_differ = all_new and self._sent > LITTLE * len(rows.tokens)
         output = values.reshape(*tokens.shape[:-1], tokens.shape[-1] + self._beside, -1)
         if keep and traced:
-            self._last = _Last(tokens, given, [x._version for x in tensors], time, output)
+            self._last = LastCall(tokens, given, [x._version for x in tensors], time, output)
         return output
 
     def _check_times(self, tokens: Tensor, t: Tensor, given: dict[str, Tensor]) -> None:
@@ -211,7 +211,7 @@ class EvaluatedDenoiser(Wrapper):
         else:
             values = self._evaluate(distinct)
         if keep:
-            self._memory = _Memory(distinct, values, RowTable.build(own, values, hashes))
+            self._memory = Remembered(distinct, values, RowTable.build(own, values, hashes))
         return values.index_select(0, inverse)
 
     def _complete(self, table: RowTable, rows: Rows, key: Tensor, hashes: Tensor) -> Tensor:

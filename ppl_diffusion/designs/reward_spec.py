@@ -58,6 +58,7 @@ class RewardSpec:
     :param answer: entry of a program's answer that has several.
     :param options: how it is asked, from :data:`OPTIONS`.
     :param digest: of what was read from a file, once it was: files of one name may differ.
+    :param object: what ``at`` names, where it is at hand.
     :raises InputError: if a part cannot be used.
     """
 
@@ -76,6 +77,7 @@ class RewardSpec:
     answer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     digest: str | None = None
+    object: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         where = f"reward {self.name!r}"
@@ -156,7 +158,7 @@ def read_reward(entry: Mapping[str, Any], where: str, *, judge: bool = False) ->
     :param judge: whether it only scores.
     :raises InputError: if a key is unknown, or none or several of the sources are given.
     """
-    own = {f.name for f in fields(RewardSpec)} - {"source", "at", "options", "digest"}
+    own = {f.name for f in fields(RewardSpec)} - {"source", "at", "options", "digest", "object"}
     goal = {"goal", "temperature", "between", "observed", "sd", "at_most", "transform", "weight"}
     own = own - goal if judge else own
     known = {*own, *SOURCES, *OPTIONS, "digest"}

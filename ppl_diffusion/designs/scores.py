@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.own_rewards import function_options, own_function
 from ppl_diffusion.designs.question import split_name
 from ppl_diffusion.designs.reward_spec import OBSERVATION_SD, RewardSpec
-from ppl_diffusion.jobs.checks import InputError, user_input
+from ppl_diffusion.jobs.checks import InputError, one_of, user_input
 from ppl_diffusion.models import Oracle, load_oracle
 from ppl_diffusion.potentials import (
     AbstractPotential,
     Likelihood,
     Motif,
     Reward,
+    SequenceFunction,
+    between,
     find_motif,
     read_motifs,
 )
+from ppl_diffusion.potentials.function_options import FunctionOptions
+from ppl_diffusion.potentials.transforms import TRANSFORMS, AtMost, Transform
 
 Columns = dict[str, Tensor]
 
@@ -67,7 +72,9 @@ def _oracle(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: b
         mean, sd = oracle.predict(tokens)
         return {spec.name: mean.double(), f"{spec.name}_sd": sd.double()}
 
-    return Score(spec, columns, None if judge else _goal(spec, oracle))
+    if judge:
+        return Score(spec, columns)
+    return Score(spec, columns, _weighed(spec, _tilt(spec, oracle, {"name": spec.name})))
 
 
 def _motif(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bool) -> Score:
@@ -79,8 +86,7 @@ def _motif(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bo
     motif = read_motif(spec)
     strands = {"both_strands": alphabet.nucleic == "DNA", "vocabulary": alphabet.as_dna}
     best = motif.potential(**strands)
-    weighted = best if spec.weight == 1 else spec.weight * best
-    potential = None if judge else weighted
+    potential = None if judge else _weighed(spec, best)
     known = {"probabilities": motif.probabilities}
     spec = dataclasses.replace(spec, digest=digest(repr(motif.sites), known))
     return Score(spec, lambda tokens: {spec.name: best(tokens)}, potential)
@@ -112,27 +118,57 @@ def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:12]
 
 
-def _goal(spec: RewardSpec, function: Any) -> AbstractPotential:
+def _own(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bool) -> Score:
+    """A score of the user's: asked once per sequence, by the policy that was chosen for it."""
+    function = own_function(spec, alphabet, device)
+    options: FunctionOptions = {"name": spec.name, **function_options(spec)}  # type: ignore[typeddict-item]
+    if judge:
+        asked = SequenceFunction(function, worst=None, **options)
+        return Score(spec, lambda tokens: {spec.name: asked(tokens)})
+    potential = _tilt(spec, function, options)
+    return Score(
+        spec, lambda tokens: {spec.name: potential.function(tokens)}, _weighed(spec, potential)
+    )
+
+
+def _weighed(spec: RewardSpec, potential: AbstractPotential) -> AbstractPotential:
+    return potential if spec.weight == 1 else spec.weight * potential
+
+
+def _tilt(spec: RewardSpec, function: Any, options: FunctionOptions) -> Reward | Likelihood:
     """Return what a score adds to the target."""
-    made = _tilt(spec, function)
-    return made if spec.weight == 1 else spec.weight * made
-
-
-def _tilt(spec: RewardSpec, function: Any) -> AbstractPotential:
     if spec.observed is not None:
-        return Likelihood(function, spec.observed, spec.sd or OBSERVATION_SD, name=spec.name)
-    capped, name = function, spec.name
-    if spec.at_most is not None:
-        capped, name = _capped(function, spec.at_most), f"min({name}, {spec.at_most:g})"
+        return Likelihood(function, spec.observed, spec.sd or OBSERVATION_SD, **options)
+    transform = _transform(spec)
+    if spec.between is not None:
+        shape = between(*spec.between, spec.sd or OBSERVATION_SD)
+        return Reward(function, shape=shape, transform=transform, **options)
     best = spec.goal == "maximise"
-    return Reward(capped, spec.temperature or 1.0, maximise=best, name=name)
+    temperature = spec.temperature or 1.0
+    return Reward(function, temperature, maximise=best, transform=transform, **options)
 
 
-def _capped(function: Any, top: float) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: function(tokens).clamp_max(top)
+def _transform(spec: RewardSpec) -> Transform | None:
+    if not spec.transform:
+        return None if spec.at_most is None else AtMost(spec.at_most)
+    if spec.at_most is not None:
+        raise InputError(
+            f"The reward {spec.name!r} has at_most and a transform: let the transform be flat "
+            "there, and drop at_most."
+        )
+    entries = dict(spec.transform)
+    kind = entries.pop("kind", None)
+    one_of("transform", str(kind), TRANSFORMS)
+    try:
+        return TRANSFORMS[kind](**entries)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The transform of reward {spec.name!r} is not usable: {error}") from error
 
 
 _MAKERS: dict[str, Callable[[RewardSpec, Alphabet, torch.device, bool], Score]] = {
     "oracle": _oracle,
     "motif": _motif,
+    "python": _own,
+    "torch": _own,
+    "command": _own,
 }

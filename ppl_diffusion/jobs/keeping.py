@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.jobs.checks import DiskFull, InputError, JobStopped
 from ppl_diffusion.jobs.folder import CHECKPOINT, is_finished
 from ppl_diffusion.smc.checkpoint import EVERY, PARTICLES, RunStopped, RunStore, keep_run
@@ -46,6 +47,11 @@ def kept_job(
                 store.end_if_asked()
     except RunStopped as error:
         raise JobStopped(_stopped(folder, error), 128 + error.signal) from error
+    except ParticleCollapse:
+        # Nothing can go on from particles that are all dead.
+        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+        _drop_if_empty(folder)
+        raise
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -73,8 +79,12 @@ def _tidy(place: Path) -> None:
     if not place.is_dir() or any(place.glob("stage-*.pt")) or (place / PARTICLES).is_dir():
         return
     shutil.rmtree(place, ignore_errors=True)
+    _drop_if_empty(place.parent)
+
+
+def _drop_if_empty(folder: Path) -> None:
     with suppress(OSError):  # it holds an earlier run
-        place.parent.rmdir()
+        folder.rmdir()
 
 
 @contextmanager

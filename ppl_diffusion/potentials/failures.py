@@ -141,7 +141,7 @@ def _identity(fn: RowFunction) -> Hashable:
     return fn.__code__, *map(id, parts)
 
 
-_WATCHED: ContextVar[Failures | None] = ContextVar("watched", default=None)
+WATCHED: ContextVar[Failures | None] = ContextVar("watched", default=None)
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def watch_failures() -> Iterator[Failures]:
     :raises PotentialError: if one of them failed on everything it was asked about.
     """
     failures = Failures()
-    token = _WATCHED.set(failures)
+    token = WATCHED.set(failures)
     try:
         yield failures
     except ParticleCollapse as collapse:
@@ -160,21 +160,21 @@ def watch_failures() -> Iterator[Failures]:
     else:
         failures.refuse_all_failed()
     finally:
-        _WATCHED.reset(token)
+        WATCHED.reset(token)
         # A run that failed half-way would otherwise leave a queue for the interpreter to wait for.
         failures.cancel()
 
 
 def report(name: str, fn: RowFunction, answers: Mapping[bytes, Answer], tally: Tally) -> None:
     """Tell whoever watches what a function answered; see :meth:`Failures.note`."""
-    failures = _WATCHED.get()
+    failures = WATCHED.get()
     if failures is not None:
         failures.note(name, fn, answers, tally)
 
 
 def watch_calls(name: str, calls: Calls) -> None:
     """Tell whoever watches that a function is going to be asked; see :meth:`Failures.watch`."""
-    failures = _WATCHED.get()
+    failures = WATCHED.get()
     if failures is not None:
         failures.watch(name, calls)
 

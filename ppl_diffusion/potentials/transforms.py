@@ -151,6 +151,36 @@ class Steps(Transform):
         return f"steps({name}; {told})"
 
 
+@dataclass(frozen=True)
+class AtMost(Transform):
+    """A score in its own units, but for those beyond the top of its scale, which count as that.
+
+    :param top: the largest score that is believed.
+    :raises ValueError: if it is not finite.
+    """
+
+    top: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.top):
+            raise ValueError(f"AtMost: top must be finite, got {self.top}.")
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return value.double().clamp_max(self.top)
+
+    def describe(self, name: str = "score") -> str:
+        return f"min({name}, {self.top:g})"
+
+
+TRANSFORMS: dict[str, type[Transform]] = {
+    "linear": Linear,
+    "sigmoid": Sigmoid,
+    "double-sigmoid": DoubleSigmoid,
+    "steps": Steps,
+}
+"""Transforms by the names that briefs know."""
+
+
 class Shape(ABC):
     """A log-density of a score, up to a constant.
 

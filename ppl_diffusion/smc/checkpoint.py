@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ppl_diffusion.potentials.failures import _WATCHED
+from ppl_diffusion.potentials.failures import WATCHED
 from ppl_diffusion.smc.portable import NotPortable, packed, unpacked
 from ppl_diffusion.smc.run_memory import memory_of, remember
 
@@ -125,7 +125,7 @@ class Stage:
         self, owner: object, generator: torch.Generator | None, shape: tuple[str | int, ...]
     ) -> None:
         self.store = _STORE.get()
-        self.owner, self.generator, self.shape = (owner, _WATCHED.get()), generator, shape
+        self.owner, self.generator, self.shape = (owner, WATCHED.get()), generator, shape
         self.place = None if self.store is None else self.store.next_place()
 
     def begun(self) -> State | None:

@@ -19,7 +19,7 @@ from ppl_diffusion.kernels.event_kernel import EventKernel, Future
 from ppl_diffusion.kernels.events import RoundAhead
 from ppl_diffusion.kernels.latent_kernel import LatentKernel
 from ppl_diffusion.potentials.failures import Failures
-from ppl_diffusion.row_memory import RowMemory, _Generation
+from ppl_diffusion.row_memory import Generation, RowMemory
 from ppl_diffusion.rows import RowTable
 from ppl_diffusion.smc.evaluated_potential import (
     EvaluatedPotential,
@@ -45,8 +45,8 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
 _ROOM = __name__.split(".")[0]
 
 for _cls in (
-    *(Future, RoundAhead, RowTable, RowMemory, _Generation, ListedAnswers, SortedAnswers),
-    *(evaluation.Rows, evaluation._Memory, evaluation._Last, prediction.DensePrediction),
+    *(Future, RoundAhead, RowTable, RowMemory, Generation, ListedAnswers, SortedAnswers),
+    *(evaluation.Rows, evaluation.Remembered, evaluation.LastCall, prediction.DensePrediction),
 ):
     portable(_cls)
 portable(prediction.HeadPrediction, "head")
@@ -98,7 +98,7 @@ def _fields(each: object) -> tuple[str, ...]:
 
 def _fresh(owner: Any, value: Any) -> Any:
     """Put back what is no state of its own."""
-    if isinstance(value, evaluation._Last):
+    if isinstance(value, evaluation.LastCall):
         tensors = (value.tokens, *value.given.values())
         return value._replace(versions=[x._version for x in tensors])
     for part in value if isinstance(value, tuple) else ():

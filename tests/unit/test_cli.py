@@ -222,7 +222,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["design", "PRIOR", "--motif", "MATRICES@M9"], "No motif is called 'M9'"),
     (["design", "PRIOR", "--motif", "MATRICES@M1:-1"], "at most 1e+06, not -1.0"),
     (["design", "PRIOR", "--motif", "MATRICES@M1:inf"], "at most 1e+06, not inf"),
-    (["design", "PRIOR"], "has no expression oracle: give --motif"),
+    (["design", "PRIOR"], "has no brief of its own: give --reward, --motif"),
     (["design", "PRIOR", "--observe", "9"], "has no expression oracle"),
     (["design", "PRIOR", "--observe", "nan"], "finite number, not nan"),
     (["design", "PRIOR", "--observe", "9", "--temperature", "1"], "not both"),

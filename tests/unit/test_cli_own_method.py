@@ -98,7 +98,7 @@ def test_its_options_are_flags_and_decide_what_it_does(folder):
 
 def test_a_field_called_as_a_flag_of_the_command_stands_beside_it(folder):
     summary = designed(folder, "a", "--method-sd", "5")
-    assert summary["settings"]["question"]["sd"] is None
+    assert summary["settings"]["question"]["rewards"] == []
     settings = json.loads((folder / "a" / "particles" / "particles.json").read_text())["settings"]
     assert settings["sd"] == 5
 

@@ -15,7 +15,15 @@ from ppl_diffusion.smc import FeynmanKac, ParticlePosterior, run_smc
 from ppl_diffusion.testing import toy_markov_chain
 
 PLOTS = {"ess", "evidence", "weights", "ancestry", "token_entropy"}
-FILES = {"designs.csv", "designs.fasta", "particles", "plots", "posterior.nc", "summary.json"}
+FILES = {
+    "brief.toml",
+    "designs.csv",
+    "designs.fasta",
+    "particles",
+    "plots",
+    "posterior.nc",
+    "summary.json",
+}
 
 
 def too_many_bins(*_, **__):

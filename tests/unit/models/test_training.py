@@ -329,7 +329,7 @@ def test_a_diverged_run_is_no_run(toy, tmp_path, objective):
     before = (tmp_path / "prior" / "model.safetensors").read_bytes()
     hot = dataclasses.replace(recipe, learning_rate=1e30)
     hot = dataclasses.replace(hot, objective=objective)
-    options |= {"recipe": hot, "init": tmp_path / "prior"}
+    options |= {"recipe": hot, "init": tmp_path / "prior", "force": True}
     with pytest.raises(TrainingDiverged, match=r"bound was never finite.*lower the learning rate"):
         train("toy", **options)
     assert (tmp_path / "prior" / "model.safetensors").read_bytes() == before
@@ -338,7 +338,7 @@ def test_a_diverged_run_is_no_run(toy, tmp_path, objective):
     assert not (tmp_path / "fresh" / "run.json").exists()
     # The checkpoint of the diverged run lies beside the earlier prior: it is not its own either.
     with pytest.raises(TrainingDiverged):
-        train("toy", resume=True, **{**options, "steps": 10})
+        train("toy", resume=True, **{**options, "steps": 10, "force": False})
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +399,7 @@ def test_ctrl_c_says_whether_the_run_can_be_resumed(toy, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Fit, "training_step", stopped)
     with pytest.raises(KeyboardInterrupt, match=sentence):
-        run(toy, tmp_path)
+        run(toy, tmp_path, force=True)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
