@@ -124,7 +124,8 @@ def train_own(
     recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
     known = {"recipe": recipe, "sequences": data.sequences, "seed": seed, "device": place}
     prior = name or _stem(rows.source)
-    run = train_recipe(prior, out=out, resume=resume, quiet=quiet, **known)
+    # The place was asked for before the plan was written into it.
+    run = train_recipe(prior, out=out, resume=resume, force=True, quiet=quiet, **known)
     said = _said(rows.source, alphabet, columns, unknown, max_length, seed, recipe)
     facts = {**_facts(run, plan), "command": said, "seconds": time.monotonic() - began}
     card = make_card(run.program, data, measure(run.program, data), draw(run.program), facts)

@@ -9,9 +9,11 @@ from ppl_diffusion.models.cards import CARD_FILE, PRIOR_FOLDER
 
 CHECKPOINT = "last.ckpt"
 RUN_FILE = "run.json"
+STARTED_FILE = "started.json"
+"""What a run began with; it is gone when the run is finished."""
 PLAN_FILE = "plan.json"
 """What a run on data of one's own has decided before its first step."""
-_FILES = (CHECKPOINT, RUN_FILE, PLAN_FILE, CARD_FILE, "card.md", PRIOR_FOLDER)
+_FILES = (CHECKPOINT, STARTED_FILE, RUN_FILE, PLAN_FILE, CARD_FILE, "card.md", PRIOR_FOLDER)
 
 
 def check_place(out: Path, *, resume: bool, force: bool) -> None:

@@ -36,22 +36,15 @@ from ppl_diffusion.models.program import FAMILIES, DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe, find_recipe
 from ppl_diffusion.models.run_place import CHECKPOINT as CHECKPOINT
 from ppl_diffusion.models.run_place import RUN_FILE as RUN_FILE
+from ppl_diffusion.models.run_place import STARTED_FILE, check_place
 
 if TYPE_CHECKING:
     import lightning
 
     from ppl_diffusion.models.fitting import Fit, KeepBest, KeepGoing
 
-<<<<<<< HEAD
-=======
-PRIOR_FOLDER = "prior"
-CHECKPOINT = "last.ckpt"
-STARTED_FILE = "started.json"
-"""What a run began with; it is gone when the run is finished."""
-RUN_FILE = "run.json"
 EVERY = 120.0
 """Seconds between two checkpoints, at least; there is one after each validation, too."""
->>>>>>> survive
 _SEEDS = 2**63  # torch takes no larger seeds
 _OF_DATA = ("vocab_size", "num_states", "max_length")
 
@@ -137,7 +130,7 @@ def train(
     if steps < 1:
         raise ValueError(f"train: {steps} steps is not a run; give 1 or more.")
     out = Path(out)
-    check_free(out, resume=resume, force=force)
+    check_place(out, resume=resume, force=force)
     checkpoint = _checkpoint(out) if resume else None
     sequences = sequences or load_sequences(recipe.dataset, data)
     check_sequences(sequences, recipe)
@@ -340,19 +333,6 @@ def _record(run: TrainingRun, recipe: Recipe, *, seed: int, init: str | Path | N
     }
     text = json.dumps(record, indent=2, sort_keys=True)
     (run.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def check_free(out: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to train over a run, finished or not.
-
-    :raises FileExistsError: if there is one, and neither was said.
-    """
-    held = [name for name in (RUN_FILE, CHECKPOINT, STARTED_FILE) if (out / name).is_file()]
-    if held and not (resume or force):
-        raise FileExistsError(
-            f"The folder {str(out)!r} already holds a training run ({held[0]}): go on with "
-            "--resume, choose another --out, or begin anew with --force."
-        )
 
 
 def _begin(out: Path, origin: dict[str, Any], *, resume: bool) -> None:

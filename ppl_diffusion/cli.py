@@ -515,23 +515,7 @@ def train(
     }
     training.refuse(said, f"the recipe {name!r}")
     place = out or Path("runs") / f"train-{name}"
-<<<<<<< HEAD
     training.train_prior(name, data=data, out=place, objective=objective, init=init, **shared)
-=======
-    train_prior(
-        name,
-        data=data,
-        out=place,
-        steps=steps,
-        objective=objective,
-        init=init,
-        seed=seed,
-        device=device,
-        resume=resume,
-        force=force,
-        quiet=quiet,
-    )
->>>>>>> survive
 
 
 @app.command()

@@ -19,14 +19,8 @@ from ppl_diffusion.commands.tables import (
 )
 from ppl_diffusion.designs.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
-<<<<<<< HEAD
 from ppl_diffusion.jobs.checks import InputError, at_least, usable_device, user_input
 from ppl_diffusion.jobs.folder import check_file, write_whole
-=======
-from ppl_diffusion.jobs.checks import InputError, JobStopped, at_least, usable_device, user_input
-from ppl_diffusion.jobs.folder import check_file, check_target, is_finished, write_whole
-from ppl_diffusion.jobs.keeping import EVERY, kept_job
->>>>>>> survive
 from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
@@ -95,96 +89,6 @@ def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.T
     return torch.from_numpy(np.array(drawn)).long()
 
 
-<<<<<<< HEAD
-=======
-def run_design(
-    job: Job, out: Path, *, replace: bool, quiet: bool, resume: bool = False, every: float = EVERY
-) -> None:
-    """Run a design job, write its folder, print its tables.
-
-    :param resume: go on with a run that was interrupted; one that is finished stays as it is.
-    :param every: seconds between two checkpoints, at least.
-    :raises InputError: if something asked for cannot be done.
-    """
-    from ppl_diffusion.design.program import build_target
-    from ppl_diffusion.design.run import design, write_run
-
-    if not every >= 0:
-        raise InputError(f"--checkpoint-every must be 0 or more seconds, not {every}.")
-    if resume and is_finished(out):
-        return note(f"The run in {str(out)!r} is finished: nothing is left to do.", quiet=quiet)
-    check_target(out, replace=replace, resume=resume)
-    target = build_target(job)
-    with kept_job(out, target.job.settings(), resume=resume, every=every):
-        with progress_bar(f"design {job.name}", quiet=quiet) as advance:
-            result = design(target, progress=advance)
-        left_out = write_run(result, out, replace=replace)
-    if not quiet:
-        design_tables(result)
-        print(f"wrote {out}")
-    if left_out is not None:
-        complain(f"{left_out} Every other file of the run was written.", OK)
-
-
-def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
-    """Train a prior, or a codec or classifier of images, by its recipe.
-
-    :raises InputError: if a name, a number, the data or the place is wrong.
-    :raises NoAnswer: if the run diverged.
-    :raises Stopped: if Ctrl-C ended it.
-    """
-    from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
-    from ppl_diffusion.models.training import TrainingDiverged, TrainingStopped, train
-
-    at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
-    at_least("seed", asked["seed"], 0)
-    asked["device"] = usable_device(asked["device"])
-    if out.exists() and not out.is_dir():
-        raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
-    if name in IMAGE_RECIPES:
-        return _train_images(name, out=out, quiet=quiet, **asked)
-    try:
-        with user_input():
-            run = train(name, out=out, quiet=quiet, **asked)
-    except TrainingDiverged as error:
-        raise NoAnswer(str(error)) from error
-    except TrainingStopped as error:
-        raise JobStopped(str(error), 128 + error.signal) from error
-    except KeyboardInterrupt as error:
-        raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error
-    if not quiet:
-        bound = ["best validation bound (bits per token, <=)", run.valid_bits]
-        rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
-        table(f"Trained {name}", ["quantity", "value"], rows)
-        print(f"wrote {run.folder}")
-
-
-def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
-    from ppl_diffusion.models.image_training import CHECKPOINT, train_images
-    from ppl_diffusion.models.training import TrainingDiverged, check_free
-
-    with user_input():
-        check_free(out, resume=asked["resume"], force=asked.pop("force"))
-    for option in ("objective", "init"):
-        if asked.pop(option) is not None:
-            raise InputError(f"{name} is no prior and has no --{option}: leave it out.")
-    try:
-        with user_input():
-            run = train_images(name, out=out, quiet=quiet, **asked)
-    except TrainingDiverged as error:
-        raise NoAnswer(str(error)) from error
-    except KeyboardInterrupt as error:
-        kept = (out / CHECKPOINT).is_file()
-        text = "go on with --resume." if kept else f"nothing was written to {str(out)!r}."
-        raise Stopped(f"Stopped: {text}") from error
-    if not quiet:
-        score = [f"best on validation images ({run.score_name})", run.score]
-        rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
-        table(f"Trained {name}", ["quantity", "value"], rows)
-        print(f"wrote {run.folder}")
-
-
->>>>>>> survive
 def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     """Print the summary of a folder written by ``design``, or by ``ParticlePosterior.save``.
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.commands.complain import NoAnswer, Stopped
 from ppl_diffusion.commands.tables import table
-from ppl_diffusion.jobs.checks import InputError, at_least, one_of, usable_device, user_input
+from ppl_diffusion.jobs.checks import (
+    InputError,
+    JobStopped,
+    at_least,
+    one_of,
+    usable_device,
+    user_input,
+)
 
 if TYPE_CHECKING:
     from ppl_diffusion.models.sequence_files import Columns
@@ -32,7 +39,7 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     at_least("seed", asked["seed"], 0)
     asked["device"] = usable_device(asked["device"])
     with user_input():
-        check_place(out, resume=asked["resume"], force=asked.pop("force"))
+        check_place(out, resume=asked["resume"], force=asked["force"])
     if name in IMAGE_RECIPES:
         return _train_images(name, out=out, quiet=quiet, **asked)
     with _told(out):
@@ -48,6 +55,7 @@ def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     from ppl_diffusion.models.image_training import CHECKPOINT, train_images
     from ppl_diffusion.models.training import TrainingDiverged
 
+    asked.pop("force")
     for option in ("objective", "init"):
         if asked.pop(option) is not None:
             raise InputError(f"{name} is no prior and has no --{option}: leave it out.")
@@ -141,12 +149,14 @@ def _print_card(card: dict[str, Any]) -> None:
 @contextmanager
 def _told(out: Path) -> Iterator[None]:
     """Tell what ends a run in one sentence."""
-    from ppl_diffusion.models.training import TrainingDiverged
+    from ppl_diffusion.models.training import TrainingDiverged, TrainingStopped
 
     try:
         with user_input():
             yield
     except TrainingDiverged as error:
         raise NoAnswer(str(error)) from error
+    except TrainingStopped as error:
+        raise JobStopped(str(error), 128 + error.signal) from error
     except KeyboardInterrupt as error:
         raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error

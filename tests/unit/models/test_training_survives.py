@@ -102,8 +102,8 @@ def test_no_run_is_overwritten_unasked(unbroken, tmp_path):
     with pytest.raises(FileExistsError) as refused:
         run(tmp_path, seed=1)
     assert str(refused.value) == (
-        f"The folder {str(tmp_path)!r} already holds a training run (run.json): go on with "
-        "--resume, choose another --out, or begin anew with --force."
+        f"The folder {str(tmp_path)!r} already holds a training run: go on with it by --resume, "
+        "replace it by --force, or choose another --out."
     )
     assert same(tmp_path, unbroken)
     run(tmp_path, seed=1, force=True)
