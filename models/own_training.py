@@ -122,7 +122,12 @@ def train_own(
     place = torch.device(device)
     plan = _read_plan(out, data, asked, seed) if resume else _plan(out, data, asked, seed, place)
     recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
-    known = {"recipe": recipe, "sequences": data.sequences, "seed": seed, "device": place}
+    known: dict[str, Any] = {
+        "recipe": recipe,
+        "sequences": data.sequences,
+        "seed": seed,
+        "device": place,
+    }
     known |= {"quiet": quiet}
     prior = name or _stem(rows.source)
     # The place was asked for before the plan was written into it, and a run that was killed between
