@@ -176,8 +176,11 @@ def _sequences(
     weights = None if rows.weights is None else torch.tensor(rows.weights, dtype=torch.float64)
     train_weights = None if weights is None else _train_weights(weights[parts[0]])
     noun, unit = _NOUNS.get(tokeniser.name, ("sequences", "token"))
+    train_rows, valid_rows, test_rows = (filled[part] for part in parts)
     return Sequences(
-        *(filled[part] for part in parts),
+        train=train_rows,
+        valid=valid_rows,
+        test=test_rows,
         test_family=torch.from_numpy(split.test_family),
         related=filled[:0],
         related_weights=torch.empty(0, dtype=torch.float64),
@@ -239,6 +242,6 @@ def length_law(
     :returns: probabilities of the lengths 0 to the longest.
     """
     mass = np.ones(len(train)) if weights is None else weights.numpy() / weights.numpy().mean()
-    counts = np.bincount(sizes[train], mass, minlength=int(sizes.max()) + 1)
+    counts = np.bincount(sizes[train], mass, minlength=int(sizes.max()) + 1).astype(np.float64)
     counts[int(sizes.min()) :] += _SMOOTHING
     return tuple((counts / counts.sum()).tolist())

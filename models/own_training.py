@@ -26,7 +26,7 @@ from ppl_diffusion.models.own_card import draw, make_card, measure, write_card
 from ppl_diffusion.models.own_data import OwnData, Unknown, prepare
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe
-from ppl_diffusion.models.run_place import PLAN_FILE, check_place, clear
+from ppl_diffusion.models.run_place import PLAN_FILE, check_place, clear, has_begun
 from ppl_diffusion.models.sequence_files import Columns, Rows, read_rows
 from ppl_diffusion.models.size_rule import (
     MINUTES,
@@ -122,10 +122,17 @@ def train_own(
     place = torch.device(device)
     plan = _read_plan(out, data, asked, seed) if resume else _plan(out, data, asked, seed, place)
     recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
-    known = {"recipe": recipe, "sequences": data.sequences, "seed": seed, "device": place}
+    known: dict[str, Any] = {
+        "recipe": recipe,
+        "sequences": data.sequences,
+        "seed": seed,
+        "device": place,
+    }
+    known |= {"quiet": quiet}
     prior = name or _stem(rows.source)
-    # The place was asked for before the plan was written into it.
-    run = train_recipe(prior, out=out, resume=resume, force=True, quiet=quiet, **known)
+    # The place was asked for before the plan was written into it, and a run that was killed between
+    # the two has nothing else to go on from.
+    run = train_recipe(prior, out=out, resume=resume and has_begun(out), force=True, **known)
     said = _said(rows.source, alphabet, columns, unknown, max_length, seed, recipe)
     facts = {**_facts(run, plan), "command": said, "seconds": time.monotonic() - began}
     card = make_card(run.program, data, measure(run.program, data), draw(run.program), facts)
@@ -166,8 +173,10 @@ def _plan(
         seconds = seconds_per_step(sequences, recipe, device)
         steps = steps_in(asked.minutes or MINUTES, seconds, sequences, recipe)
         recipe = with_steps(recipe, steps, len(sequences.valid))
+    # What is quoted of others is none of ours, and JSON knows no NaN.
+    told = {key: value for key, value in asdict(recipe).items() if key != "quoted_baseline"}
     plan = {
-        "recipe": asdict(recipe),
+        "recipe": told,
         "asked": asdict(asked),
         "seed": seed,
         "seconds_per_step": seconds,
@@ -175,7 +184,9 @@ def _plan(
     }
     out.mkdir(parents=True, exist_ok=True)
     clear(out)
-    (out / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    scratch = out / f".{PLAN_FILE}"
+    scratch.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(out / PLAN_FILE)
     # As it will be read when the run is resumed.
     known: dict[str, Any] = json.loads(json.dumps(plan))
     return known

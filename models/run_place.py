@@ -33,6 +33,11 @@ def check_place(out: Path, *, resume: bool, force: bool) -> None:
         )
 
 
+def has_begun(out: Path) -> bool:
+    """Return whether a run there has begun to train, and can thus be gone on with."""
+    return any((out / name).is_file() for name in (CHECKPOINT, STARTED_FILE))
+
+
 def clear(out: Path) -> None:
     """Throw away the run that is there, and nothing else."""
     for place in _there(out):

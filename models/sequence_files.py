@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 FASTA = (".fa", ".fasta", ".fna", ".faa", ".ffn")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -48,7 +49,9 @@ class Rows:
         """Return some of the rows."""
         columns = ("texts", "lines", "labels", "weights", "parts")
         filled = {name: getattr(self, name) for name in columns if getattr(self, name) is not None}
-        some = {name: tuple(values[i] for i in kept) for name, values in filled.items()}
+        some: dict[str, Any] = {
+            name: tuple(values[i] for i in kept) for name, values in filled.items()
+        }
         return replace(self, **some)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -484,10 +484,10 @@ def train(
     from ppl_diffusion.commands import training
     from ppl_diffusion.models.sequence_files import Columns, is_sequence_file
 
-    shared = {"steps": steps, "seed": seed, "device": device, "quiet": quiet}
+    shared: dict[str, Any] = {"steps": steps, "seed": seed, "device": device, "quiet": quiet}
     shared |= {"resume": resume, "force": force}
     columns = Columns(column, label_column, weight_column, split_column)
-    own = {
+    own: dict[str, Any] = {
         "max_length": max_length,
         "minutes": minutes,
         "dim": dim,

@@ -43,9 +43,10 @@ def test_a_file_becomes_a_folder_that_commands_take(tmp_path, monkeypatch, capsy
     assert 3 <= len(drawn[1]) <= 8
 
 
-def test_a_design_takes_the_folder(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("lengths", [(6, 6), (3, 8)])
+def test_a_design_takes_the_folder(lengths, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = ["train", fasta(tmp_path, lengths=(6, 6)), "--alphabet", "dna", "--quiet", *SMALL]
+    asked = ["train", fasta(tmp_path, lengths=lengths), "--alphabet", "dna", "--quiet", *SMALL]
     assert run(asked) == 0
     words = ["design", "runs/train-own", "--gc", "0", "1", "--particles", "4", "--runs", "1"]
     assert run([*words, "--quiet"]) == 0

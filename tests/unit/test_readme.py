@@ -12,7 +12,7 @@ import torch
 from pages import HUB
 
 from ppl_diffusion import cli
-from ppl_diffusion.commands import actions, listing, restoring, training
+from ppl_diffusion.commands import actions, designing, listing, restoring, training
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -82,10 +82,11 @@ def test_the_commands_of_a_page_are_understood(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jaspar.meme").touch()  # that a motif's file is there is looked at early
     asked = []
-    bodies = ("draw_samples", "run_design", "diagnose_run")
+    bodies = ("draw_samples", "diagnose_run")
     for body in (*bodies, "compare_runs"):
         monkeypatch.setattr(actions, body, lambda *given, **options: asked.append(given))
     monkeypatch.setattr(listing, "list_models", lambda: asked.append(()))
+    monkeypatch.setattr(designing, "run_design", lambda *given, **options: asked.append(given))
     for body in ("train_prior", "train_file"):
         monkeypatch.setattr(training, body, lambda *given, **options: asked.append(given))
     monkeypatch.setattr(restoring, "run_restore", lambda *given, **options: asked.append(given))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ppl_diffusion as ppd
-from ppl_diffusion.models import load, training
+from ppl_diffusion.models import load, own_training, training
 from ppl_diffusion.models.own_training import train_own
 from ppl_diffusion.models.sequence_files import Columns
 from ppl_diffusion.tokenisers import find_alphabet
@@ -120,6 +120,22 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path, monkeypatch):
     assert resumed.card["run"]["steps"] == 40
     assert same_weights(whole.program, resumed.program)
     assert whole.card["metrics"] == resumed.card["metrics"]
+
+
+def test_a_run_killed_before_its_first_step_begins_anew(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def die(*_, **__):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own_training, "train_recipe", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_own(words(), "dna", out=out, **SMALL)
+    assert [path.name for path in out.iterdir()] == ["plan.json"]
+    resumed = train_own(words(), "dna", out=out, resume=True)
+    whole = train_own(words(), "dna", out=tmp_path / "whole", **SMALL)
+    assert same_weights(whole.program, resumed.program)
 
 
 def test_what_is_resumed_must_be_the_same_run(tmp_path, monkeypatch):
