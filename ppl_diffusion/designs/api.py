@@ -13,6 +13,7 @@ from ppl_diffusion.designs.question import Job, Question, parse_fix
 from ppl_diffusion.designs.reward_spec import RewardSpec
 from ppl_diffusion.designs.run import Result, write_run
 from ppl_diffusion.designs.run import design as follow
+from ppl_diffusion.designs.spread import Spread
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.folder import check_target
 from ppl_diffusion.jobs.keeping import kept_job
@@ -44,6 +45,8 @@ def design(
     runs: int | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    workers: int | None = None,
+    executor: str = "processes",
     **options: Any,
 ) -> Result:
     """Design sequences: the posterior of a prior under rewards and constraints.
@@ -73,6 +76,9 @@ def design(
     :param runs: independent runs, 4 by default.
     :param steps: steps of the reverse chain.
     :param seed: 0 by default; the same seed gives the same designs.
+    :param workers: processes that runs are spread over; each has a seed of its own then, and the
+        result is the same for any number. All are made in this process if it is None.
+    :param executor: ``"processes"`` of this machine, or ``"ray"``.
     :param options: of the method, and ``device``, ``resampler``, ``ess_threshold``, ``backend``.
     :raises InputError: if something asked for cannot be done.
     :raises PotentialError: if a reward failed where it may not.
@@ -86,7 +92,10 @@ def design(
     """
     job = Job(prior.name) if isinstance(prior, DiffusionProgram) else job_of(str(prior))
     numbers = {"num_particles": particles, "num_runs": runs, "num_steps": steps, "seed": seed}
-    job = replace(job, search=_search(job.search, {"method": method, **numbers, **options}))
+    spread = None if workers is None else True
+    asked = {"method": method, "spread": spread, **numbers, **options}
+    job = replace(job, search=_search(job.search, asked))
+    how = Spread(workers or 1, executor)
     specs, more = _sorted(rewards, "reward")
     judging, odd = _sorted(judges, "judge")
     if odd:
@@ -107,9 +116,9 @@ def design(
         check_target(folder, replace=force, resume=resume)
     target = build_target(replace(job, question=question), prior=loaded, more=named)
     if folder is None:
-        return follow(target, progress=progress)
-    with kept_job(folder, target.job.settings(), resume=resume):
-        result = follow(target, progress=progress)
+        return follow(target, progress=progress, how=how)
+    with kept_job(folder, target.job.settings(), resume=resume) as store:
+        result = follow(target, progress=progress, how=how, store=store)
         write_run(result, folder, replace=force)
     return result
 

@@ -48,7 +48,7 @@ _TABLES = {
     "constraints": ("gc", "forbid", "fix"),
 }
 _NUMBERS = {"particles": "num_particles", "runs": "num_runs", "steps": "num_steps"}
-_WORDS = ("method", "resampler", "seed", "ess_threshold", "device", "backend")
+_WORDS = ("method", "resampler", "seed", "ess_threshold", "device", "backend", "spread")
 _LISTS = ("reward", "judge")
 
 
