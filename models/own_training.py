@@ -120,7 +120,10 @@ def train_own(
     rows = _rows(source, columns, labels, weights, parts)
     data = prepare(rows, tokeniser, unknown=unknown, max_length=max_length, seed=seed)
     place = torch.device(device)
-    plan = _read_plan(out, data, asked, seed) if resume else _plan(out, data, asked, seed, place)
+    if resume:
+        plan = _read_plan(out, data, asked, seed)
+    else:
+        plan = _plan(out, data, asked, seed, place, spent=time.monotonic() - began)
     recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
     known: dict[str, Any] = {
         "recipe": recipe,
@@ -164,14 +167,14 @@ def _rows(
 
 
 def _plan(
-    out: Path, data: OwnData, asked: Asked, seed: int, device: torch.device
+    out: Path, data: OwnData, asked: Asked, seed: int, device: torch.device, *, spent: float
 ) -> dict[str, Any]:
     """Decide what the run will do, and write it down before the first step."""
     sequences = data.sequences
     recipe, seconds = choose(sequences, asked, classes=len(data.classes)), None
     if asked.steps is None:
         seconds = seconds_per_step(sequences, recipe, device)
-        steps = steps_in(asked.minutes or MINUTES, seconds, sequences, recipe)
+        steps = steps_in(asked.minutes or MINUTES, seconds, sequences, recipe, spent=spent)
         recipe = with_steps(recipe, steps, len(sequences.valid))
     # What is quoted of others is none of ours, and JSON knows no NaN.
     told = {key: value for key, value in asdict(recipe).items() if key != "quoted_baseline"}

@@ -7,8 +7,9 @@ With ``N`` training tokens in rows of up to ``L`` tokens:
 - batch: the power of two nearest to 1024 / L rows, from 16 to 256: in a few minutes many small
   steps lead further than a few large ones.
 - learning rate: 0.2 / width, at most 0.002.
-- steps: what fits into the minutes, by the time of a few steps measured at the start, with a tenth
-  of it for validation; at most so many that every training row is seen 200 times, but never fewer
+- steps: what fits into the minutes that reading the data has left (half of them at least), by the
+  time of a few steps measured at the start and a fifth more for averages and checkpoints, with a
+  tenth of the time for validation; at most so many that every training row is seen 200 times, but never fewer
   than 1000 for that reason.
 - validation: 20 times, on as many rows as a tenth of the time allows.
 
@@ -32,7 +33,8 @@ from ppl_diffusion.models.recipes import Recipe
 from ppl_diffusion.models.sequences import Sequences
 
 MINUTES = 8.0
-"""What a run may take if nothing is said, the card not counted."""
+"""What reading and training may take if nothing is said; the card is not counted."""
+_OVERHEAD = 1.2
 _VALIDATIONS = 20
 _VALID_SHARE = 0.1
 _VALID_TIMES = 8
@@ -117,12 +119,16 @@ def with_steps(recipe: Recipe, steps: int, valid_rows: int) -> Recipe:
     )
 
 
-def steps_in(minutes: float, seconds: float, sequences: Sequences, recipe: Recipe) -> int:
+def steps_in(
+    minutes: float, seconds: float, sequences: Sequences, recipe: Recipe, *, spent: float = 0.0
+) -> int:
     """Return how many steps fit into some minutes.
 
     :param seconds: what a step takes.
+    :param spent: seconds of the minutes that are gone.
     """
-    affordable = 60.0 * minutes * (1.0 - _VALID_SHARE) / seconds
+    left = max(60.0 * minutes - spent, 30.0 * minutes)
+    affordable = left * (1.0 - _VALID_SHARE) / (_OVERHEAD * seconds)
     epochs = _EPOCHS * len(sequences.train) / recipe.batch_size
     return _rounded(max(1.0, min(affordable, max(epochs, _FEWEST))))
 

@@ -30,7 +30,7 @@ class Safe(Tokeniser):
         try:
             written = library.encode(text)
         except Exception as error:  # the library raises its own, RDKit's and datamol's
-            why = " ".join(str(error).split("\n")[0].split()).rstrip(".:")
+            why = " ".join(str(error).split("\n")[0].split()).rstrip(".:! ")
             raise self.refused(text, f"has no SAFE ({why})") from error
         return SMILES.pieces(written)
 

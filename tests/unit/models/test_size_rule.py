@@ -57,8 +57,11 @@ def test_classes_are_learnt_with_labels_withheld():
 
 def test_steps_fit_into_the_minutes():
     data, recipe = aligned(100_000, 30), choose(aligned(100_000, 30), Asked())
-    # 8 minutes, less a tenth, at 50 steps a second; and no more digits than can be typed.
-    assert steps_in(8.0, 0.02, data, recipe) == 21_000
+    # 8 minutes, less a tenth, at 50 steps a second of which a sixth is other work; and no more
+    # digits than can be typed.
+    assert steps_in(8.0, 0.02, data, recipe) == 18_000
+    assert steps_in(8.0, 0.02, data, recipe, spent=160.0) == 12_000
+    assert steps_in(8.0, 0.02, data, recipe, spent=1000.0) == 9_000
     assert steps_in(1e-6, 1.0, data, recipe) == 1
 
 
