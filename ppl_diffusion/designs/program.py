@@ -111,8 +111,9 @@ def build_target(
     with user_input():
         potentials = {**_potentials(job.question, alphabet, scores), **(more or {})}
         # A motif wider than the sequence or an empty GC range must be found before the run.
-        for potential in potentials.values():
-            if not isinstance(potential, Potential):
+        own = {s.spec.name for s in scores if s.spec.source in ("python", "torch", "command")}
+        for name, potential in potentials.items():
+            if name not in own and not isinstance(potential, Potential):
                 potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device=device))
     if not potentials and pattern is None:
         raise InputError(
