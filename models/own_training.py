@@ -11,31 +11,24 @@ before the first step), ``run.json`` and ``last.ckpt`` (to resume from).
 
 from __future__ import annotations
 
-import json
 import shlex
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppl_diffusion.models.own_card import draw, make_card, measure, write_card
-from ppl_diffusion.models.own_data import OwnData, Unknown, prepare
+from ppl_diffusion.models.own_data import Unknown, prepare
+from ppl_diffusion.models.own_plan import make_plan, read_plan, require_plan
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe
-from ppl_diffusion.models.run_place import PLAN_FILE, check_place, clear, has_begun
+from ppl_diffusion.models.run_place import check_place, has_begun
 from ppl_diffusion.models.sequence_files import Columns, Rows, read_rows
-from ppl_diffusion.models.size_rule import (
-    MINUTES,
-    Asked,
-    choose,
-    seconds_per_step,
-    steps_in,
-    with_steps,
-)
+from ppl_diffusion.models.size_rule import Asked
 from ppl_diffusion.models.training import TrainingRun
 from ppl_diffusion.models.training import train as train_recipe
 from ppl_diffusion.tokenisers import Tokeniser, find_alphabet
@@ -115,15 +108,15 @@ def train_own(
     began, out, asked = time.monotonic(), Path(out), Asked(**size)
     check_place(out, resume=resume, force=force)
     if resume:
-        _require_plan(out)
+        require_plan(out)
     tokeniser = alphabet if isinstance(alphabet, Tokeniser) else find_alphabet(alphabet)
     rows = _rows(source, columns, labels, weights, parts)
     data = prepare(rows, tokeniser, unknown=unknown, max_length=max_length, seed=seed)
     place = torch.device(device)
     if resume:
-        plan = _read_plan(out, data, asked, seed)
+        plan = read_plan(out, data, asked, seed)
     else:
-        plan = _plan(out, data, asked, seed, place, spent=time.monotonic() - began)
+        plan = make_plan(out, data, asked, seed, place, spent=time.monotonic() - began)
     recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
     known: dict[str, Any] = {
         "recipe": recipe,
@@ -164,67 +157,6 @@ def _rows(
             )
     filled = {name: None if values is None else tuple(values) for name, values in given.items()}
     return Rows(texts, tuple(range(1, len(texts) + 1)), **filled)  # type: ignore[arg-type]
-
-
-def _plan(
-    out: Path, data: OwnData, asked: Asked, seed: int, device: torch.device, *, spent: float
-) -> dict[str, Any]:
-    """Decide what the run will do, and write it down before the first step."""
-    sequences = data.sequences
-    recipe, seconds = choose(sequences, asked, classes=len(data.classes)), None
-    if asked.steps is None:
-        seconds = seconds_per_step(sequences, recipe, device)
-        steps = steps_in(asked.minutes or MINUTES, seconds, sequences, recipe, spent=spent)
-        recipe = with_steps(recipe, steps, len(sequences.valid))
-    # What is quoted of others is none of ours, and JSON knows no NaN.
-    told = {key: value for key, value in asdict(recipe).items() if key != "quoted_baseline"}
-    plan = {
-        "recipe": told,
-        "asked": asdict(asked),
-        "seed": seed,
-        "seconds_per_step": seconds,
-        "data": data.digest,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    clear(out)
-    scratch = out / f".{PLAN_FILE}"
-    scratch.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(out / PLAN_FILE)
-    # As it will be read when the run is resumed.
-    known: dict[str, Any] = json.loads(json.dumps(plan))
-    return known
-
-
-def _require_plan(out: Path) -> None:
-    if not (out / PLAN_FILE).is_file():
-        raise FileNotFoundError(
-            f"There is nothing to resume in {str(out)!r}: {PLAN_FILE} is missing; train without "
-            "--resume."
-        )
-
-
-def _read_plan(out: Path, data: OwnData, asked: Asked, seed: int) -> dict[str, Any]:
-    path = out / PLAN_FILE
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: plan[key] for key in ("recipe", "asked", "seed", "data")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The file {str(path)!r} is damaged; train without --resume (with --force)."
-        ) from error
-    if (found["data"], found["seed"]) != (data.digest, seed):
-        what = "seed" if found["data"] == data.digest or found["seed"] != seed else "sequences"
-        raise ValueError(
-            f"The run in {str(out)!r} began with other {what}; resume it with those, or train "
-            "without --resume."
-        )
-    for key, value in asdict(asked).items():
-        if value is not None and value != found["asked"][key]:
-            raise ValueError(
-                f"The run in {str(out)!r} began with {key} {found['asked'][key]}, not {value}; "
-                "leave it out to resume, or train without --resume."
-            )
-    return plan
 
 
 def _facts(run: TrainingRun, plan: dict[str, Any]) -> dict[str, Any]:
