@@ -14,6 +14,12 @@ workers' time in which they work, by the default pieces and, for comparison, one
 equal parts; ``idle_share`` is what is missing, with the goal. ``call_overhead_ratio`` is the time
 that sequences of no cost take by the default pieces over that of one at a time.
 
+**Processes.** One question to worker processes that can be killed, warm, of sequences that take
+.05 s on average: ``wall_over_ideal`` is the wall time over the least that could be had (the sum of
+all times over the workers, or the longest if that is more), and ``utilisation`` as above.
+``calls_saved_by_cache`` is the share of the calls of a run that a second one does not make, which
+is given the file of the first: with its seed, and with another.
+
 **Memory.** ``repeat_share`` is the share of sequences that a run asks about again: with the memory
 of a run, and with that of the last question alone. ``memory_over_last_call`` is the process time of
 the one over the other for a potential that costs nothing, 4,096 particles.
@@ -21,10 +27,12 @@ the one over the other for a potential that costs nothing, 4,096 particles.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -37,7 +45,14 @@ from ppl_diffusion.denoisers import Denoiser
 from ppl_diffusion.denoisers.base import Wrapper
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC
-from ppl_diffusion.potentials import AbstractPotential, Potential, Reward, SequenceFunction, Threads
+from ppl_diffusion.potentials import (
+    AbstractPotential,
+    Potential,
+    Processes,
+    Reward,
+    SequenceFunction,
+    Threads,
+)
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs import sources
 from ppl_diffusion.row_memory import RowMemory
@@ -64,6 +79,8 @@ class Size:
     :param particles: particles of a run.
     :param sequences: of one question to a pool.
     :param work: seconds of all of them together, times the number of workers.
+    :param seconds: that a sequence takes in a process.
+    :param per_worker: sequences of a question to processes, times the number of workers.
     :param population: sequences of a question where memories are compared.
     :param questions: how many of them.
     :param repeats: how often everything is repeated; medians are shown.
@@ -74,13 +91,15 @@ class Size:
     particles: int
     sequences: int
     work: float
+    seconds: float
+    per_worker: int
     population: int
     questions: int
     repeats: int
 
 
-QUICK = Size(0.2, 24, 64, 400, 0.15, 4096, 24, 3)
-FULL = Size(0.4, 40, 64, 2000, 2.0, 4096, 64, 5)
+QUICK = Size(0.2, 24, 64, 400, 0.15, 0.05, 30, 4096, 24, 3)
+FULL = Size(0.4, 40, 64, 2000, 2.0, 0.05, 200, 4096, 64, 5)
 
 
 class SleepingNetwork(Wrapper):
@@ -257,6 +276,66 @@ def measure_workers(size: Size) -> Iterator[Row]:
     yield Row("call_overhead_ratio", median(ratios), "x", size.repeats, 1.0, {"workers": 4})
 
 
+# In processes.
+
+
+def in_processes(size: Size, pool: Processes, times: str, seed: int) -> tuple[float, float]:
+    """Return the wall time of a question over the ideal one, and the share of time worked.
+
+    :param pool: the workers, warm.
+    :param times: a name of :data:`TIMES`.
+    :param seed: of the sequences.
+    """
+    count, workers = size.per_worker * pool.num_workers, pool.num_workers
+    x0 = torch.arange(seed * count, (seed + 1) * count)[:, None].expand(-1, 4)
+    each = [size.seconds * TIMES[times](row[None]) for row in x0]
+    reward = SleepingReward(first_token, size.seconds, times)
+    with watch_failures() as watched:
+        started = time.perf_counter()
+        SequenceFunction(reward, executor=pool, timeout=60.0, name="r")(x0)
+        wall = time.perf_counter() - started
+        busy = float(watched.work()["r"]["utilisation"])
+    return wall / max(sum(each) / workers, max(each)), busy
+
+
+def measure_processes(size: Size) -> Iterator[Row]:
+    """Yield how near to the ideal worker processes come."""
+    for workers in WORKERS:
+        with Processes(workers) as pool:
+            list(pool.map(time.sleep, [0.1] * workers))  # each has started then
+            for times in (CONSTANT, HEAVY):
+                found = [in_processes(size, pool, times, seed) for seed in range(size.repeats)]
+                ratio, busy = (median(column) for column in zip(*found, strict=True))
+                where = {"workers": workers, "times": times, "pieces": "processes"}
+                yield Row("wall_over_ideal", ratio, "x", size.repeats, None, where)
+                yield Row("utilisation", busy, "share", size.repeats, None, where)
+
+
+def saved_by_cache(size: Size, seed: int, other: int) -> float:
+    """Return the share of a run's calls that another run's file saves.
+
+    :param seed: of the run that fills it.
+    :param other: of the run that is given it.
+    """
+    problem, asked = Problem.load("B1"), []
+    chain = problem.chain(size.num_steps)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "answers.sqlite"
+        for run_seed, cache in ((seed, file), (other, None), (other, file)):
+            reward = Reward(problem.log_potential, name="r", cache=cache)
+            steered(chain, reward, size, False, run_seed)
+            asked.append(reward.num_calls)
+    return 1 - asked[2] / asked[1]
+
+
+def measure_cache(size: Size) -> Iterator[Row]:
+    """Yield what a file of answers saves."""
+    for run_again, shift in (("the same seed", 0), ("another seed", 1)):
+        found = [saved_by_cache(size, 2 * i, 2 * i + shift) for i in range(size.repeats)]
+        where = {"second_run": run_again}
+        yield Row("calls_saved_by_cache", median(found), "share", size.repeats, None, where)
+
+
 # Asked about once.
 
 
@@ -377,7 +456,8 @@ def measure_memory(size: Size) -> Iterator[Row]:
 def measure(quick: bool, console: Console) -> list[Row]:
     """Measure what slow rewards cost."""
     size = QUICK if quick else FULL
-    rows = [*measure_overlap(size), *measure_workers(size), *measure_memory(size)]
+    parts = measure_overlap, measure_workers, measure_processes, measure_cache, measure_memory
+    rows = [row for part in parts for row in part(size)]
     shown = table("Rewards beside the network", ["what", "where", "value", "goal"], NO_GOAL)
     for row in rows:
         where = ", ".join(f"{name} {value}" for name, value in row.coordinates.items())

@@ -5,8 +5,7 @@
 """
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.errors import CapabilityError as CapabilityError
 from ppl_diffusion.errors import IntractableLogProb as IntractableLogProb
@@ -21,6 +20,8 @@ __all__ = [
     "ParticleCollapse",
     "PotentialError",
     "denoisers",
+    "design",
+    "designs",
     "diagnostics",
     "distributions",
     "handlers",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import ppl_diffusion.inference as inference
     import ppl_diffusion.models as models
     from ppl_diffusion import denoisers as denoisers
+    from ppl_diffusion import designs as designs
     from ppl_diffusion import diagnostics as diagnostics
     from ppl_diffusion import distributions as distributions
     from ppl_diffusion import handlers as handlers
@@ -51,13 +53,16 @@ if TYPE_CHECKING:
     from ppl_diffusion import smc as smc
     from ppl_diffusion import testing as testing
     from ppl_diffusion import tokenisers as tokenisers
+    from ppl_diffusion.designs.api import design as design
 
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "design":
+        return import_module(f"{__name__}.designs.api").design
     if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

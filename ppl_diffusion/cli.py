@@ -199,6 +199,17 @@ def design(
     force: Force = False,
     resume: Resume = False,
     checkpoint_every: Every = 10.0,
+    workers: Annotated[
+        int | None,
+        Option(
+            help="Spread the runs over so many processes; each run has a seed of its own then, "
+            "whatever their number."
+        ),
+    ] = None,
+    executor: Annotated[
+        str | None,
+        Option(help="Where: processes of this machine (by default), or ray, of a cluster."),
+    ] = None,
     reward: Annotated[
         list[str] | None,
         Option(
@@ -309,7 +320,15 @@ def design(
         "device": device,
         "backend": backend,
     }
-    options = Options(out, replace=force, resume=resume, every=checkpoint_every, quiet=quiet)
+    options = Options(
+        out,
+        replace=force,
+        resume=resume,
+        every=checkpoint_every,
+        quiet=quiet,
+        workers=workers,
+        executor=executor,
+    )
     run_design(name, asked, {**context.obj, **numbers}, options)
 
 

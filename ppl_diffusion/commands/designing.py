@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from ppl_diffusion.commands.tables import design_tables, progress_bar
 from ppl_diffusion.designs.brief import SUFFIX, job_of
 from ppl_diffusion.designs.flags import Asked
 from ppl_diffusion.designs.question import Job
+from ppl_diffusion.designs.spread import PLACES, Spread
 from ppl_diffusion.jobs.backends import NUMPYRO, is_jax
-from ppl_diffusion.jobs.checks import InputError
+from ppl_diffusion.jobs.checks import InputError, at_least, one_of
 from ppl_diffusion.jobs.folder import check_target, is_finished
 from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.search import Search
@@ -28,6 +30,8 @@ class Options:
     :param resume: go on with a run that was interrupted; one that is finished stays as it is.
     :param every: seconds between two checkpoints, at least.
     :param quiet: print errors only.
+    :param workers: processes that runs are spread over; None for all in this one.
+    :param executor: what they are processes of.
     """
 
     out: Path | None
@@ -35,10 +39,20 @@ class Options:
     resume: bool = False
     every: float = EVERY
     quiet: bool = False
+    workers: int | None = None
+    executor: str | None = None
 
     def __post_init__(self) -> None:
         if not self.every >= 0:
             raise InputError(f"--checkpoint-every must be 0 or more seconds, not {self.every}.")
+        if self.executor is not None:
+            one_of("executor", self.executor, PLACES)
+
+    @property
+    def spread(self) -> Spread:
+        """How runs are spread."""
+        at_least("workers", 1 if self.workers is None else self.workers, 1)
+        return Spread(self.workers or os.cpu_count() or 1, self.executor or "processes")
 
 
 def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Options) -> None:
@@ -53,7 +67,8 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
     from ppl_diffusion.designs.run import design, write_run
 
     job = job_of(name)
-    job = asked.change(replace(job, search=_changed(job.search, search)))
+    spread = None if options.workers is None and options.executor is None else True
+    job = asked.change(replace(job, search=_changed(job.search, {**search, "spread": spread})))
     out = options.out or _place(name)
     if options.resume and is_finished(out):
         text = f"The run in {str(out)!r} is finished: nothing is left to do."
@@ -61,9 +76,10 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
     check_target(out, replace=options.replace, resume=options.resume)
     target = build_target(job)
     question = target.job.settings()
-    with kept_job(out, question, resume=options.resume, every=options.every):
+    how = options.spread if job.search.spread else None
+    with kept_job(out, question, resume=options.resume, every=options.every) as store:
         with progress_bar(f"design {_shown(job)}", quiet=options.quiet) as advance:
-            result = design(target, progress=advance)
+            result = design(target, progress=advance, how=how, store=store)
         left_out = write_run(result, out, replace=options.replace)
     if not options.quiet:
         design_tables(result)

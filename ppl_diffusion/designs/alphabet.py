@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.models import DiffusionProgram
+from ppl_diffusion.models.sequences import PADDING, unpad
 from ppl_diffusion.models.words import are_words, join_tokens
 from ppl_diffusion.potentials import (
     AbstractPotential,
@@ -85,7 +86,9 @@ class Alphabet:
         rows = [[self.vocabulary[i] for i in row if i != self.padding] for row in tokens.tolist()]
         if self.tokeniser is not None:
             return [self.tokeniser.join(row) for row in rows]
-        return [join_tokens(row, separator) for row in rows]
+        texts = [join_tokens(row, separator) for row in rows]
+        filled = self.padding is None and PADDING in self.vocabulary
+        return [unpad(text) for text in texts] if filled else texts
 
     def ids(self, text: str, what: str) -> list[int]:
         """Return the tokens of a piece of text.

@@ -48,7 +48,7 @@ _TABLES = {
     "constraints": ("gc", "forbid", "fix"),
 }
 _NUMBERS = {"particles": "num_particles", "runs": "num_runs", "steps": "num_steps"}
-_WORDS = ("method", "resampler", "seed", "ess_threshold", "device", "backend")
+_WORDS = ("method", "resampler", "seed", "ess_threshold", "device", "backend", "spread")
 _LISTS = ("reward", "judge")
 
 
@@ -126,6 +126,23 @@ def _rewards(
         spec = read_reward(table, f"{kind.capitalize()} {number} of the {where}", judge=judge)
         found.append(_placed(spec, folder))
     return tuple(found)
+
+
+def brief_reward(table: Mapping[str, Any], where: str, *, judge: bool = False) -> RewardSpec:
+    """Read a table of a brief in which an object may stand in place of its name.
+
+    :param where: how errors call it.
+    """
+    found = {key: table[key] for key in ("python", "torch") if callable(table.get(key))}
+    names = {key: _called(value) for key, value in found.items()}
+    spec = read_reward({**table, **names}, where, judge=judge)
+    (made,) = found.values() or (None,)
+    return _placed(replace(spec, object=made), Path())
+
+
+def _called(found: Any) -> str:
+    name = str(getattr(found, "__name__", type(found).__name__))
+    return "reward" if name == "<lambda>" else name
 
 
 def _placed(spec: RewardSpec, folder: Path) -> RewardSpec:

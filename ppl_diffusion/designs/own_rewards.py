@@ -69,10 +69,16 @@ def function_options(spec: RewardSpec) -> dict[str, Any]:
         return asked
     workers = 1 if workers is None else workers
     _whole(spec, "workers", workers, 1)
-    return {**asked, "executor": _executor(kind or "processes", workers)}
+    return {**asked, "executor": make_executor(kind or "processes", workers)}
 
 
-def _executor(kind: str, workers: int) -> Executor:
+def make_executor(kind: str, workers: int) -> Executor:
+    """Return an executor by name.
+
+    :param kind: one of :data:`EXECUTORS`.
+    :param workers: how many calls it makes at once.
+    :raises InputError: if there is none of that name.
+    """
     one_of("executor", kind, EXECUTORS)
     made: Mapping[str, Callable[[int], Executor]] = {
         "processes": Processes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +39,7 @@ class Target:
     :param pattern: fixed tokens, int64 ``(L,)``, -1 where free; None if nothing is fixed.
     :param scores: rewards first, then judges.
     :param alphabet: of the prior.
-    :param whole: whether the job says all of it, so that a brief can.
+    :param given: the prior as it was handed over, if it was, and ``more`` potentials.
     """
 
     job: Job
@@ -49,7 +49,14 @@ class Target:
     pattern: Tensor | None = None
     scores: tuple[Score, ...] = ()
     alphabet: Alphabet = DNA
-    whole: bool = True
+    given: DiffusionProgram | None = None
+    more: Mapping[str, AbstractPotential] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the job says all of it, so that a brief can."""
+        own = any(score.spec.object is not None for score in self.scores)
+        return self.given is None and not self.more and not own
 
     @property
     def potential(self) -> AbstractPotential:
@@ -69,7 +76,7 @@ class Target:
         return ClampProposal(self.pattern, self.pattern >= 0, len(self.alphabet.vocabulary))
 
     def decode(self, tokens: Tensor) -> list[str]:
-        return list(self.prior.decode(tokens))
+        return self.alphabet.decode(tokens)
 
 
 def build_target(
@@ -115,8 +122,8 @@ def build_target(
     _require_possible(job.question, alphabet, pattern)
     assert job.search.num_steps is not None
     chain = prior.chain(num_steps=job.search.num_steps)
-    whole = given is None and not more
-    return Target(job, prior, chain, potentials, pattern, scores, alphabet, whole)
+    made = (job, prior, chain, potentials, pattern, scores, alphabet)
+    return Target(*made, given=given, more=dict(more or {}))
 
 
 def _with_default_steps(job: Job, prior: DiffusionProgram) -> Job:

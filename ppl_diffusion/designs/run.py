@@ -20,6 +20,7 @@ from ppl_diffusion.designs.question import Job
 from ppl_diffusion.designs.ranking import Designs, rank_designs
 from ppl_diffusion.designs.report import designs_csv, save_plots, sequence_file
 from ppl_diffusion.designs.scores import Columns
+from ppl_diffusion.designs.spread import Spread, infer_apart
 from ppl_diffusion.diagnostics import collapse, nearest_distance
 from ppl_diffusion.diagnostics.claims import knows_ess
 from ppl_diffusion.diagnostics.report import pooled_root_ancestors, root_ancestors
@@ -30,6 +31,7 @@ from ppl_diffusion.potentials.failures import REWARDS
 
 if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
+    from ppl_diffusion.smc.checkpoint import RunStore
     from ppl_diffusion.smc.engine import Progress
 
 BRIEF = "brief.toml"
@@ -62,15 +64,26 @@ class Result:
         return self.target.job
 
 
-def design(target: Target, *, progress: Progress | None = None) -> Result:
+def design(
+    target: Target,
+    *,
+    progress: Progress | None = None,
+    how: Spread | None = None,
+    store: RunStore | None = None,
+) -> Result:
     """Sample the posterior of a job, judge it, and compare it with the prior.
 
+    :param how: how runs are spread, where the job asks for that.
+    :param store: where the job is kept, if it is.
     :param progress: called with ``(steps done, steps in all)``.
     :raises ParticleCollapse: if no sequence that meets the hard constraints was found.
     """
     started = time.perf_counter()
     job = target.job
-    posterior = infer(target, job.search, progress)
+    if job.search.spread:
+        posterior = infer_apart(target, how or Spread(1), store, progress)
+    else:
+        posterior = infer(target, job.search, progress)
     designs = rank_designs(posterior)
     columns = scores(target, designs.tokens, _stream(job, _JUDGES))
     samples = _prior_samples(target, job)

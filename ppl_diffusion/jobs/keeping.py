@@ -76,7 +76,7 @@ def _keeping(
 
 def _tidy(place: Path) -> None:
     """Leave no folder behind that nothing can go on from."""
-    if not place.is_dir() or any(place.glob("stage-*.pt")) or (place / PARTICLES).is_dir():
+    if not place.is_dir() or any(place.rglob("stage-*.pt")) or (place / PARTICLES).is_dir():
         return
     shutil.rmtree(place, ignore_errors=True)
     _drop_if_empty(place.parent)

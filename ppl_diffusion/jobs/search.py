@@ -40,6 +40,8 @@ class Search:
         the method's own.
     :param device: where to compute; None for the CPU.
     :param backend: who computes: ``"numpyro"``, or None for torch.
+    :param spread: whether each run has a seed of its own, so that they can be made in several
+        processes; None for side by side in one, with one stream of random numbers.
     :param options: what is asked of the method, by :func:`ppl_diffusion.jobs.options.options`.
     :raises InputError: if a number or a name cannot be used, or an option is not the method's.
     """
@@ -53,6 +55,7 @@ class Search:
     ess_threshold: float | None = None
     device: str | None = None
     backend: str | None = None
+    spread: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ from ppl_diffusion.potentials.embedded import GaussianMeasurement as GaussianMea
 from ppl_diffusion.potentials.evaluation import SequenceFunction as SequenceFunction
 from ppl_diffusion.potentials.factor import PotentialFactor as PotentialFactor
 from ppl_diffusion.potentials.factor import factor as factor
+from ppl_diffusion.potentials.function_options import FunctionSettings as FunctionSettings
+from ppl_diffusion.potentials.jobs_executor import JobsExecutor as JobsExecutor
 from ppl_diffusion.potentials.motif_entries import Motif as Motif
 from ppl_diffusion.potentials.motif_files import find_motif as find_motif
 from ppl_diffusion.potentials.motif_files import read_jaspar as read_jaspar
@@ -29,6 +31,7 @@ from ppl_diffusion.potentials.motifs import MotifMatrix as MotifMatrix
 from ppl_diffusion.potentials.network import TorchReward as TorchReward
 from ppl_diffusion.potentials.objects import load_object as load_object
 from ppl_diffusion.potentials.processes import Processes as Processes
+from ppl_diffusion.potentials.ray_executor import RayExecutor as RayExecutor
 from ppl_diffusion.potentials.rewards import Likelihood as Likelihood
 from ppl_diffusion.potentials.rewards import Reward as Reward
 from ppl_diffusion.potentials.strings import TextReward as TextReward

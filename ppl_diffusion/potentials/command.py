@@ -54,7 +54,7 @@ class CommandReward:
     ) -> None:
         self.command = _split(command)
         self.decode, self.property, self.timeout = decode, property, timeout
-        self.__name__ = os.path.basename(self.command[0])
+        self.__name__ = property or os.path.basename(self.command[0])
         check_timeout(self.__name__, timeout)
 
     def __call__(self, rows: Tensor) -> list[Any]:
@@ -70,10 +70,15 @@ class CommandReward:
         return self._read(self._run("".join(f"{line}\n" for line in lines)), len(lines))
 
     def _run(self, text: str) -> str:
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
             program = subprocess.Popen(
-                self.command, **pipes, encoding="utf-8", errors="replace", start_new_session=True
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
             )
         except OSError as error:
             raise CommandError(

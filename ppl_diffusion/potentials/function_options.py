@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import KW_ONLY, dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ppl_diffusion.potentials.evaluation import SequenceFunction
+from ppl_diffusion.errors import PotentialError
+from ppl_diffusion.potentials.answer_store import Answer
+from ppl_diffusion.potentials.calls import Outcome, RowFunction, guided_sizes
+from ppl_diffusion.potentials.causes import Failure, failure_of
 
 OnError = Literal["raise", "reject"] | float
 KeyFunction = Callable[[Tensor], Sequence[bytes | str]]
@@ -20,7 +23,7 @@ KeyFunction = Callable[[Tensor], Sequence[bytes | str]]
 
 
 class FunctionOptions(TypedDict, total=False):
-    """Options of a :class:`SequenceFunction` that the potentials made from one hand on."""
+    """Options of a :class:`FunctionSettings` that the potentials made from one hand on."""
 
     name: str | None
     batch_size: int | None
@@ -48,30 +51,143 @@ _LEAST = {
 }
 
 
-def check_options(function: SequenceFunction) -> None:
-    """Check what a function of sequences was given.
+@dataclass(eq=False, repr=False)
+class FunctionSettings:
+    """What a function of sequences is asked, where, how often, and what its failures mean.
 
-    :raises TypeError: if the function or the executor is none.
-    :raises ValueError: if an option cannot be used.
+    :param fn: ``x0 (B, L) int64 -> (B,)``: a tensor, an array, a series, a list or a generator of
+        numbers. None, text or any other object in place of a number, and another number of values
+        than of sequences, are failures like an exception.
+    :param batch_size: sequences per call of ``fn``; by default all at once, and with an executor
+        pieces that shrink towards the end (:func:`~ppl_diffusion.potentials.calls.guided_sizes`),
+        or one at a time where failures are expected (a ``timeout``, ``retries``, or an
+        ``on_error`` that is not ``"raise"``): the neighbours of a failure would have to be asked
+        about again.
+    :param executor: where calls run.
+    :param num_workers: how many calls it runs at once, where it does not say so itself.
+    :param timeout: seconds that a call may take, in an executor that can end calls
+        (:class:`~ppl_diffusion.potentials.Processes`, ``RayExecutor``); in another one the seconds
+        without any call finishing after which the running ones are given up, though they run on.
+    :param on_error: ``"raise"`` a :class:`~ppl_diffusion.errors.PotentialError`; ``"reject"``: a
+        failed sequence is counted in :attr:`num_failures` and gets NaN here, now and later; or a
+        number that it gets instead, in units of the function.
+    :param retries: how often a failed sequence is asked about again before it counts as one.
+    :param key: what tells sequences apart, ``rows (B, L) -> B`` texts or bytes (the tokens by
+        default): of those with one key one is asked about, and speaks for all.
+    :param cache_size: values remembered, the least recently used are dropped first.
+    :param cache: an SQLite file where answers and failures outlive the run, which runs of one
+        machine may share.
+    :param version: of the function; answers of another version are not used.
+    :param retry_failed: ask again about what failed according to the file.
+    :param budget: sequences that may be handed to ``fn`` in the life of this object, repetitions
+        included; cached ones are free, and look-aheads beyond it get a neutral guess.
+    :param reserve: how many of them are kept back for values that are no look-aheads.
+    :param worst: the one infinite value that is legal, if any (the value of an impossible
+        sequence); NaN and every other infinity is a failure.
     """
-    name = function.name
-    if not callable(function.fn):
-        raise TypeError(f"{name}: fn must be callable, got {type(function.fn).__name__}.")
-    _check_executor(function)
-    _check_policy(function)
+
+    fn: RowFunction
+    _: KW_ONLY
+    name: str | None = None
+    batch_size: int | None = None
+    executor: Executor | None = None
+    num_workers: int | None = None
+    timeout: float | None = None
+    on_error: OnError = "raise"
+    retries: int = 0
+    key: KeyFunction | None = None
+    cache_size: int = 100_000
+    cache: str | Path | None = None
+    version: str = ""
+    retry_failed: bool = False
+    budget: int | None = None
+    reserve: int | None = None
+    worst: float | None = -math.inf
+
+    def check(self) -> None:
+        """Check the settings.
+
+        :raises TypeError: if the function or the executor is none.
+        :raises ValueError: if an option cannot be used.
+        """
+        if not callable(self.fn):
+            raise TypeError(f"{self.name}: fn must be callable, got {type(self.fn).__name__}.")
+        _check_executor(self)
+        _check_policy(self)
+        _check_numbers(self)
+        if self.reserve is not None and self.budget is None:
+            raise ValueError(f"{self.name}: reserve={self.reserve} needs the budget it is part of.")
+        if self.cache is None and (self.version or self.retry_failed):
+            raise ValueError(
+                f"{self.name}: version and retry_failed need the file they are about, cache=."
+            )
+
+    def sizes(self, count: int, num_workers: int | None) -> list[int]:
+        """Return how many sequences each call is given.
+
+        :param count: sequences in all.
+        :param num_workers: calls that run at once, None where nobody knows.
+        """
+        size = self.batch_size
+        if size is None and self.executor is not None:
+            if num_workers is not None and not self._expects_failures:
+                return guided_sizes(count, num_workers)
+            size = 1
+        size = size or max(count, 1)
+        return [min(size, count - begin) for begin in range(0, count, size)]
+
+    @property
+    def _expects_failures(self) -> bool:
+        """Whether neighbours of a failure would have to be asked about again."""
+        timeout = self.timeout or getattr(self.executor, "timeout", None)
+        return timeout is not None or self.on_error != "raise" or self.retries > 0
+
+    def read(self, outcome: Outcome, count: int) -> list[Answer]:
+        """Return what came back for each of so many sequences.
+
+        :param outcome: of the call.
+        """
+        if isinstance(outcome, Exception):
+            return [failure_of(outcome)] * count
+        return [self._checked(value) for value in outcome]
+
+    def _checked(self, value: float | str) -> Answer:
+        if isinstance(value, str):
+            return failure_of(value)
+        legal = math.isfinite(value) or value == self.worst
+        return value if legal else failure_of(f"it returned {value}")
+
+    def value_of(self, answer: Answer) -> float:
+        """Return the value of a sequence, NaN where it is rejected.
+
+        :param answer: what is known of it.
+        """
+        if not isinstance(answer, Failure):
+            return answer
+        return math.nan if isinstance(self.on_error, str) else float(self.on_error)
+
+    def refuse(self, row: Tensor, failure: Failure, cause: Exception | None) -> NoReturn:
+        """Raise the error for a sequence.
+
+        :param row: the sequence, int64 ``(L,)``.
+        """
+        raise PotentialError(
+            f"{self.name} failed on the sequence {row.tolist()} ({failure.message}); mend the "
+            'function, or pass on_error="reject" to give such sequences probability zero.'
+        ) from cause
+
+
+def _check_numbers(function: FunctionSettings) -> None:
     for option, least in _LEAST.items():
         number = getattr(function, option)
         if number is not None and not _whole(number, least):
             raise ValueError(
-                f"{name}: {option} must be a whole number, at least {least}, got {number!r}."
+                f"{function.name}: {option} must be a whole number, at least {least}, got "
+                f"{number!r}."
             )
-    if function.reserve is not None and function.budget is None:
-        raise ValueError(f"{name}: reserve={function.reserve} needs the budget it is a part of.")
-    if function.cache is None and (function.version or function.retry_failed):
-        raise ValueError(f"{name}: version and retry_failed need the file they are about, cache=.")
 
 
-def _check_policy(function: SequenceFunction) -> None:
+def _check_policy(function: FunctionSettings) -> None:
     policy = function.on_error
     if isinstance(policy, str) and policy in ("raise", "reject"):
         return
@@ -87,7 +203,7 @@ def _check_policy(function: SequenceFunction) -> None:
         )
 
 
-def _check_executor(function: SequenceFunction) -> None:
+def _check_executor(function: FunctionSettings) -> None:
     name, executor, timeout = function.name, function.executor, function.timeout
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise TypeError(
@@ -107,4 +223,5 @@ def _check_executor(function: SequenceFunction) -> None:
 
 
 def _whole(number: Any, least: int) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool) and number >= least
+    whole = isinstance(number, int | Integral) and not isinstance(number, bool)
+    return whole and int(number) >= least

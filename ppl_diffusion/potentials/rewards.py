@@ -65,11 +65,11 @@ class _OfFunction(AbstractPotential):
 
         The mean is neutral: what is not known is neither preferred to what is, nor avoided.
         """
+        if self.function.budget is None:
+            return super().lookahead(x0)
         value, asked = self.function.guess(x0)
         found = check_log_potential(torch.where(asked, self._log_g(value), 0.0), x0, self.name)
         found = torch.where(found == -math.inf, FORBIDDEN_GUESS, found)
-        if self.function.budget is None:
-            return found
         self._known += int(asked.sum())
         self._total += float(found[asked].sum())
         return torch.where(asked, found, self._total / max(self._known, 1))

@@ -110,7 +110,8 @@ class RunStore:
         :raises RunStopped: if so.
         """
         if self.signal is not None:
-            raise RunStopped(self.signal, any(self.folder.glob("stage-*.pt")))
+            # Runs that are made in processes of their own write into folders of their own.
+            raise RunStopped(self.signal, any(self.folder.rglob("stage-*.pt")))
 
 
 class Stage:
@@ -287,6 +288,8 @@ def _read(place: Path) -> State:
 
 
 def _clear(folder: Path) -> None:
+    for place in folder.glob("run-*"):
+        shutil.rmtree(place, ignore_errors=True)
     for place in (*folder.glob("stage-*.pt"), folder / QUESTION):
         place.unlink(missing_ok=True)
     shutil.rmtree(folder / PARTICLES, ignore_errors=True)

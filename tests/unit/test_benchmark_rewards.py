@@ -12,18 +12,21 @@ def rewards():
 
 def tiny():
     module = rewards()
-    return module, module.Size(0.002, 4, 4, 12, 0.001, 16, 3, 1)
+    return module, module.Size(0.002, 4, 4, 12, 0.001, 0.001, 3, 16, 3, 1)
 
 
 def test_rows_are_what_outside_checks_read(monkeypatch):
     module, size = tiny()
     monkeypatch.setattr(module, "QUICK", size)
+    monkeypatch.setattr(module, "WORKERS", (1, 2))  # processes take their time to start
     rows = module.measure(True, Console(quiet=True))
     assert {row.name for row in rows} == {
         "overlap_wall_ratio",
         "utilisation",
         "idle_share",
         "call_overhead_ratio",
+        "wall_over_ideal",
+        "calls_saved_by_cache",
         "repeat_share",
         "memory_over_last_call",
     }
@@ -32,6 +35,12 @@ def test_rows_are_what_outside_checks_read(monkeypatch):
     assert ("repeat_share", 0.0) in goals
     (main,) = [row for row in rows if row.name == "overlap_wall_ratio" and row.goal]
     assert main.coordinates == {"workers": 1, "times": "per question", "late": True}
+
+
+def test_a_file_saves_all_calls_of_the_same_run():
+    module, size = tiny()
+    assert module.saved_by_cache(size, 0, 0) == 1.0
+    assert 0.0 <= module.saved_by_cache(size, 0, 1) < 1.0
 
 
 def test_a_run_never_asks_again_and_the_last_question_does():

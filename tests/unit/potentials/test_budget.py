@@ -60,6 +60,9 @@ class TestLookAheads:
         reward = Reward(picky, budget=5, reserve=1, on_error="reject", retries=9, batch_size=1)
         reward.lookahead(ROWS[1:2])
         assert reward.num_calls == 4
+        assert reward.num_failures == 0  # it may still turn out well
+        reward(ROWS[1:2])
+        assert reward.num_calls == 5
         assert reward.num_failures == 1
 
 
@@ -102,7 +105,7 @@ class TestFinalValues:
         [
             ({"budget": 0}, "budget must be a whole number, at least 1, got 0"),
             ({"budget": 3, "reserve": -1}, "reserve must be a whole number, at least 0, got -1"),
-            ({"reserve": 3}, "reserve=3 needs the budget it is a part of"),
+            ({"reserve": 3}, "reserve=3 needs the budget it is part of"),
         ],
     )
     def test_bad_options_are_one_sentence(self, options, text):
@@ -127,7 +130,7 @@ def test_the_ledger_says_that_look_aheads_ended():
     "twist", [ArgmaxFill(), PersistentFill(2, late=True)], ids=lambda t: t.name
 )
 def test_the_evidence_is_unbiased_where_the_budget_ends_on_the_way(process, twist):
-    """Within 4 standard errors of 250 independent questions: false alarm 6e-5 each, 2.4e-4 in all.
+    """Within 4 standard errors of 150 independent questions: false alarm 6e-5 each, 2.4e-4 in all.
 
     27 sequences exist, so that as many are kept back; 4 may be looked at ahead, of some 20 wishes.
     """
@@ -136,7 +139,7 @@ def test_the_evidence_is_unbiased_where_the_budget_ends_on_the_way(process, twis
     z = float(torch.logsumexp(chain.marginal().log_prob(x0) + tilt(x0), 0).exp())
     options = {"twist": twist, "num_particles": 4, "num_runs": 8, "ess_threshold": 0.9}
     estimates = []
-    for seed in range(250):
+    for seed in range(150):
         reward = Reward(tilt.fn, budget=31, reserve=27)
         posterior = SMC(chain, reward, **options).run(seed=seed)
         (told,) = posterior.settings["rewards"].values()

@@ -8,11 +8,12 @@ import math
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,15 +110,22 @@ def by_value(function):
 
 @pytest.fixture(scope="module")
 def pool():
-    # A process with torch takes up .7 GiB before it begins.
-    with Processes(2, timeout=1.0, memory=2**31) as pool:
+    with Processes(2, timeout=1.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    # A process with torch takes up .7 GiB before it begins; pages take their time to be filled.
+    with Processes(1, memory=2**31) as pool:
         yield pool
 
 
 @pytest.mark.parametrize("fault", TABLE)
-def test_a_fault_costs_its_own_sequence(fault, pool):
+def test_a_fault_costs_its_own_sequence(fault, request):
     strike, cause, words = TABLE[fault]
     dock = by_value(striking(strike))
+    pool = request.getfixturevalue("narrow" if fault.startswith("leaks") else "pool")
     reward = Reward(dock, executor=pool, on_error="reject")
     assert reward(ROWS).tolist() == [1.0, -math.inf, 2.0]
     assert reward.failures == {cause: 1}
@@ -146,23 +154,31 @@ class TestFolders:
     """What is written to may be damaged (:mod:`test_answer_store`), shared, or closed to us."""
 
     @pytest.fixture
-    def nobody(self):
-        """The rights of a user that is not root, to whom everything is open."""
+    def folder(self):
+        """A folder that everybody can reach, which those of pytest are not."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            yield folder
+            folder.chmod(0o755)
+
+    @pytest.fixture
+    def closed(self, folder):
+        """What closes the folder, even to root, to whom everything is open."""
         root = os.geteuid() == 0
-        if root:
-            os.seteuid(NOBODY)
-        yield
+
+        def close():
+            folder.chmod(0o555)
+            if root:
+                os.seteuid(NOBODY)
+
+        yield close
         if root:
             os.seteuid(0)
 
-    def test_a_folder_that_is_read_only(self, tmp_path, request):
-        folder = tmp_path / "closed"
-        folder.mkdir()
-        for one in (folder, *folder.parents[:3]):
-            one.chmod(one.stat().st_mode | stat.S_IROTH | stat.S_IXOTH)
-        folder.chmod(0o555)
-        request.getfixturevalue("nobody")
+    def test_a_folder_that_is_read_only(self, folder, closed):
         file = folder / "answers.sqlite"
+        closed()
         with pytest.raises(PotentialError) as caught:
             Reward(raises, cache=file)
         assert str(caught.value) == (
@@ -170,15 +186,12 @@ class TestFolders:
             "a folder that exists, that you may write to and that has room."
         )
 
-    def test_a_file_that_is_read_only(self, tmp_path, request):
-        file = tmp_path / "answers.sqlite"
+    def test_a_file_that_is_read_only(self, folder, closed):
+        file = folder / "answers.sqlite"
         Reward(lambda x0: x0[:, 0], cache=file)(ROWS)
         before = file.read_bytes()
-        for one in (tmp_path, *tmp_path.parents[:2]):
-            one.chmod(one.stat().st_mode | stat.S_IROTH | stat.S_IXOTH)
         file.chmod(0o444)
-        tmp_path.chmod(0o555)
-        request.getfixturevalue("nobody")
+        closed()
         with pytest.raises(PotentialError, match=r"cannot be used \(.*\); give a file in a folder"):
             Reward(raises, cache=file)
         assert file.read_bytes() == before

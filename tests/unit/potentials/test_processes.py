@@ -89,6 +89,17 @@ def test_a_process_that_ends_fails_its_own_call(end, words):
         assert calls[0].result() != calls[2].result()
 
 
+@pytest.mark.parametrize("kind", [OSError, EOFError, TimeoutError, BrokenPipeError, GaveUp])
+def test_errors_that_look_like_a_lost_pipe_are_the_functions_own(pool, kind):
+    def fails():
+        raise kind("of my own")
+
+    before = {pid_of(pool) for _ in range(20)}
+    with pytest.raises(kind, match="of my own"):
+        pool.submit(fails).result()
+    assert {pid_of(pool) for _ in range(20)} & before
+
+
 def test_sys_exit_is_an_error_like_another(pool):
     with pytest.raises(RuntimeError, match="4") as caught:
         pool.submit(lambda: sys.exit(4)).result()
