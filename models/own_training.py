@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ppl_diffusion.models.own_card import draw, make_card, measure, write_card
-from ppl_diffusion.models.own_data import Unknown, prepare
+from ppl_diffusion.models.own_data import OwnData, Unknown, prepare
 from ppl_diffusion.models.own_plan import make_plan, read_plan, require_plan
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe
@@ -112,28 +112,40 @@ def train_own(
     tokeniser = alphabet if isinstance(alphabet, Tokeniser) else find_alphabet(alphabet)
     rows = _rows(source, columns, labels, weights, parts)
     data = prepare(rows, tokeniser, unknown=unknown, max_length=max_length, seed=seed)
-    place = torch.device(device)
+    place, spent = torch.device(device), time.monotonic() - began
     if resume:
         plan = read_plan(out, data, asked, seed)
     else:
-        plan = make_plan(out, data, asked, seed, place, spent=time.monotonic() - began)
-    recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
-    known: dict[str, Any] = {
-        "recipe": recipe,
-        "sequences": data.sequences,
-        "seed": seed,
-        "device": place,
-    }
-    known |= {"quiet": quiet}
-    prior = name or _stem(rows.source)
-    # The place was asked for before the plan was written into it, and a run that was killed between
-    # the two has nothing else to go on from.
-    run = train_recipe(prior, out=out, resume=resume and has_begun(out), force=True, **known)
-    said = _said(rows.source, alphabet, columns, unknown, max_length, seed, recipe)
+        plan = make_plan(out, data, asked, seed, place, spent=spent)
+    run = _followed(plan, data, name or _stem(rows.source), out, resume, quiet, place)
+    said = _said(rows.source, alphabet, columns, unknown, max_length, seed, plan)
     facts = {**_facts(run, plan), "command": said, "seconds": time.monotonic() - began}
     card = make_card(run.program, data, measure(run.program, data), draw(run.program), facts)
     write_card(out, card)
     return OwnRun(run.program, out, card)
+
+
+def _followed(
+    plan: dict[str, Any],
+    data: OwnData,
+    name: str,
+    out: Path,
+    resume: bool,
+    quiet: bool,
+    device: torch.device,
+) -> TrainingRun:
+    return train_recipe(
+        name,
+        out=out,
+        recipe=Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])}),
+        sequences=data.sequences,
+        seed=plan["seed"],
+        # A run that was killed behind its plan has nothing else to go on from.
+        resume=resume and has_begun(out),
+        force=True,  # the place was asked for before the plan was written into it
+        quiet=quiet,
+        device=device,
+    )
 
 
 def _rows(
@@ -176,18 +188,19 @@ def _said(
     unknown: str,
     max_length: int | None,
     seed: int,
-    recipe: Recipe,
+    plan: dict[str, Any],
 ) -> str:
     """Return the command that leads to the same bytes."""
-    shape, name = recipe.shape, getattr(alphabet, "name", alphabet)
+    recipe, name = plan["recipe"], getattr(alphabet, "name", alphabet)
+    shape = recipe["shape"]
     words = ["ppl-diffusion", "train", source, "--alphabet", str(name)]
     words += [word for pair in (columns or Columns()).named.items() for word in pair]
     words += ["--unknown", unknown] if unknown != "drop" else []
     words += ["--max-length", str(max_length)] if max_length else []
     words += ["--seed", str(seed)] if seed else []
-    words += ["--steps", str(recipe.steps), "--dim", str(shape["dim"])]
-    words += ["--depth", str(shape["depth"]), "--batch-size", str(recipe.batch_size)]
-    words += ["--learning-rate", repr(recipe.learning_rate), "--dropout", str(shape["dropout"])]
+    words += ["--steps", str(recipe["steps"]), "--dim", str(shape["dim"])]
+    words += ["--depth", str(shape["depth"]), "--batch-size", str(recipe["batch_size"])]
+    words += ["--learning-rate", repr(recipe["learning_rate"]), "--dropout", str(shape["dropout"])]
     return shlex.join([*words, "--out", "DIR"])
 
 
