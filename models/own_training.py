@@ -11,12 +11,11 @@ before the first step), ``run.json`` and ``last.ckpt`` (to resume from).
 
 from __future__ import annotations
 
-import json
 import shlex
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,12 @@ import torch
 
 from ppl_diffusion.models.own_card import draw, make_card, measure, write_card
 from ppl_diffusion.models.own_data import OwnData, Unknown, prepare
+from ppl_diffusion.models.own_plan import make_plan, read_plan, require_plan
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.models.recipes import Recipe
-from ppl_diffusion.models.run_place import PLAN_FILE, check_place, clear, has_begun
+from ppl_diffusion.models.run_place import check_place, has_begun
 from ppl_diffusion.models.sequence_files import Columns, Rows, read_rows
-from ppl_diffusion.models.size_rule import (
-    MINUTES,
-    Asked,
-    choose,
-    seconds_per_step,
-    steps_in,
-    with_steps,
-)
+from ppl_diffusion.models.size_rule import Asked
 from ppl_diffusion.models.training import TrainingRun
 from ppl_diffusion.models.training import train as train_recipe
 from ppl_diffusion.tokenisers import Tokeniser, find_alphabet
@@ -115,32 +108,44 @@ def train_own(
     began, out, asked = time.monotonic(), Path(out), Asked(**size)
     check_place(out, resume=resume, force=force)
     if resume:
-        _require_plan(out)
+        require_plan(out)
     tokeniser = alphabet if isinstance(alphabet, Tokeniser) else find_alphabet(alphabet)
     rows = _rows(source, columns, labels, weights, parts)
     data = prepare(rows, tokeniser, unknown=unknown, max_length=max_length, seed=seed)
-    place = torch.device(device)
+    place, spent = torch.device(device), time.monotonic() - began
     if resume:
-        plan = _read_plan(out, data, asked, seed)
+        plan = read_plan(out, data, asked, seed)
     else:
-        plan = _plan(out, data, asked, seed, place, spent=time.monotonic() - began)
-    recipe = Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])})
-    known: dict[str, Any] = {
-        "recipe": recipe,
-        "sequences": data.sequences,
-        "seed": seed,
-        "device": place,
-    }
-    known |= {"quiet": quiet}
-    prior = name or _stem(rows.source)
-    # The place was asked for before the plan was written into it, and a run that was killed between
-    # the two has nothing else to go on from.
-    run = train_recipe(prior, out=out, resume=resume and has_begun(out), force=True, **known)
-    said = _said(rows.source, alphabet, columns, unknown, max_length, seed, recipe)
+        plan = make_plan(out, data, asked, seed, place, spent=spent)
+    run = _followed(plan, data, name or _stem(rows.source), out, resume, quiet, place)
+    said = _said(rows.source, alphabet, columns, unknown, max_length, seed, plan)
     facts = {**_facts(run, plan), "command": said, "seconds": time.monotonic() - began}
     card = make_card(run.program, data, measure(run.program, data), draw(run.program), facts)
     write_card(out, card)
     return OwnRun(run.program, out, card)
+
+
+def _followed(
+    plan: dict[str, Any],
+    data: OwnData,
+    name: str,
+    out: Path,
+    resume: bool,
+    quiet: bool,
+    device: torch.device,
+) -> TrainingRun:
+    return train_recipe(
+        name,
+        out=out,
+        recipe=Recipe(**{**plan["recipe"], "shares": tuple(plan["recipe"]["shares"])}),
+        sequences=data.sequences,
+        seed=plan["seed"],
+        # A run that was killed behind its plan has nothing else to go on from.
+        resume=resume and has_begun(out),
+        force=True,  # the place was asked for before the plan was written into it
+        quiet=quiet,
+        device=device,
+    )
 
 
 def _rows(
@@ -166,67 +171,6 @@ def _rows(
     return Rows(texts, tuple(range(1, len(texts) + 1)), **filled)  # type: ignore[arg-type]
 
 
-def _plan(
-    out: Path, data: OwnData, asked: Asked, seed: int, device: torch.device, *, spent: float
-) -> dict[str, Any]:
-    """Decide what the run will do, and write it down before the first step."""
-    sequences = data.sequences
-    recipe, seconds = choose(sequences, asked, classes=len(data.classes)), None
-    if asked.steps is None:
-        seconds = seconds_per_step(sequences, recipe, device)
-        steps = steps_in(asked.minutes or MINUTES, seconds, sequences, recipe, spent=spent)
-        recipe = with_steps(recipe, steps, len(sequences.valid))
-    # What is quoted of others is none of ours, and JSON knows no NaN.
-    told = {key: value for key, value in asdict(recipe).items() if key != "quoted_baseline"}
-    plan = {
-        "recipe": told,
-        "asked": asdict(asked),
-        "seed": seed,
-        "seconds_per_step": seconds,
-        "data": data.digest,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    clear(out)
-    scratch = out / f".{PLAN_FILE}"
-    scratch.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(out / PLAN_FILE)
-    # As it will be read when the run is resumed.
-    known: dict[str, Any] = json.loads(json.dumps(plan))
-    return known
-
-
-def _require_plan(out: Path) -> None:
-    if not (out / PLAN_FILE).is_file():
-        raise FileNotFoundError(
-            f"There is nothing to resume in {str(out)!r}: {PLAN_FILE} is missing; train without "
-            "--resume."
-        )
-
-
-def _read_plan(out: Path, data: OwnData, asked: Asked, seed: int) -> dict[str, Any]:
-    path = out / PLAN_FILE
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: plan[key] for key in ("recipe", "asked", "seed", "data")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The file {str(path)!r} is damaged; train without --resume (with --force)."
-        ) from error
-    if (found["data"], found["seed"]) != (data.digest, seed):
-        what = "seed" if found["data"] == data.digest or found["seed"] != seed else "sequences"
-        raise ValueError(
-            f"The run in {str(out)!r} began with other {what}; resume it with those, or train "
-            "without --resume."
-        )
-    for key, value in asdict(asked).items():
-        if value is not None and value != found["asked"][key]:
-            raise ValueError(
-                f"The run in {str(out)!r} began with {key} {found['asked'][key]}, not {value}; "
-                "leave it out to resume, or train without --resume."
-            )
-    return plan
-
-
 def _facts(run: TrainingRun, plan: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": run.steps,
@@ -244,18 +188,19 @@ def _said(
     unknown: str,
     max_length: int | None,
     seed: int,
-    recipe: Recipe,
+    plan: dict[str, Any],
 ) -> str:
     """Return the command that leads to the same bytes."""
-    shape, name = recipe.shape, getattr(alphabet, "name", alphabet)
+    recipe, name = plan["recipe"], getattr(alphabet, "name", alphabet)
+    shape = recipe["shape"]
     words = ["ppl-diffusion", "train", source, "--alphabet", str(name)]
     words += [word for pair in (columns or Columns()).named.items() for word in pair]
     words += ["--unknown", unknown] if unknown != "drop" else []
     words += ["--max-length", str(max_length)] if max_length else []
     words += ["--seed", str(seed)] if seed else []
-    words += ["--steps", str(recipe.steps), "--dim", str(shape["dim"])]
-    words += ["--depth", str(shape["depth"]), "--batch-size", str(recipe.batch_size)]
-    words += ["--learning-rate", repr(recipe.learning_rate), "--dropout", str(shape["dropout"])]
+    words += ["--steps", str(recipe["steps"]), "--dim", str(shape["dim"])]
+    words += ["--depth", str(shape["depth"]), "--batch-size", str(recipe["batch_size"])]
+    words += ["--learning-rate", repr(recipe["learning_rate"]), "--dropout", str(shape["dropout"])]
     return shlex.join([*words, "--out", "DIR"])
 
 

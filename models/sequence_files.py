@@ -184,12 +184,19 @@ def _table(path: Path, text: str, columns: Columns, *, mark: str) -> Rows:
     lines = tuple(line for line, _ in cells)
     parts = column("--split-column")
     _check_parts(path, lines, parts)
-    texts = column("--column") or ()
-    empty = next((line for line, text in zip(lines, texts, strict=True) if not text), None)
-    if empty is not None:
-        raise ValueError(f"The file {str(path)!r} has no sequence on line {empty}; mend the line.")
+    texts, labels = column("--column") or (), column("--label-column")
+    _check_filled(path, lines, texts, "sequence")
+    _check_filled(path, lines, labels, "class")
     weights = _numbers(path, lines, column("--weight-column"))
-    return Rows(texts, lines, "", column("--label-column"), weights, parts)
+    return Rows(texts, lines, "", labels, weights, parts)
+
+
+def _check_filled(
+    path: Path, lines: Sequence[int], column: Sequence[str] | None, what: str
+) -> None:
+    for line, cell in zip(lines, column or (), strict=False):
+        if not cell:
+            raise ValueError(f"The file {str(path)!r} has no {what} on line {line}; mend the line.")
 
 
 def _cells(path: Path, reader: Iterator[list[str]], count: int) -> Iterator[tuple[int, list[str]]]:

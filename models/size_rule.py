@@ -9,8 +9,8 @@ With ``N`` training tokens in rows of up to ``L`` tokens:
 - learning rate: 0.2 / width, at most 0.002.
 - steps: what fits into the minutes that reading the data has left (half of them at least), by the
   time of a few steps measured at the start and a fifth more for averages and checkpoints, with a
-  tenth of the time for validation; at most so many that every training row is seen 200 times, but never fewer
-  than 1000 for that reason.
+  tenth of the time for validation; at most so many that every training row is seen 200 times, but
+  never fewer than 1000 for that reason.
 - validation: 20 times, on as many rows as a tenth of the time allows.
 
 Only the steps depend on the machine. They are written down: the same number given as ``--steps``

@@ -110,9 +110,10 @@ def test_what_is_said_of_files(tmp_path, name, text, said):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"text": "d"}, "has no column 'd': choose one of a, kind, mass, part for --column."),
+        ({"text": "d"}, "has no column 'd': choose one of a, kind, mass, part, gap for --column."),
         ({"text": "a", "label": "class"}, "has no column 'class': choose one of a, kind, mass, "
-         "part for --label-column."),
+         "part, gap for --label-column."),
+        ({"text": "a", "label": "gap"}, "has no class on line 3; mend the line."),
         ({"text": "a", "weight": "mass"}, "has the weight '-1' on line 3; give a number from 0 "
          "up."),
         ({"text": "a", "weight": "kind"}, "has the weight 'x' on line 2; give a number from 0 up."),
@@ -121,7 +122,7 @@ def test_what_is_said_of_files(tmp_path, name, text, said):
     ],
 )  # fmt: skip
 def test_what_is_said_of_columns(tmp_path, columns, said):
-    path = written(tmp_path, "own.csv", "a,kind,mass,part\nA,x,1,train\nC,y,-1,dev\n")
+    path = written(tmp_path, "own.csv", "a,kind,mass,part,gap\nA,x,1,train,z\nC,y,-1,dev,\n")
     assert refusal(path, **columns) == f"The file 'own.csv' {said}"
 
 
