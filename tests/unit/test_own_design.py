@@ -236,6 +236,45 @@ def len_of(texts):
     return [len(text) for text in texts]
 
 
+class Killed(RuntimeError):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("method", ["smc", "steering", "refinement"])
+def test_a_resumed_design_asks_its_reward_what_the_unbroken_one_asks(at_home, tmp_path, method):
+    prior, asked = ppd.models.load("p"), []
+
+    def pull(texts):
+        asked.extend(texts)
+        if any(text.startswith("TT") for text in texts):
+            raise ValueError("no TT here")
+        return [gc(text) for text in texts]
+
+    def dies(step, total):
+        if step == 2:
+            raise Killed
+
+    def designed(name, **options):
+        table = {"python": pull, "on_error": "reject"}
+        search = {"method": method, "particles": 16, "runs": 2, "steps": 4, "checkpoint_every": 0}
+        return ppd.design(prior, rewards=table, out=tmp_path / name, **search, **options)
+
+    whole = designed("whole")
+    calls, asked[:] = len(asked), []
+    with pytest.raises(Killed):
+        designed("broken", progress=dies)
+    resumed = designed("broken", resume=True)
+    # What was asked after the last checkpoint is asked again, and nothing else.
+    assert calls < len(asked) < 1.5 * calls
+    for name in ("designs.csv", "designs.fasta"):
+        files = [(tmp_path / folder / name).read_bytes() for folder in ("whole", "broken")]
+        assert files[0] == files[1]
+    ledgers = [found.summary["settings"]["rewards"]["pull"] for found in (whole, resumed)]
+    counts = ("asked", "cached_memory", "failed", "failed_by_cause")
+    assert [ledgers[0][key] for key in counts] == [ledgers[1][key] for key in counts]
+    assert ledgers[0]["failed"] > 0
+
+
 def test_what_python_cannot_ask(at_home):
     prior = ppd.models.load("p")
     with pytest.raises(InputError, match="The reward 1 is an object of type int: give a function"):

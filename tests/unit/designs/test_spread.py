@@ -19,7 +19,7 @@ from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.smc.pooling import pooled
 
-ASKED = ["--gc", "0.25", "0.75", "--method", "smc", "--particles", "16", "--runs", "3", "--quiet"]
+ASKED = ["--gc", "0.4", "0.6", "--method", "smc", "--particles", "16", "--runs", "3", "--quiet"]
 
 
 @pytest.fixture(scope="module")
