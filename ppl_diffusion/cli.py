@@ -13,7 +13,7 @@ from ppl_diffusion.commands.flags import MODULE, MethodCommand, RestoreCommand, 
 from ppl_diffusion.commands.terminal import no_windows, readable_streams, spoken_warnings
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,6 +34,9 @@ Resume = Annotated[
 ]
 Every = Annotated[
     float, Option("--checkpoint-every", help="Seconds between two checkpoints, at least.")
+]
+Json = Annotated[
+    bool, Option("--json", help="Print one JSON object on standard output, and nothing else.")
 ]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 MethodModule = Annotated[
@@ -86,11 +89,11 @@ def _root(
 
 
 @app.command()
-def models() -> None:
+def models(json: Json = False) -> None:
     """List the shipped priors and oracles."""
     from ppl_diffusion.commands.listing import list_models
 
-    list_models()
+    list_models(as_json=json)
 
 
 @app.command()
@@ -142,8 +145,11 @@ def sample(
     device: Device = "cpu",
     backend: Backend = "torch",
     out: Annotated[
-        Path | None, Option(help="FASTA, CSV or text file, by its ending; printed if absent.")
+        Path | None,
+        Option(help="File ending in .fasta, .fa, .csv, .tsv, .txt or .smi; printed if absent."),
     ] = None,
+    force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
+    json: Json = False,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""
     from ppl_diffusion.commands.actions import draw_samples
@@ -162,6 +168,8 @@ def sample(
         out=out,
         device=device,
         backend=backend,
+        replace=force,
+        as_json=json,
     )
 
 
@@ -230,6 +238,7 @@ def design(
     ] = None,
     method_module: MethodModule = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Design sequences: the posterior of a prior under a reward, an observation and constraints."""
     from ppl_diffusion.commands.actions import run_design
@@ -264,6 +273,7 @@ def design(
         quiet=quiet,
         resume=resume,
         every=checkpoint_every,
+        as_json=json,
     )
 
 
@@ -370,6 +380,7 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Force = False,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train a prior, or a codec or classifier of images, by its recipe."""
     from ppl_diffusion.commands.actions import train_prior
@@ -386,7 +397,8 @@ def train(
         device=device,
         resume=resume,
         force=force,
-        quiet=quiet,
+        quiet=quiet or json,
+        as_json=json,
     )
 
 
@@ -394,11 +406,12 @@ def train(
 def diagnose(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder written by design.")],
     plots: Annotated[Path | None, Option(help="Also draw the plots into this folder.")] = None,
+    json: Json = False,
 ) -> None:
     """Print how far the particles of a run can be trusted."""
     from ppl_diffusion.commands.actions import diagnose_run
 
-    diagnose_run(folder, plots=plots)
+    diagnose_run(folder, plots=plots, as_json=json)
 
 
 @app.command()
@@ -410,7 +423,8 @@ def compare(
         Path | None, Option(metavar="FILE", help="Also draw them: .png, .pdf or .svg.")
     ] = None,
     json: Annotated[
-        Path | None, Option(metavar="FILE", help="Also write the figures as JSON.")
+        Path | None,
+        Option(metavar="FILE", help="Also write the figures as JSON; - prints them."),
     ] = None,
 ) -> None:
     """Set runs side by side, as they are and at equal network evaluations.

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_diffusion.commands.complain import OK, NoAnswer, Stopped, complain, note
+from ppl_diffusion.commands.progress import progress_bar, told_in_logs
 from ppl_diffusion.commands.tables import (
     comparison_tables,
     design_tables,
-    progress_bar,
     table,
     warnings,
 )
@@ -23,7 +23,7 @@ from ppl_diffusion.design.question import Job
 from ppl_diffusion.design.report import fasta, not_drawn, save_comparison
 from ppl_diffusion.jobs.backends import is_jax, jax_room
 from ppl_diffusion.jobs.checks import InputError, JobStopped, at_least, usable_device, user_input
-from ppl_diffusion.jobs.folder import check_file, check_target, is_finished, write_whole
+from ppl_diffusion.jobs.folder import MARKER, check_file, check_target, is_finished, write_whole
 from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.writing import json_text
 
@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from ppl_diffusion.distributions import ReverseChain
     from ppl_diffusion.models.samplers import SamplerSettings
 
+STDOUT = Path("-")
 PLOT_KINDS = (".png", ".pdf", ".svg")
+ENDINGS = {
+    ".fasta": "fasta",
+    ".fa": "fasta",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "lines",
+    ".smi": "lines",
+}
+"""What files of sequences hold, by the ending of their name."""
 
 
 def draw_samples(
@@ -44,13 +54,16 @@ def draw_samples(
     out: Path | None,
     device: str,
     backend: str = "torch",
+    replace: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Draw sequences from a prior and print them or write a file.
 
     Letters that only fill sequences up are left out.
 
-    :param out: ``.csv`` for a table, anything else for FASTA, or a line each where the symbols are
-        no letters; standard output if None.
+    :param out: a file, whose ending says what it holds (:data:`ENDINGS`); standard output if None.
+    :param replace: whether it may take the place of another file.
+    :param as_json: print one JSON object instead.
     :raises InputError: if a name, a number or the place is wrong.
     """
     from ppl_diffusion.models import load
@@ -63,19 +76,21 @@ def draw_samples(
         if value is not None:
             at_least(what, value, low)
     if out is not None:
-        check_file(out)
+        _check_sample(out, replace=replace)
     with user_input():
         prior = load(name).to(usable_device(device))
         chain = make_chain(prior, sampler, settings)
     sequences = list(prior.decode(_drawn(chain, num, seed, in_jax=is_jax(backend, device))))
     if PADDING in prior.vocabulary:
         sequences = [unpad(text) for text in sequences]
-    table = out is not None and out.suffix.lower() == ".csv"
-    text = _sequence_text(sequences, "csv" if table else _kind(prior.vocabulary))
-    if out is None:
-        print(text, end="")
-    else:
-        write_whole(out, text)
+    if out is not None:
+        write_whole(out, _sequence_text(sequences, _kind(prior.vocabulary, out)))
+    if as_json:
+        place = None if out is None else str(out)
+        told = {"prior": name, "sampler": sampler, "seed": seed, "num": num, "out": place}
+        print(json_text({**told, "sequences": sequences}), end="")
+    elif out is None:
+        print(_sequence_text(sequences, _kind(prior.vocabulary)), end="")
 
 
 def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.Tensor:
@@ -93,12 +108,20 @@ def _drawn(chain: ReverseChain, num: int, seed: int, *, in_jax: bool) -> torch.T
 
 
 def run_design(
-    job: Job, out: Path, *, replace: bool, quiet: bool, resume: bool = False, every: float = EVERY
+    job: Job,
+    out: Path,
+    *,
+    replace: bool,
+    quiet: bool,
+    resume: bool = False,
+    every: float = EVERY,
+    as_json: bool = False,
 ) -> None:
     """Run a design job, write its folder, print its tables.
 
     :param resume: go on with a run that was interrupted; one that is finished stays as it is.
     :param every: seconds between two checkpoints, at least.
+    :param as_json: print the summary as one JSON object instead.
     :raises InputError: if something asked for cannot be done.
     """
     from ppl_diffusion.design.program import build_target
@@ -107,6 +130,8 @@ def run_design(
     if not every >= 0:
         raise InputError(f"--checkpoint-every must be 0 or more seconds, not {every}.")
     if resume and is_finished(out):
+        if as_json:
+            print((out / MARKER).read_text(encoding="utf-8"), end="")
         return note(f"The run in {str(out)!r} is finished: nothing is left to do.", quiet=quiet)
     check_target(out, replace=replace, resume=resume)
     target = build_target(job)
@@ -114,22 +139,25 @@ def run_design(
         with progress_bar(f"design {job.name}", quiet=quiet) as advance:
             result = design(target, progress=advance)
         left_out = write_run(result, out, replace=replace)
-    if not quiet:
+    if as_json:
+        print(json_text(result.summary), end="")
+    elif not quiet:
         design_tables(result)
         print(f"wrote {out}")
     if left_out is not None:
         complain(f"{left_out} Every other file of the run was written.", OK)
 
 
-def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
+def train_prior(name: str, *, out: Path, quiet: bool, as_json: bool = False, **asked: Any) -> None:
     """Train a prior, or a codec or classifier of images, by its recipe.
 
+    :param as_json: print what was done as one JSON object instead of tables.
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
     """
     from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
-    from ppl_diffusion.models.training import TrainingDiverged, TrainingStopped, train
+    from ppl_diffusion.models.training import RUN_FILE, TrainingDiverged, TrainingStopped, train
 
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
     at_least("seed", asked["seed"], 0)
@@ -137,26 +165,28 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {str(out)!r} is not a folder: choose another --out.")
     if name in IMAGE_RECIPES:
-        return _train_images(name, out=out, quiet=quiet, **asked)
+        return _train_images(name, out=out, quiet=quiet, as_json=as_json, **asked)
     try:
-        with user_input():
-            run = train(name, out=out, quiet=quiet, **asked)
+        with user_input(), told_in_logs(f"train {name}", quiet=quiet) as progress:
+            run = train(name, out=out, quiet=quiet, progress=progress, **asked)
     except TrainingDiverged as error:
         raise NoAnswer(str(error)) from error
     except TrainingStopped as error:
         raise JobStopped(str(error), 128 + error.signal) from error
     except KeyboardInterrupt as error:
         raise Stopped(str(error) or f"Stopped: nothing was written to {str(out)!r}.") from error
-    if not quiet:
+    if as_json:
+        print((run.folder / RUN_FILE).read_text(encoding="utf-8"), end="")
+    elif not quiet:
         bound = ["best validation bound (bits per token, <=)", run.valid_bits]
         rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 
 
-def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
+def _train_images(name: str, *, out: Path, quiet: bool, as_json: bool, **asked: Any) -> None:
     from ppl_diffusion.models.image_training import CHECKPOINT, train_images
-    from ppl_diffusion.models.training import TrainingDiverged, check_free
+    from ppl_diffusion.models.training import RUN_FILE, TrainingDiverged, check_free
 
     with user_input():
         check_free(out, resume=asked["resume"], force=asked.pop("force"))
@@ -172,14 +202,16 @@ def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
         kept = (out / CHECKPOINT).is_file()
         text = "go on with --resume." if kept else f"nothing was written to {str(out)!r}."
         raise Stopped(f"Stopped: {text}") from error
-    if not quiet:
+    if as_json:
+        print((run.folder / RUN_FILE).read_text(encoding="utf-8"), end="")
+    elif not quiet:
         score = [f"best on validation images ({run.score_name})", run.score]
         rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 
 
-def diagnose_run(folder: Path, *, plots: Path | None) -> None:
+def diagnose_run(folder: Path, *, plots: Path | None, as_json: bool = False) -> None:
     """Print the summary of a folder written by ``design``, or by ``ParticlePosterior.save``.
 
     :raises InputError: if it holds no run.
@@ -197,15 +229,18 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
     if not posterior.law.has_evidence:
         left_out |= {*EVIDENCE, "genealogical_sd", "log_evidence_per_run"}
     rows = [[key, _readable(value)] for key, value in figures.items() if key not in left_out]
-    table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
-    warnings(posterior.warnings)
+    if as_json:
+        print(json_text({**figures, "warnings": list(map(str, posterior.warnings))}), end="")
+    else:
+        table(f"Particles of {folder}", ["quantity", "value"], [*target, *rows])
+        warnings(posterior.warnings)
     if plots is not None:
         from ppl_diffusion.design.report import save_plots
 
         missing = save_plots(posterior, plots)
         if missing is not None and not any(plots.glob("*.png")):
             raise NoAnswer(missing)
-        print(f"wrote {plots}")
+        note(f"wrote {plots}", quiet=False) if as_json else print(f"wrote {plots}")
         if missing is not None:
             complain(missing, OK)
 
@@ -213,21 +248,26 @@ def diagnose_run(folder: Path, *, plots: Path | None) -> None:
 def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None) -> None:
     """Print such folders side by side.
 
+    :param out: a file for the figures as JSON; ``-`` prints them, and no tables.
     :raises InputError: if they cannot be compared, or a file cannot be written.
     :raises NoAnswer: if the plot could not be drawn; everything else is there.
     """
     from ppl_diffusion.design.contenders import read_contenders
     from ppl_diffusion.diagnostics.comparison import compare
 
-    for place in filter(None, (plot, out)):
+    told = out == STDOUT
+    for place in filter(None, (plot, None if told else out)):
         check_file(place)
     if plot is not None:
         _check_plot(plot)
     contenders = read_contenders(folders)
     with user_input():
         comparison = compare(contenders)
-    comparison_tables(comparison)
-    if out is not None:
+    if told:
+        print(json_text(comparison.to_json()), end="")
+    else:
+        comparison_tables(comparison)
+    if out is not None and not told:
         write_whole(out, json_text(comparison.to_json()))
         print(f"wrote {out}")
     if plot is not None:
@@ -237,7 +277,7 @@ def compare_runs(folders: Sequence[Path], *, plot: Path | None, out: Path | None
             raise
         except Exception as error:
             raise NoAnswer(not_drawn([repr(str(plot))], error)) from error
-        print(f"wrote {plot}")
+        note(f"wrote {plot}", quiet=False) if told else print(f"wrote {plot}")
 
 
 def _check_plot(path: Path) -> None:
@@ -252,20 +292,36 @@ def _check_plot(path: Path) -> None:
         )
 
 
-def _kind(vocabulary: Sequence[str]) -> str:
-    """Return how sequences are best written."""
+def _check_sample(out: Path, *, replace: bool) -> None:
+    check_file(out)
+    if out.suffix.lower() not in ENDINGS:
+        raise InputError(
+            f"The ending of {str(out)!r} is none that is known: end it in one of "
+            f"{', '.join(ENDINGS)}."
+        )
+    if out.exists() and not replace:
+        raise InputError(
+            f"The file {str(out)!r} is there already: choose another --out, or replace it with "
+            "--force."
+        )
+
+
+def _kind(vocabulary: Sequence[str], out: Path | None = None) -> str:
+    """Return how sequences are written: as a file's name says, or best."""
     from ppl_diffusion.models.datasets import PADDING
 
-    if "\n" in vocabulary:
+    kind = "" if out is None else ENDINGS[out.suffix.lower()]
+    if "\n" in vocabulary and kind in ("", "lines"):
         return "text"
     letters = all(symbol.isalpha() for symbol in vocabulary if symbol != PADDING)
-    return "fasta" if letters else "lines"
+    return kind or ("fasta" if letters else "lines")
 
 
 def _sequence_text(sequences: list[str], kind: str) -> str:
-    if kind == "csv":
+    if kind in ("csv", "tsv"):
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
+        comma = "," if kind == "csv" else "\t"
+        writer = csv.writer(file, lineterminator="\n", delimiter=comma)
         writer.writerows([("sample", "sequence"), *enumerate(sequences, 1)])
         return file.getvalue()
     if kind == "lines":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.jobs.checks import DiskFull, InputError, JobStopped
 from ppl_diffusion.jobs.folder import CHECKPOINT, is_finished
 from ppl_diffusion.smc.checkpoint import EVERY, PARTICLES, RunStopped, RunStore, keep_run
@@ -63,6 +64,9 @@ def _keeping(
         raise InputError(str(error)) from error
     try:
         yield store
+    except ParticleCollapse:  # it would end like that again
+        shutil.rmtree(place, ignore_errors=True)
+        raise
     finally:
         kept.__exit__(None, None, None)
         _tidy(place)
@@ -70,7 +74,7 @@ def _keeping(
 
 def _tidy(place: Path) -> None:
     """Leave no folder behind that nothing can go on from."""
-    if not place.is_dir() or any(place.glob("stage-*.pt")) or (place / PARTICLES).is_dir():
+    if any(place.glob("stage-*.pt")) or (place / PARTICLES).is_dir():
         return
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):  # it holds an earlier run
