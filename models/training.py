@@ -152,7 +152,7 @@ def train(
         _check_same_run(checkpoint, origin, steps)
     fit = _fitting().Fit(program, sequences, recipe, steps=steps, seed=seed, origin=origin)
     _begin(out, origin, resume=resume)
-    show = None if quiet else progress or True
+    show: Show = None if quiet else progress or True
     run = _run(fit, out, checkpoint, torch.device(device), show, every)
     _record(run, recipe, seed=seed, init=init)
     (out / STARTED_FILE).unlink()
