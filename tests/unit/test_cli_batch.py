@@ -2,10 +2,11 @@
 
 import json
 import os
-import shutil
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_commands_answer_in_json(prior, tmp_path, capsys):
     figures = told(["diagnose", out], capsys)
     assert figures["num_particles"] == 8
     assert isinstance(figures["warnings"], list)
-    shutil.copytree(out, tmp_path / "copy")
-    assert run(["compare", str(out), str(tmp_path / "copy"), "--json", "-"]) == 0
+    other = str(tmp_path / "other")
+    assert run(["design", prior, *QUICK, "--out", other, "--seed", "1", "--quiet"]) == 0
+    assert run(["compare", str(out), other, "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
     drawn = told(["sample", prior, "--num", 3, "--steps", 4], capsys)
     assert len(drawn["sequences"]) == drawn["num"] == 3
@@ -181,6 +183,25 @@ def test_design_goes_on_after_a_signal(number, code, prior, tmp_path, capsys, mo
         "--resume, or begin anew with --force.\n"
     )
     assert run([*asked, "--out", str(out), "--resume"]) == 0
+    for name in ("designs.csv", "designs.fasta", "particles/particles.safetensors", "posterior.nc"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_design_killed_at_a_random_moment_goes_on(moment, prior, tmp_path):
+    code = "from ppl_diffusion.cli import main; main()"
+    asked = ["design", prior, *QUICK, "--method", "refinement", "--quiet"]
+    asked += ["--checkpoint-every", "0", "--out"]
+    words, out = [sys.executable, "-c", code, *asked], tmp_path / "run"
+    assert run([*asked, str(tmp_path / "whole")]) == 0
+    process = subprocess.Popen([*words, str(out)])
+    while not list(out.glob("checkpoint/stage-*.pt")):
+        time.sleep(0.01)
+    time.sleep(3 * random.Random(moment).random())
+    process.kill()
+    process.wait()
+    subprocess.run([*words, str(out), "--resume"], check=True)
     for name in ("designs.csv", "designs.fasta", "particles/particles.safetensors", "posterior.nc"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
