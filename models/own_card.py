@@ -24,10 +24,10 @@ from ppl_diffusion.models.own_data import OwnData, as_weighted
 from ppl_diffusion.models.program import DiffusionProgram
 from ppl_diffusion.tokenisers import MOLECULES, canonical_smiles
 
-TIMES = 32
 TEST_ROWS = 2000
 """Test rows whose bound is measured, of all of them."""
 SAMPLES = 500
+_TIMES, _TOKENS = (32, 256), 1024
 SHOWN = 10
 _CHUNK = 256
 _SAMPLE_STEPS = 64
@@ -39,6 +39,7 @@ class Held:
     """Code lengths of held-out rows, in bits per sequence, length included.
 
     :param bound: upper bound of the prior, float64 ``(n,)``.
+    :param times: stratified times per row that the bound was measured at.
     :param orders: of the Markov chains, float64 ``(7, n)``; ``best`` is the one that codes
         validation rows best.
     :param family: family of each row.
@@ -49,6 +50,7 @@ class Held:
     """
 
     bound: Tensor
+    times: int
     orders: Tensor
     best: int
     family: Tensor
@@ -81,6 +83,7 @@ def measure(program: DiffusionProgram, data: OwnData, *, seed: int = 0) -> Held:
     orders, best, expected = _chains(data, rows)
     return Held(
         bound=_bound(program, x0, seed).mean(0),
+        times=times_of(program.length),
         orders=orders,
         best=best,
         family=torch.from_numpy(data.split.test_family)[chosen],
@@ -99,6 +102,11 @@ def _weights(data: OwnData, rows: np.ndarray) -> Tensor:
     return weights * len(rows) / total if total > 0.0 else torch.ones_like(weights)
 
 
+def times_of(length: int) -> int:
+    """Return at how many times a row is bounded: more where rows are short, and times decide."""
+    return min(_TIMES[1], max(_TIMES[0], _TOKENS // length))
+
+
 def _bound(
     program: DiffusionProgram, x0: Tensor, seed: int, labels: Tensor | None = None
 ) -> Tensor:
@@ -106,7 +114,10 @@ def _bound(
     parts = []
     for part in torch.arange(len(x0)).split(_CHUNK):
         law = program if labels is None else program.labelled(labels[part])
-        parts.append(law.bound_terms(x0[part], num_times=TIMES, generator=generator) / _LN2)
+        parts.append(
+            law.bound_terms(x0[part], num_times=times_of(program.length), generator=generator)
+            / _LN2
+        )
     return torch.cat(parts, dim=1)
 
 
@@ -176,7 +187,7 @@ def make_card(
             "sequences": len(held.bound),
             "families": len(held.family.unique()),
             "tokens": held.tokens,
-            "times": TIMES,
+            "times": held.times,
             "bound": held.mean(held.bound),
             "bound_error": held.error(held.bound),
             "markov": [held.mean(bits) for bits in held.orders],

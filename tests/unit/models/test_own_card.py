@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppl_diffusion.models.own_card import Held, bound_table, card_text
+from ppl_diffusion.models.own_card import Held, bound_table, card_text, times_of
 
 METRICS = {
     "sequences": 3, "families": 2, "tokens": 4.0, "times": 32, "bound": 8.0, "bound_error": 0.5,
@@ -18,6 +18,7 @@ def held(values, family, weights=None):
     ones = torch.ones(len(values), dtype=torch.float64)
     return Held(
         bound=torch.tensor(values, dtype=torch.float64),
+        times=32,
         orders=torch.zeros(7, len(values)),
         best=0,
         family=torch.tensor(family),
@@ -46,6 +47,10 @@ def test_weights_count_like_copies():
     copied = held([1.0, 1.0, 1.0, 4.0], [0, 0, 0, 1])
     assert weighted.mean(weighted.bound) == pytest.approx(copied.mean(copied.bound))
     assert weighted.error(weighted.bound) == pytest.approx(copied.error(copied.bound))
+
+
+def test_short_rows_are_bounded_at_more_times():
+    assert [times_of(length) for length in (1, 4, 16, 50, 1000)] == [256, 256, 64, 32, 32]
 
 
 def test_the_table_of_bounds():
