@@ -105,6 +105,9 @@ def build_target(
     alphabet = Alphabet.of(prior)
     pattern = alphabet.pattern(job.question.fix, prior.length)
     prior = _of_lengths(prior, job.question, pattern)
+    if job.question.label is not None:
+        with user_input():
+            prior = prior.of_class(job.question.label, job.question.guidance)
     scores = _scores(job.question, alphabet, prior.device)
     rewards = tuple(s.spec for s in scores if s.potential is not None)
     job = job.asking(rewards=rewards)
