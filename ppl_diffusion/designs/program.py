@@ -178,9 +178,9 @@ def _potentials(
 ) -> dict[str, AbstractPotential]:
     found = {s.spec.name: s.potential for s in scores if s.potential is not None}
     if question.gc is not None:
-        found["gc"] = alphabet.gc(*question.gc)
+        found["the GC content"] = alphabet.gc(*question.gc)
     for piece in question.forbid:
-        found[f"forbid_{piece}"] = alphabet.forbid(piece)
+        found[f"the forbidden {piece}"] = alphabet.forbid(piece)
     return found
 
 

@@ -221,6 +221,11 @@ def test_the_same_from_python(at_home, tmp_path):
     found = ppd.design(prior, rewards=table, judges=len_of, out=tmp_path / "run", **search)
     assert found.columns["pull"].tolist() == [gc(text) for text in found.sequences]
     assert found.columns["len_of"].tolist() == [len(text) for text in found.sequences]
+    rows = [{**row, "weight": float(row["weight"])} for row in designs(tmp_path / "run")]
+    table = found.table()
+    assert [row["sequence"] for row in table] == [row["sequence"] for row in rows]
+    assert [*table[0]] == [*rows[0]]
+    assert table[0]["weight"] == pytest.approx(rows[0]["weight"], rel=1e-5)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"designs.csv", "summary.json"}
     assert not (tmp_path / "run" / "brief.toml").exists()  # no brief can say a function
     assert run(["design", "p", "--reward", "my_scores:pull,temperature=0.5", *QUICK,
