@@ -38,6 +38,13 @@ Every = Annotated[
 Json = Annotated[
     bool, Option("--json", help="Print one JSON object on standard output, and nothing else.")
 ]
+Label = Annotated[str | None, Option(help="Class, of a prior that was trained with classes.")]
+Guidance = Annotated[
+    float | None,
+    Option(
+        help="Weight of classifier-free guidance towards the class; 1 is the conditional prior."
+    ),
+]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 OWN = "For sequences of your own"
 MethodModule = Annotated[
@@ -142,6 +149,12 @@ def sample(
             help="nucleus:P, nucleus-drop:P or temperature:T. Repeatable, the first acts first.",
         ),
     ] = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    lengths: Annotated[
+        tuple[int, int] | None,
+        Option(help="Fewest and most tokens, of a prior over several lengths."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     backend: Backend = "torch",
@@ -169,6 +182,9 @@ def sample(
         out=out,
         device=device,
         backend=backend,
+        label=label,
+        guidance=guidance,
+        lengths=lengths,
         replace=force,
         as_json=json,
     )
@@ -287,6 +303,8 @@ def design(
         tuple[int, int] | None,
         Option(help="Fewest and most tokens, of a prior over several lengths."),
     ] = None,
+    label: Label = None,
+    guidance: Guidance = None,
     ess_threshold: Annotated[
         float | None,
         Option(
@@ -319,6 +337,8 @@ def design(
         forbid=tuple(forbid or ()),
         fix=tuple(map(parse_fix, fix or ())),
         lengths=lengths,
+        label=label,
+        guidance=guidance,
     )
     numbers = {
         "num_particles": particles,

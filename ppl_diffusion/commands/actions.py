@@ -51,6 +51,9 @@ def draw_samples(
     out: Path | None,
     device: str,
     backend: str = "torch",
+    label: str | None = None,
+    guidance: float | None = None,
+    lengths: tuple[int, int] | None = None,
     replace: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -59,6 +62,8 @@ def draw_samples(
     Letters that only fill sequences up are left out.
 
     :param out: a file, whose ending says what it holds (:data:`ENDINGS`); standard output if None.
+    :param label: a class, and ``guidance`` the weight of the guidance towards it.
+    :param lengths: fewest and most tokens, of a prior over several lengths.
     :param replace: whether it may take the place of another file.
     :param as_json: print one JSON object instead.
     :raises InputError: if a name, a number or the place is wrong.
@@ -76,6 +81,11 @@ def draw_samples(
         _check_sample(out, replace=replace)
     with user_input():
         prior = load(name).to(usable_device(device))
+        prior = prior if lengths is None else prior.between(*lengths)
+        if label is not None:
+            prior = prior.of_class(label, 1.0 if guidance is None else guidance)
+        elif guidance is not None:
+            raise InputError("Guidance leads towards a class: add --label, or drop --guidance.")
         chain = make_chain(prior, sampler, settings)
     sequences = list(prior.decode(_drawn(chain, num, seed, in_jax=is_jax(backend, device))))
     if prior.padding is None and PADDING in prior.vocabulary and prior.tokeniser is None:

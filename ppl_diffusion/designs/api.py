@@ -36,6 +36,8 @@ def design(
     forbid: Sequence[str] = (),
     fix: Sequence[str] = (),
     lengths: tuple[int, int] | None = None,
+    label: str | int | None = None,
+    guidance: float | None = None,
     out: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
@@ -68,6 +70,8 @@ def design(
     :param forbid: pieces that occur nowhere; of bases IUPAC patterns, of DNA on both strands.
     :param fix: fixed tokens, ``"POS:TEXT"`` each.
     :param lengths: fewest and most tokens.
+    :param label: a class, of a prior that knows some.
+    :param guidance: weight of classifier-free guidance towards it; 1 is the conditional prior.
     :param out: run folder; nothing is written without.
     :param force: replace a run that is there.
     :param resume: go on with one that was interrupted.
@@ -111,6 +115,8 @@ def design(
         forbid=(*known.forbid, *forbid),
         fix=(*known.fix, *map(parse_fix, fix)),
         lengths=lengths or known.lengths,
+        label=known.label if label is None else str(label),
+        guidance=known.guidance if guidance is None else guidance,
     )
     loaded = prior if isinstance(prior, DiffusionProgram) else None
     folder = None if out is None else Path(out)

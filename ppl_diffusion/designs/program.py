@@ -105,6 +105,9 @@ def build_target(
     alphabet = Alphabet.of(prior)
     pattern = alphabet.pattern(job.question.fix, prior.length)
     prior = _of_lengths(prior, job.question, pattern)
+    if job.question.label is not None:
+        with user_input():
+            prior = prior.of_class(job.question.label, job.question.guidance)
     scores = _scores(job.question, alphabet, prior.device)
     rewards = tuple(s.spec for s in scores if s.potential is not None)
     job = job.asking(rewards=rewards)
@@ -175,9 +178,9 @@ def _potentials(
 ) -> dict[str, AbstractPotential]:
     found = {s.spec.name: s.potential for s in scores if s.potential is not None}
     if question.gc is not None:
-        found["gc"] = alphabet.gc(*question.gc)
+        found["the GC content"] = alphabet.gc(*question.gc)
     for piece in question.forbid:
-        found[f"forbid_{piece}"] = alphabet.forbid(piece)
+        found[f"the forbidden {piece}"] = alphabet.forbid(piece)
     return found
 
 

@@ -221,6 +221,11 @@ def test_the_same_from_python(at_home, tmp_path):
     found = ppd.design(prior, rewards=table, judges=len_of, out=tmp_path / "run", **search)
     assert found.columns["pull"].tolist() == [gc(text) for text in found.sequences]
     assert found.columns["len_of"].tolist() == [len(text) for text in found.sequences]
+    rows = [{**row, "weight": float(row["weight"])} for row in designs(tmp_path / "run")]
+    table = found.table()
+    assert [row["sequence"] for row in table] == [row["sequence"] for row in rows]
+    assert [*table[0]] == [*rows[0]]
+    assert table[0]["weight"] == pytest.approx(rows[0]["weight"], rel=1e-5)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"designs.csv", "summary.json"}
     assert not (tmp_path / "run" / "brief.toml").exists()  # no brief can say a function
     assert run(["design", "p", "--reward", "my_scores:pull,temperature=0.5", *QUICK,
@@ -234,6 +239,48 @@ def test_the_same_from_python(at_home, tmp_path):
 
 def len_of(texts):
     return [len(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Return the folder of a prior over two classes: A's, and C's."""
+    folder = tmp_path_factory.mktemp("classes")
+    draw = random.Random(1)
+    rows = [(base * draw.randint(3, 6), base) for base in draw.choices("AC", k=300)]
+    parts = draw.choices(["train", "valid", "test"], (8, 1, 1), k=300)
+    lines = [",".join((*row, part)) for row, part in zip(rows, parts, strict=True)]
+    table = "\n".join(["sequence,kind,part", *lines, ""])
+    (folder / "rows.csv").write_text(table)
+    asked = ["train", str(folder / "rows.csv"), "--alphabet", "dna", "--column", "sequence"]
+    asked += [
+        "--label-column",
+        "kind",
+        "--split-column",
+        "part",
+        "--out",
+        str(folder / "p"),
+        "--quiet",
+    ]
+    assert run([*asked, "--steps", "150", "--dim", "16", "--depth", "1"]) == 0
+    return folder / "p"
+
+
+def test_a_class_is_asked_for_by_its_name(classes, tmp_path, capsys):
+    asked = ["sample", str(classes), "--label", "C", "--num", "50", "--json"]
+    assert run(asked) == 0
+    drawn = "".join(json.loads(capsys.readouterr().out)["sequences"])
+    assert drawn.count("C") > 0.9 * len(drawn)
+    out = tmp_path / "run"
+    more = ["--label", "A", "--guidance", "2", "--lengths", "3", "4", "--forbid", "GG"]
+    assert run(["design", str(classes), *more, *QUICK, "--out", str(out)]) == 0
+    assert {row["sequence"] for row in designs(out)[:2]} == {"AAA", "AAAA"}
+    assert "label 0" in json.loads((out / "summary.json").read_text())["target"]
+    again = tmp_path / "again"
+    assert run(["design", str(out / "brief.toml"), "--out", str(again), "--quiet"]) == 0
+    assert (again / "designs.csv").read_bytes() == (out / "designs.csv").read_bytes()
+    for wrong in (["--label", "G"], ["--guidance", "2"]):
+        assert run(["sample", str(classes), *wrong]) == 2
+        assert run(["design", str(classes), "--forbid", "GG", *wrong, "--out", "x"]) == 2
 
 
 class Killed(RuntimeError):
