@@ -150,7 +150,7 @@ print(
 
 # %% [markdown]
 # Short ones are a question of their own: the prior *given* that a sequence has at most twelve bases. Its evidence is the
-# logarithm of the mean of $e^{\text{bonds}/2}$ over short sequences of the prior, where the other is that of all. What the
+# logarithm of the mean of $e^{\text{bonds}/2}$ over short sequences of the prior, where the other is that of all (a sequence with GGGG counts as zero). What the
 # extra bases are worth is the difference, and the intervals say whether it can be told from nothing.
 
 # %%
