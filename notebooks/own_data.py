@@ -56,7 +56,7 @@ library[:5]
 
 # %%
 prior = ppd.models.train(
-    library, alphabet="rna", steps=300, dim=32, depth=1, seed=0, out="prior", quiet=True
+    library, alphabet="rna", steps=300, dim=32, depth=1, seed=0, out="prior", force=True
 )
 prior
 
