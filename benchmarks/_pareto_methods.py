@@ -16,12 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_diffusion.designs.program import (
-    CAPPED,
-    DEFAULT_TEMPERATURE,
-    HIGHEST_EXPRESSION,
-    ORACLES,
-)
+from ppl_diffusion.designs.brief import job_of
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.inference import SMC, Power, Tilt
 from ppl_diffusion.kernels import InterpolatingKernel, first_hitting
@@ -30,6 +25,11 @@ from ppl_diffusion.potentials import AbstractPotential, Potential, Reward
 from ppl_diffusion.smc import PersistentFill
 
 PRIOR = "yeast-promoter"
+_BRIEF = job_of(PRIOR).question
+(_REWARD,), (_JUDGE,) = _BRIEF.rewards, _BRIEF.judges
+DEFAULT_TEMPERATURE = _REWARD.temperature or 1.0
+HIGHEST_EXPRESSION = _REWARD.at_most or float("inf")
+CAPPED = f"min(oracle, {HIGHEST_EXPRESSION:g})"
 NUM_STEPS = 64
 SHARPENED = 1.5
 """Exponent of the prior where it is sharpened."""
@@ -82,8 +82,7 @@ class Lab:
     @classmethod
     def load(cls) -> Lab:
         """Return the shipped promoters."""
-        designer, judge = ORACLES[PRIOR]
-        return cls(load(PRIOR), load_oracle(designer), load_oracle(judge))
+        return cls(load(PRIOR), load_oracle(_REWARD.at), load_oracle(_JUDGE.at))
 
     @cached_property
     def denoiser(self) -> Remembered:

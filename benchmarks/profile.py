@@ -73,17 +73,16 @@ def profile(quick: bool) -> Clock:
     clock = Clock(START)
     import torch
 
-    from ppl_diffusion.commands.actions import run_design
-    from ppl_diffusion.designs.question import Job, Question
-    from ppl_diffusion.jobs.search import Search
+    from ppl_diffusion.commands.designing import Options, run_design
+    from ppl_diffusion.designs.flags import Asked
 
     torch.set_num_threads(1)
     with ExitStack() as stack:
         watch(clock, stack)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo"
-        search = Search(num_particles=12) if quick else Search()
+        search = {"num_particles": 12 if quick else None}
         stack.enter_context(clock.running(REST, ""))
-        run_design(Job(PRIOR, Question(), search), folder, replace=False, quiet=True)
+        run_design(PRIOR, Asked(), search, Options(folder, quiet=True))
     clock.stop()
     return clock
 

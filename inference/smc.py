@@ -33,6 +33,7 @@ from ppl_diffusion.inference.latent_run import LatentRun, latent_run
 from ppl_diffusion.inference.scout import LatentMover, LatentMoves
 from ppl_diffusion.inference.sentinels import require_sentinels, sentinels
 from ppl_diffusion.kernels.blocks import widened
+from ppl_diffusion.potentials import AbstractPotential
 from ppl_diffusion.potentials.failures import watch_failures
 from ppl_diffusion.programs.bound import Bound
 from ppl_diffusion.programs.method import Method, can_hold, methods
@@ -160,6 +161,8 @@ class SMC:
         started = time.perf_counter()
         seed, group = shared_seed(seed, self.process_group), self.process_group
         with torch.no_grad(), seeded(seed), share_rows(group), watch_failures() as failures:
+            if isinstance(self.potential, AbstractPotential):
+                self.potential.keep_back(self.num_particles * self.num_runs)
             run = self.bind(args, kwargs)
             moves = self._latent_moves(run)
             trace = self._trace(run, moves.mover, self.progress)

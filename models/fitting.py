@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,27 @@ class KeepGoing(Callback):
         self._due = time.monotonic() + self.every
         if self.signal is not None:
             raise KeyboardInterrupt
+
+
+class Told(Callback):
+    """Say how far training has come.
+
+    :param progress: called with ``(steps done, steps in all)``.
+    """
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.progress = progress
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Say it."""
+        self.progress(trainer.global_step, trainer.max_steps)
 
 
 class WeightAverage(EMAWeightAveraging):

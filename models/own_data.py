@@ -190,6 +190,7 @@ def _sequences(
         noun=noun,
         unit=unit,
         labels=_labels(rows, parts, classes),
+        classes=classes,
         bundled=True,
         lengths=length_law(sizes, split.train, train_weights) if several else None,
         tokeniser=tokeniser,

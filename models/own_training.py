@@ -14,7 +14,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def train_own(
     resume: bool = False,
     force: bool = False,
     quiet: bool = True,
+    progress: Callable[[int, int], None] | None = None,
     device: torch.device | str = "cpu",
     **size: Any,
 ) -> OwnRun:
@@ -99,6 +100,7 @@ def train_own(
     :param seed: of the split, the weights, the batches and the noise.
     :param resume: go on with the run in ``out``.
     :param force: throw the run in ``out`` away.
+    :param progress: called with ``(steps done, steps in all)``, in place of a bar.
     :param size: ``minutes`` or ``steps``, ``dim``, ``depth``, ``batch_size``, ``learning_rate`` and
         ``dropout`` in place of the rule of :mod:`~ppl_diffusion.models.size_rule`.
     :raises ValueError: if the file, a sequence or a number cannot be used, or a run to resume began
@@ -117,7 +119,8 @@ def train_own(
         plan = read_plan(out, data, asked, seed)
     else:
         plan = make_plan(out, data, asked, seed, place, spent=spent)
-    run = _followed(plan, data, name or _stem(rows.source), out, resume, quiet, place)
+    shown = {"quiet": quiet, "progress": progress, "device": place}
+    run = _followed(plan, data, name or _stem(rows.source), out, resume, **shown)
     said = _said(rows.source, alphabet, columns, unknown, max_length, seed, plan)
     facts = {**_facts(run, plan), "command": said, "seconds": time.monotonic() - began}
     card = make_card(run.program, data, measure(run.program, data), draw(run.program), facts)
@@ -131,8 +134,7 @@ def _followed(
     name: str,
     out: Path,
     resume: bool,
-    quiet: bool,
-    device: torch.device,
+    **shown: Any,
 ) -> TrainingRun:
     return train_recipe(
         name,
@@ -143,8 +145,7 @@ def _followed(
         # A run that was killed behind its plan has nothing else to go on from.
         resume=resume and has_begun(out),
         force=True,  # the place was asked for before the plan was written into it
-        quiet=quiet,
-        device=device,
+        **shown,
     )
 
 

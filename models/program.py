@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import check_denoiser
-from ppl_diffusion.denoisers.conditional import Labelled
+from ppl_diffusion.denoisers.conditional import Guided, Labelled
 from ppl_diffusion.denoisers.config import TransformerConfig
 from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.denoisers.uniform_nelbo import uniform_nelbo_from_hidden
@@ -59,6 +59,7 @@ class DiffusionProgram(ABC):
         (:class:`~ppl_diffusion.processes.Padded`).
     :param tokeniser: how text becomes tokens and tokens text; by default letters are letters, and
         symbols of several characters words.
+    :param classes: names of the labels that the network knows, in the order of their numbers.
     :raises ValueError: if the vocabulary does not fit the denoiser or has repeated symbols.
     :raises CapabilityError: if lengths are given to a family that does not mask.
 
@@ -93,9 +94,10 @@ class DiffusionProgram(ABC):
         schedule: Schedule | None = None,
         lengths: Sequence[float] | None = None,
         tokeniser: Tokeniser | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.denoiser = denoiser
-        self.tokeniser = tokeniser
+        self.tokeniser, self.classes = tokeniser, tuple(classes)
         self.vocabulary = list(vocabulary)
         self.length = int(length)
         self.name = name
@@ -163,6 +165,7 @@ class DiffusionProgram(ABC):
         name: str = "prior",
         lengths: Sequence[float] | None = None,
         tokeniser: Tokeniser | None = None,
+        classes: Sequence[str] = (),
         **shape: Any,
     ) -> Self:
         """Make an untrained program around a transformer, ready to be trained (dropout is on).
@@ -176,6 +179,7 @@ class DiffusionProgram(ABC):
         shape = shape if lengths is None else {**shape, "num_padding": 1}
         config = TransformerConfig(len(vocabulary), states, length, **shape)
         made: dict[str, Any] = {"name": name, "lengths": lengths, "tokeniser": tokeniser}
+        made["classes"] = classes or None
         made = {key: value for key, value in made.items() if value is not None}
         return cls(Transformer(config), vocabulary=vocabulary, length=length, **made)
 
@@ -324,6 +328,35 @@ class DiffusionProgram(ABC):
         program.denoiser, program.given = self._conditional, {"label": label.to(self.device)}
         return program
 
+    def of_class(self, label: str | int, weight: float = 1.0) -> Self:
+        """Return the prior of one class, by classifier-free guidance around the same network.
+
+        :param label: a name out of :attr:`classes`, or a number.
+        :param weight: ``w`` of ``p_w ~ p(x | label)**w p(x)**(1 - w)``, prediction by prediction: 1
+            is the conditional prior, above 1 overshoots.
+        :raises CapabilityError: if the network knows no classes.
+        :raises ValueError: if there is none of that name.
+        """
+        number = self._class_number(label)
+        program = copy.copy(self)
+        conditional = Labelled(self.denoiser, number)
+        program.denoiser = conditional
+        if weight != 1.0:
+            mask = self.process.mask_id
+            free = Labelled(self.denoiser, None)
+            program.denoiser = Guided(conditional, free, weight, mask_id=mask)
+        return program
+
+    def _class_number(self, label: str | int) -> int:
+        if str(label) in self.classes:
+            return self.classes.index(str(label))
+        number = int(label) if isinstance(label, int) or str(label).isdecimal() else -1
+        known = int(getattr(self.denoiser, "num_classes", 0))
+        if known and not 0 <= number < known:
+            names = ", ".join(self.classes) or f"0 to {known - 1}"
+            raise ValueError(f"{self.name}: there is no class {label!r}; choose one of {names}.")
+        return number
+
     def loss(
         self,
         batch: Tensor,
@@ -448,6 +481,8 @@ class DiffusionProgram(ABC):
             entries["lengths"] = self.process.lengths.tolist()
         if self.tokeniser is not None:
             entries["tokeniser"] = self.tokeniser.settings()
+        if self.classes:
+            entries["classes"] = list(self.classes)
         return entries
 
     @classmethod

@@ -36,6 +36,7 @@ class Sequences:
     :param noun: what the sequences are, for the same; ``unit`` is what a token is.
     :param labels: classes of the rows of ``train``, ``valid`` and ``test``, int64 ``(n,)`` each,
         for a network with classes.
+    :param classes: names of the classes, in the order of their numbers.
     :param codec: name of the codec whose tokens they are, of images.
     :param bundled: whether they come with an installed package, or are generated, so that no folder
         is needed.
@@ -58,6 +59,7 @@ class Sequences:
     noun: str = "promoter sequences"
     unit: str = "base"
     labels: tuple[Tensor, Tensor, Tensor] | None = None
+    classes: tuple[str, ...] = ()
     codec: str = ""
     bundled: bool = False
     lengths: tuple[float, ...] | None = None

@@ -18,12 +18,12 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -47,6 +47,10 @@ EVERY = 120.0
 """Seconds between two checkpoints, at least; there is one after each validation, too."""
 _SEEDS = 2**63  # torch takes no larger seeds
 _OF_DATA = ("vocab_size", "num_states", "max_length")
+
+
+Show = Callable[[int, int], None] | Literal[True] | None
+"""Who is told how far training has come: a function, Lightning's own bar, or nobody."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -92,6 +96,7 @@ def train(
     force: bool = False,
     every: float = EVERY,
     quiet: bool = False,
+    progress: Callable[[int, int], None] | None = None,
     objective: str | None = None,
     init: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -109,6 +114,7 @@ def train(
     :param force: whether the run may take the place of another one in ``out``.
     :param every: seconds between two checkpoints, at least; SIGINT and SIGTERM are answered with
         one, after the step that is being made.
+    :param progress: called with ``(steps done, steps in all)``, in place of Lightning's bar.
     :param objective: what a step minimises, one of
         :data:`~ppl_diffusion.models.recipes.OBJECTIVES`; that of the recipe if None.
     :param init: the prior to start from, a shipped name or a folder. By default training starts
@@ -145,7 +151,8 @@ def train(
         _check_same_run(checkpoint, origin, steps)
     fit = _fitting().Fit(program, sequences, recipe, steps=steps, seed=seed, origin=origin)
     _begin(out, origin, resume=resume)
-    run = _run(fit, out, checkpoint, torch.device(device), quiet, every)
+    show: Show = None if quiet else progress or True
+    run = _run(fit, out, checkpoint, torch.device(device), show, every)
     _record(run, recipe, seed=seed, init=init)
     (out / STARTED_FILE).unlink()
     return run
@@ -176,6 +183,7 @@ def _program(
 def _law(sequences: Sequences) -> dict[str, Any]:
     """Return what a program is told of its data besides the vocabulary, if there is anything."""
     known = {"lengths": sequences.lengths, "tokeniser": sequences.tokeniser}
+    known |= {"classes": sequences.classes or None}
     return {key: value for key, value in known.items() if value is not None}
 
 
@@ -184,14 +192,14 @@ def _run(
     out: Path,
     checkpoint: Path | None,
     device: torch.device,
-    quiet: bool,
+    show: Show,
     every: float,
 ) -> TrainingRun:
     keeper = _fitting().KeepBest(out / PRIOR_FOLDER)
     going = _fitting().KeepGoing(out / CHECKPOINT, every)
     seeded = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=seeded), quiet_lightning():
-        trainer = _trainer(keeper, going, fit, out, device, quiet)
+        trainer = _trainer(keeper, going, fit, out, device, show)
         _fit(trainer, going, fit, checkpoint)
     if not math.isfinite(keeper.best):
         raise TrainingDiverged(
@@ -246,7 +254,7 @@ def _interruption(fit: Fit, checkpoint: Path | None) -> str:
 
 
 def _trainer(
-    keeper: KeepBest, going: KeepGoing, fit: Fit, out: Path, device: torch.device, quiet: bool
+    keeper: KeepBest, going: KeepGoing, fit: Fit, out: Path, device: torch.device, show: Show
 ) -> lightning.Trainer:
     import lightning
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
@@ -255,8 +263,8 @@ def _trainer(
     average = _fitting().WeightAverage(fit.recipe.ema_decay)
     last = ModelCheckpoint(dirpath=out, filename="last", save_top_k=1, enable_version_counter=False)
     callbacks: list[Callback] = [keeper, average, going, last]
-    if not quiet:
-        callbacks.append(RichProgressBar())
+    if show is not None:
+        callbacks.append(RichProgressBar() if show is True else _fitting().Told(show))
     return lightning.Trainer(
         max_steps=fit.steps,
         max_epochs=-1,
@@ -266,7 +274,7 @@ def _trainer(
         gradient_clip_val=1.0,
         logger=False,
         default_root_dir=out,
-        enable_progress_bar=not quiet,
+        enable_progress_bar=show is True,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )

@@ -13,7 +13,7 @@ from ppl_diffusion.commands.flags import MODULE, MethodCommand, RestoreCommand, 
 from ppl_diffusion.commands.terminal import no_windows, readable_streams, spoken_warnings
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,6 +34,16 @@ Resume = Annotated[
 ]
 Every = Annotated[
     float, Option("--checkpoint-every", help="Seconds between two checkpoints, at least.")
+]
+Json = Annotated[
+    bool, Option("--json", help="Print one JSON object on standard output, and nothing else.")
+]
+Label = Annotated[str | None, Option(help="Class, of a prior that was trained with classes.")]
+Guidance = Annotated[
+    float | None,
+    Option(
+        help="Weight of classifier-free guidance towards the class; 1 is the conditional prior."
+    ),
 ]
 Force = Annotated[bool, Option("--force", help="Replace an earlier run.")]
 OWN = "For sequences of your own"
@@ -87,11 +97,11 @@ def _root(
 
 
 @app.command()
-def models() -> None:
+def models(json: Json = False) -> None:
     """List the shipped priors and oracles."""
     from ppl_diffusion.commands.listing import list_models
 
-    list_models()
+    list_models(as_json=json)
 
 
 @app.command()
@@ -139,12 +149,21 @@ def sample(
             help="nucleus:P, nucleus-drop:P or temperature:T. Repeatable, the first acts first.",
         ),
     ] = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    lengths: Annotated[
+        tuple[int, int] | None,
+        Option(help="Fewest and most tokens, of a prior over several lengths."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     backend: Backend = "torch",
     out: Annotated[
-        Path | None, Option(help="FASTA, CSV or text file, by its ending; printed if absent.")
+        Path | None,
+        Option(help="File ending in .fasta, .fa, .csv, .tsv, .txt or .smi; printed if absent."),
     ] = None,
+    force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
+    json: Json = False,
 ) -> None:
     """Draw sequences from a prior, with a sampler of your choice."""
     from ppl_diffusion.commands.actions import draw_samples
@@ -163,6 +182,11 @@ def sample(
         out=out,
         device=device,
         backend=backend,
+        label=label,
+        guidance=guidance,
+        lengths=lengths,
+        replace=force,
+        as_json=json,
     )
 
 
@@ -279,6 +303,8 @@ def design(
         tuple[int, int] | None,
         Option(help="Fewest and most tokens, of a prior over several lengths."),
     ] = None,
+    label: Label = None,
+    guidance: Guidance = None,
     ess_threshold: Annotated[
         float | None,
         Option(
@@ -288,6 +314,7 @@ def design(
     ] = None,
     method_module: MethodModule = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Design sequences: the posterior of a prior under rewards, observations and constraints."""
     from ppl_diffusion.commands.designing import Options, run_design
@@ -310,6 +337,8 @@ def design(
         forbid=tuple(forbid or ()),
         fix=tuple(map(parse_fix, fix or ())),
         lengths=lengths,
+        label=label,
+        guidance=guidance,
     )
     numbers = {
         "num_particles": particles,
@@ -328,6 +357,7 @@ def design(
         quiet=quiet,
         workers=workers,
         executor=executor,
+        as_json=json,
     )
     run_design(name, asked, {**context.obj, **numbers}, options)
 
@@ -442,6 +472,7 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Force = False,
     quiet: Quiet = False,
+    json: Json = False,
     alphabet: Annotated[
         str | None,
         Option(
@@ -503,8 +534,8 @@ def train(
     from ppl_diffusion.commands import training
     from ppl_diffusion.models.sequence_files import Columns, is_sequence_file
 
-    shared: dict[str, Any] = {"steps": steps, "seed": seed, "device": device, "quiet": quiet}
-    shared |= {"resume": resume, "force": force}
+    shared: dict[str, Any] = {"steps": steps, "seed": seed, "device": device}
+    shared |= {"resume": resume, "force": force, "quiet": quiet or json, "as_json": json}
     columns = Columns(column, label_column, weight_column, split_column)
     own: dict[str, Any] = {
         "max_length": max_length,
@@ -541,11 +572,12 @@ def train(
 def diagnose(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder written by design.")],
     plots: Annotated[Path | None, Option(help="Also draw the plots into this folder.")] = None,
+    json: Json = False,
 ) -> None:
     """Print how far the particles of a run can be trusted."""
     from ppl_diffusion.commands.actions import diagnose_run
 
-    diagnose_run(folder, plots=plots)
+    diagnose_run(folder, plots=plots, as_json=json)
 
 
 @app.command()
@@ -557,7 +589,8 @@ def compare(
         Path | None, Option(metavar="FILE", help="Also draw them: .png, .pdf or .svg.")
     ] = None,
     json: Annotated[
-        Path | None, Option(metavar="FILE", help="Also write the figures as JSON.")
+        Path | None,
+        Option(metavar="FILE", help="Also write the figures as JSON; - prints them."),
     ] = None,
 ) -> None:
     """Set runs side by side, as they are and at equal network evaluations.

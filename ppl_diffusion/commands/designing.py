@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ppl_diffusion.commands.complain import OK, complain, note
-from ppl_diffusion.commands.tables import design_tables, progress_bar
+from ppl_diffusion.commands.progress import progress_bar
+from ppl_diffusion.commands.tables import design_tables
 from ppl_diffusion.designs.brief import SUFFIX, job_of
 from ppl_diffusion.designs.flags import Asked
 from ppl_diffusion.designs.question import Job
 from ppl_diffusion.designs.spread import PLACES, Spread
 from ppl_diffusion.jobs.backends import NUMPYRO, is_jax
 from ppl_diffusion.jobs.checks import InputError, at_least, one_of
-from ppl_diffusion.jobs.folder import check_target, is_finished
+from ppl_diffusion.jobs.folder import MARKER, check_target, is_finished
 from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.search import Search
+from ppl_diffusion.jobs.writing import json_text
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Options:
     :param quiet: print errors only.
     :param workers: processes that runs are spread over; None for all in this one.
     :param executor: what they are processes of.
+    :param as_json: print the summary as one JSON object instead of tables.
     """
 
     out: Path | None
@@ -41,6 +44,7 @@ class Options:
     quiet: bool = False
     workers: int | None = None
     executor: str | None = None
+    as_json: bool = False
 
     def __post_init__(self) -> None:
         if not self.every >= 0:
@@ -71,6 +75,8 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
     job = asked.change(replace(job, search=_changed(job.search, {**search, "spread": spread})))
     out = options.out or _place(name)
     if options.resume and is_finished(out):
+        if options.as_json:
+            print((out / MARKER).read_text(encoding="utf-8"), end="")
         text = f"The run in {str(out)!r} is finished: nothing is left to do."
         return note(text, quiet=options.quiet)
     check_target(out, replace=options.replace, resume=options.resume)
@@ -81,7 +87,9 @@ def run_design(name: str, asked: Asked, search: Mapping[str, Any], options: Opti
         with progress_bar(f"design {_shown(job)}", quiet=options.quiet) as advance:
             result = design(target, progress=advance, how=how, store=store)
         left_out = write_run(result, out, replace=options.replace)
-    if not options.quiet:
+    if options.as_json:
+        print(json_text(result.summary), end="")
+    elif not options.quiet:
         design_tables(result)
         print(f"wrote {out}")
     if left_out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ppl_diffusion.commands.tables import table
@@ -14,8 +15,13 @@ from ppl_diffusion.models.cards import (
 )
 
 
-def list_models() -> None:
-    """Print the shipped priors, oracles and networks of images with what their cards say."""
+def list_models(*, as_json: bool = False) -> None:
+    """Print the shipped priors, oracles and networks of images with what their cards say.
+
+    :param as_json: print their cards as one JSON object instead.
+    """
+    if as_json:
+        return print(json.dumps(_cards(), indent=2))
     priors = [
         [entry["name"], entry["family"], entry["length"], *_prior_bits(entry["card"])]
         for entry in available()
@@ -32,6 +38,15 @@ def list_models() -> None:
         for name, card in ((name, read_card(name)) for name in [*codecs(), *list_classifiers()])
     ]
     table("Codecs and classifiers of images", ["name", "image", "tokens", "test images"], images)
+
+
+def _cards() -> dict[str, Any]:
+    images = [*codecs(), *list_classifiers()]
+    return {
+        "priors": {entry["name"]: entry["card"] for entry in available()},
+        "oracles": {name: read_card(name) for name in list_oracles()},
+        "images": {name: read_card(name) for name in images},
+    }
 
 
 def _prior_bits(card: dict[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.commands.complain import OK, complain
-from ppl_diffusion.commands.tables import progress_bar, table, warnings
+from ppl_diffusion.commands.progress import progress_bar
+from ppl_diffusion.commands.tables import table, warnings
 from ppl_diffusion.jobs.folder import check_target
 from ppl_diffusion.restoration.question import Job
 

@@ -1,14 +1,12 @@
-"""Progress bars and tables."""
+"""Tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ppl_diffusion.commands.terminal import plain
@@ -18,31 +16,9 @@ if TYPE_CHECKING:
     from ppl_diffusion.diagnostics.comparison import Comparison
     from ppl_diffusion.smc.verdict import Verdict
 
-Advance = Callable[..., None]
 _FRAME = 3
 """Characters that the frame of a table adds to a column; there is one more at its end."""
 _LABELS = {"log_potential": "log G", "log_prob_bound": "prior bound (nats)"}
-
-
-@contextmanager
-def progress_bar(label: str, *, quiet: bool) -> Iterator[Advance]:
-    """Show a bar on standard error.
-
-    :returns: ``advance(step, total)``, which moves the bar to ``step`` of ``total``.
-    """
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*shown, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
-    task = bar.add_task(label, total=None)
-
-    def advance(step: int, total: int, *_: Any) -> None:
-        bar.start()  # at the first step: what is refused before has no bar, but one sentence
-        bar.update(task, completed=step, total=total)
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.commands.complain import NoAnswer, Stopped
+from ppl_diffusion.commands.progress import told_in_logs
 from ppl_diffusion.commands.tables import table
 from ppl_diffusion.jobs.checks import (
     InputError,
@@ -17,6 +18,7 @@ from ppl_diffusion.jobs.checks import (
     usable_device,
     user_input,
 )
+from ppl_diffusion.jobs.writing import json_text
 
 if TYPE_CHECKING:
     from ppl_diffusion.models.sequence_files import Columns
@@ -24,15 +26,16 @@ if TYPE_CHECKING:
 UNKNOWN = ("drop", "error")
 
 
-def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
+def train_prior(name: str, *, out: Path, quiet: bool, as_json: bool = False, **asked: Any) -> None:
     """Train a prior, or a codec or classifier of images, by its recipe.
 
+    :param as_json: print what was done as one JSON object instead of tables.
     :raises InputError: if a name, a number, the data or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
     """
     from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
-    from ppl_diffusion.models.run_place import check_place
+    from ppl_diffusion.models.run_place import RUN_FILE, check_place
     from ppl_diffusion.models.training import train
 
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
@@ -41,18 +44,21 @@ def train_prior(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
     with user_input():
         check_place(out, resume=asked["resume"], force=asked["force"])
     if name in IMAGE_RECIPES:
-        return _train_images(name, out=out, quiet=quiet, **asked)
-    with _told(out):
-        run = train(name, out=out, quiet=quiet, **asked)
-    if not quiet:
+        return _train_images(name, out=out, quiet=quiet, as_json=as_json, **asked)
+    with _told(out), told_in_logs(f"train {name}", quiet=quiet) as progress:
+        run = train(name, out=out, quiet=quiet, progress=progress, **asked)
+    if as_json:
+        print((run.folder / RUN_FILE).read_text(encoding="utf-8"), end="")
+    elif not quiet:
         bound = ["best validation bound (bits per token, <=)", run.valid_bits]
         rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 
 
-def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
+def _train_images(name: str, *, out: Path, quiet: bool, as_json: bool, **asked: Any) -> None:
     from ppl_diffusion.models.image_training import CHECKPOINT, train_images
+    from ppl_diffusion.models.run_place import RUN_FILE
     from ppl_diffusion.models.training import TrainingDiverged
 
     asked.pop("force")
@@ -68,7 +74,9 @@ def _train_images(name: str, *, out: Path, quiet: bool, **asked: Any) -> None:
         kept = (out / CHECKPOINT).is_file()
         text = "go on with --resume." if kept else f"nothing was written to {str(out)!r}."
         raise Stopped(f"Stopped: {text}") from error
-    if not quiet:
+    if as_json:
+        print((run.folder / RUN_FILE).read_text(encoding="utf-8"), end="")
+    elif not quiet:
         score = [f"best on validation images ({run.score_name})", run.score]
         rows = [score, ["at step", run.best_step], ["of steps", run.steps]]
         table(f"Trained {name}", ["quantity", "value"], rows)
@@ -93,10 +101,12 @@ def train_file(
     quiet: bool,
     seed: int,
     device: str,
+    as_json: bool = False,
     **asked: Any,
 ) -> None:
     """Train a prior on the sequences of a file, print what it is worth, and write its card.
 
+    :param as_json: print the card as one JSON object instead of tables.
     :raises InputError: if the file, the alphabet, a number or the place is wrong.
     :raises NoAnswer: if the run diverged.
     :raises Stopped: if Ctrl-C ended it.
@@ -111,18 +121,21 @@ def train_file(
             "smiles, selfies, safe, chars, or a file with one token per line."
         )
     place = usable_device(device)
-    with _told(out):
+    with _told(out), told_in_logs(f"train {source.name}", quiet=quiet) as progress:
         run = train_own(
             source,
             alphabet,
             columns=columns,
             out=out,
             quiet=quiet,
+            progress=progress,
             seed=seed,
             device=place,
             **asked,
         )
-    if not quiet:
+    if as_json:
+        print(json_text(run.card), end="")
+    elif not quiet:
         _print_card(run.card)
         print(f"wrote {run.folder}")
 

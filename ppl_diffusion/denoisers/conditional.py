@@ -104,6 +104,7 @@ class Paired(Wrapper):
         self.output_size = 2 * self.vocab_size
         self.time_free = conditional.time_free and unconditional.time_free
         self.network_rows = sum(getattr(part, "network_rows", 1) for part in self._parts)
+        self.num_padding = min(getattr(part, "num_padding", 0) for part in self._parts)
         self.excludes_tokens = any(getattr(p, "excludes_tokens", False) for p in self._parts)
         if all(hasattr(part, "parameters") for part in self._parts):
             vars(self)["parameters"] = self._all_parameters

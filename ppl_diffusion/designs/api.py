@@ -16,7 +16,7 @@ from ppl_diffusion.designs.run import design as follow
 from ppl_diffusion.designs.spread import Spread
 from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.jobs.folder import check_target
-from ppl_diffusion.jobs.keeping import kept_job
+from ppl_diffusion.jobs.keeping import EVERY, kept_job
 from ppl_diffusion.jobs.search import Search
 from ppl_diffusion.models import DiffusionProgram
 from ppl_diffusion.potentials import AbstractPotential
@@ -36,9 +36,12 @@ def design(
     forbid: Sequence[str] = (),
     fix: Sequence[str] = (),
     lengths: tuple[int, int] | None = None,
+    label: str | int | None = None,
+    guidance: float | None = None,
     out: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
+    checkpoint_every: float = EVERY,
     progress: Progress | None = None,
     method: str | None = None,
     particles: int | None = None,
@@ -67,9 +70,12 @@ def design(
     :param forbid: pieces that occur nowhere; of bases IUPAC patterns, of DNA on both strands.
     :param fix: fixed tokens, ``"POS:TEXT"`` each.
     :param lengths: fewest and most tokens.
+    :param label: a class, of a prior that knows some.
+    :param guidance: weight of classifier-free guidance towards it; 1 is the conditional prior.
     :param out: run folder; nothing is written without.
     :param force: replace a run that is there.
     :param resume: go on with one that was interrupted.
+    :param checkpoint_every: seconds between two checkpoints of a run that is written, at least.
     :param progress: called with ``(steps done, steps in all)``.
     :param method: name of a method, refinement by default.
     :param particles: particles of a run, 72 by default.
@@ -109,6 +115,8 @@ def design(
         forbid=(*known.forbid, *forbid),
         fix=(*known.fix, *map(parse_fix, fix)),
         lengths=lengths or known.lengths,
+        label=known.label if label is None else str(label),
+        guidance=known.guidance if guidance is None else guidance,
     )
     loaded = prior if isinstance(prior, DiffusionProgram) else None
     folder = None if out is None else Path(out)
@@ -117,7 +125,8 @@ def design(
     target = build_target(replace(job, question=question), prior=loaded, more=named)
     if folder is None:
         return follow(target, progress=progress, how=how)
-    with kept_job(folder, target.job.settings(), resume=resume) as store:
+    asked_now = target.job.settings()
+    with kept_job(folder, asked_now, resume=resume, every=checkpoint_every) as store:
         result = follow(target, progress=progress, how=how, store=store)
         write_run(result, folder, replace=force)
     return result

@@ -44,7 +44,7 @@ from ppl_diffusion.jobs.search import Search
 SUFFIX = ".toml"
 _SHIPPED = files("ppl_diffusion.designs") / "briefs"
 _TABLES = {
-    "prior": ("name", "digest", "lengths"),
+    "prior": ("name", "digest", "lengths", "label", "guidance"),
     "constraints": ("gc", "forbid", "fix"),
 }
 _NUMBERS = {"particles": "num_particles", "runs": "num_runs", "steps": "num_steps"}
@@ -103,6 +103,8 @@ def _job(entries: Mapping[str, Any], where: str, folder: Path) -> Job:
         forbid=tuple(_texts(asked.get("forbid"), f"forbid of the {where}")),
         fix=tuple(map(parse_fix, _texts(asked.get("fix"), f"fix of the {where}"))),
         lengths=_lengths(prior.get("lengths"), f"lengths of the {where}"),
+        label=None if "label" not in prior else str(prior["label"]),
+        guidance=_number(prior.get("guidance", 1.0), f"guidance of the {where}"),
     )
     digest = prior.get("digest")
     return Job(_place(prior["name"], folder), question, _search(tables["search"], where), digest)
@@ -197,6 +199,12 @@ def _pair(value: Any, what: str) -> tuple[float, float] | None:
     return low, high
 
 
+def _number(value: Any, what: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{what} is {value!r}: give a number.")
+    return float(value)
+
+
 def _lengths(value: Any, what: str) -> tuple[int, int] | None:
     pair = _pair(value, what)
     return None if pair is None else (int(pair[0]), int(pair[1]))
@@ -208,8 +216,9 @@ def brief_text(job: Job) -> str:
     prior: dict[str, Any] = {"name": job.name}
     if job.prior_digest is not None:
         prior["digest"] = job.prior_digest
-    if "lengths" in question:
-        prior["lengths"] = question["lengths"]
+    for name in ("lengths", "label", "guidance"):
+        if name in question:
+            prior[name] = question[name]
     asked = {key: question[key] for key in ("gc", "forbid", "fix") if question[key]}
     entries = {
         "prior": prior,

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.reward_spec import COLUMNS
 from ppl_diffusion.diagnostics.comparison import UNKNOWN, Contender
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.jobs.folder import MARKER
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ppl_diffusion.smc import ParticlePosterior
 
 PARTICLES = "particles"
-_NO_SCORES = ("rank", "sequence", "weight", "copies", "run", "log_potential", "nearest")
 
 
 def read_contenders(folders: Sequence[Path]) -> list[Contender]:
@@ -130,7 +130,8 @@ def _scores(folder: Path, posterior: ParticlePosterior) -> dict[str, NDArray[np.
     if not table:
         raise ValueError("designs.csv holds no designs")
     first = next(iter(table.values()))
-    names = [name for name in first if name not in _NO_SCORES and not name.endswith("_sd")]
+    no_scores = {*COLUMNS} - {"log_prob_bound", "gc"}
+    names = [name for name in first if name not in no_scores and not name.endswith("_sd")]
     sequences = _alphabet(folder).decode(posterior.x0.reshape(-1, posterior.x0.shape[-1]))
     nothing = dict.fromkeys(names, "nan")
     rows = [table.get(sequence, nothing) for sequence in sequences]

@@ -18,6 +18,7 @@ class Asked:
     :param temperature: of every reward that has one.
     :param expression: whether the rewards of the brief stay.
     :param rewards: further rewards, and motifs.
+    :param label: class, and ``guidance`` its weight; ``lengths`` the range of them.
     :param gc: share of G and C, in place of that of the brief; ``forbid`` and ``fix`` are added.
     """
 
@@ -30,6 +31,8 @@ class Asked:
     forbid: tuple[str, ...] = ()
     fix: tuple[tuple[int, str], ...] = ()
     lengths: tuple[int, int] | None = None
+    label: str | None = None
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         finite("the observed expression", self.observe)
@@ -62,6 +65,8 @@ class Asked:
             forbid=(*question.forbid, *(x for x in self.forbid if x not in question.forbid)),
             fix=(*question.fix, *(x for x in self.fix if x not in question.fix)),
             lengths=self.lengths or question.lengths,
+            label=question.label if self.label is None else self.label,
+            guidance=question.guidance if self.guidance is None else self.guidance,
         )
 
     def _rewards(self, job: Job) -> tuple[RewardSpec, ...]:

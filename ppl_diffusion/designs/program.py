@@ -105,14 +105,18 @@ def build_target(
     alphabet = Alphabet.of(prior)
     pattern = alphabet.pattern(job.question.fix, prior.length)
     prior = _of_lengths(prior, job.question, pattern)
+    if job.question.label is not None:
+        with user_input():
+            prior = prior.of_class(job.question.label, job.question.guidance)
     scores = _scores(job.question, alphabet, prior.device)
     rewards = tuple(s.spec for s in scores if s.potential is not None)
     job = job.asking(rewards=rewards)
     with user_input():
         potentials = {**_potentials(job.question, alphabet, scores), **(more or {})}
         # A motif wider than the sequence or an empty GC range must be found before the run.
-        for potential in potentials.values():
-            if not isinstance(potential, Potential):
+        own = {s.spec.name for s in scores if s.spec.source in ("python", "torch", "command")}
+        for name, potential in potentials.items():
+            if name not in own and not isinstance(potential, Potential):
                 potential.lookahead(torch.zeros(1, prior.length, dtype=torch.int64, device=device))
     if not potentials and pattern is None:
         raise InputError(
@@ -174,9 +178,9 @@ def _potentials(
 ) -> dict[str, AbstractPotential]:
     found = {s.spec.name: s.potential for s in scores if s.potential is not None}
     if question.gc is not None:
-        found["gc"] = alphabet.gc(*question.gc)
+        found["the GC content"] = alphabet.gc(*question.gc)
     for piece in question.forbid:
-        found[f"forbid_{piece}"] = alphabet.forbid(piece)
+        found[f"the forbidden {piece}"] = alphabet.forbid(piece)
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_diffusion.designs.reward_spec import MAX_WEIGHT, RewardSpec
-from ppl_diffusion.jobs.checks import InputError, at_least
+from ppl_diffusion.jobs.checks import InputError, at_least, finite
 from ppl_diffusion.jobs.search import Search
 
 
@@ -21,6 +21,8 @@ class Question:
     :param forbid: pieces that must not occur: IUPAC motifs of bases, on both strands of DNA.
     :param fix: ``(position, text)`` pairs, positions counted in tokens from 0.
     :param lengths: fewest and most tokens, of a prior over several lengths.
+    :param label: a class, of a prior that knows some.
+    :param guidance: weight of classifier-free guidance towards it; 1 is the conditional prior.
     """
 
     rewards: tuple[RewardSpec, ...] = ()
@@ -29,6 +31,8 @@ class Question:
     forbid: tuple[str, ...] = ()
     fix: tuple[tuple[int, str], ...] = ()
     lengths: tuple[int, int] | None = None
+    label: str | None = None
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.gc is not None and not 0.0 <= self.gc[0] <= self.gc[1] <= 1.0:
@@ -39,6 +43,12 @@ class Question:
         if self.lengths is not None:
             at_least("the shortest length", self.lengths[0], 0)
             at_least("the longest length", self.lengths[1], self.lengths[0])
+        finite("the weight of the guidance", self.guidance)
+        if self.label is None and self.guidance != 1.0:
+            raise InputError(
+                f"A guidance of {self.guidance:g} leads towards a class, and none is given: add "
+                "--label, or drop --guidance."
+            )
         names = [spec.name for spec in (*self.rewards, *self.judges)]
         for name in names:
             if names.count(name) > 1:
@@ -53,7 +63,11 @@ class Question:
             "forbid": list(self.forbid),
             "fix": [f"{start}:{text}" for start, text in self.fix],
         }
-        return found if self.lengths is None else {**found, "lengths": list(self.lengths)}
+        if self.lengths is not None:
+            found["lengths"] = list(self.lengths)
+        if self.label is not None:
+            found |= {"label": self.label, "guidance": self.guidance}
+        return found
 
 
 @dataclass(frozen=True)

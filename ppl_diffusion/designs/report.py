@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ppl_diffusion.diagnostics import nearest_distance
 from ppl_diffusion.errors import ParticleCollapse
@@ -25,6 +25,20 @@ PLOTS = ("ess", "evidence", "weights", "ancestry", "token_entropy")
 
 
 def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) -> str:
+    rows = designs_table(designs, columns, sequences)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*rows[0]] if rows else ["rank", "sequence"])
+    for row in rows:
+        rank, sequence, *numbers = row.values()
+        writer.writerow([rank, sequence, *map(_cell, numbers)])
+    return out.getvalue()
+
+
+def designs_table(
+    designs: Designs, columns: Columns, sequences: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the ranked designs, a row each, by the names of the columns."""
     numbers = {
         "weight": designs.weight,
         "copies": designs.copies,
@@ -33,13 +47,12 @@ def designs_csv(designs: Designs, columns: Columns, sequences: Sequence[str]) ->
         "nearest": nearest_distance(designs.tokens),
         **columns,
     }
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["rank", "sequence", *numbers])
     rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
-    for rank, (sequence, row) in enumerate(zip(sequences, rows, strict=True), 1):
-        writer.writerow([rank, sequence, *map(_cell, row)])
-    return out.getvalue()
+    ranked = enumerate(zip(sequences, rows, strict=True), 1)
+    return [
+        {"rank": rank, "sequence": text, **dict(zip(numbers, row, strict=True))}
+        for rank, (text, row) in ranked
+    ]
 
 
 def fasta(sequences: Sequence[str], headers: Sequence[str]) -> str:

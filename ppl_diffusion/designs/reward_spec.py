@@ -35,6 +35,9 @@ OPTIONS = (
 )
 """How a score is asked for; see :class:`~ppl_diffusion.potentials.SequenceFunction`."""
 GOALS = ("maximise", "minimise")
+COLUMNS = ("rank", "sequence", "weight", "copies", "run", "log_potential", "nearest",
+           "log_prob_bound", "gc")  # fmt: skip
+"""Columns of ``designs.csv`` that are no scores, so that no score bears their name."""
 MAX_WEIGHT = 1e6
 
 
@@ -81,6 +84,11 @@ class RewardSpec:
 
     def __post_init__(self) -> None:
         where = f"reward {self.name!r}"
+        if self.name in COLUMNS or self.name.endswith("_sd"):
+            raise InputError(
+                f"A score cannot be called {self.name!r}, as another column of designs.csv is: "
+                "give it a name."
+            )
         if self.goal not in GOALS:
             raise InputError(
                 f"The goal of {where} is {self.goal!r}: choose one of {', '.join(GOALS)}, or give "
@@ -205,4 +213,5 @@ def _read(key: str, value: Any, where: str) -> Any:
 def _name(source: str, at: str) -> str:
     """Return the last word of where a score comes from."""
     text = at.rsplit(":", 1)[-1] if source in ("python", "torch") else at
-    return "_".join(text.split())[:40] if source != "command" else text.split()[-1][:40]
+    name = "_".join(text.split())[:40] if source != "command" else text.split()[-1][:40]
+    return f"{name}_score" if name in COLUMNS or name.endswith("_sd") else name

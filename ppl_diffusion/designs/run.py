@@ -18,7 +18,7 @@ from ppl_diffusion.designs.methods import infer
 from ppl_diffusion.designs.program import Target
 from ppl_diffusion.designs.question import Job
 from ppl_diffusion.designs.ranking import Designs, rank_designs
-from ppl_diffusion.designs.report import designs_csv, save_plots, sequence_file
+from ppl_diffusion.designs.report import designs_csv, designs_table, save_plots, sequence_file
 from ppl_diffusion.designs.scores import Columns
 from ppl_diffusion.designs.spread import Spread, infer_apart
 from ppl_diffusion.diagnostics import collapse, nearest_distance
@@ -62,6 +62,10 @@ class Result:
     def job(self) -> Job:
         """The job, with every default filled in."""
         return self.target.job
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the rows of ``designs.csv``, for ``pandas.DataFrame(result.table())``."""
+        return designs_table(self.designs, self.columns, self.sequences)
 
 
 def design(

@@ -69,6 +69,9 @@ def _keeping(
         raise InputError(str(error)) from error
     try:
         yield store
+    except ParticleCollapse:  # it would end like that again
+        shutil.rmtree(place, ignore_errors=True)
+        raise
     finally:
         kept.__exit__(None, None, None)
         _tidy(place)
@@ -76,7 +79,7 @@ def _keeping(
 
 def _tidy(place: Path) -> None:
     """Leave no folder behind that nothing can go on from."""
-    if not place.is_dir() or any(place.rglob("stage-*.pt")) or (place / PARTICLES).is_dir():
+    if any(place.rglob("stage-*.pt")) or (place / PARTICLES).is_dir():
         return
     shutil.rmtree(place, ignore_errors=True)
     _drop_if_empty(place.parent)

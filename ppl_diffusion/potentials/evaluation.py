@@ -9,8 +9,9 @@ every failure either into one clear error or into a counted rejection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from ppl_diffusion.potentials.failures import report, watch_calls
 from ppl_diffusion.potentials.function_options import FunctionSettings
 from ppl_diffusion.potentials.keys import keys_of
 from ppl_diffusion.potentials.memory import Memory
+from ppl_diffusion.potentials.times import Times
 from ppl_diffusion.potentials.workers import CallsBeside, workers_of
 from ppl_diffusion.rows import distinct_rows
 
@@ -99,6 +101,38 @@ class SequenceFunction(FunctionSettings):
             where the budget did not allow to ask.
         """
         return self._evaluate(x0, guess=True)
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What was asked and answered so far, in plain types, for a run that is resumed.
+
+        Setting it makes the function, and whoever watches it, remember just that.
+        """
+        calls, tally = self._calls, self.tally
+        counts = dict(calls.counts)
+        counts[ASKED] = counts.get(ASKED, 0) - len(calls.under_way)  # they will be asked again
+        return {
+            "answers": self._memory.kept,
+            "counts": counts,
+            "times": asdict(calls.times),
+            "tally": (dict(tally.counts), dict(tally.words), tally.first),
+            "reserve": self._budget.reserve,
+        }
+
+    @progress.setter
+    def progress(self, entries: Mapping[str, Any]) -> None:
+        watch_calls(str(self.name), self._calls)
+        self._memory.kept = entries["answers"]
+        # In place: ledgers hold the counters, not the function.
+        self._calls.counts.clear()
+        self._calls.counts.update(entries["counts"])
+        self._calls.clock.times = Times(**entries["times"])
+        counts, words, first = entries["tally"]
+        self.tally.counts.clear()
+        self.tally.counts.update(counts)
+        self.tally.words, self.tally.first = dict(words), first
+        self._budget.reserve = entries["reserve"]
+        report(str(self.name), self.fn, {}, self.tally)
 
     def keep_back(self, num_sequences: int) -> None:
         """Keep so many sequences of the budget for final values, unless ``reserve`` was given.

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from hashlib import blake2b
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -53,7 +54,7 @@ class Failures:
         """
         name = self._told_apart(name, fn)
         known = self._known.setdefault(name, {})
-        known.update((hash(key), _cause(answer)) for key, answer in answers.items())
+        known.update((_number(key), _cause(answer)) for key, answer in answers.items())
         if tally.total:
             self._words.setdefault(name, tally)
 
@@ -177,6 +178,11 @@ def watch_calls(name: str, calls: Calls) -> None:
     failures = WATCHED.get()
     if failures is not None:
         failures.watch(name, calls)
+
+
+def _number(key: bytes) -> int:
+    """Return a number of a key that is the same in every process, as ``hash`` is not."""
+    return int.from_bytes(blake2b(key, digest_size=7).digest(), "big")
 
 
 def _cause(answer: Answer) -> str | None:

@@ -31,6 +31,21 @@ class Memory:
         self.forget_failures, self.retry_failed = forget_failures, retry_failed
         self._kept: OrderedDict[bytes, Answer] = OrderedDict()
 
+    @property
+    def kept(self) -> dict[bytes, float | tuple[str, str]]:
+        """The answers in memory, in plain types: numbers, or cause and message of a failure."""
+        return {
+            key: (answer.cause, answer.message) if isinstance(answer, Failure) else answer
+            for key, answer in self._kept.items()
+        }
+
+    @kept.setter
+    def kept(self, answers: Mapping[bytes, float | tuple[str, str]]) -> None:
+        self._kept = OrderedDict(
+            (key, Failure(*answer) if isinstance(answer, tuple) else answer)
+            for key, answer in answers.items()
+        )
+
     def find(self, keys: Iterable[bytes]) -> tuple[dict[bytes, Answer], dict[bytes, Answer]]:
         """Return the answers that are known in memory, and those that were read from the file.
 

@@ -20,7 +20,7 @@ from ppl_diffusion.potentials.function_options import FunctionOptions
 from ppl_diffusion.potentials.transforms import Shape, Slope, Transform
 
 
-class _OfFunction(AbstractPotential):
+class FunctionPotential(AbstractPotential):
     """A log-potential computed from a :class:`SequenceFunction`; rejected sequences get -inf."""
 
     function: SequenceFunction
@@ -82,7 +82,7 @@ class _OfFunction(AbstractPotential):
         """Return the log-potential of the function's values."""
 
 
-class Reward(_OfFunction):
+class Reward(FunctionPotential):
     """A reward at a temperature: ``log G = reward / temperature``.
 
     Distinct sequences are evaluated once; the options that concern slow and failing rewards are
@@ -141,7 +141,7 @@ class Reward(_OfFunction):
         return f"Reward({self.name}, temperature={self.temperature:g})"
 
 
-class Likelihood(_OfFunction):
+class Likelihood(FunctionPotential):
     """A Gaussian observation of a predicted quantity: ``log N(observed; fn(x0), sd)``.
 
     :param fn: the prediction in its own units, ``x0 (B, L) int64 -> (B,)``.

@@ -92,8 +92,10 @@ class Process:
 
     # The noisiest state: here every site of it on its own.
 
-    padding: int | None = None
-    """Id of a token that fills sequences up and is never noised, or None."""
+    @property
+    def padding(self) -> int | None:
+        """Id of a token that fills sequences up and is never noised, or None."""
+        return None
 
     @property
     def start_is_random(self) -> bool:

@@ -140,7 +140,7 @@ class Stage:
         if tuple(content["shape"]) != self.shape:
             raise ValueError(
                 f"The file {str(self.place)!r} is of another run ({content['shape']}, not "
-                f"{list(self.shape)}); begin anew without --resume."
+                f"{self.shape}); begin anew without --resume."
             )
         remember(self.owner, content["memory"])
         self._set_randomness(content["random"])

@@ -89,6 +89,7 @@ def run_smc(
     :raises ValueError: on impossible settings.
     :raises PotentialError: if the potential returns NaN, ``+inf`` or a wrong shape.
     """
+    fk.potential.keep_back(num_particles * num_runs)
     bound = fk.bind(max_rows=max_rows, on_events=True)
     scheme = as_resampler(resampler)
     started = time.perf_counter()

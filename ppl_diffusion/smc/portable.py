@@ -76,7 +76,8 @@ def _packed_container(value: Any) -> Any:
 
 
 def _entries(value: Any) -> dict[str, Any]:
-    fields = value._asdict() if isinstance(value, tuple) else vars(value)
+    named = getattr(value, "_asdict", None)
+    fields: dict[str, Any] = vars(value) if named is None else named()
     return {name: x for name, x in fields.items() if name not in _LEFT_OUT[type(value)]}
 
 

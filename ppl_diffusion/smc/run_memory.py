@@ -18,7 +18,9 @@ from ppl_diffusion.denoisers import evaluation, prediction
 from ppl_diffusion.kernels.event_kernel import EventKernel, Future
 from ppl_diffusion.kernels.events import RoundAhead
 from ppl_diffusion.kernels.latent_kernel import LatentKernel
+from ppl_diffusion.potentials.evaluation import SequenceFunction
 from ppl_diffusion.potentials.failures import Failures
+from ppl_diffusion.potentials.rewards import FunctionPotential
 from ppl_diffusion.row_memory import Generation, RowMemory
 from ppl_diffusion.rows import RowTable
 from ppl_diffusion.smc.evaluated_potential import (
@@ -40,7 +42,9 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
     EventKernel: ("_asked",),
     LatentKernel: ("_level",),
     RowMemory: ("_generations",),
-    Failures: ("_known", "_first"),
+    Failures: ("_known",),
+    SequenceFunction: ("progress",),
+    FunctionPotential: ("_known", "_total"),
 }
 _ROOM = __name__.split(".")[0]
 

@@ -91,7 +91,7 @@ def test_sample_prints_fasta(prior, capsys):
 def test_sample_repeats_with_its_seed(prior, tmp_path):
     def draw(name, seed):
         out = tmp_path / name
-        command = ["sample", prior, "--num", "4", "--steps", "4", "--seed", seed]
+        command = ["sample", prior, "--num", "4", "--steps", "4", "--seed", seed, "--force"]
         assert run([*command, "--out", str(out)]) == 0
         return out.read_text()
 

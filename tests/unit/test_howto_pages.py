@@ -34,3 +34,11 @@ def test_the_lines_about_models_of_other_people_run(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the ")]
     assert len(said) == 8
     assert all(line.startswith("the food was ") and line.endswith(" .") for line in said)
+
+
+def test_the_run_of_the_page_about_jobs_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = PAGE.with_name("batch.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(lines, "batch.md", "exec"), {"__name__": "batch"})
+    assert (tmp_path / "kept" / "particles" / "particles.json").is_file()

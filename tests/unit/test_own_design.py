@@ -221,6 +221,11 @@ def test_the_same_from_python(at_home, tmp_path):
     found = ppd.design(prior, rewards=table, judges=len_of, out=tmp_path / "run", **search)
     assert found.columns["pull"].tolist() == [gc(text) for text in found.sequences]
     assert found.columns["len_of"].tolist() == [len(text) for text in found.sequences]
+    rows = [{**row, "weight": float(row["weight"])} for row in designs(tmp_path / "run")]
+    table = found.table()
+    assert [row["sequence"] for row in table] == [row["sequence"] for row in rows]
+    assert [*table[0]] == [*rows[0]]
+    assert table[0]["weight"] == pytest.approx(rows[0]["weight"], rel=1e-5)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"designs.csv", "summary.json"}
     assert not (tmp_path / "run" / "brief.toml").exists()  # no brief can say a function
     assert run(["design", "p", "--reward", "my_scores:pull,temperature=0.5", *QUICK,
@@ -234,6 +239,87 @@ def test_the_same_from_python(at_home, tmp_path):
 
 def len_of(texts):
     return [len(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Return the folder of a prior over two classes: A's, and C's."""
+    folder = tmp_path_factory.mktemp("classes")
+    draw = random.Random(1)
+    rows = [(base * draw.randint(3, 6), base) for base in draw.choices("AC", k=300)]
+    parts = draw.choices(["train", "valid", "test"], (8, 1, 1), k=300)
+    lines = [",".join((*row, part)) for row, part in zip(rows, parts, strict=True)]
+    table = "\n".join(["sequence,kind,part", *lines, ""])
+    (folder / "rows.csv").write_text(table)
+    asked = ["train", str(folder / "rows.csv"), "--alphabet", "dna", "--column", "sequence"]
+    asked += [
+        "--label-column",
+        "kind",
+        "--split-column",
+        "part",
+        "--out",
+        str(folder / "p"),
+        "--quiet",
+    ]
+    assert run([*asked, "--steps", "150", "--dim", "16", "--depth", "1"]) == 0
+    return folder / "p"
+
+
+def test_a_class_is_asked_for_by_its_name(classes, tmp_path, capsys):
+    asked = ["sample", str(classes), "--label", "C", "--num", "50", "--json"]
+    assert run(asked) == 0
+    drawn = "".join(json.loads(capsys.readouterr().out)["sequences"])
+    assert drawn.count("C") > 0.9 * len(drawn)
+    out = tmp_path / "run"
+    more = ["--label", "A", "--guidance", "2", "--lengths", "3", "4", "--forbid", "GG"]
+    assert run(["design", str(classes), *more, *QUICK, "--out", str(out)]) == 0
+    assert {row["sequence"] for row in designs(out)[:2]} == {"AAA", "AAAA"}
+    assert "label 0" in json.loads((out / "summary.json").read_text())["target"]
+    again = tmp_path / "again"
+    assert run(["design", str(out / "brief.toml"), "--out", str(again), "--quiet"]) == 0
+    assert (again / "designs.csv").read_bytes() == (out / "designs.csv").read_bytes()
+    for wrong in (["--label", "G"], ["--guidance", "2"]):
+        assert run(["sample", str(classes), *wrong]) == 2
+        assert run(["design", str(classes), "--forbid", "GG", *wrong, "--out", "x"]) == 2
+
+
+class Killed(RuntimeError):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("method", ["smc", "steering", "refinement"])
+def test_a_resumed_design_asks_its_reward_what_the_unbroken_one_asks(at_home, tmp_path, method):
+    prior, asked = ppd.models.load("p"), []
+
+    def pull(texts):
+        asked.extend(texts)
+        if any(text.startswith("TT") for text in texts):
+            raise ValueError("no TT here")
+        return [gc(text) for text in texts]
+
+    def dies(step, total):
+        if step == 2:
+            raise Killed
+
+    def designed(name, **options):
+        table = {"python": pull, "on_error": "reject"}
+        search = {"method": method, "particles": 16, "runs": 2, "steps": 4, "checkpoint_every": 0}
+        return ppd.design(prior, rewards=table, out=tmp_path / name, **search, **options)
+
+    whole = designed("whole")
+    calls, asked[:] = len(asked), []
+    with pytest.raises(Killed):
+        designed("broken", progress=dies)
+    resumed = designed("broken", resume=True)
+    # What was asked after the last checkpoint is asked again, and nothing else.
+    assert calls < len(asked) < 1.5 * calls
+    for name in ("designs.csv", "designs.fasta"):
+        files = [(tmp_path / folder / name).read_bytes() for folder in ("whole", "broken")]
+        assert files[0] == files[1]
+    ledgers = [found.summary["settings"]["rewards"]["pull"] for found in (whole, resumed)]
+    counts = ("asked", "cached_memory", "failed", "failed_by_cause")
+    assert [ledgers[0][key] for key in counts] == [ledgers[1][key] for key in counts]
+    assert ledgers[0]["failed"] > 0
 
 
 def test_what_python_cannot_ask(at_home):

@@ -140,6 +140,8 @@ def test_impossible_searches(wrong, sentence):
         ({"python": "m:f", "between": [2, 1]}, "The range of reward 'f' runs from 2.0 to 1.0"),
         ({"python": "m:f", "between": [1, 2], "observed": 3}, "has between and observed, which"),
         ({"python": "m:f", "sd": 1}, "has a standard deviation and nothing it is the deviation"),
+        ({"python": "m:f", "name": "gc"}, "A score cannot be called 'gc', as another column of"),
+        ({"python": "m:f", "name": "x_sd"}, "A score cannot be called 'x_sd', as another column"),
         ({"python": "m:f", "weight": -1}, "weight of reward 'f' must be above 0 and at most"),
         ({"python": "m:f", "transform": "sigmoid"}, "give a table with its kind"),
     ],
@@ -149,6 +151,10 @@ def test_impossible_rewards(entry, sentence):
         read_reward(entry, "R")
     assert sentence in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+def test_a_function_called_as_a_column_is_scored_under_another_name():
+    assert read_reward({"python": "m:gc"}, "R").name == "gc_score"
 
 
 def test_a_judge_has_no_goal():

@@ -19,7 +19,7 @@ from ppl_diffusion.jobs.checks import InputError
 from ppl_diffusion.models import MaskedDiffusion
 from ppl_diffusion.smc.pooling import pooled
 
-ASKED = ["--gc", "0.25", "0.75", "--method", "smc", "--particles", "16", "--runs", "3", "--quiet"]
+ASKED = ["--gc", "0.4", "0.6", "--method", "smc", "--particles", "16", "--runs", "3", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,22 @@ def prior(tmp_path_factory):
     return str(folder)
 
 
+def timeless(folder):
+    """Return what a run says of itself, without what clocks say."""
+    summary = json.loads((folder / "summary.json").read_text())
+    for told in summary["settings"].get("rewards", {}).values():
+        for name in ("seconds", "under_way", "utilisation", "overlap"):
+            told.pop(name)
+    return {**summary, "seconds": 0}
+
+
 def same_bytes(one, other):
     files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
     for name in files:
         if name.name != "summary.json":
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    texts = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    assert {**texts[0], "seconds": 0} == {**texts[1], "seconds": 0}
+    assert timeless(one) == timeless(other)
 
 
 def test_one_worker_and_three_give_the_same_bytes(prior, tmp_path):

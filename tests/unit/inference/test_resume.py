@@ -101,7 +101,7 @@ def check(make, folder, most):
 @pytest.mark.parametrize("process", CHAINS)
 @pytest.mark.parametrize("method", UNGUIDED)
 def test_a_chain_with_a_potential(method, process, tmp_path):
-    check(partial(of_chain, method, process), tmp_path, 3)
+    check(partial(of_chain, method, process), tmp_path, 2)
 
 
 @pytest.mark.parametrize("method", ["smc", "refinement", "twisted"])

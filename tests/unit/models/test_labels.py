@@ -161,3 +161,32 @@ def test_bounds_are_those_of_the_given_labels(trained):
     expected = torch.where(labels == 1, alone[1], alone[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert not torch.allclose(found, bound(trained, rows))
+
+
+def test_the_prior_of_a_class_by_name(tmp_path):
+    """Guidance 1 is the conditional network, and above 1 its odds grow by the power."""
+    torch.manual_seed(0)
+    law = {"lengths": [0.0, 0.5, 0.5], "classes": ("low", "high")}
+    shape = {"dim": 8, "depth": 1, "heads": 2, "num_classes": 2}
+    program = MaskedDiffusion.build("ab_", 2, name="named", **law, **shape).eval()
+    torch.nn.init.normal_(program.denoiser.vocabulary.weight)
+    torch.nn.init.normal_(program.denoiser.label.weight, std=3.0)
+    program.save(tmp_path)
+    program = load(tmp_path)
+    assert program.classes == ("low", "high")
+    states = torch.tensor([[3, 3], [3, 2]])
+    high = program.of_class("high")
+    torch.testing.assert_close(high.denoiser(states, 0.5), program.denoiser(states, 0.5, label=1))
+    both = [program.denoiser(states, 0.5, label=y).double() for y in (1, 2)]
+    guided = program.of_class(1, 3.0).denoiser(states, 0.5)
+    odds = [rows[..., 0] - rows[..., 1] for rows in (guided, *both)]
+    torch.testing.assert_close(odds[0], 3 * odds[1] - 2 * odds[2], rtol=0, atol=1e-4)
+    path = program.of_class("high", 2.0).chain(2).sample((50,))
+    texts = program.decode(path[:, -1])
+    assert {len(text) for text in texts} == {1, 2}
+    assert high.chain(2).kernel.changes == ("label 1",)
+    with pytest.raises(ValueError) as caught:
+        program.of_class("middle")
+    assert str(caught.value) == "named: there is no class 'middle'; choose one of low, high."
+    with pytest.raises(CapabilityError):
+        MaskedDiffusion.build("ab", 2, dim=8, depth=1, heads=2).of_class("high")
