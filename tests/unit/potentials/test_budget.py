@@ -155,7 +155,8 @@ def test_refinement_leaves_its_moves_out_where_the_budget_ends():
     chain, worth = toy_chain(vocab_size=3, length=4, num_steps=4), toy_potential(3, 4)
 
     def run(method, budget):
-        reward = Reward(lambda x0: worth(x0), budget=budget, name="r")
+        kept = {} if budget is None else {"budget": budget, "reserve": 0}
+        reward = Reward(lambda x0: worth(x0), name="r", **kept)
         return SMC(chain, reward, method=method, num_particles=8, num_runs=2).run(seed=0)
 
     whole = run("refinement", None)
