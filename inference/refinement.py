@@ -21,6 +21,7 @@ was really paid.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference.arguments import require_moves
 from ppl_diffusion.inference.path_moves import checked_moves, moved, side_by_side, small_type
 from ppl_diffusion.kernels import EventKernel
+from ppl_diffusion.potentials.budget import BudgetSpent
 from ppl_diffusion.processes.noise import uniforms
 from ppl_diffusion.programs.bound import Bound, Mover
 from ppl_diffusion.programs.method import Method, Needs, described, methods, register
@@ -220,9 +222,11 @@ class Refinement(Method):
         heads = _heads(trace.weights, min(self.num_chains, size))
         renewals = sum(move.renews for _, move in self._queue(run))
         slots, times = _kept(size, heads.shape[1], renewals, run.device)
-        state = _slots(
-            self._chains(run, run.gather(state, heads), set(times.tolist())), slots, times
-        )
+        try:
+            found = self._chains(run, run.gather(state, heads), set(times.tolist()))
+        except BudgetSpent:
+            return self._unmoved(run, trace, state)
+        state = _slots(found, slots, times)
         run.notes["refine/rows"].append(run.num_evaluations - run.notes["refine/rows"][0])
         head = heads[:, slots]
         alive = trace.weights.alive
@@ -239,6 +243,22 @@ class Refinement(Method):
             log_potential=torch.where(alive[:, None], state["log_g"], trace.log_potential),
             ancestors=torch.cat([trace.ancestors[:-1], last[None]]),
         )
+
+    @staticmethod
+    def _unmoved(run: Bound, trace: SMCTrace, state: State) -> SMCTrace:
+        """Return the particles as they were before any move, with the weights they had.
+
+        Where a budget ends is no matter of what the moves have found: states at which they were
+        stopped would be too often those that ask little, so none of these is kept.
+        """
+        run.notes["refine/rows"].append(run.num_evaluations - run.notes["refine/rows"][0])
+        run.notes["refine/cut"] = True
+        warnings.warn(
+            "the budget of a reward was spent before the moves of refinement were made, so the "
+            "particles are those of the inner method; give a larger budget, or choose that method.",
+            stacklevel=2,
+        )
+        return replace(trace, carry={**trace.carry, **state})
 
     def _finished(self, run: Bound, trace: SMCTrace) -> State:
         """Return what moves need of the particles, with their whole paths."""
@@ -271,6 +291,8 @@ class Refinement(Method):
 
     def law(self, run: Bound) -> Law:
         """Return the law of the inner method, with the moves that leave it alone."""
+        if "refine/cut" in run.notes:
+            return self.guide.law(run)
         sweeps, moves = run.notes["refine/sweeps"], ", ".join(self._names(run))
         words = f"then {sweeps} sweep{'s' * (sweeps != 1)} of moves ({moves}) that leave it alone"
         queue = [move for _, move in self._queue(run)]
@@ -297,7 +319,7 @@ class Refinement(Method):
         return {
             **super().settings(run),
             "moves": self._names(run),
-            "num_sweeps": run.notes["refine/sweeps"],
+            "num_sweeps": 0 if "refine/cut" in run.notes else run.notes["refine/sweeps"],
             "inner_settings": {k: described(v) for k, v in self.guide.settings(run).items()},
             "inner_evaluations": rows[0],
             "move_evaluations": rows[1],

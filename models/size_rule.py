@@ -3,6 +3,8 @@
 With ``N`` training tokens in rows of up to ``L`` tokens:
 
 - width: 64 below 100,000 tokens, 96 below 5 million, 128 above; 3 blocks; heads of about 24.
+- embedding: of 7 tokens at once where rows of up to 16 tokens or more have at most 32 symbols, such
+  as bases: motifs are then seen without attention.
 - dropout: 0.1 below 100,000 tokens, none above.
 - batch: the power of two nearest to 1024 / L rows, from 16 to 256: in a few minutes many small
   steps lead further than a few large ones.
@@ -39,6 +41,7 @@ _VALIDATIONS = 20
 _VALID_SHARE = 0.1
 _VALID_TIMES = 8
 _BACKWARD = 3.0  # a training step on a row costs about so many evaluations
+_STEM, _STEM_LENGTH, _STEM_SYMBOLS = 7, 16, 32
 _EPOCHS, _FEWEST = 200, 1000
 _TIMED_SECONDS, _TIMED_STEPS, _UNTIMED_STEPS = 4.0, 40, 3
 _LABEL_DROPOUT = 0.2
@@ -90,6 +93,7 @@ def choose(sequences: Sequences, asked: Asked, *, classes: int = 0) -> Recipe:
         "mlp_ratio": 2.0,
         "dropout": dropout,
         "learned_positions": True,
+        "stem_width": _STEM if _has_motifs(sequences) else 1,
     }
     recipe = Recipe(
         family="masked",
@@ -166,6 +170,10 @@ def train_tokens(sequences: Sequences) -> int:
     if sequences.lengths is None:
         return sequences.train.numel()
     return int((sequences.train != len(sequences.vocabulary) - 1).sum())
+
+
+def _has_motifs(sequences: Sequences) -> bool:
+    return sequences.length >= _STEM_LENGTH and len(sequences.vocabulary) <= _STEM_SYMBOLS
 
 
 def heads(dim: int) -> int:

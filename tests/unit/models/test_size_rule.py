@@ -1,5 +1,7 @@
 """The rule of size: what it chooses, and that all of it can be said."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,13 @@ def test_the_network_grows_with_the_data(rows, length, dim, dropout, batch):
     )
     assert recipe.shape["depth"] == 3
     assert recipe.learning_rate == min(0.2 / dim, 2e-3)
+
+
+def test_motifs_are_seen_at_once_in_long_rows_of_few_symbols():
+    widths = [choose(aligned(100, length), Asked()).shape["stem_width"] for length in (15, 16, 50)]
+    assert widths == [1, 7, 7]
+    many = dataclasses.replace(aligned(100, 50), vocabulary=tuple(map(str, range(33))))
+    assert choose(many, Asked()).shape["stem_width"] == 1
 
 
 def test_what_is_said_stands():

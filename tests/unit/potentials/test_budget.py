@@ -148,3 +148,29 @@ def test_the_evidence_is_unbiased_where_the_budget_ends_on_the_way(process, twis
         estimates.append(posterior.log_evidence.exp().mean())
     found = torch.stack(estimates)
     assert abs(float(found.mean()) - z) < 4 * float(found.std()) / len(found) ** 0.5
+
+
+def test_refinement_leaves_its_moves_out_where_the_budget_ends():
+    """The particles and the evidence are those of the inner method, to the bit."""
+    chain, worth = toy_chain(vocab_size=3, length=4, num_steps=4), toy_potential(3, 4)
+
+    def run(method, budget):
+        kept = {} if budget is None else {"budget": budget, "reserve": 0}
+        reward = Reward(lambda x0: worth(x0), name="r", **kept)
+        return SMC(chain, reward, method=method, num_particles=8, num_runs=2).run(seed=0)
+
+    whole = run("refinement", None)
+    assert whole.settings["num_sweeps"] > 0
+    spent = whole.settings["rewards"]["r"]["asked"]
+    inner = run("smc", None)
+    used = inner.settings["rewards"]["r"]["asked"]
+    assert used + 2 < spent
+    with pytest.warns(UserWarning, match="spent before the moves of refinement were made"):
+        cut = run("refinement", used + 1)
+    assert cut.settings["num_sweeps"] == 0
+    assert torch.equal(cut.x0, inner.x0)
+    assert torch.equal(cut.log_weights, inner.log_weights)
+    assert torch.equal(cut.log_evidence, inner.log_evidence)
+    assert "sweep" not in cut.target
+    assert "sweep" in whole.target
+    assert run("refinement", spent).target == whole.target
