@@ -23,8 +23,11 @@
 # prior for this, and no oracle. There are sequences, and a function that counts hydrogen bonds.
 
 # %%
+import json
 import random
+import tempfile
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # a progress bar we do not need
 
@@ -55,9 +58,8 @@ library[:5]
 # The network is tiny here so that this takes seconds.
 
 # %%
-prior = ppd.models.train(
-    library, alphabet="rna", steps=300, dim=32, depth=1, seed=0, out="prior", force=True
-)
+folder = Path(tempfile.mkdtemp()) / "prior"
+prior = ppd.models.train(library, alphabet="rna", steps=300, dim=32, depth=1, seed=0, out=folder)
 prior
 
 # %% [markdown]
@@ -65,10 +67,7 @@ prior
 # a hairpin the last base depends on the first, which no count of neighbours knows.
 
 # %%
-import json
-from pathlib import Path
-
-metrics = json.loads(Path("prior/card.json").read_text())["metrics"]
+metrics = json.loads((folder / "card.json").read_text())["metrics"]
 best = metrics["markov"][metrics["best_order"]]
 print(f"prior:             at most {metrics['bound']:.1f} bits per sequence")
 print(f"best Markov chain: {best:.1f} bits")
