@@ -198,14 +198,16 @@ class Corrector(LookingAhead):
         tokens = torch.arange(size, device=chosen.device).expand(*positions.shape, size)
         last = item.k + 1 == run.steps[item.site] and group_size == 1
         last = last and run.ends_with(state, item.site)
+        valid = chosen.gather(-1, positions)[..., None]
+        law = log_law.new_full(tokens.shape, -torch.inf)
+        law = law.masked_scatter(valid, log_law.log_softmax(-1))
+        # What cannot be drawn, as what only fills sequences up, is not asked about.
+        tokens = torch.where(valid & (law == -torch.inf), law.argmax(-1, keepdim=True), tokens)
         changes = Changes(item.site, positions, tokens)
         values = run.source.children(run.guess(state, generator), changes, state, last=last)
-        valid = chosen.gather(-1, positions)
         if not last:  # the ends themselves need no defence
-            law = log_law.new_full(values.shape, -torch.inf)
-            law = law.masked_scatter(valid[..., None], log_law.log_softmax(-1))
             values = run.defended(state, values, law)
-        return values[valid]
+        return values[valid[..., 0]]
 
     def look(self, run: Bound, state: State, group: int, generator: Rng) -> Tensor | None:
         """Return the look-ahead, where there is a potential to look at."""

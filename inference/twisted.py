@@ -323,7 +323,9 @@ class TwistedSampler(Method):
         """Return ``W(v)``, float64 ``(*B, m, V)``: the potential itself where nothing is left."""
         size, top, lookahead = log_d.shape[-1], self.top, run.notes["lookahead"]
         scored = log_d.topk(min(top or size, size), -1).indices
-        changes = Changes(item.site, positions, scored)
+        # What cannot be drawn, as what only fills sequences up, is not asked about.
+        possible = log_d.gather(-1, scored) > -torch.inf
+        changes = Changes(item.site, positions, torch.where(possible, scored, scored[..., :1]))
         values = lookahead.children(state, guess, changes, last=last)
         if scored.shape[-1] == size:
             return torch.empty_like(values).scatter(-1, scored, values)

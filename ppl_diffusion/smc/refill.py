@@ -178,9 +178,11 @@ def _renewed(
     options = [state]
     scores = [law.gather(-1, current[:, None])[:, 0].reshape(runs, size)]
     for shift in range(1, table.mask):  # the present token has been rated already
-        token = torch.where(valid, (current + shift) % table.mask, current)
-        other = x0.index_put((own, at), token)
+        token = (current + shift) % table.mask
         worth = law.gather(-1, token[:, None])[:, 0]
+        possible = valid & (worth > -torch.inf)  # the potential is not asked about the others
+        token = torch.where(possible, token, current)
+        other = x0.index_put((own, at), token)
         log_c = table.log_c if state.log_c is None else state.log_c.reshape(table.log_c.shape)
         known = log_c.index_put((own, at), torch.where(valid, worth, log_c[own, at]))
         path = table.path(other, table.step_of)

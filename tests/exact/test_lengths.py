@@ -140,6 +140,21 @@ def test_every_method_of_the_registry(name):
     assert (ends >= 0).all()
 
 
+@pytest.mark.parametrize("name", ["smc", "twisted", "corrector", "soft-value", "refinement"])
+def test_no_reward_is_asked_about_what_is_no_sequence(name):
+    asked = []
+
+    def worth(x0):
+        asked.append(x0)
+        return WORTH_OF_ALL(x0)
+
+    chain = ReverseChain(ordered(Padded(SIZE, LAW).between(1)), LENGTH)
+    SMC(chain, Potential(worth), method=name, num_particles=32, num_runs=4).run(seed=0)
+    rows = torch.cat([x0.reshape(-1, LENGTH) for x0 in asked])
+    assert ((rows == SIZE - 1).int().diff(dim=-1) >= 0).all()
+    assert (rows[:, 0] != SIZE - 1).all()
+
+
 def test_a_law_of_lengths_that_is_left_out_is_seen(monkeypatch):
     chain = ReverseChain(grid(), LENGTH)
     law = PathLaw.of(chain)
