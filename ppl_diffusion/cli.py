@@ -563,6 +563,8 @@ def train(
         **own,
         **{o[2:].replace("-", "_"): c for o, c in columns.named.items()},
     }
+    if any(value is not None for value in said.values()):
+        training.require_recipe(name)
     training.refuse(said, f"the recipe {name!r}")
     place = out or Path("runs") / f"train-{name}"
     training.train_prior(name, data=data, out=place, objective=objective, init=init, **shared)

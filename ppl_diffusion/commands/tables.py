@@ -233,4 +233,6 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "n/a"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -46,17 +46,24 @@ def plain(text: str, encoding: str) -> str:
 @contextmanager
 def readable_streams() -> Iterator[None]:
     """Let standard output and error write stand-ins for what they cannot write."""
-    changed: list[tuple[TextIOWrapper, str | None]] = []
+    changed: list[tuple[TextIOWrapper, str, str | None]] = []
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a notebook's is none, and writes everything
-            changed.append((stream, stream.errors))
-            stream.reconfigure(errors=_HANDLER)
+            changed.append((stream, stream.encoding, stream.errors))
+            encoding = "ascii" if _wants_ascii() else stream.encoding
+            stream.reconfigure(encoding=encoding, errors=_HANDLER)
     try:
         yield
     finally:
-        for stream, errors in changed:
+        for stream, encoding, errors in changed:
             with suppress(OSError, ValueError):  # the reader may have gone
-                stream.reconfigure(errors=errors)
+                stream.reconfigure(encoding=encoding, errors=errors)
+
+
+def _wants_ascii() -> bool:
+    """Whether somebody asked for the locale C, in which Python writes UTF-8 all the same."""
+    said = {"PYTHONIOENCODING", "PYTHONUTF8"} & os.environ.keys()
+    return os.environ.get("LC_ALL") in ("C", "POSIX") and not said
 
 
 @contextmanager

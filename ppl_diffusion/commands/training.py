@@ -41,6 +41,7 @@ def train_prior(name: str, *, out: Path, quiet: bool, as_json: bool = False, **a
     at_least("steps", 1 if asked["steps"] is None else asked["steps"], 1)
     at_least("seed", asked["seed"], 0)
     asked["device"] = usable_device(asked["device"])
+    asked["resume"] = asked["resume"] and not _is_new(out)
     with user_input():
         check_place(out, resume=asked["resume"], force=asked["force"])
     if name in IMAGE_RECIPES:
@@ -83,6 +84,24 @@ def _train_images(name: str, *, out: Path, quiet: bool, as_json: bool, **asked: 
         print(f"wrote {run.folder}")
 
 
+def _is_new(out: Path) -> bool:
+    """Whether a run has not begun: a script may ask to go on with it all the same."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def require_recipe(name: str) -> None:
+    """:raises InputError: if there is neither a recipe nor a file of that name."""
+    from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
+    from ppl_diffusion.models.recipes import RECIPES
+
+    if name not in RECIPES and name not in IMAGE_RECIPES:
+        kind = "a folder" if Path(name).is_dir() else "no file"
+        raise InputError(
+            f"{name!r} is {kind} and no recipe: give a file of sequences, or one of "
+            f"{', '.join([*RECIPES, *IMAGE_RECIPES])}."
+        )
+
+
 def refuse(options: Mapping[str, object], where: str) -> None:
     """:raises InputError: if an option was given that means nothing there."""
     for name, value in options.items():
@@ -121,6 +140,7 @@ def train_file(
             "smiles, selfies, safe, chars, or a file with one token per line."
         )
     place = usable_device(device)
+    asked["resume"] = asked["resume"] and not _is_new(out)
     with _told(out), told_in_logs(f"train {source.name}", quiet=quiet) as progress:
         run = train_own(
             source,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.digests import digest
 from ppl_diffusion.designs.question import Job, Question
-from ppl_diffusion.designs.scores import Score, digest, make_score
+from ppl_diffusion.designs.scores import Score, make_score
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.models import DiffusionProgram, load

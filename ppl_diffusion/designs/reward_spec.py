@@ -32,6 +32,7 @@ OPTIONS = (
     "version",
     "retry_failed",
     "budget",
+    "memory",
 )
 """How a score is asked for; see :class:`~ppl_diffusion.potentials.SequenceFunction`."""
 GOALS = ("maximise", "minimise")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_diffusion.designs.alphabet import Alphabet
+from ppl_diffusion.designs.digests import digest
 from ppl_diffusion.designs.own_rewards import function_options, own_function
 from ppl_diffusion.designs.question import split_name
 from ppl_diffusion.designs.reward_spec import OBSERVATION_SD, RewardSpec
@@ -83,6 +83,13 @@ def _motif(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bo
             f"A motif is a matrix of bases, and the prior writes {''.join(alphabet.vocabulary)}: "
             "drop --motif."
         )
+    usual = RewardSpec(spec.name, spec.source, spec.at)
+    for name in ("goal", "temperature", "between", "observed", "at_most", "transform"):
+        if not judge and getattr(spec, name) != getattr(usual, name):
+            raise InputError(
+                f"The reward {spec.name!r} is a motif, whose log-odds are nats already, and has "
+                f"{name}: drop it, and weigh the motif by weight."
+            )
     motif = read_motif(spec)
     strands = {"both_strands": alphabet.nucleic == "DNA", "vocabulary": alphabet.as_dna}
     best = motif.potential(**strands)
@@ -109,19 +116,10 @@ def read_motif(spec: RewardSpec) -> Motif:
     return motifs[0]
 
 
-def digest(text: str, numbers: Mapping[str, Tensor]) -> str:
-    """Tell things apart by what they hold, wherever they lie."""
-    total = hashlib.sha256(text.encode())
-    for name, values in sorted(numbers.items()):
-        total.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        total.update(values.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]
-
-
 def _own(spec: RewardSpec, alphabet: Alphabet, device: torch.device, judge: bool) -> Score:
     """A score of the user's: asked once per sequence, by the policy that was chosen for it."""
     function = own_function(spec, alphabet, device)
-    options: FunctionOptions = {"name": spec.name, **function_options(spec)}  # type: ignore[typeddict-item]
+    options: FunctionOptions = {"name": spec.name, **function_options(spec, function)}  # type: ignore[typeddict-item]
     if judge:
         asked = SequenceFunction(function, worst=None, **options)
         return Score(spec, lambda tokens: {spec.name: asked(tokens)})
@@ -138,6 +136,11 @@ def _weighed(spec: RewardSpec, potential: AbstractPotential) -> AbstractPotentia
 def _tilt(spec: RewardSpec, function: Any, options: FunctionOptions) -> Reward | Likelihood:
     """Return what a score adds to the target."""
     if spec.observed is not None:
+        if spec.transform:
+            raise InputError(
+                f"The reward {spec.name!r} is observed in its own units, and has a transform: drop "
+                "one of them."
+            )
         return Likelihood(function, spec.observed, spec.sd or OBSERVATION_SD, **options)
     transform = _transform(spec)
     if spec.between is not None:

@@ -47,6 +47,9 @@ def user_input() -> Iterator[None]:
     except InputError:
         raise
     except (CapabilityError, ValueError, KeyError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            text = f"Cannot use {str(error.filename)!r}: {error.strerror}."
+            raise InputError(text) from error
         # The text of a KeyError is the repr of its key.
         quoted = isinstance(error, KeyError) and error.args
         raise InputError(str(error.args[0] if quoted else error)) from error

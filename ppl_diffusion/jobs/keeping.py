@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 import threading
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ppl_diffusion.errors import ParticleCollapse
 from ppl_diffusion.jobs.checks import DiskFull, InputError, JobStopped
@@ -52,10 +54,16 @@ def kept_job(
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
         _drop_if_empty(folder)
         raise
-    except OSError as error:
-        if error.errno not in _FULL:
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
             raise
         raise DiskFull(_full(folder)) from error
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    # Whoever writes the weights knows no numbers, and says it in words.
+    words = os.strerror(errno.ENOSPC)
+    return getattr(error, "errno", None) in _FULL or words in str(error)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_diffusion.errors import PotentialError
 from ppl_diffusion.potentials.answer_store import Answer, AnswerStore, Cost
 from ppl_diffusion.potentials.budget import Budget
 from ppl_diffusion.potentials.calls import (
@@ -30,7 +31,7 @@ from ppl_diffusion.potentials.calls import (
 )
 from ppl_diffusion.potentials.causes import Failure, GaveUp, Tally
 from ppl_diffusion.potentials.failures import report, watch_calls
-from ppl_diffusion.potentials.function_options import FunctionSettings
+from ppl_diffusion.potentials.function_options import FunctionSettings, shown
 from ppl_diffusion.potentials.keys import keys_of
 from ppl_diffusion.potentials.memory import Memory
 from ppl_diffusion.potentials.times import Times
@@ -138,9 +139,17 @@ class SequenceFunction(FunctionSettings):
         """Keep so many sequences of the budget for final values, unless ``reserve`` was given.
 
         :param num_sequences: what a run needs in the end.
+        :raises PotentialError: if the budget is smaller.
         """
-        if self.reserve is None:
-            self._budget.reserve = num_sequences
+        if self.reserve is not None:
+            return
+        if self.budget is not None and self.budget < num_sequences:
+            raise PotentialError(
+                f"{self.name} has a budget of {self.budget} sequences, fewer than the "
+                f"{num_sequences} final values of the run; give a larger budget, or ask for fewer "
+                "particles or runs."
+            )
+        self._budget.reserve = num_sequences
 
     def prefetch(self, x0: Tensor) -> None:
         """Start calls for what is not known yet in the executor, and wait for none of them.
@@ -289,7 +298,7 @@ class SequenceFunction(FunctionSettings):
     def _fail(self, row: Tensor, failure: Failure, cause: Exception | None) -> None:
         if self.on_error == "raise":
             self.refuse(row, failure, cause)
-        self.tally.add(failure, f"{failure.message}, on the sequence {row.tolist()}")
+        self.tally.add(failure, f"{failure.message}, on the sequence {shown(self.fn, row)}")
 
     def _make_memory(self) -> Memory:
         store = None

@@ -172,8 +172,8 @@ class FunctionSettings:
         :param row: the sequence, int64 ``(L,)``.
         """
         raise PotentialError(
-            f"{self.name} failed on the sequence {row.tolist()} ({failure.message}); mend the "
-            'function, or pass on_error="reject" to give such sequences probability zero.'
+            f"{self.name} failed on the sequence {shown(self.fn, row)} ({failure.message}); mend "
+            'the function, or pass on_error="reject" to give such sequences probability zero.'
         ) from cause
 
 
@@ -225,3 +225,15 @@ def _check_executor(function: FunctionSettings) -> None:
 def _whole(number: Any, least: int) -> bool:
     whole = isinstance(number, int | Integral) and not isinstance(number, bool)
     return whole and int(number) >= least
+
+
+def shown(fn: RowFunction, row: Tensor) -> str:
+    """Return a sequence as whoever wrote the function knows it: a text, or tokens.
+
+    :param row: int64 ``(L,)``.
+    """
+    decode = getattr(fn, "decode", None)
+    try:
+        return str(row.tolist()) if decode is None else repr(decode(row[None])[0])
+    except Exception:  # words about a failure must not fail themselves
+        return str(row.tolist())

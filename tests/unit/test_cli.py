@@ -241,6 +241,8 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["design", "PRIOR", "--gc", "0", "1", "--device", "abacus"], "The device 'abacus' cannot"),
     (["train", "yeast-promoter", "--device", "abacus"], "choose another --device"),
     (["train", "nonsuch"], "nonsuch"),
+    (["train", "nonsuch", "--alphabet", "dna"], "'nonsuch' is no file and no recipe: give a file"),
+    (["train", "HOME", "--alphabet", "dna"], "'HOME' is a folder and no recipe: give a file"),
     (["train", "yeast-promoter", "--data", "HOME"], "yeast_promoters_80bp.npz"),
     (["train", "yeast-promoter", "--data", "HOME", "--steps", "0"], "at least 1, not 0"),
     (["train", "yeast-promoter", "--data", "HOME", "--out", "FILE"], "is not a folder"),

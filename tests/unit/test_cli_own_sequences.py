@@ -115,3 +115,14 @@ def test_bad_input_gets_one_sentence(words, said, tmp_path, monkeypatch, capsys)
     found = refusal(["train", *["own.fa" if word == "FILE" else word for word in words]], capsys)
     assert found == said  # The second record begins on line 3.
     assert not (tmp_path / "runs").exists()
+
+
+def test_resume_begins_where_nothing_has_begun(tmp_path):
+    """A job that may be requeued before its first second is over always says it."""
+    (tmp_path / "empty").mkdir()
+    asked = ["train", fasta(tmp_path), "--alphabet", "dna", *SMALL, "--quiet"]
+    places = {"plain": [], "new": ["--resume"], "empty": ["--resume"]}
+    for name, more in places.items():
+        assert run([*asked, *more, "--out", str(tmp_path / name)]) == 0
+    weights = [next((tmp_path / name).rglob("model.safetensors")).read_bytes() for name in places]
+    assert weights[0] == weights[1] == weights[2]

@@ -172,3 +172,13 @@ def test_a_damaged_motif_is_one_sentence(places, tmp_path, monkeypatch, capsys):
     assert len(err) == 1
     assert err[0].startswith("ppl-diffusion: The motif file")
     assert "'>M2 torn' at line 7" in err[0]
+
+
+def test_the_locale_c_asks_for_ascii():
+    """Python itself would write UTF-8 there."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONIOENCODING", "PYTHONUTF8")}
+    command = [sys.executable, "-m", "ppl_diffusion.cli", "models"]
+    for locale, plain in (("C", True), ("C.UTF-8", False)):
+        done = subprocess.run(command, capture_output=True, env={**kept, "LC_ALL": locale})
+        assert done.returncode == 0
+        assert done.stdout.isascii() == plain

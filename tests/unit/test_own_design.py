@@ -1,7 +1,9 @@
 """From a file of sequences to ranked designs, as a new user would go, in one process each."""
 
 import csv
+import importlib
 import json
+import linecache
 import random
 import sys
 from pathlib import Path
@@ -33,6 +35,9 @@ class Network(torch.nn.Module):
 
 network = Network()
 not_a_function = 3
+
+def gives_three():
+    return 3
 '''
 PROGRAM = """
 import json, sys
@@ -143,6 +148,30 @@ seed = 3
     assert run(["compare", str(first), str(other)]) == 0
 
 
+def test_answers_of_another_function_are_never_taken(at_home, tmp_path):
+    """Two functions of one name, and one that was edited, share a file and no answer."""
+    file = tmp_path / "answers.sqlite"
+    found = []
+    texts = ["1.0 * text.count('G')", "-1.0 * text.count('G')"]
+    for module, body in (("one_score", texts[0]), ("two_score", texts[1]), ("one_score", texts[1])):
+        Path(f"{module}.py").write_text(f"def g(texts):\n    return [{body} for text in texts]\n")
+        sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        sys.dont_write_bytecode, usual = True, sys.dont_write_bytecode
+        table = {"python": f"{module}:g", "cache": str(file)}
+        search = {"method": "smc", "particles": 16, "runs": 1}
+        found.append([ppd.design("p", rewards=table, **search).summary for _ in range(2)])
+        sys.dont_write_bytecode = usual
+    for first, again in found:
+        told = [run["settings"]["rewards"]["g"] for run in (first, again)]
+        assert told[0]["cached_disk"] == 0
+        assert told[1]["asked"] == 0
+        assert first["log_evidence"] == again["log_evidence"]
+    assert found[0][0]["log_evidence"] != found[1][0]["log_evidence"]
+    assert found[1][0]["log_evidence"] == found[2][0]["log_evidence"]
+
+
 def test_failures_are_counted_by_cause_and_cost_their_own_sequences_only(at_home, tmp_path):
     asked = ["--reward", "my_scores:fails_on_a,on_error=reject"]
     assert run(["design", "p", *asked, *QUICK, "--out", str(tmp_path / "run")]) == 0
@@ -161,9 +190,14 @@ def test_failures_are_counted_by_cause_and_cost_their_own_sequences_only(at_home
         (["--reward", "my_scores:not_a_function"], "is an object of type int: give a function of"),
         (["--reward", "my_scores:pull,workers=0"], "Workers of reward 'pull' must be at least 1"),
         (["--reward", "my_scores:pull,workers=2,executor=fax"], "no executor called 'fax'"),
-        (["--reward", "my_scores:fails_on_a"], "fails_on_a failed on the sequence"),
+        (["--reward", "my_scores:fails_on_a"], "fails_on_a failed on the sequence 'A"),
         (["--reward-torch", "my_scores:network"], "head is None; give one from 0 to 1"),
-        (["--reward-command", "nosuchprogram"], "cannot be started (No such file or directory)"),
+        (["--reward-command", "nosuchprogram"], "There is no program 'nosuchprogram' for the"),
+        (["--reward-torch", "my_scores:pull"], "is no network, and calling it makes none (TypeEr"),
+        (["--reward-torch", "my_scores:gives_three"], "gives an object of type int: name a torch"),
+        (["--reward", "my_scores:pull,budget=10"], "fewer than the 48 final values of the run"),
+        (["--reward", "my_scores:pull,memory=9,executor=ray"], "memory of reward 'pull' bounds w"),
+        (["--reward", "my_scores:pull,observed=1,transform=x"], "give a table with its kind"),
         (["--observe", "3"], "has no expression oracle"),
         (["--gc", "0", "1", "--lengths", "20", "30"], "no sequence has 20 to"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.jobs import keeping
@@ -201,6 +202,15 @@ def test_a_full_disk_keeps_the_particles(tmp_path):
     )
     assert torch.equal(ParticlePosterior.load(place).x0, posterior.x0)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_that_is_full_of_weights_is_full(tmp_path):
+    """Whoever writes them has an error of its own, without a number."""
+    words = f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"
+    with pytest.raises(DiskFull, match="free some space"), kept_job(tmp_path / "run", {}):
+        raise SafetensorError(words)
+    with pytest.raises(SafetensorError), kept_job(tmp_path / "run", {}):
+        raise SafetensorError("header too large")
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
