@@ -182,8 +182,8 @@ def _program(
 
 def _law(sequences: Sequences) -> dict[str, Any]:
     """Return what a program is told of its data besides the vocabulary, if there is anything."""
-    known = {"lengths": sequences.lengths, "tokeniser": sequences.tokeniser}
-    known |= {"classes": sequences.classes or None}
+    known: dict[str, Any] = {"lengths": sequences.lengths, "tokeniser": sequences.tokeniser}
+    known["classes"] = sequences.classes or None
     return {key: value for key, value in known.items() if value is not None}
 
 

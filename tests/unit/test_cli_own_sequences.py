@@ -98,8 +98,6 @@ def test_force_and_resume(tmp_path, capsys):
          "your own sequences: leave it out."),
         (["FILE", "--alphabet", "dna", "--minutes", "1", "--steps", "1"], "Minutes and steps were "
          "both given; leave one of them out."),
-        (["FILE", "--alphabet", "dna", "--resume"], "There is nothing to resume in "
-         "'runs/train-own': plan.json is missing; train without --resume."),
         (["FILE", "--alphabet", "protein", "--unknown", "error"], "own.fa, line 3: The protein "
          "text 'ANNB' has 'B' at letter 4, which is none of A, C, D, E, F, G, H, I, K, L, M, N, P, "
          "Q, R, S, T, V, W, Y; mend it or leave it out."),

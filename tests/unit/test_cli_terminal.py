@@ -178,7 +178,7 @@ def test_the_locale_c_asks_for_ascii():
     """Python itself would write UTF-8 there."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONIOENCODING", "PYTHONUTF8")}
     command = [sys.executable, "-m", "ppl_diffusion.cli", "models"]
-    for locale, plain in (("C", True), ("C.UTF-8", False)):
+    for locale, ascii_alone in (("C", True), ("C.UTF-8", False)):
         done = subprocess.run(command, capture_output=True, env={**kept, "LC_ALL": locale})
         assert done.returncode == 0
-        assert done.stdout.isascii() == plain
+        assert done.stdout.isascii() == ascii_alone
