@@ -31,8 +31,8 @@ import numpy as np
 
 from ppl_diffusion.arrays import Array, array_namespace, device_of, float64_of, to_float64
 
-TINY = 1e-300
-"""Below it a probability is none: its row is never visited."""
+TINY = 1e-100
+"""Below it a probability is none and its row never visited; gradients divide by its square."""
 
 
 class Coupling(ABC):

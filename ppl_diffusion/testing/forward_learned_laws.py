@@ -66,7 +66,7 @@ class ForwardLaw:
 
     def table(self, t: int) -> Tensor:
         """Return ``P`` of the step from ``t`` to ``t - 1``, ``(X, L, A, A)``."""
-        prior = self.marginals[-1, 0, 0]
+        prior = self.marginals[-1, 0, 0].detach()
         own = self.coupling
         if not self.last:
             own = at_step(own, t, self.num_steps, prior)
@@ -97,15 +97,21 @@ class ForwardLaw:
         safe = torch.where(mass > 0, mass, 1.0)
         return torch.einsum("xz,xzla->zla", joint, each) / safe[:, None, None], mass
 
-    def nelbo(self) -> float:
-        """Return the bound at the best factorised reverse chain, nats: the prior term is zero."""
-        total = 0.0
+    def bound(self) -> Tensor:
+        """Return the bound at the best factorised reverse chain, nats: the prior term is zero.
+
+        It has a gradient of the marginals, if they want one.
+        """
+        total = self.law.new_zeros(())
         for t in range(1, self.num_steps + 1):
             v, mass = self.target(t)
-            total += float((mass[:, None] * _entropy(v)).sum())
             own = (self.marginals[t] * _entropy(self.table(t))).sum((-1, -2))
-            total -= float((self.law * own).sum())
+            total = total + (mass[:, None] * _entropy(v)).sum() - (self.law * own).sum()
         return total
+
+    def nelbo(self) -> float:
+        """Return :meth:`bound` as a number."""
+        return float(self.bound().detach())
 
     def sampled(self) -> Tensor:
         """Return the law of what that chain samples, over all states, ``(A ** L,)``."""
@@ -128,4 +134,4 @@ class ForwardLaw:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -torch.special.xlogy(p, p).sum(-1)
+    return -(p * torch.where(p > 0, p, 1.0).log()).sum(-1)  # log 0 must not send NaN backwards

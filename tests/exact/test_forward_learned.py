@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bit_laws import codes_of, joint_of
 
 from ppl_diffusion.processes.couplings import Independent, Markov, Maximum
 from ppl_diffusion.testing.forward_learned_laws import ForwardLaw
@@ -11,18 +12,6 @@ from ppl_diffusion.testing.latent_toys import corr_bits, mix_prod
 
 HOLE = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 WITHIN = 1e-5  # what the printed constants are rounded to
-
-
-def joint_of(problem):
-    """Return the law of the bits, ``(2,) * L``."""
-    laws = problem.weights @ _products(problem)
-    return laws.reshape([2] * problem.length)
-
-
-def _products(problem):
-    bits = torch.cartesian_prod(*[torch.arange(2)] * problem.length)
-    sites = torch.arange(problem.length)
-    return torch.stack([problem.tokens[c][sites, bits].prod(-1) for c in range(2)])
 
 
 def revealing(*probs):
@@ -38,7 +27,7 @@ def revealing(*probs):
 
 def telling(problem):
     """Return the marginals by which the first site carries the code, and all others are hidden."""
-    table = _products(problem)
+    table = codes_of(problem)
 
     def inner(x):
         powers = 2 ** torch.arange(problem.length - 1, -1, -1)
