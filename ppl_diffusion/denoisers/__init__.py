@@ -6,6 +6,7 @@ from ppl_diffusion.denoisers.conditional import Guided as Guided
 from ppl_diffusion.denoisers.conditional import Labelled as Labelled
 from ppl_diffusion.denoisers.conditional import Paired as Paired
 from ppl_diffusion.denoisers.config import TransformerConfig as TransformerConfig
+from ppl_diffusion.denoisers.direct import DirectDenoiser as DirectDenoiser
 from ppl_diffusion.denoisers.evaluation import EvaluatedDenoiser as EvaluatedDenoiser
 from ppl_diffusion.denoisers.filters import LettersOnly as LettersOnly
 from ppl_diffusion.denoisers.filters import Nucleus as Nucleus

@@ -18,6 +18,7 @@ from ppl_diffusion.kernels.blocks import tokens_of as tokens_of
 from ppl_diffusion.kernels.classifier_based import ClassifierKernel as ClassifierKernel
 from ppl_diffusion.kernels.classifier_free import ClassifierFreeKernel as ClassifierFreeKernel
 from ppl_diffusion.kernels.confidence import ConfidenceKernel as ConfidenceKernel
+from ppl_diffusion.kernels.direct import DirectKernel as DirectKernel
 from ppl_diffusion.kernels.event_kernel import EventKernel as EventKernel
 from ppl_diffusion.kernels.event_step import EventStep as EventStep
 from ppl_diffusion.kernels.extrapolated import ExtrapolatedKernel as ExtrapolatedKernel
