@@ -15,6 +15,8 @@ from ppl_diffusion.models.cards import names as names
 from ppl_diffusion.models.cards import read_card as read_card
 
 if TYPE_CHECKING:
+    from ppl_diffusion.models.forward_learned import ForwardLearned as ForwardLearned
+    from ppl_diffusion.models.forward_learned import UniformForwardLearned as UniformForwardLearned
     from ppl_diffusion.models.image_files import load_classifier as load_classifier
     from ppl_diffusion.models.image_files import load_codec as load_codec
     from ppl_diffusion.models.image_files import load_codec_error as load_codec_error
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DiffusionProgram": "program",
+    "ForwardLearned": "forward_learned",
     "LatentDiffusion": "latent",
     "MaskedDiffusion": "masked",
     "Oracle": "oracles",
@@ -41,6 +44,7 @@ _HOMES = {
     "SamplerSettings": "samplers",
     "TextClassifier": "text_reward",
     "UniformDiffusion": "uniform",
+    "UniformForwardLearned": "forward_learned",
     "load": "library",
     "load_classifier": "image_files",
     "load_codec": "image_files",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ppl_diffusion.models.datasets import Sequences, reverse_complement
 from ppl_diffusion.models.distillation import Distillation
+from ppl_diffusion.models.forward_objective import ForwardObjective
 from ppl_diffusion.models.latent_objective import LatentObjective
 from ppl_diffusion.models.objectives import Curriculum, Nelbo, Objective
 from ppl_diffusion.models.program import DiffusionProgram
@@ -29,6 +30,7 @@ _OBJECTIVES: dict[str, type[Objective]] = {
     "curriculum": Curriculum,
     "distillation": Distillation,
     "latent": LatentObjective,
+    "fldd": ForwardObjective,
 }
 _SEEDS = 2**63  # torch takes no larger seeds
 _VALID_SEED = 20_240_607
@@ -83,6 +85,7 @@ class Fit(lightning.LightningModule):
         rows, labels = rows.to(self.device), None if labels is None else labels.to(self.device)
         loss = self.objective.loss(rows, self.global_step, labels) * _BITS / rows.shape[-1]
         self.log("train_bits", loss, prog_bar=True)
+        self.log_dict(self.objective.notes())
         return loss
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:

@@ -1,243 +1,188 @@
-"""Learned forward processes: marginals from a network, and unbiased gradients of their bound.
-
-FLDD (Bartosh, Pandeva, Karmalkar and Zazo 2026, arXiv 2605.18204) keeps a factorised reverse chain
-of few steps and learns how to hide, ``q(z_t | x) = prod_i u_i(x, t)``, so that what is revealed
-together depends less on one another. The joint law of neighbouring times is a coupling
-(:mod:`ppl_diffusion.processes.couplings`); the bound is a sum over steps, and none is simulated::
-
-    NELBO(x) = sum_t E_{z ~ u(x, t)} sum_i KL( P_i[z_i, :] || v_i(z, t) )
-
-Both ends are what they must be, ``u(x, 0) = x`` and ``u(x, T) = pi``: no reconstruction or prior
-term is left.
-"""
+"""A prior whose noise was learned with it, for chains of few steps (FLDD, arXiv 2605.18204)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import numpy as np
+import pyro
 import torch
 from torch import Tensor
 
-from ppl_diffusion.processes.base import Process, whole_number
-from ppl_diffusion.processes.couplings import Coupling, at_step
+from ppl_diffusion.denoisers.direct_transformer import DirectConfig, DirectTransformer
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.kernels import Absorbing, DirectKernel, Uniform
+from ppl_diffusion.models.forward_marginals import Estimate, Marginals, estimate
+from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.processes.couplings import COUPLINGS
+from ppl_diffusion.processes.schedules import Schedule
 
-Reverse = Callable[[Tensor, Tensor], Tensor]
-"""``(states (N, L, A), t (N,)) -> log v (N, L, A)``; states are one-hot, or soft in the warm-up."""
 
+class ForwardLearned(DiffusionProgram):
+    """A prior of a fixed number of steps, from masks; see :class:`DiffusionProgram` for the rest.
 
-class Marginals(torch.nn.Module):
-    """``u(x, t)`` of every site and time, with hard boundaries at both ends.
+    What stands between the masks and the data was learned: a token may be hidden as another one, or
+    with ``masks_only`` be revealed sooner or later, as the whole sequence suggests. Known tokens
+    are therefore a likelihood and no prompt, and the chain has no other number of steps.
 
-    :param network: ``x (B, L) -> logits`` of the times between, ``(T - 1, B, L, A)``, or
-        ``(T - 1, B, L)`` where only masks are learned: then the logit of being *revealed*, and the
-        state is the token or the mask. One that ignores ``x`` gives position-only schedules.
-    :param process: gives the law of a site at the noisiest time, and the number of states.
-    :param num_steps: number ``T`` of steps.
-    :param masks_only: learn nothing but when a token is revealed.
-    :raises ValueError: if masks alone are to be learned and the process has no mask.
+    :param denoiser: a :class:`~ppl_diffusion.denoisers.direct_transformer.DirectTransformer`.
+    :param coupling: how neighbouring times belong together, a name of
+        :data:`~ppl_diffusion.processes.couplings.COUPLINGS`; the bound depends on it.
+    :raises ValueError: if there is no such coupling.
     """
 
-    prior: Tensor
+    family: ClassVar[str] = "forward-learned"
+    network: ClassVar[Any] = DirectTransformer
+    config: ClassVar[Any] = DirectConfig
+    denoiser: DirectTransformer
 
     def __init__(
         self,
-        network: Callable[[Tensor], Tensor],
-        process: Process,
-        num_steps: int,
+        denoiser: DirectTransformer,
         *,
-        masks_only: bool = False,
+        vocabulary: Sequence[str],
+        length: int,
+        coupling: str = "maximum",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if masks_only and not process.absorbing:
-            raise ValueError(f"Marginals: masks_only needs a process with a mask, got {process!r}.")
-        self.network, self.masks_only = network, masks_only
-        self.num_steps = whole_number(num_steps, "Marginals: num_steps")
-        self.register_buffer("prior", torch.as_tensor(process.prior))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the marginals.
-
-        :param x: clean tokens, int64 ``(B, L)``.
-        :returns: float64 ``(T + 1, B, L, A)``, from clean to noisy.
-        :raises ValueError: if the network returns another shape.
-        """
-        size = len(self.prior)
-        clean = torch.nn.functional.one_hot(x, size).to(torch.float64)
-        noisy = self.prior.expand_as(clean)
-        ends = clean[None], noisy[None]
-        if self.num_steps == 1:
-            return torch.cat(ends)
-        logits = self.network(x)
-        wanted = (self.num_steps - 1, *(x.shape if self.masks_only else clean.shape))
-        if logits.shape != wanted:
+        if coupling not in COUPLINGS:
             raise ValueError(
-                f"Marginals: the network returned shape {tuple(logits.shape)}, expected {wanted}."
+                f"{type(self).__name__}: there is no coupling {coupling!r}; choose one of "
+                f"{', '.join(COUPLINGS)}."
             )
-        logits = logits.to(torch.float64)
-        if self.masks_only:
-            shown = logits.sigmoid()[..., None]
-            return torch.cat([ends[0], shown * clean + (1 - shown) * noisy, ends[1]])
-        return torch.cat([ends[0], logits.softmax(-1), ends[1]])
+        super().__init__(denoiser, vocabulary=vocabulary, length=length, **options)
+        self.coupling = coupling
 
+    @staticmethod
+    def make_process(vocab_size: int, schedule: Schedule) -> Absorbing | Uniform:
+        """Return the process whose noisiest state the chain starts from: masks."""
+        return Absorbing(vocab_size, schedule)
 
-class Estimate(NamedTuple):
-    """An estimate of the bound, one number per sequence, nats.
+    @property
+    def num_steps(self) -> int:
+        """Number ``T`` of steps, and of network calls."""
+        return self.denoiser.num_steps
 
-    :param bound: unbiased from hard states, float64 ``(B,)``; without a gradient.
-    :param loss: what to differentiate; where states are hard, its gradient is an unbiased one of
-        the bound.
-    :param is_bound: whether ``bound`` is one in mean: not from soft states.
-    :param cost: cross-entropy of each draw, float64 ``(M, B)``, for a baseline.
-    """
+    def chain(  # type: ignore[override]  # nothing of a given noise can be chosen
+        self, num_steps: int | None = None, *, prompt: Tensor | None = None
+    ) -> ReverseChain:
+        """Return the law of the reverse path, event shape ``(T + 1, L)``.
 
-    bound: Tensor
-    loss: Tensor
-    is_bound: bool
-    cost: Tensor
-
-
-class Baseline:
-    """A running mean of the cross-entropy of each step, which takes variance off the score.
-
-    :param num_steps: number ``T`` of steps.
-    :param decay: share of the past that is kept at an update.
-    """
-
-    def __init__(self, num_steps: int, decay: float = 0.99) -> None:
-        self.decay = decay
-        self._means = np.full(num_steps + 1, np.nan)
-
-    def at(self, t: Tensor) -> Tensor:
-        """Return the means of steps, zero of those never seen, float64 like ``t``."""
-        means = torch.as_tensor(np.nan_to_num(self._means), device=t.device)
-        return means[t]
-
-    def update(self, t: Tensor, cost: Tensor) -> None:
-        """Take costs in: *after* the estimate they belong to, or its gradient is biased.
-
-        :param t: steps, ``(B,)``.
-        :param cost: of the draws, ``(M, B)``.
+        :param num_steps: ``T`` or None.
+        :param prompt: must be None.
+        :raises CapabilityError: if there is a prompt, or another number of steps is asked for.
         """
-        for step in t.unique().tolist():
-            new = float(cost[:, t == step].mean())
-            old = self._means[step]
-            share = 0.0 if np.isnan(old) else self.decay
-            self._means[step] = new if np.isnan(old) else share * old + (1 - share) * new
+        if num_steps not in (None, self.num_steps):
+            raise CapabilityError(
+                f"{self.name}: learned noise has {self.num_steps} steps, not {num_steps}; leave "
+                "the number out, or train a prior of that many."
+            )
+        kernel = DirectKernel(self.process, self.denoiser, self.num_steps)
+        return self.around(kernel, prompt=prompt)
+
+    def __call__(self, num_steps: int | None = None) -> Tensor:
+        """Sample the site ``"path"`` and return its clean sequence, int64 ``(L,)``."""
+        chain = self.chain(num_steps)
+        return chain.x0(pyro.sample("path", chain))
+
+    def marginals(self, x0: Tensor) -> Tensor:
+        """Return ``u(x, t)``, float64 ``(T + 1, B, L, S)``, from clean to noisy.
+
+        :param x0: clean tokens, int64 ``(B, L)``.
+        """
+        network, masks = self.denoiser, self.denoiser.config.masks_only
+        make = Marginals(network.marginal_logits, self.process, self.num_steps, masks_only=masks)
+        return make.to(x0.device)(x0)
+
+    def estimated(
+        self,
+        marginals: Tensor,
+        t: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Estimate:
+        """Estimate the bound at one step per sequence, see :func:`estimate`.
+
+        :param marginals: of the sequences.
+        :param t: int64 ``(B,)``.
+        """
+        coupling, reverse = COUPLINGS[self.coupling](), self.denoiser.from_mixture
+        return estimate(marginals, reverse, coupling, t, generator=generator, **options)
+
+    def loss(
+        self,
+        batch: Tensor,
+        *,
+        labels: Tensor | None = None,
+        label_dropout: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Estimate the mean bound of a batch at one step per sequence, for its gradient.
+
+        It trains the noise, the chain and the look-ahead; its value is that of the bound.
+
+        :param batch: clean tokens, int64 ``(n, L)``.
+        :param labels: must be None.
+        :raises CapabilityError: if there are labels.
+        """
+        if labels is not None:
+            raise CapabilityError(f"{self.name}: learned noise knows no classes; leave labels out.")
+        t = self.drawn_steps(len(batch), generator).to(batch.device)
+        found = self.estimated(self.marginals(batch), t, generator=generator)
+        return (found.loss + self.look_ahead_loss(found, batch)).mean()
+
+    def drawn_steps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return steps, each as often as the others but for one, in random order."""
+        source = torch.device("cpu") if generator is None else generator.device
+        first = torch.randint(self.num_steps, (), generator=generator, device=source)
+        order = torch.randperm(count, generator=generator, device=source)
+        return (order + first) % self.num_steps + 1
+
+    def look_ahead_loss(self, found: Estimate, batch: Tensor) -> Tensor:
+        """Return what trains the look-ahead, ``(n,)``; its *value* is zero, as it bounds nothing.
+
+        :param found: an estimate of the batch.
+        """
+        look = found.output[..., self.denoiser.num_states :].to(torch.float64)
+        token = batch.expand(look.shape[:-1])[..., None]
+        cost = -look.gather(-1, token)[..., 0].sum(-1).mean(0)
+        return cost - cost.detach()
+
+    @torch.no_grad()
+    def bound_terms(
+        self, x0: Tensor, *, num_times: int = 64, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw terms whose mean over the first axis bounds ``-log p(x0)`` from above.
+
+        The bound is that of the chain that is sampled, of ``T`` steps. Each term is one state of
+        every step, so that it costs ``T`` network rows.
+
+        :param x0: clean tokens, int64 ``(n, L)``.
+        :param num_times: terms per sequence.
+        :returns: nats, float64 ``(num_times, n)``.
+        """
+        marginals = self.marginals(x0)
+        terms = x0.new_zeros((num_times, len(x0)), dtype=torch.float64)
+        for term in terms:
+            for step in range(1, self.num_steps + 1):
+                t = torch.full_like(x0[:, 0], step)
+                found = self.estimated(marginals, t, draws=1, generator=generator)
+                term += found.bound / self.num_steps
+        return terms
+
+    def settings(self) -> dict[str, Any]:
+        """Return what :meth:`restore` needs besides the network."""
+        return {**super().settings(), "coupling": self.coupling}
 
 
-def estimate(
-    marginals: Tensor,
-    reverse: Reverse,
-    coupling: Coupling,
-    t: Tensor,
-    *,
-    draws: int = 2,
-    baseline: Baseline | None = None,
-    generator: torch.Generator | None = None,
-) -> Estimate:
-    """Estimate the bound at one step per sequence, and what to differentiate for its gradient.
+class UniformForwardLearned(ForwardLearned):
+    """The same from uniform noise, whose states are tokens alone."""
 
-    The gradient of the marginals is that of the score function, of the cost of *all* sites: a site
-    changes what the network says of every other, so that crediting it with its own cost alone is
-    biased, and has the wrong sign on two bits. Variance is taken off in ways that leave the mean
-    where it is: the entropy of the coupling is summed exactly, and from the cost of a draw the mean
-    of the other draws of its sequence is taken, or a running mean where there is but one.
+    family: ClassVar[str] = "forward-learned-uniform"
 
-    :param marginals: ``u``, float64 ``(T + 1, B, L, A)``, of a batch.
-    :param reverse: the network of the reverse chain.
-    :param coupling: of neighbouring times; independent at the last step where it must be.
-    :param t: the step of each sequence, 1 to ``T``, int64 ``(B,)``. Uniform ones give the bound of
-        the whole chain: the number of steps is multiplied in.
-    :param draws: number ``M`` of states per sequence.
-    :param baseline: running means, used where ``draws`` is 1.
-    :raises ValueError: if ``draws`` is not positive, or a step does not exist.
-    """
-    draws, (u, w) = whole_number(draws, "estimate: draws"), _neighbours(marginals, t)
-    num_steps = len(marginals) - 1
-    with torch.no_grad():
-        noise = torch.distributions.utils.clamp_probs(
-            torch.rand((draws, *w.shape), generator=generator, device=w.device, dtype=w.dtype)
-        )
-        # The largest of log w plus Gumbel noise is a draw of w; a state of mass zero never wins.
-        z = (w.log() - noise.neg().log1p().neg().log()).argmax(-1)
-    table = _tables(coupling, u, w, t, marginals)
-    states = torch.nn.functional.one_hot(z, w.shape[-1]).to(w.dtype)
-    rows = (states[..., None] * table).sum(-2)
-    cost = _cross_entropy(rows, reverse, states, t)
-    chosen = torch.where(states > 0, w, 1.0)  # log 0 must not send NaN backwards
-    score = chosen.log().sum((-1, -2))
-    entropy = (w * _entropy(table)).sum((-1, -2))
-    fixed = cost.detach()
-    if draws > 1:
-        level = (fixed.sum(0) - fixed) / (draws - 1)
-    else:
-        level = torch.zeros_like(fixed) if baseline is None else baseline.at(t)
-    loss = (cost + (fixed - level) * score).mean(0) - entropy
-    bound = num_steps * (fixed.mean(0) - entropy.detach())
-    return Estimate(bound, num_steps * loss, True, fixed)
-
-
-def relaxed(
-    marginals: Tensor,
-    reverse: Reverse,
-    coupling: Coupling,
-    t: Tensor,
-    temperature: float,
-    *,
-    generator: torch.Generator | None = None,
-) -> Estimate:
-    """Return the loss of the warm-up: soft states, whose gradient has little variance and a bias.
-
-    States are draws of the Concrete distribution (Maddison, Mnih and Teh 2017), the row of the
-    coupling is mixed by them, and the network reads them as they are. **No bound**: the result says
-    so, and :func:`estimate` gives one.
-
-    :param temperature: of the draws, positive; they become hard as it goes to zero.
-    """
-    u, w = _neighbours(marginals, t)
-    noise = torch.distributions.utils.clamp_probs(
-        torch.rand(w.shape, generator=generator, device=w.device, dtype=w.dtype)
-    )
-    logits = torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), -1e9)
-    states = ((logits - noise.neg().log1p().neg().log()) / temperature).softmax(-1)[None]
-    rows = (states[..., None] * _tables(coupling, u, w, t, marginals)).sum(-2)
-    cost = _cross_entropy(rows, reverse, states, t)
-    loss = (len(marginals) - 1) * (cost - _entropy(rows).sum(-1)).mean(0)
-    return Estimate(loss.detach(), loss, False, cost.detach())
-
-
-def _neighbours(marginals: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    last = len(marginals) - 1
-    if t.shape != marginals.shape[1:2] or int(t.min()) < 1 or int(t.max()) > last:
-        raise ValueError(
-            f"t must hold one step of 1 to {last} for each of {marginals.shape[1]} sequences, got "
-            f"shape {tuple(t.shape)}."
-        )
-    rows = torch.arange(len(t), device=t.device)
-    return marginals[t - 1, rows], marginals[t, rows]
-
-
-def _tables(coupling: Coupling, u: Tensor, w: Tensor, t: Tensor, marginals: Tensor) -> Tensor:
-    """Return the tables of the sequences' own steps, ``(B, L, A, A)``."""
-    last = len(marginals) - 1
-    own: Tensor = coupling.table(u, w)
-    other = at_step(coupling, last, last, marginals[-1, 0, 0].detach().cpu())
-    if other is coupling:
-        return own
-    at_last: Tensor = other.table(u, w)
-    return torch.where((t == last)[:, None, None, None], at_last, own)
-
-
-def _cross_entropy(rows: Tensor, reverse: Reverse, states: Tensor, t: Tensor) -> Tensor:
-    """Return the cost of all sites together, ``(M, B)``."""
-    flat = states.flatten(0, 1)
-    log_v = reverse(flat, t.repeat(len(states))).to(rows.dtype).reshape(rows.shape)
-    # Where nothing is to be found, a network that excludes it costs nothing: 0 log 0 = 0.
-    return -(rows * torch.where(rows > 0, log_v, 0.0)).sum((-1, -2))
-
-
-def _entropy(p: Tensor) -> Tensor:
-    safe = torch.where(p > 0, p, 1.0)
-    return -(p * safe.log()).sum(-1)
+    @staticmethod
+    def make_process(vocab_size: int, schedule: Schedule) -> Uniform:
+        """Return the process whose noisiest state the chain starts from: uniform tokens."""
+        return Uniform(vocab_size, schedule)

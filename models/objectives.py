@@ -50,6 +50,10 @@ class Objective(ABC):
         :param labels: classes of the rows, int64 ``(n,)``; only :class:`Nelbo` learns them.
         """
 
+    def notes(self) -> dict[str, float]:
+        """Return what else the log should say of the last step, by name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know besides the network."""
         return {}

@@ -65,11 +65,13 @@ class DiffusionProgram(ABC):
 
     :cvar family: name of the family, written into saved folders.
     :cvar network: class of the denoisers that can be saved.
+    :cvar config: its shape.
     :ivar given: what the denoiser is told besides tokens and time; empty if nothing.
     """
 
     family: ClassVar[str]
     network: ClassVar[Any] = Transformer
+    config: ClassVar[Any] = TransformerConfig
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -172,16 +174,17 @@ class DiffusionProgram(ABC):
 
         :param lengths: probabilities of the lengths, where there are several; the last symbol of
             the vocabulary then only fills sequences up.
-        :param shape: fields of :class:`~ppl_diffusion.denoisers.config.TransformerConfig`
-            that the vocabulary and the length do not decide.
+        :param shape: fields of :attr:`config`, a
+            :class:`~ppl_diffusion.denoisers.config.TransformerConfig` unless a family says
+            otherwise, that the vocabulary and the length do not decide.
         """
         states = cls.make_process(len(vocabulary), Linear()).num_states
         shape = shape if lengths is None else {**shape, "num_padding": 1}
-        config = TransformerConfig(len(vocabulary), states, length, **shape)
+        config = cls.config(len(vocabulary), states, length, **shape)
         made: dict[str, Any] = {"name": name, "lengths": lengths, "tokeniser": tokeniser}
         made["classes"] = classes or None
         made = {key: value for key, value in made.items() if value is not None}
-        return cls(Transformer(config), vocabulary=vocabulary, length=length, **made)
+        return cls(cls.network(config), vocabulary=vocabulary, length=length, **made)
 
     def train(self, mode: bool = True) -> Self:
         """Switch the network between training and use, in place, and return the program.

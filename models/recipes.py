@@ -7,11 +7,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ppl_diffusion.models import latent, masked, uniform  # noqa: F401  (the families of the recipes)
+from ppl_diffusion.models import (  # noqa: F401  (the families of the recipes)
+    forward_learned,
+    latent,
+    masked,
+    uniform,
+)
 from ppl_diffusion.models.image_recipes import IMAGE_RECIPES
 from ppl_diffusion.models.program import FAMILIES
 
-ObjectiveName = Literal["nelbo", "curriculum", "distillation", "latent"]
+ObjectiveName = Literal["nelbo", "curriculum", "distillation", "latent", "fldd"]
 DecayName = Literal["cosine", "none"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 _NAMES = {"objective": OBJECTIVES, "decay": get_args(DecayName)}
@@ -47,8 +52,9 @@ class Recipe:
     :param objective: what a step minimises, one of :data:`OBJECTIVES`.
     :param options: further arguments of the objective,
         :class:`~ppl_diffusion.models.objectives.Curriculum`,
-        :class:`~ppl_diffusion.models.distillation.Distillation` or
-        :class:`~ppl_diffusion.models.latent_objective.LatentObjective`.
+        :class:`~ppl_diffusion.models.distillation.Distillation`,
+        :class:`~ppl_diffusion.models.latent_objective.LatentObjective` or
+        :class:`~ppl_diffusion.models.forward_objective.ForwardObjective`.
     :param decay: what the learning rate does after the warm-up: fall to zero as a cosine, or stay.
     :param markov_order: order of the Markov chain that the prior is compared with.
     :param quoted_baseline: bits per token of that chain as quoted, NaN if there is no such figure.

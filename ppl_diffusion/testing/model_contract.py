@@ -30,9 +30,11 @@ class ModelContract:
 
     :cvar grid: steps of the coarser of the two chains whose exact likelihoods are compared with the
         bound; their difference is what the continuous-time limit may be away.
+    :cvar steps: of the chains that are sampled.
     """
 
     grid: int = 16
+    steps: int = 3
 
     def make_model(self) -> DiffusionProgram:
         """Return the model under test."""
@@ -64,17 +66,17 @@ class ModelContract:
         assert model.process.vocab_size == model.denoiser.vocab_size == len(model.vocabulary)
 
     def test_samples_are_clean_sequences(self, model: DiffusionProgram) -> None:
-        chain = model.chain(3)
+        chain = model.chain(self.steps)
         path = chain.sample((50,), generator=torch.Generator().manual_seed(1))
         tokens = chain.tokens(path)  # a path may pack more than tokens
-        assert tokens.shape == (50, 4, model.length)
+        assert tokens.shape == (50, self.steps + 1, model.length)
         assert tokens.dtype == torch.int64
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < model.process.num_states
         assert int(chain.x0(path).min()) >= 0
         assert int(chain.x0(path).max()) < len(model.vocabulary)
 
     def test_the_program_returns_one_clean_sequence(self, model: DiffusionProgram) -> None:
-        trace = pyro.poutine.trace(model).get_trace(3)
+        trace = pyro.poutine.trace(model).get_trace(self.steps)
         tokens = trace.nodes["_RETURN"]["value"]
         assert tokens.shape == (model.length,)
         assert torch.equal(model.encode(model.decode(tokens)), tokens)
@@ -113,12 +115,13 @@ class ModelContract:
         again = load(tmp_path)
         assert type(again) is type(model)
         assert again.settings() == model.settings()
-        before, after = _state(model), _state(again)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        here, there = _state(model), _state(again)
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in here)
         assert not any(p.requires_grad for p in _parameters(again))
         # Whole numbers exactly; vectors are of float32, and memory decides the order of its sums.
-        assert torch.allclose(_draw(model), _draw(again), rtol=1e-5, atol=1e-5)
+        before, after = (_draw(m, self.steps) for m in (model, again))
+        assert torch.allclose(before, after, rtol=1e-5, atol=1e-5)
 
     def test_a_folder_of_an_unknown_family_says_so(
         self, model: DiffusionProgram, tmp_path: Path
@@ -130,17 +133,17 @@ class ModelContract:
             load(tmp_path)
 
     def test_moving_it_nowhere_changes_nothing(self, model: DiffusionProgram) -> None:
-        before = _draw(model)
+        before = _draw(model, self.steps)
         assert model.to(model.device) is model
-        assert torch.allclose(_draw(model), before, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(_draw(model, self.steps), before, rtol=1e-5, atol=1e-5)
 
 
 def _clean(model: DiffusionProgram) -> Tensor:
     return all_states(len(model.vocabulary), model.length)
 
 
-def _draw(model: DiffusionProgram) -> Tensor:
-    return model.chain(4).sample((20,), generator=torch.Generator().manual_seed(4))
+def _draw(model: DiffusionProgram, steps: int) -> Tensor:
+    return model.chain(steps).sample((20,), generator=torch.Generator().manual_seed(4))
 
 
 def _parameters(model: DiffusionProgram) -> list[Tensor]:

@@ -12,7 +12,7 @@ from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import Absorbing, DirectKernel, Uniform
-from ppl_diffusion.models.forward_learned import Marginals
+from ppl_diffusion.models.forward_marginals import Marginals
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.processes.couplings import Maximum
 from ppl_diffusion.smc import FeynmanKac, run_smc

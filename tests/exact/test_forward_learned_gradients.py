@@ -7,7 +7,7 @@ import torch
 from bit_laws import joint_of
 from scipy.optimize import minimize
 
-from ppl_diffusion.models.forward_learned import Baseline, Marginals, estimate, relaxed
+from ppl_diffusion.models.forward_marginals import Baseline, Marginals, estimate, relaxed
 from ppl_diffusion.processes import Absorbing, Uniform
 from ppl_diffusion.processes.couplings import Maximum
 from ppl_diffusion.testing.dense import all_states, state_index

@@ -1,0 +1,134 @@
+"""How noise is learned together with its reverse chain (FLDD, arXiv 2605.18204).
+
+Soft states first: their gradient has little variance and, while the temperature is not zero, a
+bias. Then hard ones and the score function, whose gradient is that of the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ppl_diffusion.models.forward_learned import ForwardLearned
+from ppl_diffusion.models.forward_marginals import Baseline, relaxed
+from ppl_diffusion.models.objectives import Objective
+from ppl_diffusion.models.program import DiffusionProgram
+from ppl_diffusion.processes.couplings import COUPLINGS
+
+_STANDARD_ERRORS = 6.0
+_WINDOW = 200  # steps
+
+
+class ForwardObjective(Objective):
+    """Warm-up with soft states, then unbiased gradients of the bound.
+
+    :param program: a :class:`~ppl_diffusion.models.forward_learned.ForwardLearned`.
+    :param warmup: share of the steps that read soft states.
+    :param temperatures: of soft states, from the first step to the last, falling exponentially.
+    :param draws: states per sequence afterwards; from two on the others of a sequence are the
+        baseline of each, with one a running mean per step of the chain is.
+    :param every: the noise learns at every so many steps only, the chain at all of them: noise that
+        runs ahead of its chain is learnt for a chain that is not there.
+    :param entropy: entropy of the data in nats, where it is known: a bound below it is a mistake.
+    :raises ValueError: if the program is another one or a number out of its range.
+
+    :ivar reach: lowest and highest probability that a token is shown as itself at a time between,
+        of the last batch: noise that stays at one level was not learned.
+    """
+
+    def __init__(
+        self,
+        program: DiffusionProgram,
+        *,
+        steps: int,
+        warmup: float = 0.5,
+        temperatures: tuple[float, float] = (1.0, 1e-2),
+        draws: int = 2,
+        every: int = 1,
+        entropy: float | None = None,
+    ) -> None:
+        super().__init__(program, steps=steps)
+        if not isinstance(program, ForwardLearned):
+            raise ValueError(
+                f"fldd: {program.name!r} has noise that is given; build a ForwardLearned prior, or "
+                "train it with the objective nelbo."
+            )
+        if not 0.0 <= warmup <= 1.0:
+            raise ValueError(f"fldd: warmup is a share of the steps in [0, 1], got {warmup}.")
+        low, high = min(temperatures), max(temperatures)
+        if not (len(temperatures) == 2 and low > 0.0 and high < math.inf):
+            raise ValueError(f"fldd: temperatures must be two positive numbers: {temperatures}.")
+        if draws < 1 or every < 1:
+            raise ValueError(f"fldd: draws and every must be 1 or more, got {draws} and {every}.")
+        self.learned, self.warmup = program, warmup
+        self.temperatures, self.draws, self.every = temperatures, draws, every
+        self.entropy = entropy
+        self.baseline = Baseline(program.num_steps)
+        self.reach: tuple[float, float] = (math.nan, math.nan)
+        self._bounds: list[float] = []
+
+    def loss(self, rows: Tensor, step: int, labels: Tensor | None = None) -> Tensor:
+        """Return the loss in nats per sequence.
+
+        :raises ValueError: if there are labels, or the bound lies below the entropy of the data.
+        """
+        program = self.learned
+        if labels is not None:
+            raise ValueError("fldd: learned noise knows no classes; leave the labels out.")
+        t = program.drawn_steps(len(rows)).to(rows.device)
+        marginals = program.marginals(rows)
+        self._note(marginals, rows)
+        if step % self.every:
+            marginals = marginals.detach()
+        if step < self.warmup * self.steps:
+            found = relaxed(
+                marginals,
+                program.denoiser.from_mixture,
+                COUPLINGS[program.coupling](),
+                t,
+                self._temperature(step),
+            )
+        else:
+            base = self.baseline if self.draws == 1 else None
+            found = program.estimated(marginals, t, draws=self.draws, baseline=base)
+            self.baseline.update(t, found.cost)
+            self._check(float(found.bound.mean()))
+        return (found.loss + program.look_ahead_loss(found, rows)).mean()
+
+    def notes(self) -> dict[str, float]:
+        """Return the reach of the noise."""
+        return {"reach_low": self.reach[0], "reach_high": self.reach[1]}
+
+    def _temperature(self, step: int) -> float:
+        first, last = self.temperatures
+        return first * (last / first) ** (step / max(self.warmup * self.steps, 1.0))
+
+    def _note(self, marginals: Tensor, rows: Tensor) -> None:
+        inner = marginals[1:-1].detach()
+        if inner.numel():
+            shown = inner.gather(-1, rows.expand(inner.shape[:-1])[..., None])
+            self.reach = float(shown.min()), float(shown.max())
+
+    def _check(self, bound: float) -> None:
+        if self.entropy is None:
+            return
+        self._bounds = [*self._bounds[1 - _WINDOW :], bound]
+        count = len(self._bounds)
+        mean = sum(self._bounds) / count
+        spread = sum((value - mean) ** 2 for value in self._bounds) / max(count - 1, 1)
+        if count == _WINDOW and mean + _STANDARD_ERRORS * (spread / count) ** 0.5 < self.entropy:
+            raise ValueError(
+                f"fldd: the bound of the last {count} steps is {mean:.4g} nats, below the entropy "
+                f"of the data, {self.entropy:.4g}: one of the two is wrong."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means."""
+        return {"baseline": self.baseline.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.baseline.load(state["baseline"])

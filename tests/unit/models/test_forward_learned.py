@@ -1,0 +1,173 @@
+"""Priors of learned noise: the contract of every family, and what is their own."""
+
+import pytest
+import torch
+
+from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.models import ForwardLearned, MaskedDiffusion, UniformForwardLearned, load
+from ppl_diffusion.models.forward_marginals import Baseline
+from ppl_diffusion.models.forward_objective import ForwardObjective
+from ppl_diffusion.testing import ModelContract
+from ppl_diffusion.testing.dense import all_states
+
+TINY = {"dim": 8, "depth": 1, "heads": 1, "num_steps": 2, "dropout": 0.0}
+
+
+@torch.no_grad()
+def exact(model, rows):
+    """Return ``-log p(x0)`` by the sum over all paths of two steps."""
+    chain = model.chain()
+    states = all_states(model.process.num_states, model.length)
+    n = len(states)
+    first, middle = states.repeat_interleave(n, 0), states.repeat(n, 1)
+    total = []
+    for row in rows:
+        paths = torch.stack([first, middle, row.expand_as(first)], 1)
+        total.append(-torch.logsumexp(chain.log_prob(paths), 0))
+    return torch.stack(total)
+
+
+class Contract(ModelContract):
+    steps = 2
+
+    def least(self, model, rows):
+        return exact(model, rows)
+
+
+class TestMasks(Contract):
+    def make_model(self):
+        return ForwardLearned.build("abc", 2, **TINY)
+
+
+class TestReveals(Contract):
+    def make_model(self):
+        return ForwardLearned.build("abc", 2, masks_only=True, **TINY)
+
+
+class TestUniform(Contract):
+    def make_model(self):
+        return UniformForwardLearned.build("abc", 2, **TINY)
+
+
+def spread(model):
+    """Give a fresh model something to say."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", [ForwardLearned, UniformForwardLearned])
+def test_sampled_sequences_have_probability_one(family):
+    model = spread(family.build("ab", 2, **TINY))
+    assert float((-exact(model, all_states(2, 2))).exp().sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_masks_alone_show_a_token_or_the_mask():
+    model = spread(ForwardLearned.build("abc", 2, masks_only=True, **TINY))
+    x = all_states(3, 2)
+    u = model.marginals(x).detach()
+    assert u.shape == (3, 9, 2, 4)
+    shown = u.gather(-1, x.expand(3, 9, 2)[..., None])[..., 0]
+    torch.testing.assert_close(shown + u[..., 3], torch.ones_like(shown), rtol=0, atol=1e-12)
+    torch.testing.assert_close(u.sum(-1), torch.ones_like(shown), rtol=0, atol=1e-12)
+    assert float(shown[1].max() - shown[1].min()) > 1e-2  # it depends on the sequence
+
+
+def test_the_coupling_is_saved_and_changes_the_bound(tmp_path):
+    model = spread(UniformForwardLearned.build("ab", 2, **{**TINY, "num_steps": 3}))
+    model.coupling = "independent"
+    model.save(tmp_path)
+    again = load(tmp_path)
+    assert again.coupling == "independent"
+    x, bounds = all_states(2, 2), []
+    for coupling in ("independent", "maximum"):
+        again.coupling = coupling
+        source = torch.Generator().manual_seed(1)
+        bounds.append(again.bound_terms(x, num_times=400, generator=source).mean(0))
+    assert float((bounds[0] - bounds[1]).abs().min()) > 1e-3
+
+
+def test_soft_states_that_are_hard_are_states():
+    model = spread(ForwardLearned.build("ab", 2, **TINY))
+    z = all_states(3, 2)
+    soft = model.denoiser.from_mixture(
+        torch.nn.functional.one_hot(z, 3).double(), torch.full((9,), 1)
+    )
+    torch.testing.assert_close(soft, model.denoiser(z, 0.5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"draws": 1}, {"warmup": 1.0}, {"every": 3}])
+def test_the_objective_trains_and_notes_the_reach(options):
+    torch.manual_seed(0)
+    model = ForwardLearned.build("ab", 2, **TINY)
+    objective = ForwardObjective(model, steps=40, **options)
+    optimiser = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-2)
+    rows = torch.tensor([[0, 0], [1, 1]]).repeat(32, 1)
+    losses = []
+    for step in range(40):
+        optimiser.zero_grad()
+        loss = objective.loss(rows, step)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss))
+    assert sum(losses[-5:]) < sum(losses[:5])
+    notes = objective.notes()
+    assert 0 <= notes["reach_low"] <= notes["reach_high"] <= 1
+    again = ForwardObjective(model, steps=40, **options)
+    again.load_state_dict(objective.state_dict())
+    means, kept = (o.state_dict()["baseline"] for o in (objective, again))
+    assert kept == pytest.approx(means, nan_ok=True)
+
+
+def test_noise_learns_at_every_so_many_steps():
+    model = spread(ForwardLearned.build("ab", 2, **TINY))
+    objective = ForwardObjective(model, steps=10, warmup=0.0, every=3)
+    rows, moved = all_states(2, 2), []
+    for step in range(4):
+        model.denoiser.zero_grad(set_to_none=True)
+        objective.loss(rows, step).backward()
+        moved.append(model.denoiser.noise.vocabulary.weight.grad is not None)
+    assert moved == [True, False, False, True]
+
+
+def test_a_bound_below_the_entropy_is_an_error():
+    model = spread(ForwardLearned.build("ab", 2, **TINY))
+    objective = ForwardObjective(model, steps=300, warmup=0.0, entropy=100.0)
+    rows = all_states(2, 2)
+    for step in range(199):
+        objective.loss(rows, step)
+    with pytest.raises(ValueError, match="below the entropy of the data, 100"):
+        objective.loss(rows, 199)
+
+
+def test_a_running_mean_starts_with_what_it_sees_first():
+    baseline = Baseline(2, decay=0.5)
+    assert baseline.at(torch.tensor([1, 2])).tolist() == [0, 0]
+    baseline.update(torch.tensor([1, 2]), torch.tensor([[1.0, 5.0], [3.0, 7.0]]))
+    assert baseline.at(torch.tensor([2, 1])).tolist() == [6, 2]
+    baseline.update(torch.tensor([1]), torch.tensor([[4.0]]))
+    assert baseline.at(torch.tensor([1])).tolist() == [3]
+
+
+def test_what_cannot_be_is_refused():
+    model = ForwardLearned.build("ab", 2, **TINY)
+    with pytest.raises(CapabilityError, match="has 2 steps, not 8"):
+        model.chain(8)
+    with pytest.raises(CapabilityError, match="give it as a likelihood"):
+        model.chain(prompt=torch.tensor([0, -1])).sample()
+    with pytest.raises(CapabilityError, match="no classes"):
+        model.loss(all_states(2, 2), labels=torch.zeros(4).long())
+    with pytest.raises(ValueError, match="no coupling 'best'"):
+        ForwardLearned(model.denoiser, vocabulary="ab", length=2, coupling="best")
+    with pytest.raises(ValueError, match="has noise that is given"):
+        ForwardObjective(MaskedDiffusion.build("ab", 2, dim=8, depth=1, heads=1), steps=1)
+    for options in ({"warmup": 2.0}, {"temperatures": (0.0, 1.0)}, {"draws": 0}, {"every": 0}):
+        with pytest.raises(ValueError, match="fldd"):
+            ForwardObjective(model, steps=1, **options)
+    for shape in ({"num_steps": 0}, {"num_classes": 3}, {"kind": "cavity"}):
+        with pytest.raises(ValueError, match="DirectConfig"):
+            ForwardLearned.build("ab", 2, **{**TINY, **shape})
+    with pytest.raises(ValueError, match="needs a mask"):
+        UniformForwardLearned.build("ab", 2, masks_only=True, **TINY)
