@@ -64,8 +64,8 @@ def event_rounds(batch: int, vocab_size: int = 5, num_steps: int = 64) -> tuple[
     kernel = InterpolatingKernel(process, _network(process), num_steps=num_steps)
     generator = torch.Generator().manual_seed(0)
     levels, noise = uniforms((2, batch, LENGTH), generator=generator)
-    plan = RevealPlan.of(*ancestral_steps(kernel, (batch, LENGTH), None, levels))
     start = torch.full((batch, LENGTH), vocab_size)
+    plan = RevealPlan.of(*ancestral_steps(kernel, start, levels))
 
     def work(rounds: int) -> None:
         part = replace(plan, rounds=plan.rounds[:rounds])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import pyro
 import pytest
@@ -12,6 +13,11 @@ from pyro.poutine import runtime
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 pytest.register_assert_rewrite("ppl_diffusion.testing")
+
+
+# A suite that a script starts in the background is deaf to Ctrl-C, and so is all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

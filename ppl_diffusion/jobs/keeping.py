@@ -70,6 +70,7 @@ def _is_full(error: OSError | SafetensorError) -> bool:
 def _keeping(
     place: Path, question: Mapping[str, Any], resume: bool, every: float
 ) -> Iterator[RunStore]:
+    missing = [folder for folder in place.parents if not folder.exists()]
     kept = keep_run(place, question, resume=resume, every=every)
     try:
         store = kept.__enter__()
@@ -83,6 +84,8 @@ def _keeping(
     finally:
         kept.__exit__(None, None, None)
         _tidy(place)
+        for folder in missing:  # a job that is refused leaves nothing behind
+            _drop_if_empty(folder)
 
 
 def _tidy(place: Path) -> None:

@@ -55,7 +55,7 @@ class ModelContract:
     def _model(self) -> DiffusionProgram:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model = self.make_model()
+            model = self.make_model().eval()  # dropout is another law each time
             # A fresh network often predicts the same everywhere, where many mistakes cannot show.
             for parameter in _parameters(model):
                 parameter.add_(0.3 * torch.randn_like(parameter))

@@ -13,7 +13,7 @@ import torch
 
 from ppl_diffusion.cli import run
 from ppl_diffusion.commands.progress import LogLines, clock_time, progress_bar
-from ppl_diffusion.design.methods import SMC
+from ppl_diffusion.designs.methods import SMC
 from ppl_diffusion.models import MaskedDiffusion
 
 QUICK = [
@@ -171,7 +171,7 @@ def test_design_goes_on_after_a_signal(number, code, prior, tmp_path, capsys, mo
             super().__init__(*args, **{**options, "progress": progress})
 
     with monkeypatch.context() as patch:
-        patch.setattr("ppl_diffusion.design.methods.SMC", Signalled)
+        patch.setattr("ppl_diffusion.designs.methods.SMC", Signalled)
         assert run([*asked, "--out", str(out)]) == code
     place = str(out / "checkpoint")
     assert capsys.readouterr().err == (

@@ -111,7 +111,7 @@ def test_the_objective_trains_and_notes_the_reach(options):
         loss = objective.loss(rows, step)
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert sum(losses[-5:]) < sum(losses[:5])
     notes = objective.notes()
     assert 0 <= notes["reach_low"] <= notes["reach_high"] <= 1

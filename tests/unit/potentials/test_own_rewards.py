@@ -159,9 +159,9 @@ class TestCommand:
         with pytest.raises(PotentialError) as caught:
             Reward(CommandReward("/no/such/dock --fast", decode))(ROWS[:1])
         assert str(caught.value) == (
-            "dock failed on the sequence [0, 1, 2] (CommandError: /no/such/dock cannot be started "
-            "(No such file or directory); give a program that exists and may be executed); mend "
-            'the function, or pass on_error="reject" to give such sequences probability zero.'
+            "dock failed on the sequence 'ACG' (CommandError: /no/such/dock cannot be started (No "
+            "such file or directory); give a program that exists and may be executed); mend the "
+            'function, or pass on_error="reject" to give such sequences probability zero.'
         )
 
     def test_a_line_is_a_sequence(self):
