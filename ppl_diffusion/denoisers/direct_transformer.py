@@ -6,8 +6,6 @@ Both are parts of one network, as a bound is of the two; sampling asks the rever
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.config import TransformerConfig
-from ppl_diffusion.denoisers.files import read_network, write_network
+from ppl_diffusion.denoisers.files import SavedNetwork
 from ppl_diffusion.denoisers.transformer import Transformer
 
 _UNEQUAL = 0.02
@@ -60,13 +58,16 @@ class DirectConfig(TransformerConfig):
         return TransformerConfig(**{**own, "vocab_size": vocab_size})
 
 
-class DirectTransformer(nn.Module):
+class DirectTransformer(SavedNetwork):
     """``(tokens, t) -> log v and log p(x | z_t)``, and the marginals of the noise it was made for.
 
     Parameters and outputs are float32 whatever torch's default dtype is.
 
     :ivar output_size: ``S + V`` columns: the law of the next state, then the look-ahead.
     """
+
+    config_class = DirectConfig
+    config: DirectConfig
 
     def __init__(self, config: DirectConfig) -> None:
         super().__init__()
@@ -115,23 +116,6 @@ class DirectTransformer(nn.Module):
     def rows_per_call(self, length: int) -> int:
         """Return how many rows are best sent at once."""
         return self.reverse.rows_per_call(length)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``; reading them back gives the same bits.
-
-        :param directory: folder, made if it is absent.
-        """
-        write_network(self, self.config, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read a network that :meth:`save_pretrained` wrote, in evaluation mode.
-
-        :param directory: folder with ``model.safetensors`` and ``config.json``.
-        :raises FileNotFoundError: if one of the two files is absent.
-        :raises ValueError: if a file is corrupt or the two do not belong together.
-        """
-        return read_network(cls, DirectConfig, directory)
 
     def _heads(self, hidden: Tensor) -> Tensor:
         log_v = F.log_softmax(self.next(hidden).float(), -1)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -103,6 +103,33 @@ def read_network(
         network = cls(config)
     read_weights(network, directory)
     return network.eval()
+
+
+class SavedNetwork(nn.Module):
+    """A network made of its shape alone, that is saved as a folder.
+
+    :cvar config_class: the dataclass of the shape, kept as ``config``.
+    """
+
+    config_class: ClassVar[Any]
+    config: Any
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json``; reading them back gives the same bits.
+
+        :param directory: folder, made if it is absent.
+        """
+        write_network(self, self.config, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read a network that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        :param directory: folder with ``model.safetensors`` and ``config.json``.
+        :raises FileNotFoundError: if one of the two files is absent.
+        :raises ValueError: if a file is corrupt or the two do not belong together.
+        """
+        return read_network(cls, cls.config_class, directory)
 
 
 def _require(path: Path, who: str) -> None:

@@ -12,8 +12,6 @@ parts of the network: one file holds them all.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +21,14 @@ from ppl_diffusion.denoisers._blocks import AdaptiveNorm, Stem, TimeEmbedding, p
 from ppl_diffusion.denoisers._two_streams import TwoStreamBlock
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
-from ppl_diffusion.denoisers.files import read_network, write_network
+from ppl_diffusion.denoisers.files import SavedNetwork
 from ppl_diffusion.denoisers.hidden_states import HiddenStatesEncoder
 from ppl_diffusion.denoisers.latent_config import LatentConfig
 from ppl_diffusion.denoisers.latent_encoder import LatentEncoder
 from ppl_diffusion.denoisers.quantiser import nearest, unit_codes
 
 
-class LatentTransformer(nn.Module):
+class LatentTransformer(SavedNetwork):
     """Denoiser of tokens and of a latent beside them, with its own encoder.
 
     Parameters and outputs are float32 whatever torch's default dtype is.
@@ -45,6 +43,8 @@ class LatentTransformer(nn.Module):
     :ivar codebook: vectors of the codes, float32 ``(K, d)``; absent in a continuous latent.
     """
 
+    config_class = LatentConfig
+    config: LatentConfig
     rotation: Tensor
     codebook: Tensor
 
@@ -196,23 +196,6 @@ class LatentTransformer(nn.Module):
 
     def _latent(self, vectors: Tensor) -> Tensor:
         return vectors if self.latent.num_codes is None else nearest(vectors, self.codebook)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``; reading them back gives the same bits.
-
-        :param directory: folder, made if it is absent.
-        """
-        write_network(self, self.config, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read a network that :meth:`save_pretrained` wrote, in evaluation mode.
-
-        :param directory: folder with ``model.safetensors`` and ``config.json``.
-        :raises FileNotFoundError: if one of the two files is absent.
-        :raises ValueError: if a file is corrupt or the two do not belong together.
-        """
-        return read_network(cls, LatentConfig, directory)
 
 
 def _encoder(config: LatentConfig) -> LatentEncoder | HiddenStatesEncoder:

@@ -11,9 +11,6 @@ zero-initialised gates Peebles and Xie (2023, arXiv 2212.09748).
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,10 +26,10 @@ from ppl_diffusion.denoisers._blocks import (
 from ppl_diffusion.denoisers.base import Kind
 from ppl_diffusion.denoisers.batching import rows_that_fit
 from ppl_diffusion.denoisers.config import TransformerConfig
-from ppl_diffusion.denoisers.files import read_network, write_network
+from ppl_diffusion.denoisers.files import SavedNetwork
 
 
-class Transformer(nn.Module):
+class Transformer(SavedNetwork):
     """Denoiser ``(tokens, t) -> log p(x0 | tokens, t)`` with a bidirectional transformer.
 
     With ``num_classes`` labels it is also ``(tokens, t, label)``, for classifier-free guidance
@@ -47,6 +44,8 @@ class Transformer(nn.Module):
     :ivar num_classes: number of class labels; the id of the null label.
     """
 
+    config_class = TransformerConfig
+    config: TransformerConfig
     rotation: Tensor
     padding: Tensor
 
@@ -145,23 +144,6 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return ``head(hidden(tokens, t, label))``, shape ``(*batch, L, V)``."""
         return self.head(self.hidden(tokens, t, label))
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``; reading them back gives the same bits.
-
-        :param directory: folder, made if it is absent.
-        """
-        write_network(self, self.config, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read a network that :meth:`save_pretrained` wrote, in evaluation mode.
-
-        :param directory: folder with ``model.safetensors`` and ``config.json``.
-        :raises FileNotFoundError: if one of the two files is absent.
-        :raises ValueError: if a file is corrupt or the two do not belong together.
-        """
-        return read_network(cls, TransformerConfig, directory)
 
     def _checked(self, length: int) -> int:
         if length > self.config.max_length:

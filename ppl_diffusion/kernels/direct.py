@@ -11,7 +11,6 @@ from ppl_diffusion.denoisers.base import Denoiser
 from ppl_diffusion.denoisers.checks import clean_log_probs, log_total, require_tensor
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import GIVEN, TOKENS, Carry, Kernel, time_grid
-from ppl_diffusion.kernels.completions import Completions, TableCompletions
 from ppl_diffusion.kernels.state_step import StateStep
 from ppl_diffusion.processes.base import Process
 
@@ -107,10 +106,6 @@ class DirectKernel(Kernel):
         """Return what the look-ahead predicts, float64 ``(*batch, L, V)``."""
         log_x0 = self._asked(carry, k)[..., self.process.num_states :]
         return clean_log_probs(log_x0, carry[TOKENS].shape, self.process.vocab_size)
-
-    def completions(self, carry: Carry, k: int) -> Completions:
-        """Return fills by the look-ahead."""
-        return TableCompletions(self.posterior_mean(carry, k))
 
     def asks_denoiser(self, carry: Carry, k: int) -> bool:
         """Return that every step costs a network call: a state without masks moves too."""

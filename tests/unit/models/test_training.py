@@ -12,52 +12,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+from training_toy import LENGTH
+from training_toy import RECIPE as TOY
+from training_toy import letters as make_toy
 
 from ppl_diffusion.models import MaskedDiffusion, load
 from ppl_diffusion.models.datasets import (
-    Sequences,
     load_sequences,
     reverse_complement,
 )
 from ppl_diffusion.models.evaluate import _error, _noise, evaluate, print_evaluation, write_card
 from ppl_diffusion.models.markov_baseline import MarkovBaseline
-from ppl_diffusion.models.recipes import RECIPES, Recipe, find_recipe
+from ppl_diffusion.models.recipes import RECIPES, find_recipe
 from ppl_diffusion.models.training import TrainingDiverged, train
-
-LENGTH = 8
-TOY = Recipe(
-    family="masked",
-    dataset="none",
-    shape={"dim": 16, "depth": 1, "heads": 2, "dropout": 0.1, "stem_width": 3},
-    steps=20,
-    batch_size=32,
-    learning_rate=2e-2,
-    warmup=2,
-    ema_decay=0.9,
-    shares=(0.5, 1.0),
-    validate_every=5,
-    markov_order=1,
-)
 
 
 @pytest.fixture
 def toy():
     return make_toy()
-
-
-def make_toy():
-    """Sequences that repeat one letter: one token tells all others."""
-    rows = torch.arange(4)[:, None].expand(4, LENGTH).repeat(16, 1)
-    return Sequences(
-        train=rows,
-        valid=rows[:16],
-        test=rows[:8],
-        test_family=torch.arange(8),
-        related=rows,
-        related_weights=torch.ones(len(rows), dtype=torch.float64),
-        licence="Data: made up.",
-        source="Repeated letters.",
-    )
 
 
 def run(toy, out, **options):
