@@ -20,11 +20,11 @@ _STEEP = 2 * math.log(19)
 
 
 class Transform(ABC):
-    """A function of a score, onto ``[0, 1]``."""
+    """A function of a score, onto ``[0, 1]``; :class:`AtMost` alone keeps its units."""
 
     @abstractmethod
     def __call__(self, value: Tensor) -> Tensor:
-        """Return float64 of the same shape, each from 0 to 1.
+        """Return float64 of the same shape.
 
         :param value: scores, float64.
         """
