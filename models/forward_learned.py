@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro
 import torch
+from pyro.distributions import Categorical
 from torch import Tensor
 
+from ppl_diffusion.denoisers.config import TransformerConfig
 from ppl_diffusion.denoisers.direct_transformer import DirectConfig, DirectTransformer
+from ppl_diffusion.denoisers.transformer import Transformer
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.errors import CapabilityError
+from ppl_diffusion.handlers import unroll
 from ppl_diffusion.kernels import Absorbing, DirectKernel, Uniform
 from ppl_diffusion.models.forward_marginals import Estimate, Marginals, estimate
 from ppl_diffusion.models.program import DiffusionProgram
-from ppl_diffusion.processes.couplings import COUPLINGS
+from ppl_diffusion.processes.couplings import COUPLINGS, at_step
 from ppl_diffusion.processes.schedules import Schedule
 
 
@@ -23,10 +28,11 @@ class ForwardLearned(DiffusionProgram):
     """A prior of a fixed number of steps, from masks; see :class:`DiffusionProgram` for the rest.
 
     What stands between the masks and the data was learned: a token may be hidden as another one, or
-    with ``masks_only`` be revealed sooner or later, as the whole sequence suggests. Known tokens
-    are therefore a likelihood and no prompt, and the chain has no other number of steps.
+    with ``noise="reveals"`` be revealed sooner or later, as the whole sequence suggests. Known
+    tokens are therefore a likelihood and no prompt, and the chain has no other number of steps.
 
     :param denoiser: a :class:`~ppl_diffusion.denoisers.direct_transformer.DirectTransformer`.
+    :cvar given: the family whose networks it may start from, or None.
     :param coupling: how neighbouring times belong together, a name of
         :data:`~ppl_diffusion.processes.couplings.COUPLINGS`; the bound depends on it.
     :raises ValueError: if there is no such coupling.
@@ -35,6 +41,7 @@ class ForwardLearned(DiffusionProgram):
     family: ClassVar[str] = "forward-learned"
     network: ClassVar[Any] = DirectTransformer
     config: ClassVar[Any] = DirectConfig
+    given: ClassVar[str | None] = "masked"
     denoiser: DirectTransformer
 
     def __init__(
@@ -59,10 +66,42 @@ class ForwardLearned(DiffusionProgram):
         """Return the process whose noisiest state the chain starts from: masks."""
         return Absorbing(vocab_size, schedule)
 
+    @classmethod
+    def starting_from(cls, prior: DiffusionProgram, **shape: Any) -> Self:
+        """Return a program to be trained that knows what a masked prior knows.
+
+        Its chain starts out as that prior's, of ``T`` steps, and its noise as the given one with
+        the positions in a random order.
+
+        :param prior: masked, or of this family.
+        :param shape: fields of :class:`~ppl_diffusion.denoisers.direct_transformer.DirectConfig`
+            that are no transformer's: ``num_steps``, ``noise``.
+        """
+        network = prior.denoiser
+        if not (isinstance(network, Transformer) and prior.family == cls.given):
+            return super().starting_from(prior, **shape)
+        own = {field.name for field in dataclasses.fields(DirectConfig)}
+        own -= {field.name for field in dataclasses.fields(TransformerConfig)}
+        told = {key: value for key, value in shape.items() if key in own}
+        config = {**dataclasses.asdict(network.config), **told, "kind": "posterior"}
+        made = cls(
+            DirectTransformer(DirectConfig(**config)),
+            vocabulary=prior.vocabulary,
+            length=prior.length,
+            name=prior.name,
+        )
+        made.denoiser.start_from(network)
+        return made
+
     @property
     def num_steps(self) -> int:
         """Number ``T`` of steps, and of network calls."""
         return self.denoiser.num_steps
+
+    @property
+    def fixed_steps(self) -> int:
+        """``T``: there is no chain of another number of steps."""
+        return self.num_steps
 
     def chain(  # type: ignore[override]  # nothing of a given noise can be chosen
         self, num_steps: int | None = None, *, prompt: Tensor | None = None
@@ -94,6 +133,36 @@ class ForwardLearned(DiffusionProgram):
         network, masks = self.denoiser, self.denoiser.config.masks_only
         make = Marginals(network.marginal_logits, self.process, self.num_steps, masks_only=masks)
         return make.to(x0.device)(x0)
+
+    def model(self, x0: Tensor) -> None:
+        """Say how sequences came to be, for Pyro: a site per step, and the last one observed.
+
+        Sites ``path_0`` (noise) to ``path_T`` (the sequences) in the plate ``sequences``, and the
+        network as the module ``denoiser``. ``Trace_ELBO`` of it and :meth:`guide` is the bound.
+
+        :param x0: clean tokens, int64 ``(B, L)``.
+        """
+        pyro.module("denoiser", self.denoiser)
+        observed = pyro.condition(unroll(self), data={f"path_{self.num_steps}": x0})
+        with pyro.plate("sequences", len(x0)):
+            observed()
+
+    def guide(self, x0: Tensor) -> None:
+        """Draw what the learned noise made of sequences, from ``path_0`` on, as the model does.
+
+        Its gradients are those of the score function of all steps, with more variance than
+        :meth:`loss`, which draws none of the path but one state.
+
+        :param x0: clean tokens, int64 ``(B, L)``.
+        """
+        pyro.module("denoiser", self.denoiser)
+        u, last = self.marginals(x0), self.num_steps
+        with pyro.plate("sequences", len(x0)):
+            z = pyro.sample("path_0", Categorical(u[last]).to_event(1))
+            for t in range(last, 1, -1):
+                coupling = at_step(COUPLINGS[self.coupling](), t, last, self.process.prior)
+                rows = coupling.row(u[t - 1], u[t], z)
+                z = pyro.sample(f"path_{last - t + 1}", Categorical(rows).to_event(1))
 
     def estimated(
         self,
@@ -181,6 +250,7 @@ class UniformForwardLearned(ForwardLearned):
     """The same from uniform noise, whose states are tokens alone."""
 
     family: ClassVar[str] = "forward-learned-uniform"
+    given: ClassVar[str | None] = None  # networks of given uniform noise read the time
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Uniform:

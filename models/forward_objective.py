@@ -1,7 +1,9 @@
 """How noise is learned together with its reverse chain (FLDD, arXiv 2605.18204).
 
-Soft states first: their gradient has little variance and, while the temperature is not zero, a
-bias. Then hard ones and the score function, whose gradient is that of the bound.
+The chain first, which must be able to read the noise it starts with: what noise says that no chain
+reads is lost within a few steps. Then soft states, whose gradient has little variance and, while
+the temperature is not zero, a bias; then hard ones and the score function, whose gradient is that
+of the bound.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ _WINDOW = 200  # steps
 
 
 class ForwardObjective(Objective):
-    """Warm-up with soft states, then unbiased gradients of the bound.
+    """The chain alone, a warm-up with soft states, then unbiased gradients of the bound.
 
     :param program: a :class:`~ppl_diffusion.models.forward_learned.ForwardLearned`.
-    :param warmup: share of the steps that read soft states.
+    :param lead: share of the steps at the start in which the noise stays as it is.
+    :param warmup: share of the steps after those that read soft states.
     :param temperatures: of soft states, from the first step to the last, falling exponentially.
     :param draws: states per sequence afterwards; from two on the others of a sequence are the
         baseline of each, with one a running mean per step of the chain is.
@@ -44,8 +47,9 @@ class ForwardObjective(Objective):
         program: DiffusionProgram,
         *,
         steps: int,
-        warmup: float = 0.5,
-        temperatures: tuple[float, float] = (1.0, 1e-2),
+        lead: float = 0.1,
+        warmup: float = 0.2,
+        temperatures: tuple[float, float] = (1.0, 0.05),
         draws: int = 2,
         every: int = 1,
         entropy: float | None = None,
@@ -56,14 +60,17 @@ class ForwardObjective(Objective):
                 f"fldd: {program.name!r} has noise that is given; build a ForwardLearned prior, or "
                 "train it with the objective nelbo."
             )
-        if not 0.0 <= warmup <= 1.0:
-            raise ValueError(f"fldd: warmup is a share of the steps in [0, 1], got {warmup}.")
+        if not (lead >= 0.0 <= warmup and lead + warmup <= 1.0):
+            raise ValueError(
+                "fldd: lead and warmup are shares of the steps, together at most 1, got "
+                f"{lead} and {warmup}."
+            )
         low, high = min(temperatures), max(temperatures)
         if not (len(temperatures) == 2 and low > 0.0 and high < math.inf):
             raise ValueError(f"fldd: temperatures must be two positive numbers: {temperatures}.")
         if draws < 1 or every < 1:
             raise ValueError(f"fldd: draws and every must be 1 or more, got {draws} and {every}.")
-        self.learned, self.warmup = program, warmup
+        self.learned, self.lead, self.soft = program, lead * steps, warmup * steps
         self.temperatures, self.draws, self.every = temperatures, draws, every
         self.entropy = entropy
         self.baseline = Baseline(program.num_steps)
@@ -81,15 +88,16 @@ class ForwardObjective(Objective):
         t = program.drawn_steps(len(rows)).to(rows.device)
         marginals = program.marginals(rows)
         self._note(marginals, rows)
-        if step % self.every:
+        beyond = step - self.lead
+        if beyond < 0 or step % self.every:
             marginals = marginals.detach()
-        if step < self.warmup * self.steps:
+        if 0 <= beyond < self.soft:
             found = relaxed(
                 marginals,
                 program.denoiser.from_mixture,
                 COUPLINGS[program.coupling](),
                 t,
-                self._temperature(step),
+                self._temperature(beyond),
             )
         else:
             base = self.baseline if self.draws == 1 else None
@@ -102,9 +110,9 @@ class ForwardObjective(Objective):
         """Return the reach of the noise."""
         return {"reach_low": self.reach[0], "reach_high": self.reach[1]}
 
-    def _temperature(self, step: int) -> float:
+    def _temperature(self, step: float) -> float:
         first, last = self.temperatures
-        return first * (last / first) ** (step / max(self.warmup * self.steps, 1.0))
+        return first * (last / first) ** (step / self.soft)
 
     def _note(self, marginals: Tensor, rows: Tensor) -> None:
         inner = marginals[1:-1].detach()

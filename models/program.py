@@ -186,6 +186,15 @@ class DiffusionProgram(ABC):
         made = {key: value for key, value in made.items() if value is not None}
         return cls(cls.network(config), vocabulary=vocabulary, length=length, **made)
 
+    @classmethod
+    def starting_from(cls, prior: DiffusionProgram, **shape: Any) -> DiffusionProgram:
+        """Return the program whose training goes on from a prior: here the prior itself.
+
+        :param prior: read from its folder; the caller checks that it suits the data.
+        :param shape: what a recipe says of the network.
+        """
+        return prior
+
     def train(self, mode: bool = True) -> Self:
         """Switch the network between training and use, in place, and return the program.
 
@@ -198,6 +207,11 @@ class DiffusionProgram(ABC):
     def eval(self) -> Self:
         """Switch dropout and the like off; see :meth:`train`."""
         return self.train(False)
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """The number of steps of the only chain there is, None where any number will do."""
+        return None
 
     @property
     def device(self) -> torch.device:

@@ -153,6 +153,18 @@ _LATENT_QM9 = dataclasses.replace(
     valid_rows=500,
 )
 
+# From the masked prior of the data set, whose network the chain has: --init masked-names.
+_LEARNED = dataclasses.replace(
+    _MASKED_NAMES,
+    family="forward-learned",
+    objective="fldd",
+    steps=5000,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    valid_times=4,
+)
+_LEARNED_QM9 = dataclasses.replace(_LEARNED, dataset="qm9", valid_rows=500)
+
 _TEXT = dataclasses.replace(_MASKED_NAMES, dataset="yelp", valid_rows=500)
 
 # Half of the labels are withheld: most questions are asked of the unconditional prior.
@@ -202,6 +214,13 @@ RECIPES: dict[str, Recipe] = {
     "latent-qm9-co": dataclasses.replace(
         _LATENT_QM9, shape={**_LATENT_SHAPE, **_VECTORS}, steps=4000
     ),
+    **{
+        f"learned-{dataset}-{steps}": dataclasses.replace(
+            recipe, shape={**_SHAPE, "num_steps": steps}
+        )
+        for dataset, recipe in (("names", _LEARNED), ("qm9", _LEARNED_QM9))
+        for steps in (2, 4, 10)
+    },
     "arithmetic": dataclasses.replace(
         _TEXT,
         dataset="arithmetic",

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ppl_diffusion.denoisers.transformer import Transformer
+from ppl_diffusion.denoisers.files import SavedNetwork
 from ppl_diffusion.models._quiet import quiet_lightning
 from ppl_diffusion.models.cards import PRIOR_FOLDER
 from ppl_diffusion.models.datasets import Sequences, check_sequences, load_sequences
@@ -166,8 +166,8 @@ def _program(
         return family.build(
             sequences.vocabulary, sequences.length, name=name, **_law(sequences), **recipe.shape
         )
-    program = load(init)
-    assert isinstance(program.denoiser, Transformer)
+    program = family.starting_from(load(init), **recipe.shape)
+    assert isinstance(program.denoiser, SavedNetwork)
     program.denoiser.requires_grad_(True)
     found = (program.family, "".join(program.vocabulary), program.length)
     wanted = (recipe.family, "".join(sequences.vocabulary), sequences.length)
@@ -282,7 +282,7 @@ def _trainer(
 
 def _shape(program: DiffusionProgram) -> dict[str, Any]:
     """Return a network's shape as a recipe would give it, without what the data decide."""
-    assert isinstance(program.denoiser, Transformer)
+    assert isinstance(program.denoiser, SavedNetwork)
     entries = dataclasses.asdict(program.denoiser.config)
     return {key: value for key, value in entries.items() if key not in _OF_DATA}
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from ppl_diffusion.processes.couplings import Coupling, at_step
 from ppl_diffusion.testing.dense import all_states, state_index
 
+Reverse = Callable[[Tensor, int], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class ForwardLaw:
@@ -97,20 +99,26 @@ class ForwardLaw:
         safe = torch.where(mass > 0, mass, 1.0)
         return torch.einsum("xz,xzla->zla", joint, each) / safe[:, None, None], mass
 
-    def bound(self) -> Tensor:
-        """Return the bound at the best factorised reverse chain, nats: the prior term is zero.
+    def bound(self, reverse: Reverse | None = None) -> Tensor:
+        """Return the bound of a reverse chain, nats, averaged over the data: no prior term is left.
 
         It has a gradient of the marginals, if they want one.
+
+        :param reverse: ``(states (n, L), t) -> log v (n, L, A)`` of the steps 1 to ``T``, more
+            columns may follow; the best factorised chain by default.
         """
         total = self.law.new_zeros(())
         for t in range(1, self.num_steps + 1):
             v, mass = self.target(t)
+            log_v = torch.where(v > 0, v, 1.0).log()  # log 0 must not send NaN backwards
+            if reverse is not None:
+                log_v = torch.where(v > 0, reverse(self.states(), t)[..., : v.shape[-1]], 0.0)
             own = (self.marginals[t] * _entropy(self.table(t))).sum((-1, -2))
-            total = total + (mass[:, None] * _entropy(v)).sum() - (self.law * own).sum()
+            total = total - (mass[:, None, None] * v * log_v).sum() - (self.law * own).sum()
         return total
 
     def nelbo(self) -> float:
-        """Return :meth:`bound` as a number."""
+        """Return the bound of the best factorised chain as a number."""
         return float(self.bound().detach())
 
     def sampled(self) -> Tensor:
