@@ -69,12 +69,19 @@ def make_chain(
             raise ValueError(f"The sampler {sampler!r} takes no {option}: leave it out.")
     if isinstance(program, LatentDiffusion):
         return _along_path(program, sampler, settings)
+    if program.fixed_steps is not None and (sampler != "ancestral" or settings.filters):
+        raise ValueError(
+            f"{program.name} has learned noise, whose chain draws the next state itself: there is "
+            "one sampler, 'ancestral', and no filter; leave --sampler and --filter out."
+        )
     for name, option in _OF_PATHS.items():
         if getattr(settings, name) is not None:
             raise ValueError(
                 f"{program.name} draws no latent beside its tokens, so it has no {option}: leave "
                 "it out, or choose a latent prior."
             )
+    if program.fixed_steps is not None:
+        return program.chain(settings.num_steps)
     program = copy.copy(program)
     program.denoiser = filtered(program.denoiser, settings.filters)
     return program.around(build(program, settings))

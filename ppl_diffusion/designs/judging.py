@@ -22,8 +22,12 @@ def scores(
 
     :param prior: whether they are samples of the prior, which slow scores are not asked about.
     """
-    tokens, marginal = tokens.to(target.prior.device), target.chain.marginal()
-    terms = marginal.bound_samples(tokens, num_samples=BOUND_SAMPLES, generator=generator).double()
+    tokens = tokens.to(target.prior.device)
+    if target.prior.fixed_steps is None:
+        law = target.chain.marginal()
+        terms = law.bound_samples(tokens, num_samples=BOUND_SAMPLES, generator=generator).double()
+    else:  # only what the noise was learned with bounds its chain
+        terms = -target.prior.bound_terms(tokens, num_times=BOUND_SAMPLES, generator=generator)
     columns = {
         "log_prob_bound": terms.mean(0),
         "log_prob_bound_sd": terms.std(0) / math.sqrt(BOUND_SAMPLES),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppl_diffusion.designs.program import Target
 from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.inference import (
     SMC,
@@ -60,7 +61,10 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
             ess_threshold=search.ess_threshold,
             progress=progress,
         )
-    posterior = runner.run(seed=search.seed)
+    try:
+        posterior = runner.run(seed=search.seed)
+    except CapabilityError as error:  # a method that this prior's chain has nothing to offer to
+        raise InputError(f"--method {search.method}: {error}") from error
     return dataclasses.replace(posterior, law=_declared(posterior.law, target, plan))
 
 

@@ -68,7 +68,8 @@ class Target:
 
     @property
     def masked(self) -> bool:
-        return self.chain.kernel.process.absorbing
+        # Learned noise begins with masks too, but no token that is shown stays.
+        return self.chain.kernel.process.absorbing and self.prior.fixed_steps is None
 
     @property
     def clamp(self) -> ClampProposal | None:
@@ -126,7 +127,8 @@ def build_target(
         )
     _require_possible(job.question, alphabet, pattern)
     assert job.search.num_steps is not None
-    chain = prior.chain(num_steps=job.search.num_steps)
+    with user_input():
+        chain = prior.chain(num_steps=job.search.num_steps)
     made = (job, prior, chain, potentials, pattern, scores, alphabet)
     return Target(*made, given=given, more=dict(more or {}))
 
@@ -135,8 +137,8 @@ def _with_default_steps(job: Job, prior: DiffusionProgram) -> Job:
     if job.search.num_steps is not None:
         return job
     # More at a time and the chain is another law: a network knows no ties among its reveals.
-    masked = prior.chain(num_steps=1).kernel.process.absorbing
-    steps = -(-prior.length // REVEALS) if masked else UNMASKED_STEPS
+    masked = prior.process.absorbing
+    steps = prior.fixed_steps or (-(-prior.length // REVEALS) if masked else UNMASKED_STEPS)
     search = dataclasses.replace(job.search, num_steps=steps)
     return dataclasses.replace(job, search=search)
 
