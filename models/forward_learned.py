@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -32,7 +32,7 @@ class ForwardLearned(DiffusionProgram):
     tokens are therefore a likelihood and no prompt, and the chain has no other number of steps.
 
     :param denoiser: a :class:`~ppl_diffusion.denoisers.direct_transformer.DirectTransformer`.
-    :cvar given: the family whose networks it may start from, or None.
+    :cvar starts_from: the family whose networks it may start from, or None.
     :param coupling: how neighbouring times belong together, a name of
         :data:`~ppl_diffusion.processes.couplings.COUPLINGS`; the bound depends on it.
     :raises ValueError: if there is no such coupling.
@@ -41,7 +41,7 @@ class ForwardLearned(DiffusionProgram):
     family: ClassVar[str] = "forward-learned"
     network: ClassVar[Any] = DirectTransformer
     config: ClassVar[Any] = DirectConfig
-    given: ClassVar[str | None] = "masked"
+    starts_from: ClassVar[str | None] = "masked"
     denoiser: DirectTransformer
 
     def __init__(
@@ -67,7 +67,7 @@ class ForwardLearned(DiffusionProgram):
         return Absorbing(vocab_size, schedule)
 
     @classmethod
-    def starting_from(cls, prior: DiffusionProgram, **shape: Any) -> Self:
+    def starting_from(cls, prior: DiffusionProgram, **shape: Any) -> DiffusionProgram:
         """Return a program to be trained that knows what a masked prior knows.
 
         Its chain starts out as that prior's, of ``T`` steps, and its noise as the given one with
@@ -78,7 +78,7 @@ class ForwardLearned(DiffusionProgram):
             that are no transformer's: ``num_steps``, ``noise``.
         """
         network = prior.denoiser
-        if not (isinstance(network, Transformer) and prior.family == cls.given):
+        if not (isinstance(network, Transformer) and prior.family == cls.starts_from):
             return super().starting_from(prior, **shape)
         own = {field.name for field in dataclasses.fields(DirectConfig)}
         own -= {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -250,7 +250,7 @@ class UniformForwardLearned(ForwardLearned):
     """The same from uniform noise, whose states are tokens alone."""
 
     family: ClassVar[str] = "forward-learned-uniform"
-    given: ClassVar[str | None] = None  # networks of given uniform noise read the time
+    starts_from: ClassVar[str | None] = None  # networks of given uniform noise read the time
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Uniform:

@@ -14,14 +14,15 @@ term is left.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_diffusion.processes.base import Process, whole_number
-from ppl_diffusion.processes.couplings import Coupling, at_step
+from ppl_diffusion.processes.couplings import Coupling, at_step, entropy
 
 Reverse = Callable[[Tensor, Tensor], Tensor]
 """``(states (N, L, A), t (N,)) -> log v (N, L, A)``; states are one-hot, or soft in the warm-up.
@@ -174,21 +175,21 @@ def estimate(
         )
         # The largest of log w plus Gumbel noise is a draw of w; a state of mass zero never wins.
         z = (w.log() - noise.neg().log1p().neg().log()).argmax(-1)
-    table = _tables(coupling, u, w, t, marginals)
     states = torch.nn.functional.one_hot(z, w.shape[-1]).to(w.dtype)
-    rows = (states[..., None] * table).sum(-2)
+    step = _Step(coupling, u, w, t, marginals)
+    rows = step.mixed(states)
     output, cost = _cross_entropy(rows, reverse, states, t)
     chosen = torch.where(states > 0, w, 1.0)  # log 0 must not send NaN backwards
     score = chosen.log().sum((-1, -2))
-    entropy = (w * _entropy(table)).sum((-1, -2))
+    entropies = (w * step.entropies()).sum((-1, -2))
     fixed = cost.detach()
     if draws > 1:
         level = (fixed.sum(0) - fixed) / (draws - 1)
     else:
         level = torch.zeros_like(fixed) if baseline is None else baseline.at(t)
     # The score has a gradient and no value: what is returned is worth what the bound is.
-    loss = (cost + (fixed - level) * (score - score.detach())).mean(0) - entropy
-    bound = num_steps * (fixed.mean(0) - entropy.detach())
+    loss = (cost + (fixed - level) * (score - score.detach())).mean(0) - entropies
+    bound = num_steps * (fixed.mean(0) - entropies.detach())
     return Estimate(bound, num_steps * loss, True, fixed, output)
 
 
@@ -215,9 +216,9 @@ def relaxed(
     )
     logits = torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), -1e9)
     states = ((logits - noise.neg().log1p().neg().log()) / temperature).softmax(-1)[None]
-    rows = (states[..., None] * _tables(coupling, u, w, t, marginals)).sum(-2)
+    rows = _Step(coupling, u, w, t, marginals).mixed(states)
     output, cost = _cross_entropy(rows, reverse, states, t)
-    loss = (len(marginals) - 1) * (cost - _entropy(rows).sum(-1)).mean(0)
+    loss = (len(marginals) - 1) * (cost - entropy(rows).sum(-1)).mean(0)
     return Estimate(loss.detach(), loss, False, cost.detach(), output)
 
 
@@ -232,15 +233,30 @@ def _neighbours(marginals: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return marginals[t - 1, rows], marginals[t, rows]
 
 
-def _tables(coupling: Coupling, u: Tensor, w: Tensor, t: Tensor, marginals: Tensor) -> Tensor:
-    """Return the tables of the sequences' own steps, ``(B, L, A, A)``."""
-    last = len(marginals) - 1
-    own: Tensor = coupling.table(u, w)
-    other = at_step(coupling, last, last, marginals[-1, 0, 0].detach().cpu())
-    if other is coupling:
-        return own
-    at_last: Tensor = other.table(u, w)
-    return torch.where((t == last)[:, None, None, None], at_last, own)
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """The couplings of the sequences' own steps; the last step may have another one."""
+
+    coupling: Coupling
+    u: Tensor
+    w: Tensor
+    t: Tensor
+    marginals: Tensor
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        return self._at_own(lambda coupling: coupling.mixed(self.u, self.w, weights))
+
+    def entropies(self) -> Tensor:
+        return self._at_own(lambda coupling: coupling.entropies(self.u, self.w))
+
+    def _at_own(self, ask: Callable[[Coupling], Any]) -> Tensor:
+        last = len(self.marginals) - 1
+        own: Tensor = ask(self.coupling)
+        prior = self.marginals[-1, 0, 0].detach().cpu()
+        other = at_step(self.coupling, last, last, prior)
+        if other is self.coupling:
+            return own
+        return torch.where((self.t == last)[:, None, None], ask(other), own)
 
 
 def _cross_entropy(
@@ -252,8 +268,3 @@ def _cross_entropy(
     log_v = output[..., : states.shape[-1]].to(rows.dtype)
     # Where nothing is to be found, a network that excludes it costs nothing: 0 log 0 = 0.
     return output, -(rows * torch.where(rows > 0, log_v, 0.0)).sum((-1, -2))
-
-
-def _entropy(p: Tensor) -> Tensor:
-    safe = torch.where(p > 0, p, 1.0)
-    return -(p * safe.log()).sum(-1)

@@ -158,12 +158,14 @@ _LEARNED = dataclasses.replace(
     _MASKED_NAMES,
     family="forward-learned",
     objective="fldd",
-    steps=5000,
-    learning_rate=1e-3,
+    steps=2500,
     weight_decay=0.0,
     valid_times=4,
+    valid_rows=500,
+    validate_every=250,
+    options={"warmup": 0.1},
 )
-_LEARNED_QM9 = dataclasses.replace(_LEARNED, dataset="qm9", valid_rows=500)
+_LEARNED_QM9 = dataclasses.replace(_LEARNED, dataset="qm9")
 
 _TEXT = dataclasses.replace(_MASKED_NAMES, dataset="yelp", valid_rows=500)
 

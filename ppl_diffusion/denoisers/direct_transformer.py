@@ -78,7 +78,7 @@ class DirectConfig(TransformerConfig):
         """Return the shape of one of its transformers."""
         names = {field.name for field in dataclasses.fields(TransformerConfig)}
         own = {name: value for name, value in vars(self).items() if name in names}
-        return TransformerConfig(**{**own, **changes})  # type: ignore[arg-type]
+        return TransformerConfig(**{**own, **changes})
 
 
 class DirectTransformer(SavedNetwork):

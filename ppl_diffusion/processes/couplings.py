@@ -55,9 +55,20 @@ class Coupling(ABC):
         :param z: states at the later time, int64 ``(...)``.
         """
         xp = array_namespace(u)
+        states = xp.arange(u.shape[-1], device=device_of(u)) == z[..., None]
+        return self.mixed(u, w, xp.astype(states, float64_of(xp)))
+
+    def mixed(self, u: Array, w: Array, weights: Array) -> Array:
+        """Return rows mixed by weights of states, ``(..., A)``; one-hot ones pick a row.
+
+        :param weights: of the states at the later time, ``(..., A)``.
+        """
         table = self.table(u, w)
-        index = xp.broadcast_to(z[..., None, None], (*table.shape[:-2], 1, table.shape[-1]))
-        return xp.take_along_axis(table, index, axis=-2)[..., 0, :]
+        return array_namespace(u).sum(weights[..., None] * table, axis=-2)
+
+    def entropies(self, u: Array, w: Array) -> Array:
+        """Return the entropies of the rows, nats, ``(..., A)``."""
+        return entropy(self.table(u, w))
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,21 @@ class Maximum(Coupling):
         stay, jump = self._moves(u, w)
         return eye * stay[..., None] + (1 - stay)[..., None] * jump[..., None, :]
 
-    def row(self, u: Array, w: Array, z: Array) -> Array:
-        """Return the rows of given states, without the table of all."""
+    def mixed(self, u: Array, w: Array, weights: Array) -> Array:
+        """Return mixed rows, without the table of all."""
+        u, w, _ = _ready(u, w)
+        stay, jump = self._moves(u, w)
+        kept = weights * stay
+        left = array_namespace(u).sum(weights - kept, axis=-1, keepdims=True)
+        return kept + left * jump
+
+    def entropies(self, u: Array, w: Array) -> Array:
+        """Return the entropies of the rows: what is left leads to where it cannot stay."""
         u, w, _ = _ready(u, w)
         xp = array_namespace(u)
         stay, jump = self._moves(u, w)
-        kept = xp.take_along_axis(stay, z[..., None], axis=-1)
-        here = xp.arange(u.shape[-1], device=device_of(u)) == z[..., None]
-        return xp.where(here, kept, xp.zeros_like(u)) + (1 - kept) * jump
+        whether = entropy(xp.stack([stay, 1 - stay], axis=-1))
+        return whether + (1 - stay) * entropy(jump)[..., None]
 
     @staticmethod
     def _moves(u: Array, w: Array) -> tuple[Array, Array]:
@@ -101,9 +119,14 @@ class Independent(Coupling):
         u, _, eye = _ready(u, w)
         return u[..., None, :] + 0 * eye
 
-    def row(self, u: Array, w: Array, z: Array) -> Array:
-        """Return the rows of given states: all are ``u``."""
-        return _ready(u, w)[0]
+    def mixed(self, u: Array, w: Array, weights: Array) -> Array:
+        """Return mixed rows: all are ``u``."""
+        return _ready(u, w)[0] * array_namespace(u).sum(weights, axis=-1, keepdims=True)
+
+    def entropies(self, u: Array, w: Array) -> Array:
+        """Return the entropies of the rows: all are that of ``u``."""
+        u, _, _ = _ready(u, w)
+        return entropy(u)[..., None] + 0 * u
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +227,15 @@ def at_step(coupling: Coupling, t: int, num_steps: int, prior: Array) -> Couplin
     """
     point = float(np.max(np.asarray(prior))) == 1.0
     return coupling if t < num_steps or point else Independent()
+
+
+def entropy(p: Array) -> Array:
+    """Return the entropy along the last axis, nats; zeros send no NaN backwards.
+
+    :param p: laws, ``(..., A)``.
+    """
+    xp = array_namespace(p)
+    return -xp.sum(p * xp.log(xp.where(p > 0, p, xp.ones_like(p))), axis=-1)
 
 
 def _ready(u: Array, w: Array) -> tuple[Array, Array, Array]:

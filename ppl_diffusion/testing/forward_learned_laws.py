@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppl_diffusion.processes.couplings import Coupling, at_step
+from ppl_diffusion.processes.couplings import Coupling, at_step, entropy
 from ppl_diffusion.testing.dense import all_states, state_index
 
 Reverse = Callable[[Tensor, int], Tensor]
@@ -99,6 +99,24 @@ class ForwardLaw:
         safe = torch.where(mass > 0, mass, 1.0)
         return torch.einsum("xz,xzla->zla", joint, each) / safe[:, None, None], mass
 
+    def total_correlation(self, t: int) -> float:
+        """Return ``E TC(z_{t-1} | z_t)``: what a factorised step ``t`` loses, nats.
+
+        The bound exceeds the entropy by these and by what the chain forgets,
+        ``I(z_{t-1}; z_{t+1..T} | z_t)``, which is zero in two steps from masks.
+        """
+        states, rows = self.states(), self.table(t)
+        sites = torch.arange(states.shape[1])
+        later = rows[:, sites, states]  # (X, Z, L, A)
+        index = states[None, None, :, :, None].expand(*later.shape[:2], len(states), -1, -1)
+        moves = later[:, :, None].expand(-1, -1, len(states), -1, -1).gather(-1, index)
+        given = self.law[:, None] * self.law_at(t)
+        joint = torch.einsum("xz,xzy->zy", given, moves[..., 0].prod(-1))
+        v, mass = self.target(t)
+        of_sites = (mass[:, None] * entropy(v)).sum()
+        of_all = entropy(joint.flatten()) - entropy(mass)
+        return float((of_sites - of_all).detach())
+
     def bound(self, reverse: Reverse | None = None) -> Tensor:
         """Return the bound of a reverse chain, nats, averaged over the data: no prior term is left.
 
@@ -113,7 +131,7 @@ class ForwardLaw:
             log_v = torch.where(v > 0, v, 1.0).log()  # log 0 must not send NaN backwards
             if reverse is not None:
                 log_v = torch.where(v > 0, reverse(self.states(), t)[..., : v.shape[-1]], 0.0)
-            own = (self.marginals[t] * _entropy(self.table(t))).sum((-1, -2))
+            own = (self.marginals[t] * entropy(self.table(t))).sum((-1, -2))
             total = total - (mass[:, None, None] * v * log_v).sum() - (self.law * own).sum()
         return total
 
@@ -139,7 +157,3 @@ class ForwardLaw:
         data = torch.zeros(len(self.states()), dtype=torch.float64)
         data[state_index(self.x, self.marginals.shape[-1])] = self.law
         return float((self.sampled() - data).abs().sum() / 2)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -(p * torch.where(p > 0, p, 1.0).log()).sum(-1)  # log 0 must not send NaN backwards

@@ -126,6 +126,21 @@ def test_the_bound_is_above_the_entropy_and_the_chain_has_its_marginals(seed, co
         torch.testing.assert_close(moved, law.marginals[t - 1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_two_steps_from_masks_lose_is_total_correlation(seed):
+    joint, inner, _ = random_law(seed)
+    law = ForwardLaw.of(joint, inner, HOLE, Maximum())
+    lost = [law.total_correlation(t) for t in (1, 2)]
+    assert min(lost) > -1e-12
+    assert law.nelbo() - law.entropy == pytest.approx(sum(lost), abs=1e-12)
+
+
+def test_more_steps_forget_too():
+    law = ForwardLaw.of(*random_law(1, steps=3), Maximum())
+    lost = sum(law.total_correlation(t) for t in (1, 2, 3))
+    assert law.nelbo() - law.entropy > lost + 1e-4
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_independence_at_the_last_step_is_never_worse(seed):
     parts = random_law(seed)

@@ -46,6 +46,31 @@ def test_rows_are_laws_and_the_marginals_are_kept(coupling):
     torch.testing.assert_close(coupling.row(u, w, z), rows, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("coupling", EVERY, ids=repr)
+def test_mixed_rows_and_entropies_are_those_of_the_table(coupling):
+    u, w = marginals()
+    weights = torch.rand(w.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    table = coupling.table(u, w)
+    mixed = (weights[..., None] * table).sum(-2)
+    torch.testing.assert_close(coupling.mixed(u, w, weights), mixed, rtol=0, atol=1e-12)
+    wanted = -torch.special.xlogy(table.clamp(min=0), table.clamp(min=0)).sum(-1)
+    found = coupling.entropies(u, w)
+    torch.testing.assert_close(found[w > 0], wanted[w > 0], rtol=0, atol=1e-12)
+
+
+def test_entropies_of_the_maximum_coupling_have_the_gradient_of_the_table():
+    logits = torch.randn((2, 50, SIZE), generator=torch.Generator().manual_seed(3)).double()
+    found = []
+    for plain in (False, True):
+        leaf = logits.clone().requires_grad_()
+        u, w = leaf.softmax(-1)
+        table = Maximum().table(u, w)
+        rows = -(table * torch.where(table > 0, table, 1.0).log()).sum(-1)
+        value = (w * (rows if plain else Maximum().entropies(u, w))).sum()
+        found.append(torch.autograd.grad(value, leaf)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
+
+
 def test_the_maximum_coupling_stays_most():
     u, w = marginals()
     stays = {}
