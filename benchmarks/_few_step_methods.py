@@ -26,11 +26,13 @@ class Method:
     :param prior: what the prior's name begins and ends with, around that of the data set.
     :param path: the path of so many evaluations; None for masked diffusion without a latent.
     :param solver: how a continuous latent moves, by its steps of DDPM if None.
+    :param steps: the only number of evaluations there is, of a prior whose noise was learned.
     """
 
     prior: str
     path: Callable[[LatentDiffusion, int], Path] | None = None
     solver: LatentSolver | None = None
+    steps: int | None = None
 
     def prior_name(self, dataset: str) -> str:
         """Return the name of the prior of a data set."""
@@ -43,7 +45,8 @@ class Method:
         :param evaluations: network evaluations, one a step.
         """
         if self.path is None:
-            return program.chain(num_steps=evaluations), f"masked({evaluations})"
+            what = "masked" if self.steps is None else "learned"
+            return program.chain(num_steps=evaluations), f"{what}({evaluations})"
         found = self.path(program, evaluations)
         return program.chain(found, solver=self.solver), describe_path(found)
 
@@ -57,6 +60,9 @@ class Method:
         source = torch.Generator().manual_seed(0)
         scale = rows.shape[-1] * math.log(2.0)
         repeats = -(-_TERMS // evaluations)
+        if self.steps is not None:
+            bits: Tensor = program.bound_terms(rows, num_times=repeats, generator=source).mean(0)
+            return bits / scale
         if self.path is None:
             law, terms = program.chain(num_steps=evaluations).marginal(), repeats * evaluations
             found: Tensor = -law.log_prob_bound(rows, num_samples=terms, generator=source)
@@ -86,9 +92,11 @@ METHODS: Mapping[str, Method] = {
     "co-seq": Method("latent-{}-co", latent_first),
     "co-seq-wide": Method("latent-{}-co", latent_first, Wide()),
     "co-seq-dpm": Method("latent-{}-co", latent_first, DPMSolver(order=2)),
+    **{f"learned-{T}": Method(f"learned-{{}}-{T}", steps=T) for T in (2, 4, 10)},
 }
-"""Names of rows. A continuous latent moves by the steps of DDPM, which the bound is of, by wider
-ones that do not take the prediction for known, or by DPM-Solver++(2M), which has no density."""
+"""Names of rows. With one step there is no noise to learn: that chain is the masked one. A
+continuous latent moves by the steps of DDPM, which the bound is of, by wider ones that do not take
+the prediction for known, or by DPM-Solver++(2M), which has no density."""
 
 
 def describe_path(path: Path) -> str:
@@ -103,7 +111,7 @@ def describe_path(path: Path) -> str:
 
 def count_parameters(program: DiffusionProgram) -> int:
     """Return how many parameters take part in sampling: codes do, though no gradient moves them,
-    and an encoder does not.
+    and an encoder does not, nor what learned how to hide.
 
     :param program: the prior.
     """
@@ -111,4 +119,5 @@ def count_parameters(program: DiffusionProgram) -> int:
     assert isinstance(network, nn.Module)
     learnt = {name: p.numel() for name, p in network.named_parameters()}
     codes = {name: b.numel() for name, b in network.named_buffers() if name == "codebook"}
-    return sum(n for name, n in {**learnt, **codes}.items() if not name.startswith("encoder."))
+    asleep = ("encoder.", "noise.")
+    return sum(n for name, n in {**learnt, **codes}.items() if not name.startswith(asleep))

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ppl_diffusion.kernels.path import Path
-from ppl_diffusion.models import LatentDiffusion, MaskedDiffusion
+from ppl_diffusion.models import ForwardLearned, LatentDiffusion, MaskedDiffusion
 
 ROOT = str(Folder(__file__).parents[2])
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"
@@ -34,6 +34,11 @@ def priors():
         "masked-names": build(MaskedDiffusion, "masked-names"),
         "latent-names": build(LatentDiffusion, "latent-names", **CODES),
         "latent-names-co": build(LatentDiffusion, "latent-names-co", **VECTORS),
+        **{
+            name: build(ForwardLearned, name, num_steps=steps)
+            for steps in (2, 4, 10)
+            if (name := f"learned-names-{steps}")
+        },
     }
 
 
@@ -62,9 +67,11 @@ def line(method, evaluations, value, se=0.01):
 
 def test_every_method_takes_the_evaluations_it_says(priors):
     for name, program in by_method(priors).items():
-        for evaluations in (1, 2, 4, 8):
-            chain, _ = module("_few_step_methods").METHODS[name].chain(program, evaluations)
+        method = module("_few_step_methods").METHODS[name]
+        for evaluations in (1, 2, 4, 8) if method.steps is None else (method.steps,):
+            chain, path = method.chain(program, evaluations)
             assert chain.num_steps == evaluations
+            assert method.steps is None or path == f"learned({evaluations})"
 
 
 def test_paths_in_words(priors):
@@ -83,7 +90,7 @@ def test_bounds_are_those_of_the_chain(priors, rows):
     bits, slots = math.log2(27), 2 * math.log2(4) / 15
     for name, program in by_method(priors).items():
         method = module("_few_step_methods").METHODS[name]
-        for evaluations in (1, 4):
+        for evaluations in (1, 4) if method.steps is None else ():
             found = method.bound(program, evaluations, rows.test)
             if method.solver is not None:
                 assert found is None
@@ -102,6 +109,18 @@ def test_parameters_leave_the_encoder_out(priors):
     assert count(priors["latent-names"]) == whole - encoder < whole
     plain = priors["masked-names"].denoiser
     assert count(priors["masked-names"]) == sum(p.numel() for p in plain.parameters())
+    learned = priors["learned-names-2"].denoiser
+    asked = [*learned.reverse.parameters(), *learned.next.parameters()]
+    assert count(priors["learned-names-2"]) == sum(p.numel() for p in asked)
+
+
+def test_the_bound_of_learned_noise_is_that_of_its_chain(priors, rows):
+    method, program = module("_few_step_methods").METHODS["learned-2"], priors["learned-names-2"]
+    found = method.bound(program, 2, rows.test)
+    source = torch.Generator().manual_seed(1)
+    terms = program.bound_terms(rows.test, num_times=64, generator=source) / 15 / math.log(2)
+    assert found.shape == (8,)
+    assert float(found.mean()) == pytest.approx(float(terms.mean()), rel=0.1)
 
 
 def test_rows_of_a_data_set(priors, case, monkeypatch):
@@ -112,12 +131,16 @@ def test_rows_of_a_data_set(priors, case, monkeypatch):
     json.dumps([row.flat() for row in found], allow_nan=False)
     lines = [row.flat() for row in found if row.name == "few_steps"]
     assert {(r["method"], r["evaluations"]) for r in lines} == {
-        (name, evaluations) for name in by_method(priors) for evaluations in (1, 2)
+        (name, evaluations)
+        for name in by_method(priors)
+        for evaluations in (1, 2)
+        if not name.startswith("learned") or name == f"learned-{evaluations}"
     }
     for row in lines:
         assert row["value"] > row["floor"] > 0  # untrained
         assert (row["bound"] is None) == (row["method"] in ("co-seq-wide", "co-seq-dpm"))
         assert row["known"] == 0.0
+        assert (row["left_per_step"] is None) == (row["bound"] is None)
         assert row["valid"] is None
     assert "Parameters at sampling: masked-names" in console.export_text()
 
