@@ -5,9 +5,10 @@
     python -m ppl_diffusion.models.evaluate yeast-promoter --data DIR
 
 The bound is that of the continuous-time chain, in bits per token, averaged over stratified times;
-where there is a latent it is that of the chain on the default path, averaged over its steps. It is
-an upper bound on the code length, so the prior may be better than it says. Rows of one family are
-near copies, so standard errors treat families, not rows, as independent.
+where there is a latent it is that of the chain on the default path, averaged over its steps, and
+where noise was learned that of the steps that there are. It is an upper bound on the code length,
+so the prior may be better than it says. Rows of one family are near copies, so standard errors
+treat families, not rows, as independent.
 """
 
 from __future__ import annotations
@@ -153,10 +154,12 @@ def print_evaluation(name: str, result: Evaluation, *, unit: str = "base") -> No
 
 
 def describe_path(program: DiffusionProgram) -> str | None:
-    """Say which path the bound is of, None of a prior without a latent: it is in continuous time.
+    """Say which path the bound is of, None where it is in continuous time.
 
     :param program: the prior.
     """
+    if program.fixed_steps is not None:
+        return f"the {program.fixed_steps} steps that there are, all of them each time"
     if not isinstance(program, LatentDiffusion):
         return None
     falls = [(x < x0, y < y0) for (x0, y0), (x, y) in pairwise(program.path.levels)]

@@ -55,6 +55,7 @@ class Recipe:
         :class:`~ppl_diffusion.models.distillation.Distillation`,
         :class:`~ppl_diffusion.models.latent_objective.LatentObjective` or
         :class:`~ppl_diffusion.models.forward_objective.ForwardObjective`.
+    :param init: the prior that training starts from, a shipped name; None to start anew.
     :param decay: what the learning rate does after the warm-up: fall to zero as a cosine, or stay.
     :param markov_order: order of the Markov chain that the prior is compared with.
     :param quoted_baseline: bits per token of that chain as quoted, NaN if there is no such figure.
@@ -78,6 +79,7 @@ class Recipe:
     valid_rows: int | None = None
     objective: ObjectiveName = "nelbo"
     options: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
     decay: DecayName = "cosine"
     markov_order: int = 2
     quoted_baseline: float = float("nan")
@@ -153,17 +155,17 @@ _LATENT_QM9 = dataclasses.replace(
     valid_rows=500,
 )
 
-# From the masked prior of the data set, whose network the chain has: --init masked-names.
 _LEARNED = dataclasses.replace(
     _MASKED_NAMES,
     family="forward-learned",
     objective="fldd",
     steps=2500,
+    learning_rate=1e-3,
     weight_decay=0.0,
     valid_times=4,
     valid_rows=500,
     validate_every=250,
-    options={"warmup": 0.1},
+    options={"warmup": 0.05},
 )
 _LEARNED_QM9 = dataclasses.replace(_LEARNED, dataset="qm9")
 
@@ -218,7 +220,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     **{
         f"learned-{dataset}-{steps}": dataclasses.replace(
-            recipe, shape={**_SHAPE, "num_steps": steps}
+            recipe, init=f"masked-{dataset}", shape={**_SHAPE, "num_steps": steps}
         )
         for dataset, recipe in (("names", _LEARNED), ("qm9", _LEARNED_QM9))
         for steps in (2, 4, 10)

@@ -117,9 +117,9 @@ def train(
     :param progress: called with ``(steps done, steps in all)``, in place of Lightning's bar.
     :param objective: what a step minimises, one of
         :data:`~ppl_diffusion.models.recipes.OBJECTIVES`; that of the recipe if None.
-    :param init: the prior to start from, a shipped name or a folder. By default training starts
-        anew, and distillation from the shipped prior ``name``. The shape of its network stands in
-        place of that of the recipe, also in ``run.json``.
+    :param init: the prior to start from, a shipped name or a folder. By default that of the recipe,
+        anew if it has none; distillation starts from the shipped prior ``name``. The shape of its
+        network stands in place of that of the recipe, also in ``run.json``.
     :param recipe: a recipe of one's own, as ``sequences`` are one's own data.
     :param device: where the network is trained; the program that comes back is on the CPU.
     :raises ValueError: if the name, the number of steps, the objective or ``init`` is wrong, the
@@ -140,7 +140,8 @@ def train(
     checkpoint = _checkpoint(out) if resume else None
     sequences = sequences or load_sequences(recipe.dataset, data)
     check_sequences(sequences, recipe)
-    init = name if init is None and recipe.objective == "distillation" else init
+    if init is None:
+        init = name if recipe.objective == "distillation" else recipe.init
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % _SEEDS)
         program = _program(name, recipe, sequences, init)

@@ -30,8 +30,9 @@ _ORDER = 2.0
 
 Noise that treats all positions alike is a saddle point: what a step changes is lost in the noise of
 the gradient, and training stays there for thousands of steps."""
-_LEAST = 0.03
-"""Share of the given noise that may be any state: a logarithm starts from it."""
+_LEAST, _DOUBT = 0.03, 1e-3
+"""Shares of the given noise, and of its bridge, that may be any state: logarithms start from them.
+Noise must be able to find uses for states; a doubt of the chain is paid for at every step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ class DirectTransformer(SavedNetwork):
     def _heads(self, hidden: Tensor, states: Tensor, t: float | Tensor) -> Tensor:
         look_ahead = self.reverse.head(hidden)
         given = self._given(look_ahead, states.to(hidden.dtype), t)
-        given = (1 - _LEAST) * given + _LEAST / self.num_states
+        given = (1 - _DOUBT) * given + _DOUBT / self.num_states
         log_v = F.log_softmax(self.next(hidden).float() + given.log(), -1)
         return torch.cat([log_v, look_ahead], -1)
 
