@@ -5,11 +5,16 @@ a product of sums, from the same network call as the next step. That mean is the
 and tokens are drawn from the product of prediction and likelihood. At the last step the two add up:
 the weight is the exact sum over all sequences, and tokens come from the tilted product, which adds
 no noise (LADD, arXiv 2510.18114, has the same product at its last step).
+
+A chain of learned noise has no such prediction but at its last step. There the same is done; before
+it, the look-ahead that stands beside the chain takes the place of the prediction, and states are
+drawn as the chain draws them, as they are no tokens yet.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +26,8 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.base import Carry, Kernel
 from ppl_diffusion.kernels.block_step import BlockStep
 from ppl_diffusion.kernels.blocks import TOKENS
+from ppl_diffusion.kernels.direct import DirectKernel
+from ppl_diffusion.kernels.state_step import StateStep
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.potentials.base import AbstractPotential
 from ppl_diffusion.smc.feynman_kac import FeynmanKac, per_particle
@@ -35,14 +42,16 @@ def factorised(chain: ReverseChain, log_likelihoods: Tensor) -> FeynmanKac:
     Run it by :func:`~ppl_diffusion.smc.run_smc`.
 
     :param chain: a chain whose tokens are masked and, once revealed, stay; latents may be drawn
-        beside them.
+        beside them. Or one of learned noise, a
+        :class:`~ppl_diffusion.kernels.DirectKernel`.
     :param log_likelihoods: ``log l``, float ``(L, V)``; ``-inf`` excludes a token.
     :raises CapabilityError: if the steps of the chain are others.
     :raises ValueError: if the shape is another, a value is NaN or ``+inf``, or a position excludes
         all tokens.
     """
     kernel = chain.kernel
-    if not (kernel.process.absorbing and kernel.can_hold):
+    direct = isinstance(kernel, DirectKernel)
+    if not (direct or (kernel.process.absorbing and kernel.can_hold)):
         raise CapabilityError(
             f"factorised: tokens must be masked and stay once they are revealed, which those of "
             f"{kernel!r} do not; use FeynmanKac with a potential."
@@ -55,7 +64,8 @@ def factorised(chain: ReverseChain, log_likelihoods: Tensor) -> FeynmanKac:
         )
     potential = PositionPotential(values)
     own = potential.log_likelihoods
-    return FeynmanKac(chain, potential, _MeanTwist.of(kernel, own), PositionProposal(own))
+    proposal = LastProposal(own, kernel.num_steps) if direct else PositionProposal(own)
+    return FeynmanKac(chain, potential, _MeanTwist.of(kernel, own), proposal)
 
 
 class PositionPotential(AbstractPotential):
@@ -119,6 +129,35 @@ class PositionProposal:
 
 
 @dataclass(frozen=True)
+class LastProposal:
+    """Move as the chain does, and at the last step by its law times the likelihoods.
+
+    :param log_likelihoods: ``log l``, float64 ``(L, V)``.
+    :param num_steps: of the chain.
+    """
+
+    log_likelihoods: Tensor
+    num_steps: int
+
+    def __call__(self, step: TorchDistribution, carry: Carry, k: int, /) -> TorchDistribution:
+        """Return the step, tilted if it is the last (a :class:`~ppl_diffusion.smc.Proposal`)."""
+        if k < self.num_steps - 1:
+            return step
+        assert isinstance(step, StateStep)
+        both = _tilted(step.log_probs, self.log_likelihoods)
+        dead = (both == -math.inf).all(-1, keepdim=True)
+        law = torch.where(dead, step.log_probs, both)
+        return StateStep(law, tokens=step.tokens, validate_args=False)
+
+
+def _tilted(log_v: Tensor, log_likelihoods: Tensor) -> Tensor:
+    """Return a law of states times likelihoods, not normalised; a mask is no token."""
+    log_l = log_likelihoods.to(log_v.device)
+    rest = log_v.shape[-1] - log_l.shape[-1]
+    return log_v + torch.nn.functional.pad(log_l, (0, rest), value=-math.inf)
+
+
+@dataclass(frozen=True)
 class _MeanTwist(CallableTwist):
     """The mean of the likelihoods under the prediction of the state, position by position."""
 
@@ -127,6 +166,9 @@ class _MeanTwist(CallableTwist):
 
     @classmethod
     def of(cls, kernel: Kernel, log_likelihoods: Tensor) -> _MeanTwist:
+        if isinstance(kernel, DirectKernel):
+            return cls(_direct_mean(kernel, log_likelihoods), log_likelihoods=log_likelihoods)
+
         def log_mean(carry: Carry, k: int) -> Tensor:
             tokens, log_l = carry[TOKENS], log_likelihoods.to(carry[TOKENS].device)
             predicted = kernel.predict(carry, k).dense().to(torch.float64) + log_l
@@ -143,3 +185,17 @@ class _MeanTwist(CallableTwist):
     def at(self, kernel: Kernel) -> CallableTwist:
         """Return the same twist of a kernel around a counted network."""
         return _MeanTwist.of(kernel, self.log_likelihoods)
+
+
+def _direct_mean(kernel: DirectKernel, log_likelihoods: Tensor) -> Callable[[Carry, int], Tensor]:
+    def log_mean(carry: Carry, k: int) -> Tensor:
+        if k == kernel.num_steps - 1:  # exact: what is drawn next is the sequence
+            both = _tilted(kernel.step(carry, k).log_probs, log_likelihoods)
+        elif k == kernel.num_steps:
+            one = torch.nn.functional.one_hot(carry[TOKENS], kernel.process.num_states)
+            both = _tilted(one.to(torch.float64).log(), log_likelihoods)
+        else:
+            both = _tilted(kernel.posterior_mean(carry, k), log_likelihoods)
+        return per_particle(torch.logsumexp(both, -1).sum(-1)).clamp_min(_HOPELESS)
+
+    return log_mean

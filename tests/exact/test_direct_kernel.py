@@ -15,7 +15,7 @@ from ppl_diffusion.kernels import Absorbing, DirectKernel, Uniform
 from ppl_diffusion.models.forward_marginals import Marginals
 from ppl_diffusion.potentials import Potential
 from ppl_diffusion.processes.couplings import Maximum
-from ppl_diffusion.smc import FeynmanKac, run_smc
+from ppl_diffusion.smc import FeynmanKac, factorised, run_smc
 from ppl_diffusion.testing import KernelContract, chi_square_p_value, state_index, toy_potential
 from ppl_diffusion.testing.dense import all_states
 from ppl_diffusion.testing.forward_learned_laws import ForwardLaw
@@ -210,3 +210,37 @@ def test_methods_that_tilt_a_prediction_are_refused(method):
     _, chain = chain_of(Uniform(2))
     with pytest.raises(CapabilityError):
         SMC(chain, toy_potential(2, 2), method=method, num_particles=4).run(seed=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+@pytest.mark.parametrize("log_l", [[[0.3, -1.0], [-2.0, 0.5]], [[0.0, -math.inf], [0.0, 0.0]]],
+                         ids=["soft", "known"])  # fmt: skip
+@pytest.mark.parametrize("look", ["exact", "wrong"])
+def test_likelihoods_of_positions_are_exact_at_the_last_step(process, log_l, look):
+    """A known token is such a likelihood. Four standard errors, 6e-5; seeds are fixed."""
+    law, chain = chain_of(process, look=look)
+    log_l = torch.tensor(log_l, dtype=torch.float64)
+    table = clean_law(law).reshape(2, 2) * (log_l[0][:, None] + log_l[1]).exp()
+    generator = torch.Generator().manual_seed(2)
+    posterior = run_smc(factorised(chain, log_l), 4, 3000, ess_threshold=2.0, generator=generator)
+    estimate = posterior.log_evidence.exp()
+    assert abs(z_score(estimate, float(table.sum()))) < 4
+    agree = posterior.expectation(lambda x0: (x0[..., 0] == x0[..., 1]).double())
+    assert abs(z_score(estimate * agree, float(table.diagonal().sum()))) < 4
+
+
+def test_a_single_step_of_known_likelihoods_has_no_noise():
+    """With one step the sum over all sequences is the evidence of every particle."""
+    head = torch.tensor([0.2, 0.3, 0.5]).log().double()
+    made = DirectDenoiser(
+        lambda tokens, t: head.expand(*tokens.shape, 3),
+        lambda tokens, t: torch.full((*tokens.shape, 2), 0.5).log(),
+        vocab_size=2,
+        num_states=3,
+    )
+    chain = ReverseChain(DirectKernel(Absorbing(2), made, 1), 2)
+    log_l = torch.tensor([[0.3, -1.0], [-2.0, 0.5]], dtype=torch.float64)
+    found = run_smc(factorised(chain, log_l), 2, 5, generator=torch.Generator().manual_seed(0))
+    clean = torch.tensor([0.4, 0.6]).double()
+    wanted = (clean * log_l.exp()).sum(-1).prod().log()
+    torch.testing.assert_close(found.log_evidence, wanted.expand(5), rtol=0, atol=1e-6)
