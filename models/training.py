@@ -292,14 +292,15 @@ def _origin(
     recipe: Recipe, program: DiffusionProgram, *, seed: int, init: str | Path | None
 ) -> dict[str, Any]:
     """Return what a resumed run must have in common with its beginning, as JSON reads it."""
+    told = dataclasses.asdict(recipe)
+    del told["steps"], told["init"]  # what it began with, whoever said so
     entries = {
         "seed": seed,
         "init": None if init is None else str(init),
         "vocabulary": list(program.vocabulary),
         "length": program.length,
-        **dataclasses.asdict(recipe),
+        **told,
     }
-    del entries["steps"]
     origin: dict[str, Any] = json.loads(json.dumps(entries))
     return origin
 
