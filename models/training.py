@@ -18,9 +18,9 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +76,7 @@ class TrainingRun:
     :param program: the program at its best validation bound.
     :param valid_bits: that bound, in bits per token, with few times per sequence.
     :param best_step: the optimiser step at which it was reached, of all ``steps``.
+    :param notes: what the objective noted at the last step, as what learned noise reached.
     """
 
     program: DiffusionProgram
@@ -83,6 +84,7 @@ class TrainingRun:
     valid_bits: float
     best_step: int
     steps: int
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -208,7 +210,8 @@ def _run(
             f"prior was written to {str(out)!r}; lower the learning rate, or check the data."
         )
     best = load(out / PRIOR_FOLDER)
-    return TrainingRun(best, out, keeper.best, keeper.best_step, trainer.global_step)
+    notes = fit.objective.notes()
+    return TrainingRun(best, out, keeper.best, keeper.best_step, trainer.global_step, notes)
 
 
 def _fit(trainer: lightning.Trainer, going: KeepGoing, fit: Fit, checkpoint: Path | None) -> None:
@@ -340,6 +343,7 @@ def _record(run: TrainingRun, recipe: Recipe, *, seed: int, init: str | Path | N
         "init": None if init is None else str(init),
         "best_step": run.best_step,
         "valid_bits_per_token": run.valid_bits,
+        **({"notes": dict(run.notes)} if run.notes else {}),
     }
     text = json.dumps(record, indent=2, sort_keys=True)
     (run.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")

@@ -53,6 +53,7 @@ def train_prior(name: str, *, out: Path, quiet: bool, as_json: bool = False, **a
     elif not quiet:
         bound = ["best validation bound (bits per token, <=)", run.valid_bits]
         rows = [bound, ["at step", run.best_step], ["of steps", run.steps]]
+        rows += [[key.replace("_", " "), value] for key, value in run.notes.items()]
         table(f"Trained {name}", ["quantity", "value"], rows)
         print(f"wrote {run.folder}")
 

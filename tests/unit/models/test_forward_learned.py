@@ -215,7 +215,9 @@ def test_training_starts_from_a_masked_prior(tmp_path):
     )  # fmt: skip
     run = train("toy", out=tmp_path / "run", recipe=recipe, sequences=data, quiet=True)
     assert run.program.num_steps == 3
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["init"] == recipe.init
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["init"] == recipe.init
+    assert 0.0 <= record["notes"]["reach_low"] < record["notes"]["reach_high"] <= 1.0
     other = dataclasses.replace(recipe, family="forward-learned-uniform")
     with pytest.raises(ValueError, match="is masked over 8 tokens of 'abc', but toy needs forward"):
         train("toy", out=tmp_path / "other", recipe=other, sequences=data, quiet=True)
