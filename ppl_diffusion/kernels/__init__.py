@@ -30,6 +30,7 @@ from ppl_diffusion.kernels.path import Path as Path
 from ppl_diffusion.kernels.path_power import jump_rates as jump_rates
 from ppl_diffusion.kernels.path_power import log_path_factor as log_path_factor
 from ppl_diffusion.kernels.psi import PsiSchedule as PsiSchedule
+from ppl_diffusion.kernels.reveal_order import RevealOrder as RevealOrder
 from ppl_diffusion.kernels.reveal_step import RevealStep as RevealStep
 from ppl_diffusion.kernels.state_step import StateStep as StateStep
 from ppl_diffusion.kernels.step import StepDistribution as StepDistribution

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from ppl_diffusion.kernels.block_step import BlockStep
 from ppl_diffusion.kernels.blocks import TOKENS, BlockSpec, Value
 from ppl_diffusion.kernels.latent_solvers import Ancestral, LatentSolver
 from ppl_diffusion.kernels.path import Path
+from ppl_diffusion.kernels.reveal_order import RevealOrder, ordered_law
+from ppl_diffusion.kernels.state_step import StateStep
+from ppl_diffusion.kernels.step import StepDistribution
 from ppl_diffusion.kernels.token_step import TokenStep
 from ppl_diffusion.processes.base import Absorbing, Process
 from ppl_diffusion.processes.gaussian import Gaussian
@@ -47,7 +50,12 @@ class LatentKernel(Kernel):
     :param path: levels of tokens and latent.
     :param solver: how a continuous latent moves; DDPM's own steps by default. One without noise
         has no density, so that the kernel is ``SAMPLE_ONLY``.
-    :raises CapabilityError: if the denoiser predicts no such latent, or the tokens are not masked.
+    :param order: when each token is revealed, given the codes; the path then says how many steps
+        there are, and at which levels the network is asked. Steps of tokens are tables of states,
+        so that methods which change what the network predicts are refused.
+    :raises CapabilityError: if the denoiser predicts no such latent, the tokens are not masked, or
+        there is an order and the path does not finish codes before the first token.
+    :raises ValueError: if an order is of other numbers of codes or steps.
     :raises TypeError: if the path is none, or a solver is given for codes.
     """
 
@@ -61,6 +69,7 @@ class LatentKernel(Kernel):
         path: Path,
         *,
         solver: LatentSolver | None = None,
+        order: RevealOrder | None = None,
     ) -> None:
         if not isinstance(path, Path):
             raise TypeError(f"LatentKernel: path must be a Path, got {type(path).__name__}.")
@@ -70,6 +79,9 @@ class LatentKernel(Kernel):
         if solver is not None and self.spec.dim is None:
             raise TypeError("LatentKernel: codes are drawn, not solved for; leave the solver out.")
         self.solver = (solver or Ancestral()) if self.spec.dim is not None else None
+        if order is not None:
+            order.check(self.spec, path)
+        self.order = order
         clean = self.spec.num_codes
         states = None if clean is None else clean + 1
         own = BlockSpec(self.spec.event_shape, states, clean)
@@ -102,7 +114,25 @@ class LatentKernel(Kernel):
     def _key(self) -> tuple[Any, ...]:
         process, latent = self.process, self.latent_process
         own = latent if isinstance(latent, Gaussian) else latent.schedule
-        return (id(self.denoiser), process.schedule, own, self.path, self.solver)
+        order = None if self.order is None else id(self.order)
+        return (id(self.denoiser), process.schedule, own, self.path, self.solver, order)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move network and order, in place as modules do, where they can be moved."""
+        if self.order is not None:
+            self.order.to(device)
+        return super().to(device)
+
+    def check_length(self, length: int) -> None:
+        """:raises ValueError: if an order is of another number of tokens."""
+        super().check_length(length)
+        if self.order is not None:
+            self.order.check_length(length)
+
+    def declared_parameters(self) -> list[Tensor] | None:
+        """Return the tensors that the law reads, those of an order among them."""
+        own = super().declared_parameters()
+        return own if own is None or self.order is None else [*own, *self.order.parameters()]
 
     def moved(self, k: int) -> set[str]:
         """Return which of tokens and latent step ``k`` lowers the level of."""
@@ -162,17 +192,22 @@ class LatentKernel(Kernel):
         """Return the law of the next tokens and latent, independent of each other given these."""
         self.check_step(k)
         moved = self.moved(k)
-        prediction = self.predict(carry, k) if TOKENS in moved else self._flat(carry[TOKENS])
-        tokens = TokenStep(
-            self.process,
-            carry[TOKENS],
-            prediction,
-            float(self.alphas[k]),
-            float(self.alphas[k + 1]),
-            fixed=fixed,
-            validate_args=False,
-        )
+        tokens = self._token_law(carry, k, TOKENS in moved, fixed)
         return BlockStep({TOKENS: tokens, LATENT: self._latent_law(carry, k, LATENT in moved)})
+
+    def _token_law(
+        self, carry: Carry, k: int, moves: bool, fixed: Tensor | None
+    ) -> StepDistribution:
+        tokens = carry[TOKENS]
+        if moves and self.order is not None:
+            logits = self.order(carry[LATENT])[k - self.path.first_token_step]
+            law = ordered_law(tokens, self.cavity_log_probs(carry, k), logits)
+            return StateStep(law, tokens=tokens, fixed=fixed, validate_args=False)
+        prediction = self.predict(carry, k) if moves else self._flat(tokens)
+        levels = float(self.alphas[k]), float(self.alphas[k + 1])
+        return TokenStep(
+            self.process, tokens, prediction, *levels, fixed=fixed, validate_args=False
+        )
 
     def _latent_law(self, carry: Carry, k: int, moves: bool) -> TorchDistribution:
         latent, process = carry[LATENT], self.latent_process
@@ -255,7 +290,9 @@ class LatentKernel(Kernel):
         return self._level[1]
 
     def _repr_options(self) -> str:
-        return f", {self.path!r}" + ("" if self.solver is None else f", {self.solver!r}")
+        solver = "" if self.solver is None else f", {self.solver!r}"
+        order = "" if self.order is None else f", order of {self.order.token_steps} steps"
+        return f", {self.path!r}{solver}{order}"
 
 
 def checked_clean(clean: Tensor, spec: LatentSpec, batch: torch.Size, owner: str) -> Tensor:

@@ -85,6 +85,11 @@ class Path:
         return self.levels[-1][1] < 1.0
 
     @property
+    def first_token_step(self) -> int:
+        """The first step that draws tokens, 0 to ``T - 1``."""
+        return sum(tokens == 1.0 for tokens, _ in self.levels) - 1
+
+    @property
     def one_at_a_time(self) -> bool:
         """Whether no step draws tokens and latent at once."""
         steps = pairwise(self.levels)
