@@ -8,6 +8,7 @@ or tokens alone, all with one network.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path as Folder
@@ -28,6 +29,7 @@ from ppl_diffusion.kernels import Absorbing, InterpolatingKernel
 from ppl_diffusion.kernels.latent_kernel import LatentKernel
 from ppl_diffusion.kernels.latent_solvers import LatentSolver
 from ppl_diffusion.kernels.path import PATHS, Path
+from ppl_diffusion.kernels.reveal_order import RevealOrder
 from ppl_diffusion.models.latent_bound import (
     LatentBound,
     constant_cost,
@@ -38,6 +40,7 @@ from ppl_diffusion.models.latent_bound import (
 )
 from ppl_diffusion.models.latent_costs import Encoding
 from ppl_diffusion.models.latent_loss import training_loss
+from ppl_diffusion.models.latent_order import ORDER_FILE, fitted_order, read_order, write_order
 from ppl_diffusion.models.path_costs import estimate_costs
 from ppl_diffusion.models.path_search import PathCosts, best_path
 from ppl_diffusion.models.program import DiffusionProgram, read_schedule, schedule_entry
@@ -77,7 +80,9 @@ class LatentDiffusion(DiffusionProgram):
     :param path: the default path: the latent first, in half of 16 steps (for codes in no more
         steps than there are slots), then the tokens.
     :param encoder: what turns sequences into latents, by default ``denoiser.encode``.
-    :raises CapabilityError: if the denoiser predicts no latent.
+    :param order: when tokens are revealed on the default path, given the codes; :meth:`learn_order`
+        finds one. Other paths do without.
+    :raises CapabilityError: if the denoiser predicts no latent, or an order fits no such path.
     :raises ValueError: if an argument does not fit the latent.
 
     :ivar latent: what the latent is.
@@ -100,6 +105,7 @@ class LatentDiffusion(DiffusionProgram):
         t_min: float | None = None,
         path: Path | None = None,
         encoder: Encoder | None = None,
+        order: RevealOrder | None = None,
     ) -> None:
         super().__init__(
             denoiser, vocabulary=vocabulary, length=length, name=name, schedule=schedule
@@ -113,7 +119,10 @@ class LatentDiffusion(DiffusionProgram):
         self.latent = spec
         self.latent_process = _latent_process(spec, latent_schedule, t_min)
         self.path = path or self.split_steps(DEFAULT_STEPS)
-        self.encoder = encoder
+        self.encoder, self.order = encoder, order
+        if order is not None:
+            order.check_length(self.length)
+            order.check(spec, self.path)
         # One object for all chains: kernels know laws apart by the identity of their denoisers.
         self._reader = AtLatent(denoiser)
         self._code_readers: dict[tuple[int, ...], CodeDenoiser] = {}
@@ -154,8 +163,9 @@ class LatentDiffusion(DiffusionProgram):
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """Move network and encoder, in place as torch does, and return the program."""
+        """Move network, encoder and order, in place as torch does, and return the program."""
         move(self.encoder, device)
+        move(self.order, device)
         return super().to(device)
 
     # Latents of sequences.
@@ -291,7 +301,8 @@ class LatentDiffusion(DiffusionProgram):
         """Return the law of tokens and latent along a path, packed, event shape ``(T + 1, W)``.
 
         The path is that of :meth:`find_path`. One with few steps that draws tokens and latent at
-        once is warned of: the two are then independent of each other, and can contradict.
+        once is warned of: the two are then independent of each other, and can contradict. On the
+        default path tokens are revealed by :attr:`order`, where there is one.
 
         :param solver: how a continuous latent moves; DDPM's own steps by default.
         :param prompt: int64 ``(L,)``, tokens that are there from the start, -1 elsewhere.
@@ -307,9 +318,20 @@ class LatentDiffusion(DiffusionProgram):
                 stacklevel=2,
             )
         kernel = LatentKernel(
-            self.process, self.latent_process, self.denoiser, found, solver=solver
+            self.process,
+            self.latent_process,
+            self.denoiser,
+            found,
+            solver=solver,
+            order=self._order_on(found),
         )
         return self.around(kernel, prompt=prompt)
+
+    def _order_on(self, path: Path) -> RevealOrder | None:
+        if self.order is None or path != self.path:
+            return None
+        self.order.check(self.latent, path)  # the default path may have been exchanged
+        return self.order
 
     def latent_chain(
         self,
@@ -356,7 +378,13 @@ class LatentDiffusion(DiffusionProgram):
         :param num_steps: steps; None for those of the default path.
         :param latent: ``(*batch, N)`` codes or ``(*batch, N, d)``, the batch of the chain.
         :param prompt: int64 ``(L,)``, tokens that are there from the start, -1 elsewhere.
+        :raises CapabilityError: if the steps are those of the default path, and it has an order.
         """
+        if num_steps is None and self.order is not None:
+            raise CapabilityError(
+                f"{self.name}: the tokens of the default path have a learned order, which only "
+                "chain() follows; give num_steps for equal steps, or take chain()."
+            )
         kernel = InterpolatingKernel(self.process, self._reader, times=self._levels(0, num_steps))
         prompt = None if prompt is None else torch.as_tensor(prompt, device=self.device)
         given = {"latent": self._finished(latent)}
@@ -422,7 +450,8 @@ class LatentDiffusion(DiffusionProgram):
     ) -> LatentBound:
         """Estimate the strict bound on ``-log p(x0)`` of the chain on a path, sequence by sequence.
 
-        That of a continuous latent is of the chain with DDPM's steps, the default ones.
+        That of a continuous latent is of the chain with DDPM's steps, the default ones. On the
+        default path it is that of :attr:`order`, where there is one.
 
         :param x0: clean tokens, int64 ``(n, L)``.
         :param path: the default path if None.
@@ -444,7 +473,13 @@ class LatentDiffusion(DiffusionProgram):
                 self, x0, path, surrogate=surrogate, num_samples=num_samples, generator=generator
             )
         return path_bound(
-            self, x0, path, num_samples=num_samples, num_steps=num_steps, generator=generator
+            self,
+            x0,
+            path,
+            num_samples=num_samples,
+            num_steps=num_steps,
+            order=self._order_on(path),
+            generator=generator,
         )
 
     @torch.no_grad()
@@ -462,7 +497,8 @@ class LatentDiffusion(DiffusionProgram):
         """
         encoding = self.encoding(x0)
         steps = drawn_steps(self.path, x0, num_times, generator)
-        terms = path_terms(self, x0, encoding, self.path, steps, generator)
+        order = self._order_on(self.path)
+        terms = path_terms(self, x0, encoding, self.path, steps, generator, order)
         whole = (terms.tokens + terms.latent) * self.path.num_steps
         return whole + constant_cost(self, encoding, self.path)
 
@@ -531,10 +567,54 @@ class LatentDiffusion(DiffusionProgram):
         costs = self.path_costs(sequences, grid=grid, num_draws=num_draws, generator=generator)
         return best_path(costs, evaluations, min_gain=min_gain)
 
+    def learn_order(
+        self,
+        sequences: Tensor,
+        *,
+        token_steps: int = 2,
+        latent_steps: int | None = None,
+        steps: int = 500,
+        learning_rate: float = 0.1,
+        batch_size: int = 128,
+        draws: int = 4,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """Return the prior on SEQ with a learned order of its tokens, around the same network.
+
+        Tokens that depend on each other, the codes being known, are then drawn one after the other.
+        Nothing but the order is learned, by unbiased gradients of the bound (Adam).
+
+        :param sequences: clean tokens, int64 ``(n, L)``; few of them are fitted by heart.
+        :param token_steps: steps that draw tokens, 2 or more.
+        :param latent_steps: steps that draw codes; one per slot if None.
+        :param steps: of learning, each of which costs ``batch_size * draws`` network rows.
+        :param learning_rate: of Adam, in logits.
+        :param batch_size: sequences of a step.
+        :param draws: noised states per sequence; from two on they are each other's baseline.
+        :param generator: source of randomness, on the device of the sequences.
+        :raises CapabilityError: if the latent is no codes, or there is no encoder.
+        :raises ValueError: if these are no clean sequences, or a number cannot be used.
+        """
+        slots = self.latent.num_slots
+        path = Path.sequential(slots if latent_steps is None else latent_steps, token_steps)
+        order = fitted_order(
+            self,
+            sequences,
+            path,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            draws=draws,
+            generator=generator,
+        )
+        program = copy.copy(self)
+        program.path, program.order = path, order
+        return program
+
     # Files.
 
     def save(self, directory: str | Folder) -> None:
-        """Write network and ``program.json``; the encoder must be the network's own.
+        """Write network, order and ``program.json``; the encoder must be the network's own.
 
         :raises TypeError: if it is not, or the network cannot be saved.
         """
@@ -544,6 +624,8 @@ class LatentDiffusion(DiffusionProgram):
                 "network's own, or save it yourself."
             )
         super().save(directory)
+        if self.order is not None:
+            write_order(self.order, directory)
 
     def settings(self) -> dict[str, Any]:
         """Return what :meth:`restore` needs besides the network, as JSON knows it."""
@@ -552,6 +634,8 @@ class LatentDiffusion(DiffusionProgram):
         entries["latent_schedule"] = own if isinstance(own, str) else schedule_entry(own)
         if isinstance(process, Gaussian):
             entries["t_min"] = process.t_min
+        if self.order is not None:  # left out otherwise: folders of before stay as they are
+            entries["order"] = ORDER_FILE
         return entries | {"path": [list(pair) for pair in self.path.levels]}
 
     @classmethod
@@ -562,6 +646,8 @@ class LatentDiffusion(DiffusionProgram):
             settings["latent_schedule"] = read_schedule(own, directory)
         if "path" in settings:
             settings["path"] = Path(settings["path"])
+        if "order" in settings:
+            settings["order"] = read_order(directory)
         return super().restore(directory, **settings)
 
 

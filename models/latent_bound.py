@@ -7,10 +7,11 @@ On one path the bound is that of one model, term by term (LADD, arXiv 2510.18114
     + sum over steps of rho E[cross-entropy of hidden tokens]
     + sum over steps of rho' E[cross-entropy of hidden codes], or 0.5 (g(s) - g(u)) E|y_0 - y^|^2
 
-with tokens and latent noised to the levels *before* each step. A continuous latent has no clean
-site: the chain ends at the first noise, and tokens read that, so the encoder has no density to pay
-and the bound is strict. An average over independent clocks of tokens and latent is the bound of no
-model, and can lie below the entropy of the data; it is a loss, and is never called a bound.
+with tokens and latent noised to the levels *before* each step. Under a learned order each token has
+its own level and ``rho``, given the codes. A continuous latent has no clean site: the chain ends at
+the first noise, and tokens read that, so the encoder has no density to pay and the bound is strict.
+An average over independent clocks of tokens and latent is the bound of no model, and can lie below
+the entropy of the data; it is a loss, and is never called a bound.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.path import Path
+from ppl_diffusion.kernels.reveal_order import RevealOrder
 from ppl_diffusion.models.latent_costs import (
     Encoding,
     LatentModel,
@@ -98,6 +100,7 @@ def path_bound(
     *,
     num_samples: int = 4,
     num_steps: int | None = None,
+    order: RevealOrder | None = None,
     generator: torch.Generator | None = None,
 ) -> LatentBound:
     """Estimate the bound of every sequence on a path, without bias.
@@ -107,6 +110,7 @@ def path_bound(
     :param num_steps: steps scored in a repetition. None is all of them, which has the least
         variance and costs ``T`` network rows; fewer are drawn anew for every sequence, from equal
         strata of the steps, and weighted by ``T / num_steps``.
+    :param order: when each token is revealed, given the codes; by the path if None.
     :raises ValueError: if a number is less than one.
     """
     if num_samples < 1 or (num_steps is not None and num_steps < 1):
@@ -117,7 +121,7 @@ def path_bound(
         for _ in range(num_samples)
     ]
     scale = path.num_steps / len(chosen[0])
-    terms = path_terms(model, x0, encoding, path, torch.cat(chosen), generator)
+    terms = path_terms(model, x0, encoding, path, torch.cat(chosen), generator, order)
     # (repetitions, steps of one, n), summed over the steps
     tokens, latent = (part.unflatten(0, (num_samples, -1)).sum(1) * scale for part in terms)
     return _summary(path, tokens, latent, constant_cost(model, encoding, path))
@@ -130,13 +134,17 @@ def path_terms(
     path: Path,
     steps: Tensor,
     generator: torch.Generator | None,
+    order: RevealOrder | None = None,
 ) -> Terms:
     """Return what chosen steps of a path cost, each at a fresh draw of the forward process.
 
     :param x0: clean tokens, int64 ``(n, L)``.
     :param steps: int64 ``(S, n)``, a step of the path per term and sequence.
+    :param order: when each token is revealed, given the codes; by the path if None.
     """
-    weights = step_weights(model, path).to(x0.device)
+    weights, shown, reveals = step_weights(model, path).to(x0.device), None, None
+    if order is not None:  # its weights are those of single tokens
+        weights[:, 0] = (weights[:, 0] > 0).to(weights.dtype)
     levels = torch.tensor(path.levels[:-1], dtype=torch.float64, device=x0.device)
     rows = torch.arange(x0.shape[0], device=x0.device).expand_as(steps).reshape(-1)
     parts = []
@@ -144,11 +152,26 @@ def path_terms(
         latent = encoding.draw(row, generator)
         noise, weight = Noise.draw(x0[row], latent, generator), weights[step]
         here, wanted = _columns(levels[step]), _columns(weight > 0)
-        states = noised_pair(model, x0[row], latent, here, noise, drawn=path.draws_latent)
-        cost = hidden_costs(model, x0[row], latent, states, here, wanted=wanted)
+        if order is not None:
+            shown, reveals = _of_order(order, latent, step - path.first_token_step)
+        states = noised_pair(
+            model, x0[row], latent, here, noise, drawn=path.draws_latent, shown=shown
+        )
+        cost = hidden_costs(model, x0[row], latent, states, here, wanted=wanted, reveals=reveals)
         parts.append(torch.stack(cost, -1) * weight)
     tokens, latent = torch.cat(parts).unbind(-1)
     return Terms(tokens.reshape(steps.shape), latent.reshape(steps.shape))
+
+
+def _of_order(order: RevealOrder, codes: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how likely tokens are shown before a step, and revealed by it, ``(m, L)`` each.
+
+    :param codes: int64 ``(m, N)``.
+    :param step: of the tokens, ``(m,)``, negative while codes are drawn and no token is.
+    """
+    rows, at = torch.arange(len(codes), device=codes.device), step.clamp_min(0)
+    moves = (step >= 0).to(torch.float64)[:, None]
+    return order.levels(codes)[at, rows] * moves, order.reveals(codes)[at, rows] * moves
 
 
 def drawn_steps(path: Path, x0: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

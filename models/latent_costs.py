@@ -103,6 +103,7 @@ def noised_pair(
     noise: Noise,
     *,
     drawn: bool = True,
+    shown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise tokens and a latent to two levels.
 
@@ -111,8 +112,14 @@ def noised_pair(
     :param levels: of tokens and of the latent, float64 ``(m,)`` each.
     :param drawn: whether the model draws the latent. Where it does not, a continuous one is the
         noise that its chain begins with, of which no encoder knows anything.
+    :param shown: probability of each token to be shown, float64 ``(m, L)``, in place of the one
+        that its level gives to all alike.
     """
-    z, process = _masked(model.process, x0, levels[0], noise.tokens), model.latent_process
+    process = model.latent_process
+    if shown is None:
+        z = _masked(model.process, x0, levels[0], noise.tokens)
+    else:
+        z = model.process.corrupt(x0, shown, noise.tokens, noise.tokens)
     if not isinstance(process, Gaussian):
         return z, _masked(process, latent, levels[1], noise.latent)
     return z, process.corrupt(latent, levels[1], noise.latent) if drawn else noise.latent
@@ -126,6 +133,7 @@ def hidden_costs(
     levels: Levels,
     *,
     wanted: tuple[Tensor, Tensor] | None = None,
+    reveals: Tensor | None = None,
 ) -> Hidden:
     """Return what is hidden in a noised pair costs under the network, with one call of it.
 
@@ -134,6 +142,7 @@ def hidden_costs(
     :param states: tokens and latent at ``levels``.
     :param wanted: bool ``(m,)`` each, whether the costs of tokens, of the latent, are asked for;
         they are 0 where not.
+    :param reveals: weights of the costs of tokens, float64 ``(m, L)``; all are 1 by default.
     :returns: differentiable in the network, and in a continuous latent.
     """
     every = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
@@ -143,7 +152,7 @@ def hidden_costs(
     token_rows, latent_rows = rows[..., : x0.shape[-1], :], rows[..., x0.shape[-1] :, :]
     size = model.process.vocab_size
     hidden = (z == size) & tokens_wanted[:, None]
-    tokens = _cross_entropy(network.head(token_rows[hidden]), x0, hidden, size)
+    tokens = _cross_entropy(network.head(token_rows[hidden]), x0, hidden, size, reveals)
     if isinstance(model.latent_process, Gaussian):
         error = _squared_error(network.latent_head(latent_rows), latent)
         return Hidden(tokens, torch.where(latent_wanted, error, 0.0))
@@ -200,16 +209,20 @@ def _masked(process: Process, clean: Tensor, level: Tensor, noise: Tensor) -> Te
     return masked
 
 
-def _cross_entropy(log_p: Tensor, clean: Tensor, hidden: Tensor, size: int) -> Tensor:
+def _cross_entropy(
+    log_p: Tensor, clean: Tensor, hidden: Tensor, size: int, weights: Tensor | None = None
+) -> Tensor:
     """Sum the code lengths of hidden values by row, float64 ``(m,)``.
 
     :param log_p: of the hidden positions in order, ``(h, size)``.
+    :param weights: of all positions, ``(m, L)``; 1 by default.
     """
     total = torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
     if not log_p.numel():
         return total
     exact = clean_log_probs(log_p, (len(log_p),), size)
     paid = -exact.gather(-1, clean[hidden][:, None])[:, 0]
+    paid = paid if weights is None else paid * weights[hidden]
     return total.index_add(0, hidden.nonzero()[:, 0], paid)
 
 
