@@ -17,6 +17,9 @@ from ppl_diffusion.models.latent import LatentDiffusion
 from ppl_diffusion.models.program import DiffusionProgram
 
 _TERMS = 8  # of a bound per sequence, at least
+_OWN_ROWS, _ORDER_STEPS = 2048, 200
+ORDERED = range(4, 11)
+"""Evaluations at which an order is learned: there are two steps of tokens, and they are few."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,39 @@ class Method:
     :param path: the path of so many evaluations; None for masked diffusion without a latent.
     :param solver: how a continuous latent moves, by its steps of DDPM if None.
     :param steps: the only number of evaluations there is, of a prior whose noise was learned.
+    :param order: the order of the tokens is learned, given the codes, for each path.
     """
 
     prior: str
     path: Callable[[LatentDiffusion, int], Path] | None = None
     solver: LatentSolver | None = None
     steps: int | None = None
+    order: bool = False
+
+    def takes(self, evaluations: int) -> bool:
+        """Return whether that is measured."""
+        return self.steps in (None, evaluations) and (not self.order or evaluations in ORDERED)
+
+    def ready(self, program: Any, evaluations: int, rows: Tensor | None) -> Any:
+        """Return the prior as it is run, learning what is still to be learned.
+
+        :param rows: training sequences, int64 ``(n, L)``; None for some of the prior's own.
+        """
+        if not self.order:
+            return program
+        source = torch.Generator().manual_seed(0)
+        path = latent_first(program, evaluations)
+        if rows is None:
+            chain = program.chain(path)
+            rows = chain.x0(chain.sample((_OWN_ROWS,), generator=source))
+        latent = program.split_steps(evaluations).first_token_step
+        return program.learn_order(
+            rows,
+            latent_steps=latent,
+            token_steps=evaluations - latent,
+            steps=_ORDER_STEPS,
+            generator=source,
+        )
 
     def prior_name(self, dataset: str) -> str:
         """Return the name of the prior of a data set."""
@@ -88,15 +118,17 @@ def in_turns(program: LatentDiffusion, evaluations: int) -> Path:
 METHODS: Mapping[str, Method] = {
     "masked": Method("masked-{}"),
     "di-seq": Method("latent-{}", latent_first),
+    "di-seq-order": Method("latent-{}", latent_first, order=True),
     "di-ordered": Method("latent-{}", in_turns),
     "co-seq": Method("latent-{}-co", latent_first),
     "co-seq-wide": Method("latent-{}-co", latent_first, Wide()),
     "co-seq-dpm": Method("latent-{}-co", latent_first, DPMSolver(order=2)),
     **{f"learned-{T}": Method(f"learned-{{}}-{T}", steps=T) for T in (2, 4, 10)},
 }
-"""Names of rows. With one step there is no noise to learn: that chain is the masked one. A
-continuous latent moves by the steps of DDPM, which the bound is of, by wider ones that do not take
-the prediction for known, or by DPM-Solver++(2M), which has no density."""
+"""Names of rows. ``di-seq-order`` is a latent and learned noise together: the order in which tokens
+are shown, given the codes. With one step there is no noise to learn: that chain is the masked one.
+A continuous latent moves by the steps of DDPM, which the bound is of, by wider ones that do not
+take the prediction for known, or by DPM-Solver++(2M), which has no density."""
 
 
 def describe_path(path: Path) -> str:

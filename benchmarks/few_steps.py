@@ -278,11 +278,13 @@ def measure_dataset(
     :param plan: how much is drawn.
     :param screen: where the table goes.
     """
+    seen = None if case.rows is None else case.rows.train
     rows = [
-        measure(case, name, METHODS[name], program, evaluations, plan)
+        measure(case, name, METHODS[name], ready, evaluations, plan)
         for name, program in priors.items()
         for evaluations in EVALUATIONS
-        if METHODS[name].steps in (None, evaluations)
+        if METHODS[name].takes(evaluations)
+        for ready in [METHODS[name].ready(program, evaluations, seen)]
     ]
     rows = say_what_is_left(case, priors["masked"], rows, plan) if "masked" in priors else rows
     rows += list(compare(rows))

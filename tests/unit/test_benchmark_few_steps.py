@@ -68,7 +68,7 @@ def line(method, evaluations, value, se=0.01):
 def test_every_method_takes_the_evaluations_it_says(priors):
     for name, program in by_method(priors).items():
         method = module("_few_step_methods").METHODS[name]
-        for evaluations in (1, 2, 4, 8) if method.steps is None else (method.steps,):
+        for evaluations in filter(method.takes, (1, 2, 4, 8, 10)):
             chain, path = method.chain(program, evaluations)
             assert chain.num_steps == evaluations
             assert method.steps is None or path == f"learned({evaluations})"
@@ -99,6 +99,21 @@ def test_bounds_are_those_of_the_chain(priors, rows):
                 assert found.shape == (8,)
                 # Hidden tokens and codes vary in number: 8 terms of 8 rows, within 5 errors.
                 assert float(found.mean()) == pytest.approx(bits + latent, rel=0.25)
+
+
+def test_an_order_is_learned_for_its_path(priors, rows, monkeypatch):
+    """From training rows, or where there are none from the prior's own."""
+    few = module("_few_step_methods")
+    monkeypatch.setattr(few, "_ORDER_STEPS", 2)
+    monkeypatch.setattr(few, "_OWN_ROWS", 16)
+    method, program = few.METHODS["di-seq-order"], priors["latent-names"]
+    for seen in (rows.train, None):
+        ready = method.ready(program, 4, seen)
+        assert program.order is None
+        assert ready.order.token_steps == 2
+        assert method.chain(ready, 4)[1] == "seq(2+2)"
+        assert method.bound(ready, 4, rows.test).shape == (8,)
+    assert few.METHODS["di-seq"].ready(program, 4, rows.train) is program
 
 
 def test_parameters_leave_the_encoder_out(priors):
@@ -134,7 +149,7 @@ def test_rows_of_a_data_set(priors, case, monkeypatch):
         (name, evaluations)
         for name in by_method(priors)
         for evaluations in (1, 2)
-        if not name.startswith("learned") or name == f"learned-{evaluations}"
+        if module("_few_step_methods").METHODS[name].takes(evaluations)
     }
     for row in lines:
         assert row["value"] > row["floor"] > 0  # untrained
@@ -172,5 +187,5 @@ def test_command_line(tmp_path, priors, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "co-seq on names is left out" in result.output
     found = json.loads(out.read_text())
-    assert {row["method"] for row in found} == {"masked", "di-seq", "di-ordered"}
+    assert {row["method"] for row in found} == {"masked", "di-seq", "di-ordered"}  # orders from 4
     assert all(row["bound"] is None for row in found if row["name"] == "few_steps")
