@@ -301,16 +301,19 @@ def main(
     priors: Annotated[
         Path | None, typer.Option(help="Folder of trained priors, instead of the shipped ones.")
     ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Only these data sets.")] = None,
 ) -> None:
     """Compare latents with masked diffusion at few network evaluations."""
     screen, plan, rows = console(), QUICK if quick else FULL, list[Row]()
-    for dataset in plan.datasets:
-        found = load_priors(dataset, priors, screen)
+    if unknown := set(dataset or ()) - set(DATASETS):
+        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(DATASETS)}.")
+    for name in dataset or plan.datasets:
+        found = load_priors(name, priors, screen)
         if not found:
             continue
         program = next(iter(found.values()))
         reference = find_reference(program.vocabulary, program.length)
-        case = Case(dataset, reference, None if data is None else read_rows(dataset, data))
+        case = Case(name, reference, None if data is None else read_rows(name, data))
         rows += measure_dataset(case, found, plan, screen)
     write(rows, json_file)
 
