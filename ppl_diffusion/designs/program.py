@@ -17,6 +17,7 @@ from ppl_diffusion.designs.question import Job, Question
 from ppl_diffusion.designs.scores import Score, make_score
 from ppl_diffusion.handlers import ClampProposal
 from ppl_diffusion.jobs.checks import InputError, user_input
+from ppl_diffusion.kernels import DirectKernel
 from ppl_diffusion.models import DiffusionProgram, load
 from ppl_diffusion.potentials import AbstractPotential, ForbiddenMotif, Potential, SumPotential
 from ppl_diffusion.processes import Padded
@@ -69,7 +70,8 @@ class Target:
     @property
     def masked(self) -> bool:
         # Learned noise begins with masks too, but no token that is shown stays.
-        return self.chain.kernel.process.absorbing and self.prior.fixed_steps is None
+        kernel = self.chain.kernel
+        return kernel.process.absorbing and not isinstance(kernel, DirectKernel)
 
     @property
     def clamp(self) -> ClampProposal | None:
