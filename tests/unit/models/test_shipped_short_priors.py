@@ -1,4 +1,4 @@
-"""Shipped priors over names and molecules, masked, with a latent, with learned noise: honest cards."""
+"""Shipped priors over names and molecules: masked, with a latent, with learned noise."""
 
 import pytest
 import torch
