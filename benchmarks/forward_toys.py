@@ -26,7 +26,6 @@ from ppl_diffusion.models.datasets import Sequences
 from ppl_diffusion.models.forward_learned import ForwardLearned
 from ppl_diffusion.models.recipes import Recipe
 from ppl_diffusion.models.training import train
-from ppl_diffusion.processes.couplings import COUPLINGS
 from ppl_diffusion.testing.dense import all_states
 from ppl_diffusion.testing.forward_learned_laws import ForwardLaw
 from ppl_diffusion.testing.latent_toys import LatentProblem, corr_bits, mix_prod
@@ -106,9 +105,8 @@ def trained(case: Case, seed: int, folder: Path) -> ForwardLearned:
 def score(program: ForwardLearned, problem: LatentProblem) -> Mapping[str, float]:
     """Return what a trained pair leaves, by enumeration, nats per sequence."""
     x = all_states(2, problem.length)
-    law = ForwardLaw(
-        problem.log_prob(x).exp(), x, program.marginals(x), COUPLINGS[program.coupling]()
-    )
+    data = problem.log_prob(x).exp()
+    law = ForwardLaw(data, x, program.marginals(x), program.steps_coupling)
     network: Any = program.denoiser
     bound = float(law.bound(lambda z, t: network(z, t / program.num_steps).double()))
     steps = range(1, program.num_steps + 1)

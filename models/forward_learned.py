@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from itertools import count
+from typing import Any, ClassVar, Self
 
 import pyro
 import torch
@@ -20,8 +21,10 @@ from ppl_diffusion.handlers import unroll
 from ppl_diffusion.kernels import Absorbing, DirectKernel, Uniform
 from ppl_diffusion.models.forward_marginals import Estimate, Marginals, estimate
 from ppl_diffusion.models.program import DiffusionProgram
-from ppl_diffusion.processes.couplings import COUPLINGS, at_step
+from ppl_diffusion.processes.couplings import COUPLINGS, Coupling, at_step
 from ppl_diffusion.processes.schedules import Schedule
+
+_MADE = count()
 
 
 class ForwardLearned(DiffusionProgram):
@@ -34,7 +37,9 @@ class ForwardLearned(DiffusionProgram):
     :param denoiser: a :class:`~ppl_diffusion.denoisers.direct_transformer.DirectTransformer`.
     :cvar starts_from: the family whose networks it may start from, or None.
     :param coupling: how neighbouring times belong together, a name of
-        :data:`~ppl_diffusion.processes.couplings.COUPLINGS`; the bound depends on it.
+        :data:`~ppl_diffusion.processes.couplings.COUPLINGS` or a
+        :class:`~ppl_diffusion.processes.couplings.Coupling`, which cannot be saved; the bound
+        depends on it.
     :raises ValueError: if there is no such coupling.
     """
 
@@ -50,16 +55,49 @@ class ForwardLearned(DiffusionProgram):
         *,
         vocabulary: Sequence[str],
         length: int,
-        coupling: str = "maximum",
+        coupling: str | Coupling = "maximum",
         **options: Any,
     ) -> None:
-        if coupling not in COUPLINGS:
-            raise ValueError(
-                f"{type(self).__name__}: there is no coupling {coupling!r}; choose one of "
-                f"{', '.join(COUPLINGS)}."
-            )
         super().__init__(denoiser, vocabulary=vocabulary, length=length, **options)
         self.coupling = coupling
+        self._module = f"{self.name}-{next(_MADE)}"
+
+    @classmethod
+    def build(
+        cls,
+        vocabulary: Sequence[str],
+        length: int,
+        *,
+        coupling: str | Coupling = "maximum",
+        **options: Any,
+    ) -> Self:
+        """Make an untrained program, see :meth:`DiffusionProgram.build`.
+
+        :param coupling: as of the class.
+        """
+        made = super().build(vocabulary, length, **options)
+        made.coupling = coupling
+        return made
+
+    @property
+    def coupling(self) -> str | Coupling:
+        """How neighbouring times belong together."""
+        return self._coupling
+
+    @coupling.setter
+    def coupling(self, value: str | Coupling) -> None:
+        if not isinstance(value, Coupling) and value not in COUPLINGS:
+            raise ValueError(
+                f"{type(self).__name__}: there is no coupling {value!r}; choose one of "
+                f"{', '.join(COUPLINGS)}, or give a Coupling."
+            )
+        self._coupling = value
+
+    @property
+    def steps_coupling(self) -> Coupling:
+        """The same as an object."""
+        value = self.coupling
+        return value if isinstance(value, Coupling) else COUPLINGS[value]()
 
     @staticmethod
     def make_process(vocab_size: int, schedule: Schedule) -> Absorbing | Uniform:
@@ -75,14 +113,16 @@ class ForwardLearned(DiffusionProgram):
 
         :param prior: masked, or of this family.
         :param shape: fields of :class:`~ppl_diffusion.denoisers.direct_transformer.DirectConfig`
-            that are no transformer's: ``num_steps``, ``noise``.
+            that are no transformer's: ``num_steps``, ``noise``. The rest is the prior's.
+        :raises ValueError: if the prior is of this family, and of other steps or noise.
         """
         network = prior.denoiser
-        if not (isinstance(network, Transformer) and prior.family == cls.starts_from):
-            return super().starting_from(prior, **shape)
         own = {field.name for field in dataclasses.fields(DirectConfig)}
         own -= {field.name for field in dataclasses.fields(TransformerConfig)}
         told = {key: value for key, value in shape.items() if key in own}
+        if not (isinstance(network, Transformer) and prior.family == cls.starts_from):
+            _require_same(prior, told)
+            return super().starting_from(prior, **shape)
         config = {**dataclasses.asdict(network.config), **told, "kind": "posterior"}
         made = cls(
             DirectTransformer(DirectConfig(**config)),
@@ -137,12 +177,13 @@ class ForwardLearned(DiffusionProgram):
     def model(self, x0: Tensor) -> None:
         """Say how sequences came to be, for Pyro: a site per step, and the last one observed.
 
-        Sites ``path_0`` (noise) to ``path_T`` (the sequences) in the plate ``sequences``, and the
-        network as the module ``denoiser``. ``Trace_ELBO`` of it and :meth:`guide` is the bound.
+        Sites ``path_0`` (noise) to ``path_T`` (the sequences) in the plate ``sequences``. The
+        network is a Pyro module under a name of its own, as one that Pyro has seen with another
+        prior would train that one. ``Trace_ELBO`` of it and :meth:`guide` is the bound.
 
         :param x0: clean tokens, int64 ``(B, L)``.
         """
-        pyro.module("denoiser", self.denoiser)
+        pyro.module(self._module, self.denoiser)
         observed = pyro.condition(unroll(self), data={f"path_{self.num_steps}": x0})
         with pyro.plate("sequences", len(x0)):
             observed()
@@ -155,12 +196,12 @@ class ForwardLearned(DiffusionProgram):
 
         :param x0: clean tokens, int64 ``(B, L)``.
         """
-        pyro.module("denoiser", self.denoiser)
+        pyro.module(self._module, self.denoiser)
         u, last = self.marginals(x0), self.num_steps
         with pyro.plate("sequences", len(x0)):
             z = pyro.sample("path_0", Categorical(u[last]).to_event(1))
             for t in range(last, 1, -1):
-                coupling = at_step(COUPLINGS[self.coupling](), t, last, self.process.prior)
+                coupling = at_step(self.steps_coupling, t, last, self.process.prior)
                 rows = coupling.row(u[t - 1], u[t], z)
                 z = pyro.sample(f"path_{last - t + 1}", Categorical(rows).to_event(1))
 
@@ -177,7 +218,7 @@ class ForwardLearned(DiffusionProgram):
         :param marginals: of the sequences.
         :param t: int64 ``(B,)``.
         """
-        coupling, reverse = COUPLINGS[self.coupling](), self.denoiser.from_mixture
+        coupling, reverse = self.steps_coupling, self.denoiser.from_mixture
         return estimate(marginals, reverse, coupling, t, generator=generator, **options)
 
     def loss(
@@ -242,8 +283,27 @@ class ForwardLearned(DiffusionProgram):
         return terms
 
     def settings(self) -> dict[str, Any]:
-        """Return what :meth:`restore` needs besides the network."""
+        """Return what :meth:`restore` needs besides the network.
+
+        :raises TypeError: if the coupling has no name.
+        """
+        if not isinstance(self.coupling, str):
+            raise TypeError(
+                f"{self.name}: a {type(self.coupling).__name__} coupling cannot be saved; choose "
+                f"one of {', '.join(COUPLINGS)} first."
+            )
         return {**super().settings(), "coupling": self.coupling}
+
+
+def _require_same(prior: DiffusionProgram, told: dict[str, Any]) -> None:
+    config = prior.denoiser.config if isinstance(prior, ForwardLearned) else None
+    for key, value in told.items():
+        found = getattr(config, key, value)
+        if found != value:
+            raise ValueError(
+                f"{prior.name}: its noise was learned with {key} {found!r}, and {value!r} is "
+                "another network; start from a masked prior, or ask for the same."
+            )
 
 
 class UniformForwardLearned(ForwardLearned):

@@ -9,7 +9,7 @@ of the bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from ppl_diffusion.models.forward_learned import ForwardLearned
 from ppl_diffusion.models.forward_marginals import Baseline, relaxed
 from ppl_diffusion.models.objectives import Objective
 from ppl_diffusion.models.program import DiffusionProgram
-from ppl_diffusion.processes.couplings import COUPLINGS
+from ppl_diffusion.processes.base import whole_number
 
 _STANDARD_ERRORS = 6.0
 _WINDOW = 200  # steps
@@ -65,11 +65,14 @@ class ForwardObjective(Objective):
                 "fldd: lead and warmup are shares of the steps, together at most 1, got "
                 f"{lead} and {warmup}."
             )
-        low, high = min(temperatures), max(temperatures)
-        if not (len(temperatures) == 2 and low > 0.0 and high < math.inf):
-            raise ValueError(f"fldd: temperatures must be two positive numbers: {temperatures}.")
-        if draws < 1 or every < 1:
-            raise ValueError(f"fldd: draws and every must be 1 or more, got {draws} and {every}.")
+        both = isinstance(temperatures, Sequence) and len(temperatures) == 2
+        if not (both and 0.0 < temperatures[1] <= temperatures[0] < math.inf):
+            raise ValueError(
+                f"fldd: temperatures must be two positive numbers that fall, got {temperatures}."
+            )
+        if entropy is not None and not 0.0 <= entropy < math.inf:
+            raise ValueError(f"fldd: entropy must be a finite number of nats, got {entropy}.")
+        draws, every = whole_number(draws, "fldd: draws"), whole_number(every, "fldd: every")
         self.learned, self.lead, self.soft = program, lead * steps, warmup * steps
         self.temperatures, self.draws, self.every = temperatures, draws, every
         self.entropy = entropy
@@ -95,7 +98,7 @@ class ForwardObjective(Objective):
             found = relaxed(
                 marginals,
                 program.denoiser.from_mixture,
-                COUPLINGS[program.coupling](),
+                program.steps_coupling,
                 t,
                 self._temperature(beyond),
             )
@@ -138,5 +141,6 @@ class ForwardObjective(Objective):
         return {"baseline": self.baseline.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the running means of before."""
         super().load_state_dict(state)
         self.baseline.load(state["baseline"])

@@ -169,15 +169,17 @@ def _program(
         return family.build(
             sequences.vocabulary, sequences.length, name=name, **_law(sequences), **recipe.shape
         )
-    program = family.starting_from(load(init), **recipe.shape)
+    prior = load(init)
+    program = family.starting_from(prior, **recipe.shape)
     assert isinstance(program.denoiser, SavedNetwork)
     program.denoiser.requires_grad_(True)
     found = (program.family, "".join(program.vocabulary), program.length)
     wanted = (recipe.family, "".join(sequences.vocabulary), sequences.length)
     if found != wanted:
         raise ValueError(
-            f"train: the prior {str(init)!r} is {found[0]} over {found[2]} tokens of {found[1]!r}, "
-            f"but {name} needs {wanted[0]} over {wanted[2]} of {wanted[1]!r}; give another --init."
+            f"train: the prior {str(init)!r} is {prior.family} over {found[2]} tokens of "
+            f"{found[1]!r}, but {name} needs {wanted[0]} over {wanted[2]} of "
+            f"{wanted[1]!r}; give another --init."
         )
     program.name = name
     return program

@@ -462,7 +462,10 @@ def train(
         int | None, Option(help="Optimiser steps; those of the recipe if absent.")
     ] = None,
     objective: Annotated[
-        str | None, Option(help="nelbo, curriculum or distillation; that of the recipe if absent.")
+        str | None,
+        Option(
+            help="nelbo, curriculum, distillation, latent or fldd; that of the recipe if absent."
+        ),
     ] = None,
     init: Annotated[
         str | None, Option(help="Prior to start from; distillation starts from the shipped NAME.")

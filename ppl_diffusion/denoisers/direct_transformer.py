@@ -52,8 +52,9 @@ class DirectConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_steps < 1:
-            raise ValueError(f"DirectConfig: num_steps is {self.num_steps}; give 1 or more.")
+        steps = self.num_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"DirectConfig: num_steps is {steps!r}; give an integer from 1 up.")
         if self.time_conditioning or self.kind != "posterior":
             raise ValueError(
                 "DirectConfig: every step has a law of its own, which reads the step and the state "
@@ -192,7 +193,7 @@ class _Noise(nn.Module):
         super().__init__()
         self.config = config
         between = config.num_steps - 1
-        ranks = (torch.randperm(config.max_length) + 0.5) / config.max_length
+        ranks = (torch.randperm(config.max_length).double() + 0.5) / config.max_length
         self.shown = nn.Parameter(_ORDER * torch.special.ndtri(ranks).repeat(between, 1))
         self.columns = 1 if config.masks_only else config.num_states
         if config.noise != "positions":

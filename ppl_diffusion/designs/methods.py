@@ -31,7 +31,7 @@ from ppl_diffusion.inference.lockstep import LockstepMover, RandomSites
 from ppl_diffusion.jobs.backends import jax_room
 from ppl_diffusion.jobs.checks import InputError, user_input
 from ppl_diffusion.jobs.search import Search
-from ppl_diffusion.kernels import OrderedKernel
+from ppl_diffusion.kernels import DirectKernel, OrderedKernel
 from ppl_diffusion.kernels.completions import Completions
 from ppl_diffusion.potentials import AbstractPotential, Constraint, SumPotential
 from ppl_diffusion.programs.sites import ChainSite
@@ -64,7 +64,9 @@ def infer(target: Target, search: Search, progress: Progress | None = None) -> P
     try:
         posterior = runner.run(seed=search.seed)
     except CapabilityError as error:  # a method that this prior's chain has nothing to offer to
-        raise InputError(f"--method {search.method}: {error}") from error
+        learned = isinstance(target.chain.kernel, DirectKernel)
+        others = " Noise that was learned takes --method smc, steering or soft-value."
+        raise InputError(f"--method {search.method}: {error}{others * learned}") from error
     return dataclasses.replace(posterior, law=_declared(posterior.law, target, plan))
 
 
@@ -133,6 +135,8 @@ def _plan_of(target: Target, search: Search, method: Method) -> _Plan:
         method = dataclasses.replace(method, clamp=ahead)
     if target.clamp is None:
         return _Plan(chain, target.potential, method, power)
+    if isinstance(chain.kernel, DirectKernel):  # known tokens are a likelihood there
+        return _Plan(chain, _held_potential(target, target.clamp), method, power)
     if method.holds_clamps and hasattr(method, "proposal"):
         method = dataclasses.replace(method, **{"proposal": target.clamp})
         return _Plan(chain, target.potential, method, power)

@@ -51,6 +51,11 @@ def factorised(chain: ReverseChain, log_likelihoods: Tensor) -> FeynmanKac:
     """
     kernel = chain.kernel
     direct = isinstance(kernel, DirectKernel)
+    if getattr(kernel, "order", None) is not None:
+        raise CapabilityError(
+            "factorised: tokens in a learned order are drawn from tables of states, which do not "
+            "show what they predict; use FeynmanKac with a potential, or the path without order."
+        )
     if not (direct or (kernel.process.absorbing and kernel.can_hold)):
         raise CapabilityError(
             f"factorised: tokens must be masked and stay once they are revealed, which those of "

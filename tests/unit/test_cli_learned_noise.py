@@ -38,6 +38,16 @@ def test_designs_with_its_own_steps_and_bound(folder, method, tmp_path, capsys):
     assert not any("aa" in text for text in texts)
 
 
+@pytest.mark.parametrize("method", ["smc", "steering"])
+def test_fixed_tokens_are_a_likelihood(folder, method, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--fix", "2:b", "--particles", "64", "--runs", "1", "--out", str(out)]
+    assert run(["design", folder, "--method", method, *words]) == 0, capsys.readouterr().err
+    texts = [line for line in (out / "designs.fasta").read_text().splitlines() if line[0] != ">"]
+    assert texts
+    assert all(text[2] == "b" for text in texts)
+
+
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
@@ -46,7 +56,7 @@ def test_designs_with_its_own_steps_and_bound(folder, method, tmp_path, capsys):
         ("sample --filter nucleus:0.9", "there is one sampler, 'ancestral', and no filter"),
         ("design --forbid aa --steps 9", "learned noise has 3 steps, not 9"),
         ("design --forbid aa --method twisted", "--method twisted: twist: it tilts what"),
-        ("design --fix 2:a --method smc", "--method smc: clamp: it holds tokens by changing"),
+        ("design --forbid aa", "takes --method smc, steering or soft-value"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(folder, command, sentence, tmp_path, capsys):

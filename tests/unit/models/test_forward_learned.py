@@ -16,7 +16,7 @@ from ppl_diffusion.models.forward_marginals import Baseline
 from ppl_diffusion.models.forward_objective import ForwardObjective
 from ppl_diffusion.models.samplers import SamplerSettings, make_chain
 from ppl_diffusion.models.training import train
-from ppl_diffusion.processes.couplings import COUPLINGS
+from ppl_diffusion.processes.couplings import Monotone, Sinkhorn
 from ppl_diffusion.testing import ModelContract
 from ppl_diffusion.testing.dense import all_states
 from ppl_diffusion.testing.forward_learned_laws import ForwardLaw
@@ -80,7 +80,7 @@ def spread(model):
 @torch.no_grad()
 def law_of(model, x, law):
     """Return the noise of a model as tables, and the bound of its chain by enumeration."""
-    tables = ForwardLaw(law, x, model.marginals(x), COUPLINGS[model.coupling]())
+    tables = ForwardLaw(law, x, model.marginals(x), model.steps_coupling)
     bound = tables.bound(lambda z, t: model.denoiser(z, t / model.num_steps).double())
     return tables, float(bound)
 
@@ -120,8 +120,11 @@ def test_trace_elbo_of_model_and_guide_is_the_bound(family):
 
 
 def test_svi_trains_noise_and_chain():
+    """Also where Pyro has seen another prior before."""
     pyro.clear_param_store()
     with pyro_seed(3):
+        other = ForwardLearned.build("ab", 2, **TINY)
+        Trace_ELBO().loss(other.model, other.guide, torch.tensor([[0, 0], [1, 1]]))
         model = ForwardLearned.build("ab", 2, **TINY)
         rows = torch.tensor([[0, 0], [1, 1]]).repeat(32, 1)
         before = model.denoiser.noise.shown.clone()
@@ -196,7 +199,52 @@ def test_it_starts_as_the_chain_of_a_masked_prior():
     assert model.denoiser(seen, 0.5)[0, 0, 0].exp().item() == pytest.approx(0.999 + 0.001 / 4)
 
 
+def test_a_coupling_of_ones_own_is_taken_and_not_saved(tmp_path):
+    own = Sinkhorn(torch.ones(3, 3).double() - torch.eye(3))
+    model = spread(ForwardLearned.build("ab", 2, **{**TINY, "num_steps": 3}, coupling=own))
+    x, source = all_states(2, 2), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        terms = model.bound_terms(x, num_times=400, generator=source)
+    error = terms.std(0) / len(terms) ** 0.5
+    assert bool(((terms.mean(0) - exact_bound(model, x)).abs() < 4 * error).all())
+    with pytest.raises(TypeError, match="a Sinkhorn coupling cannot be saved"):
+        model.save(tmp_path)
+    model.coupling = "monotone"
+    assert isinstance(model.steps_coupling, Monotone)
+    with pytest.raises(ValueError, match="no coupling 'best'"):
+        model.coupling = "best"
+
+
+def test_a_running_mean_is_updated_behind_its_estimate(monkeypatch):
+    """Before it the gradient would be biased: a draw would be its own baseline."""
+    seen = []
+    monkeypatch.setattr(Baseline, "at", lambda self, t: seen.append("at") or torch.zeros(len(t)))
+    monkeypatch.setattr(Baseline, "update", lambda self, t, cost: seen.append("update"))
+    objective = ForwardObjective(
+        ForwardLearned.build("ab", 2, **TINY), steps=4, lead=0.0, warmup=0.0, draws=1
+    )
+    for step in range(2):
+        objective.loss(all_states(2, 2), step)
+    assert seen == ["at", "update"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = ForwardLearned.build("ab", 2, **TINY)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
+
+
 def test_what_is_no_start_is_refused():
+    own = ForwardLearned.build("abc", 3, **TINY)
+    assert ForwardLearned.starting_from(own, num_steps=2, dim=99) is own
+    for shape in ({"num_steps": 7}, {"noise": "reveals"}):
+        with pytest.raises(ValueError, match="is another network; start from a masked prior"):
+            ForwardLearned.starting_from(own, **shape)
     with pytest.raises(ValueError, match="give both the same one"):
         ForwardLearned.build("abc", 3, **TINY).denoiser.start_from(masked().denoiser)
     assert UniformForwardLearned.starting_from(masked()).family == "masked"
@@ -333,13 +381,19 @@ def test_what_cannot_be_is_refused():
     for options in (
         {"warmup": 2.0},
         {"lead": 0.9},
+        {"temperatures": (0.1, 1.0)},
+        {"temperatures": (1.0, float("nan"))},
+        {"temperatures": ()},
+        {"entropy": float("nan")},
         {"temperatures": (0.0, 1.0)},
         {"draws": 0},
         {"every": 0},
     ):
         with pytest.raises(ValueError, match="fldd"):
             ForwardObjective(model, steps=1, **options)
-    for shape in ({"num_steps": 0}, {"num_classes": 3}, {"kind": "cavity"}):
+    with pytest.raises(TypeError, match="fldd: every must be a whole number, got 1.5"):
+        ForwardObjective(model, steps=1, every=1.5)
+    for shape in ({"num_steps": 0}, {"num_steps": 2.5}, {"num_classes": 3}, {"kind": "cavity"}):
         with pytest.raises(ValueError, match="DirectConfig"):
             ForwardLearned.build("ab", 2, **{**TINY, **shape})
     with pytest.raises(ValueError, match="needs a mask"):

@@ -9,6 +9,7 @@ from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import Path, RevealOrder
 from ppl_diffusion.models import LatentDiffusion, load
 from ppl_diffusion.models.latent_order import ORDER_FILE
+from ppl_diffusion.smc import factorised
 from ppl_diffusion.testing import ModelContract
 from ppl_diffusion.testing.dense import all_states
 
@@ -44,6 +45,21 @@ class TestOrder(ModelContract):
         probs, ends = chain.log_prob(paths).exp(), chain.x0(paths)
         assert float(probs.sum()) == pytest.approx(1, abs=1e-6)
         return -torch.stack([probs[(ends == row).all(-1)].sum() for row in rows]).log()
+
+
+def test_every_step_of_the_order_is_learned(prior):
+    with torch.no_grad():  # a fresh network says the same of all tokens, and no order matters
+        for parameter in prior.denoiser.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    start, after = (learned(prior, token_steps=4, steps=k).order.table for k in (1, 6))
+    moved = (after - start).abs().amax((0, 1, 3))
+    assert moved.shape == (3,)
+    assert float(moved.min()) > 0.05
+
+
+def test_likelihoods_of_positions_are_refused_with_an_order(prior):
+    with pytest.raises(CapabilityError, match="learned order are drawn from tables of states"):
+        factorised(learned(prior).chain(), torch.zeros(4, 3))
 
 
 def test_only_the_order_is_learned(prior):
