@@ -169,7 +169,9 @@ class ForwardLearned(DiffusionProgram):
         """Return ``u(x, t)``, float64 ``(T + 1, B, L, S)``, from clean to noisy.
 
         :param x0: clean tokens, int64 ``(B, L)``.
+        :raises ValueError: if they are not.
         """
+        self.require_clean(x0)
         network, masks = self.denoiser, self.denoiser.config.masks_only
         make = Marginals(network.marginal_logits, self.process, self.num_steps, masks_only=masks)
         return make.to(x0.device)(x0)

@@ -186,7 +186,7 @@ class LatentDiffusion(DiffusionProgram):
         :raises CapabilityError: if there is no encoder.
         :raises ValueError: if these are no clean sequences.
         """
-        self._require_clean(x0)
+        self.require_clean(x0)
         encoder = self.encoder or getattr(self.denoiser, "encode", None)
         if encoder is None:
             raise CapabilityError(
@@ -200,17 +200,6 @@ class LatentDiffusion(DiffusionProgram):
         point = encoder(x0)
         # In the precision of the chain.
         return Encoding(point if self.latent.dim is None else point.to(torch.float64))
-
-    def _require_clean(self, x0: Tensor) -> None:
-        size = len(self.vocabulary)
-        fits = x0.ndim == 2 and x0.shape[1] == self.length and x0.dtype == torch.int64
-        if not fits or not bool(((x0 >= 0) & (x0 < size)).all()):
-            raise ValueError(
-                f"{self.name}: clean sequences are int64 ids 0 to {size - 1} of shape "
-                f"(n, {self.length}), got {x0.dtype} of shape {tuple(x0.shape)}"
-                f"{f' with {int(x0.min())} to {int(x0.max())}' if x0.numel() else ''}; encode() "
-                "makes them from text."
-            )
 
     def _finished(self, latent: Any) -> Tensor:
         """Return a finished latent as a tensor, after checking that it is one."""

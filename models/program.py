@@ -431,6 +431,18 @@ class DiffusionProgram(ABC):
             )
         return classes
 
+    def require_clean(self, x0: Tensor) -> None:
+        """:raises ValueError: if these are no clean sequences, int64 ``(n, L)``."""
+        size = len(self.vocabulary)
+        fits = x0.ndim == 2 and x0.shape[1] == self.length and x0.dtype == torch.int64
+        if not fits or not bool(((x0 >= 0) & (x0 < size)).all()):
+            raise ValueError(
+                f"{self.name}: clean sequences are int64 ids 0 to {size - 1} of shape "
+                f"(n, {self.length}), got {x0.dtype} of shape {tuple(x0.shape)}"
+                f"{f' with {int(x0.min())} to {int(x0.max())}' if x0.numel() else ''}; encode() "
+                "makes them from text."
+            )
+
     @torch.no_grad()
     def bound_terms(
         self, x0: Tensor, *, num_times: int = 64, generator: torch.Generator | None = None

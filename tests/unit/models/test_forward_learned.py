@@ -391,7 +391,11 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(ValueError, match="fldd"):
             ForwardObjective(model, steps=1, **options)
-    with pytest.raises(TypeError, match="fldd: every must be a whole number, got 1.5"):
+    for wrong in ([[0, 2]], [[0, 1, 0]], [0, 1], [[0.0, 1.0]]):  # a mask, lengths, no batch, floats
+        for ask in (model.marginals, model.bound_terms, model.loss, model.guide):
+            with pytest.raises(ValueError, match="clean sequences are int64 ids 0 to 1"):
+                ask(torch.tensor(wrong))
+    with pytest.raises(TypeError, match=r"fldd: every must be a whole number, got 1\.5"):
         ForwardObjective(model, steps=1, every=1.5)
     for shape in ({"num_steps": 0}, {"num_steps": 2.5}, {"num_classes": 3}, {"kind": "cavity"}):
         with pytest.raises(ValueError, match="DirectConfig"):
