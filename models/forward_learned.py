@@ -25,6 +25,7 @@ from ppl_diffusion.processes.couplings import COUPLINGS, Coupling, at_step
 from ppl_diffusion.processes.schedules import Schedule
 
 _MADE = count()
+"""Numbers the programs: what Pyro's store has under a name takes the place of a network's own."""
 
 
 class ForwardLearned(DiffusionProgram):

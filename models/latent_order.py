@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_diffusion.denoisers.checks import clean_log_probs
+from ppl_diffusion.denoisers.direct_transformer import random_order
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels.path import Path
 from ppl_diffusion.kernels.reveal_order import RevealOrder, ordered_law
@@ -26,10 +27,6 @@ from ppl_diffusion.processes.couplings import Maximum
 ORDER_FILE = "order.safetensors"
 """Name of the file of an order, beside the network's."""
 
-_ORDER = 2.0
-"""How far, in logits, a random order of the positions is from no order.
-
-Noise that treats all positions alike is a saddle point, which training does not leave."""
 _SPREAD = 0.1
 """Standard deviation of what codes add at the start."""
 
@@ -138,9 +135,8 @@ def estimated_cost(
 def _start(
     shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
 ) -> RevealOrder:
-    source, length = device if generator is None else generator.device, shape[-1]
-    ranks = torch.randperm(length, generator=generator, device=source)
-    positions = _ORDER * torch.special.ndtri((ranks + 0.5) / length)
+    positions = random_order(shape[-1], generator)
+    source = positions.device
     noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
     # Slots add up to the order of the positions.
     return RevealOrder((positions / shape[0] + _SPREAD * noise).to(device))

@@ -186,6 +186,19 @@ class _Stepwise(Transformer):
         return super()._trunk(state + told.reshape(-1, 1, told.shape[-1]), batch, t, label)
 
 
+def random_order(length: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw an order of positions, as what it adds to the logits of being shown, float64 ``(L,)``.
+
+    It is made of quantiles, so that no two positions are alike however few there are.
+
+    :param length: number ``L`` of positions.
+    :param generator: source of randomness, on whose device the order is.
+    """
+    device = torch.device("cpu") if generator is None else generator.device
+    ranks = torch.randperm(length, generator=generator, device=device).double() + 0.5
+    return _ORDER * torch.special.ndtri(ranks / length)
+
+
 class _Noise(nn.Module):
     """Logits of the marginals of all times between, from one reading of the sequence."""
 
@@ -193,8 +206,7 @@ class _Noise(nn.Module):
         super().__init__()
         self.config = config
         between = config.num_steps - 1
-        ranks = (torch.randperm(config.max_length).double() + 0.5) / config.max_length
-        self.shown = nn.Parameter(_ORDER * torch.special.ndtri(ranks).repeat(between, 1))
+        self.shown = nn.Parameter(random_order(config.max_length).repeat(between, 1))
         self.columns = 1 if config.masks_only else config.num_states
         if config.noise != "positions":
             # It must say the same of a sequence every time: no dropout.
