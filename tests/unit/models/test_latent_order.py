@@ -7,7 +7,7 @@ import torch
 
 from ppl_diffusion.errors import CapabilityError
 from ppl_diffusion.kernels import Path, RevealOrder
-from ppl_diffusion.models import LatentDiffusion, load
+from ppl_diffusion.models import LatentDiffusion, latent_order, load
 from ppl_diffusion.models.latent_order import ORDER_FILE
 from ppl_diffusion.smc import factorised
 from ppl_diffusion.testing import ModelContract
@@ -47,14 +47,18 @@ class TestOrder(ModelContract):
         return -torch.stack([probs[(ends == row).all(-1)].sum() for row in rows]).log()
 
 
-def test_every_step_of_the_order_is_learned(prior):
-    with torch.no_grad():  # a fresh network says the same of all tokens, and no order matters
-        for parameter in prior.denoiser.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    start, after = (learned(prior, token_steps=4, steps=k).order.table for k in (1, 6))
-    moved = (after - start).abs().amax((0, 1, 3))
-    assert moved.shape == (3,)
-    assert float(moved.min()) > 0.05
+def test_every_step_of_tokens_is_learned_as_often(prior, monkeypatch):
+    """The bound is the mean over steps drawn alike: learning at one of them is another target."""
+    drawn, plain = [], latent_order.estimated_cost
+
+    def recorded(*arguments):
+        drawn.append(arguments[5])
+        return plain(*arguments)
+
+    monkeypatch.setattr(latent_order, "estimated_cost", recorded)
+    learned(prior, token_steps=4)
+    counts = torch.stack([torch.bincount(t, minlength=5) for t in drawn])
+    assert counts.tolist() == [[0, 2, 2, 2, 2]] * 3
 
 
 def test_likelihoods_of_positions_are_refused_with_an_order(prior):
