@@ -126,9 +126,10 @@ class CallsInTurn(Calls):
         self._queue.append(piece)
 
     def _wait(self) -> Iterator[tuple[Piece, Outcome]]:
-        piece, started = self._queue.popleft(), time.perf_counter()
+        piece = self._queue.popleft()
         outcome: Outcome
         self.clock.started(piece)
+        started = time.perf_counter()  # last, so that work is never longer than being under way
         try:
             outcome = read_answer(self.fn(piece.rows), len(piece))
         except Exception as error:
