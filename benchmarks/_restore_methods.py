@@ -301,9 +301,9 @@ def _anchored(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
     for name, options in ABLATIONS.items():
         method = AnchoredPosteriorSampler(num_iterations=iterations, **options)
         found[name] = ByMethod(method, size, steps, ordered=True)
-    # As many gradients as the published settings, the best of them, and the likelihood alone.
-    longer = AnchoredPosteriorSampler(num_iterations=LONG, kl_weight=0.0)
-    found["aps-long"] = ByMethod(longer, size, steps, ordered=True)
+    # As many gradients as the published settings.
+    longer = AnchoredPosteriorSampler(num_iterations=LONG)
+    found[f"aps-{LONG}"] = ByMethod(longer, size, steps, ordered=True)
     found["mean-field"] = ByMethod(
         AnchoredPosteriorSampler(
             inner="gauss-newton", num_iterations=max(1, iterations // 10), token="sample"
