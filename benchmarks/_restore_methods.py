@@ -304,6 +304,10 @@ def _anchored(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
     # As many gradients as the published settings.
     longer = AnchoredPosteriorSampler(num_iterations=LONG)
     found[f"aps-{LONG}"] = ByMethod(longer, size, steps, ordered=True)
+    # No more gradients in all than one restoration by the published settings.
+    short = AnchoredPosteriorSampler(num_iterations=iterations)
+    few = max(1, LONG // max(1, iterations))
+    found["aps-equal"] = ByMethod(short, few, steps, ordered=True)
     found["mean-field"] = ByMethod(
         AnchoredPosteriorSampler(
             inner="gauss-newton", num_iterations=max(1, iterations // 10), token="sample"

@@ -87,15 +87,21 @@ def test_goals_follow_the_figures(restore, made):
     by_method = {
         "aps-published": made([20.0, 22.0], lower=1.0),
         "aps": made([21.0, 22.5]),
-        "aps-smc+error": made([21.5, 23.5], coverage=0.96),
+        "aps-equal": made([19.0, 20.0]),
+        "aps-smc+error": made([22.0, 25.0], lower=3.0, coverage=0.96),
     }
     rows = {row.name: row for row in restore.goals_of({("sr4", 0.05): by_method})}
-    one, mean = rows["published_minus_best_one"], rows["published_minus_best_mean"]
-    assert one.coordinates["method"] == mean.coordinates["method"] == "aps-smc+error"
-    assert one.value == pytest.approx(-2.5)  # 19 and 21 against 21.5 and 23.5
-    assert one.ok
-    assert mean.value == pytest.approx(-1.5)
-    assert mean.ok is None
+    best = rows["one_published_minus_best"]
+    assert best.coordinates["method"] == "aps-smc+error"
+    assert best.value == pytest.approx(-3.5)  # 19 and 21 against 22 and 25
+    assert best.ok
+    # By single draws the other one of ours is the best.
+    one = rows["one_published_minus_one"]
+    assert one.coordinates["method"] == "aps"
+    assert one.value == pytest.approx(-1.75)
+    assert rows["mean_published_minus_best"].value == pytest.approx(-2.5)
+    assert one.ok is None
+    assert rows["one_published_minus_equal_cost"].value == pytest.approx(0.5)
     covered = rows["coverage_from_middle"]
     assert covered.value == pytest.approx(0.06)
     assert not covered.ok
