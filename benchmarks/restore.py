@@ -381,6 +381,11 @@ def main(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not found:
+        screen.print(
+            f"No case of {', '.join(plan.tasks)} has been restored by all of "
+            f"{', '.join(plan.methods)}: choose among them (--method), or go on without "
+            "--only-kept."
+        )
         return
     show(found, screen)
     goals = list(goals_of(found)) if PUBLISHED in plan.methods else []

@@ -58,6 +58,19 @@ PUBLISHED = (
 """What the options are if nothing is said: with and without ``preset="published"``."""
 
 
+CLOSED = ("cavi", "gauss-newton")
+DESCENT = (
+    "preset",
+    "learning_rate",
+    "quantiser",
+    "kl_weight",
+    "loss",
+    "warm_start",
+    "stop_at",
+)
+"""What only gradients have."""
+
+
 @register
 @dataclass(frozen=True)
 class AnchoredPosteriorSampler(Unpaid):
@@ -80,7 +93,8 @@ class AnchoredPosteriorSampler(Unpaid):
     :param loss: the likelihood, or the L1 norm of the residuals.
     :param warm_start: how much of the logits of the step before is forgotten; 1 forgets all.
     :param stop_at: residual, in units of the noise, at which a row stops; none never stops.
-    :param inner: gradients, coordinate updates in closed form, or those of a linearisation.
+    :param inner: gradients, coordinate updates in closed form, or those of a linearisation; the
+        latter two take none of the options of gradients.
     :param score: what confidence is.
     :param order: whose confidence decides.
     :param mask_schedule: how the number of masks falls.
@@ -94,8 +108,9 @@ class AnchoredPosteriorSampler(Unpaid):
 
     Example::
 
-        posterior = SMC(chain, measurement, method="aps", num_particles=4).run(seed=0)
-        published = SMC(chain, measurement, method="aps", preset="published").run(seed=0)
+        likelihood = measurement.potential(codec)
+        posterior = SMC(chain, likelihood, method="aps", num_particles=4).run(seed=0)
+        published = SMC(chain, likelihood, method="aps", preset="published").run(seed=0)
     """
 
     preset: Literal["published"] | None = None
@@ -131,6 +146,13 @@ class AnchoredPosteriorSampler(Unpaid):
                 f"{self.token!r}."
             )
         self._pieces()  # their options are checked where they are made
+        if self.inner in CLOSED:
+            said = [name for name in DESCENT if getattr(self, name) is not None]
+            if said:
+                raise ValueError(
+                    f"AnchoredPosteriorSampler: inner={self.inner!r} is in closed form and reads "
+                    f"no {', '.join(said)}: leave out what only gradients have."
+                )
 
     def _pieces(self) -> tuple[QuantisedExpectation, AnchoredRemasking]:
         expectation, remasking = OURS if self.preset is None else PUBLISHED
@@ -260,6 +282,8 @@ class AnchoredPosteriorSampler(Unpaid):
         """Return what was chosen, with the options that the preset filled in, and its cost."""
         guide = guide_of(type(self).__name__, self.guide, run.source)
         chosen = asdict(self.expectation(guide)) | asdict(self.remasking)
+        if self.inner in CLOSED:
+            chosen = {name: value for name, value in chosen.items() if name not in DESCENT}
         return {
             "preset": self.preset,
             **chosen,

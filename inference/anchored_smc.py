@@ -122,7 +122,8 @@ class AnchoredSMC(Method):
 
     Example::
 
-        posterior = SMC(chain, measurement, method=AnchoredSMC(), num_particles=32).run(seed=0)
+        likelihood = measurement.potential(codec)
+        posterior = SMC(chain, likelihood, method=AnchoredSMC(), num_particles=32).run(seed=0)
     """
 
     variant: Variant = "auto"
@@ -160,6 +161,8 @@ class AnchoredSMC(Method):
                 "AnchoredSMC: num_sweeps must be >= 0 and num_children >= 1, got "
                 f"{self.num_sweeps} and {self.num_children}."
             )
+        if self.moves is not None and not self.num_sweeps:
+            raise ValueError("AnchoredSMC: moves are made in sweeps; give num_sweeps as well.")
         if self.moves is not None:
             moves = require_moves("AnchoredSMC", self.moves, exact=False)
             object.__setattr__(self, "moves", moves)

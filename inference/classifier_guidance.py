@@ -72,7 +72,8 @@ class ClassifierGuidance(GuidedSteps):
 
     Example::
 
-        posterior = SMC(chain, measurement, method="d-cbg", num_particles=16).run(seed=0)
+        likelihood = measurement.potential(codec)
+        posterior = SMC(chain, likelihood, method="d-cbg", num_particles=16).run(seed=0)
     """
 
     gamma: float = 1.0

@@ -72,7 +72,8 @@ class RelaxedDPS(GuidedSteps):
     Example::
 
         method = RelaxedDPS(second_order=True, weighted=True)
-        posterior = SMC(chain, measurement, method=method, num_particles=32).run(seed=0)
+        likelihood = measurement.potential(codec)
+        posterior = SMC(chain, likelihood, method=method, num_particles=32).run(seed=0)
     """
 
     zeta: float = 1.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,14 +14,15 @@ from ppl_diffusion.programs.sites import ChainSite
 from ppl_diffusion.programs.sources import Rng
 
 
-def masks_after(kernel: Kernel, k: int, length: int) -> int:
-    """Return how many of all sites are masked after step ``k`` of a masked chain.
+def masks_after(kernel: Kernel, k: int, free: Tensor) -> Tensor:
+    """Return how many of the free sites are masked after step ``k`` of a masked chain.
 
-    :param length: number ``L`` of sites.
+    :param free: number of sites that are not known, int64 ``(*batch)``.
     """
-    if isinstance(kernel, OrderedKernel):
-        return max(length - (k + 1) * kernel.group_size, 0)
-    return math.floor(length * (1 - float(kernel.alphas[k + 1])))
+    ordered = isinstance(kernel, OrderedKernel)
+    clean = (k + 1) / kernel.num_steps if ordered else float(kernel.alphas[k + 1])
+    # A hair above, as shares of a grid are rounded: .7 of 10 sites must not be 6.
+    return (free * (1 - clean) + 1e-9).floor().long()
 
 
 def is_on_grid(kernel: Kernel) -> bool:
@@ -53,6 +52,14 @@ def held_law(site: ChainSite, log_d: Tensor) -> Tensor:
     return torch.where(mask[:, None], known, log_d)
 
 
+def is_free(site: ChainSite, x0: Tensor) -> Tensor:
+    """Return which sites are neither prompted nor clamped, bool ``(*batch, L)``."""
+    fixed = torch.zeros_like(x0, dtype=torch.bool)
+    for held in (site.chain.fixed, None if site.clamp is None else site.clamp.mask):
+        fixed = fixed if held is None else fixed | held.to(fixed.device)
+    return ~fixed
+
+
 def is_open(log_d: Tensor) -> Tensor:
     """Return at which sites more than one token is possible, bool ``(*batch, L)``."""
     return (log_d > -torch.inf).sum(-1) > 1
@@ -71,16 +78,15 @@ def nucleus(log_p: Tensor, mass: float) -> Tensor:
     return torch.where(torch.zeros_like(kept).scatter(-1, order, kept), log_p, -torch.inf)
 
 
-def masked_again(x0: Tensor, count: int, mask: int, fixed: Tensor | None, generator: Rng) -> Tensor:
-    """Return sequences with ``count`` of their free sites masked, uniformly chosen.
+def masked_again(x0: Tensor, count: Tensor, mask: int, free: Tensor, generator: Rng) -> Tensor:
+    """Return sequences with some of their free sites masked, uniformly chosen.
 
     :param x0: clean tokens, int64 ``(*batch, L)``.
+    :param count: how many, int64 ``(*batch)``.
     :param mask: id of the mask.
-    :param fixed: bool ``(*batch, L)`` or None: sites that are never masked.
+    :param free: bool ``(*batch, L)``: the others are never masked.
     """
     key = uniforms(tuple(x0.shape), generator=generator, device=x0.device)
-    if fixed is not None:
-        key = torch.where(fixed, 2.0, key)
-    chosen = key.argsort(-1).argsort(-1) < count
-    chosen = chosen if fixed is None else chosen & ~fixed
-    return torch.where(chosen, mask, x0)
+    key = torch.where(free, key, 2.0)
+    chosen = key.argsort(-1).argsort(-1) < count[..., None]
+    return torch.where(chosen & free, mask, x0)

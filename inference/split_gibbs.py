@@ -69,7 +69,8 @@ class SplitGibbs(Unpaid):
     Example::
 
         method = SplitGibbs(num_sweeps=50, num_moves=2000)
-        posterior = SMC(uniform_chain, measurement, method=method, num_particles=16).run(seed=0)
+        likelihood = measurement.potential(codec)
+        posterior = SMC(uniform_chain, likelihood, method=method, num_particles=16).run(seed=0)
     """
 
     num_sweeps: int = 50

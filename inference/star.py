@@ -9,8 +9,9 @@ the gradient of (Murata et al. 2024, arXiv:2410.14710)::
 
 with the norm *not* squared, under rectified Adam. Then ``x0 ~ r``, and either every site is noised
 anew from ``x0`` alone (*star*: any token may still be revised), or along the bridge from ``z`` to
-``x0`` (*Markov*). In the star form a masked prior keeps a fixed number of masks, uniformly placed;
-tokens that are visible are certain there until they are masked again.
+``x0`` (*Markov*). In the star form a masked prior keeps a fixed number of masks, uniformly placed
+among the sites that are neither prompted nor clamped; tokens that are visible are certain there
+until they are masked again.
 
 With the true *joint* law of ``x0`` given ``z`` and the data the star chain returns the posterior in
 any number of steps, as every ``z`` is a noised draw of it. All of the error is in the product of
@@ -37,6 +38,7 @@ from ppl_diffusion.inference.guides import guide_of
 from ppl_diffusion.inference.quantisers import FLOOR
 from ppl_diffusion.inference.renoising import (
     held_law,
+    is_free,
     is_open,
     masked_again,
     masks_after,
@@ -85,7 +87,8 @@ class G2D2(Unpaid):
 
     Example::
 
-        posterior = SMC(chain, measurement, method="g2d2", num_particles=16).run(seed=0)
+        likelihood = measurement.potential(codec)
+        posterior = SMC(chain, likelihood, method="g2d2", num_particles=16).run(seed=0)
     """
 
     guide: EmbeddedPotential | None = None
@@ -230,8 +233,9 @@ class G2D2(Unpaid):
         """Return the state after step ``k``, int64 ``(*batch, L)``."""
         process, fixed = kernel.process, site.chain.fixed
         if self.transition == "star" and process.absorbing:
-            masks = masks_after(kernel, k, x0.shape[-1])
-            return masked_again(x0, masks, process.vocab_size, fixed, generator)
+            free = is_free(site, x0)
+            masks = masks_after(kernel, k, free.sum(-1))
+            return masked_again(x0, masks, process.vocab_size, free, generator)
         known = F.one_hot(x0, process.vocab_size).to(torch.float64).log()
         step: TokenStep | RevealStep
         if isinstance(kernel, OrderedKernel):

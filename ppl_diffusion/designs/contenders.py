@@ -97,6 +97,11 @@ def _read(folder: Path, label: str) -> Contender:
     try:
         summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         settings = summary["settings"]
+        if "operator" in summary:
+            raise InputError(
+                f"The folder {str(folder)!r} holds a restoration, and designs are compared: "
+                "`benchmarks.restore` compares ways of restoring."
+            )
         return Contender(
             label,
             posterior,
@@ -109,6 +114,8 @@ def _read(folder: Path, label: str) -> Contender:
             scores=_scores(folder, posterior),
             seconds=None if summary["seconds"] is None else float(summary["seconds"]),
         )
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
 

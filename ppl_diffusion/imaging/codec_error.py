@@ -136,7 +136,7 @@ class MeasuredWithError:
             self.measurement.y.to(codebook),
             self.covariance,
             codebook,
-            name=f"the measurement by {operator.name}, with the error of the codec",
+            name=f"the measurement by {operator.label}, with the error of the codec",
         )
 
     def expected(self, decoded: Tensor) -> Tensor:

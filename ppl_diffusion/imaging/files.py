@@ -100,6 +100,20 @@ def what_is_lost(image: Tensor, image_shape: tuple[int, int, int]) -> tuple[str,
     return tuple(said)
 
 
+def what_is_doubtful(path: str | Path, image: Tensor) -> tuple[str, ...]:
+    """Return a sentence if an array looks like one of numbers from 0 to 1.
+
+    :param path: the file that the image was read from.
+    :param image: ``(C, H, W)`` in [-1, 1].
+    """
+    if Path(path).suffix.lower() not in ARRAYS or bool((image < 0).any()):
+        return ()
+    return (
+        f"No pixel of {str(path)!r} is below 0, and black is -1: if its numbers go from 0 to 1, "
+        "save 2 x - 1.",
+    )
+
+
 def resized(image: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return an image in another size, bicubically and with antialiasing.
 
@@ -193,7 +207,8 @@ def _read_array(path: Path) -> NDArray[Any]:
     if array is None:
         raise ValueError(
             f"The file {str(path)!r} is no archive of one array, it holds "
-            f"{', '.join(names) or 'nothing'}: save the image alone."
+            f"{', '.join(names) or 'nothing'}: save the image alone, or say that it is a "
+            "measurement (--measured)."
         )
     return array
 

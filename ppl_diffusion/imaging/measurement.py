@@ -23,6 +23,7 @@ from ppl_diffusion.potentials.embedded import GaussianMeasurement
 _STREAM = 2
 """First number of the seeds of noise; operators draw from another stream."""
 _PARAMETER = "parameter_"
+_DAMAGED = (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile)
 
 
 class Decoder(Protocol):
@@ -50,10 +51,15 @@ class Measurement:
     sigma: float
 
     def __post_init__(self) -> None:
-        if tuple(self.y.shape) != (self.operator.size,) or not bool(self.y.isfinite().all()):
+        label, size = self.operator.label, self.operator.size
+        if tuple(self.y.shape) != (size,):
             raise ValueError(
-                f"Measurement: {self.operator.label} measures {self.operator.size} finite numbers, "
-                f"got {tuple(self.y.shape)}."
+                f"Measurement: {label} measures {size} numbers, got {tuple(self.y.shape)}."
+            )
+        if not bool(self.y.isfinite().all()):
+            raise ValueError(
+                f"Measurement: {int((~self.y.isfinite()).sum())} of the {size} numbers of {label} "
+                "are not finite; leave out what was not measured by an operator of its own."
             )
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             raise ValueError(
@@ -133,13 +139,10 @@ class Measurement:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 entries: dict[str, Any] = dict(archive)
-            name = str(entries["operator"])
-            known = {k: entries[k] for k in ("image_shape", "y", "sigma")}
-        except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"The file {str(path)!r} holds no measurement ({type(error).__name__}: {error}): "
-                "give one that a restoration or Measurement.save wrote."
-            ) from error
+            name, shape = str(entries["operator"]), tuple(entries["image_shape"].tolist())
+            y, sigma = torch.from_numpy(entries["y"]), float(entries["sigma"])
+        except _DAMAGED as error:
+            raise _no_measurement(path, error) from error
         if name not in OPERATORS:
             raise ValueError(
                 f"The measurement {str(path)!r} is one by the operator {name!r}, which is not "
@@ -150,8 +153,12 @@ class Measurement:
             for key, value in entries.items()
             if key.startswith(_PARAMETER)
         }
-        operator = OPERATORS[name](tuple(known["image_shape"].tolist()), parameters)
-        return cls(operator, torch.from_numpy(known["y"]), float(known["sigma"]))
+        try:
+            operator = OPERATORS[name](shape, parameters)
+            operator(torch.zeros(shape))  # what is missing shows when it is used
+            return cls(operator, y, sigma)
+        except (*_DAMAGED, RuntimeError, AttributeError, IndexError) as error:
+            raise _no_measurement(path, error) from error
 
 
 def measure(operator: Operator, image: Tensor, sigma: float, seed: int = 0) -> Measurement:
@@ -166,3 +173,10 @@ def measure(operator: Operator, image: Tensor, sigma: float, seed: int = 0) -> M
         clean = operator(image)
     noise = np.random.default_rng((_STREAM, seed)).standard_normal(operator.size)
     return Measurement(operator, clean + sigma * torch.from_numpy(noise).to(clean), float(sigma))
+
+
+def _no_measurement(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The file {str(path)!r} holds no measurement ({type(error).__name__}: {error}): "
+        "give one that a restoration or Measurement.save wrote."
+    )

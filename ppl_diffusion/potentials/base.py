@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class AbstractPotential(ABC):
     """
 
     name: str = "potential"
+    observed: Sequence[Tensor] = ()
+    """The data that it knows, by which laws tell potentials of one name apart."""
 
     @abstractmethod
     def log_potential(self, x0: Tensor) -> Tensor:
@@ -107,7 +109,8 @@ class Potential(AbstractPotential):
 
     def __init__(self, fn: Callable[[Tensor], Tensor], *, name: str | None = None) -> None:
         if not callable(fn):
-            raise TypeError(f"Potential: fn must be callable, got {type(fn).__name__}.")
+            has = "; its .potential(codec) is one" if hasattr(fn, "potential") else ""
+            raise TypeError(f"Potential: fn must be callable, got {type(fn).__name__}{has}.")
         self.fn = fn
         self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
 
@@ -137,6 +140,7 @@ class SumPotential(AbstractPotential):
     def __init__(self, terms: tuple[AbstractPotential, ...]) -> None:
         self.terms = terms
         self.name = " + ".join(term.name for term in terms)
+        self.observed = tuple(tensor for term in terms for tensor in term.observed)
 
     def log_potential(self, x0: Tensor) -> Tensor:
         return torch.stack([term(x0) for term in self.terms]).sum(0)
@@ -167,7 +171,7 @@ class ScaledPotential(AbstractPotential):
         if not math.isfinite(scale) or scale < 0:
             raise ValueError(f"a potential is scaled by a finite number >= 0, got {scale}.")
         self.base, self.scale = base, scale
-        self.name = f"{scale:g} * {base.name}"
+        self.name, self.observed = f"{scale:g} * {base.name}", base.observed
 
     def log_potential(self, x0: Tensor) -> Tensor:
         value = self.base(x0)

@@ -139,7 +139,7 @@ class ChainSource(Source):
     @property
     def law(self) -> Law:
         """``p(path) G(x0)``."""
-        return Law.tilted([self.chains[0].base()], [Tilt(self.given.name)])
+        return Law.tilted([self.chains[0].base()], [Tilt.by(self.given)])
 
     @property
     def num_calls(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_diffusion.distributions import ReverseChain
 from ppl_diffusion.imaging.codec_error import MeasuredWithError
-from ppl_diffusion.imaging.files import fitted, read_as_it_is, what_is_lost
+from ppl_diffusion.imaging.files import fitted, read_as_it_is, what_is_doubtful, what_is_lost
 from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import make_operator
 from ppl_diffusion.jobs.checks import InputError, user_input
@@ -79,9 +79,9 @@ def build_target(job: Job) -> Target:
     """
     with user_input():
         prior = load(job.name)
-        job = dataclasses.replace(job, codec=job.codec or _codec_name(job.name, prior))
-        assert job.codec is not None
-        codec = load_codec(job.codec)
+        named = job.codec or _codec_name(job.name, prior)
+        codec = _load_codec(job, named)
+        job = dataclasses.replace(job, codec=named)
         for part in (prior, codec):
             part.to(job.search.device or "cpu")
         _require_pair(job, prior, codec)
@@ -100,6 +100,18 @@ def _codec_name(name: str, prior: DiffusionProgram) -> str:
     except FileNotFoundError:
         known = None
     return known or f"{prior.name}-codec"
+
+
+def _load_codec(job: Job, named: str) -> ImageCodec:
+    try:
+        return load_codec(named)
+    except ValueError as error:
+        if job.codec is not None:
+            raise
+        raise InputError(
+            f"{error} The prior {job.name!r} names none, and may be none of images: choose "
+            "another --prior, or give --codec."
+        ) from error
 
 
 def _error(job: Job, measurement: Measurement) -> MeasuredWithError | None:
@@ -152,7 +164,8 @@ def _read(
         return _of_a_set(named[1], named[2], shape, data), ()
     path = Path(question.image)
     image = read_as_it_is(path)
-    return fitted(image, shape, name=str(path), resize=question.resize), what_is_lost(image, shape)
+    notes = (*what_is_doubtful(path, image), *what_is_lost(image, shape))
+    return fitted(image, shape, name=str(path), resize=question.resize), notes
 
 
 def _of_a_set(name: str, number: str, shape: tuple[int, int, int], data: Path | None) -> Tensor:

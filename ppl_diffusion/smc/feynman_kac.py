@@ -140,7 +140,7 @@ class FeynmanKac:
     @property
     def law(self) -> Law:
         """What weighted particles are exact for."""
-        return Law.tilted([Base.of(self.chain)], [Tilt(self.potential.name)])
+        return Law.tilted([Base.of(self.chain)], [Tilt.by(self.potential)])
 
     @property
     def target(self) -> str:

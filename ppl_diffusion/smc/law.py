@@ -108,12 +108,18 @@ class Tilt:
 
     :param of: the name of ``log G``: a potential, or a program.
     :param factor: how ``G`` enters.
-    :param digest: of what a program observes; functions are known by their names alone.
+    :param digest: of what a program or a potential observes; functions are known by their names
+        alone.
     """
 
     of: str
     factor: str = "G(x0)"
     digest: str = ""
+
+    @classmethod
+    def by(cls, potential: Any) -> Tilt:
+        """Return the factor that a potential is, known by its name and its data."""
+        return cls(potential.name, digest=digest(list(getattr(potential, "observed", ()))))
 
 
 @dataclass(frozen=True)

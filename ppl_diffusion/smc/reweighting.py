@@ -134,7 +134,7 @@ def _of_potential(posterior: ParticlePosterior, potential: Any) -> Target:
     asked = EvaluatedPotential(known)
     with torch.no_grad():
         log_g = per_particle(asked(posterior.x0)).to(posterior.x0.device)
-    return Target(log_g, (Tilt(known.name),), asked.num_calls)
+    return Target(log_g, (Tilt.by(known),), asked.num_calls)
 
 
 def _of_program(

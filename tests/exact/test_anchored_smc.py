@@ -532,6 +532,26 @@ def test_what_a_move_leaves_alone(where, exact):
     assert (p > 1e-4) == (exact or where == "last")
 
 
+def test_sites_that_were_revealed_together_do_not_see_each_other():
+    """The last step shows two tokens at once: predictions are those of the state before it."""
+    problem = toy()
+    chain = ordered(problem, Inconsistent(problem.denoiser), group_size=2)
+    first = torch.combinations(torch.arange(LENGTH), 2)
+    early = torch.zeros(len(first), LENGTH, dtype=torch.bool).scatter(1, first, True)
+    half = torch.where(early[:, None], problem.states, SIZE)
+    ends = problem.states.expand_as(half)
+    paths = torch.stack([torch.full_like(half, SIZE), half, ends], -2).flatten(0, 1)
+    law = torch.softmax(chain.log_prob(paths) + problem.potential(paths[:, -1]), 0)
+    drawn = paths[torch.multinomial(law, 60_000, replacement=True)]
+    model = PathModel(chain, lambda x: problem.potential(x))
+    after, accepted = Remask(Guidance(problem.potential))(model, model.state(drawn[None]))
+    expected = torch.zeros(256, dtype=torch.float64)
+    expected.index_add_(0, problem.index(paths[:, -1]), law)
+    counts = torch.bincount(problem.index(after.x0[0]), minlength=256)
+    assert chi_square_p_value(*pooled(counts, expected)) > 1e-4  # false alarm
+    assert 0.2 < float(accepted.double().mean()) < 0.95
+
+
 def pooled(counts, law):
     """Return counts with rare sequences together, so that every cell expects a few."""
     rare = law * counts.sum() < 5

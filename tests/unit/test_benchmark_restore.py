@@ -83,6 +83,13 @@ def test_a_stopped_run_goes_on(restore, made, monkeypatch, tmp_path):
     assert {names for _, names in asked[8:]} == {("prior",)}
 
 
+def test_a_run_that_shows_nothing_says_why(restore, tmp_path, capsys):
+    (tmp_path / "kept.jsonl").touch()
+    options = {"noise": [0.05], "task": ["sr4"], "method": ["aps"], "only_kept": True}
+    restore.main(kept=tmp_path / "kept.jsonl", **options)
+    assert "No case of sr4 has been restored by all of aps" in capsys.readouterr().out
+
+
 def test_goals_follow_the_figures(restore, made):
     by_method = {
         "aps-published": made([20.0, 22.0], lower=1.0),

@@ -94,6 +94,34 @@ def test_images_with_an_error_of_their_own_are_no_decoded_tokens(made, parts):
         assert not torch.allclose(restored.images, parts[2].decode(restored.tokens), atol=0.05)
 
 
+def test_the_mean_is_that_of_the_draws_with_their_error(parts):
+    """Of an error that is half a grey level everywhere: without it every pixel is off by that."""
+    module = imported("_restore_methods")
+    prior, uniform, codec, measurement, truth = parts
+    lacking = CodecError(torch.full((256,), 0.5), torch.zeros(256, 1), torch.full((256,), 1e-3))
+    restorer = module.restorers(**TINY, error=lacking)["svdd-pm+error"]
+    restored = restorer(module.Problem(prior, uniform, codec, measurement, truth), 0)
+    drawn, spread = restored.images.mean(0), restored.images.std(0)
+    error = (spread / module.NUM_DRAWS**0.5).clamp_min(1e-4)
+    # 256 pixels, and three particles that are drawn 256 times: 6 standard errors.
+    assert float(((drawn - restored.mean) / error).abs().max()) < 6
+
+
+def test_scores_are_of_intervals_that_hold_nine_in_ten(parts, made):
+    scores = imported("_restore_scores")
+    measurement, truth = parts[-2:]
+    restored = made["svdd-pm+error"](*parts, 0)
+    network = ppd.models.load_classifier("digits-classifier")
+    found = scores.score(restored, truth, measurement, network)
+    draws = (restored.images.clamp(-1, 1) + 1) / 2
+    low, high = (torch.quantile(draws, q, dim=0, interpolation="nearest") for q in (0.05, 0.95))
+    held = ((low <= (truth + 1) / 2) & ((truth + 1) / 2 <= high)).double().mean()
+    assert found.coverage == pytest.approx(float(held), abs=0.02)
+    narrow = [torch.quantile(draws, q, dim=0) for q in (0.1, 0.9)]
+    fewer = ((narrow[0] <= (truth + 1) / 2) & ((truth + 1) / 2 <= narrow[1])).double().mean()
+    assert float(fewer) < float(held) - 0.04  # or eight in ten would pass as well
+
+
 def test_split_gibbs_asks_for_its_prior(made, parts):
     prior, _, *rest = parts
     with pytest.raises(ValueError, match="needs the prior of the uniform process"):

@@ -7,9 +7,15 @@ import pyro
 import pytest
 import torch
 
+from ppl_diffusion.distributions import ReverseChain
+from ppl_diffusion.imaging.codec_error import CodecError, MeasuredWithError
 from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import Operator, make_operator
+from ppl_diffusion.inference import SMC
+from ppl_diffusion.kernels import InterpolatingKernel
+from ppl_diffusion.smc.law import Tilt
 from ppl_diffusion.testing import PotentialContract
+from ppl_diffusion.testing.anchored_toys import measured_toy
 
 SHAPE = (1, 8, 8)
 NAMES = ("sr4", "gblur", "mblur", "rinp", "box", "hdr", "nlblur", "phase")
@@ -133,7 +139,7 @@ def test_noise_without_a_size_is_refused(sigma):
 
 @pytest.mark.parametrize("y", [torch.zeros(3), torch.full((64,), math.nan), torch.zeros(1, 64)])
 def test_data_of_another_operator_are_refused(y):
-    with pytest.raises(ValueError, match="hdr measures 64 finite numbers"):
+    with pytest.raises(ValueError, match="hdr measures 64 numbers, got"):
         Measurement(make_operator("hdr", SHAPE), y, 0.1)
 
 
@@ -156,3 +162,57 @@ def test_a_file_never_runs_code(tmp_path):
     np.savez(tmp_path / "m.npz", operator="hdr", y=np.array([print], dtype=object))
     with pytest.raises(ValueError, match="holds no measurement"):
         Measurement.load(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"parameter_kernel": None}, "KeyError: 'kernel'"),
+        ({"parameter_kernel": np.zeros((3, 4))}, "no measurement"),
+        ({"sigma": "abc"}, "could not convert string to float"),
+        ({"y": np.full(64, np.nan)}, "64 of the 64 numbers of mblur are not finite"),
+        ({"y": np.zeros(63)}, "mblur measures 64 numbers"),
+        ({"image_shape": np.array(8)}, "no measurement"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(change, text, tmp_path):
+    measure(make_operator("mblur", SHAPE), torch.zeros(SHAPE), 0.1).save(tmp_path / "m.npz")
+    with np.load(tmp_path / "m.npz") as archive:
+        entries = {**archive, **change}
+    np.savez(tmp_path / "bad.npz", **{k: v for k, v in entries.items() if v is not None})
+    with pytest.raises(ValueError, match=r"bad\.npz") as refused:
+        Measurement.load(tmp_path / "bad.npz")
+    assert text in str(refused.value)
+    assert "give one that a restoration" in str(refused.value)
+
+
+def test_laws_tell_measurements_apart():
+    """By data, noise and error of the codec; their names are the same."""
+    error = CodecError(torch.zeros(64), 0.1 * torch.eye(64)[:, :2], torch.full((64,), 0.01))
+
+    def tilt(task="sr4", sigma=0.1, grey=0.0, *, known=False):
+        seen = measure(make_operator(task, SHAPE), torch.full(SHAPE, grey), sigma)
+        model = MeasuredWithError(seen, error) if known else seen
+        return Tilt.by(0.5 * model.potential(Blocks()))
+
+    for known in (False, True):
+        first = tilt(known=known)
+        assert first == tilt(known=known)
+        others = [
+            tilt(grey=0.5, known=known),
+            tilt(sigma=0.2, known=known),
+            tilt("sr2", known=known),
+        ]
+        assert len({first, *others}) == 4
+    assert tilt() != tilt(known=True)
+
+
+def test_results_of_other_data_have_another_law():
+    runs = []
+    for seed in (0, 0, 1):
+        toy = measured_toy(seed)
+        chain = ReverseChain(InterpolatingKernel(toy.process, toy.denoiser, num_steps=2), 4)
+        runs.append(SMC(chain, toy.potential, num_particles=4).run(seed=0))
+    assert runs[0].law == runs[1].law
+    assert runs[0].law != runs[2].law
+    assert runs[0].target == runs[2].target

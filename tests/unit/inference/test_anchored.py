@@ -241,3 +241,22 @@ def test_what_it_cannot_restore_is_said():
 def test_what_is_no_option_is_refused_where_it_is_given(options, text):
     with pytest.raises(ValueError, match=text):
         SMC(ordered(), TOY.potential, method="aps", **options)
+
+
+@pytest.mark.parametrize("inner", ["cavi", "gauss-newton"])
+def test_closed_forms_take_no_options_of_gradients(inner):
+    options = {
+        "preset": "published",
+        "learning_rate": 0.1,
+        "quantiser": "gumbel",
+        "kl_weight": 0.0,
+        "loss": "likelihood",
+        "warm_start": 0.5,
+        "stop_at": 1.0,
+    }
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"reads no {name}: leave out"):
+            AnchoredPosteriorSampler(inner=inner, **{name: value})
+    posterior = run(ordered(), inner=inner, num_iterations=2)
+    assert posterior.settings["inner"] == inner
+    assert not {*options} & {*posterior.settings} - {"preset"}

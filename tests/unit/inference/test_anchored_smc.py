@@ -344,3 +344,8 @@ def test_an_idle_step_of_a_prompted_chain_costs_nothing():
     chain = ReverseChain(kernel, 4, prompt=torch.tensor([0, 3, 3, -1]))
     found = SMC(chain, TOY.potential, method="aps-smc", num_particles=8).run(seed=0)
     assert bool((found.x0[..., :3] == torch.tensor([0, 3, 3])).all())
+
+
+def test_moves_without_sweeps_are_refused():
+    with pytest.raises(ValueError, match="moves are made in sweeps; give num_sweeps"):
+        AnchoredSMC(moves=[Remask()])

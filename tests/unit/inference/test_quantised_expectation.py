@@ -96,6 +96,14 @@ def test_the_prior_in_the_loss_holds_the_table_back():
     assert divergence(held) < divergence(free) / 10
 
 
+def test_the_prior_in_the_loss_is_the_prediction():
+    """Where data say nothing, no other table has a lower loss than the prediction itself."""
+    flat = EmbeddedPotential(lambda e: 0 * e.sum((-1, -2)), TOY.potential.codebook)
+    result = found(flat, quantiser="soft", kl_weight=1.0)
+    assert float((LOG_D[0] - LOG_D[0].exp().mean(-1, keepdim=True).log()).abs().max()) > 0.5
+    torch.testing.assert_close(result.log_r[0], LOG_D[0].double(), rtol=0, atol=0.1)
+
+
 def test_noise_comes_from_the_generator():
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)

@@ -124,17 +124,67 @@ def test_the_nucleus_holds_the_mass_that_is_asked_for():
 
 def test_so_many_free_sites_are_masked_again():
     x0, fixed = torch.zeros(500, 4, dtype=torch.int64), torch.tensor([True, False, False, False])
-    masked = masked_again(x0, 2, 9, fixed, torch.Generator().manual_seed(0)) == 9
+    free, two = ~fixed.expand(500, 4), torch.full((500,), 2)
+    masked = masked_again(x0, two, 9, free, torch.Generator().manual_seed(0)) == 9
     assert bool((masked.sum(-1) == 2).all())
     assert not bool(masked[:, 0].any())
     share = masked[:, 1:].double().mean(0)
     assert bool((share - 2 / 3).abs().max() < 4 * math.sqrt(2 / 9 / 500))  # false alarm 2e-4
-    assert bool((masked_again(x0, 9, 9, fixed, None) == 9)[:, 1:].all())
+    every = masked_again(x0, torch.full((500,), 9), 9, free, None) == 9
+    assert torch.equal(every, free)
 
 
-def test_masks_fall_with_the_steps():
-    assert [masks_after(CHAIN.kernel, k, 4) for k in range(4)] == [3, 2, 1, 0]
-    assert [masks_after(ORDERED.kernel, k, 4) for k in range(4)] == [3, 2, 1, 0]
+@pytest.mark.parametrize("size", [4, 10, 20])
+def test_masks_fall_with_the_steps(size):
+    """One by one, whatever the grid rounds to; of known sites none is counted."""
+    grid = InterpolatingKernel(TOY.process, TOY.denoiser, num_steps=size)
+    for kernel in (grid, OrderedKernel(TOY.process, TOY.denoiser, length=size)):
+        found = [masks_after(kernel, k, torch.tensor([size, size // 2])) for k in range(size)]
+        assert [int(each[0]) for each in found] == list(range(size - 1, -1, -1))
+        assert [int(each[1]) for each in found] == [k // 2 for k in range(size - 1, -1, -1)]
+
+
+@pytest.mark.parametrize("chain", [CHAIN, ORDERED], ids=["grid", "ordered"])
+@pytest.mark.parametrize("held", [None, "prompt", "clamp"])
+def test_the_star_form_revises_all_that_is_not_known(chain, held):
+    """Tokens that were visible are masked again, at every step as many as the step says."""
+    base, kernel = chain, chain.kernel
+    if held == "prompt":
+        base = ReverseChain(kernel, 4, prompt=torch.tensor([2, -1, -1, 1]))
+
+    def program():
+        x = pyro.deterministic("x", base.x0(pyro.sample("path", base)))
+        factor("y", TOY.potential, x)
+
+    model = program
+    if held == "clamp":
+        known = torch.tensor([True, False, False, True])
+        model = clamp(program, tokens=torch.tensor([2, 0, 0, 1]), mask=known)
+    for form in ("star", "markov"):
+        method = G2D2(guide=TOY.potential, transition=form, num_iterations=0)
+        posterior = SMC(model, method=method, num_particles=64).run(seed=0)
+        path = posterior.path
+        assert path is not None
+        masked = path[0] == 4  # (N, T + 1, L)
+        again = (~masked[:, :-1] & masked[:, 1:]).any((0, 1))
+        if form == "markov":
+            assert not bool(again.any())
+        elif held is None:
+            assert bool(again.all())
+            assert masked.sum(-1).tolist() == [[4, 3, 2, 1, 0]] * 64
+        else:
+            assert again.tolist() == [False, True, True, False]
+            assert masked[:, 1:].sum(-1).tolist() == [[1, 1, 0, 0]] * 64
+
+
+def test_a_nucleus_of_next_to_nothing_is_the_likeliest_token():
+    one = ReverseChain(InterpolatingKernel(TOY.process, TOY.denoiser, num_steps=1), 4)
+    likeliest = TOY.denoiser(torch.full((1, 4), 4), 1.0).argmax(-1)
+    method = G2D2(num_iterations=0, top_p=1e-9)
+    found = SMC(one, TOY.potential, method=method, num_particles=64).run(seed=0).x0[0]
+    assert bool((found == likeliest).all())
+    drawn = SMC(one, TOY.potential, method=replace(method, top_p=1.0), num_particles=64)
+    assert len(drawn.run(seed=0).x0[0].unique(dim=0)) > 10
 
 
 def test_a_batch_of_tables_is_what_its_rows_are_alone():
