@@ -33,7 +33,7 @@ class AbstractPotential(ABC):
     """
 
     name: str = "potential"
-    observed: Sequence[Tensor] = ()
+    law_data: Sequence[Tensor] = ()
     """The data that it knows, by which laws tell potentials of one name apart."""
 
     @abstractmethod
@@ -140,7 +140,7 @@ class SumPotential(AbstractPotential):
     def __init__(self, terms: tuple[AbstractPotential, ...]) -> None:
         self.terms = terms
         self.name = " + ".join(term.name for term in terms)
-        self.observed = tuple(tensor for term in terms for tensor in term.observed)
+        self.law_data = tuple(tensor for term in terms for tensor in term.law_data)
 
     def log_potential(self, x0: Tensor) -> Tensor:
         return torch.stack([term(x0) for term in self.terms]).sum(0)
@@ -171,7 +171,7 @@ class ScaledPotential(AbstractPotential):
         if not math.isfinite(scale) or scale < 0:
             raise ValueError(f"a potential is scaled by a finite number >= 0, got {scale}.")
         self.base, self.scale = base, scale
-        self.name, self.observed = f"{scale:g} * {base.name}", base.observed
+        self.name, self.law_data = f"{scale:g} * {base.name}", base.law_data
 
     def log_potential(self, x0: Tensor) -> Tensor:
         value = self.base(x0)

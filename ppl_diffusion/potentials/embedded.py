@@ -101,7 +101,7 @@ class GaussianMeasurement(EmbeddedPotential):
             raise ValueError(f"{name}: sigma must be positive and finite, got {sigma}.")
         self.predict, self.y, self.sigma, self.linear = predict, y, float(sigma), linear
         self.log_norm = len(y) * math.log(self.sigma * math.sqrt(2 * math.pi))
-        self.observed = (y, torch.tensor(self.sigma))
+        self.law_data = (y, torch.tensor(self.sigma))
         super().__init__(self._log_density, codebook, name=name)
 
     @classmethod
@@ -131,7 +131,7 @@ class GaussianMeasurement(EmbeddedPotential):
         white = torch.linalg.solve_triangular(factor, eye, upper=False).to(y)
         made = cls(lambda e: predict(e) @ white.mT, white @ y, 1.0, codebook, **options)
         made.log_norm += float(factor.diagonal().log().sum())
-        made.observed = (y, covariance)
+        made.law_data = (y, covariance)
         return made
 
     def residual(self, embeddings: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Tilt:
     @classmethod
     def by(cls, potential: Any) -> Tilt:
         """Return the factor that a potential is, known by its name and its data."""
-        return cls(potential.name, digest=digest(list(getattr(potential, "observed", ()))))
+        return cls(potential.name, digest=digest(list(getattr(potential, "law_data", ()))))
 
 
 @dataclass(frozen=True)
