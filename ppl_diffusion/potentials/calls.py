@@ -126,16 +126,16 @@ class CallsInTurn(Calls):
         self._queue.append(piece)
 
     def _wait(self) -> Iterator[tuple[Piece, Outcome]]:
-        piece = self._queue.popleft()
+        # The sampler waits from before the call is under way until after: nothing overlaps.
+        piece, started = self._queue.popleft(), time.perf_counter()
         outcome: Outcome
         self.clock.started(piece)
-        started = time.perf_counter()  # last, so that work is never longer than being under way
         try:
             outcome = read_answer(self.fn(piece.rows), len(piece))
         except Exception as error:
             outcome = error
-        piece.seconds = time.perf_counter() - started
         self.clock.ended(piece)
+        piece.seconds = time.perf_counter() - started
         self.clock.waited(piece.seconds)
         if not isinstance(outcome, Exception):
             self.clock.worked(piece.seconds)
