@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks._restore_methods import Restored
 from ppl_diffusion.imaging import weighted
 from ppl_diffusion.imaging.classifier import ImageClassifier
+from ppl_diffusion.imaging.files import fitted
 from ppl_diffusion.imaging.measurement import Measurement
 from ppl_diffusion.imaging.metrics import perceptual, psnr, ssim, unit
 
@@ -50,7 +51,7 @@ def score(
     """Return the figures of a restored image.
 
     :param truth: ``(C, H, W)``.
-    :param network: by whose features images are compared.
+    :param network: by whose features images are compared, in its own size and colours.
     """
     images, weights = restored.images.clamp(-1.0, 1.0), restored.weights.double()
     best = restored.mean.clamp(-1.0, 1.0)
@@ -60,7 +61,7 @@ def score(
         psnr=float(psnr(best, truth)),
         sample_psnr=float((weights * each).sum()),
         ssim=float(ssim(best, truth)),
-        perceptual=float(perceptual(best, truth, network)),
+        perceptual=float(perceptual(*_as_read_by(network, best, truth), network)),
         residual=float(measurement.residual(best)),
         coverage=weighted.coverage(real, draws, weights),
         crps=float(weighted.crps(real, draws, weights).mean()),
@@ -70,6 +71,11 @@ def score(
         decoder_backward=restored.decoder_backward,
         seconds=restored.seconds,
     )
+
+
+def _as_read_by(network: ImageClassifier, *images: Tensor) -> Iterator[Tensor]:
+    for image in images:
+        yield fitted(image, network.image_shape, name="an image", resize=True)
 
 
 def mean_of(scores: Sequence[Scores]) -> dict[str, float]:

@@ -122,6 +122,21 @@ def test_scores_are_of_intervals_that_hold_nine_in_ten(parts, made):
     assert float(fewer) < float(held) - 0.04  # or eight in ten would pass as well
 
 
+def test_larger_images_are_scored_in_the_size_of_the_network():
+    module = imported("_restore_methods")
+    truth = load_images("digits").test[1].repeat_interleave(2, -1).repeat_interleave(2, -2)
+    measurement = measure(make_operator("sr4", (1, 32, 32), seed=0), truth, 0.05, 0)
+    network = ppd.models.load_classifier("digits-classifier")
+    found = [
+        imported("_restore_scores").score(
+            module.Restored(image[None], torch.ones(1), 0, 0, 0, 0.0), truth, measurement, network
+        )
+        for image in (truth, -truth)
+    ]
+    assert found[0].perceptual == pytest.approx(0, abs=1e-6)
+    assert found[1].perceptual > 0.1
+
+
 def test_split_gibbs_asks_for_its_prior(made, parts):
     prior, _, *rest = parts
     with pytest.raises(ValueError, match="needs the prior of the uniform process"):
