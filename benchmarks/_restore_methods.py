@@ -298,6 +298,9 @@ def _anchored(size: int, steps: int, iterations: int) -> dict[str, Restorer]:
             AnchoredPosteriorSampler(preset="published"), size, steps, ordered=True
         )
     }
+    # Of what the published settings owe to their norm.
+    squared = AnchoredPosteriorSampler(preset="published", loss="likelihood")
+    found["aps-squared"] = ByMethod(squared, size, steps, ordered=True)
     for name, options in ABLATIONS.items():
         method = AnchoredPosteriorSampler(num_iterations=iterations, **options)
         found[name] = ByMethod(method, size, steps, ordered=True)
