@@ -374,7 +374,7 @@ def main(
     plan = replace(
         plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v}
     )
-    screen = console(150)
+    screen = console(160)
     try:
         folder = None if data is None else str(data)
         found = measure_all(plan, folder, workers, kept, go_on=not only_kept)
