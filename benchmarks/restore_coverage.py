@@ -2,10 +2,10 @@
 
 Where the model drew the truth itself (tokens by the chain, the codec's error on top), nine pixels
 in ten lie in 90 % intervals of its posterior, and what is missing is owed to the number of
-particles.
-Test images are measured in the same way; what they miss beyond that, the model owes: the prior, and
-a codec error that is Gaussian and knows nothing of the tokens. Pixels are not clipped here, as the
-law of the model does not clip them; "clipped" is the share that ``benchmarks.restore`` prints.
+particles. Test images are measured in the same way; what they miss beyond that, the model owes: the
+prior, and a codec error that is Gaussian and knows nothing of the tokens. Pixels are not clipped
+here, as the law of the model does not clip them; "clipped" is the share that ``benchmarks.restore``
+prints.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
 from benchmarks._report import JsonFile, Quick, Row, console, table, write
-from benchmarks._restore_methods import ByMethod, Problem
+from benchmarks._restore_methods import ByMethod, Problem, restorers
 from benchmarks._restore_scores import paired
+from benchmarks.restore import EXACT
 from ppl_diffusion import models
 from ppl_diffusion.imaging import weighted
 from ppl_diffusion.imaging.measurement import measure
 from ppl_diffusion.imaging.operators import make_operator
-from ppl_diffusion.inference import AnchoredSMC
 from ppl_diffusion.models.image_data import load_images
 
-PARTICLES, NUM_IMAGES, NUM_STEPS = (8, 32, 128), 64, 8
+PARTICLES, NUM_IMAGES = (8, 32, 128), 64
 TRUTHS = ("the model", "test images")
 
 
@@ -51,8 +51,10 @@ def _parts() -> dict[str, Any]:
 
 def restorer(num_particles: int) -> ByMethod:
     """Return the exact sampler of the benchmark of restoration."""
-    error = _parts()["error"]
-    return ByMethod(AnchoredSMC(), num_particles, NUM_STEPS, ordered=True, error=error)
+    every = restorers(num_particles=num_particles, error=_parts()["error"])
+    found = every[EXACT]
+    assert isinstance(found, ByMethod)
+    return found
 
 
 def draw_truth(image: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The command restore, on a tiny untrained prior: what it writes, and how it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -244,3 +245,10 @@ def test_without_pillow_it_says_what_is_missing(places, tmp_path, monkeypatch, c
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     asked = [*words(places), *NUMBERS, "--out", tmp_path / "run"]
     assert "ppl-diffusion[imaging]" in refusal(asked, capsys)
+
+
+def test_restorations_are_not_compared_as_designs(restored, tmp_path, capsys):
+    shutil.copytree(restored, tmp_path / "other")
+    assert run(["compare", str(restored), str(tmp_path / "other")]) != 0
+    said = " ".join(capsys.readouterr().err.replace("\u2502", " ").split())
+    assert "holds a restoration, and designs are compared" in said

@@ -7,7 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ppl_diffusion.imaging.files import read_image, resized, what_is_lost, write_image
+from ppl_diffusion.imaging.files import (
+    read_image,
+    resized,
+    what_is_doubtful,
+    what_is_lost,
+    write_image,
+)
 
 GREY, COLOUR = (1, 6, 8), (3, 6, 8)
 
@@ -162,3 +168,11 @@ def test_it_is_told_what_an_image_loses():
     (squeezed,) = what_is_lost(colours[:1], (1, 8, 8))
     assert "12 x 16 pixels was brought to 8 x 8" in squeezed
     assert len(what_is_lost(colours, (1, 8, 8))) == 2
+
+
+def test_arrays_that_look_like_zero_to_one_are_doubted():
+    light, dark = torch.rand(1, 4, 4), -torch.ones(1, 4, 4)
+    (said,) = what_is_doubtful("a.npy", light)
+    assert "if its numbers go from 0 to 1, save 2 x - 1" in said
+    assert what_is_doubtful("a.npy", torch.cat([light, dark])) == ()
+    assert what_is_doubtful("a.png", light) == ()

@@ -13,6 +13,7 @@ from ppl_diffusion.imaging.measurement import Measurement, measure
 from ppl_diffusion.imaging.operators import Operator, make_operator
 from ppl_diffusion.inference import SMC
 from ppl_diffusion.kernels import InterpolatingKernel
+from ppl_diffusion.programs.sources import as_potential
 from ppl_diffusion.smc.law import Tilt
 from ppl_diffusion.testing import PotentialContract
 from ppl_diffusion.testing.anchored_toys import measured_toy
@@ -216,3 +217,9 @@ def test_results_of_other_data_have_another_law():
     assert runs[0].law == runs[1].law
     assert runs[0].law != runs[2].law
     assert runs[0].target == runs[2].target
+
+
+def test_a_measurement_given_for_its_potential_is_told_so():
+    seen = measure(make_operator("sr4", SHAPE), torch.zeros(SHAPE), 0.1)
+    with pytest.raises(TypeError, match=r"got Measurement; its \.potential\(codec\) is one"):
+        as_potential(seen)
