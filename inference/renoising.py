@@ -22,7 +22,7 @@ def masks_after(kernel: Kernel, k: int, free: Tensor) -> Tensor:
     ordered = isinstance(kernel, OrderedKernel)
     clean = (k + 1) / kernel.num_steps if ordered else float(kernel.alphas[k + 1])
     # A hair above, as shares of a grid are rounded: .7 of 10 sites must not be 6.
-    return (free * (1 - clean) + 1e-9).floor().long()
+    return (free.to(torch.float64) * (1 - clean) + 1e-9).floor().long()
 
 
 def is_on_grid(kernel: Kernel) -> bool:
